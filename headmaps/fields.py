@@ -1,0 +1,113 @@
+"""Reading a frozen dataclass from JSON or TOML data, strictly, with errors that name the field.
+
+The runtime may import nothing but numpy and its backends, so this stands in for a validation
+library. It knows what the files of forcingkv need: scalars, literals, tuples, mappings, optional
+values and nested dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from forcingkv.headmaps.errors import InputError
+
+__all__ = ["from_data", "to_data"]
+
+T = TypeVar("T")
+
+
+def from_data(kind: type[T], data: Any, where: str) -> T:
+    """Build the dataclass `kind` from a mapping with exactly its fields (those with a default may lack).
+
+    Raises InputError for an unknown, missing or wrongly typed field, named by its dotted path.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError(f"is {_shown(data)}", where=where, expected="a table of fields")
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise InputError(
+            f"unknown field {', '.join(map(repr, unknown))}",
+            where=where,
+            expected=f"only {', '.join(sorted(fields))}",
+        )
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _value(hints[name], data[name], f"{where}: {name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise InputError(f"the field '{name}' is missing", where=where)
+    return kind(**values)
+
+
+def to_data(value: Any) -> Any:
+    """The plain lists, dicts and scalars of a dataclass, ready for JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+        }
+    if isinstance(value, Mapping):
+        return {str(key): to_data(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_data(item) for item in value]
+    return value
+
+
+def _value(hint: Any, data: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return data
+    if origin in (types.UnionType, typing.Union):
+        if data is None and type(None) in args:
+            return None
+        (hint,) = (arg for arg in args if arg is not type(None))
+        return _value(hint, data, where)
+    if origin is typing.Literal:
+        if data not in args:
+            raise InputError(f"is {_shown(data)}", where=where, expected=" or ".join(map(repr, args)))
+        return data
+    if origin is tuple:
+        return _tuple(args, data, where)
+    if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
+        if not isinstance(data, Mapping):
+            raise InputError(f"is {_shown(data)}", where=where, expected="a table")
+        return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if dataclasses.is_dataclass(hint):
+        return from_data(typing.cast("type[Any]", hint), data, where)
+    return _scalar(hint, data, where)
+
+
+def _tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(data, list | tuple):
+        raise InputError(f"is {_shown(data)}", where=where, expected="a list")
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = (args[0],) * len(data)
+    if len(args) != len(data):
+        raise InputError(
+            f"has {len(data)} entries", where=where, expected=f"a list of {len(args)}"
+        )
+    return tuple(
+        _value(arg, item, f"{where}[{i}]")
+        for i, (arg, item) in enumerate(zip(args, data, strict=True))
+    )
+
+
+def _scalar(hint: Any, data: Any, where: str) -> Any:
+    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+        data = float(data)
+    if type(data) is not hint:
+        raise InputError(f"is {_shown(data)}", where=where, expected=f"a value of type {hint.__name__}")
+    if hint is float and not math.isfinite(data):
+        raise InputError(f"is {data}", where=where, expected="a finite number")
+    return data
+
+
+def _shown(data: Any) -> str:
+    text = repr(data)
+    return text if len(text) <= 60 else text[:57] + "..."

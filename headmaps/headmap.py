@@ -1,0 +1,236 @@
+"""The head map: which heads of a model are static and which dynamic, and how that was found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import from_data, to_data
+
+__all__ = ["DYNAMIC", "SCHEMA", "STATIC", "HeadMap", "ModelIdentity", "Rule", "Statistics", "uniform"]
+
+SCHEMA = "forcingkv.headmap/1"
+STATIC, DYNAMIC = "static", "dynamic"
+
+Scores = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model a map was made for."""
+
+    name: str
+    layers: int
+    heads: int
+    weights: str | None = None
+    """SHA-256 of the weights file, where known."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How labels followed from scores. What a source does not say is None: unknown."""
+
+    name: str
+    reason: str | None = None
+    """Why this rule, where a person or a program chose it."""
+    alpha: float | None = None
+    """Score from which a head is static, for the rule `threshold`."""
+    static_per_layer: int | None = None
+    """Heads made static in each layer, for the rule `quota`."""
+    sink_frames: int | None = None
+    """Frames whose mass is left out of the score's denominator (METHOD.md section 2)."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured."""
+
+    samples: int
+    chunks: int
+    steps: int
+    seed: int
+    policy: str
+
+
+@dataclass(frozen=True)
+class _Layer:
+    layer: int
+    heads: dict[str, tuple[int, ...]]
+    scores: tuple[float, ...] | None = None
+    confidence: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    schema: Literal["forcingkv.headmap/1"]
+    model: ModelIdentity
+    rule: Rule
+    layers: tuple[_Layer, ...]
+    statistics: Statistics | None = None
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Labels of all heads, [layer][head], with the evidence for them."""
+
+    model: ModelIdentity
+    labels: tuple[tuple[str, ...], ...]
+    rule: Rule
+    scores: Scores | None = None
+    """Mean recency score of each head, 0 to 1."""
+    confidence: Scores | None = None
+    """Share of the observations in which each head has its label."""
+    statistics: Statistics | None = None
+
+    @classmethod
+    def read(cls, path: Path | str) -> HeadMap:
+        """Read and check a file of schema `forcingkv.headmap/1`.
+
+        Raises InputError for a file that cannot be read, a wrong field, a number that is not
+        finite, or heads that do not cover every layer exactly once.
+        """
+        where = str(path)
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror})", where=where) from error
+        except ValueError as error:
+            raise InputError(f"is not JSON ({error})", where=where) from error
+        return cls.from_json(data, where)
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "head map") -> HeadMap:
+        """Build from parsed JSON. Raises InputError as `read` does."""
+        file = from_data(_File, data, where)
+        model = file.model
+        numbers = [layer.layer for layer in file.layers]
+        if numbers != list(range(model.layers)):
+            raise InputError(
+                f"lists the layers {numbers}",
+                where=where,
+                expected=f"each of the {model.layers} layers once, in order",
+            )
+        for layer in file.layers:
+            for name in ("scores", "confidence"):
+                values = getattr(layer, name)
+                if values is not None and len(values) != model.heads:
+                    raise InputError(
+                        f"layer {layer.layer} has {len(values)} {name}",
+                        where=where,
+                        expected=f"one for each of the {model.heads} heads",
+                    )
+        return cls(
+            model=model,
+            labels=tuple(_labels(layer, model.heads, where) for layer in file.layers),
+            rule=file.rule,
+            scores=_all_or_none([layer.scores for layer in file.layers]),
+            confidence=_all_or_none([layer.confidence for layer in file.layers]),
+            statistics=file.statistics,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        layers = tuple(
+            _Layer(
+                layer=number,
+                heads={
+                    label: tuple(head for head, given in enumerate(labels) if given == label)
+                    for label in sorted(set(self._used), reverse=True)
+                },
+                scores=self.scores[number] if self.scores else None,
+                confidence=self.confidence[number] if self.confidence else None,
+            )
+            for number, labels in enumerate(self.labels)
+        )
+        data: dict[str, Any] = to_data(
+            _File("forcingkv.headmap/1", self.model, self.rule, layers, self.statistics)
+        )
+        return data
+
+    def write(self, path: Path) -> None:
+        """Write the file: under a temporary name, then renamed."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(self.to_text(), encoding="utf-8")
+        os.replace(partial, path)
+
+    def to_text(self) -> str:
+        """The file's text: the same map gives the same text."""
+        return json.dumps(self.to_json(), indent=1) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `to_text`."""
+        return hashlib.sha256(self.to_text().encode()).hexdigest()
+
+    def counts(self) -> dict[str, int]:
+        """Heads of each label."""
+        return {label: self._used.count(label) for label in sorted(set(self._used), reverse=True)}
+
+    def order(self, layer: int, labels: Sequence[str]) -> list[int]:
+        """The layer's heads sorted by label, in the order of `labels`: old index at each new place."""
+        row = self.labels[layer]
+        return sorted(range(len(row)), key=lambda head: (labels.index(row[head]), head))
+
+    def check_model(self, layers: int, heads: int, labels: set[str]) -> None:
+        """Raise InputError unless the map is for a model of that size and uses only those labels."""
+        if (self.model.layers, self.model.heads) != (layers, heads):
+            raise InputError(
+                f"is for {self.model.layers} layers of {self.model.heads} heads ({self.model.name})",
+                where="head map",
+                expected=f"{layers} layers of {heads} heads",
+                mend="Use the map made for this model, or analyze it: forcingkv analyze heads",
+            )
+        strange = sorted(set(self._used) - labels)
+        if strange:
+            raise InputError(
+                f"uses the label {', '.join(map(repr, strange))}",
+                where="head map",
+                expected=f"only {', '.join(sorted(labels))}",
+            )
+
+    @property
+    def _used(self) -> list[str]:
+        return [label for row in self.labels for label in row]
+
+
+def _labels(layer: _Layer, heads: int, where: str) -> tuple[str, ...]:
+    found: dict[int, str] = {}
+    for label, members in layer.heads.items():
+        for head in members:
+            if not 0 <= head < heads:
+                raise InputError(
+                    f"layer {layer.layer} names head {head}", where=where, expected=f"0 to {heads - 1}"
+                )
+            if head in found:
+                raise InputError(
+                    f"layer {layer.layer} gives head {head} twice ({found[head]} and {label})",
+                    where=where,
+                    expected="each head exactly once",
+                )
+            found[head] = label
+    missing = sorted(set(range(heads)) - set(found))
+    if missing:
+        raise InputError(
+            f"layer {layer.layer} leaves out head {', '.join(map(str, missing))}",
+            where=where,
+            expected="each head exactly once",
+        )
+    return tuple(found[head] for head in range(heads))
+
+
+def _all_or_none(rows: Sequence[tuple[float, ...] | None]) -> Scores | None:
+    given = [row for row in rows if row is not None]
+    return tuple(given) if len(given) == len(rows) else None
+
+
+def uniform(model: ModelIdentity, label: str) -> HeadMap:
+    """A map that gives every head the same label."""
+    rows = ((label,) * model.heads,) * model.layers
+    return HeadMap(model, rows, Rule("uniform"))

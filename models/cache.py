@@ -1,0 +1,124 @@
+"""The KV cache in torch, laid out by a `CachePlan`: made empty, attended to, and advanced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from forcingkv.models.prune import prune_follow, prune_score
+from forcingkv.models.wan import Attend, KeysValues
+from forcingkv.runtime.plan import CachePlan, HeadGroup
+
+__all__ = ["Cache", "GroupCache", "advance", "attend_cache", "empty_cache"]
+
+GroupCache: TypeAlias = dict[str, KeysValues]
+"""Role -> its keys and values, for the roles the group caches."""
+
+Cache: TypeAlias = Sequence[Sequence[GroupCache]]
+"""[layer][group of that layer]."""
+
+
+def empty_cache(plan: CachePlan, like: Tensor, batch: int = 1) -> Cache:
+    """The cache before the first chunk: every role of length 0, dtype and device of `like`."""
+
+    def entry(group: HeadGroup) -> KeysValues:
+        shape = (batch, group.heads, 0, plan.spec.head_dim)
+        return KeysValues(like.new_empty(shape), like.new_empty(shape))
+
+    return [[{role: entry(g) for role in g.roles} for g in groups] for groups in plan.layers]
+
+
+def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
+    """Attention of each head group to its cached roles and the current chunk."""
+
+    def attend(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
+        out = []
+        for group, held in zip(plan.layers[layer], cache[layer], strict=True):
+            own = _heads(current, group)
+            keys = torch.cat([*(kv.keys for kv in held.values()), own.keys], 2)
+            values = torch.cat([*(kv.values for kv in held.values()), own.values], 2)
+            mine = queries[:, group.start : group.stop]
+            out.append(F.scaled_dot_product_attention(mine, keys, values))
+        return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+    return attend
+
+
+def advance(
+    plan: CachePlan, cache: Cache, new: Sequence[KeysValues], retain: bool
+) -> tuple[Cache, Tensor | None]:
+    """The cache after a clean pass.
+
+    Args:
+        plan: the cache plan.
+        cache: the cache the pass read.
+        new: each layer's keys and values of the pass.
+        retain: whether segments are chosen; without, the retained ones stay as they are.
+
+    Returns:
+        The next cache, and the indices of the retained segments where they were chosen.
+    """
+    indices: Tensor | None = None
+    following = []
+    for layer, groups in enumerate(plan.layers):
+        row = []
+        for group, held in zip(groups, cache[layer], strict=True):
+            own = _heads(new[layer], group)
+            kept = {"sink": _sink(plan, group, held, own), "recent": _recent(plan, group, held, own)}
+            if group.retained_segments:
+                kept["retained"] = held["retained"]
+                if retain:
+                    kept["retained"], indices = _retained(plan, group, held, own, indices)
+            row.append({role: kept[role] for role in group.roles})
+        following.append(row)
+    return following, indices
+
+
+def _heads(kv: KeysValues, group: HeadGroup) -> KeysValues:
+    if group.heads == kv.keys.shape[1]:
+        return kv
+    return KeysValues(kv.keys[:, group.start : group.stop], kv.values[:, group.start : group.stop])
+
+
+def _sink(plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues) -> KeysValues:
+    """The sink is the first frames of the first chunk, and never changes again."""
+    if not group.sink_frames:
+        return new
+    if held["sink"].keys.shape[2]:
+        return held["sink"]
+    size = group.sink_frames * plan.frame_tokens
+    return KeysValues(new.keys[:, :, :size], new.values[:, :, :size])
+
+
+def _recent(plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues) -> KeysValues:
+    """The newest frames that are not in the sink."""
+    size = group.recent_frames * plan.frame_tokens
+    if not size:
+        return new
+    frames = plan.spec.frames_per_chunk
+    if group.recent_frames <= frames - group.sink_frames:
+        return KeysValues(new.keys[:, :, -size:], new.values[:, :, -size:])
+    fresh = 0
+    if group.sink_frames:
+        # Frames of the first chunk go to the sink; an empty sink means this is the first chunk.
+        fresh = group.sink_frames * plan.frame_tokens - held["sink"].keys.shape[2]
+    return KeysValues(
+        torch.cat([held["recent"].keys, new.keys[:, :, fresh:]], 2)[:, :, -size:],
+        torch.cat([held["recent"].values, new.values[:, :, fresh:]], 2)[:, :, -size:],
+    )
+
+
+def _retained(
+    plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues, indices: Tensor | None
+) -> tuple[KeysValues, Tensor]:
+    """Retained segments: scored in the first layer that comes here, followed in the others."""
+    assert plan.policy.retain is not None
+    segments = plan.policy.retain.segments
+    transition = KeysValues(*(x[:, :, -plan.frame_tokens :] for x in held["recent"]))
+    if indices is None:
+        return prune_score(transition, new, segments, group.retained_segments)
+    return prune_follow(transition, new, indices, segments), indices

@@ -1,0 +1,31 @@
+"""The demo model's curriculum, as data: short clips first, so that the prompt is learned.
+
+Later chunks can copy their context; only the first one, at high noise, needs the text. Clips of one
+chunk in large batches teach it cheaply, before clips grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["STAGES", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with clips of one length."""
+
+    chunks: int
+    batch: int
+    steps: int
+    rate: float
+    """Learning rate at the start of the stage; it runs linearly to `rate_end`."""
+    rate_end: float
+
+
+STAGES = (
+    Stage(chunks=1, batch=64, steps=2400, rate=4e-3, rate_end=2.5e-3),
+    Stage(chunks=3, batch=16, steps=800, rate=2e-3, rate_end=1.5e-3),
+    Stage(chunks=5, batch=8, steps=600, rate=1.5e-3, rate_end=1.2e-3),
+    Stage(chunks=7, batch=6, steps=900, rate=1.2e-3, rate_end=5e-5),
+)

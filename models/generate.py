@@ -1,0 +1,123 @@
+"""Chunked generation in torch: one loop for every policy and model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forcingkv.models.cache import Cache, advance, attend_cache, empty_cache
+from forcingkv.models.wan import Attend, KeysValues, WanModel
+from forcingkv.runtime import positions
+from forcingkv.runtime.noise import chunk_noise
+from forcingkv.runtime.plan import CachePlan
+
+__all__ = ["GeneratedChunk", "Noise", "Watch", "generate", "latent_shape", "seeded_noise"]
+
+Noise = Callable[[int, int], Tensor]
+"""(chunk, step) -> noise shaped as the chunk's latents."""
+
+Watch = Callable[[int, int, Attend], Attend]
+"""(chunk, step, attend) -> attend; lets analysis see the attention of denoising passes."""
+
+
+@dataclass(frozen=True)
+class GeneratedChunk:
+    """A finished chunk."""
+
+    index: int
+    latents: Tensor
+    """(batch, latent_channels, frames, height, width)."""
+    indices: Tensor | None
+    """Segments retained at the chunk's clean pass, if any were chosen."""
+
+
+def latent_shape(plan: CachePlan, batch: int = 1) -> tuple[int, int, int, int, int]:
+    """(batch, channels, frames, height, width) of a chunk."""
+    spec, geometry = plan.spec, plan.geometry
+    return (
+        batch,
+        spec.latent_channels,
+        spec.frames_per_chunk,
+        geometry.latent_height,
+        geometry.latent_width,
+    )
+
+
+def seeded_noise(plan: CachePlan, seed: int) -> Noise:
+    """The noise the runtime draws for that seed."""
+    shape = latent_shape(plan)
+    return lambda chunk, step: torch.from_numpy(chunk_noise(seed, chunk, step, shape))
+
+
+@torch.no_grad()
+def generate(
+    model: WanModel,
+    plan: CachePlan,
+    text: Tensor,
+    noise: Noise,
+    chunks: int,
+    watch: Watch | None = None,
+) -> Iterator[GeneratedChunk]:
+    """Generate chunk by chunk.
+
+    Args:
+        model: a model whose heads lie as the plan groups them (see `models.heads`).
+        plan: the cache plan.
+        text: (batch, text_length, text_width).
+        noise: where noise comes from.
+        chunks: how many to make.
+        watch: sees the attention of each denoising pass.
+    """
+    prompt = model.prompt(text)
+    cache: Cache = empty_cache(plan, text, text.shape[0])
+    for chunk in range(chunks):
+        rotary = _rotary(plan, chunk)
+
+        def run(
+            latents: Tensor,
+            timestep: float,
+            attend: Attend,
+            rotary: tuple[Tensor, Tensor] = rotary,
+        ) -> tuple[Tensor, list[KeysValues]]:
+            features = positions.time_features(plan.spec, np.array([[timestep]]))
+            time = torch.from_numpy(features).to(latents).expand(len(latents), -1, -1)
+            out: tuple[Tensor, list[KeysValues]] = model(latents, time, rotary, prompt, attend)
+            return out
+
+        attend = attend_cache(plan, cache)
+        latents = noise(chunk, 0)
+        schedule = plan.spec.schedule
+        for step, timestep in enumerate(schedule.timesteps):
+            seen = watch(chunk, step, attend) if watch else attend
+            flow, _ = run(latents, timestep, seen)
+            latents = denoise(plan, latents, flow, step, lambda s, c=chunk: noise(c, s))  # type: ignore[misc]
+        _, new = run(latents, schedule.context_timestep, attend)
+        cache, indices = advance(plan, cache, new, retain=chunk + 1 >= plan.retains_from)
+        yield GeneratedChunk(chunk, latents, indices)
+
+
+def denoise(
+    plan: CachePlan, latents: Tensor, flow: Tensor, step: int, noise: Callable[[int], Tensor]
+) -> Tensor:
+    """Latents for the next pass: x0 = x - sigma * flow, mixed with noise at the next level.
+
+    With `renoise = "fresh"` the noise is drawn anew (METHOD.md section 5); with "predicted" it is
+    the model's own, which makes the pass an Euler step.
+    """
+    sigma, following = plan.spec.schedule.sigmas[step : step + 2]
+    if plan.spec.schedule.renoise == "predicted":
+        return latents + (following - sigma) * flow
+    x0 = latents - sigma * flow
+    if not following:
+        return x0
+    return (1 - following) * x0 + following * noise(step + 1)
+
+
+def _rotary(plan: CachePlan, chunk: int) -> tuple[Tensor, Tensor]:
+    frames = plan.spec.frames_per_chunk
+    cosines, sines = positions.rotary(plan.spec, plan.geometry, chunk * frames, frames)
+    return torch.from_numpy(cosines), torch.from_numpy(sines)

@@ -1,0 +1,125 @@
+"""DynamicPrune in torch: which segments of the last frames a layer's dynamic heads retain.
+
+Registered as torch operators, so that generation runs them and export keeps each as one node.
+Definitions: METHOD.md section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from forcingkv.models.wan import KeysValues
+
+__all__ = ["prune_follow", "prune_score"]
+
+
+def segment_similarity(frames: Tensor, segments: int) -> Tensor:
+    """Similarity of each candidate segment to the same place one frame later.
+
+    Args:
+        frames: keys (heads, frames, frame tokens, head_dim), oldest first.
+        segments: runs a frame is split into.
+
+    Returns:
+        ((frames - 1) * segments,): the mean over a segment's tokens of the cosine between the
+        token's key, all heads side by side, in a frame and in the next.
+    """
+    vectors = frames.permute(1, 2, 0, 3).flatten(2)
+    cosine = F.cosine_similarity(vectors[:-1], vectors[1:], dim=-1)
+    return cosine.unflatten(1, (segments, -1)).mean(-1).flatten()
+
+
+def gather_segments(x: Tensor, indices: Tensor, segment_tokens: int) -> Tensor:
+    """The chosen segments of x (batch, heads, tokens, head_dim), in the order of `indices`."""
+    return x.unflatten(2, (-1, segment_tokens)).index_select(2, indices).flatten(2, 3)
+
+
+@torch.library.custom_op("forcingkv::dynamic_prune", mutates_args=())
+def _score(
+    transition_keys: Tensor,
+    transition_values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    segments: int,
+    kept: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    frame = transition_keys.shape[2]
+    keys = torch.cat([transition_keys, new_keys], 2)
+    values = torch.cat([transition_values, new_values], 2)
+    similarity = segment_similarity(keys[0].unflatten(1, (-1, frame)), segments)
+    # A stable sort breaks ties by the lowest index, as the ONNX body does.
+    chosen = similarity.sort(stable=True).indices[:kept].sort().values
+    size = frame // segments
+    return gather_segments(keys, chosen, size), gather_segments(values, chosen, size), chosen
+
+
+@_score.register_fake
+def _(
+    transition_keys: Tensor,
+    transition_values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    segments: int,
+    kept: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, frame, width = transition_keys.shape
+    shape = (batch, heads, kept * (frame // segments), width)
+    indices = new_keys.new_empty((kept,), dtype=torch.int64)
+    return new_keys.new_empty(shape), new_keys.new_empty(shape), indices
+
+
+@torch.library.custom_op("forcingkv::dynamic_prune_follow", mutates_args=())
+def _follow(
+    transition_keys: Tensor,
+    transition_values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    indices: Tensor,
+    segments: int,
+) -> tuple[Tensor, Tensor]:
+    size = transition_keys.shape[2] // segments
+    keys = torch.cat([transition_keys, new_keys], 2)
+    values = torch.cat([transition_values, new_values], 2)
+    return gather_segments(keys, indices, size), gather_segments(values, indices, size)
+
+
+@_follow.register_fake
+def _(
+    transition_keys: Tensor,
+    transition_values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    indices: Tensor,
+    segments: int,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, frame, width = transition_keys.shape
+    shape = (batch, heads, indices.shape[0] * (frame // segments), width)
+    return new_keys.new_empty(shape), new_keys.new_empty(shape)
+
+
+def prune_score(
+    transition: KeysValues, new: KeysValues, segments: int, kept: int
+) -> tuple[KeysValues, Tensor]:
+    """Choose and collect the `kept` least similar segments.
+
+    Args:
+        transition: the old transition frame of the layer's dynamic heads.
+        new: the finished chunk of the same heads.
+        segments: runs a frame is split into.
+        kept: segments to keep.
+
+    Returns:
+        The retained keys and values, and their indices (kept,) int64, ascending. Candidates are the
+        frames [old transition, new 0, new 1, ...] but the last; batch item 0 decides.
+    """
+    keys, values, indices = _score(*transition, *new, segments, kept)
+    return KeysValues(keys, values), indices
+
+
+def prune_follow(
+    transition: KeysValues, new: KeysValues, indices: Tensor, segments: int
+) -> KeysValues:
+    """Collect the segments that the scoring layer chose."""
+    return KeysValues(*_follow(*transition, *new, indices, segments))

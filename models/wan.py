@@ -1,0 +1,246 @@
+"""The causal Wan transformer, functional in its caches (METHOD.md section 5).
+
+One class serves every model and every use: what analysis records, what export traces and what the
+parity tests compare. It holds no cache. How the queries of a layer meet keys is given from outside
+as an `Attend`, so full, windowed, pruned, masked and recorded attention are all the same forward.
+Parameter names are those of the public Wan checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forcingkv.runtime.spec import ModelSpec
+
+__all__ = ["Attend", "KeysValues", "WanModel", "attend_current", "rotate"]
+
+
+class KeysValues(NamedTuple):
+    """Keys (after RoPE) and values of some heads: each (batch, heads, tokens, head_dim)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+Attend: TypeAlias = Callable[[int, Tensor, KeysValues], Tensor]
+"""(layer, queries, keys and values of the current tokens) -> (batch, heads, tokens, head_dim)."""
+
+
+def attend_current(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
+    """Attention among the current tokens alone: no cache, no mask."""
+    return F.scaled_dot_product_attention(queries, current.keys, current.values)
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotate adjacent pairs: x (batch, heads, tokens, head_dim), cosines and sines (tokens, head_dim / 2)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), -1).flatten(-2)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation over the whole width (not per head)."""
+
+    def __init__(self, dim: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(spec.dim, spec.dim) for _ in range(4))
+        self.norm_q = RMSNorm(spec.dim, spec.epsilon)
+        self.norm_k = RMSNorm(spec.dim, spec.epsilon)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(batch, tokens, dim) -> (batch, heads, tokens, head_dim)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The inverse of `split`, then the output projection."""
+        out: Tensor = self.o(x.transpose(1, 2).flatten(2))
+        return out
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
+    ) -> tuple[Tensor, KeysValues]:
+        queries = rotate(self.split(self.norm_q(self.q(x))), *rotary)
+        keys = rotate(self.split(self.norm_k(self.k(x))), *rotary)
+        current = KeysValues(keys, self.split(self.v(x)))
+        return self.merge(attend(layer, queries, current)), current
+
+
+class CrossAttention(SelfAttention):
+    """Attention to the prompt; its keys and values depend on the prompt alone."""
+
+    def project(self, text: Tensor) -> KeysValues:
+        return KeysValues(self.split(self.norm_k(self.k(text))), self.split(self.v(text)))
+
+    def forward(self, x: Tensor, prompt: KeysValues) -> Tensor:  # type: ignore[override]
+        queries = self.split(self.norm_q(self.q(x)))
+        return self.merge(F.scaled_dot_product_attention(queries, prompt.keys, prompt.values))
+
+
+class Block(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.epsilon = spec.epsilon
+        self.self_attn = SelfAttention(spec)
+        self.cross_attn = CrossAttention(spec)
+        self.norm3 = nn.LayerNorm(spec.dim, eps=spec.epsilon)
+        self.ffn = nn.Sequential(
+            nn.Linear(spec.dim, spec.ffn_width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(spec.ffn_width, spec.dim),
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, spec.dim) / spec.dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        prompt: KeysValues,
+        layer: int,
+        attend: Attend,
+    ) -> tuple[Tensor, KeysValues]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.modulation).unbind(2)
+        out, current = self.self_attn(
+            modulate(normed(x, self.epsilon), shift1, scale1), rotary, layer, attend
+        )
+        x = x + gated(out, gate1)
+        x = x + self.cross_attn(self.norm3(x), prompt)
+        out = self.ffn(modulate(normed(x, self.epsilon), shift2, scale2))
+        return x + gated(out, gate2), current
+
+
+class Head(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.epsilon = spec.epsilon
+        self.head = nn.Linear(spec.dim, spec.patch**2 * spec.latent_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, spec.dim) / spec.dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (time.unsqueeze(2) + self.modulation).unbind(2)
+        out: Tensor = self.head(modulate(normed(x, self.epsilon), shift, scale))
+        return out
+
+
+def normed(x: Tensor, epsilon: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=epsilon)
+
+
+def per_chunk(x: Tensor, chunks: int) -> Tensor:
+    """(batch, tokens, dim) -> (batch, chunks, tokens a chunk, dim)."""
+    return x.unflatten(1, (chunks, -1))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale (batch, chunks, dim), one of each a chunk, applied to x (batch, tokens, dim)."""
+    if shift.shape[1] == 1:
+        return x * (1 + scale) + shift
+    chunks = per_chunk(x, shift.shape[1])
+    return (chunks * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    if gate.shape[1] == 1:
+        return x * gate
+    return (per_chunk(x, gate.shape[1]) * gate.unsqueeze(2)).flatten(1, 2)
+
+
+class PatchEmbedding(nn.Module):
+    """The convolution (1, patch, patch) of Wan, as the matrix product it is."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.patch = spec.patch
+        shape = (spec.dim, spec.latent_channels, 1, spec.patch, spec.patch)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(spec.dim))
+        nn.init.xavier_uniform_(self.weight.view(spec.dim, -1))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        batch, channels, frames, height, width = latents.shape
+        p = self.patch
+        x = latents.reshape(batch, channels, frames, height // p, p, width // p, p)
+        x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class WanModel(nn.Module):
+    """A causal Wan transformer of any size: see `forward`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.patch_embedding = PatchEmbedding(spec)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(spec.text_width, spec.dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(spec.dim, spec.dim),
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(spec.time_width, spec.dim), nn.SiLU(), nn.Linear(spec.dim, spec.dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(spec.dim, 6 * spec.dim))
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        self.head = Head(spec)
+
+    def prompt(self, text: Tensor) -> list[KeysValues]:
+        """Cross-attention keys and values of each layer for text (batch, text_length, text_width)."""
+        embedded = self.text_embedding(text)
+        return [_cross(block).project(embedded) for block in self.blocks]
+
+    def forward(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        prompt: Sequence[KeysValues],
+        attend: Attend = attend_current,
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """One pass.
+
+        Args:
+            latents: (batch, latent_channels, frames, height, width).
+            time: time features (batch, chunks, time_width), chunks dividing frames; one timestep a
+                chunk. From `forcingkv.runtime.positions.time_features`.
+            rotary: cosines and sines (tokens, head_dim / 2). From `positions.rotary`.
+            prompt: what `prompt()` gave.
+            attend: how each layer's queries meet keys.
+
+        Returns:
+            The predicted flow, shaped as latents, and each layer's new keys and values.
+        """
+        x = self.patch_embedding(latents)
+        embedded = self.time_embedding(time)
+        modulation = self.time_projection(embedded).unflatten(-1, (6, -1))
+        new = []
+        for layer, block in enumerate(self.blocks):
+            x, current = block(x, modulation, rotary, prompt[layer], layer, attend)
+            new.append(current)
+        return self._unpatchify(self.head(x, embedded), latents.shape), new
+
+    def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        batch, channels, frames, height, width = shape
+        p = self.spec.patch
+        x = tokens.reshape(batch, frames, height // p, width // p, p, p, channels)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(shape)
+
+
+def _cross(block: nn.Module) -> CrossAttention:
+    attention = block.cross_attn
+    assert isinstance(attention, CrossAttention)
+    return attention

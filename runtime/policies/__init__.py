@@ -1,0 +1,103 @@
+"""Cache policies as data: one TOML file each, read into a `Policy`.
+
+A policy names groups of heads by their label in the head map, and says which roles of cached frames
+each group sees. The group name `all` stands for every head and needs no head map.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import from_data
+
+__all__ = ["ALL", "Policy", "Retain", "Roles", "Unsplit", "load_policy", "policy_names"]
+
+ALL = "all"
+"""The group of every head, in policies that need no head map."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the heads of a group see beside the current chunk."""
+
+    sink_frames: int = 0
+    """The video's first frames, kept for ever."""
+    recent_frames: int | None = None
+    """The newest frames; None: as many as the model attends to (`attended_frames`)."""
+    retained: bool = False
+    """Whether segments chosen by `Retain` are kept too."""
+
+
+@dataclass(frozen=True)
+class Retain:
+    """How segments are retained (METHOD.md section 3)."""
+
+    segments: int
+    """Equal runs a frame's tokens are split into."""
+    ratio: float
+    """Share of the candidate segments that is kept (the retention ratio)."""
+    score_layer: int
+    """First layer whose dynamic heads may score; later layers use its choice."""
+
+    def kept(self, frames_per_chunk: int) -> int:
+        """Segments kept of those of a chunk's worth of frames."""
+        return round(self.segments * frames_per_chunk * self.ratio)
+
+
+@dataclass(frozen=True)
+class Unsplit:
+    """Layers whose heads are all treated as one group."""
+
+    layers: tuple[int, ...]
+    group: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which cached frames each group of heads sees."""
+
+    name: str
+    summary: str
+    groups: Mapping[str, Roles]
+    unsplit: Unsplit | None = None
+    retain: Retain | None = None
+
+    def __post_init__(self) -> None:
+        where = f"policy {self.name}"
+        if not self.groups or (ALL in self.groups and len(self.groups) > 1):
+            raise InputError(
+                f"groups are {sorted(self.groups)}", where=where, expected=f"{ALL!r} alone, or labels"
+            )
+        if any(roles.retained for roles in self.groups.values()) and self.retain is None:
+            raise InputError("a group retains segments but [retain] is missing", where=where)
+        if self.unsplit and self.unsplit.group not in self.groups:
+            raise InputError(
+                f"unsplit.group is {self.unsplit.group!r}",
+                where=where,
+                expected=f"one of its groups: {', '.join(self.groups)}",
+            )
+
+    @property
+    def needs_headmap(self) -> bool:
+        return ALL not in self.groups
+
+
+def policy_names() -> list[str]:
+    """Names that `load_policy` knows, the plainest first."""
+    folder = resources.files(__package__)
+    names = [f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")]
+    return sorted(names, key=lambda name: (load_policy(name).needs_headmap, name))
+
+
+def load_policy(name: str) -> Policy:
+    """The policy of that name. Raises InputError naming those there are."""
+    path = resources.files(__package__).joinpath(f"{name}.toml")
+    if not name.replace("-", "").isalnum() or not path.is_file():
+        raise InputError(
+            f"there is no policy {name!r}", where="policy", expected=f"one of {', '.join(policy_names())}"
+        )
+    return from_data(Policy, tomllib.loads(path.read_text(encoding="utf-8")), f"policy {name}")

@@ -1,0 +1,199 @@
+"""What a model is, in numbers: `ModelSpec`, its `Schedule`, and the `Geometry` of a pixel size.
+
+Every count of layers, heads, frames or tokens anywhere in forcingkv comes from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from forcingkv.headmaps.errors import InputError
+
+__all__ = ["Decoder", "Geometry", "ModelSpec", "Renoise", "Schedule", "TextEncoder"]
+
+Renoise = Literal["fresh", "predicted"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The denoising passes of a chunk."""
+
+    denoising_steps: tuple[float, ...]
+    """Timesteps of the passes, on the scale 1000 (pure noise) to 0, falling."""
+    warp: bool = False
+    """Whether `denoising_steps` are still to be shifted (METHOD: `warp_denoising_step`)."""
+    shift: float = 1.0
+    """The shift of a warped schedule: sigma = shift * s / (1 + (shift - 1) * s)."""
+    renoise: Renoise = "fresh"
+    """Noise between passes: drawn anew (distilled models), or the noise the model predicted (Euler)."""
+    context_timestep: float = 0.0
+    """The timestep of the clean pass (METHOD: `context_noise`)."""
+
+    def __post_init__(self) -> None:
+        steps = self.denoising_steps
+        falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+        if not steps or not falling or steps[0] > 1000 or steps[-1] <= 0:
+            raise InputError(
+                f"denoising_steps {list(steps)} cannot be run",
+                where="schedule",
+                expected="at least one timestep, falling, each above 0 and at most 1000",
+            )
+
+    @cached_property
+    def timesteps(self) -> tuple[float, ...]:
+        """The timesteps given to the model, after warping."""
+        if not self.warp:
+            return self.denoising_steps
+        linear = [step / 1000 for step in self.denoising_steps]
+        return tuple(1000 * self.shift * s / (1 + (self.shift - 1) * s) for s in linear)
+
+    @cached_property
+    def sigmas(self) -> tuple[float, ...]:
+        """The noise levels of the passes, then 0."""
+        return (*(t / 1000 for t in self.timesteps), 0.0)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How latents become pixels."""
+
+    kind: Literal["pixels", "wan-vae"]
+    spatial_stride: int = 1
+    """Pixels a latent pixel covers, each way."""
+    temporal_stride: int = 1
+    """Pixel frames a latent frame gives (the video's first latent frame gives one)."""
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """How a prompt becomes the (text_length, text_width) input of the model."""
+
+    kind: Literal["words", "umt5"]
+    vocabulary: tuple[str, ...] = ()
+    """The words of a `words` encoder, in the order of their one-hot places."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A causal Wan transformer and how it is run (METHOD.md sections 1 and 5)."""
+
+    name: str
+    layers: int
+    heads: int
+    head_dim: int
+    ffn_width: int
+    latent_channels: int
+    patch: int
+    """Side of the square of latent pixels that makes a token."""
+    text_width: int
+    text_length: int
+    time_width: int
+    """Width of the sinusoidal time features."""
+    frames_per_chunk: int
+    attended_frames: int
+    """Latent frames the model attends to at most under the policy `full`, the current chunk included."""
+    ar_start: int
+    """Last chunk index at which all heads are still treated alike (METHOD.md section 3)."""
+    fps: float
+    width: int
+    """Pixels, of the default resolution."""
+    height: int
+    schedule: Schedule
+    decoder: Decoder
+    text: TextEncoder
+    epsilon: float = 1e-6
+    rope_theta: float = 10000.0
+    resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Named pixel sizes, (width, height)."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "head_dim", "ffn_width", "latent_channels", "patch",
+                     "text_width", "text_length", "time_width", "frames_per_chunk"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}", where=f"model {self.name}", expected="at least 1"
+                )
+        for name in ("head_dim", "time_width"):
+            if getattr(self, name) % 2:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}", where=f"model {self.name}", expected="an even number"
+                )
+        if self.attended_frames % self.frames_per_chunk or not self.attended_frames:
+            raise InputError(
+                f"attended_frames is {self.attended_frames}",
+                where=f"model {self.name}",
+                expected=f"a multiple of the {self.frames_per_chunk} frames a chunk",
+            )
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.heads * self.head_dim
+
+    @property
+    def rotary_pairs(self) -> tuple[int, int, int]:
+        """Rotated pairs of a head given to time, height and width (22, 21, 21 of 64)."""
+        pairs = self.head_dim // 2
+        side = pairs // 3
+        return pairs - 2 * side, side, side
+
+    def geometry(self, resolution: str | None = None) -> Geometry:
+        """The geometry of a named resolution, of "WxH", or of the default.
+
+        Raises InputError where the name is unknown or the pixels do not divide into tokens.
+        """
+        width, height = self._pixels(resolution)
+        cell = self.decoder.spatial_stride * self.patch
+        if width < cell or height < cell or width % cell or height % cell:
+            raise InputError(
+                f"{width}x{height} does not divide into tokens of {cell}x{cell} pixels",
+                where="resolution",
+                expected=f"width and height that are multiples of {cell}",
+                mend=f"The nearest that fits is {_nearest(width, cell)}x{_nearest(height, cell)}.",
+            )
+        stride = self.decoder.spatial_stride
+        return Geometry(width, height, width // stride, height // stride, self.patch)
+
+    def _pixels(self, resolution: str | None) -> tuple[int, int]:
+        if resolution is None:
+            return self.width, self.height
+        if resolution in self.resolutions:
+            return self.resolutions[resolution]
+        sides = resolution.lower().split("x")
+        if len(sides) == 2 and all(side.isdecimal() for side in sides):
+            return int(sides[0]), int(sides[1])
+        known = ", ".join(sorted(self.resolutions)) or "none by name"
+        raise InputError(
+            f"{resolution!r} is not a resolution of {self.name}",
+            where="resolution",
+            expected=f"WIDTHxHEIGHT, or a name ({known})",
+        )
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A pixel size, and the latent grid and tokens it makes."""
+
+    width: int
+    height: int
+    latent_width: int
+    latent_height: int
+    patch: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token rows and columns of a latent frame."""
+        return self.latent_height // self.patch, self.latent_width // self.patch
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame."""
+        rows, columns = self.grid
+        return rows * columns
+
+
+def _nearest(pixels: int, cell: int) -> int:
+    return max(cell, round(pixels / cell) * cell)

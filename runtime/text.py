@@ -1,0 +1,41 @@
+"""Prompts as model input, for models whose text encoder is small enough to live in the runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.spec import ModelSpec
+
+__all__ = ["encode_words"]
+
+
+def encode_words(spec: ModelSpec, prompt: str) -> npt.NDArray[np.float32]:
+    """One-hot word and one-hot place of each word: (1, text_length, text_width), zero-padded.
+
+    The model's own text embedding turns this into its learned word and place vectors.
+    Raises InputError for an empty prompt, an unknown word or too many words.
+    """
+    vocabulary = spec.text.vocabulary
+    words = prompt.lower().split()
+    if not words:
+        raise InputError("the prompt is empty", where="prompt", expected="some words")
+    if len(words) > spec.text_length:
+        raise InputError(
+            f"{prompt!r} has {len(words)} words",
+            where="prompt",
+            expected=f"at most {spec.text_length}",
+        )
+    unknown = sorted(set(words) - set(vocabulary))
+    if unknown:
+        raise InputError(
+            f"the model {spec.name} does not know the word {', '.join(map(repr, unknown))}",
+            where="prompt",
+            expected=f"words among: {' '.join(vocabulary)}",
+        )
+    text = np.zeros((1, spec.text_length, spec.text_width), np.float32)
+    for place, word in enumerate(words):
+        text[0, place, vocabulary.index(word)] = 1
+        text[0, place, len(vocabulary) + place] = 1
+    return text

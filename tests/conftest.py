@@ -1,0 +1,67 @@
+"""What many tests share: the folder of real data, and small models with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
+from forcingkv.models.wan import WanModel
+from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real head maps, videos and golden outputs; tests skip without it."""
+    if not DATA.is_dir():
+        pytest.skip("the folder ../shared/data is absent")
+    return DATA
+
+
+def small_spec(**changes: object) -> ModelSpec:
+    """A spec small enough to run in milliseconds; every size differs from every other."""
+    values: dict[str, object] = {
+        "name": "small",
+        "layers": 4,
+        "heads": 3,
+        "head_dim": 12,
+        "ffn_width": 40,
+        "latent_channels": 2,
+        "patch": 2,
+        "text_width": 10,
+        "text_length": 5,
+        "time_width": 16,
+        "frames_per_chunk": 3,
+        "attended_frames": 15,
+        "ar_start": 1,
+        "fps": 16.0,
+        "width": 12,
+        "height": 8,
+        "schedule": Schedule((1000.0, 625.0)),
+        "decoder": Decoder("pixels"),
+        "text": TextEncoder("words", ("a", "b", "c", "d", "e")),
+    }
+    return ModelSpec(**(values | changes))  # type: ignore[arg-type]
+
+
+def random_model(spec: ModelSpec, seed: int = 0) -> WanModel:
+    """Random weights large enough that every part of the model shows in its output."""
+    torch.manual_seed(seed)
+    model = WanModel(spec)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval().requires_grad_(False)
+
+
+def headmap_of(spec: ModelSpec, static: list[list[int]]) -> HeadMap:
+    """A map with those heads static in each layer and the others dynamic."""
+    labels = tuple(
+        tuple("static" if head in row else "dynamic" for head in range(spec.heads)) for row in static
+    )
+    return HeadMap(ModelIdentity(spec.name, spec.layers, spec.heads), labels, Rule("given"))
