@@ -49,7 +49,7 @@ def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
 
 
 def advance(
-    plan: CachePlan, cache: Cache, new: Sequence[KeysValues], retain: bool
+    plan: CachePlan, cache: Cache, new: Sequence[KeysValues], *, first: bool, retain: bool
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
 
@@ -57,6 +57,7 @@ def advance(
         plan: the cache plan.
         cache: the cache the pass read.
         new: each layer's keys and values of the pass.
+        first: whether the pass was the first chunk's, whose first frames become the sink.
         retain: whether segments are chosen; without, the retained ones stay as they are.
 
     Returns:
@@ -68,12 +69,14 @@ def advance(
         row = []
         for group, held in zip(groups, cache[layer], strict=True):
             own = _heads(new[layer], group)
-            kept = {"sink": _sink(plan, group, held, own), "recent": _recent(plan, group, held, own)}
-            if group.retained_segments:
-                kept["retained"] = held["retained"]
-                if retain:
-                    kept["retained"], indices = _retained(plan, group, held, own, indices)
-            row.append({role: kept[role] for role in group.roles})
+            kept = dict(held)
+            if group.sink_frames and first:
+                kept["sink"] = _tokens(own, slice(group.sink_frames * plan.frame_tokens))
+            if group.recent_frames:
+                kept["recent"] = _recent(plan, group, held, own)
+            if group.retained_segments and retain:
+                kept["retained"], indices = _retained(plan, group, held, own, indices)
+            row.append(kept)
         following.append(row)
     return following, indices
 
@@ -84,32 +87,21 @@ def _heads(kv: KeysValues, group: HeadGroup) -> KeysValues:
     return KeysValues(kv.keys[:, group.start : group.stop], kv.values[:, group.start : group.stop])
 
 
-def _sink(plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues) -> KeysValues:
-    """The sink is the first frames of the first chunk, and never changes again."""
-    if not group.sink_frames:
-        return new
-    if held["sink"].keys.shape[2]:
-        return held["sink"]
-    size = group.sink_frames * plan.frame_tokens
-    return KeysValues(new.keys[:, :, :size], new.values[:, :, :size])
+def _tokens(kv: KeysValues, part: slice) -> KeysValues:
+    return KeysValues(kv.keys[:, :, part], kv.values[:, :, part])
 
 
 def _recent(plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues) -> KeysValues:
     """The newest frames that are not in the sink."""
-    size = group.recent_frames * plan.frame_tokens
-    if not size:
-        return new
-    frames = plan.spec.frames_per_chunk
-    if group.recent_frames <= frames - group.sink_frames:
-        return KeysValues(new.keys[:, :, -size:], new.values[:, :, -size:])
-    fresh = 0
+    newest = slice(-group.recent_frames * plan.frame_tokens, None)
+    if group.recent_frames <= plan.spec.frames_per_chunk - group.sink_frames:
+        return _tokens(new, newest)
     if group.sink_frames:
         # Frames of the first chunk go to the sink; an empty sink means this is the first chunk.
-        fresh = group.sink_frames * plan.frame_tokens - held["sink"].keys.shape[2]
-    return KeysValues(
-        torch.cat([held["recent"].keys, new.keys[:, :, fresh:]], 2)[:, :, -size:],
-        torch.cat([held["recent"].values, new.values[:, :, fresh:]], 2)[:, :, -size:],
-    )
+        to_sink = group.sink_frames * plan.frame_tokens - held["sink"].keys.shape[2]
+        new = _tokens(new, slice(to_sink, None))
+    joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(held["recent"], new, strict=True)))
+    return _tokens(joined, newest)
 
 
 def _retained(
@@ -118,7 +110,7 @@ def _retained(
     """Retained segments: scored in the first layer that comes here, followed in the others."""
     assert plan.policy.retain is not None
     segments = plan.policy.retain.segments
-    transition = KeysValues(*(x[:, :, -plan.frame_tokens :] for x in held["recent"]))
+    transition = _tokens(held["recent"], slice(-plan.frame_tokens, None))
     if indices is None:
-        return prune_score(transition, new, segments, group.retained_segments)
-    return prune_follow(transition, new, indices, segments), indices
+        return prune_score(transition, new, plan.segment_tokens, segments, group.retained_segments)
+    return prune_follow(transition, new, indices, plan.segment_tokens), indices

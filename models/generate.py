@@ -14,8 +14,9 @@ from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.noise import chunk_noise
 from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.spec import Renoise
 
-__all__ = ["GeneratedChunk", "Noise", "Watch", "generate", "latent_shape", "seeded_noise"]
+__all__ = ["GeneratedChunk", "Noise", "Watch", "generate", "latent_shape", "next_latents", "seeded_noise"]
 
 Noise = Callable[[int, int], Tensor]
 """(chunk, step) -> noise shaped as the chunk's latents."""
@@ -94,27 +95,33 @@ def generate(
         for step, timestep in enumerate(schedule.timesteps):
             seen = watch(chunk, step, attend) if watch else attend
             flow, _ = run(latents, timestep, seen)
-            latents = denoise(plan, latents, flow, step, lambda s, c=chunk: noise(c, s))  # type: ignore[misc]
+            fresh = noise(chunk, step + 1) if schedule.renoise == "fresh" else None
+            sigma, following = schedule.sigmas[step : step + 2]
+            latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
         _, new = run(latents, schedule.context_timestep, attend)
-        cache, indices = advance(plan, cache, new, retain=chunk + 1 >= plan.retains_from)
+        cache, indices = advance(
+            plan, cache, new, first=chunk == 0, retain=chunk + 1 >= plan.retains_from
+        )
         yield GeneratedChunk(chunk, latents, indices)
 
 
-def denoise(
-    plan: CachePlan, latents: Tensor, flow: Tensor, step: int, noise: Callable[[int], Tensor]
+def next_latents(
+    renoise: Renoise,
+    latents: Tensor,
+    flow: Tensor,
+    sigma: Tensor | float,
+    following: Tensor | float,
+    noise: Tensor | None,
 ) -> Tensor:
-    """Latents for the next pass: x0 = x - sigma * flow, mixed with noise at the next level.
+    """Latents for the next pass: x0 = latents - sigma * flow, mixed with noise at the level `following`.
 
-    With `renoise = "fresh"` the noise is drawn anew (METHOD.md section 5); with "predicted" it is
-    the model's own, which makes the pass an Euler step.
+    With "fresh" the noise is drawn anew (METHOD.md section 5); with "predicted" it is the model's
+    own, which makes the pass an Euler step.
     """
-    sigma, following = plan.spec.schedule.sigmas[step : step + 2]
-    if plan.spec.schedule.renoise == "predicted":
+    if renoise == "predicted":
         return latents + (following - sigma) * flow
-    x0 = latents - sigma * flow
-    if not following:
-        return x0
-    return (1 - following) * x0 + following * noise(step + 1)
+    assert noise is not None, "fresh noise is needed"
+    return (1 - following) * (latents - sigma * flow) + following * noise
 
 
 def _rotary(plan: CachePlan, chunk: int) -> tuple[Tensor, Tensor]:

@@ -42,16 +42,16 @@ def _score(
     transition_values: Tensor,
     new_keys: Tensor,
     new_values: Tensor,
+    frame_tokens: int,
     segments: int,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    frame = transition_keys.shape[2]
     keys = torch.cat([transition_keys, new_keys], 2)
     values = torch.cat([transition_values, new_values], 2)
-    similarity = segment_similarity(keys[0].unflatten(1, (-1, frame)), segments)
+    similarity = segment_similarity(keys[0].unflatten(1, (-1, frame_tokens)), segments)
     # A stable sort breaks ties by the lowest index, as the ONNX body does.
     chosen = similarity.sort(stable=True).indices[:kept].sort().values
-    size = frame // segments
+    size = frame_tokens // segments
     return gather_segments(keys, chosen, size), gather_segments(values, chosen, size), chosen
 
 
@@ -61,11 +61,12 @@ def _(
     transition_values: Tensor,
     new_keys: Tensor,
     new_values: Tensor,
+    frame_tokens: int,
     segments: int,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, frame, width = transition_keys.shape
-    shape = (batch, heads, kept * (frame // segments), width)
+    batch, heads, _, width = new_keys.shape
+    shape = (batch, heads, kept * (frame_tokens // segments), width)
     indices = new_keys.new_empty((kept,), dtype=torch.int64)
     return new_keys.new_empty(shape), new_keys.new_empty(shape), indices
 
@@ -77,12 +78,14 @@ def _follow(
     new_keys: Tensor,
     new_values: Tensor,
     indices: Tensor,
-    segments: int,
+    segment_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    size = transition_keys.shape[2] // segments
     keys = torch.cat([transition_keys, new_keys], 2)
     values = torch.cat([transition_values, new_values], 2)
-    return gather_segments(keys, indices, size), gather_segments(values, indices, size)
+    return (
+        gather_segments(keys, indices, segment_tokens),
+        gather_segments(values, indices, segment_tokens),
+    )
 
 
 @_follow.register_fake
@@ -92,34 +95,36 @@ def _(
     new_keys: Tensor,
     new_values: Tensor,
     indices: Tensor,
-    segments: int,
+    segment_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, frame, width = transition_keys.shape
-    shape = (batch, heads, indices.shape[0] * (frame // segments), width)
+    batch, heads, _, width = new_keys.shape
+    shape = (batch, heads, indices.shape[0] * segment_tokens, width)
     return new_keys.new_empty(shape), new_keys.new_empty(shape)
 
 
 def prune_score(
-    transition: KeysValues, new: KeysValues, segments: int, kept: int
+    transition: KeysValues, new: KeysValues, segment_tokens: int, segments: int, kept: int
 ) -> tuple[KeysValues, Tensor]:
     """Choose and collect the `kept` least similar segments.
 
     Args:
         transition: the old transition frame of the layer's dynamic heads.
         new: the finished chunk of the same heads.
-        segments: runs a frame is split into.
+        segment_tokens: tokens of a segment.
+        segments: segments of a frame.
         kept: segments to keep.
 
     Returns:
         The retained keys and values, and their indices (kept,) int64, ascending. Candidates are the
         frames [old transition, new 0, new 1, ...] but the last; batch item 0 decides.
     """
-    keys, values, indices = _score(*transition, *new, segments, kept)
+    frame_tokens = segment_tokens * segments
+    keys, values, indices = _score(*transition, *new, frame_tokens, segments, kept)
     return KeysValues(keys, values), indices
 
 
 def prune_follow(
-    transition: KeysValues, new: KeysValues, indices: Tensor, segments: int
+    transition: KeysValues, new: KeysValues, indices: Tensor, segment_tokens: int
 ) -> KeysValues:
     """Collect the segments that the scoring layer chose."""
-    return KeysValues(*_follow(*transition, *new, indices, segments))
+    return KeysValues(*_follow(*transition, *new, indices, segment_tokens))

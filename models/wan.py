@@ -186,6 +186,9 @@ class WanModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.patch_embedding = PatchEmbedding(spec)
+        if spec.position_table:
+            tokens = spec.geometry().frame_tokens
+            self.position_embedding = nn.Parameter(torch.randn(1, tokens, spec.dim) * 0.2)
         self.text_embedding = nn.Sequential(
             nn.Linear(spec.text_width, spec.dim),
             nn.GELU(approximate="tanh"),
@@ -225,6 +228,8 @@ class WanModel(nn.Module):
             The predicted flow, shaped as latents, and each layer's new keys and values.
         """
         x = self.patch_embedding(latents)
+        if self.spec.position_table:
+            x = x + self.position_embedding.repeat(1, latents.shape[2], 1)
         embedded = self.time_embedding(time)
         modulation = self.time_projection(embedded).unflatten(-1, (6, -1))
         new = []

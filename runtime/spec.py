@@ -106,6 +106,10 @@ class ModelSpec:
     text: TextEncoder
     epsilon: float = 1e-6
     rope_theta: float = 10000.0
+    position_table: bool = False
+    """Whether tokens carry a learned code of their place in the frame. Public Wan models have none:
+    rotary embedding alone cannot tell the left half of pure noise from the right. A model with a
+    table runs at its default resolution only."""
     resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Named pixel sizes, (width, height)."""
 

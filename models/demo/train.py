@@ -67,8 +67,20 @@ def initialise(model: WanModel) -> None:
             nn.init.zeros_(parameter)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+        elif name == "position_embedding":
+            parameter.data = place_codes(model.spec)
         elif name.endswith("weight") and parameter.ndim == 2:
             nn.init.xavier_uniform_(parameter)
+
+
+def place_codes(spec: ModelSpec) -> Tensor:
+    """Smooth codes of a token's row and column: random mixtures of the cosines of each axis."""
+    axes = [
+        torch.cos(torch.pi * torch.arange(n) * (torch.arange(n)[:, None] + 0.5) / n)
+        for n in spec.geometry().grid
+    ]
+    rows, columns = (axis @ torch.randn(len(axis), spec.dim) * 0.1 for axis in axes)
+    return (rows[:, None] + columns[None, :]).flatten(0, 1)[None]
 
 
 def sample_sigmas(rng: np.random.Generator, batch: int, chunks: int) -> np.ndarray[Any, Any]:
@@ -179,6 +191,7 @@ def train(out: Path) -> None:
         batch = make_batch(spec, np.random.default_rng((SEED, step)), stage)
         parts = loss(batch)
         parts.sum().backward()
+        parts = parts.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for tuner in tuners:
             tuner.step()

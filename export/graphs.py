@@ -1,0 +1,139 @@
+"""The three graphs of a bundle as torch modules with flat, named inputs and outputs.
+
+`prompt` runs once a prompt, `step` once a pass, `decode` once a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from forcingkv.models.cache import Cache, advance, attend_cache
+from forcingkv.models.generate import latent_shape, next_latents
+from forcingkv.models.wan import KeysValues, WanModel
+from forcingkv.runtime.plan import CacheEntry, CachePlan
+from forcingkv.runtime import positions
+
+__all__ = ["Graph", "decode_graph", "prompt_graph", "step_graph"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A module to trace, with example inputs and the names of what goes in and out."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+    dynamic: dict[str, str]
+    """Input name -> symbol of its token dimension (dimension 2), where that varies by phase."""
+
+
+def _cross_names(layers: int) -> list[str]:
+    return [f"cross.{layer}.{part}" for layer in range(layers) for part in KeysValues._fields]
+
+
+class PromptModule(nn.Module):
+    """text -> cross-attention keys and values of every layer."""
+
+    def __init__(self, model: WanModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(tensor for kv in self.model.prompt(inputs["text"]) for tensor in kv)
+
+
+class StepModule(nn.Module):
+    """One pass: next latents, x0, and the cache as it is after a clean pass."""
+
+    def __init__(self, model: WanModel, plan: CachePlan) -> None:
+        super().__init__()
+        self.model, self.plan = model, plan
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        plan = self.plan
+        cross = [inputs[name] for name in _cross_names(plan.spec.layers)]
+        prompt = [KeysValues(*pair) for pair in zip(cross[::2], cross[1::2], strict=True)]
+        cache = unflatten_cache(plan, [inputs[entry.name] for entry in plan.entries])
+        rotary = inputs["cosines"], inputs["sines"]
+        latents, sigma = inputs["latents"], inputs["sigma"]
+        flow, new = self.model(latents, inputs["time"], rotary, prompt, attend_cache(plan, cache))
+        # Every output is there in every phase; the session takes those the phase calls for.
+        following, indices = advance(plan, cache, new, first=True, retain=True)
+        x0 = latents - sigma * flow
+        following_latents = next_latents(
+            plan.spec.schedule.renoise, latents, flow, sigma, inputs["sigma_next"], inputs.get("noise")
+        )
+        out = (following_latents, x0, *flatten_cache(plan, following))
+        return out if indices is None else (*out, indices)
+
+
+class PixelDecodeModule(nn.Module):
+    """Latents that are pixels already: (1, C, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        frames = inputs["latents"][0].permute(1, 2, 3, 0)
+        pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return pixels.expand(-1, -1, -1, 3) if pixels.shape[-1] == 1 else pixels
+
+
+def unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
+    """Tensors in the order of `plan.entries` as a cache."""
+    cache: list[list[dict[str, KeysValues]]] = [[{} for _ in groups] for groups in plan.layers]
+    pairs = zip(plan.entries[::2], tensors[::2], tensors[1::2], strict=True)
+    for entry, keys, values in pairs:
+        place = plan.layers[entry.layer].index(entry.group)
+        cache[entry.layer][place][entry.role] = KeysValues(keys, values)
+    return cache
+
+
+def flatten_cache(plan: CachePlan, cache: Cache) -> list[Tensor]:
+    """A cache as tensors in the order of `plan.entries`."""
+    return [
+        getattr(cache[e.layer][plan.layers[e.layer].index(e.group)][e.role], e.part)
+        for e in plan.entries
+    ]
+
+
+def prompt_graph(model: WanModel) -> Graph:
+    """The graph `prompt`."""
+    spec = model.spec
+    text = torch.zeros(1, spec.text_length, spec.text_width)
+    return Graph("prompt", PromptModule(model), {"text": text}, tuple(_cross_names(spec.layers)), {})
+
+
+def step_graph(model: WanModel, plan: CachePlan) -> Graph:
+    """The graph `step`. Its example inputs are those of a chunk in the last phase."""
+    spec = plan.spec
+    cosines, sines = map(torch.from_numpy, positions.rotary(spec, plan.geometry, 0, spec.frames_per_chunk))
+    cross = (1, spec.heads, spec.text_length, spec.head_dim)
+    inputs = {
+        "latents": torch.zeros(latent_shape(plan)),
+        **({"noise": torch.zeros(latent_shape(plan))} if spec.schedule.renoise == "fresh" else {}),
+        "sigma": torch.ones(1),
+        "sigma_next": torch.zeros(1),
+        "time": torch.zeros(1, 1, spec.time_width),
+        "cosines": cosines,
+        "sines": sines,
+        # One tensor each: the tracer would take one object given twice for one input.
+        **{name: torch.zeros(cross) for name in _cross_names(spec.layers)},
+        **{entry.name: _example(plan, entry) for entry in plan.entries},
+    }
+    outputs = ("next_latents", "x0", *(f"next.{entry.name}" for entry in plan.entries))
+    if plan.score_layer is not None:
+        outputs += ("retained_indices",)
+    dynamic = {entry.name: f"{entry.group.label}_{entry.role}_tokens" for entry in plan.entries}
+    return Graph("step", StepModule(model, plan), inputs, outputs, dynamic)
+
+
+def decode_graph(plan: CachePlan) -> Graph:
+    """The graph `decode`, for models whose latents are pixels."""
+    return Graph("decode", PixelDecodeModule(), {"latents": torch.zeros(latent_shape(plan))}, ("frames",), {})
+
+
+def _example(plan: CachePlan, entry: CacheEntry) -> Tensor:
+    tokens = plan.tokens(entry.group, entry.role, plan.phases[-1].first_chunk)
+    return torch.zeros(1, entry.group.heads, tokens, plan.spec.head_dim)

@@ -1,0 +1,167 @@
+"""A bundle: the folder that export writes and the runtime opens."""
+
+from __future__ import annotations
+
+import json
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.headmaps.headmap import HeadMap
+from forcingkv.runtime.files import FileRecord, inside, verify_file
+from forcingkv.runtime.plan import CachePlan, build_plan
+from forcingkv.runtime.policies import Policy
+from forcingkv.runtime.spec import ModelSpec
+
+__all__ = ["GRAPHS", "SCHEMA", "Bundle", "GraphRecord", "Manifest", "PlanRecord", "TensorRecord"]
+
+SCHEMA = "forcingkv.bundle/1"
+MANIFEST, HEADMAP = "manifest.json", "headmap.json"
+GRAPHS = ("prompt", "step", "decode")
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """An input or output of a graph. A dimension that varies by phase has the name of its symbol."""
+
+    dtype: str
+    shape: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One ONNX graph."""
+
+    file: str
+    weights: str | None
+    inputs: dict[str, TensorRecord]
+    outputs: dict[str, TensorRecord]
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """What the cache plan comes to. Derived: checked against the plan when the bundle is opened."""
+
+    kv_bytes: int
+    """float32, batch 1, last phase, current chunk included."""
+    phases: tuple[dict[str, int], ...]
+    """For each phase its first chunk and the cached tokens of each group and role."""
+    layers: tuple[dict[str, int], ...]
+    """For each layer the heads of each group."""
+
+    @classmethod
+    def of(cls, plan: CachePlan) -> PlanRecord:
+        """The record of a plan."""
+        return cls(
+            kv_bytes=plan.kv_bytes(),
+            phases=tuple(
+                {"first_chunk": phase.first_chunk}
+                | {f"{label}.{role}": n for label, role, n in phase.tokens}
+                for phase in plan.phases
+            ),
+            layers=tuple({group.label: group.heads for group in groups} for groups in plan.layers),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json."""
+
+    schema: Literal["forcingkv.bundle/1"]
+    model: ModelSpec
+    resolution: tuple[int, int]
+    policy: Policy
+    plan: PlanRecord
+    graphs: dict[str, GraphRecord]
+    files: dict[str, FileRecord]
+    versions: dict[str, str]
+    headmap: str | None = None
+    """SHA-256 of the head map's text."""
+    verification: dict[str, float] = field(default_factory=dict)
+    """Largest absolute difference between each graph and torch, seen at export."""
+    engines: tuple[dict[str, Any], ...] = ()
+
+    def to_text(self) -> str:
+        """The file's text."""
+        return json.dumps(to_data(self), indent=1) + "\n"
+
+
+class Bundle:
+    """An opened bundle: every file checked against the manifest's digests.
+
+    Attributes:
+        path: the folder.
+        manifest: what it says.
+        headmap: the head map, if the policy uses one.
+        plan: the cache plan.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, headmap: HeadMap | None) -> None:
+        self.path, self.manifest, self.headmap = path, manifest, headmap
+
+    @classmethod
+    def open(cls, path: Path | str) -> Bundle:
+        """Open and check a bundle.
+
+        Raises InputError where something is missing, changed, outside the folder, or does not fit.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        for name, record in manifest.files.items():
+            verify_file(folder, name, record)
+        headmap = HeadMap.read(folder / HEADMAP) if manifest.headmap else None
+        if headmap and headmap.digest != manifest.headmap:
+            raise InputError("is not the one the bundle was baked with", where=str(folder / HEADMAP))
+        bundle = cls(folder, manifest, headmap)
+        if PlanRecord.of(bundle.plan) != manifest.plan:
+            raise InputError(
+                "its cache plan does not follow from its model, policy and head map",
+                where=str(folder / MANIFEST),
+                mend="Export the bundle again with this version of forcingkv.",
+            )
+        return bundle
+
+    @cached_property
+    def plan(self) -> CachePlan:
+        """The cache plan."""
+        width, height = self.manifest.resolution
+        model = self.manifest.model
+        geometry = model.geometry(f"{width}x{height}")
+        return build_plan(model, geometry, self.manifest.policy, self.headmap)
+
+    def graph(self, name: str) -> Path:
+        """The ONNX file of a graph."""
+        return inside(self.path, self.manifest.graphs[name].file)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            "is not a bundle: it has no manifest.json",
+            where=str(folder),
+            mend="Make one with: forcingkv export",
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"is not JSON ({error})", where=str(path)) from error
+    manifest = from_data(Manifest, data, str(path))
+    for name in manifest.files:
+        inside(folder, name)
+    named = {HEADMAP} if manifest.headmap else set()
+    for graph in GRAPHS:
+        if graph not in manifest.graphs:
+            raise InputError(f"has no graph {graph!r}", where=str(path))
+        record: GraphRecord = manifest.graphs[graph]
+        named |= {record.file} | ({record.weights} if record.weights else set())
+    unrecorded = sorted(named - set(manifest.files))
+    if unrecorded:
+        raise InputError(f"has no digest of {', '.join(unrecorded)}", where=str(path))
+    return manifest
+
+

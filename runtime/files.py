@@ -1,0 +1,98 @@
+"""Files of a bundle: names that stay inside it, digests, and writing that is all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from forcingkv.headmaps.errors import InputError
+
+__all__ = ["FileRecord", "inside", "new_folder", "record_file", "verify_file"]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be."""
+
+    sha256: str
+    bytes: int
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file named relative to a folder.
+
+    Raises InputError for a name that is absolute, climbs out, or leads out through a link.
+    """
+    pure = PurePosixPath(name)
+    plain = name and "\\" not in name and not pure.is_absolute() and ".." not in pure.parts
+    path = folder / pure
+    if not plain or not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"names the file {name!r}, which is not inside the folder",
+            where=str(folder),
+            expected="relative names without '..'",
+        )
+    return path
+
+
+def record_file(path: Path) -> FileRecord:
+    """The record of a file as it is."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(digest, path.stat().st_size)
+
+
+def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
+    """The path of a file, once it is known to be what its record says. Raises InputError otherwise."""
+    path = inside(folder, name)
+    if not path.is_file():
+        raise InputError("is missing", where=str(path), mend="Export the bundle again.")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise InputError(
+            f"has {size} bytes",
+            where=str(path),
+            expected=f"{record.bytes}, as its manifest says",
+            mend="The file was changed or cut short: export or copy the bundle again.",
+        )
+    found = record_file(path).sha256
+    if found != record.sha256:
+        raise InputError(
+            f"has the digest {found[:12]}...",
+            where=str(path),
+            expected=f"{record.sha256[:12]}..., as its manifest says",
+            mend="The file was changed: export or copy the bundle again.",
+        )
+    return path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    A folder already at `path` is replaced only then. Raises InputError where nothing can be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+    except OSError as error:
+        raise InputError(
+            f"cannot be written ({error.strerror})",
+            where=str(path),
+            mend="Choose an output folder that you may write to.",
+        ) from error
+    try:
+        yield partial
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
