@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,16 +107,20 @@ def prompt_graph(model: WanModel) -> Graph:
 
 
 def step_graph(model: WanModel, plan: CachePlan) -> Graph:
-    """The graph `step`. Its example inputs are those of a chunk in the last phase."""
+    """The graph `step`. Its example inputs are those of the first pass of a chunk in the last phase."""
     spec = plan.spec
-    cosines, sines = map(torch.from_numpy, positions.rotary(spec, plan.geometry, 0, spec.frames_per_chunk))
+    first_frame = plan.phases[-1].first_chunk * spec.frames_per_chunk
+    tables = positions.rotary(spec, plan.geometry, first_frame, spec.frames_per_chunk)
+    cosines, sines = (torch.from_numpy(table) for table in tables)
+    sigma, sigma_next = spec.schedule.sigmas[:2]
+    time = positions.time_features(spec, np.array([[spec.schedule.timesteps[0]]]))
     cross = (1, spec.heads, spec.text_length, spec.head_dim)
     inputs = {
         "latents": torch.zeros(latent_shape(plan)),
         **({"noise": torch.zeros(latent_shape(plan))} if spec.schedule.renoise == "fresh" else {}),
-        "sigma": torch.ones(1),
-        "sigma_next": torch.zeros(1),
-        "time": torch.zeros(1, 1, spec.time_width),
+        "sigma": torch.tensor([sigma]),
+        "sigma_next": torch.tensor([sigma_next]),
+        "time": torch.from_numpy(time),
         "cosines": cosines,
         "sines": sines,
         # One tensor each: the tracer would take one object given twice for one input.

@@ -21,8 +21,8 @@ __all__ = ["GeneratedChunk", "Noise", "Watch", "generate", "latent_shape", "next
 Noise = Callable[[int, int], Tensor]
 """(chunk, step) -> noise shaped as the chunk's latents."""
 
-Watch = Callable[[int, int, Attend], Attend]
-"""(chunk, step, attend) -> attend; lets analysis see the attention of denoising passes."""
+Watch = Callable[[int, int, Cache, Attend], Attend]
+"""(chunk, step, cache, attend) -> attend; lets analysis see the attention of denoising passes."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def generate(
         latents = noise(chunk, 0)
         schedule = plan.spec.schedule
         for step, timestep in enumerate(schedule.timesteps):
-            seen = watch(chunk, step, attend) if watch else attend
+            seen = watch(chunk, step, cache, attend) if watch else attend
             flow, _ = run(latents, timestep, seen)
             fresh = noise(chunk, step + 1) if schedule.renoise == "fresh" else None
             sigma, following = schedule.sigmas[step : step + 2]

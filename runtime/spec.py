@@ -144,6 +144,18 @@ class ModelSpec:
         side = pairs // 3
         return pairs - 2 * side, side, side
 
+    def frames_of(self, chunks: int) -> int:
+        """Pixel frames that the first `chunks` chunks decode to."""
+        latent = chunks * self.frames_per_chunk
+        return 1 + (latent - 1) * self.decoder.temporal_stride if latent else 0
+
+    def chunks_for(self, seconds: float) -> int:
+        """Chunks needed for at least that many seconds of video."""
+        chunks = 1
+        while self.frames_of(chunks) < seconds * self.fps:
+            chunks += 1
+        return chunks
+
     def geometry(self, resolution: str | None = None) -> Geometry:
         """The geometry of a named resolution, of "WxH", or of the default.
 

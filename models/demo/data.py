@@ -6,6 +6,7 @@ model never sees those, and the judge's own accuracy is stated on them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -16,10 +17,13 @@ from scipy.ndimage import zoom
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-__all__ = ["DIRECTIONS", "HALF", "HEIGHT", "WIDTH", "Clip", "Mover", "Split", "digits", "make_clip", "prompt_of"]
+__all__ = ["DIRECTIONS", "HALF", "HEIGHT", "WIDTH", "Clip", "Moves", "Mover", "Split", "digits",
+           "make_clip", "moves_of", "prompt_of"]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
 Split = Literal["train", "held-out"]
+Moves = tuple[tuple[int, str], tuple[int, str]]
+"""(digit, direction) of the left half and of the right half."""
 
 HEIGHT, WIDTH = 32, 48
 HALF = WIDTH // 2
@@ -68,15 +72,30 @@ class Clip:
 
     @property
     def prompt(self) -> str:
-        return prompt_of([(m.digit, m.direction) for m in self.movers])
+        return prompt_of(self.moves)
+
+    @property
+    def moves(self) -> Moves:
+        """What the prompt says."""
+        left, right = self.movers
+        return (left.digit, left.direction), (right.digit, right.direction)
 
 
 _ROOM = (HEIGHT - SIDE, HALF - SIDE)
 
 
-def prompt_of(parts: list[tuple[int, str]]) -> str:
+def prompt_of(moves: Moves) -> str:
     """The prompt for (digit, direction) of the left and right half."""
-    return " and ".join(f"a {digit} moving {direction}" for digit, direction in parts)
+    return " and ".join(f"a {digit} moving {direction}" for digit, direction in moves)
+
+
+def moves_of(prompt: str) -> Moves:
+    """The inverse of `prompt_of`. Raises ValueError for a prompt of another form."""
+    found = re.fullmatch(r"a (\d) moving (\w+) and a (\d) moving (\w+)", prompt)
+    if found is None:
+        raise ValueError(f"not a prompt of two moving digits: {prompt!r}")
+    left, left_way, right, right_way = found.groups()
+    return (int(left), left_way), (int(right), right_way)
 
 
 @cache

@@ -17,7 +17,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from forcingkv.models.demo.data import DIRECTIONS, HALF, Split, make_clip
+from forcingkv.models.demo.data import DIRECTIONS, HALF, Moves, Split, make_clip
 
 __all__ = ["Judge", "Verdict", "accuracy_on_real_clips", "verdict"]
 
@@ -82,7 +82,7 @@ def direction(frames: Frames) -> tuple[str | None, str | None]:
 
 
 def verdict(
-    judge: Judge, frames: Frames, wanted: Sequence[tuple[int, str]], frames_per_chunk: int, chunk: int
+    judge: Judge, frames: Frames, wanted: Moves, frames_per_chunk: int, chunk: int
 ) -> Verdict:
     """Judge one video (frames, HEIGHT, WIDTH) against the prompted (digit, direction) of each half.
 
@@ -109,8 +109,7 @@ def accuracy_on_real_clips(
     verdicts = []
     for _ in range(clips):
         clip = make_clip(rng, (chunk + 1) * frames_per_chunk, "held-out")
-        wanted = [(mover.digit, mover.direction) for mover in clip.movers]
-        verdicts.append(verdict(judge, clip.frames, wanted, frames_per_chunk, chunk))
+        verdicts.append(verdict(judge, clip.frames, clip.moves, frames_per_chunk, chunk))
     return (
         float(np.mean([v.digits for v in verdicts])),
         float(np.mean([v.directions for v in verdicts])),

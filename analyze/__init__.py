@@ -1,0 +1,5 @@
+"""Analysis: record attention statistics, label heads, and report."""
+
+from forcingkv.analyze.run import analyze_heads
+
+__all__ = ["analyze_heads"]

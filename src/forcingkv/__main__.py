@@ -1,0 +1,23 @@
+"""The command line: `forcingkv` or `python -m forcingkv`."""
+
+from __future__ import annotations
+
+import sys
+
+from forcingkv.commands import app
+from forcingkv.headmaps.errors import InputError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run a command. Exit codes: 0 done, 1 a check did not hold, 2 wrong input, 130 interrupted."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

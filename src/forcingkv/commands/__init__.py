@@ -1,0 +1,24 @@
+"""The commands. Each module has one; heavy imports happen inside the functions."""
+
+from __future__ import annotations
+
+import typer
+
+from forcingkv.commands import analyze, demo, export, generate, headmap, inspect
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="forcingkv",
+    help="Head maps for autoregressive video diffusion: analyze -> head map -> export -> generate.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.add_typer(analyze.app, name="analyze")
+app.add_typer(headmap.app, name="headmap")
+app.command("export")(export.export)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
