@@ -24,6 +24,6 @@ def frame_mass(queries: Tensor, keys: Tensor, frame_tokens: int) -> Tensor:
         softmax mass on each key frame. Each row sums to 1.
     """
     scaled = queries.float() * queries.shape[-1] ** -0.5
-    frames = keys.float().split(frame_tokens, dim=1)
+    frames = torch.split(keys.float(), frame_tokens, dim=1)
     logs = torch.stack([(scaled @ frame.transpose(1, 2)).logsumexp(-1) for frame in frames], -1)
-    return logs.softmax(-1).unflatten(1, (-1, frame_tokens)).mean(2)
+    return torch.unflatten(logs.softmax(-1), 1, (-1, frame_tokens)).mean(2)

@@ -35,7 +35,7 @@ def headmap_picture(headmap: HeadMap) -> bytes:
 
 
 def spread_picture(scores: pl.DataFrame, headmap: HeadMap) -> bytes:
-    """PNG: each head's scores over samples, chunks and steps as a box, in the order of its mean."""
+    """PNG: each head's mean score, with the interval that holds 90% of its observations."""
     import seaborn as sns
 
     heads = headmap.model.heads
@@ -49,9 +49,9 @@ def spread_picture(scores: pl.DataFrame, headmap: HeadMap) -> bytes:
     )
     with _figure(max(6.0, 0.32 * len(names) + 2), 4.0) as figure:
         axes = figure.subplots()
-        sns.boxplot(
+        sns.pointplot(
             x=labelled["name"].to_list(), y=labelled["score"].to_list(),
-            hue=labelled["label"].to_list(), order=names, dodge=False, fliersize=1, ax=axes,
+            hue=labelled["label"].to_list(), order=names, errorbar=("pi", 90), linestyle="none", ax=axes,
         )  # fmt: skip
         if headmap.rule.alpha is not None:
             axes.axhline(headmap.rule.alpha, color="black", linewidth=1, linestyle="--")

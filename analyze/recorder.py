@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
 from torch import Tensor
@@ -66,8 +67,7 @@ class Recorder:
         return frames
 
     def _note(
-        self, chunk: int, step: int, layer: int, mass: np.ndarray[tuple[int, int, int], np.dtype[np.float32]],
-        key_frames: Sequence[int],
+        self, chunk: int, step: int, layer: int, mass: npt.NDArray[np.float32], key_frames: Sequence[int]
     ) -> None:  # fmt: skip
         heads, query_frames, count = mass.shape
         head, query, key = np.indices(mass.shape, dtype=np.int32).reshape(3, -1)

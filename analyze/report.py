@@ -56,9 +56,7 @@ def summary(scores: pl.DataFrame, headmap: HeadMap) -> list[tuple[str, str]]:
     if headmap.confidence:
         flat = sorted(value for row in headmap.confidence for value in row)
         sure = sum(value >= 0.95 for value in flat)
-        lines.append(
-            ("keep their label in at least 95% of observations", f"{sure} of {len(flat)} heads")
-        )
+        lines.append(("keep their label in at least 95% of observations", f"{sure} of {len(flat)} heads"))
     if headmap.statistics:
         s = headmap.statistics
         lines.append(("measured on", f"{s.samples} samples x {s.chunks} chunks x {s.steps} steps"))
@@ -70,7 +68,10 @@ def report_html(scores: pl.DataFrame, headmap: HeadMap, command: Sequence[str]) 
     lines = summary(scores, headmap)
     figures = [
         (headmap_picture(headmap), "Mean recency score of each head, layers by heads, with its label"),
-        (spread_picture(scores, headmap), "Scores of each head over samples, chunks and steps, as boxes"),
+        (
+            spread_picture(scores, headmap),
+            "Mean score of each head; the bar holds 90% of its observations (samples, chunks, steps)",
+        ),
         (recency_picture(scores), "Mean recency score of each layer over the denoising steps"),
     ]
     return _PAGE.format(

@@ -112,9 +112,7 @@ def _record(graph: Graph, traced: onnx.ModelProto, files: list[Path]) -> GraphRe
 def _tensor(value: onnx.ValueInfoProto) -> TensorRecord:
     kind = value.type.tensor_type
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    return TensorRecord(
-        str(dtype), tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
-    )
+    return TensorRecord(str(dtype), tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim))
 
 
 def _files(paths: list[Path]) -> dict[str, FileRecord]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from forcingkv.models.cache import Cache, advance, attend_cache
 from forcingkv.models.generate import latent_shape, next_latents
 from forcingkv.models.wan import KeysValues, WanModel
-from forcingkv.runtime.plan import CacheEntry, CachePlan
 from forcingkv.runtime import positions
+from forcingkv.runtime.plan import CacheEntry, CachePlan
 
 __all__ = ["Graph", "decode_graph", "prompt_graph", "step_graph"]
 
@@ -94,8 +94,7 @@ def unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
 def flatten_cache(plan: CachePlan, cache: Cache) -> list[Tensor]:
     """A cache as tensors in the order of `plan.entries`."""
     return [
-        getattr(cache[e.layer][plan.layers[e.layer].index(e.group)][e.role], e.part)
-        for e in plan.entries
+        getattr(cache[e.layer][plan.layers[e.layer].index(e.group)][e.role], e.part) for e in plan.entries
     ]
 
 

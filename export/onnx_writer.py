@@ -23,9 +23,7 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
     """Trace a graph with torch's exporter; inputs, outputs and varying dimensions get their names."""
     names = list(graph.inputs)
     symbols = {symbol: Dim(symbol, min=2) for symbol in sorted(set(graph.dynamic.values()))}
-    shapes = tuple(
-        {2: symbols[graph.dynamic[name]]} if name in graph.dynamic else None for name in names
-    )
+    shapes = tuple({2: symbols[graph.dynamic[name]]} if name in graph.dynamic else None for name in names)
     flat = _Flat(graph)
     with _quiet():
         program = torch.onnx.export(
@@ -51,9 +49,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> list[Path]:
     """Write `path` and, for a graph with weights, `path` with the ending .weights; return the files."""
     weights = path.with_suffix(".weights")
     if model.graph.initializer:
-        onnx.save_model(
-            model, path, save_as_external_data=True, location=weights.name, size_threshold=1024
-        )
+        onnx.save_model(model, path, save_as_external_data=True, location=weights.name, size_threshold=1024)
     else:
         onnx.save_model(model, path)
     return [path, weights] if weights.exists() else [path]

@@ -49,9 +49,7 @@ def from_data(kind: type[T], data: Any, where: str) -> T:
 def to_data(value: Any) -> Any:
     """The plain lists, dicts and scalars of a dataclass, ready for JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
-        }
+        return {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, Mapping):
         return {str(key): to_data(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -89,12 +87,9 @@ def _tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
     if len(args) == 2 and args[1] is Ellipsis:
         args = (args[0],) * len(data)
     if len(args) != len(data):
-        raise InputError(
-            f"has {len(data)} entries", where=where, expected=f"a list of {len(args)}"
-        )
+        raise InputError(f"has {len(data)} entries", where=where, expected=f"a list of {len(args)}")
     return tuple(
-        _value(arg, item, f"{where}[{i}]")
-        for i, (arg, item) in enumerate(zip(args, data, strict=True))
+        _value(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, data, strict=True))
     )
 
 

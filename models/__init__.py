@@ -1,0 +1,1 @@
+"""The torch models that analysis and export share."""

@@ -89,6 +89,4 @@ def _check(spec: ModelSpec, state: Mapping[str, Tensor], where: str) -> None:
     ]
     if faults:
         shown = "; ".join(sorted(faults)[:20]) + ("; ..." if len(faults) > 20 else "")
-        raise InputError(
-            f"does not fit the model {spec.name}: {len(faults)} tensors: {shown}", where=where
-        )
+        raise InputError(f"does not fit the model {spec.name}: {len(faults)} tensors: {shown}", where=where)

@@ -16,7 +16,15 @@ from forcingkv.runtime.noise import chunk_noise
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import Renoise
 
-__all__ = ["GeneratedChunk", "Noise", "Watch", "generate", "latent_shape", "next_latents", "seeded_noise"]
+__all__ = [
+    "GeneratedChunk",
+    "Noise",
+    "Watch",
+    "generate",
+    "latent_shape",
+    "next_latents",
+    "seeded_noise",
+]
 
 Noise = Callable[[int, int], Tensor]
 """(chunk, step) -> noise shaped as the chunk's latents."""
@@ -99,9 +107,7 @@ def generate(
             sigma, following = schedule.sigmas[step : step + 2]
             latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
         _, new = run(latents, schedule.context_timestep, attend)
-        cache, indices = advance(
-            plan, cache, new, first=chunk == 0, retain=chunk + 1 >= plan.retains_from
-        )
+        cache, indices = advance(plan, cache, new, first=chunk == 0, retain=chunk + 1 >= plan.retains_from)
         yield GeneratedChunk(chunk, latents, indices)
 
 

@@ -34,7 +34,7 @@ def head_orders(spec: ModelSpec, policy: Policy, headmap: HeadMap | None) -> lis
 def permute_heads(
     state: Mapping[str, Tensor], spec: ModelSpec, orders: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """The state dict with the self-attention heads of every layer reordered; other tensors are shared."""
+    """The state dict with every layer's self-attention heads reordered; other tensors are shared."""
     baked = dict(state)
     for layer, order in enumerate(orders):
         index = torch.tensor(order).repeat_interleave(spec.head_dim) * spec.head_dim

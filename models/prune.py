@@ -28,12 +28,13 @@ def segment_similarity(frames: Tensor, segments: int) -> Tensor:
     """
     vectors = frames.permute(1, 2, 0, 3).flatten(2)
     cosine = F.cosine_similarity(vectors[:-1], vectors[1:], dim=-1)
-    return cosine.unflatten(1, (segments, -1)).mean(-1).flatten()
+    return torch.unflatten(cosine, 1, (segments, -1)).mean(-1).flatten()
 
 
 def gather_segments(x: Tensor, indices: Tensor, segment_tokens: int) -> Tensor:
     """The chosen segments of x (batch, heads, tokens, head_dim), in the order of `indices`."""
-    return x.unflatten(2, (-1, segment_tokens)).index_select(2, indices).flatten(2, 3)
+    runs = torch.unflatten(x, 2, (-1, segment_tokens))
+    return runs.index_select(2, indices).flatten(2, 3)
 
 
 @torch.library.custom_op("forcingkv::dynamic_prune", mutates_args=())
@@ -48,7 +49,7 @@ def _score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys = torch.cat([transition_keys, new_keys], 2)
     values = torch.cat([transition_values, new_values], 2)
-    similarity = segment_similarity(keys[0].unflatten(1, (-1, frame_tokens)), segments)
+    similarity = segment_similarity(torch.unflatten(keys[0], 1, (-1, frame_tokens)), segments)
     # A stable sort breaks ties by the lowest index, as the ONNX body does.
     chosen = similarity.sort(stable=True).indices[:kept].sort().values
     size = frame_tokens // segments
@@ -123,8 +124,6 @@ def prune_score(
     return KeysValues(keys, values), indices
 
 
-def prune_follow(
-    transition: KeysValues, new: KeysValues, indices: Tensor, segment_tokens: int
-) -> KeysValues:
+def prune_follow(transition: KeysValues, new: KeysValues, indices: Tensor, segment_tokens: int) -> KeysValues:
     """Collect the segments that the scoring layer chose."""
     return KeysValues(*_follow(*transition, *new, indices, segment_tokens))

@@ -37,8 +37,8 @@ def attend_current(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotate adjacent pairs: x (batch, heads, tokens, head_dim), cosines and sines (tokens, head_dim / 2)."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotate adjacent pairs of x (batch, heads, tokens, head_dim) by angles (tokens, head_dim / 2)."""
+    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     return torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), -1).flatten(-2)
 
 
@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(batch, tokens, dim) -> (batch, heads, tokens, head_dim)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
 
     def merge(self, x: Tensor) -> Tensor:
         """The inverse of `split`, then the output projection."""
@@ -143,7 +143,7 @@ def normed(x: Tensor, epsilon: float) -> Tensor:
 
 def per_chunk(x: Tensor, chunks: int) -> Tensor:
     """(batch, tokens, dim) -> (batch, chunks, tokens a chunk, dim)."""
-    return x.unflatten(1, (chunks, -1))
+    return torch.unflatten(x, 1, (chunks, -1))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,8 +58,7 @@ class PlanRecord:
         return cls(
             kv_bytes=plan.kv_bytes(),
             phases=tuple(
-                {"first_chunk": phase.first_chunk}
-                | {f"{label}.{role}": n for label, role, n in phase.tokens}
+                {"first_chunk": phase.first_chunk} | {f"{label}.{role}": n for label, role, n in phase.tokens}
                 for phase in plan.phases
             ),
             layers=tuple({group.label: group.heads for group in groups} for groups in plan.layers),
@@ -163,5 +161,3 @@ def _read_manifest(folder: Path) -> Manifest:
     if unrecorded:
         raise InputError(f"has no digest of {', '.join(unrecorded)}", where=str(path))
     return manifest
-
-

@@ -46,9 +46,7 @@ class CacheBuffers:
 
     def outputs(self, chunk: int) -> dict[str, Array]:
         """Where the clean pass of a chunk writes, by output name: only what changes."""
-        return {
-            f"next.{e.name}": self._view(self._spare, e, chunk + 1) for e in self._written(chunk)
-        }
+        return {f"next.{e.name}": self._view(self._spare, e, chunk + 1) for e in self._written(chunk)}
 
     def swap(self, chunk: int) -> None:
         """Make what the clean pass of a chunk wrote the current cache."""

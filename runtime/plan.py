@@ -161,9 +161,8 @@ class CachePlan:
         return tuple(phases)
 
     def kv_bytes(self, element_bytes: int = 4, batch: int = 1) -> int:
-        """Bytes of all keys and values that attention reads in the last phase, current chunk included."""
-        total = sum(self.kv_bytes_by_role(element_bytes, batch).values())
-        return total
+        """Bytes of all keys and values attention reads in the last phase, current chunk included."""
+        return sum(self.kv_bytes_by_role(element_bytes, batch).values())
 
     def kv_bytes_by_role(self, element_bytes: int = 4, batch: int = 1) -> dict[str, int]:
         """`kv_bytes`, split by role; the current chunk is the role `current`."""
@@ -225,9 +224,7 @@ def build_plan(
     )
 
 
-def _groups(
-    spec: ModelSpec, policy: Policy, headmap: HeadMap | None, layer: int
-) -> tuple[HeadGroup, ...]:
+def _groups(spec: ModelSpec, policy: Policy, headmap: HeadMap | None, layer: int) -> tuple[HeadGroup, ...]:
     if not policy.needs_headmap or headmap is None:
         counts = {ALL: spec.heads}
     elif policy.unsplit and layer in policy.unsplit.layers:
@@ -243,9 +240,7 @@ def _groups(
     return tuple(groups)
 
 
-def _group(
-    spec: ModelSpec, policy: Policy, label: str, start: int, heads: int, layer: int
-) -> HeadGroup:
+def _group(spec: ModelSpec, policy: Policy, label: str, start: int, heads: int, layer: int) -> HeadGroup:
     roles: Roles = policy.groups[label]
     kept = 0
     if roles.retained and policy.retain and layer >= policy.retain.score_layer:
@@ -279,7 +274,7 @@ def _check(spec: ModelSpec, geometry: Geometry, policy: Policy) -> None:
             where=where,
             expected=f"a divisor of {geometry.frame_tokens}",
         )
-    if retain and not 1 <= retain.kept(spec.frames_per_chunk):
+    if retain and not retain.kept(spec.frames_per_chunk) >= 1:
         raise InputError(
             f"ratio {retain.ratio} of {retain.segments * spec.frames_per_chunk} segments keeps none",
             where=where,

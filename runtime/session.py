@@ -69,9 +69,7 @@ class Session:
         self._latents = [np.empty(shape, np.float32) for _ in range(2)]
 
     @classmethod
-    def open(
-        cls, path: Path | str, *, backend: str = "onnxruntime", threads: int | None = None
-    ) -> Self:
+    def open(cls, path: Path | str, *, backend: str = "onnxruntime", threads: int | None = None) -> Self:
         """Open a bundle.
 
         Args:
@@ -141,9 +139,7 @@ class Session:
                 )
             return encode_words(self.spec, prompt)
         if prompt.shape != shape:
-            raise InputError(
-                f"embeddings have the shape {prompt.shape}", where="prompt", expected=str(shape)
-            )
+            raise InputError(f"embeddings have the shape {prompt.shape}", where="prompt", expected=str(shape))
         return np.ascontiguousarray(prompt, np.float32)
 
     def _chunk(self, index: int, noise: NoiseSource) -> Chunk:

@@ -5,6 +5,7 @@ Every count of layers, heads, frames or tokens anywhere in forcingkv comes from 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +35,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         steps = self.denoising_steps
-        falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+        falling = all(a > b for a, b in itertools.pairwise(steps))
         if not steps or not falling or steps[0] > 1000 or steps[-1] <= 0:
             raise InputError(
                 f"denoising_steps {list(steps)} cannot be run",
@@ -123,8 +124,16 @@ class ModelSpec:
         for name in ("head_dim", "time_width"):
             if getattr(self, name) % 2:
                 raise InputError(
-                    f"{name} is {getattr(self, name)}", where=f"model {self.name}", expected="an even number"
+                    f"{name} is {getattr(self, name)}",
+                    where=f"model {self.name}",
+                    expected="an even number",
                 )
+        if self.decoder.kind == "pixels" and self.latent_channels not in (1, 3):
+            raise InputError(
+                f"latent_channels is {self.latent_channels}",
+                where=f"model {self.name}",
+                expected="1 (grey) or 3 (colour) with the decoder 'pixels'",
+            )
         if self.attended_frames % self.frames_per_chunk or not self.attended_frames:
             raise InputError(
                 f"attended_frames is {self.attended_frames}",
@@ -169,6 +178,11 @@ class ModelSpec:
                 where="resolution",
                 expected=f"width and height that are multiples of {cell}",
                 mend=f"The nearest that fits is {_nearest(width, cell)}x{_nearest(height, cell)}.",
+            )
+        if self.position_table and (width, height) != (self.width, self.height):
+            raise InputError(
+                f"{self.name} runs at {self.width}x{self.height} only: it was trained with a position table",
+                where="resolution",
             )
         stride = self.decoder.spatial_stride
         return Geometry(width, height, width // stride, height // stride, self.patch)

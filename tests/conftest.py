@@ -30,7 +30,7 @@ def small_spec(**changes: object) -> ModelSpec:
         "heads": 3,
         "head_dim": 12,
         "ffn_width": 40,
-        "latent_channels": 2,
+        "latent_channels": 3,
         "patch": 2,
         "text_width": 10,
         "text_length": 5,

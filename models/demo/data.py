@@ -17,8 +17,20 @@ from scipy.ndimage import zoom
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-__all__ = ["DIRECTIONS", "HALF", "HEIGHT", "WIDTH", "Clip", "Moves", "Mover", "Split", "digits",
-           "make_clip", "moves_of", "prompt_of"]  # fmt: skip
+__all__ = [
+    "DIRECTIONS",
+    "HALF",
+    "HEIGHT",
+    "WIDTH",
+    "Clip",
+    "Mover",
+    "Moves",
+    "Split",
+    "digits",
+    "make_clip",
+    "moves_of",
+    "prompt_of",
+]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
 Split = Literal["train", "held-out"]
@@ -57,9 +69,7 @@ class Mover:
         """Top left corner (row, column) within the half, after bouncing."""
         return tuple(  # type: ignore[return-value]
             _bounce(start + step * self.speed * frame, room)
-            for start, step, room in zip(
-                self.start, DIRECTIONS[self.direction], _ROOM, strict=True
-            )
+            for start, step, room in zip(self.start, DIRECTIONS[self.direction], _ROOM, strict=True)
         )
 
 

@@ -61,9 +61,7 @@ class Judge:
 
         None where no frame of that half shows any ink.
         """
-        left, right = (
-            self._majority([_crop(half) for half in halves]) for halves in _halves(frames)
-        )
+        left, right = (self._majority([_crop(half) for half in halves]) for halves in _halves(frames))
         return left, right
 
     def _majority(self, crops: Sequence[npt.NDArray[np.float32] | None]) -> int | None:
@@ -81,9 +79,7 @@ def direction(frames: Frames) -> tuple[str | None, str | None]:
     return left, right
 
 
-def verdict(
-    judge: Judge, frames: Frames, wanted: Moves, frames_per_chunk: int, chunk: int
-) -> Verdict:
+def verdict(judge: Judge, frames: Frames, wanted: Moves, frames_per_chunk: int, chunk: int) -> Verdict:
     """Judge one video (frames, HEIGHT, WIDTH) against the prompted (digit, direction) of each half.
 
     Digits are read in the frames of that chunk. A direction is right if the digit sets out as
@@ -145,7 +141,7 @@ def _centre(half: Frames) -> npt.NDArray[np.float64] | None:
     if total <= 0:
         return None
     rows, columns = np.indices(half.shape)
-    return np.array([(ink * rows).sum(), (ink * columns).sum()]) / total
+    return np.array([(ink * rows).sum() / total, (ink * columns).sum() / total])
 
 
 def _direction(centres: Sequence[npt.NDArray[np.float64] | None]) -> str | None:
@@ -159,9 +155,7 @@ def _direction(centres: Sequence[npt.NDArray[np.float64] | None]) -> str | None:
     return max(DIRECTIONS, key=lambda way: float(np.dot(DIRECTIONS[way], moved)))
 
 
-def _crops(
-    split: Split, clips: int, seed: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+def _crops(split: Split, clips: int, seed: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     rng = np.random.default_rng(seed)
     crops, classes = [], []
     for _ in range(clips):

@@ -24,7 +24,7 @@ class Stage:
 
 
 STAGES = (
-    Stage(chunks=1, batch=32, steps=2400, rate=4e-3, rate_end=2.5e-3),
-    Stage(chunks=3, batch=10, steps=800, rate=2e-3, rate_end=1.5e-3),
-    Stage(chunks=7, batch=5, steps=1200, rate=1.5e-3, rate_end=5e-5),
+    Stage(chunks=1, batch=32, steps=1700, rate=4e-3, rate_end=2.9e-3),
+    Stage(chunks=3, batch=12, steps=200, rate=2.2e-3, rate_end=2.1e-3),
+    Stage(chunks=7, batch=5, steps=1000, rate=2e-3, rate_end=5e-5),
 )

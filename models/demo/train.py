@@ -15,6 +15,7 @@ import copy
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 
 SEED = 20261122
+LOG = "log.jsonl"
 SAVE_EVERY = 100
 WARM_UP = 100
 EMA = 0.995
@@ -42,7 +44,7 @@ CONTEXT_NOISE = 0.1
 
 
 class TeacherForcing:
-    """Attention over [clean chunks, noisy chunks]: chunk i of both kinds sees clean 0 .. i-1 and itself."""
+    """Attention over [clean chunks, noisy chunks]: chunk i sees itself and the clean ones before."""
 
     def __init__(self, chunks: int) -> None:
         self.chunks = chunks
@@ -63,9 +65,7 @@ class TeacherForcing:
 def initialise(model: WanModel) -> None:
     """Small embeddings, and a head that starts by predicting nothing."""
     for name, parameter in model.named_parameters():
-        if name.startswith("head.head"):
-            nn.init.zeros_(parameter)
-        elif name.endswith("bias"):
+        if name.startswith("head.head") or name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif name == "position_embedding":
             parameter.data = place_codes(model.spec)
@@ -114,8 +114,10 @@ def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> dict[
     return {name: torch.from_numpy(np.asarray(a, np.float32)) for name, a in data.items()}
 
 
-def loss_function(model: WanModel, stage: Stage) -> Any:
-    """The compiled loss of a stage: mean squared error of the flow, the first chunk counting more."""
+def loss_function(
+    model: WanModel, stage: Stage, *, compiled: bool = True
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """The loss of a stage, (chunks,): mean squared error of the flow, the first chunk counting more."""
     spec = model.spec
     frames = stage.chunks * spec.frames_per_chunk
     tables = positions.rotary(spec, spec.geometry(), 0, frames)
@@ -130,15 +132,16 @@ def loss_function(model: WanModel, stage: Stage) -> Any:
         prompt = model.prompt(batch["text"])
         flow, _ = model(batch["latents"], batch["time"], (cosines, sines), prompt, attend)
         error = (flow[:, :, -frames:] - batch["flow"]).square()
-        per_chunk = error.unflatten(2, (stage.chunks, -1)).mean((0, 1, 3, 4, 5))
+        per_chunk = torch.unflatten(error, 2, (stage.chunks, -1)).mean((0, 1, 3, 4, 5))
         return per_chunk * weights
 
-    return torch.compile(loss, dynamic=False)
+    return torch.compile(loss, dynamic=False) if compiled else loss
 
 
 def optimizers(model: WanModel) -> list[torch.optim.Optimizer]:
     """Muon for block matrices, AdamW for all else."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = name.startswith("blocks.") and parameter.ndim == 2
         (matrices if inner else rest).append(parameter)
@@ -160,6 +163,12 @@ def place(step: int) -> tuple[Stage, float] | None:
     return None
 
 
+def _forget_after(log: Path, step: int) -> None:
+    """Drop log rows of steps that the checkpoint does not have: they are run again."""
+    rows = log.read_text().splitlines()[:step]
+    log.write_text("".join(row + "\n" for row in rows))
+
+
 def train(out: Path) -> None:
     """Train to the end of `STAGES`, from the last checkpoint in `out` if there is one."""
     out.mkdir(parents=True, exist_ok=True)
@@ -177,6 +186,7 @@ def train(out: Path) -> None:
         for tuner, saved in zip(tuners, state["tuners"], strict=True):
             tuner.load_state_dict(saved)
         step = state["step"]
+        _forget_after(out / LOG, step)
     current, loss = None, None
     while (at := place(step)) is not None:
         stage, rate = at
@@ -209,7 +219,7 @@ def train(out: Path) -> None:
             "rate": round(rate, 6),
             "seconds": round(time.perf_counter() - started, 2),
         }
-        with (out / "log.jsonl").open("a") as log:
+        with (out / LOG).open("a") as log:
             log.write(json.dumps(row) + "\n")
         if step % SAVE_EVERY == 0 or place(step) is None:
             state = {
@@ -225,6 +235,8 @@ def train(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and log.jsonl")
     train(parser.parse_args().out)

@@ -15,9 +15,7 @@ class OnnxRuntimeGraph:
     """One graph."""
 
     def __init__(self, path: Path, options: ort.SessionOptions) -> None:
-        self._session = ort.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         # Passes that fetch only the latents then skip the next caches, and the clean pass the head.
         self._options = ort.RunOptions()
         self._options.only_execute_path_to_fetches = True

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
@@ -88,16 +89,27 @@ class Policy:
 
 def policy_names() -> list[str]:
     """Names that `load_policy` knows, the plainest first."""
-    folder = resources.files(__package__)
-    names = [f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")]
-    return sorted(names, key=lambda name: (load_policy(name).needs_headmap, name))
+    return sorted(_shipped(), key=lambda name: (load_policy(name).needs_headmap, name))
 
 
 def load_policy(name: str) -> Policy:
-    """The policy of that name. Raises InputError naming those there are."""
-    path = resources.files(__package__).joinpath(f"{name}.toml")
-    if not name.replace("-", "").isalnum() or not path.is_file():
+    """The policy of that name, or of a TOML file. Raises InputError naming the fault."""
+    if name.endswith(".toml") and Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    elif name in _shipped():
+        text = resources.files(__package__).joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    else:
         raise InputError(
-            f"there is no policy {name!r}", where="policy", expected=f"one of {', '.join(policy_names())}"
+            f"there is no policy {name!r}",
+            where="policy",
+            expected=f"one of {', '.join(policy_names())}, or a file ending in .toml",
         )
-    return from_data(Policy, tomllib.loads(path.read_text(encoding="utf-8")), f"policy {name}")
+    try:
+        return from_data(Policy, tomllib.loads(text), f"policy {name}")
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"is not TOML: {error}", where=f"policy {name}") from error
+
+
+def _shipped() -> list[str]:
+    folder = resources.files(__package__)
+    return [f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")]

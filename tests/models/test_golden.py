@@ -49,7 +49,7 @@ def spec_of(sizes: dict[str, Any], chunks: int) -> ModelSpec:
         width=sizes["latent_w"],
         height=sizes["latent_h"],
         schedule=Schedule(tuple(sizes["timesteps"][:-1]), context_timestep=sizes["timesteps"][-1]),
-        decoder=Decoder("pixels"),
+        decoder=Decoder("wan-vae"),
         text=TextEncoder("umt5"),
     )
 
@@ -63,9 +63,7 @@ def test_every_pass_equals_the_public_implementation(golden: dict[str, Any], pol
     headmap = headmap_of(spec, sizes["static_heads"])
     plan = build_plan(spec, spec.geometry(), load_policy(policy), headmap)
     state = {
-        name.removeprefix("model."): tensor
-        for name, tensor in golden.items()
-        if name.startswith("model.")
+        name.removeprefix("model."): tensor for name, tensor in golden.items() if name.startswith("model.")
     }
     model = WanModel(spec)
     model.load_state_dict(permute_heads(state, spec, head_orders(spec, plan.policy, headmap)))
@@ -83,9 +81,7 @@ def test_every_pass_equals_the_public_implementation(golden: dict[str, Any], pol
                 attend = attend_cache(plan, cache)
                 flow, new = model(inputs[chunk, step], time, rotary, prompt, attend)
                 differences.append(float((flow - expected[chunk, step]).abs().max()))
-            cache, chosen = advance(
-            plan, cache, new, first=chunk == 0, retain=chunk + 1 >= plan.retains_from
-        )
+            cache, chosen = advance(plan, cache, new, first=chunk == 0, retain=chunk + 1 >= plan.retains_from)
             indices.append([-1] * 6 if chosen is None else chosen.tolist())
 
     assert max(differences) <= TOLERANCE, [f"{d:.1e}" for d in differences]

@@ -75,9 +75,7 @@ def results(
                     np.median([timing.total - timing.decode for timing in last])
                 ),
                 "frames_per_second": spec.frames_per_chunk / seconds,
-                "psnr_to_full": None
-                if name == reference
-                else psnr(run.videos, runs[reference].videos),
+                "psnr_to_full": None if name == reference else psnr(run.videos, runs[reference].videos),
                 "digits_read": float(np.mean([v.digits for v in seen])),
                 "prompts_read": float(np.mean([all(v.digits) for v in seen])),
                 "direction_right": float(np.mean([v.directions for v in seen])),

@@ -64,7 +64,5 @@ def default_prompts(model: str) -> list[str]:
 
     path = Path(str(resources.files("forcingkv.models"))) / model / "prompts.txt"
     if not path.is_file():
-        raise InputError(
-            f"no prompts ship with {model}", where="prompts", mend="Give a file with --prompts."
-        )
+        raise InputError(f"no prompts ship with {model}", where="prompts", mend="Give a file with --prompts.")
     return read_prompts(path)

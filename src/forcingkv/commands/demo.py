@@ -56,7 +56,7 @@ def demo(
         task = shown.add_task("1/3 measuring heads (samples)", total=samples)
         headmap = analyze_heads(
             spec, weights, texts[::-1], out / "analysis", samples=samples, seed=seed,
-            command=["forcingkv", "demo"], say=lambda sample, chunk: shown.update(task, completed=sample),
+            command=["forcingkv", "demo"], say=lambda done, _: shown.update(task, completed=done),
         )  # fmt: skip
         shown.update(task, completed=samples)
         task = shown.add_task("2/3 exporting (bundles)", total=len(POLICIES))
@@ -108,9 +108,7 @@ def _write_video(videos: Mapping[str, Sequence[np.ndarray[Any, Any]]], path: Pat
     """Policies from left to right, prompts from top to bottom, with lines between."""
     from forcingkv.runtime.video import Mp4Writer
 
-    columns = [
-        np.concatenate([_framed(video) for video in made[:SHOWN]], axis=1) for made in videos.values()
-    ]
+    columns = [np.concatenate([_framed(video) for video in made[:SHOWN]], axis=1) for made in videos.values()]
     with Mp4Writer(path, fps, enlarge=4) as writer:
         writer.write(np.concatenate(columns, axis=2))
 

@@ -30,7 +30,7 @@ def export(
 ) -> None:
     """Bake a head map into a model and write a bundle that the runtime opens.
 
-    Example: forcingkv export --model demo --headmap runs/demo-heads/headmap.json --target onnx --out bundle
+    Example: forcingkv export --model demo --headmap headmap.json --target onnx --out bundle
     """
     if target not in TARGETS:
         raise InputError(f"{target!r}", where="target", expected=f"one of {', '.join(TARGETS)}")

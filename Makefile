@@ -1,0 +1,39 @@
+# Everything runs in .venv, which each target makes or updates by itself.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+# The CPU build: asking for plain "torch" may fetch gigabytes of CUDA packages.
+TORCH ?= torch==2.13.0
+
+.PHONY: help demo test fast check format clean
+
+help:  ## Say what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## Walk the whole way on the shipped model: analyze, export, generate, compare
+	$(BIN)/forcingkv demo
+
+test: $(STAMP)  ## Run all tests
+	$(BIN)/python -m pytest
+
+fast: $(STAMP)  ## Run the tests that take milliseconds
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: $(STAMP)  ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Mend the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove what was made here
+	rm -rf .venv build dist demo-out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,212 @@
+"""Export and runtime together: the bundle computes what torch does, and a spoilt one is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from forcingkv.export import VerificationError, export_bundle
+from forcingkv.export import bundle_writer as writer
+from forcingkv.headmaps import HeadMap, InputError
+from forcingkv.models.checkpoint import Weights, build_model, load_weights, random_weights
+from forcingkv.models.generate import generate, seeded_noise
+from forcingkv.models.heads import head_orders, permute_heads
+from forcingkv.models.presets import load_spec
+from forcingkv.runtime import Session
+from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.spec import ModelSpec, Schedule
+from forcingkv.runtime.text import encode_words
+from tests.conftest import headmap_of, random_model, small_spec
+
+PROMPT = "b a d"
+
+
+def small(renoise: str) -> tuple[ModelSpec, Weights, HeadMap]:
+    spec = small_spec(schedule=Schedule((1000.0, 625.0), renoise=renoise))  # type: ignore[arg-type]
+    return spec, Weights(random_model(spec).state_dict()), headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec, weights, headmap = small("fresh")
+    out = tmp_path_factory.mktemp("bundles") / "small"
+    export_bundle(spec, weights, load_policy("forcing-kv"), out, headmap=headmap)
+    return out
+
+
+def differences(
+    spec: ModelSpec, weights: Weights, headmap: HeadMap, policy: str, bundle: Path, prompt: str
+) -> list[float]:
+    """Largest difference of the latents of each of 7 chunks between ONNX Runtime and torch."""
+    chosen = load_policy(policy)
+    model = build_model(spec, permute_heads(weights, spec, head_orders(spec, chosen, headmap)))
+    text = torch.from_numpy(encode_words(spec, prompt))
+    with Session.open(bundle) as session:
+        streamed = session.generate(prompt, seed=11, chunks=7)
+        reference = generate(model, session.plan, text, seeded_noise(session.plan, 11), 7)
+        return [
+            float(np.abs(chunk.latents - wanted.latents.numpy()).max())
+            for chunk, wanted in zip(streamed, reference, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("policy", ["full", "window", "forcing-kv"])
+@pytest.mark.parametrize("renoise", ["fresh", "predicted"])
+def test_onnx_runtime_equals_torch_over_seven_chunks(policy: str, renoise: str, tmp_path: Path) -> None:
+    spec, weights, headmap = small(renoise)
+    manifest = export_bundle(spec, weights, load_policy(policy), tmp_path / "b", headmap=headmap)
+    assert max(manifest.verification.values()) <= 1e-5, "a single pass"
+    found = differences(spec, weights, headmap, policy, tmp_path / "b", PROMPT)
+    assert max(found) <= 1e-3, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "forcing-kv"])
+def test_the_demo_model_in_onnx_runtime_equals_torch(policy: str, tmp_path: Path) -> None:
+    spec = load_spec("demo")
+    weights = load_weights(spec)
+    headmap = headmap_of(spec, [[0, 1], [2], [0, 3], [], [0, 1, 2, 3], [1]])
+    manifest = export_bundle(spec, weights, load_policy(policy), tmp_path / "b", headmap=headmap)
+    assert max(manifest.verification.values()) <= 1e-5, "a single pass"
+    prompt = "a 3 moving left and a 7 moving up"
+    found = differences(spec, weights, headmap, policy, tmp_path / "b", prompt)
+    assert max(found) <= 1e-3, found
+
+
+def test_the_step_graph_keeps_one_scoring_node_with_its_body(exported: Path) -> None:
+    model = onnx.load(exported / "step.onnx", load_external_data=False)
+    kinds = [node.op_type for node in model.graph.node if node.domain == "forcingkv"]
+    assert kinds == ["DynamicPrune", "DynamicPruneFollow"], "layers 2 follows layer 1; 0 and 3 retain nothing"
+    assert {function.name for function in model.functions} == set(kinds)
+    onnx.checker.check_model(str(exported / "step.onnx"))
+    text = (exported / "step.onnx").read_bytes()
+    assert b".py" not in text, "no source paths of the exporting machine"
+
+
+def test_two_exports_are_equal_to_the_byte(exported: Path, tmp_path: Path) -> None:
+    spec, weights, headmap = small("fresh")
+    export_bundle(spec, weights, load_policy("forcing-kv"), tmp_path / "b", headmap=headmap)
+    names = sorted(path.name for path in exported.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert [n for n in names if (exported / n).read_bytes() != (tmp_path / "b" / n).read_bytes()] == []
+
+
+def test_the_same_seed_gives_the_same_video(exported: Path) -> None:
+    with Session.open(exported) as session:
+        videos = [
+            np.concatenate([chunk.frames for chunk in session.generate(PROMPT, seed=seed, chunks=5)])
+            for seed in (1, 2, 1)
+        ]
+    assert videos[0].shape == (15, 8, 12, 3)
+    np.testing.assert_array_equal(videos[0], videos[2])
+    assert (videos[0] != videos[1]).any()
+
+
+def test_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, weights, headmap = small("fresh")
+    monkeypatch.setattr(writer, "TOLERANCE", -1.0)
+    with pytest.raises(VerificationError, match="graph prompt differs from torch"):
+        export_bundle(spec, weights, load_policy("full"), tmp_path / "b", headmap=headmap)
+    assert list(tmp_path.iterdir()) == []
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(bundle: Path) -> None:
+        path = bundle / "manifest.json"
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+
+    return apply
+
+
+def flip(name: str) -> Callable[[Path], None]:
+    def apply(bundle: Path) -> None:
+        content = bytearray((bundle / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (bundle / name).write_bytes(content)
+
+    return apply
+
+
+def link_out(bundle: Path) -> None:
+    outside = bundle.parent / "outside.weights"
+    shutil.move(bundle / "step.weights", outside)
+    (bundle / "step.weights").symlink_to(outside)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (flip("step.onnx"), "step.onnx: has the digest"),
+        (flip("step.weights"), "step.weights: has the digest"),
+        (flip("headmap.json"), "headmap.json: has the digest"),
+        (lambda b: (b / "prompt.onnx").unlink(), "prompt.onnx: is missing"),
+        (lambda b: (b / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda b: (b / "manifest.json").write_text("{"), "is not JSON"),
+        (
+            edit(lambda d: d["files"].update({"../x": d["files"]["step.onnx"]})),
+            "'../x', which is not inside",
+        ),
+        (
+            edit(lambda d: d["files"].update({"/x": d["files"]["step.onnx"]})),
+            "'/x', which is not inside",
+        ),
+        (link_out, "which is not inside"),
+        (
+            edit(lambda d: d["graphs"]["step"].update(file="../step.onnx")),
+            "has no digest of ../step.onnx",
+        ),
+        (edit(lambda d: d["files"].pop("step.weights")), "has no digest of step.weights"),
+        (edit(lambda d: d["graphs"].pop("decode")), "has no graph 'decode'"),
+        (edit(lambda d: d.update(schema="forcingkv.bundle/2")), "expected 'forcingkv.bundle/1'"),
+        (edit(lambda d: d["plan"].update(kv_bytes=1)), "does not follow"),
+        (edit(lambda d: d["model"].update(layers=5)), "is for 4 layers"),
+        (edit(lambda d: d.update(headmap="0" * 64)), "is not the one the bundle was baked with"),
+    ],
+)
+def test_a_spoilt_bundle_is_refused(
+    exported: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    bundle = tmp_path / "b"
+    shutil.copytree(exported, bundle)
+    spoil(bundle)
+    with pytest.raises(InputError, match=message):
+        Session.open(bundle)
+
+
+def test_prompts_that_cannot_be_used_are_refused(exported: Path) -> None:
+    with Session.open(exported) as session:
+        for prompt, message in [
+            ("", "is empty"),
+            ("a f", "the word 'f'"),
+            ("a b c d e a", "has 6 words"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                session.generate(prompt, seed=0, chunks=1)
+        with pytest.raises(InputError, match=r"shape \(1, 2\)"):
+            session.generate(np.zeros((1, 2), np.float32), seed=0, chunks=1)
+    with pytest.raises(InputError, match="there is no backend 'cuda'"):
+        Session.open(exported, backend="cuda")
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    spec = small_spec()
+    weights = random_weights(spec)
+    weights["extra"] = torch.zeros(1)
+    weights["head.head.bias"] = torch.zeros(3)
+    del weights["blocks.0.norm3.bias"]
+    save_file(dict(weights), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="3 tensors: head.head.bias is .3,. instead of .*; missing "
+                       r"blocks.0.norm3.bias; unexpected extra"):  # fmt: skip
+        load_weights(spec, tmp_path / "w.safetensors")

@@ -1,0 +1,102 @@
+"""The demo model's data, judge and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forcingkv.commands.console import default_prompts
+from forcingkv.models.checkpoint import load_weights
+from forcingkv.models.demo import data
+from forcingkv.models.demo.judge import Judge, accuracy_on_real_clips, verdict
+from forcingkv.models.demo.stages import STAGES, Stage
+from forcingkv.models.demo.train import loss_function, make_batch, place
+from forcingkv.models.presets import load_spec
+from forcingkv.runtime.text import encode_words
+from tests.conftest import random_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_no_scan_is_in_both_splits() -> None:
+    train, held_out = data.digits("train")[0], data.digits("held-out")[0]
+    assert (len(train), len(held_out)) == (1437, 360)
+    seen = {image.tobytes() for image in train}
+    assert not any(image.tobytes() in seen for image in held_out)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32), st.integers(3, 21))
+def test_digits_set_out_as_prompted_and_bounce_inside_their_halves(seed: int, frames: int) -> None:
+    clip = data.make_clip(np.random.default_rng(seed), frames, "train")
+    assert data.moves_of(clip.prompt) == clip.moves
+    for mover in clip.movers:
+        places = np.array([mover.place(frame) for frame in range(frames)])
+        assert (places >= 0).all()
+        assert (places + data.SIDE <= (data.HEIGHT, data.HALF)).all()
+        steps = np.diff(places, axis=0)
+        assert (np.abs(steps).sum(1) <= mover.speed).all()
+        first = np.array(data.DIRECTIONS[mover.direction]) * mover.speed
+        assert (steps[: data.STRAIGHT_FRAMES - 1] == first).all()
+
+
+def test_every_shipped_prompt_is_understood() -> None:
+    spec, prompts = load_spec("demo"), default_prompts("demo")
+    assert len(prompts) == 64
+    for prompt in prompts:
+        assert data.prompt_of(data.moves_of(prompt)) == prompt
+        assert encode_words(spec, prompt).sum() == 2 * len(prompt.split())
+
+
+def test_the_judge_reads_real_held_out_clips() -> None:
+    digits, directions = accuracy_on_real_clips(clips=100)
+    assert digits >= 0.94
+    assert directions == 1
+
+
+def test_the_judge_can_say_no() -> None:
+    clip = data.make_clip(np.random.default_rng(3), 18, "held-out")
+    (digit, way), right = clip.moves
+    axis = {"left": "up", "right": "up", "up": "left", "down": "left"}[way]
+    wrong = (((digit + 1) % 10, axis), right)
+    seen = verdict(Judge.fit(), clip.frames, wrong, 3, 5)
+    assert (seen.digits[0], seen.directions[0]) == (False, False)
+    empty = verdict(Judge.fit(), np.full_like(clip.frames, -1), clip.moves, 3, 5)
+    assert empty.digits == empty.directions == (False, False)
+
+
+def test_the_shipped_weights_are_small_and_fit_the_spec() -> None:
+    path = ROOT / "models" / "demo" / "weights.safetensors"
+    assert path.stat().st_size <= 12e6
+    spec = load_spec("demo")
+    weights = load_weights(spec)
+    assert 1e6 <= sum(tensor.numel() for tensor in weights.values()) <= 4e6
+    assert spec.layers >= 6
+    assert spec.layers * spec.heads >= 24
+    assert spec.geometry().frame_tokens == 96
+
+
+def test_the_curriculum_covers_every_step_once() -> None:
+    steps = sum(stage.steps for stage in STAGES)
+    assert place(steps) is None
+    at = [place(step) for step in (0, STAGES[0].steps, steps - 1)]
+    assert [stage and stage[0] for stage in at] == [STAGES[0], STAGES[1], STAGES[-1]]
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_training_loss_is_that_of_each_chunk_alone(chunks: int) -> None:
+    """Untrained, with a head of zeros, the flow is 0 and the loss the mean square of noise - clean."""
+    spec = load_spec("demo")
+    stage = Stage(chunks=chunks, batch=2, steps=1, rate=1e-3, rate_end=1e-3)
+    model = random_model(spec)
+    model.head.head.weight.zero_()
+    model.head.head.bias.zero_()
+    batch = make_batch(spec, np.random.default_rng(0), stage)
+    found = loss_function(model, stage, compiled=False)(batch)
+    error = batch["flow"].square().unflatten(2, (chunks, -1)).mean((0, 1, 3, 4, 5))
+    weights = np.array([2.0, 1.0][:chunks])
+    np.testing.assert_allclose(found.numpy(), error.numpy() * weights / weights.sum(), rtol=1e-5)

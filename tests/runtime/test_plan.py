@@ -1,0 +1,122 @@
+"""Cache plans: the numbers of METHOD.md, and what must hold for any plan."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forcingkv.headmaps import InputError
+from forcingkv.runtime.cache import CacheBuffers
+from forcingkv.runtime.plan import CachePlan, build_plan
+from forcingkv.runtime.policies import Policy, Retain, Roles, load_policy
+from forcingkv.runtime.spec import Decoder, ModelSpec
+from tests.conftest import headmap_of, small_spec
+
+RESOLUTIONS = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1088)}
+
+
+def wan(layers: int = 30, heads: int = 12) -> ModelSpec:
+    return small_spec(
+        layers=layers, heads=heads, head_dim=128, patch=2, attended_frames=21,
+        decoder=Decoder("wan-vae", 8, 4), resolutions=RESOLUTIONS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("resolution", "tokens", "gib"), [("480p", 1560, 5.6), ("720p", 3600, 13.0), ("1080p", 8160, 29.4)]
+)
+def test_the_full_cache_has_the_published_size(resolution: str, tokens: int, gib: float) -> None:
+    spec = wan()
+    plan = build_plan(spec, spec.geometry(resolution), load_policy("full"))
+    assert plan.frame_tokens == tokens
+    assert round(plan.kv_bytes(element_bytes=2) / 2**30, 1) == gib
+
+
+def test_forcing_kv_keeps_five_and_six_frames() -> None:
+    spec = small_spec()
+    plan = build_plan(spec, spec.geometry(), load_policy("forcing-kv"), headmap_of(spec, [[0]] * 4))
+    frames = {
+        label: [sum(n for name, _, n in phase.tokens if name == label) / plan.frame_tokens + 3
+                for phase in plan.phases]
+        for label in ("static", "dynamic")
+    }  # fmt: skip
+    assert frames == {"static": [3, 5, 5], "dynamic": [3, 5, 6]}
+    assert [phase.first_chunk for phase in plan.phases] == [0, 1, spec.ar_start + 2]
+    assert [group.label for group in plan.layers[0]] == ["static"], "layer 0 is not split"
+    assert plan.score_layer == 1
+
+
+def test_a_sink_of_a_whole_chunk_is_not_attended_twice() -> None:
+    """With a sink of 3 frames nothing but the sink is cached after chunk 0 (METHOD.md section 3)."""
+    spec = small_spec()
+    plan = build_plan(spec, spec.geometry(), load_policy("window"))
+    group = plan.layers[0][0]
+    assert [plan.tokens(group, "recent", chunk) // plan.frame_tokens for chunk in range(5)] == [
+        0,
+        0,
+        3,
+        6,
+        6,
+    ]
+    assert [plan.tokens(group, "sink", chunk) // plan.frame_tokens for chunk in range(3)] == [0, 3, 3]
+
+
+def policies() -> st.SearchStrategy[Policy]:
+    def make(sink: int, recent: int, segments: int) -> Policy:
+        return Policy(
+            "any", "", {"static": Roles(sink, recent), "dynamic": Roles(sink, recent, retained=True)},
+            retain=Retain(segments, 0.34, 1),
+        )  # fmt: skip
+
+    return st.builds(make, st.integers(0, 3), st.integers(1, 7), st.sampled_from([1, 2, 3, 4, 6]))
+
+
+@given(policies(), st.integers(0, 3), st.lists(st.lists(st.integers(0, 2)), min_size=4, max_size=4))
+def test_what_holds_for_any_plan(policy: Policy, ar_start: int, static: list[list[int]]) -> None:
+    spec = small_spec(ar_start=ar_start)
+    plan = build_plan(spec, spec.geometry(), policy, headmap_of(spec, static))
+    for groups in plan.layers:
+        assert sum(group.heads for group in groups) == spec.heads
+        assert [group.start for group in groups[1:]] == [group.stop for group in groups[:-1]]
+    for chunk in range(plan.phases[-1].first_chunk + 3):
+        for groups in plan.layers:
+            for group in groups:
+                check_lengths(plan, group.label, chunk)
+    assert sum(plan.kv_bytes_by_role().values()) == plan.kv_bytes()
+    buffers = CacheBuffers(plan)
+    read = plan.kv_bytes() - plan.kv_bytes_by_role()["current"]
+    assert read <= buffers.nbytes <= 2 * read
+
+
+def check_lengths(plan: CachePlan, label: str, chunk: int) -> None:
+    phase = plan.phase(chunk)
+    for groups in plan.layers:
+        for group in groups:
+            if group.label == label:
+                lengths = {role: plan.tokens(group, role, chunk) for role in group.roles}
+                frames = lengths.get("sink", 0) + lengths.get("recent", 0)
+                assert frames <= chunk * plan.chunk_tokens
+                assert all(phase.length(label, role) == n for role, n in lengths.items())
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Policy("p", "", {"all": Roles(4, 1)}), "sink_frames 4"),
+        (
+            Policy("p", "", {"all": Roles(1, 1, True)}, retain=Retain(7, 0.33, 1)),
+            "7 segments do not divide",
+        ),
+        (Policy("p", "", {"all": Roles(1, 1, True)}, retain=Retain(6, 0.0, 1)), "keeps none"),
+        (
+            Policy("p", "", {"all": Roles(1, 0, True)}, retain=Retain(6, 0.3, 1)),
+            "without a transition frame",
+        ),
+        (load_policy("forcing-kv"), "needs a head map"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused(policy: Policy, message: str) -> None:
+    spec = small_spec()
+    with pytest.raises(InputError, match=message):
+        build_plan(spec, spec.geometry(), policy)

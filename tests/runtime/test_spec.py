@@ -1,0 +1,114 @@
+"""Specs, schedules, geometry, positions: the numbers of METHOD.md and refusals that name the fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forcingkv.headmaps import InputError
+from forcingkv.models.presets import load_spec, preset_names
+from forcingkv.runtime import positions
+from forcingkv.runtime.policies import load_policy, policy_names
+from forcingkv.runtime.spec import Schedule
+from tests.conftest import small_spec
+
+
+def test_the_warped_schedule_of_self_forcing() -> None:
+    schedule = Schedule((1000, 750, 500, 250), warp=True, shift=5.0)
+    assert [round(t, 1) for t in schedule.timesteps] == [1000.0, 937.5, 833.3, 625.0]
+    assert schedule.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("steps", [(), (500, 500), (250, 500), (1001,), (1000, 0)])
+def test_a_schedule_that_cannot_be_run_is_refused(steps: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="denoising_steps"):
+        Schedule(steps)
+
+
+def test_rotary_pairs_of_a_head_of_128() -> None:
+    assert small_spec(head_dim=128).rotary_pairs == (22, 21, 21)
+
+
+@pytest.mark.parametrize("frame", [0, 1023, 1024, 5000])
+def test_rotary_angles_at_any_frame(frame: int) -> None:
+    spec = small_spec()
+    cosines, sines = positions.rotary(spec, spec.geometry(), frame, 1)
+    rows, columns = spec.geometry().grid
+    time, height, _ = spec.rotary_pairs
+    for token in range(rows * columns):
+        row, column = divmod(token, columns)
+        for pair in range(spec.head_dim // 2):
+            axis, at = (frame, 0), pair
+            if pair >= time + height:
+                axis, at = (column, time + height), pair - time - height
+            elif pair >= time:
+                axis, at = (row, time), pair - time
+            count = spec.rotary_pairs[(0, time, time + height).index(axis[1])]
+            angle = axis[0] * spec.rope_theta ** (-at / count)
+            assert abs(cosines[token, pair] - np.cos(angle)) < 1e-6
+            assert abs(sines[token, pair] - np.sin(angle)) < 1e-6
+
+
+@pytest.mark.parametrize(("seconds", "chunks"), [(0.1, 1), (9 / 16, 1), (10 / 16, 2), (81 / 16, 7)])
+def test_chunks_for_a_length(seconds: float, chunks: int) -> None:
+    from forcingkv.runtime.spec import Decoder
+
+    spec = small_spec(decoder=Decoder("wan-vae", 8, 4))
+    assert spec.chunks_for(seconds) == chunks
+    assert spec.frames_of(7) == 81
+
+
+@pytest.mark.parametrize("resolution", ["13x8", "0x0", "hd", "12", "12x", "-12x8"])
+def test_a_resolution_that_cannot_be_used_is_refused(resolution: str) -> None:
+    with pytest.raises(InputError, match="resolution"):
+        small_spec().geometry(resolution)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 0}, "heads is 0"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"attended_frames": 10}, "attended"),
+    ],
+)
+def test_a_spec_that_makes_no_model_is_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        small_spec(**changes)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_can_be_read(name: str) -> None:
+    spec = load_spec(name)
+    assert spec.name == name
+    assert spec.geometry().frame_tokens % 6 == 0
+
+
+def test_policies_stand_the_plainest_first() -> None:
+    assert policy_names() == ["full", "window", "forcing-kv"]
+    with pytest.raises(InputError, match="one of full, window, forcing-kv"):
+        load_policy("../full")
+
+
+def test_a_spec_file_names_its_faulty_field(tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "models" / "presets" / "demo.toml"
+    text = source.read_text()
+    for old, new, message in [
+        ("layers = 6", "layers = '6'", r"layers: is '6'; expected a value of type int"),
+        ("layers = 6", "", "'layers' is missing"),
+        ("layers = 6", "layers = 6\nlayer = 6", "unknown field 'layer'"),
+        (
+            'renoise = "fresh"',
+            'renoise = "new"',
+            "schedule: renoise: is 'new'; expected 'fresh' or 'predicted'",
+        ),
+        ("fps = 8.0", "fps = nan", "fps: is nan; expected a finite number"),
+        ("layers = 6", "layers 6", "is not TOML"),
+    ]:
+        assert old in text
+        file = tmp_path / "mine.toml"
+        file.write_text(text.replace(old, new))
+        with pytest.raises(InputError, match=message):
+            load_spec(str(file))
