@@ -177,7 +177,7 @@ def test_a_changed_byte_and_a_path_that_leaves_the_bundle(
     bundle = tmp_path / "bundle"
     for change, message in [
         (
-            lambda data: data["files"].update({"../x": d["files"]["step.onnx"]}),
+            lambda data: data["files"].update({"../x": data["files"]["step.onnx"]}),
             "'../x', which is not inside",
         ),
         (None, "step.weights: has the digest"),

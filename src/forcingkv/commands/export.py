@@ -43,10 +43,8 @@ def export(
 
     spec, chosen = load_spec(model), load_policy(policy)
     given = HeadMap.read(headmap) if headmap else None
-    if random_weights:
-        weights = weights_of.random_weights(spec)
-    else:
-        weights = weights_of.load_weights(spec, checkpoint)
+    read, draw = weights_of.load_weights, weights_of.random_weights
+    weights = draw(spec) if random_weights else read(spec, checkpoint)
     try:
         with console.status("exporting") as status:
             manifest = export_bundle(
