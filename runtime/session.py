@@ -61,6 +61,7 @@ class Session:
     def __init__(self, bundle: Bundle, graphs: dict[str, RunnableGraph]) -> None:
         self.bundle, self.plan, self.spec = bundle, bundle.plan, bundle.plan.spec
         self._graphs = graphs
+        self._videos = 0
         self._cache = CacheBuffers(self.plan)
         records = bundle.manifest.graphs
         self._cross = {name: _empty(r) for name, r in records["prompt"].outputs.items()}
@@ -121,11 +122,21 @@ class Session:
 
         Raises:
             InputError: the prompt cannot be used.
+            RuntimeError: the session is closed, or a later video took this one's place.
         """
+        if not self._graphs:
+            raise RuntimeError("the session is closed: open the bundle again")
         text = self._text(prompt)
         self._graphs["prompt"].run({"text": text}, self._cross)
+        self._videos += 1
         source = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
-        return (self._chunk(index, source) for index in range(chunks))
+        return self._stream(self._videos, chunks, source)
+
+    def _stream(self, video: int, chunks: int, noise: NoiseSource) -> Iterator[Chunk]:
+        for index in range(chunks):
+            if video != self._videos or not self._graphs:
+                raise RuntimeError("this video ended when the session was closed or began another")
+            yield self._chunk(index, noise)
 
     def _text(self, prompt: str | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         shape = (1, self.spec.text_length, self.spec.text_width)

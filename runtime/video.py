@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,7 +50,7 @@ class Mp4Writer:
                 mend="Choose a folder that you may write to.",
             ) from error
         self._stream: Any = None
-        self._rate = round(fps)
+        self._rate = Fraction(fps).limit_denominator(1001)
 
     def __enter__(self) -> Self:
         return self

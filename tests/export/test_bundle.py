@@ -110,6 +110,20 @@ def test_the_same_seed_gives_the_same_video(exported: Path) -> None:
     assert (videos[0] != videos[1]).any()
 
 
+def test_a_session_makes_one_video_at_a_time(exported: Path) -> None:
+    with Session.open(exported) as session:
+        first = session.generate(PROMPT, seed=1, chunks=3)
+        next(first)
+        second = session.generate(PROMPT, seed=2, chunks=3)
+        with pytest.raises(RuntimeError, match="began another"):
+            next(first)
+        next(second)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(second)
+    with pytest.raises(RuntimeError, match="closed"):
+        session.generate(PROMPT, seed=1, chunks=1)
+
+
 def test_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, weights, headmap = small("fresh")
     monkeypatch.setattr(writer, "TOLERANCE", -1.0)
