@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["FileRecord", "inside", "new_folder", "record_file", "verify_file"]
+__all__ = ["FileRecord", "inside", "new_folder", "record_file", "unwritable", "verify_file"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,15 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
     return path
 
 
+def unwritable(path: Path, error: OSError) -> InputError:
+    """The error for an output that cannot be written."""
+    return InputError(
+        f"cannot be written ({error.strerror})",
+        where=str(path),
+        mend="Choose a place that you may write to.",
+    )
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
@@ -84,11 +93,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial)
         partial.mkdir()
     except OSError as error:
-        raise InputError(
-            f"cannot be written ({error.strerror})",
-            where=str(path),
-            mend="Choose an output folder that you may write to.",
-        ) from error
+        raise unwritable(path, error) from error
     try:
         yield partial
         if path.is_dir():

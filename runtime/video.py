@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.runtime.files import unwritable
 
 __all__ = ["Mp4Writer"]
 
@@ -44,11 +45,7 @@ class Mp4Writer:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._container: Any = av.open(str(self._partial), "w", format="mp4")
         except OSError as error:
-            raise InputError(
-                f"cannot be written ({error.strerror})",
-                where=str(path),
-                mend="Choose a folder that you may write to.",
-            ) from error
+            raise unwritable(path, error) from error
         self._stream: Any = None
         self._rate = Fraction(fps).limit_denominator(1001)
 

@@ -104,7 +104,7 @@ def test_a_faulty_head_map(
     [
         (
             ["export", "--model", "nosuch", "--out", "OUT"],
-            "there is no model 'nosuch'; expected one of demo",
+            "no model 'nosuch'; expected one of demo",
         ),
         (["export", "--model", "demo", "--out", "OUT"], "the policy forcing-kv needs a head map"),
         ([*EXPORT, "MAP", "--resolution", "50x32", "--out", "OUT"], "50x32 does not divide into tokens"),

@@ -36,6 +36,7 @@ def test_the_demo_walks_the_whole_way(tmp_path: Path) -> None:
         assert sum(1 for _ in video.decode(video=0)) == 21
     for made in (
         "headmap.png",
+        "policies.png",
         "analysis/headmap.json",
         "analysis/report.html",
         "bundles/full/manifest.json",

@@ -6,14 +6,11 @@ each group sees. The group name `all` stands for every head and needs no head ma
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import from_data
+from forcingkv.runtime.shipped import read_named, shipped_names
 
 __all__ = ["ALL", "Policy", "Retain", "Roles", "Unsplit", "load_policy", "policy_names"]
 
@@ -89,27 +86,9 @@ class Policy:
 
 def policy_names() -> list[str]:
     """Names that `load_policy` knows, the plainest first."""
-    return sorted(_shipped(), key=lambda name: (load_policy(name).needs_headmap, name))
+    return sorted(shipped_names(__name__), key=lambda name: (load_policy(name).needs_headmap, name))
 
 
 def load_policy(name: str) -> Policy:
     """The policy of that name, or of a TOML file. Raises InputError naming the fault."""
-    if name.endswith(".toml") and Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
-    elif name in _shipped():
-        text = resources.files(__package__).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    else:
-        raise InputError(
-            f"there is no policy {name!r}",
-            where="policy",
-            expected=f"one of {', '.join(policy_names())}, or a file ending in .toml",
-        )
-    try:
-        return from_data(Policy, tomllib.loads(text), f"policy {name}")
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"is not TOML: {error}", where=f"policy {name}") from error
-
-
-def _shipped() -> list[str]:
-    folder = resources.files(__package__)
-    return [f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")]
+    return read_named(Policy, "policy", name, __name__)

@@ -88,7 +88,7 @@ def test_every_preset_can_be_read(name: str) -> None:
 
 def test_policies_stand_the_plainest_first() -> None:
     assert policy_names() == ["full", "window", "forcing-kv"]
-    with pytest.raises(InputError, match="one of full, window, forcing-kv"):
+    with pytest.raises(InputError, match="one of forcing-kv, full, window, or a file"):
         load_policy("../full")
 
 

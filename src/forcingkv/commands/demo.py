@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from forcingkv.commands.console import console, default_prompts, emit, need, progress
+from forcingkv.headmaps import DYNAMIC, STATIC
 
 __all__ = ["demo"]
 
@@ -41,6 +42,7 @@ def demo(
     from forcingkv.analyze import analyze_heads
     from forcingkv.analyze.pictures import headmap_picture
     from forcingkv.commands.compare import compare_policies, results
+    from forcingkv.commands.pictures import write_sheet
     from forcingkv.export import export_bundle
     from forcingkv.models.checkpoint import load_weights
     from forcingkv.models.demo.data import moves_of
@@ -75,14 +77,17 @@ def demo(
             )
             rows = results(runs, sessions, moves, READ_CHUNK)
     (out / "headmap.png").write_bytes(headmap_picture(headmap))
-    _write_video({name: run.videos for name, run in runs.items()}, out / "policies.mp4", spec.fps)
+    videos = {name: run.videos for name, run in runs.items()}
+    _write_video(videos, out / "policies.mp4", spec.fps)
+    write_sheet(videos, texts[: min(SHOWN, prompts)], out / "policies.png")
     if as_json:
-        emit({"model": spec.name, "headmap": headmap.counts(), "policies": rows, "out": str(out)})
+        counted = {STATIC: 0, DYNAMIC: 0} | headmap.counts()
+        emit({"model": spec.name, "headmap": counted, "policies": rows, "out": str(out)})
         return
     _print_table(rows)
     counts = ", ".join(f"{n} {label}" for label, n in headmap.counts().items())
     print(f"head map: {counts} heads (rule {headmap.rule.name}, cut {headmap.rule.alpha})")
-    print(f"look at: {out}/policies.mp4, {out}/headmap.png, {out}/analysis/report.html")
+    print(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
