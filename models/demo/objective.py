@@ -22,9 +22,12 @@ from forcingkv.runtime import positions
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 
-__all__ = ["FIRST_CHUNK_WEIGHT", "TeacherForcing", "loss_function", "make_batch"]
+__all__ = ["FIRST_CHUNK_WEIGHT", "Loss", "TeacherForcing", "loss_function", "make_batch"]
 
 FIRST_CHUNK_WEIGHT = 2.0
+Loss = Callable[[dict[str, Tensor]], Tensor]
+"""A batch -> each chunk's weighted share of the loss, (chunks,)."""
+
 CONTEXT_NOISE = 0.1
 """Largest noise mixed into the context, so that the model forgives its own chunks' small faults."""
 
@@ -79,9 +82,7 @@ def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> dict[
     return {name: torch.from_numpy(np.asarray(a, np.float32)) for name, a in data.items()}
 
 
-def loss_function(
-    model: WanModel, stage: Stage, *, compiled: bool = True
-) -> Callable[[dict[str, Tensor]], Tensor]:
+def loss_function(model: WanModel, stage: Stage, *, compiled: bool = True) -> Loss:
     """The loss of a stage, (chunks,): mean squared error of the flow, the first chunk counting more."""
     spec = model.spec
     frames = stage.chunks * spec.frames_per_chunk

@@ -21,10 +21,13 @@ class Stage:
     rate: float
     """Learning rate at the start of the stage; it runs linearly to `rate_end`."""
     rate_end: float
+    singles: int = 0
+    """Clips of one chunk trained beside each batch, lest the first chunk be forgotten."""
 
 
 STAGES = (
     Stage(chunks=1, batch=32, steps=1700, rate=4e-3, rate_end=2.9e-3),
     Stage(chunks=3, batch=12, steps=200, rate=2.2e-3, rate_end=2.1e-3),
-    Stage(chunks=7, batch=5, steps=1000, rate=2e-3, rate_end=5e-5),
+    Stage(chunks=7, batch=5, steps=600, rate=2e-3, rate_end=8.3e-4),
+    Stage(chunks=7, batch=5, singles=32, steps=380, rate=8.3e-4, rate_end=2e-5),
 )

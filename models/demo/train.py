@@ -12,7 +12,8 @@ import argparse
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from forcingkv.models.demo.objective import FIRST_CHUNK_WEIGHT, loss_function, make_batch
+from forcingkv.models.demo.objective import FIRST_CHUNK_WEIGHT, Loss, loss_function, make_batch
 from forcingkv.models.demo.stages import STAGES, Stage
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
@@ -92,14 +93,17 @@ class Trainer:
         self.tuners = optimizers(self.model)
         self.step = 0
 
-    def update(self, loss: Callable[[dict[str, Tensor]], Tensor], stage: Stage, rate: float) -> Tensor:
-        """One step of training; returns each chunk's share of the loss."""
+    def update(self, losses: Sequence[tuple[Stage, Loss]], rate: float) -> Tensor:
+        """One step of training on a batch of each; returns each chunk's share of the first's loss."""
         for tuner in self.tuners:
             for group in tuner.param_groups:
                 group["lr"] = rate
-        batch = make_batch(self.model.spec, np.random.default_rng((SEED, self.step)), stage)
-        parts = loss(batch)
-        parts.sum().backward()
+        generator = np.random.default_rng((SEED, self.step))
+        found = []
+        for stage, loss in losses:
+            parts = loss(make_batch(self.model.spec, generator, stage))
+            parts.sum().backward()
+            found.append(parts.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for tuner in self.tuners:
             tuner.step()
@@ -109,7 +113,7 @@ class Trainer:
             for kept, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 kept.lerp_(new, 1 - keep)
         self.step += 1
-        return parts.detach()
+        return found[0]
 
     def save(self, out: Path) -> None:
         """Write the checkpoint and the averaged weights, each whole or not at all."""
@@ -136,6 +140,14 @@ class Trainer:
         (out / LOG).write_text("".join(rows[: self.step + 1]))
 
 
+def stage_losses(model: WanModel, stage: Stage) -> list[tuple[Stage, Loss]]:
+    """The stage's loss, and that of the single chunks trained beside it."""
+    parts = [stage]
+    if stage.singles:
+        parts.append(replace(stage, chunks=1, batch=stage.singles))
+    return [(part, loss_function(model, part)) for part in parts]
+
+
 def train(out: Path) -> None:
     """Train to the end of `STAGES`, from the last checkpoint in `out` if there is one."""
     out.mkdir(parents=True, exist_ok=True)
@@ -149,9 +161,9 @@ def train(out: Path) -> None:
         stage, rate = at
         if stage is not current:
             torch.compiler.reset()
-            current, loss = stage, loss_function(trainer.model, stage)
+            current, losses = stage, stage_losses(trainer.model, stage)
         started = time.perf_counter()
-        parts = trainer.update(loss, stage, rate)
+        parts = trainer.update(losses, rate)
         # The loss is a weighted mean over chunks; `first` is the first chunk's own.
         first = float(parts[0]) * (FIRST_CHUNK_WEIGHT + stage.chunks - 1) / FIRST_CHUNK_WEIGHT
         seconds = time.perf_counter() - started

@@ -106,7 +106,7 @@ def test_a_training_loss_is_that_of_each_chunk_alone(chunks: int) -> None:
 
 def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps at once, and two, then two from the checkpoint, give the same weights and log."""
-    stages = (Stage(1, 1, 1, 1e-3, 1e-3), Stage(2, 1, 3, 1e-3, 1e-4))
+    stages = (Stage(1, 1, 1, 1e-3, 1e-3), Stage(2, 1, 3, 1e-3, 1e-4, singles=2))
     monkeypatch.setattr(training, "STAGES", stages)
     monkeypatch.setattr(training, "SAVE_EVERY", 2)
     monkeypatch.setattr(training, "loss_function", lambda m, s: loss_function(m, s, compiled=False))
