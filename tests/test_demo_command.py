@@ -28,6 +28,7 @@ def test_the_demo_walks_the_whole_way(tmp_path: Path) -> None:
     assert pruned["kv_bytes"] <= 0.70 * full["kv_bytes"]
     assert full["psnr_to_full"] is None
     assert pruned["psnr_to_full"] > 10
+    assert pruned["digits_read"] >= full["digits_read"] - 0.05, rows
     for row in rows.values():
         assert row["seconds_per_chunk"] > row["seconds_per_chunk_without_decoding"] > 0
         assert row["digits_read"] >= 0.8, rows

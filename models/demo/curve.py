@@ -24,10 +24,10 @@ def draw_curve(log: Path, out: Path) -> None:
     axes = figure.subplots()
     axes.plot(rows["step"], rows["loss"], label="all chunks")
     axes.plot(rows["step"], rows["first"], label="first chunk", linewidth=0.8)
-    for chunks in rows["chunks"].unique().sort():
+    for row, chunks in enumerate(rows["chunks"].unique().sort()):
         start = int(rows.filter(chunks=chunks)["step"][0])
         axes.axvline(start, color="grey", linewidth=0.6)
-        axes.annotate(f" {chunks} chunk{'s' * (chunks > 1)}", (start, 0.45), color="grey")
+        axes.annotate(f" {chunks} chunk{'s' * (chunks > 1)}", (start, 0.45 / 1.3**row), color="grey")
     axes.set(xlabel="step", ylabel="flow matching loss", ylim=(0.03, 0.6), yscale="log")
     axes.legend()
     figure.savefig(out, dpi=110, metadata={"Software": None})

@@ -108,3 +108,16 @@ def test_a_map_for_another_model_is_refused() -> None:
         headmap.check_model(6, 4, {"static", "dynamic"})
     with pytest.raises(InputError, match="uses the label 'static'; expected only dynamic"):
         headmap.check_model(2, 3, {"dynamic"})
+
+
+def test_every_shipped_map_fits_its_model() -> None:
+    from forcingkv.models.presets import load_spec
+
+    folder = Path(__file__).parents[2] / "headmaps" / "maps"
+    maps = [HeadMap.read(path) for path in sorted(folder.glob("*.json"))]
+    assert [headmap.model.name for headmap in maps] == ["demo"]
+    for headmap in maps:
+        spec = load_spec(headmap.model.name)
+        headmap.check_model(spec.layers, spec.heads, {"static", "dynamic"})
+        assert headmap.statistics is not None
+        assert headmap.scores is not None

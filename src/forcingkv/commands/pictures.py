@@ -18,7 +18,7 @@ def write_sheet(
     videos: Mapping[str, Sequence[np.ndarray[Any, Any]]], prompts: Sequence[str], path: Path
 ) -> None:
     """Write a PNG of frames 0, 5, 10, 15 and 20 of each prompt's video under each policy."""
-    figure = plt.figure(figsize=(4.6 * len(videos), 0.95 * len(prompts) + 0.4), layout="constrained")
+    figure = plt.figure(figsize=(4.6 * len(videos), 0.68 * len(prompts) + 0.4), layout="constrained")
     axes = figure.subplots(len(prompts), len(videos), squeeze=False)
     for column, (policy, made) in enumerate(videos.items()):
         for row, (prompt, video) in enumerate(zip(prompts, made, strict=False)):
