@@ -100,7 +100,7 @@ def test_latents_do_not_depend_on_the_chunks_that_follow(policy: str) -> None:
     plan = build_plan(spec, spec.geometry(), load_policy(policy))
     model, text = random_model(spec), torch.randn(1, spec.text_length, spec.text_width)
     short, long = ([c.latents for c in generate(model, plan, text, seeded_noise(plan, 0), n)] for n in (2, 6))
-    assert all(torch.equal(a, b) for a, b in zip(short, long, strict=False))
+    assert [torch.equal(a, b) for a, b in zip(short, long[:2], strict=True)] == [True, True]
 
 
 def test_timesteps_may_differ_between_chunks_of_a_pass() -> None:

@@ -21,7 +21,7 @@ def write_sheet(
     figure = plt.figure(figsize=(4.6 * len(videos), 0.68 * len(prompts) + 0.4), layout="constrained")
     axes = figure.subplots(len(prompts), len(videos), squeeze=False)
     for column, (policy, made) in enumerate(videos.items()):
-        for row, (prompt, video) in enumerate(zip(prompts, made, strict=False)):
+        for row, (prompt, video) in enumerate(zip(prompts, made[: len(prompts)], strict=True)):
             strip = [np.pad(video[f], ((1, 1), (1, 1), (0, 0)), constant_values=96) for f in FRAMES]
             shown = axes[row][column]
             shown.imshow(np.concatenate(strip, 1), interpolation="nearest")
