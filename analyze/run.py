@@ -62,7 +62,7 @@ def analyze_heads(
     steps = len(spec.schedule.timesteps)
     measured = Statistics(samples, chunks - first_chunk, steps, seed, POLICY)
     texts = [torch.from_numpy(np.asarray(encode_words(spec, prompt))) for prompt in prompts]
-    with new_folder(out) as folder:
+    with new_folder(out, "headmap.json") as folder:
         for sample in range(samples):
             record_sample(
                 model, plan, texts[sample % len(texts)], seed + sample, sample, chunks,

@@ -65,7 +65,7 @@ def export_bundle(
     graphs = [prompt_graph(model), step_graph(model, plan), decode_graph(plan)]
     records: dict[str, GraphRecord] = {}
     differences: dict[str, float] = {}
-    with new_folder(out) as folder:
+    with new_folder(out, MANIFEST) as folder:
         written: list[Path] = []
         for graph in graphs:
             say(f"tracing {graph.name}")

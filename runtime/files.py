@@ -81,11 +81,19 @@ def unwritable(path: Path, error: OSError) -> InputError:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, mark: str) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
-    A folder already at `path` is replaced only then. Raises InputError where nothing can be written.
+    A folder already at `path` is replaced only then, and only if it is empty or holds the file `mark`,
+    as those made before do. Raises InputError for any other, and where nothing can be written.
     """
+    path = path.resolve()
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+        raise InputError(
+            f"holds other files than an earlier result (it has no {mark})",
+            where=str(path),
+            mend="Choose a new or empty folder: this one would be replaced.",
+        )
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -224,3 +224,14 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="3 tensors: head.head.bias is .3,. instead of .*; missing "
                        r"blocks.0.norm3.bias; unexpected extra"):  # fmt: skip
         load_weights(spec, tmp_path / "w.safetensors")
+
+
+def test_a_folder_of_other_files_is_not_replaced(exported: Path, tmp_path: Path) -> None:
+    spec, weights, headmap = small("fresh")
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(InputError, match="holds other files than an earlier result"):
+        export_bundle(spec, weights, load_policy("full"), tmp_path, headmap=headmap)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    shutil.copytree(exported, tmp_path / "b")
+    export_bundle(spec, weights, load_policy("full"), tmp_path / "b", headmap=headmap)
+    assert Session.open(tmp_path / "b").plan.policy.name == "full"
