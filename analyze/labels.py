@@ -15,7 +15,7 @@ from forcingkv.headmaps.errors import InputError
 
 __all__ = ["ALPHA", "RuleName", "label_heads", "rule_name"]
 
-RuleName = Literal["auto", "threshold", "quota", "clusters"]
+RuleName = Literal["auto", "threshold", "quota", "clusters", "dummy"]
 
 ALPHA = 0.8
 """The published threshold (METHOD.md section 2)."""
@@ -40,6 +40,7 @@ def label_heads(
     Rules: `threshold`: static from `alpha` on. `quota`: the `static_per_layer` highest of each layer
     are static (half, if None). `clusters`: two means of all heads' scores; the cut lies halfway
     between them. `auto`: the threshold where it splits the heads, else clusters, with the reason.
+    (`dummy` asks for more than scores: see `analyze.dummy`.)
 
     The confidence of a head is the share of its observations (samples, chunks, steps) that, taken
     alone, would give it the label it has.

@@ -13,16 +13,18 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from forcingkv.analyze.scores import mean_scores
-from forcingkv.headmaps import STATIC, HeadMap
+from forcingkv.headmaps import HeadMap
 
 __all__ = ["headmap_picture", "recency_picture", "spread_picture"]
 
 
 def headmap_picture(headmap: HeadMap) -> bytes:
-    """PNG: mean recency score of each head, layers x heads, with S or D in each cell."""
+    """PNG: mean recency score of each head, layers x heads, with its label's letter in each cell."""
     import seaborn as sns
 
-    letters = [["S" if label == STATIC else "D" for label in row] for row in headmap.labels]
+    letter = headmap.letters()
+    letters = [[letter[label] for label in row] for row in headmap.labels]
+    legend = ", ".join(f"{short} {label}" for label, short in letter.items())
     values = np.array(headmap.scores or np.full((headmap.model.layers, headmap.model.heads), np.nan))
     with _figure(2.0 + 0.55 * headmap.model.heads, 1.6 + 0.42 * headmap.model.layers) as figure:
         axes = figure.subplots()
@@ -30,7 +32,7 @@ def headmap_picture(headmap: HeadMap) -> bytes:
             values, annot=np.array(letters), fmt="", vmin=0, vmax=1, cmap="viridis",
             linewidths=0.5, ax=axes, cbar_kws={"label": "recency score"},
         )  # fmt: skip
-        axes.set(xlabel="head", ylabel="layer", title=f"{headmap.model.name}: S static, D dynamic")
+        axes.set(xlabel="head", ylabel="layer", title=f"{headmap.model.name}: {legend}")
         return _png(figure)
 
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from forcingkv.analyze.dummy import context_mass, label_dummies
 from forcingkv.analyze.labels import ALPHA, RuleName, label_heads
 from forcingkv.analyze.recorder import record_sample
 from forcingkv.analyze.report import report_html
@@ -19,7 +21,6 @@ from forcingkv.runtime.files import new_folder
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import encode_words
 
 __all__ = ["SINK_FRAMES", "analyze_heads"]
 
@@ -31,7 +32,7 @@ POLICY = "full"
 def analyze_heads(
     spec: ModelSpec,
     weights: Weights,
-    prompts: Sequence[str],
+    texts: Sequence[npt.NDArray[np.float32]],
     out: Path,
     *,
     samples: int,
@@ -40,39 +41,45 @@ def analyze_heads(
     rule: RuleName = "auto",
     alpha: float = ALPHA,
     static_per_layer: int | None = None,
+    resolution: str | None = None,
     command: Sequence[str] = (),
     say: Callable[[int, int], None] = lambda sample, chunk: None,
 ) -> HeadMap:
     """Generate `samples` videos under the policy `full`, measure every head, and write `out`.
 
     Writes stats/sample-NNNN.parquet, headmap.json and report.html, all or nothing. Sample i uses
-    prompt i (in turn) and seed `seed` + i. Scores count chunks after `ar_start`, where pruning acts.
+    text i (in turn; each (1, text_length, text_width)) and seed `seed` + i. Scores count chunks after
+    `ar_start`, where pruning acts.
 
     Raises InputError where there are no prompts, too few chunks, or the scores are not numbers.
     """
-    if not prompts or samples < 1:
-        raise InputError(f"{len(prompts)} prompts, {samples} samples", where="analysis", expected="some")
+    if not texts or samples < 1:
+        raise InputError(f"{len(texts)} prompts, {samples} samples", where="analysis", expected="some")
     first_chunk = spec.ar_start + 1
     chunks = chunks or spec.attended_frames // spec.frames_per_chunk
     if chunks <= first_chunk:
         raise InputError(f"{chunks} chunks", where="chunks", expected=f"more than {first_chunk}")
     model = build_model(spec, weights)
-    plan = build_plan(spec, spec.geometry(), load_policy(POLICY))
+    plan = build_plan(spec, spec.geometry(resolution), load_policy(POLICY))
     identity = ModelIdentity(spec.name, spec.layers, spec.heads, weights.digest)
     steps = len(spec.schedule.timesteps)
     measured = Statistics(samples, chunks - first_chunk, steps, seed, POLICY)
-    texts = [torch.from_numpy(np.asarray(encode_words(spec, prompt))) for prompt in prompts]
     with new_folder(out, "headmap.json") as folder:
         for sample in range(samples):
             record_sample(
-                model, plan, texts[sample % len(texts)], seed + sample, sample, chunks,
+                model, plan, torch.from_numpy(texts[sample % len(texts)]), seed + sample, sample, chunks,
                 folder / "stats", lambda chunk, sample=sample: say(sample, chunk),  # type: ignore[misc]
             )  # fmt: skip
-        scores = recency_scores(read_statistics(folder / "stats"), SINK_FRAMES, first_chunk)
-        headmap = label_heads(
-            scores, identity, rule, alpha=alpha, static_per_layer=static_per_layer,
-            sink_frames=SINK_FRAMES, statistics=measured,
-        )  # fmt: skip
+        recorded = read_statistics(folder / "stats")
+        scores = recency_scores(recorded, SINK_FRAMES, first_chunk)
+        if rule == "dummy":
+            mass = context_mass(recorded, spec.frames_per_chunk, first_chunk)
+            headmap = label_dummies(mass, scores, identity, statistics=measured)
+        else:
+            headmap = label_heads(
+                scores, identity, rule, alpha=alpha, static_per_layer=static_per_layer,
+                sink_frames=SINK_FRAMES, statistics=measured,
+            )  # fmt: skip
         headmap.write(folder / "headmap.json")
         page = report_html(scores, headmap, command)
         (folder / "report.html").write_text(page, encoding="utf-8")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from forcingkv.models.cache import Cache, advance, attend_cache
+from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.generate import latent_shape, next_latents
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
@@ -22,7 +23,10 @@ __all__ = ["Graph", "decode_graph", "prompt_graph", "step_graph"]
 
 @dataclass(frozen=True)
 class Graph:
-    """A module to trace, with example inputs and the names of what goes in and out."""
+    """A module to trace, with example inputs and the names of what goes in and out.
+
+    Its parameters are those of its attribute `model`, where it has one.
+    """
 
     name: str
     module: nn.Module
@@ -76,9 +80,26 @@ class PixelDecodeModule(nn.Module):
     """Latents that are pixels already: (1, C, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        frames = inputs["latents"][0].permute(1, 2, 3, 0)
-        pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return pixels.expand(-1, -1, -1, 3) if pixels.shape[-1] == 1 else pixels
+        return to_frames(inputs["latents"])
+
+
+class StreamDecodeModule(nn.Module):
+    """Latents and feature caches -> frames, the pixels they are rounded from, and the next caches."""
+
+    def __init__(self, decoder: StreamingDecoder, state: list[str]) -> None:
+        super().__init__()
+        self.model, self.state = decoder, state
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        state = {name: inputs[name] for name in self.state}
+        pixels, following = self.model(inputs["latents"], inputs["first"], state)
+        return (to_frames(pixels), pixels, *(following[name] for name in self.state))
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """(1, 1 or 3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
+    frames = ((pixels[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return frames.expand(-1, -1, -1, 3) if frames.shape[-1] == 1 else frames
 
 
 def unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
@@ -133,9 +154,23 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     return Graph("step", StepModule(model, plan), inputs, outputs, dynamic)
 
 
-def decode_graph(plan: CachePlan) -> Graph:
-    """The graph `decode`, for models whose latents are pixels."""
-    return Graph("decode", PixelDecodeModule(), {"latents": torch.zeros(latent_shape(plan))}, ("frames",), {})
+def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None) -> Graph:
+    """The graph `decode`: of a chunk whose latents are pixels, or of one latent frame with a decoder.
+
+    A latent frame at a time, since a decoder's activations are many times its latents.
+    """
+    batch, channels, _, height, width = latent_shape(plan)
+    if decoder is None:
+        latents = torch.zeros(latent_shape(plan))
+        return Graph("decode", PixelDecodeModule(), {"latents": latents}, ("frames",), {})
+    state = {name: torch.zeros(shape) for name, shape in decoder.state_shapes(height, width).items()}
+    inputs = {
+        "latents": torch.zeros(batch, channels, 1, height, width),
+        "first": torch.ones(1),
+        **state,
+    }
+    outputs = ("frames", "pixels", *(f"next.{name}" for name in state))
+    return Graph("decode", StreamDecodeModule(decoder, list(state)), inputs, outputs, {})
 
 
 def _example(plan: CachePlan, entry: CacheEntry) -> Tensor:

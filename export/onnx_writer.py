@@ -1,58 +1,75 @@
-"""From a traced graph to an ONNX file with its weights beside it."""
+"""From a graph to an ONNX file whose weights lie in a safetensors file.
+
+Graphs are traced on fake tensors: shapes without contents. So a model of any size is traced in the
+memory of its graph, and its weights, written once by `export.bake`, are only pointed at.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from forcingkv.export.graphs import Graph
 from forcingkv.export.prune_op import OPSET, prune_functions, translation_table
+from forcingkv.runtime.tensors import StoredTensor
 
-__all__ = ["to_onnx", "write_onnx"]
+__all__ = ["write_onnx"]
+
+_IR_DTYPES = {"F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16}
 
 
-def to_onnx(graph: Graph) -> onnx.ModelProto:
-    """Trace a graph with torch's exporter; inputs, outputs and varying dimensions get their names."""
-    names = list(graph.inputs)
-    symbols = {symbol: Dim(symbol, min=2) for symbol in sorted(set(graph.dynamic.values()))}
-    shapes = tuple({2: symbols[graph.dynamic[name]]} if name in graph.dynamic else None for name in names)
-    flat = _Flat(graph)
-    with _quiet():
+def write_onnx(
+    make: Callable[[], Graph], path: Path, weights: Mapping[str, StoredTensor], file: str
+) -> onnx.ModelProto:
+    """Trace a graph and write it; inputs, outputs and varying dimensions get their names.
+
+    Args:
+        make: makes the graph. Called with fake tensors on, so that the parameters of a module it
+            makes take no memory.
+        path: the ONNX file.
+        weights: where each parameter of the graph's model lies.
+        file: the safetensors file they lie in, named relative to the ONNX file.
+
+    Returns:
+        The model. Parameters stored as bfloat16 are cast to float32, in which the graph computes.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
+        graph = make()
+        inputs = tuple(mode.from_tensor(tensor) for tensor in graph.inputs.values())
         program = torch.onnx.export(
-            flat,
-            tuple(graph.inputs.values()),
+            _Flat(graph),
+            inputs,
             dynamo=True,
             opset_version=OPSET,
-            input_names=names,
+            input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=(shapes,) if shapes else None,
+            dynamic_shapes=(_dynamic_shapes(graph),),
             custom_translation_table=translation_table(),
+            optimize=False,  # it would look at the contents of the weights
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
+    parameters = _initializers_to_inputs(program.model.graph)
+    with _quiet():
+        program.optimize()
+    for value in parameters:
+        _point(program.model.graph, value, weights[_bare(value.name)], file)
+    model = ir.to_proto(program.model)
     used = {node.op_type for node in model.graph.node}
     model.functions.extend(f for f in prune_functions() if f.name in used)
     _strip(model)
+    onnx.save_model(model, path)
     return model
-
-
-def write_onnx(model: onnx.ModelProto, path: Path) -> list[Path]:
-    """Write `path` and, for a graph with weights, `path` with the ending .weights; return the files."""
-    weights = path.with_suffix(".weights")
-    if model.graph.initializer:
-        onnx.save_model(model, path, save_as_external_data=True, location=weights.name, size_threshold=1024)
-    else:
-        onnx.save_model(model, path)
-    return [path, weights] if weights.exists() else [path]
 
 
 class _Flat(torch.nn.Module):
@@ -64,6 +81,54 @@ class _Flat(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         return self.module(dict(zip(self.names, tensors, strict=True)))
+
+
+_WRAPPED = "module.model."
+"""What `_Flat` and the graph's module put before the name of a parameter."""
+
+
+def _bare(name: str | None) -> str:
+    return (name or "").removeprefix(_WRAPPED)
+
+
+def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any] | None, ...]:
+    symbols = {symbol: Dim(symbol, min=2) for symbol in sorted(set(graph.dynamic.values()))}
+    return tuple(
+        {2: symbols[graph.dynamic[name]]} if name in graph.dynamic else None for name in graph.inputs
+    )
+
+
+def _initializers_to_inputs(graph: ir.Graph) -> list[ir.Value]:
+    """Make the parameters inputs, so that optimizing takes none of them for a constant."""
+    parameters = [value for name, value in graph.initializers.items() if name.startswith(_WRAPPED)]
+    for value in parameters:
+        assert value.name is not None
+        graph.initializers.pop(value.name)
+        value.const_value = None
+        graph.inputs.append(value)
+    return parameters
+
+
+def _point(graph: ir.Graph, parameter: ir.Value, stored: StoredTensor, file: str) -> None:
+    """Turn a parameter that is an input back into an initializer, with its contents in the file."""
+    graph.inputs.remove(parameter)
+    if not parameter.uses():
+        return
+    kind, name = _IR_DTYPES[stored.dtype], _bare(parameter.name)
+    content = ir.ExternalTensor(
+        file, stored.offset, stored.bytes, kind, shape=ir.Shape(stored.shape), name=name
+    )
+    initializer = ir.Value(
+        name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(kind), const_value=content
+    )
+    graph.initializers[name] = initializer
+    value = initializer
+    if kind != ir.DataType.FLOAT:
+        cast = ir.Node("", "Cast", [initializer], [ir.AttrInt64("to", ir.DataType.FLOAT)])
+        cast.outputs[0].name = f"{name}.float32"
+        graph.insert_before(graph[0], cast)
+        value = cast.outputs[0]
+    ir.convenience.replace_all_uses_with(parameter, value)
 
 
 def _strip(model: onnx.ModelProto) -> None:

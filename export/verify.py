@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from forcingkv.export.graphs import Graph
+from forcingkv.headmaps.errors import InputError
+from forcingkv.models.checkpoint import weight_shapes
+from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from forcingkv.runtime.memory import available_bytes
 from forcingkv.runtime.plan import CachePlan
 
-__all__ = ["graph_difference"]
+__all__ = ["check_memory", "graph_difference"]
 
 Array = npt.NDArray[np.float32]
 SEED = 0
 HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines"}
 
 
+def check_memory(plan: CachePlan, decoder: StreamingDecoder | None = None) -> None:
+    """Raise InputError unless a model fits into memory for verification, with what it needs by part.
+
+    torch and ONNX Runtime each hold the weights in float32, and ONNX Runtime also as they are stored;
+    each reads the caches of the last phase, and ONNX Runtime writes a layer's scores out. A decoder's
+    caches are there as inputs and outputs of both.
+    """
+    spec = plan.spec
+    weights = 4 * sum(math.prod(shape) for shape in weight_shapes(spec).values())
+    caches = 3 * plan.kv_bytes()
+    layer_keys = plan.kv_bytes() / (spec.layers * spec.dim * 4 * 2)
+    scores = 4 * spec.heads * plan.chunk_tokens * layer_keys
+    parts = {"weights": 2.5 * weights, "caches": caches, "attention scores": scores}
+    if decoder:
+        grid = plan.geometry.latent_height, plan.geometry.latent_width
+        state = sum(math.prod(shape) for shape in decoder.state_shapes(*grid).values())
+        parts["decoder caches"] = 4 * 4.0 * state
+    needed, available = sum(parts.values()), available_bytes()
+    if needed > available:
+        told = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
+        raise InputError(
+            f"verifying {spec.name} at {plan.geometry.width}x{plan.geometry.height} needs about"
+            f" {needed / 1e9:.1f} GB ({told}), and {available / 1e9:.1f} GB are available",
+            where="memory",
+            mend="Export with --no-verify, at a smaller resolution, or on a larger machine.",
+        )
+
+
 def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
-    """Largest absolute difference of any output, in every phase, for random contents.
+    """Largest difference of any output, in every phase, for random contents.
+
+    Absolute where an output's values are at most 1, relative to the largest of them beyond: the features
+    in a decoder's caches have no scale of their own.
 
     ONNX Runtime runs the file at `path`; torch runs the graph's module. Inputs that the host computes
     (positions, times, noise levels) are the graph's examples: random ones would not be angles.
@@ -47,6 +84,15 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
         found = {name: np.empty_like(array, order="C") for name, array in expected.items()}
         runnable.run(inputs, found)
         for name, array in expected.items():
-            difference = np.abs(array.astype(np.float64) - found[name].astype(np.float64))
-            worst = max(worst, float(difference.max(initial=0.0)))
+            worst = max(worst, _difference(array, found[name]))
     return worst
+
+
+def _difference(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+    difference = float(np.abs(expected.astype(np.float64) - found.astype(np.float64)).max(initial=0.0))
+    if expected.dtype == np.uint8:
+        # A pixel between two levels may be rounded either way; what it is rounded from is compared too.
+        return max(difference - 1, 0.0)
+    if not np.issubdtype(expected.dtype, np.floating):
+        return difference
+    return difference / max(1.0, float(np.abs(expected).max(initial=0.0)))

@@ -1,15 +1,19 @@
 """Head maps: which attention heads are static and which dynamic."""
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.headmap import DYNAMIC, STATIC, HeadMap, ModelIdentity, Rule, Statistics
+from forcingkv.headmaps.headmap import DYNAMIC, STATIC, HeadMap, ModelIdentity, Rule, Source, Statistics
+from forcingkv.headmaps.readers import Choices, read_headmap
 
 __all__ = [
     "DYNAMIC",
     "STATIC",
+    "Choices",
     "HeadMap",
     "InputError",
     "MissingExtraError",
     "ModelIdentity",
     "Rule",
+    "Source",
     "Statistics",
+    "read_headmap",
 ]

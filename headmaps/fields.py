@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["from_data", "to_data"]
+__all__ = ["LEFT_OUT_IF_NONE", "from_data", "to_data"]
 
 T = TypeVar("T")
+
+LEFT_OUT_IF_NONE = {"left out if None": True}
+"""Metadata of a field that came later: absent data stays absent, so texts and digests of old files hold."""
 
 
 def from_data(kind: type[T], data: Any, where: str) -> T:
@@ -49,7 +52,12 @@ def from_data(kind: type[T], data: Any, where: str) -> T:
 def to_data(value: Any) -> Any:
     """The plain lists, dicts and scalars of a dataclass, ready for JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        items = [(f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
+        return {
+            f.name: to_data(item)
+            for f, item in items
+            if item is not None or "left out if None" not in f.metadata
+        }
     if isinstance(value, Mapping):
         return {str(key): to_data(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

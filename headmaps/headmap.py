@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
 
-__all__ = ["DYNAMIC", "SCHEMA", "STATIC", "HeadMap", "ModelIdentity", "Rule", "Statistics", "uniform"]
+__all__ = [
+    "DYNAMIC",
+    "SCHEMA",
+    "STATIC",
+    "HeadMap",
+    "ModelIdentity",
+    "Rule",
+    "Source",
+    "Statistics",
+    "labels_of",
+    "uniform",
+    "write_text",
+]
 
 SCHEMA = "forcingkv.headmap/1"
 STATIC, DYNAMIC = "static", "dynamic"
@@ -45,6 +58,24 @@ class Rule:
     """Heads made static in each layer, for the rule `quota`."""
     sink_frames: int | None = None
     """Frames whose mass is left out of the score's denominator (METHOD.md section 2)."""
+    retrieval_threshold: float | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Retrieval score from which a head is dynamic, for the rule `retrieval` (DuoAttention)."""
+    dummy_heads: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Heads of the model made dummies, for the rule `dummy` (Dummy Forcing)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file of another project that a map was read from, so that nothing it said is lost."""
+
+    format: str
+    """The reader's name of the format: `forcing-kv-json`, `pyramid-forcing-csv`, `duo-attention-tsv`."""
+    sha256: str
+    """SHA-256 of the file."""
+    fields: Mapping[str, Any] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What the file says beside the layers, verbatim (Forcing-KV: format, profile, description, ...)."""
+    layers: tuple[Mapping[str, Any], ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Its layers, verbatim, where the labels alone would not give them back: other names, another order."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +104,7 @@ class _File:
     rule: Rule
     layers: tuple[_Layer, ...]
     statistics: Statistics | None = None
+    source: Source | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
 
 
 @dataclass(frozen=True)
@@ -87,10 +119,12 @@ class HeadMap:
     confidence: Scores | None = None
     """Share of the observations in which each head has its label."""
     statistics: Statistics | None = None
+    source: Source | None = None
+    """The file of another project that this map was read from."""
 
     @classmethod
     def read(cls, path: Path | str) -> HeadMap:
-        """Read and check a file of schema `forcingkv.headmap/1`.
+        """Read and check a file of schema `forcingkv.headmap/1` (`read_headmap` reads others too).
 
         Raises InputError for a file that cannot be read, a wrong field, a number that is not
         finite, or heads that do not cover every layer exactly once.
@@ -110,7 +144,7 @@ class HeadMap:
         file = from_data(_File, data, where)
         model = file.model
         numbers = [layer.layer for layer in file.layers]
-        if numbers != list(range(model.layers)):
+        if len(numbers) != model.layers or numbers != list(range(model.layers)):
             raise InputError(
                 f"lists the layers {numbers}",
                 where=where,
@@ -127,11 +161,12 @@ class HeadMap:
                     )
         return cls(
             model=model,
-            labels=tuple(_labels(layer, model.heads, where) for layer in file.layers),
+            labels=tuple(labels_of(layer.layer, layer.heads, model.heads, where) for layer in file.layers),
             rule=file.rule,
             scores=_all_or_none([layer.scores for layer in file.layers]),
             confidence=_all_or_none([layer.confidence for layer in file.layers]),
             statistics=file.statistics,
+            source=file.source,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -149,16 +184,13 @@ class HeadMap:
             for number, labels in enumerate(self.labels)
         )
         data: dict[str, Any] = to_data(
-            _File("forcingkv.headmap/1", self.model, self.rule, layers, self.statistics)
+            _File("forcingkv.headmap/1", self.model, self.rule, layers, self.statistics, self.source)
         )
         return data
 
     def write(self, path: Path) -> None:
         """Write the file: under a temporary name, then renamed."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(self.to_text(), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, self.to_text())
 
     def to_text(self) -> str:
         """The file's text: the same map gives the same text."""
@@ -172,6 +204,14 @@ class HeadMap:
     def counts(self) -> dict[str, int]:
         """Heads of each label."""
         return {label: self._used.count(label) for label in sorted(set(self._used), reverse=True)}
+
+    def letters(self) -> dict[str, str]:
+        """A letter for each label, to draw the map with: its first that no other label has."""
+        letters: dict[str, str] = {}
+        for label in sorted(self.counts(), key=lambda label: (label != STATIC, label != DYNAMIC, label)):
+            spare = [letter for letter in label.upper() + "0123456789" if letter not in letters.values()]
+            letters[label] = next(iter(spare), "?")
+        return letters
 
     def order(self, layer: int, labels: Sequence[str]) -> list[int]:
         """The layer's heads sorted by label, in the order of `labels`: old index at each new place."""
@@ -200,29 +240,42 @@ class HeadMap:
         return [label for row in self.labels for label in row]
 
 
-def _labels(layer: _Layer, heads: int, where: str) -> tuple[str, ...]:
+def labels_of(number: int, groups: Mapping[str, Sequence[int]], heads: int, where: str) -> tuple[str, ...]:
+    """The label of each head of layer `number`, from the heads of each label.
+
+    Raises InputError, naming the layer and the heads, unless each of the `heads` heads is given once.
+    """
     found: dict[int, str] = {}
-    for label, members in layer.heads.items():
+    for label, members in groups.items():
         for head in members:
             if not 0 <= head < heads:
                 raise InputError(
-                    f"layer {layer.layer} names head {head}", where=where, expected=f"0 to {heads - 1}"
+                    f"layer {number} names head {head}", where=where, expected=f"0 to {heads - 1}"
                 )
             if head in found:
                 raise InputError(
-                    f"layer {layer.layer} gives head {head} twice ({found[head]} and {label})",
+                    f"layer {number} gives head {head} twice ({found[head]} and {label})",
                     where=where,
                     expected="each head exactly once",
                 )
             found[head] = label
-    missing = sorted(set(range(heads)) - set(found))
-    if missing:
+    if len(found) < heads:
+        # Not all of them: a damaged number of heads must not take the memory.
+        missing = itertools.islice((head for head in range(heads) if head not in found), 40)
         raise InputError(
-            f"layer {layer.layer} leaves out head {', '.join(map(str, missing))}",
+            f"layer {number} leaves out head {', '.join(map(str, missing))}",
             where=where,
             expected="each head exactly once",
         )
     return tuple(found[head] for head in range(heads))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file: under a temporary name, then renamed. Makes the folder. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _all_or_none(rows: Sequence[tuple[float, ...] | None]) -> Scores | None:

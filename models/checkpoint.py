@@ -1,92 +1,148 @@
-"""Weights of a model: read from a file, checked against the spec, or made at random."""
+"""Weights of a model by Wan name, read one at a time: from a checkpoint, merged, or drawn at random."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.models.fit import check_fit
+from forcingkv.models.locate import Found, locate
+from forcingkv.models.lora import KEY, Lora, read_lora
+from forcingkv.models.naming import wan_names
+from forcingkv.models.tensor_files import open_tensors
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Weights", "build_model", "load_weights", "random_weights"]
+__all__ = ["Weights", "build_model", "load_weights", "random_weights", "weight_shapes"]
 
 
-class Weights(dict[str, Tensor]):
-    """A state dict in Wan naming, with where it came from.
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a model by Wan name. A tensor is read when it is asked for, and not kept.
 
     Attributes:
-        digest: SHA-256 of the file it was read from; None for random weights.
+        shapes: name -> shape, in the order of the model's state dict.
     """
 
-    digest: str | None = None
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        digest: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.shapes, self._read, self._digest = dict(shapes), read, digest
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of what they were read from; None for random weights. Reads the files through."""
+        return self._digest()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
-def load_weights(spec: ModelSpec, checkpoint: Path | None = None) -> Weights:
-    """Read a safetensors file (Wan naming, with or without the prefix `model.`).
+def load_weights(
+    spec: ModelSpec,
+    checkpoint: str | Path | None = None,
+    *,
+    key: str | None = None,
+    lora: Path | None = None,
+) -> Weights:
+    """Open a checkpoint and check it against the spec.
 
-    Without `checkpoint` the weights that ship with the model are read. Raises InputError listing
-    every tensor that is missing, unexpected or wrongly shaped.
+    Args:
+        spec: the model.
+        checkpoint: a file, a folder or a repository on the hub, see `models.locate`; None: the
+            weights that ship with the model. Names may be Wan's or diffusers', wrapped or not.
+        key: entry of a `.pt` file, for example `generator`; None: see `models.tensor_files`.
+        lora: a LoRA in PEFT naming to merge; None: the one that comes with the checkpoint, if any.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or a tensor is missing, unexpected or wrongly
+            shaped: all are listed.
     """
-    path = checkpoint or _shipped(spec)
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"cannot be read as safetensors ({error})",
-            where=str(path),
-            expected="a .safetensors file of the model's weights",
-        ) from error
-    weights = Weights((name.removeprefix("model."), tensor) for name, tensor in state.items())
-    _check(spec, weights, str(path))
-    with path.open("rb") as file:
-        weights.digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return weights
+    found = locate(spec, checkpoint) if checkpoint is not None else Found(_shipped(spec))
+    preferred = spec.source.key if spec.source else None
+    files = open_tensors(found.weights, key, preferred)
+    where = str(files.where)
+    names = wan_names(files.shapes, where)
+    wanted = weight_shapes(spec)
+    shapes = {wan: files.shapes[name] for wan, name in names.items()}
+    check_fit(shapes, wanted, where=where, what=f"the model {spec.name}")
+    added = lora or found.lora
+    merge = _open_lora(spec, added, wanted) if added else None
+
+    def read(name: str) -> Tensor:
+        tensor = files.read(names[name])
+        return merge.merged(name, tensor) if merge else tensor
+
+    return Weights(wanted, read, lambda: _digest(files.digest(), merge))
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
-    """Weights drawn at random, for trying a pipeline out without a checkpoint."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Weights(WanModel(spec).state_dict())
+    """Weights drawn at random, for trying a pipeline out without a checkpoint.
+
+    A tensor depends on its name, its shape and the seed alone, so it can be drawn when asked for.
+    """
+    shapes = weight_shapes(spec)
+
+    def draw(name: str) -> Tensor:
+        shape = shapes[name]
+        if name.endswith("norm3.weight") or ".norm_" in name:
+            return torch.ones(shape)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
+        if name.endswith("bias"):
+            return torch.randn(shape, generator=generator) * 0.02
+        scale: float = math.prod(shape[1:]) ** -0.5
+        return torch.randn(shape, generator=generator) * scale
+
+    return Weights(shapes, draw)
 
 
 def build_model(spec: ModelSpec, weights: Mapping[str, Tensor]) -> WanModel:
-    """The model with those weights, for inference."""
+    """The model with those weights in float32, for inference on the CPU."""
     with torch.device("meta"):
         model = WanModel(spec)
-    model.load_state_dict(dict(weights), assign=True)
+    model.load_state_dict({name: weights[name].float() for name in weights}, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Wan name -> shape of every tensor of a model, in the order of its state dict."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in WanModel(spec).state_dict().items()}
 
 
 def _shipped(spec: ModelSpec) -> Path:
     path = Path(str(resources.files("forcingkv.models"))) / spec.name / "weights.safetensors"
     if not path.is_file():
+        place = f", for example --checkpoint {spec.source.hub}" if spec.source else ""
         raise InputError(
             f"no weights ship with {spec.name}",
             where="checkpoint",
-            mend="Give them with --checkpoint, or use --random-weights.",
+            mend=f"Give them with --checkpoint{place}, or use --random-weights.",
         )
     return path
 
 
-def _check(spec: ModelSpec, state: Mapping[str, Tensor], where: str) -> None:
-    with torch.device("meta"):
-        wanted = {name: t.shape for name, t in WanModel(spec).state_dict().items()}
-    faults = [f"missing {name}" for name in wanted.keys() - state.keys()]
-    faults += [f"unexpected {name}" for name in state.keys() - wanted.keys()]
-    faults += [
-        f"{name} is {tuple(state[name].shape)} instead of {tuple(wanted[name])}"
-        for name in wanted.keys() & state.keys()
-        if state[name].shape != wanted[name]
-    ]
-    if faults:
-        shown = "; ".join(sorted(faults)[:20]) + ("; ..." if len(faults) > 20 else "")
-        raise InputError(f"does not fit the model {spec.name}: {len(faults)} tensors: {shown}", where=where)
+def _open_lora(spec: ModelSpec, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
+    files = open_tensors(path, None, KEY)
+    return read_lora(files, shapes, spec.source.lora_alpha if spec.source else None)
+
+
+def _digest(weights: str, lora: Lora | None) -> str:
+    return weights if lora is None else f"{weights}+{lora.files.digest()}"

@@ -7,6 +7,7 @@ its mean square does not change either.)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,11 +17,16 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["head_orders", "permute_heads"]
+__all__ = ["head_orders", "permute_heads", "permute_tensor"]
 
-_ROWS = ("q.weight", "q.bias", "k.weight", "k.bias", "v.weight", "v.bias",
-         "norm_q.weight", "norm_k.weight")  # fmt: skip
-_COLUMNS = ("o.weight",)
+_SELF_ATTENTION = re.compile(r"^blocks\.(?P<layer>\d+)\.self_attn\.(?P<part>.+)$")
+_AXES = {
+    **{f"{layer}.{leaf}": 0 for layer in ("q", "k", "v") for leaf in ("weight", "bias")},
+    "norm_q.weight": 0,
+    "norm_k.weight": 0,
+    "o.weight": 1,
+}
+"""Tensor of self-attention -> the axis along which its heads lie."""
 
 
 def head_orders(spec: ModelSpec, policy: Policy, headmap: HeadMap | None) -> list[list[int]]:
@@ -35,13 +41,15 @@ def permute_heads(
     state: Mapping[str, Tensor], spec: ModelSpec, orders: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
     """The state dict with every layer's self-attention heads reordered; other tensors are shared."""
-    baked = dict(state)
-    for layer, order in enumerate(orders):
-        index = torch.tensor(order).repeat_interleave(spec.head_dim) * spec.head_dim
-        index += torch.arange(spec.head_dim).repeat(spec.heads)
-        prefix = f"blocks.{layer}.self_attn."
-        for name in _ROWS:
-            baked[prefix + name] = state[prefix + name].index_select(0, index)
-        for name in _COLUMNS:
-            baked[prefix + name] = state[prefix + name].index_select(1, index)
-    return baked
+    return {name: permute_tensor(name, state[name], spec, orders) for name in state}
+
+
+def permute_tensor(name: str, tensor: Tensor, spec: ModelSpec, orders: Sequence[Sequence[int]]) -> Tensor:
+    """One tensor of a state dict (Wan naming) with its layer's heads reordered, if it has any."""
+    match = _SELF_ATTENTION.match(name)
+    if match is None or match["part"] not in _AXES:
+        return tensor
+    order = torch.tensor(orders[int(match["layer"])])
+    index = order.repeat_interleave(spec.head_dim) * spec.head_dim
+    index += torch.arange(spec.head_dim).repeat(spec.heads)
+    return tensor.index_select(_AXES[match["part"]], index)

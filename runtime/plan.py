@@ -245,16 +245,17 @@ def _group(spec: ModelSpec, policy: Policy, label: str, start: int, heads: int, 
     kept = 0
     if roles.retained and policy.retain and layer >= policy.retain.score_layer:
         kept = policy.retain.kept(spec.frames_per_chunk)
+    sink = spec.sink_frames if roles.sink_frames is None else roles.sink_frames
     recent = roles.recent_frames
     if recent is None:
-        recent = spec.attended_frames - spec.frames_per_chunk - roles.sink_frames
-    return HeadGroup(label, start, heads, roles.sink_frames, recent, kept)
+        recent = spec.attended_frames - spec.frames_per_chunk - sink
+    return HeadGroup(label, start, heads, sink, recent, kept)
 
 
 def _check(spec: ModelSpec, geometry: Geometry, policy: Policy) -> None:
     where = f"policy {policy.name}"
     for label, roles in policy.groups.items():
-        if not 0 <= roles.sink_frames <= spec.frames_per_chunk:
+        if roles.sink_frames is not None and not 0 <= roles.sink_frames <= spec.frames_per_chunk:
             raise InputError(
                 f"the group {label} has sink_frames {roles.sink_frames}",
                 where=where,

@@ -17,6 +17,7 @@ from forcingkv.runtime import positions
 from forcingkv.runtime.backends import RunnableGraph, open_backend
 from forcingkv.runtime.bundle import GRAPHS, Bundle, TensorRecord
 from forcingkv.runtime.cache import CacheBuffers
+from forcingkv.runtime.decoding import ChunkDecoder
 from forcingkv.runtime.noise import chunk_noise
 from forcingkv.runtime.text import encode_words
 
@@ -65,7 +66,7 @@ class Session:
         self._cache = CacheBuffers(self.plan)
         records = bundle.manifest.graphs
         self._cross = {name: _empty(r) for name, r in records["prompt"].outputs.items()}
-        self._frames = _empty(records["decode"].outputs["frames"])
+        self._decoder = ChunkDecoder(graphs["decode"], records["decode"], self.spec)
         shape = records["step"].inputs["latents"].shape
         self._latents = [np.empty(shape, np.float32) for _ in range(2)]
 
@@ -98,10 +99,12 @@ class Session:
 
     def close(self) -> None:
         """Give all memory back. A closed session cannot be used again."""
+        if not self._graphs:
+            return
         self._graphs.clear()
         self._cross.clear()
         self._latents.clear()
-        del self._cache, self._frames
+        del self._cache, self._decoder
 
     def generate(
         self,
@@ -129,6 +132,7 @@ class Session:
         text = self._text(prompt)
         self._graphs["prompt"].run({"text": text}, self._cross)
         self._videos += 1
+        self._decoder.restart()
         source = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
         return self._stream(self._videos, chunks, source)
 
@@ -141,13 +145,6 @@ class Session:
     def _text(self, prompt: str | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         shape = (1, self.spec.text_length, self.spec.text_width)
         if isinstance(prompt, str):
-            if self.spec.text.kind != "words":
-                raise InputError(
-                    f"{self.spec.name} needs text embeddings",
-                    where="prompt",
-                    expected=f"a float32 array {shape}",
-                    mend="Make them with: forcingkv encode",
-                )
             return encode_words(self.spec, prompt)
         if prompt.shape != shape:
             raise InputError(f"embeddings have the shape {prompt.shape}", where="prompt", expected=str(shape))
@@ -174,10 +171,10 @@ class Session:
         step.run(fixed | inputs, self._cache.outputs(index))
         self._cache.swap(index)
         cleaned = time.perf_counter()
-        self._graphs["decode"].run({"latents": current}, {"frames": self._frames})
+        frames_of_chunk = self._decoder.decode(current, first=index == 0)
         ended = time.perf_counter()
         timing = Timing(denoised - started, cleaned - denoised, ended - cleaned, ended - started)
-        return Chunk(index, self._frames.copy(), current.copy(), timing)
+        return Chunk(index, frames_of_chunk, current.copy(), timing)
 
     def _levels(self, timestep: float, sigma: float, following: float) -> dict[str, Array]:
         return {

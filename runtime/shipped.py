@@ -1,11 +1,16 @@
-"""Data that ships as TOML files, one a name, and users' own files of the same form."""
+"""Data that ships as TOML files, one a name, and users' own files of the same form.
+
+A file may name another as its `base`: what it says itself replaces what the base says, table by
+table (a `[source]` is replaced field by field, a list whole).
+"""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
@@ -13,6 +18,7 @@ from forcingkv.headmaps.fields import from_data
 __all__ = ["read_named", "shipped_names"]
 
 T = TypeVar("T")
+BASE = "base"
 
 
 def shipped_names(package: str) -> list[str]:
@@ -26,17 +32,40 @@ def read_named(kind: type[T], what: str, name: str, package: str) -> T:
 
     Raises InputError naming the names there are, or the field that is wrong.
     """
-    where = f"{what} {name}"
-    if name in shipped_names(package):
-        text = resources.files(package).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    elif name.endswith(".toml") and Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
-    else:
-        names = ", ".join(shipped_names(package))
-        raise InputError(
-            f"there is no {what} {name!r}", where=what, expected=f"one of {names}, or a file ending in .toml"
-        )
+    return from_data(kind, _read(what, name, package, ()), f"{what} {name}")
+
+
+def _read(what: str, name: str, package: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """The table of a name, laid over that of its base. `above` are the names that led here."""
     try:
-        return from_data(kind, tomllib.loads(text), where)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"is not TOML: {error}", where=where) from error
+        data = tomllib.loads(_text(what, name, package))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"is not TOML: {error}", where=f"{what} {name}") from error
+    base = data.pop(BASE, None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise InputError(f"its base is {base!r}", where=f"{what} {name}", expected="a name")
+    if base in (*above, name):
+        raise InputError(f"is based on itself, by way of {base!r}", where=f"{what} {name}")
+    return _laid_over(_read(what, base, package, (*above, name)), data)
+
+
+def _text(what: str, name: str, package: str) -> str:
+    if name in shipped_names(package):
+        return resources.files(package).joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    if name.endswith(".toml") and Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    names = ", ".join(shipped_names(package))
+    raise InputError(
+        f"there is no {what} {name!r}", where=what, expected=f"one of {names}, or a file ending in .toml"
+    )
+
+
+def _laid_over(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in data.items():
+        below = merged.get(name)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[name] = _laid_over(below, value) if both else value  # type: ignore[arg-type]
+    return merged

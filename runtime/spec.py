@@ -13,7 +13,7 @@ from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["Decoder", "Geometry", "ModelSpec", "Renoise", "Schedule", "TextEncoder"]
+__all__ = ["Decoder", "Geometry", "ModelSpec", "PublicWeights", "Renoise", "Schedule", "TextEncoder"]
 
 Renoise = Literal["fresh", "predicted"]
 
@@ -61,7 +61,7 @@ class Schedule:
 class Decoder:
     """How latents become pixels."""
 
-    kind: Literal["pixels", "wan-vae"]
+    kind: Literal["pixels", "wan-vae", "taehv"]
     spatial_stride: int = 1
     """Pixels a latent pixel covers, each way."""
     temporal_stride: int = 1
@@ -75,6 +75,22 @@ class TextEncoder:
     kind: Literal["words", "umt5"]
     vocabulary: tuple[str, ...] = ()
     """The words of a `words` encoder, in the order of their one-hot places."""
+
+
+@dataclass(frozen=True)
+class PublicWeights:
+    """Where a model's public weights are."""
+
+    hub: str
+    """Repository on the Hugging Face hub."""
+    file: str
+    """The weights, named inside that repository."""
+    key: str | None = None
+    """Entry of a `.pt` file that holds the state dict; None: see `models.tensor_files`."""
+    lora: str | None = None
+    """A LoRA in the same repository, to be merged into the weights."""
+    lora_alpha: float | None = None
+    """Its alpha; a LoRA file itself does not say it. None: equal to its rank."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,8 @@ class ModelSpec:
     """Width of the sinusoidal time features."""
     frames_per_chunk: int
     attended_frames: int
-    """Latent frames the model attends to at most under the policy `full`, the current chunk included."""
+    """Latent frames the model attends to at most under the policy `full`, sink and current chunk
+    included (`local_attn_size`)."""
     ar_start: int
     """Last chunk index at which all heads are still treated alike (METHOD.md section 3)."""
     fps: float
@@ -105,6 +122,11 @@ class ModelSpec:
     schedule: Schedule
     decoder: Decoder
     text: TextEncoder
+    sink_frames: int = 0
+    """First frames among them that the model itself never drops (`sink_size`)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the weights of a bundle are stored as, unless export is told otherwise."""
+    source: PublicWeights | None = None
     epsilon: float = 1e-6
     rope_theta: float = 10000.0
     position_table: bool = False

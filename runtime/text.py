@@ -15,8 +15,17 @@ def encode_words(spec: ModelSpec, prompt: str) -> npt.NDArray[np.float32]:
     """One-hot word and one-hot place of each word: (1, text_length, text_width), zero-padded.
 
     The model's own text embedding turns this into its learned word and place vectors.
-    Raises InputError for an empty prompt, an unknown word or too many words.
+    Raises InputError for an empty prompt, an unknown word or too many words, and for a model whose
+    encoder is too large for the runtime.
     """
+    if spec.text.kind != "words":
+        raise InputError(
+            f"{spec.name} takes text embeddings, not words",
+            where="prompt",
+            expected=f"an array (1, {spec.text_length}, {spec.text_width}), or a file of them",
+            mend="Make them with: forcingkv encode --prompts prompts.txt --out embeds.safetensors,"
+            " and give them with --embeds",
+        )
     vocabulary = spec.text.vocabulary
     words = prompt.lower().split()
     if not words:

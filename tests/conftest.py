@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from forcingkv import __main__ as command_line
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
@@ -65,3 +67,24 @@ def headmap_of(spec: ModelSpec, static: list[list[int]]) -> HeadMap:
         tuple("static" if head in row else "dynamic" for head in range(spec.heads)) for row in static
     )
     return HeadMap(ModelIdentity(spec.name, spec.layers, spec.heads), labels, Rule("given"))
+
+
+class Ran:
+    """What a command did: exit code, standard output, standard error."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Runs the command line with those words."""
+
+    def call(*words: object) -> Ran:
+        monkeypatch.setattr("sys.argv", ["forcingkv", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+        captured = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), captured.out, captured.err)
+
+    return call

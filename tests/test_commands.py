@@ -12,31 +12,11 @@ from typing import Any
 import av
 import pytest
 
-from forcingkv import __main__ as command_line
 from forcingkv.commands import app
 from forcingkv.models.presets import load_spec
-from tests.conftest import headmap_of
+from tests.conftest import Ran, headmap_of
 
 PROMPT = "a 3 moving left and a 7 moving up"
-
-
-class Ran:
-    """What a command did: exit code, standard output, standard error."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
-    def call(*words: object) -> Ran:
-        monkeypatch.setattr("sys.argv", ["forcingkv", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            command_line.main()
-        captured = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +84,7 @@ def test_a_faulty_head_map(
     [
         (
             ["export", "--model", "nosuch", "--out", "OUT"],
-            "no model 'nosuch'; expected one of demo",
+            "no model 'nosuch'; expected one of causal-forcing, demo",
         ),
         (["export", "--model", "demo", "--out", "OUT"], "the policy forcing-kv needs a head map"),
         ([*EXPORT, "MAP", "--resolution", "50x32", "--out", "OUT"], "50x32 does not divide into tokens"),
@@ -116,7 +96,7 @@ def test_a_faulty_head_map(
         ([*EXPORT, "MAP", "--policy", "nosuch", "--out", "OUT"], "there is no policy 'nosuch'"),
         ([*EXPORT, "MAP", "--out", "FILE/bundle"], "bundle: cannot be written"),
         ([*EXPORT, "nosuch.json", "--out", "OUT"], "nosuch.json: cannot be read"),
-        ([*EXPORT, "MAP", "--checkpoint", "FILE", "--out", "OUT"], "cannot be read as safetensors"),
+        ([*EXPORT, "MAP", "--checkpoint", "FILE", "--out", "OUT"], "cannot be read as a torch file"),
         (
             ["export", "--model", "demo", "--target", "cuda", "--out", "OUT"],
             "target: 'cuda'; expected",
@@ -180,7 +160,7 @@ def test_a_changed_byte_and_a_path_that_leaves_the_bundle(
             lambda data: data["files"].update({"../x": data["files"]["step.onnx"]}),
             "'../x', which is not inside",
         ),
-        (None, "step.weights: has the digest"),
+        (None, "weights.safetensors: has the digest"),
     ]:
         shutil.rmtree(bundle, ignore_errors=True)
         shutil.copytree(made / "bundle", bundle)
@@ -189,9 +169,9 @@ def test_a_changed_byte_and_a_path_that_leaves_the_bundle(
             change(data)
             (bundle / "manifest.json").write_text(json.dumps(data))
         else:
-            content = bytearray((bundle / "step.weights").read_bytes())
+            content = bytearray((bundle / "weights.safetensors").read_bytes())
             content[1000] ^= 1
-            (bundle / "step.weights").write_bytes(content)
+            (bundle / "weights.safetensors").write_bytes(content)
         ran = run("generate", "--bundle", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4")
         assert (ran.code, message in ran.err) == (2, True), ran.err
         assert sorted(tmp_path.iterdir()) == [bundle]
@@ -223,7 +203,7 @@ def test_analyze_then_show(tmp_path: Path, run: Callable[..., Ran]) -> None:
     assert sum(counts.values()) == 24
     assert run("headmap", "validate", out / "headmap.json", "--model", "demo").code == 0
     shown = run("headmap", "show", out / "headmap.json").out.splitlines()
-    assert len(shown) == 7
+    assert shown[6].startswith("demo, 6 layers x 4 heads: ")
     assert sum(line.count("S") for line in shown[:6]) == counts["static"]
 
 

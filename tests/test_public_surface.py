@@ -13,8 +13,8 @@ from forcingkv.headmaps import MissingExtraError
 
 SURFACE = {
     "forcingkv.headmaps": {
-        "DYNAMIC", "STATIC", "HeadMap", "InputError", "MissingExtraError", "ModelIdentity", "Rule",
-        "Statistics",
+        "DYNAMIC", "STATIC", "Choices", "HeadMap", "InputError", "MissingExtraError", "ModelIdentity",
+        "Rule", "Source", "Statistics", "read_headmap",
     },
     "forcingkv.runtime": {"Bundle", "Chunk", "InputError", "Session", "Timing"},
     "forcingkv.analyze": {"analyze_heads"},

@@ -1,4 +1,5 @@
-"""Model presets as data: one TOML file each. A user's own file has the same form."""
+"""Model presets as data: one TOML file each. A user's own file has the same form, and may be based
+on a preset (`base = "self-forcing"`)."""
 
 from __future__ import annotations
 

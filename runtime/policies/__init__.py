@@ -22,8 +22,8 @@ ALL = "all"
 class Roles:
     """What the heads of a group see beside the current chunk."""
 
-    sink_frames: int = 0
-    """The video's first frames, kept for ever."""
+    sink_frames: int | None = None
+    """The video's first frames, kept for ever; None: as many as the model was made for."""
     recent_frames: int | None = None
     """The newest frames; None: as many as the model attends to (`attended_frames`)."""
     retained: bool = False

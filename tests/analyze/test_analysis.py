@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from forcingkv.analyze.labels import label_heads
 from forcingkv.analyze.mass import frame_mass
 from forcingkv.analyze.scores import mean_scores, read_statistics, recency_scores
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Statistics
-from forcingkv.models.checkpoint import random_weights
+from forcingkv.models.checkpoint import Weights, random_weights
+from forcingkv.runtime.text import encode_words
 from tests.conftest import small_spec
 
 IDENTITY = ModelIdentity("small", 2, 4)
 MEASURED = Statistics(1, 1, 1, 0, "full")
+TEXTS = [encode_words(small_spec(), prompt) for prompt in ("a b", "c d")]
 
 
 @settings(deadline=None, max_examples=40)
@@ -46,7 +49,7 @@ def analysis(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, HeadMap]:
     spec = small_spec()
     out = tmp_path_factory.mktemp("analysis") / "heads"
     headmap = analyze_heads(
-        spec, random_weights(spec), ["a b", "c d"], out, samples=3, seed=5, chunks=4, command=["x"]
+        spec, random_weights(spec), TEXTS, out, samples=3, seed=5, chunks=4, command=["x"]
     )
     return out, headmap
 
@@ -80,7 +83,7 @@ def test_scores_follow_the_definition(analysis: tuple[Path, HeadMap]) -> None:
 def test_the_same_analysis_gives_the_same_files(analysis: tuple[Path, HeadMap], tmp_path: Path) -> None:
     spec = small_spec()
     again = analyze_heads(
-        spec, random_weights(spec), ["a b", "c d"], tmp_path / "b", samples=3, seed=5, chunks=4,
+        spec, random_weights(spec), TEXTS, tmp_path / "b", samples=3, seed=5, chunks=4,
         command=["x"],
     )  # fmt: skip
     assert again == analysis[1]
@@ -93,12 +96,12 @@ def test_the_same_analysis_gives_the_same_files(analysis: tuple[Path, HeadMap], 
 
 def test_an_analysis_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     spec = small_spec()
-    weights = random_weights(spec)
-    weights["blocks.0.self_attn.q.weight"] = weights["blocks.0.self_attn.q.weight"] * float("nan")
+    drawn = random_weights(spec)
+    weights = Weights(drawn.shapes, lambda name: drawn[name] * (math.nan if ".0.self_attn.q" in name else 1))
     with pytest.raises(InputError, match="recency scores are not numbers"):
-        analyze_heads(spec, weights, ["a"], tmp_path / "out", samples=1, chunks=3)
+        analyze_heads(spec, weights, TEXTS, tmp_path / "out", samples=1, chunks=3)
     with pytest.raises(InputError, match="2 chunks; expected more than 2"):
-        analyze_heads(spec, random_weights(spec), ["a"], tmp_path / "out", samples=1, chunks=2)
+        analyze_heads(spec, random_weights(spec), TEXTS, tmp_path / "out", samples=1, chunks=2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import Tensor
 
 from forcingkv.export import VerificationError, export_bundle
 from forcingkv.export import bundle_writer as writer
 from forcingkv.headmaps import HeadMap, InputError
-from forcingkv.models.checkpoint import Weights, build_model, load_weights, random_weights
+from forcingkv.models.checkpoint import build_model, load_weights, random_weights
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.presets import load_spec
@@ -29,9 +30,9 @@ from tests.conftest import headmap_of, random_model, small_spec
 PROMPT = "b a d"
 
 
-def small(renoise: str) -> tuple[ModelSpec, Weights, HeadMap]:
+def small(renoise: str) -> tuple[ModelSpec, Mapping[str, Tensor], HeadMap]:
     spec = small_spec(schedule=Schedule((1000.0, 625.0), renoise=renoise))  # type: ignore[arg-type]
-    return spec, Weights(random_model(spec).state_dict()), headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
+    return spec, random_model(spec).state_dict(), headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def differences(
-    spec: ModelSpec, weights: Weights, headmap: HeadMap, policy: str, bundle: Path, prompt: str
+    spec: ModelSpec, weights: Mapping[str, Tensor], headmap: HeadMap, policy: str, bundle: Path, prompt: str
 ) -> list[float]:
     """Largest difference of the latents of each of 7 chunks between ONNX Runtime and torch."""
     chosen = load_policy(policy)
@@ -153,15 +154,15 @@ def flip(name: str) -> Callable[[Path], None]:
 
 def link_out(bundle: Path) -> None:
     outside = bundle.parent / "outside.weights"
-    shutil.move(bundle / "step.weights", outside)
-    (bundle / "step.weights").symlink_to(outside)
+    shutil.move(bundle / "weights.safetensors", outside)
+    (bundle / "weights.safetensors").symlink_to(outside)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (flip("step.onnx"), "step.onnx: has the digest"),
-        (flip("step.weights"), "step.weights: has the digest"),
+        (flip("weights.safetensors"), "weights.safetensors: has the digest"),
         (flip("headmap.json"), "headmap.json: has the digest"),
         (lambda b: (b / "prompt.onnx").unlink(), "prompt.onnx: is missing"),
         (lambda b: (b / "manifest.json").unlink(), "has no manifest.json"),
@@ -179,7 +180,10 @@ def link_out(bundle: Path) -> None:
             edit(lambda d: d["graphs"]["step"].update(file="../step.onnx")),
             "has no digest of ../step.onnx",
         ),
-        (edit(lambda d: d["files"].pop("step.weights")), "has no digest of step.weights"),
+        (
+            edit(lambda d: d["files"].pop("weights.safetensors")),
+            "has no digest of weights.safetensors",
+        ),
         (edit(lambda d: d["graphs"].pop("decode")), "has no graph 'decode'"),
         (edit(lambda d: d.update(schema="forcingkv.bundle/2")), "expected 'forcingkv.bundle/1'"),
         (edit(lambda d: d["plan"].update(kv_bytes=1)), "does not follow"),
@@ -216,11 +220,11 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     spec = small_spec()
-    weights = random_weights(spec)
+    weights = dict(random_weights(spec))
     weights["extra"] = torch.zeros(1)
     weights["head.head.bias"] = torch.zeros(3)
     del weights["blocks.0.norm3.bias"]
-    save_file(dict(weights), tmp_path / "w.safetensors")
+    save_file(weights, tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="3 tensors: head.head.bias is .3,. instead of .*; missing "
                        r"blocks.0.norm3.bias; unexpected extra"):  # fmt: skip
         load_weights(spec, tmp_path / "w.safetensors")

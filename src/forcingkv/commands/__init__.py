@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from forcingkv.commands import analyze, demo, export, generate, headmap, inspect
+from forcingkv.commands import analyze, demo, encode, export, generate, headmap, inspect
 
 __all__ = ["app"]
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(headmap.app, name="headmap")
+app.command("encode")(encode.encode)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)

@@ -47,14 +47,31 @@ def need(extra: str, *modules: str) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line. Raises InputError where it has none."""
+    """Prompts of a text file, one a line, or of a `.jsonl` with `{"prompts": [...]}` a line.
+
+    Raises InputError where it has none, or a line is not of that form.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read ({error})", where=str(path)) from error
+    if path.suffix == ".jsonl":
+        lines = [prompt for number, line in enumerate(lines, 1) if line.strip()
+                 for prompt in _interactive(line, f"{path}, line {number}")]  # fmt: skip
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError("has no prompts", where=str(path), expected="one prompt a line")
+    return prompts
+
+
+def _interactive(line: str, where: str) -> list[str]:
+    """The prompts of a video whose prompt is switched."""
+    try:
+        prompts = json.loads(line)["prompts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError("is not a line of prompts", where=where, expected='{"prompts": [...]}') from error
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("its prompts are not texts", where=where, expected='{"prompts": ["...", "..."]}')
     return prompts
 
 

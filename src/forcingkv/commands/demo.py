@@ -42,6 +42,7 @@ def demo(
     from forcingkv.analyze import analyze_heads
     from forcingkv.analyze.pictures import headmap_picture
     from forcingkv.commands.compare import compare_policies, results
+    from forcingkv.commands.models import text_inputs
     from forcingkv.commands.pictures import write_sheet
     from forcingkv.export import export_bundle
     from forcingkv.models.checkpoint import load_weights
@@ -57,7 +58,7 @@ def demo(
     with progress() as shown:
         task = shown.add_task("1/3 measuring heads (samples)", total=samples)
         headmap = analyze_heads(
-            spec, weights, texts[::-1], out / "analysis", samples=samples, seed=seed,
+            spec, weights, text_inputs(spec, texts[::-1], None), out / "analysis", samples=samples, seed=seed,
             command=["forcingkv", "demo"], say=lambda done, _: shown.update(task, completed=done),
         )  # fmt: skip
         shown.update(task, completed=samples)

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from forcingkv.commands.console import console, emit, need
-from forcingkv.headmaps import HeadMap
+from forcingkv.commands.models import (
+    Checkpoint,
+    Key,
+    Lora,
+    Model,
+    RandomWeights,
+    Resolution,
+    weights_for,
+)
+from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 
 __all__ = ["export"]
@@ -18,13 +27,19 @@ TARGETS = ("onnx",)
 
 
 def export(
-    model: Annotated[str, typer.Option(help="Preset or spec file (.toml).")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
     headmap: Annotated[Path | None, typer.Option(help="Head map to bake in.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights; default: those shipped.")] = None,
-    random_weights: Annotated[bool, typer.Option("--random-weights", help="No checkpoint.")] = False,
-    resolution: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT or a name.")] = None,
+    checkpoint: Checkpoint = None,
+    key: Key = None,
+    lora: Lora = None,
+    random_weights: RandomWeights = False,
+    resolution: Resolution = None,
     policy: Annotated[str, typer.Option(help="Cache policy.")] = "forcing-kv",
+    decoder: Annotated[str | None, typer.Option(help="wan-vae or taehv; default: the model's.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Weights of the decoder: a file or a folder.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the model's.")] = None,
+    verify: Annotated[bool, typer.Option(help="Run every graph against torch.")] = True,
     target: Annotated[str, typer.Option(help="What to build: onnx.")] = "onnx",
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
@@ -36,20 +51,23 @@ def export(
         raise InputError(f"{target!r}", where="target", expected=f"one of {', '.join(TARGETS)}")
     need("export", "torch", "onnx", "onnxscript")
     from forcingkv.export import VerificationError, export_bundle
+    from forcingkv.export.bake import dtype_name
     from forcingkv.headmaps.fields import to_data
-    from forcingkv.models import checkpoint as weights_of
+    from forcingkv.models.decoders.choose import decoder_for
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.policies import load_policy
 
     spec, chosen = load_spec(model), load_policy(policy)
-    given = HeadMap.read(headmap) if headmap else None
-    read, draw = weights_of.load_weights, weights_of.random_weights
-    weights = draw(spec) if random_weights else read(spec, checkpoint)
+    given = read_headmap(headmap) if headmap else None
+    stored_as = dtype_name(dtype) if dtype else None
+    weights = weights_for(spec, checkpoint, key, lora, random_weights)
+    spec, pixels = decoder_for(spec, decoder, vae, random=random_weights)
     try:
         with console.status("exporting") as status:
             manifest = export_bundle(
-                spec, weights, chosen, out, headmap=given, resolution=resolution, say=status.update
-            )
+                spec, weights, chosen, out, headmap=given, resolution=resolution, decoder=pixels,
+                dtype=stored_as, verify=verify, say=status.update,
+            )  # fmt: skip
     except VerificationError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -60,5 +78,7 @@ def export(
     print(f"{out}: {spec.name}, policy {chosen.name}, {size / 1e6:.1f} MB")
     print(f"KV cache {manifest.plan.kv_bytes / 1e6:.2f} MB, phases at chunk "
           + ", ".join(str(phase["first_chunk"]) for phase in manifest.plan.phases))  # fmt: skip
-    worst = max(manifest.verification.values())
-    print(f"verified against torch: largest difference {worst:.1e}")
+    if verify:
+        print(f"verified against torch: largest difference {max(manifest.verification.values()):.1e}")
+    else:
+        print("not verified against torch (--no-verify)")

@@ -9,15 +9,16 @@ import numpy as np
 import typer
 
 from forcingkv.commands.console import emit, progress
-from forcingkv.headmaps.errors import InputError
+from forcingkv.commands.models import text_input
 
 __all__ = ["generate"]
 
 
 def generate(
     bundle: Annotated[Path, typer.Option(help="Folder that export wrote.")],
-    prompt: Annotated[str, typer.Option(help="What to show.")],
     out: Annotated[Path, typer.Option(help="Video to write (.mp4).")],
+    prompt: Annotated[str | None, typer.Option(help="What to show; or which prompt of --embeds.")] = None,
+    embeds: Annotated[Path | None, typer.Option(help="Text embeddings that `encode` wrote.")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Length of the video.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "onnxruntime",
@@ -33,11 +34,9 @@ def generate(
     from forcingkv.runtime import Session
     from forcingkv.runtime.video import Mp4Writer
 
-    if not prompt.strip():
-        raise InputError("the prompt is empty", where="prompt", expected="some words")
     with Session.open(bundle, backend=backend, threads=threads) as session:
         chunks = session.spec.chunks_for(seconds)
-        made = session.generate(prompt, seed=seed, chunks=chunks)
+        made = session.generate(text_input(session.spec, prompt, embeds), seed=seed, chunks=chunks)
         timings, frames = [], 0
         with Mp4Writer(out, session.spec.fps, enlarge) as video, progress() as shown:
             task = shown.add_task("generating chunks", total=chunks)

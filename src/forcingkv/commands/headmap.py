@@ -2,50 +2,186 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from forcingkv.commands.console import emit
-from forcingkv.headmaps import STATIC, HeadMap
+from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, read_headmap
+from forcingkv.headmaps.fields import to_data
+from forcingkv.headmaps.headmap import write_text
+from forcingkv.headmaps.readers import forcingkv_json
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Look at and check head maps.", no_args_is_help=True)
+app = typer.Typer(help="Look at, check and convert head maps.", no_args_is_help=True)
+
+WRITERS = {"forcingkv": HeadMap.to_text, forcingkv_json.FORMAT: forcingkv_json.to_text}
+STYLES = {STATIC: "cyan", DYNAMIC: "bold magenta"}
+File = Annotated[Path, typer.Argument(help="A head map of forcingkv or of another project.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
-def show(
-    file: Annotated[Path, typer.Argument(help="A head map.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def show(file: File, as_json: AsJson = False) -> None:
     """Print a head map: a row a layer, S static, D dynamic.
 
     Example: forcingkv headmap show runs/demo-heads/headmap.json
     """
-    headmap = HeadMap.read(file)
+    headmap = read_headmap(file)
     if as_json:
-        emit(headmap.to_json())
+        emit(_summary(headmap))
         return
+    out = Console(highlight=False, markup=False)
+    letters = headmap.letters()
+    gap = " " if 2 * headmap.model.heads + 30 <= out.width else ""
     for layer, row in enumerate(headmap.labels):
-        print(f"{layer:3d}  {' '.join('S' if label == STATIC else 'D' for label in row)}")
-    print(", ".join(f"{n} {label}" for label, n in headmap.counts().items()))
+        line = Text(f"{layer:3d}  ")
+        for label in row:
+            line.append(letters[label] + gap, STYLES.get(label))
+        out.print(line + Text(f" {_counted(row, letters)}", "dim"), soft_wrap=True)
+    model = headmap.model
+    total = _counted([label for row in headmap.labels for label in row], letters)
+    out.print(f"{model.name}, {model.layers} layers x {model.heads} heads: {total}", soft_wrap=True)
+    if set(letters) - {STATIC, DYNAMIC}:
+        out.print(", ".join(f"{letter} {label}" for label, letter in letters.items()), soft_wrap=True)
+    out.print("\n".join(_evidence(headmap)), soft_wrap=True)
 
 
 @app.command()
 def validate(
-    file: Annotated[Path, typer.Argument(help="A head map.")],
+    file: File,
     model: Annotated[str | None, typer.Option(help="Check that it fits this model.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check a head map; exit code 2 and a message if something is wrong.
 
     Example: forcingkv headmap validate headmap.json --model demo
     """
-    headmap = HeadMap.read(file)
-    if model:
-        from forcingkv.models.presets import load_spec
-
-        spec = load_spec(model)
-        headmap.check_model(spec.layers, spec.heads, set(headmap.counts()))
+    size = _choices(model, None)
+    headmap = read_headmap(file, Choices(layers=size.layers, heads=size.heads))
+    if as_json:
+        emit(_summary(headmap))
+        return
     print(f"{file}: {headmap.model.layers} layers x {headmap.model.heads} heads, each labelled once")
+    others = sorted(set(headmap.counts()) - {STATIC, DYNAMIC})
+    if others:
+        print(f"labels {', '.join(others)}: the policy forcing-kv knows static and dynamic only. To say "
+              f"which is which: forcingkv headmap convert --labels {others[0]}=dynamic,...")  # fmt: skip
+
+
+@app.command()
+def convert(
+    file: File,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(WRITERS)}.")] = "forcingkv",
+    model: Annotated[str | None, typer.Option(help="Model that the map is for.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="DuoAttention: score from which a head is dynamic (default 0.5).")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="New labels: -1=dynamic,1=dynamic,2=static or anchor=dynamic,...")
+    ] = None,
+    missing_layers: Annotated[
+        str | None, typer.Option(help="Forcing-KV: label of layers not in the file, static or dynamic.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads of a layer, where the file does not say.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a head map from or to the format of another project.
+
+    Example: forcingkv headmap convert forcingkv_heads_longlive.json --model longlive --out headmap.json
+    """
+    if to not in WRITERS:
+        raise InputError(f"{to!r}", where="to", expected=f"one of {', '.join(WRITERS)}")
+    size = _choices(model, heads)
+    headmap = read_headmap(
+        file,
+        Choices(
+            model=size.model,
+            layers=size.layers,
+            heads=size.heads,
+            threshold=threshold,
+            labels=_pairs(labels) if labels is not None else {},
+            missing_layers=missing_layers,
+        ),
+    )
+    text = WRITERS[to](headmap)
+    try:
+        write_text(out, text)
+    except OSError as error:
+        from forcingkv.runtime.files import unwritable
+
+        raise unwritable(out, error) from error
+    if as_json:
+        emit({"out": str(out), "to": to, **_summary(headmap)})
+        return
+    counts = ", ".join(f"{n} {label}" for label, n in headmap.counts().items())
+    print(f"{out}: {headmap.model.layers} layers x {headmap.model.heads} heads, {counts}")
+
+
+def _choices(model: str | None, heads: int | None) -> Choices:
+    """The name and size of a model, where one is given."""
+    if model is None:
+        return Choices(heads=heads)
+    from forcingkv.models.presets import load_spec
+
+    spec = load_spec(model)
+    if heads not in (None, spec.heads):
+        raise InputError(f"{heads}", where="heads", expected=f"{spec.heads}, as {spec.name} has")
+    return Choices(model=spec.name, layers=spec.layers, heads=spec.heads)
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """The labels of `old=new,old=new`."""
+    pairs: dict[str, str] = {}
+    for part in text.split(","):
+        old, equals, new = (word.strip() for word in part.partition("="))
+        if not (old and equals and new) or old in pairs:
+            raise InputError(f"{text!r}", where="labels", expected="old=new,old=new, each old one once")
+        pairs[old] = new
+    return pairs
+
+
+def _summary(headmap: HeadMap) -> dict[str, Any]:
+    """What a map says, for `--json`; `static` and `dynamic` are always there."""
+    counts = headmap.counts()
+    return {
+        "model": to_data(headmap.model),
+        "layers": headmap.model.layers,
+        "heads": headmap.model.heads,
+        STATIC: counts.get(STATIC, 0),
+        DYNAMIC: counts.get(DYNAMIC, 0),
+        "counts": counts,
+        "rule": to_data(headmap.rule),
+        "source": _source(headmap),
+        "statistics": to_data(headmap.statistics),
+        "digest": headmap.digest,
+        "labels": headmap.labels,
+        "scores": headmap.scores,
+        "confidence": headmap.confidence,
+    }
+
+
+def _source(headmap: HeadMap) -> dict[str, Any] | None:
+    """The source, without the layers it may hold: those are what the labels say."""
+    return to_data(replace(headmap.source, layers=None)) if headmap.source else None
+
+
+def _evidence(headmap: HeadMap) -> list[str]:
+    """Lines about the rule, and about the file that the map was read from."""
+    rule = {name: item for name, item in to_data(headmap.rule).items() if item is not None}
+    lines = [f"rule: {', '.join([rule.pop('name'), *(f'{name} {item}' for name, item in rule.items())])}"]
+    source = headmap.source
+    if source:
+        lines.append(f"source: {source.format}, sha256 {source.sha256}")
+        lines += [f"  {name}: {item}" for name, item in (source.fields or {}).items()]
+    return lines
+
+
+def _counted(labels: list[str] | tuple[str, ...], letters: dict[str, str]) -> str:
+    return ", ".join(f"{labels.count(label)} {label}" for label in letters if label in labels)

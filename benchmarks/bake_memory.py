@@ -1,0 +1,128 @@
+"""Peak memory of baking against the number of layers: a stream's does not grow.
+
+    python benchmarks/bake_memory.py --model krea-14b --layers 2 --layers 6 --onnx
+
+For each number of layers a checkpoint of random bfloat16 weights is made, then baked and traced in a
+process of its own, whose peak resident memory is read. With --onnx the smallest is loaded in ONNX
+Runtime. Prints JSON. Needs disk for the checkpoint twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forcingkv.export.bake import bake_weights
+from forcingkv.export.graphs import prompt_graph, step_graph
+from forcingkv.export.onnx_writer import write_onnx
+from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
+from forcingkv.models.checkpoint import load_weights, weight_shapes
+from forcingkv.models.heads import head_orders
+from forcingkv.models.presets import load_spec
+from forcingkv.models.wan import WanModel
+from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from forcingkv.runtime.plan import build_plan
+from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.tensors import TensorWriter
+
+CHECKPOINT, WEIGHTS, GRAPHS = "checkpoint.safetensors", "weights.safetensors", ("prompt", "step")
+
+
+def make(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """Write a checkpoint of small random numbers, tensor by tensor."""
+    shapes = weight_shapes(spec)
+    generator = np.random.default_rng(0)
+    planned = {f"model.{name}": ("BF16", shape) for name, shape in shapes.items()}
+    with TensorWriter(folder / CHECKPOINT, planned) as writer:
+        for name, (_, shape) in planned.items():
+            # Upper halves of floats between 0.0078 and 0.031, of either sign.
+            bits = generator.integers(0x3C00, 0x3D00, shape, np.uint16)
+            writer.write(name, bits | generator.integers(0, 2, shape, np.uint16) << 15)
+    return {}
+
+
+def bake(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """Bake a map with every second head static, and trace both graphs."""
+    row = tuple("static" if head % 2 else "dynamic" for head in range(spec.heads))
+    identity = ModelIdentity(spec.name, spec.layers, spec.heads)
+    headmap = HeadMap(identity, (row,) * spec.layers, Rule("every second"))
+    policy = load_policy("forcing-kv")
+    plan = build_plan(spec, spec.geometry(), policy, headmap)
+    started = time.perf_counter()
+    weights = load_weights(spec, folder / CHECKPOINT)
+    stored = bake_weights(weights, spec, head_orders(spec, policy, headmap), folder / WEIGHTS, "bfloat16")
+    seconds, peak = time.perf_counter() - started, peak_bytes()
+    for name in GRAPHS:
+
+        def graph(name: str = name) -> Any:
+            model = WanModel(spec).eval().requires_grad_(False)
+            return prompt_graph(model) if name == "prompt" else step_graph(model, plan)
+
+        write_onnx(graph, folder / f"{name}.onnx", stored, WEIGHTS)
+    return {
+        "layers": spec.layers,
+        "file_bytes": (folder / WEIGHTS).stat().st_size,
+        "bake_seconds": round(seconds, 1),
+        "bake_peak_bytes": peak,
+        "with_tracing_peak_bytes": peak_bytes(),
+        "onnx_bytes": sum((folder / f"{name}.onnx").stat().st_size for name in GRAPHS),
+    }
+
+
+def load(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """Open both graphs in ONNX Runtime."""
+    started = time.perf_counter()
+    graphs = [OnnxRuntimeBackend(None).load(folder / f"{name}.onnx") for name in GRAPHS]
+    seconds = round(time.perf_counter() - started, 1)
+    return {"loaded_graphs": len(graphs), "loaded_seconds": seconds, "loaded_peak_bytes": peak_bytes()}
+
+
+STAGES = {"make": make, "bake": bake, "load": load}
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Read the options and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="krea-14b")
+    parser.add_argument("--layers", type=int, action="append")
+    parser.add_argument("--onnx", action="store_true", help="load the smallest in ONNX Runtime")
+    parser.add_argument("--stage", nargs=3, metavar=("STAGE", "LAYERS", "FOLDER"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.stage:
+        stage, layers, folder = given.stage
+        spec = dataclasses.replace(load_spec(given.model), layers=int(layers))
+        print(json.dumps(STAGES[stage](spec, Path(folder))))
+        return
+    counts = sorted(given.layers or [2, 6])
+    rows = []
+    for layers in counts:
+        row: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as room:
+            for stage in STAGES if given.onnx and layers == counts[0] else ("make", "bake"):
+                command = [sys.executable, __file__, "--model", given.model]
+                command += ["--stage", stage, str(layers), room]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                row |= json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+    growth = rows[-1]["bake_peak_bytes"] / rows[0]["bake_peak_bytes"]
+    print(json.dumps({"model": given.model, "rows": rows, "peak_growth": round(growth, 3)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Forcing-KV's head maps: JSON with a list of static and a list of dynamic heads for each layer.
+
+    {"format", "profile", "num_layers", "num_heads", "description",
+     "layers": [{"layer_idx": 0, "static_head": [1, 4], "dynamic_head": [0, 2, 3]}, ...]}
+
+or the bare list of layers. Older files call the lists `local_head` and `temporal_head`.
+
+Forcing-KV's own code makes the heads of absent layers dynamic and drops heads out of range, without a word.
+Here a file must say each head of each layer once. What may be left out:
+
+1. `layer_idx` in all layers: then the order counts.
+2. One of a layer's two lists, if the number of heads is known (`num_heads`, or a choice): the other is its
+   complement, and the rule's reason says so.
+3. Whole layers, if `choices.missing_layers` says what their heads are; the reason says so too.
+4. `num_heads`, if the lists of all layers cover the same 0..n-1; `num_layers`, then the last layer's
+   number counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.headmap import DYNAMIC, STATIC, HeadMap, ModelIdentity, Rule, Source, labels_of
+from forcingkv.headmaps.readers.choices import Choices, size_limit
+
+__all__ = ["FORMAT", "from_data", "to_data", "to_text"]
+
+FORMAT = "forcing-kv-json"
+NAMES = {
+    STATIC: ("static_head", "static_heads", "local_head", "local_heads", "spatial_head", "spatial_heads"),
+    DYNAMIC: ("dynamic_head", "dynamic_heads", "temporal_head", "temporal_heads"),
+}
+Groups = dict[str, list[int]]
+"""The heads of each label that a layer lists."""
+
+
+def from_data(data: Any, sha256: str, where: str, choices: Choices) -> HeadMap:
+    """The map of a parsed file. Raises InputError, naming layer and head, for all that is not said once."""
+    if choices.missing_layers not in (None, STATIC, DYNAMIC):
+        raise InputError(
+            f"is {choices.missing_layers!r}", where="missing layers", expected=f"{STATIC} or {DYNAMIC}"
+        )
+    fields = None if isinstance(data, list) else {key: item for key, item in data.items() if key != "layers"}
+    layers = data if isinstance(data, list) else data["layers"]
+    if not isinstance(layers, list) or not layers:
+        raise InputError(
+            "has no layers", where=where, expected='a list of {"layer_idx", "static_head", "dynamic_head"}'
+        )
+    given = _numbered(layers, where)
+    total = _count(fields, "num_layers", where) or choices.layers
+    total = total or size_limit(max(given) + 1, "the number of layers", where)
+    beyond = sorted(number for number in given if number >= total)
+    if beyond:
+        raise InputError(f"names layer {beyond[0]}", where=where, expected=f"layers 0 to {total - 1}")
+    missing = sorted(set(range(total)) - set(given))
+    if missing and choices.missing_layers is None:
+        raise InputError(
+            f"leaves out layer {_listed(missing)} of {total}",
+            where=where,
+            expected="each layer once",
+            mend="Say what their heads are (Forcing-KV's own code takes them as dynamic): "
+            "forcingkv headmap convert --missing-layers dynamic",
+        )
+    heads = _count(fields, "num_heads", where) or choices.heads or _common_heads(given, where)
+    halves = sorted(number for number, groups in given.items() if len(groups) == 1)
+    for number in halves:
+        (label,) = given[number]
+        other = STATIC if label == DYNAMIC else DYNAMIC
+        given[number][other] = sorted(set(range(heads)) - set(given[number][label]))
+    profile = fields.get("profile") if fields else None
+    labels = tuple(
+        labels_of(number, given[number], heads, where)
+        if number in given
+        else (str(choices.missing_layers),) * heads
+        for number in range(total)
+    )
+    reasons = []
+    if missing:
+        reasons.append(f"the file leaves out layer {_listed(missing)}: {choices.missing_layers}, as given")
+    if halves:
+        reasons.append(f"the file gives one list for layer {_listed(halves)}: the other is its complement")
+    return HeadMap(
+        ModelIdentity(
+            choices.model or (profile if isinstance(profile, str) else "") or "unknown", total, heads
+        ),
+        labels,
+        Rule("given", "; ".join(reasons) or None),
+        source=Source(FORMAT, sha256, fields, None if layers == _layers(labels) else tuple(layers)),
+    )
+
+
+def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
+    """The content of a Forcing-KV file. A map that was read from one gives that one back.
+
+    Raises InputError for a label other than static and dynamic.
+    """
+    strange = sorted(set(headmap.counts()) - {STATIC, DYNAMIC})
+    if strange:
+        raise InputError(
+            f"uses the label {', '.join(map(repr, strange))}",
+            where="head map",
+            expected="only static and dynamic in a Forcing-KV file",
+            mend=f"Say which is which: forcingkv headmap convert --labels {strange[0]}=dynamic",
+        )
+    layers: list[Any] = _layers(headmap.labels)
+    source = headmap.source if headmap.source and headmap.source.format == FORMAT else None
+    if source is None:
+        origin = f", read from {headmap.source.format}" if headmap.source else ""
+        reason = f": {headmap.rule.reason}" if headmap.rule.reason else ""
+        return {
+            "format": "forcingkv_offline_head_custom2",
+            "profile": headmap.model.name,
+            "num_layers": headmap.model.layers,
+            "num_heads": headmap.model.heads,
+            "description": f"forcingkv, rule {headmap.rule.name}{origin}{reason}",
+            "layers": layers,
+        }
+    if source.layers is not None and _says(source.layers, headmap):
+        layers = list(source.layers)
+    return layers if source.fields is None else {**source.fields, "layers": layers}
+
+
+def to_text(headmap: HeadMap) -> str:
+    """The text of a Forcing-KV file, a line a layer. Raises InputError as `to_data` does."""
+    data = to_data(headmap)
+    if isinstance(data, list):
+        return "[\n" + ",\n".join(f"  {json.dumps(layer)}" for layer in data) + "\n]\n"
+    lines = [f"  {json.dumps(key)}: {json.dumps(item)},\n" for key, item in data.items() if key != "layers"]
+    layers = ",\n".join(f"    {json.dumps(layer)}" for layer in data["layers"])
+    return "{\n" + "".join(lines) + f'  "layers": [\n{layers}\n  ]\n}}\n'
+
+
+def _layers(labels: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer_idx": number,
+            "static_head": [head for head, label in enumerate(row) if label == STATIC],
+            "dynamic_head": [head for head, label in enumerate(row) if label == DYNAMIC],
+        }
+        for number, row in enumerate(labels)
+    ]
+
+
+def _says(layers: Sequence[Any], headmap: HeadMap) -> bool:
+    """Whether those layers give the map's labels (it may have been relabelled since)."""
+    choices = Choices(layers=headmap.model.layers, heads=headmap.model.heads)
+    try:
+        return from_data(list(layers), "", "", choices).labels == headmap.labels
+    except InputError:
+        return False
+
+
+def _numbered(layers: list[Any], where: str) -> dict[int, Groups]:
+    """Each layer's lists by its number."""
+    found: dict[int, Groups] = {}
+    named = ["layer_idx" in layer for layer in layers if isinstance(layer, Mapping)]
+    for place, layer in enumerate(layers):
+        if not isinstance(layer, Mapping):
+            raise InputError(f"entry {place} of the layers is {layer!r:.60}", where=where, expected="a table")
+        if "layer_idx" not in layer and any(named):
+            raise InputError(
+                f"entry {place} of the layers has no layer_idx", where=where, expected="one in all or in none"
+            )
+        number = layer.get("layer_idx", place)
+        if type(number) is not int or number < 0:
+            raise InputError(
+                f"entry {place} of the layers has the layer_idx {number!r:.60}",
+                where=where,
+                expected="the number of a layer, from 0",
+            )
+        if number in found:
+            raise InputError(f"gives layer {number} twice", where=where, expected="each layer once")
+        found[number] = _groups(layer, number, where)
+    return found
+
+
+def _groups(layer: Mapping[str, Any], number: int, where: str) -> Groups:
+    """The lists of one layer; those of the same meaning under several names are one list."""
+    groups: Groups = {}
+    for name, heads in layer.items():
+        label = next((label for label, names in NAMES.items() if name in names), None)
+        if label is None:
+            if "head" in name:
+                raise InputError(
+                    f"layer {number} has a list {name!r}",
+                    where=where,
+                    expected=f"one of {', '.join(NAMES[STATIC] + NAMES[DYNAMIC])}",
+                )
+            continue
+        if not isinstance(heads, list):
+            raise InputError(
+                f"layer {number}: {name} is {heads!r:.60}", where=where, expected="a list of heads"
+            )
+        for head in heads:
+            if type(head) is not int:
+                raise InputError(
+                    f"layer {number}: {name} names {head!r:.60}", where=where, expected="the number of a head"
+                )
+        groups.setdefault(label, []).extend(heads)
+    if not groups:
+        raise InputError(
+            f"layer {number} has no list of heads",
+            where=where,
+            expected="static_head or dynamic_head or both",
+        )
+    return groups
+
+
+def _count(fields: Mapping[str, Any] | None, name: str, where: str) -> int | None:
+    if fields is None or name not in fields:
+        return None
+    count = fields[name]
+    if type(count) is not int:
+        raise InputError(f"{name} is {count!r:.60}", where=where, expected="a number")
+    return size_limit(count, name, where)
+
+
+def _common_heads(given: Mapping[int, Groups], where: str) -> int:
+    """The number of heads, where the lists of all layers cover the same 0..n-1."""
+    mend = "Say how many heads a layer has: forcingkv headmap convert --heads N"
+    sizes: dict[int, int] = {}
+    for number, groups in given.items():
+        if len(groups) == 1:
+            raise InputError(
+                f"layer {number} gives only its {next(iter(groups))} heads, and the file no num_heads",
+                where=where,
+                mend=mend,
+            )
+        sizes.setdefault(1 + max((head for heads in groups.values() for head in heads), default=-1), number)
+    if len(sizes) > 1:
+        shown = ", ".join(f"0 to {size - 1} in layer {number}" for size, number in sorted(sizes.items()))
+        raise InputError(
+            f"has no num_heads, and its layers name different heads: {shown}", where=where, mend=mend
+        )
+    return size_limit(next(iter(sizes)), "the number of heads", where)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:12])) + (", ..." if len(numbers) > 12 else "")

@@ -1,0 +1,146 @@
+"""TAEHV `taew2_1`: the tiny decoder of Wan 2.1's latents (madebyollin/taehv, MIT), as a stream.
+
+Layer numbers and names are those of its checkpoints. It takes the latents as the transformer makes
+them, without the VAE's mean and deviation, and makes pixels in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forcingkv.models.decoders.base import StreamingDecoder
+from forcingkv.models.fit import check_fit
+from forcingkv.models.tensor_files import open_tensors
+
+__all__ = ["TaehvDecoder", "load_taehv", "random_taehv"]
+
+WIDTHS = (256, 128, 64, 64)
+LATENT_CHANNELS = 16
+GROWTH = (1, 2, 2)
+"""Frames that each stage makes of one."""
+
+MEMORIES = 3
+"""Memory blocks a stage."""
+
+
+class MemoryBlock(nn.Module):
+    """A residual block that sees each frame beside the one before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, frames: Tensor, past: Tensor) -> Tensor:
+        """Frames (n, width, h, w) and those before them, of the same shape."""
+        return F.relu(self.conv(torch.cat([frames, past], 1)) + frames)
+
+
+class Grow(nn.Module):
+    """Makes `growth` frames of each, then twice the height and width."""
+
+    def __init__(self, width: int, growth: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, growth * width, 1, bias=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        # Published as upsampling, then this convolution. It looks at single pixels, so the order is
+        # free, and this way it has a quarter of the work.
+        _, width, height, breadth = frames.shape
+        grown = self.conv(frames).reshape(-1, width, height, breadth)
+        return F.interpolate(grown, scale_factor=2.0, mode="nearest")
+
+
+class TaehvDecoder(StreamingDecoder):
+    """The decoder half of TAEHV. Caches: for each memory block the last frame it read.
+
+    Args:
+        widths: channels of the three stages, and of the last layer's input.
+        latent_channels: channels of the latents.
+    """
+
+    def __init__(self, widths: Sequence[int] = WIDTHS, latent_channels: int = LATENT_CHANNELS) -> None:
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.temporal_stride = 4
+        self.spatial_stride = 2 ** len(GROWTH)
+        # The places without weights keep the others at the numbers they have in the checkpoints.
+        layers: list[nn.Module] = [
+            nn.Identity(),
+            nn.Conv2d(latent_channels, widths[0], 3, padding=1),
+            nn.ReLU(),
+        ]
+        for width, following, growth in zip(widths[:-1], widths[1:], GROWTH, strict=True):
+            layers += [MemoryBlock(width) for _ in range(MEMORIES)]
+            layers += [
+                nn.Identity(),
+                Grow(width, growth),
+                nn.Conv2d(width, following, 3, padding=1, bias=False),
+            ]
+        layers += [nn.ReLU(), nn.Conv2d(widths[-1], 3, 3, padding=1)]
+        self.decoder = nn.Sequential(*layers)
+        self._widths = tuple(widths)
+
+    def state_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        shapes = [
+            (1, channels, height * 2**stage, width * 2**stage)
+            for stage, channels in enumerate(self._widths[: len(GROWTH)])
+            for _ in range(MEMORIES)
+        ]
+        return {f"feature.{number}": shape for number, shape in enumerate(shapes)}
+
+    def forward(
+        self, latents: Tensor, first: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        # `first` changes nothing: empty memory is zeros, which is what the caches start as.
+        following: dict[str, Tensor] = {}
+        # From here on frames are the batch.
+        x = torch.tanh(latents[0].transpose(0, 1) / 3) * 3
+        for layer in self.decoder:
+            if isinstance(layer, MemoryBlock):
+                name = f"feature.{len(following)}"
+                past = torch.cat([state[name], x[:-1]]) if x.shape[0] > 1 else state[name]
+                following[name] = x[-1:]
+                x = layer(x, past)
+            else:
+                x = layer(x)
+        pixels = x.clamp(0, 1) * 2 - 1
+        return pixels.transpose(0, 1)[None], following
+
+
+def random_taehv(seed: int = 0) -> TaehvDecoder:
+    """The decoder with weights drawn at random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _for_inference(TaehvDecoder())
+
+
+def load_taehv(path: Path) -> TaehvDecoder:
+    """Read `taew2_1.pth` or .safetensors; the encoder in it is left aside.
+
+    Raises InputError: the file cannot be read, or a tensor of the decoder is missing, unexpected or
+    wrongly shaped, as in the files for other video models.
+    """
+    files = open_tensors(path)
+    with torch.device("meta"):
+        model = TaehvDecoder()
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: shape for name, shape in files.shapes.items() if not name.startswith("encoder.")}
+    check_fit(found, wanted, where=str(path), what="the decoder of taew2_1")
+    weights = {name: files.read(name).to(torch.float32, copy=True) for name in wanted}
+    model.load_state_dict(weights, assign=True)
+    return _for_inference(model)
+
+
+def _for_inference(model: TaehvDecoder) -> TaehvDecoder:
+    return model.eval().requires_grad_(False)

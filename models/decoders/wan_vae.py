@@ -1,0 +1,172 @@
+"""The decoder of Wan 2.1's VAE as a stream: diffusers' layers and weights, our own way through them.
+
+The public decoder treats a video's first latent frame apart: it becomes one pixel frame, not four, and
+no temporal upsampling ever looks back at it. Here every call doubles time alike, so that one static
+graph serves all of them. In a first call the first of each doubled pair is **blank**: after k
+doublings 2**k - 1 leading frames are. What a convolution computes for them is of no account, but it
+must read zeros there, as it reads before the start of a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forcingkv.models.decoders.base import StreamingDecoder
+
+__all__ = ["WanVaeDecoder"]
+
+PAST = 2
+"""Frames that a temporal kernel of 3 looks back."""
+
+
+class WanVaeDecoder(StreamingDecoder):
+    """The decoder half of an `AutoencoderKLWan`. Caches: the last two frames each convolution read.
+
+    Args:
+        vae: an autoencoder of Wan 2.1's kind; its decoder's modules are taken over, not copied.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        super().__init__()
+        config = vae.config
+        self.latent_channels = config.z_dim
+        self.temporal_stride = 2 ** sum(config.temperal_downsample)
+        self.spatial_stride = 2 ** (len(config.dim_mult) - 1)
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        # In the state dict too: an export takes everything with contents from there.
+        for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1, 1))
+
+    def state_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        shapes = [
+            (1, conv.in_channels, PAST, height * scale, width * scale) for conv, scale in self._causal_convs()
+        ]
+        return {f"feature.{number}": shape for number, shape in enumerate(shapes)}
+
+    def forward(
+        self, latents: Tensor, first: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        call, decoder = _Call(first, state), self.decoder
+        x = call.conv(decoder.conv_in, _pointwise(self.post_quant_conv, latents * self.std + self.mean))
+        x = call.residual(decoder.mid_block.resnets[0], x)
+        for attention, block in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
+            x = call.residual(block, _attend(attention, x))
+        for stage in decoder.up_blocks:
+            for block in stage.resnets:
+                x = call.residual(block, x)
+            for upsampler in stage.upsamplers or ():
+                x = call.upsample(upsampler, x)
+        x = call.conv(decoder.conv_out, decoder.nonlinearity(_normed(decoder.norm_out, x)))
+        return x.clamp(-1, 1), call.following
+
+    def _causal_convs(self) -> Iterator[tuple[nn.Conv3d, int]]:
+        """The convolutions with a cache in the order of the forward, and how much wider than latents."""
+        decoder, scale = self.decoder, 1
+        yield decoder.conv_in, scale
+        for block in decoder.mid_block.resnets:
+            yield from ((block.conv1, scale), (block.conv2, scale))
+        for stage in decoder.up_blocks:
+            for block in stage.resnets:
+                yield from ((block.conv1, scale), (block.conv2, scale))
+            for upsampler in stage.upsamplers or ():
+                if upsampler.mode == "upsample3d":
+                    yield upsampler.time_conv, scale
+                scale *= 2
+        yield decoder.conv_out, scale
+
+
+class _Call:
+    """What one call carries through the layers: x is (1, channels, frames, height, width) throughout.
+
+    Attributes:
+        blank: leading frames that are blank if this is a video's first call.
+        following: the caches for the next call.
+    """
+
+    def __init__(self, first: Tensor, state: dict[str, Tensor]) -> None:
+        self.first, self.state = first, state
+        self.blank = 0
+        self.following: dict[str, Tensor] = {}
+
+    def conv(self, conv: Any, x: Tensor, unseen: int | None = None) -> Tensor:
+        """A causal convolution, for which the first `unseen` frames of a first call are zeros."""
+        unseen = self.blank if unseen is None else unseen
+        name = f"feature.{len(self.following)}"
+        head, rest = x[:, :, :unseen] * (1 - self.first), x[:, :, unseen:]
+        frames = torch.cat([part for part in (self.state[name], head, rest) if part.shape[2]], 2)
+        self.following[name] = frames[:, :, -PAST:]
+        # Not conv(frames): that pads in a step of its own, one more copy of the features.
+        height, width = conv.kernel_size[1:]
+        return F.conv3d(frames, conv.weight, conv.bias, padding=(0, height // 2, width // 2))
+
+    def residual(self, block: Any, x: Tensor) -> Tensor:
+        out = self.conv(block.conv1, block.nonlinearity(_normed(block.norm1, x)))
+        out = self.conv(block.conv2, block.nonlinearity(_normed(block.norm2, out)))
+        shortcut = block.conv_shortcut
+        return out + (x if isinstance(shortcut, nn.Identity) else _pointwise(shortcut, x))
+
+    def upsample(self, layer: Any, x: Tensor) -> Tensor:
+        frames = self.double(layer.time_conv, x) if layer.mode == "upsample3d" else x[0].transpose(0, 1)
+        # With a factor of 2 this is the same as the layer's own mode, nearest-exact.
+        wide = F.interpolate(frames, scale_factor=2.0, mode="nearest")
+        resampled: Tensor = layer.resample[1](wide)
+        return resampled.transpose(0, 1)[None]
+
+    def double(self, time_conv: Any, x: Tensor) -> Tensor:
+        """Two frames of each: (2 * frames, channels, height, width).
+
+        A video's first frame goes on as it is, and the convolution never sees it.
+        """
+        _, channels, count, height, width = x.shape
+        opening, until = self.blank, self.blank + 1
+        pairs = self.conv(time_conv, x, unseen=until).reshape(2, channels, count, height, width)
+        frames = pairs.permute(2, 0, 1, 3, 4).reshape(2 * count, channels, height, width)
+        last = 2 * until - 1
+        kept = torch.where(self.first > 0.5, x[:, :, opening], frames[last : last + 1])
+        parts = (frames[:last], kept, frames[last + 1 :])
+        self.blank = last
+        return torch.cat([part for part in parts if part.shape[0]])
+
+
+def _pointwise(conv: Any, x: Tensor) -> Tensor:
+    out: Tensor = F.conv3d(x, conv.weight, conv.bias)
+    return out
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    """diffusers' RMS norm over the channels, in two passes over the features instead of five.
+
+    The length is float32 whatever the features are.
+    """
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    gain = norm.scale * norm.gamma.view(-1, *[1] * (x.dim() - 2))
+    out: Tensor = x / length.clamp_min(1e-12).to(x.dtype) * gain
+    return out
+
+
+def _attend(block: Any, x: Tensor) -> Tensor:
+    """diffusers' attention block, within each frame.
+
+    One frame at a time, since the scores are the square of a frame's pixels: 4 GB at 1080p. They are
+    written out because the one head is wider than fused attention takes.
+    """
+    return torch.cat([_attend_frame(block, frame) for frame in x.split(1, 2)], 2)
+
+
+def _attend_frame(block: Any, frame: Tensor) -> Tensor:
+    x = frame[:, :, 0]
+    query, key, value = block.to_qkv(_normed(block.norm, x)).flatten(2).chunk(3, 1)
+    scores = (query * query.shape[1] ** -0.5).transpose(1, 2) @ key
+    seen = scores.softmax(-1) @ value.transpose(1, 2)
+    out: Tensor = x + block.proj(seen.transpose(1, 2).reshape(x.shape))
+    return out[:, :, None]

@@ -1,0 +1,218 @@
+"""Files of tensors, opened lazily: names and shapes at once, contents one tensor at a time.
+
+Formats: safetensors, sharded safetensors with an index, and torch's `.pt` / `.pth`, which is only
+ever read with `weights_only=True`: a file with any other pickled object in it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.files import inside
+
+__all__ = ["KEYS", "TensorFiles", "open_tensors"]
+
+KEYS = ("generator_ema", "generator", "model")
+"""Entries of a `.pt` file that are tried, in this order, where none is asked for by name."""
+
+RELOAD_BYTES = 512 * 2**20
+"""A mapped file keeps every page that was read in memory; after so many bytes it is mapped anew."""
+
+INDEX = "*.safetensors.index.json"
+
+
+class TensorFiles(ABC):
+    """Tensors of one file or of several that belong together.
+
+    Attributes:
+        where: the file or folder, for messages.
+        shapes: name -> shape of every tensor.
+        files: the files that hold them.
+    """
+
+    def __init__(self, where: Path, files: Sequence[Path]) -> None:
+        self.where, self.files = where, tuple(files)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, on the CPU, in the file's dtype. It may be a view of the file."""
+
+    def digest(self) -> str:
+        """SHA-256 of the file; of several, of their digests in the order of their names."""
+        digests = []
+        for path in sorted(self.files):
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def open_tensors(path: Path, key: str | None = None, preferred: str | None = None) -> TensorFiles:
+    """Open a file, or a folder with sharded safetensors and their index.
+
+    Args:
+        path: a `.safetensors` file, a folder with one `*.safetensors.index.json`, or a torch file.
+        key: entry of a torch file that holds the tensors. None: the first that it has of
+            `preferred` and `KEYS`, else the file itself.
+        preferred: entry that is looked for first.
+
+    Raises:
+        InputError: the file cannot be read, holds something else than tensors, or lacks the key.
+    """
+    if path.is_dir():
+        opened: TensorFiles = _Shards(path)
+    elif path.suffix == ".safetensors":
+        opened = _Safetensors(path)
+    else:
+        return _Torch(path, key, (preferred, *KEYS) if preferred else KEYS)
+    if key is not None:
+        raise InputError(
+            f"has no entry {key!r}: a safetensors file is flat", where=str(path), mend="Leave --key away."
+        )
+    return opened
+
+
+class _Safetensors(TensorFiles):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, [path])
+        try:
+            with safe_open(path, "pt") as file:
+                self.shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"cannot be read as safetensors ({error})",
+                where=str(path),
+                expected="a whole .safetensors file",
+            ) from error
+
+    def read(self, name: str) -> Tensor:
+        # Opened for each tensor, so that what was read before leaves the memory.
+        with safe_open(self.where, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+class _Shards(TensorFiles):
+    def __init__(self, folder: Path) -> None:
+        index = _only(sorted(folder.glob(INDEX)), folder)
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            places = {str(name): inside(folder, str(file)) for name, file in where.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                "is not an index of shards", where=str(index), expected='JSON with a table "weight_map"'
+            ) from error
+        absent = sorted({path.name for path in places.values() if not path.is_file()})
+        if absent:
+            raise InputError(f"lacks the shard {', '.join(absent)}", where=str(folder))
+        super().__init__(folder, sorted(set(places.values())))
+        shards = {path: _Safetensors(path) for path in self.files}
+        self._shard = {name: shards[path] for name, path in places.items()}
+        indexed = {(path, name) for name, path in places.items()}
+        stored = {(path, name) for path, shard in shards.items() for name in shard.shapes}
+        wrong = sorted(f"{name} ({path.name})" for path, name in indexed ^ stored)
+        if wrong:
+            raise InputError(
+                f"index and shards differ in {len(wrong)} tensors: {', '.join(wrong[:20])}", where=str(index)
+            )
+        self.shapes = {name: shard.shapes[name] for name, shard in self._shard.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._shard[name].read(name)
+
+
+class _Torch(TensorFiles):
+    def __init__(self, path: Path, key: str | None, keys: Sequence[str]) -> None:
+        super().__init__(path, [path])
+        self._key, self._keys = key, keys
+        self._state = self._load()
+        self._read_bytes = 0
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+
+    def read(self, name: str) -> Tensor:
+        if self._read_bytes > RELOAD_BYTES:
+            self._state, self._read_bytes = {}, 0
+            self._state = self._load()
+        tensor = self._state[name]
+        self._read_bytes += tensor.nbytes
+        return tensor
+
+    def _load(self) -> Mapping[str, Tensor]:
+        where = str(self.where)
+        try:
+            # Files of torch before 1.6 are not zip archives and cannot be mapped.
+            mapped = zipfile.is_zipfile(self.where)
+            content = torch.load(self.where, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"is refused: it is no torch file, or holds a pickled object that is not a tensor"
+                f" ({_first_line(error)})",
+                where=where,
+                expected="tensors only (torch.load with weights_only=True)",
+                mend="Save its state dict alone, best as .safetensors.",
+            ) from error
+        except Exception as error:  # the unpickler raises whatever a damaged file leads it to
+            raise InputError(
+                f"cannot be read as a torch file ({_first_line(error)})",
+                where=where,
+                expected="a whole .pt, .pth or .safetensors file",
+            ) from error
+        return _tensors(_entry(content, self._key, self._keys, where), where)
+
+
+def _only(found: list[Path], folder: Path) -> Path:
+    if len(found) != 1:
+        raise InputError(f"has {len(found)} files {INDEX}", where=str(folder), expected="one")
+    return found[0]
+
+
+def _entry(content: Any, key: str | None, keys: Sequence[str], where: str) -> Any:
+    tables = (
+        [name for name, value in content.items() if isinstance(value, Mapping)] if _table(content) else []
+    )
+    if key is not None:
+        if key not in tables:
+            raise InputError(
+                f"has no entry {key!r}",
+                where=where,
+                expected=f"one of {', '.join(tables) or 'none: it is flat'}",
+            )
+        return content[key]
+    return next((content[name] for name in keys if name in tables), content)
+
+
+def _tensors(state: Any, where: str) -> Mapping[str, Tensor]:
+    if not _table(state):
+        raise InputError(f"holds a {type(state).__name__}", where=where, expected="a table of tensors")
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise InputError(
+            f"holds what is not a tensor: {', '.join(sorted(others)[:20])}",
+            where=where,
+            expected=f"tensors, flat or under one of {', '.join(KEYS)}",
+            mend="Name the entry with --key.",
+        )
+    return {str(name): tensor.detach() for name, tensor in state.items()}
+
+
+def _table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__

@@ -1,0 +1,167 @@
+"""Prompts through the UMT5 encoder of Wan, by transformers: embeddings made ahead of time."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.models.fit import check_fit
+from forcingkv.models.tensor_files import TensorFiles, open_tensors
+
+__all__ = ["PromptEncoder", "clean_prompt", "load_prompt_encoder"]
+
+WAN_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
+WAN_TOKENIZER = "google/umt5-xxl"
+EXTRA = "text"
+
+# Wan's name of a tensor in a block -> that of transformers.
+_BLOCK = {
+    "norm1.weight": "layer.0.layer_norm.weight",
+    **{f"attn.{part}.weight": f"layer.0.SelfAttention.{part}.weight" for part in "qkvo"},
+    "pos_embedding.embedding.weight": "layer.0.SelfAttention.relative_attention_bias.weight",
+    "norm2.weight": "layer.1.layer_norm.weight",
+    "ffn.gate.0.weight": "layer.1.DenseReluDense.wi_0.weight",
+    "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
+    "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
+}
+_WHOLE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+_IN_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """A text encoder with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    """Where it came from, for the record."""
+
+    @torch.no_grad()
+    def encode(self, prompt: str, length: int) -> npt.NDArray[np.float32]:
+        """The embedding of a prompt: (tokens, width), at most `length` tokens, without padding.
+
+        Wan pads with zeros after encoding and masks padding while encoding, so what is not there
+        need not be computed. Raises InputError for a prompt that is empty.
+        """
+        text = clean_prompt(prompt)
+        if not text:
+            raise InputError("the prompt is empty", where="prompt", expected="some words")
+        tokens = self.tokenizer(text, max_length=length, truncation=True, return_tensors="pt")
+        states = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        embedding: npt.NDArray[np.float32] = states[0].float().numpy()
+        return embedding
+
+
+def clean_prompt(prompt: str) -> str:
+    """A prompt as Wan cleans it: broken encodings mended, HTML entities and runs of spaces resolved."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def load_prompt_encoder(place: str | Path, tokenizer: str | Path | None = None) -> PromptEncoder:
+    """Load a UMT5 encoder in the dtype of its file.
+
+    Args:
+        place: a folder of Wan (with `models_t5_umt5-xxl-enc-bf16.pth`), that file itself, a folder of
+            diffusers (with `text_encoder/`) or of transformers, or a hub id of one of the latter.
+        tokenizer: its folder or hub id; None: the one beside the encoder (`google/umt5-xxl/` in
+            Wan's folder, `tokenizer/` in that of diffusers, the folder itself in that of transformers).
+
+    Raises:
+        InputError: encoder or tokenizer cannot be found or read, or a tensor does not fit.
+        MissingExtraError: transformers or ftfy is not installed.
+    """
+    for module in ("transformers", "ftfy"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(module, EXTRA)
+    path = Path(place)
+    if path.is_file() or (path / WAN_ENCODER).is_file():
+        file = path if path.is_file() else path / WAN_ENCODER
+        model = _wan_encoder(open_tensors(file))
+        return PromptEncoder(model, _tokenizer(tokenizer or file.parent / WAN_TOKENIZER), file.name)
+    inner = path / "text_encoder"
+    parts = {"subfolder": "text_encoder"} if inner.is_dir() or not path.exists() else {}
+    if not path.exists() and not re.match(r"^[\w.-]+/[\w.-]+$", str(place)):
+        raise InputError(
+            "cannot be read: there is no such file or folder",
+            where=str(place),
+            expected="a folder with the text encoder, a file, or a hub id (owner/name)",
+        )
+    model = _pretrained("UMT5EncoderModel", place, dtype="auto", **parts).eval()
+    beside = {"subfolder": "tokenizer"} if parts else {}
+    return PromptEncoder(
+        model, _tokenizer(tokenizer) if tokenizer else _tokenizer(place, **beside), path.name
+    )
+
+
+def _tokenizer(place: str | Path, **options: str) -> Any:
+    return _pretrained("AutoTokenizer", place, **options)
+
+
+def _pretrained(kind: str, place: str | Path, **options: str) -> Any:
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(str(place), **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines()
+        raise InputError(
+            f"cannot be read by transformers' {kind} ({lines[0] if lines else type(error).__name__})",
+            where=str(place),
+            mend="Name the folder with --text-encoder and, if it lies elsewhere, --tokenizer.",
+        ) from error
+
+
+def _wan_encoder(files: TensorFiles) -> Any:
+    """The encoder of transformers with weights in Wan's naming; sizes follow from their shapes."""
+    import transformers
+
+    shapes, where = files.shapes, str(files.where)
+    names = {_transformers_name(name): name for name in shapes}
+    try:
+        vocabulary, width = shapes["token_embedding.weight"]
+        inner = shapes["blocks.0.attn.q.weight"][0]
+        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+        hidden = shapes["blocks.0.ffn.fc1.weight"][0]
+    except (KeyError, ValueError) as error:
+        raise InputError("is not the text encoder of Wan", where=where, expected=WAN_ENCODER) from error
+    layers = 1 + max(int(match[1]) for name in shapes if (match := _IN_BLOCK.match(name)))
+    config = transformers.UMT5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=inner // heads, d_ff=hidden, num_layers=layers,
+        num_heads=heads, relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.UMT5EncoderModel(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = wanted.keys() & {"encoder.embed_tokens.weight"}
+    check_fit(
+        {name: shapes[stored] for name, stored in names.items()},
+        {name: shape for name, shape in wanted.items() if name not in tied},
+        where=where,
+        what="the text encoder of Wan",
+    )
+    state = {name: files.read(stored) for name, stored in names.items()}
+    state |= dict.fromkeys(tied, state["shared.weight"])
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _transformers_name(name: str) -> str:
+    match = _IN_BLOCK.match(name)
+    if match is None:
+        return _WHOLE.get(name, name)
+    inner = _BLOCK.get(match[2])
+    return f"encoder.block.{match[1]}.{inner}" if inner else name

@@ -1,0 +1,182 @@
+"""Text embeddings made ahead of time: one file of prompts and what the text encoder made of them.
+
+The encoder of a public model has billions of parameters and needs torch; the runtime needs its output only.
+The file is safetensors: `embeds.0`, `embeds.1`, ... of (tokens, text_width), without padding, in the order
+of the prompts in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.tensors import TensorWriter, read_arrays, read_header
+
+__all__ = ["SCHEMA", "Embeds", "read_embeds", "write_embeds"]
+
+SCHEMA = "forcingkv.embeds/1"
+MEND = "Make the file with: forcingkv encode --prompts prompts.txt --out embeds.safetensors"
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """Prompts and their embeddings."""
+
+    prompts: tuple[str, ...]
+    arrays: tuple[Array, ...]
+    """One a prompt: (tokens, text_width)."""
+    made: Mapping[str, str] = field(default_factory=dict)
+    """What made them, as the file's metadata says: `encoder`, `text_length`, ..."""
+    where: str = "embeds"
+    """The file, for messages."""
+
+    def get(self, prompt: str | None, spec: ModelSpec) -> Array:
+        """The embedding of a prompt (None: the only one) as the model takes it, zero-padded.
+
+        Returns (1, text_length, text_width). Raises InputError for a prompt that is not in the file, for
+        None where there are several, and for an embedding of another width or with too many tokens.
+        """
+        array = self.arrays[self._place(prompt)]
+        tokens, width = array.shape
+        if width != spec.text_width:
+            raise InputError(
+                f"has embeddings of width {width}",
+                where=self.where,
+                expected=f"{spec.text_width}, as {spec.name} takes",
+                mend="Encode the prompts with the text encoder of this model.",
+            )
+        if tokens > spec.text_length:
+            raise InputError(
+                f"has {tokens} tokens for {_short(prompt or self.prompts[0])}",
+                where=self.where,
+                expected=f"at most {spec.text_length}, as {spec.name} takes",
+            )
+        text = np.zeros((1, spec.text_length, spec.text_width), np.float32)
+        text[0, :tokens] = array
+        return text
+
+    def _place(self, prompt: str | None) -> int:
+        if prompt is None:
+            if len(self.prompts) == 1:
+                return 0
+            raise InputError(
+                f"has {len(self.prompts)} prompts, and none was asked for",
+                where=self.where,
+                expected=f"one of {self._listed()}",
+            )
+        wanted = prompt.strip()
+        for place, known in enumerate(self.prompts):
+            if known.strip() == wanted:
+                return place
+        raise InputError(
+            f"has no embedding of {_short(prompt)}",
+            where=self.where,
+            expected=f"one of {self._listed()}",
+            mend=MEND,
+        )
+
+    def _listed(self) -> str:
+        more = len(self.prompts) - 5
+        return ", ".join(map(_short, self.prompts[:5])) + (f" and {more} more" if more > 0 else "")
+
+
+def read_embeds(path: Path | str) -> Embeds:
+    """Read and check a file of text embeddings; half precision comes as float32.
+
+    Raises InputError for a file that cannot be read, is not of this schema, has not one finite (tokens,
+    text_width) array for each prompt, or arrays of different widths.
+    """
+    where = str(path)
+    tensors, metadata = read_header(path)
+    if metadata.get("schema") != SCHEMA:
+        raise InputError(
+            f"has the schema {metadata.get('schema')!r}", where=where, expected=repr(SCHEMA), mend=MEND
+        )
+    try:
+        prompts = json.loads(metadata.get("prompts", ""))
+    except (ValueError, RecursionError):
+        prompts = None
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise InputError("its metadata has no list of prompts", where=where, mend=MEND)
+    names = [f"embeds.{place}" for place in range(len(prompts))]
+    if set(tensors) != set(names):
+        raise InputError(
+            f"has {len(tensors)} tensors for {len(prompts)} prompts",
+            where=where,
+            expected=f"embeds.0 to {names[-1]}",
+        )
+    for name in names:
+        if len(tensors[name].shape) != 2 or tensors[name].dtype not in ("F32", "F16", "BF16"):
+            raise InputError(
+                f"{name} is {tensors[name].dtype} of {len(tensors[name].shape)} dimensions",
+                where=where,
+                expected="floats of (tokens, text_width)",
+            )
+    arrays = read_arrays(path, names)
+    made = {name: text for name, text in metadata.items() if name not in ("schema", "prompts")}
+    embeds = Embeds(
+        tuple(prompts), tuple(arrays[n].astype(np.float32, copy=False) for n in names), made, where
+    )
+    _check(embeds)
+    return embeds
+
+
+def write_embeds(
+    path: Path, prompts: Sequence[str], arrays: Sequence[npt.NDArray[Any]], model_text: Mapping[str, Any]
+) -> None:
+    """Write a file of text embeddings, under a temporary name until it is whole.
+
+    Args:
+        path: the file.
+        prompts: at least one.
+        arrays: for each prompt (tokens, text_width), without padding; stored as float32.
+        model_text: what made them, for the metadata: `encoder`, `text_length`, ...
+
+    Raises InputError for arrays that are not finite, not one a prompt, or of different widths, and where
+    the file cannot be written.
+    """
+    stored = tuple(np.asarray(array, np.float32) for array in arrays)
+    made = {name: str(item) for name, item in model_text.items()}
+    _check(Embeds(tuple(prompts), stored, made, str(path)))
+    metadata = {"schema": SCHEMA, "prompts": json.dumps(list(prompts)), **made}
+    planned = {f"embeds.{place}": ("F32", array.shape) for place, array in enumerate(stored)}
+    with TensorWriter(path, planned, metadata) as writer:
+        for name, array in zip(planned, stored, strict=True):
+            writer.write(name, array)
+
+
+def _check(embeds: Embeds) -> None:
+    prompts, arrays, where = embeds.prompts, embeds.arrays, embeds.where
+    if not prompts or len(prompts) != len(arrays):
+        raise InputError(
+            f"{len(arrays)} embeddings for {len(prompts)} prompts", where=where, expected="one for each"
+        )
+    for prompt, array in zip(prompts, arrays, strict=True):
+        fault = None
+        if array.ndim != 2:
+            fault = f"has {array.ndim} dimensions"
+        elif array.shape[1] != arrays[0].shape[1]:
+            fault = f"has the width {array.shape[1]}"
+        elif not np.isfinite(array).all():
+            fault = "has values that are not finite"
+        if fault:
+            raise InputError(
+                f"the embedding of {_short(prompt)} {fault}",
+                where=where,
+                expected="finite values of (tokens, text_width), of one width",
+            )
+
+
+def _short(prompt: str) -> str:
+    text = " ".join(prompt.split())
+    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -1,0 +1,274 @@
+"""The safetensors file format with numpy alone: read a header, read arrays, write as a stream.
+
+A file is 8 bytes of header length (little-endian), a JSON header, and the tensors' bytes, one after the
+other without a gap. The `safetensors` library does the same where it is installed; the runtime may not
+need it, and writing tensor by tensor keeps a large checkpoint out of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.files import unwritable
+
+__all__ = ["StoredTensor", "TensorWriter", "read_arrays", "read_header"]
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+ARRAYS = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2",
+    "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
+}  # fmt: skip
+"""The numpy type of each dtype that has one of its own."""
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file."""
+
+    dtype: str
+    """The format's name: "F32", "BF16", "I64", ..."""
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file (not of the data, as the header has it)."""
+    bytes: int
+
+
+def read_header(path: Path | str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file, in the order of their bytes, and the file's metadata. Reads no tensor.
+
+    Raises InputError where the file cannot be read, is no safetensors file, is cut short, or its
+    header does not describe exactly the bytes that follow it.
+    """
+    where = str(path)
+    try:
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start, text = _header_text(file, size, where)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=where) from error
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as error:
+        raise _no_safetensors(where, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _no_safetensors(where, "its header is not a table of tensors")
+    metadata = header.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _no_safetensors(where, f"{METADATA} is not a table of texts")
+    tensors = {name: _stored(name, entry, start, where) for name, entry in header.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].bytes)))
+    end = start
+    for name, tensor in tensors.items():
+        if tensor.offset != end:
+            fault = "overlaps the one before it" if tensor.offset < end else "leaves a gap before it"
+            raise InputError(f"the tensor {name!r} {fault}", where=where)
+        end += tensor.bytes
+    if end != size:
+        raise InputError(
+            f"has {size} bytes",
+            where=where,
+            expected=f"{end}, as its header says",
+            mend="The file was cut short: copy it again." if size < end else None,
+        )
+    return tensors, metadata
+
+
+def read_arrays(path: Path | str, names: Iterable[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+    """The named tensors (default: all) as arrays of their shape; BF16 comes as float32.
+
+    Raises InputError as `read_header` does, for a name that is not there, and for a dtype that numpy
+    has no type for (the 8-bit floats).
+    """
+    tensors, _ = read_header(path)
+    wanted = list(tensors) if names is None else list(names)
+    absent = sorted(set(wanted) - set(tensors))
+    if absent:
+        raise InputError(
+            f"has no tensor {', '.join(map(repr, absent[:5]))}",
+            where=str(path),
+            expected=f"{', '.join(list(tensors)[:5])}{', ...' if len(tensors) > 5 else ''}",
+        )
+    arrays = {}
+    with Path(path).open("rb") as file:
+        for name in wanted:
+            tensor = tensors[name]
+            if tensor.dtype != "BF16" and tensor.dtype not in ARRAYS:
+                raise InputError(f"the tensor {name!r} is {tensor.dtype}, which numpy lacks", where=str(path))
+            kind = np.dtype(ARRAYS.get(tensor.dtype, "<u2"))
+            file.seek(tensor.offset)
+            array: npt.NDArray[Any] = np.fromfile(file, kind, math.prod(tensor.shape)).reshape(tensor.shape)
+            if tensor.dtype == "BF16":  # the upper half of a float32
+                array = (array.astype("<u4") << 16).view("<f4")
+            arrays[name] = array
+    return arrays
+
+
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, under a temporary name until all are written.
+
+        with TensorWriter(path, {"a": ("F32", (2, 3))}, {"made by": "me"}) as writer:
+            writer.write("a", array)
+
+    Attributes:
+        tensors: where each tensor lies, known before any is written.
+    """
+
+    tensors: dict[str, StoredTensor]
+
+    def __init__(
+        self,
+        path: Path,
+        planned: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Plan a file of the tensors {name: (dtype, shape)}, in that order. Writes nothing yet."""
+        header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+        end = 0
+        for name, (dtype, shape) in planned.items():
+            if dtype not in ITEM_BYTES or name == METADATA:
+                raise ValueError(f"a tensor {name!r} of dtype {dtype!r} cannot be stored")
+            begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
+        self._start = struct.pack("<Q", len(text)) + text
+        base = len(self._start)
+        self.tensors = {name: _stored(name, header[name], base, str(path)) for name in planned}
+        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
+        self._left = list(planned)
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("wb")
+            self._file.write(self._start)
+        except OSError as error:
+            self._discard()
+            raise unwritable(self._path, error) from error
+        return self
+
+    def write(self, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
+        """Write the next tensor.
+
+        An array must have the planned shape and dtype (BF16 and 8-bit floats: their bits, as unsigned
+        integers). Raises ValueError for a tensor out of order or of another size, InputError where the
+        disk does not take it.
+        """
+        if self._file is None or self._left[:1] != [name]:
+            raise ValueError(
+                f"{name!r} is not the next tensor; expected {', '.join(self._left[:1]) or 'none'}"
+            )
+        planned = self.tensors[name]
+        if isinstance(data, np.ndarray):
+            kind = np.dtype(ARRAYS.get(planned.dtype, f"<u{ITEM_BYTES[planned.dtype]}"))
+            if data.shape != planned.shape or data.dtype != kind:
+                raise ValueError(f"{name!r} is {data.dtype} {data.shape}, expected {kind} {planned.shape}")
+            data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        given = memoryview(data).nbytes
+        if given != planned.bytes:
+            raise ValueError(f"{name!r} has {given} bytes, expected {planned.bytes}")
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+        del self._left[0]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._left:
+                    raise ValueError(f"{', '.join(self._left)} was not written")
+                self._close()
+                os.replace(self._partial, self._path)
+        except OSError as failure:
+            raise unwritable(self._path, failure) from failure
+        finally:
+            self._discard()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file:
+            file.close()
+
+    def _discard(self) -> None:
+        with suppress(OSError):  # what went wrong before is what is to be told
+            self._close()
+        with suppress(OSError):
+            self._partial.unlink()
+
+
+def _header_text(file: BinaryIO, size: int, where: str) -> tuple[int, bytes]:
+    first = file.read(8)
+    if len(first) < 8:
+        raise _no_safetensors(where, f"it has {size} bytes")
+    (length,) = struct.unpack("<Q", first)
+    if not 2 <= length <= MAX_HEADER:
+        raise _no_safetensors(where, f"its header would have {length} bytes")
+    if 8 + length > size:
+        raise InputError(
+            f"has {size} bytes, fewer than its header of {length}",
+            where=where,
+            mend="The file was cut short, or is not safetensors.",
+        )
+    return 8 + length, file.read(length)
+
+
+def _stored(name: str, entry: Any, start: int, where: str) -> StoredTensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _no_safetensors(where, f"the tensor {name!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise InputError(
+            f"the tensor {name!r} has the dtype {dtype!r}",
+            where=where,
+            expected=f"one of {', '.join(ITEM_BYTES)}",
+        )
+    if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:
+        raise _no_safetensors(where, f"the tensor {name!r} has a faulty shape or data_offsets")
+    begin, end = offsets
+    needed = math.prod(shape) * ITEM_BYTES[dtype]
+    if end - begin != needed:
+        raise InputError(
+            f"the tensor {name!r} has {end - begin} bytes",
+            where=where,
+            expected=f"{needed} for {dtype} {tuple(shape)}",
+        )
+    return StoredTensor(dtype, tuple(shape), start + begin, needed)
+
+
+def _whole(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name is given twice")
+    return table
+
+
+def _no_safetensors(where: str, why: str) -> InputError:
+    return InputError(f"is not a safetensors file: {why}", where=where)

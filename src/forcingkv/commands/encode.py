@@ -1,0 +1,66 @@
+"""`forcingkv encode`: text embeddings ahead of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forcingkv.commands.console import emit, need, progress, read_prompts
+from forcingkv.commands.models import Model
+from forcingkv.headmaps.errors import InputError
+
+__all__ = ["encode"]
+
+
+def encode(
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line, or interactive .jsonl.")],
+    out: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
+    model: Model = "self-forcing",
+    text_encoder: Annotated[
+        str, typer.Option(help="Wan's folder or its .pth, a diffusers or transformers folder, or a hub id.")
+    ] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Its folder or hub id; default: beside the encoder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Encode prompts with UMT5, so that generating needs neither the 11 GB encoder nor torch.
+
+    Example: forcingkv encode --prompts prompts.txt --text-encoder Wan2.1-T2V-1.3B --out embeds.safetensors
+    """
+    need("text", "torch", "transformers", "ftfy")
+    from forcingkv.models.presets import load_spec
+    from forcingkv.models.text import load_prompt_encoder
+    from forcingkv.runtime.embeds import write_embeds
+
+    spec = load_spec(model)
+    if spec.text.kind != "umt5":
+        raise InputError(
+            f"{spec.name} takes words as they are: there is nothing to encode",
+            where="model",
+            expected="a model with the text encoder umt5",
+        )
+    texts = list(dict.fromkeys(read_prompts(prompts)))
+    arrays = []
+    with progress() as shown:
+        task = shown.add_task("loading the text encoder", total=len(texts))
+        encoder = load_prompt_encoder(text_encoder, tokenizer)
+        shown.update(task, description="encoding prompts")
+        for text in texts:
+            arrays.append(encoder.encode(text, spec.text_length))
+            shown.advance(task)
+    width = arrays[0].shape[1]
+    if width != spec.text_width:
+        raise InputError(
+            f"gives embeddings of width {width}",
+            where=encoder.name,
+            expected=f"{spec.text_width}, as {spec.name} takes",
+        )
+    write_embeds(out, texts, arrays, {"encoder": encoder.name, "text_length": spec.text_length})
+    tokens = [len(array) for array in arrays]
+    if as_json:
+        emit({"out": str(out), "prompts": len(texts), "width": width, "tokens": tokens})
+        return
+    print(f"{out}: {len(texts)} prompts of {min(tokens)} to {max(tokens)} tokens, width {width}")

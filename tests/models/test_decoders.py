@@ -1,0 +1,402 @@
+"""Pixel decoders: a video in many calls is the video decoded at once, in torch and in ONNX Runtime."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.models import decoders
+from forcingkv.models.decoders import StreamingDecoder, load_decoder
+from forcingkv.models.decoders.taehv import TaehvDecoder, random_taehv
+
+diffusers = pytest.importorskip("diffusers")
+
+from forcingkv.models.decoders.wan_vae import WanVaeDecoder  # noqa: E402
+from forcingkv.models.decoders.wan_vae_files import load_wan_vae, random_wan_vae  # noqa: E402
+
+TOLERANCE = 1e-4
+FRAMES, HEIGHT, WIDTH = 7, 3, 5
+SPLITS = ([1] * 7, [3, 3, 1], [7])
+SMALL = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "latents_mean": [0.1, -0.2, 0.3, 0.4],
+    "latents_std": [1.0, 2.0, 0.5, 1.5],
+}
+
+State = dict[str, Tensor]
+Step = Callable[[Tensor, Tensor, State], tuple[Tensor, State]]
+
+
+def shaken(model: Any) -> Any:
+    """Every bias and gain far from 0 and 1, so that what should be zero shows where it is not."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "gamma")):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval().requires_grad_(False)
+
+
+def small_vae() -> Any:
+    torch.manual_seed(0)
+    return shaken(diffusers.AutoencoderKLWan(**SMALL))
+
+
+def small_taehv() -> TaehvDecoder:
+    torch.manual_seed(0)
+    decoder: TaehvDecoder = shaken(TaehvDecoder(widths=(16, 12, 8, 10), latent_channels=4))
+    return decoder
+
+
+def latents() -> Tensor:
+    return torch.randn(1, 4, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def decode(step: Step, state: State, split: list[int]) -> Tensor:
+    """A video in calls of those sizes: (1, 3, 25, height, width)."""
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    parts = []
+    for call, part in enumerate(latents().split(split, 2)):
+        pixels, state = step(part, torch.tensor([float(call == 0)]), state)
+        assert pixels.shape == (1, 3, 4 * part.shape[2], 8 * HEIGHT, 8 * WIDTH)
+        assert {name: tensor.shape for name, tensor in state.items()} == shapes
+        parts.append(pixels)
+    return torch.cat(parts, 2)[:, :, 3:]
+
+
+def vae_at_once(vae: Any) -> Tensor:
+    mean, std = (torch.tensor(SMALL[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    pixels: Tensor = vae.decode(latents() * std + mean).sample
+    return pixels
+
+
+def taehv_at_once(decoder: TaehvDecoder) -> Tensor:
+    """The published layers frame by frame, each memory block over the whole video in turn."""
+    weights = decoder.state_dict()
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        weight = weights[f"decoder.{name}.weight"]
+        return F.conv2d(x, weight, weights.get(f"decoder.{name}.bias"), padding=weight.shape[-1] // 2)
+
+    frames = [conv("1", 3 * torch.tanh(frame / 3)).relu() for frame in latents()[0].unbind(1)]
+    for start, growth in ((3, 1), (9, 2), (15, 2)):
+        for block in range(start, start + 3):
+            past = [torch.zeros_like(frames[0]), *frames[:-1]]
+            for number, (frame, before) in enumerate(zip(list(frames), past, strict=True)):
+                x = torch.cat([frame, before])
+                for layer in (0, 2, 4):
+                    x = conv(f"{block}.conv.{layer}", x.relu() if layer else x)
+                frames[number] = (x + frame).relu()
+        wide = [frame.repeat_interleave(2, 1).repeat_interleave(2, 2) for frame in frames]
+        grown = [part for frame in wide for part in conv(f"{start + 4}.conv", frame).chunk(growth)]
+        frames = [conv(f"{start + 5}", frame) for frame in grown]
+    video = torch.stack([conv("22", frame.relu()) for frame in frames], 1)
+    return video.clamp(0, 1)[None, :, 3:] * 2 - 1
+
+
+@pytest.fixture(scope="module", params=["wan-vae", "taehv"])
+def case(request: pytest.FixtureRequest) -> tuple[StreamingDecoder, Tensor]:
+    """A decoder, and the video as something independent of it decodes it at once."""
+    if request.param == "taehv":
+        taehv = small_taehv()
+        return taehv, taehv_at_once(taehv)
+    vae = small_vae()
+    return WanVaeDecoder(vae), vae_at_once(vae)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_calls_of_any_size_give_the_video_decoded_at_once(
+    case: tuple[StreamingDecoder, Tensor], split: list[int]
+) -> None:
+    decoder, whole = case
+    state = decoder.empty_state(HEIGHT, WIDTH)
+    assert {n: tuple(t.shape) for n, t in state.items()} == decoder.state_shapes(HEIGHT, WIDTH)
+    assert list(state) == [f"feature.{number}" for number in range(len(state))]
+    found = decode(decoder, state, split)
+    assert found.shape[2] == decoder.temporal_stride * (FRAMES - 1) + 1
+    assert whole.std() > 0.1, "a video of one colour would show little"
+    torch.testing.assert_close(found, whole, atol=TOLERANCE, rtol=0)
+
+
+class Flat(nn.Module):
+    """A decoder called by position: latents, first, then the caches in their order."""
+
+    def __init__(self, decoder: StreamingDecoder, names: list[str]) -> None:
+        super().__init__()
+        self.decoder, self.names = decoder, names
+
+    def forward(self, latents: Tensor, first: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        pixels, following = self.decoder(latents, first, dict(zip(self.names, caches, strict=True)))
+        return pixels, *following.values()
+
+
+def onnx_step(decoder: StreamingDecoder, frames: int) -> Step:
+    """The decoder as an ONNX graph for that many latent frames a call."""
+    state = decoder.empty_state(HEIGHT, WIDTH)
+    example = {"latents": latents()[:, :, :frames], "first": torch.ones(1), **state}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns about its own internals
+        program = torch.onnx.export(
+            Flat(decoder, list(state)),
+            tuple(example.values()),
+            dynamo=True,
+            opset_version=23,
+            input_names=list(example),
+            output_names=["pixels", *(f"next.{name}" for name in state)],
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto.SerializeToString()
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == list(example)
+
+    def step(part: Tensor, first: Tensor, state: State) -> tuple[Tensor, State]:
+        feeds = {"latents": part, "first": first, **state}
+        pixels, *caches = session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()})
+        return torch.from_numpy(pixels), dict(zip(state, map(torch.from_numpy, caches), strict=True))
+
+    return step
+
+
+@pytest.mark.slow
+def test_onnx_runtime_decodes_the_same_video(case: tuple[StreamingDecoder, Tensor]) -> None:
+    decoder, whole = case
+    steps = {frames: onnx_step(decoder, frames) for frames in (1, 3)}
+
+    def step(part: Tensor, first: Tensor, state: State) -> tuple[Tensor, State]:
+        pixels, following = steps[part.shape[2]](part, first, state)
+        wanted_pixels, wanted = decoder(part, first, state)
+        for found, expected in ((pixels, wanted_pixels), *((following[n], wanted[n]) for n in wanted)):
+            torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+        return pixels, following
+
+    for split in SPLITS[:2]:
+        found = decode(step, decoder.empty_state(HEIGHT, WIDTH), split)
+        torch.testing.assert_close(found, whole, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("draw", [lambda seed: random_wan_vae(seed, SMALL), random_taehv])
+def test_random_weights_follow_the_seed(draw: Callable[[int], StreamingDecoder]) -> None:
+    before = torch.random.get_rng_state()
+    one, same, other = (draw(seed).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("kind", decoders.KINDS)
+def test_the_real_sizes_are_those_of_wan(kind: str) -> None:
+    decoder = load_decoder(kind)
+    assert (decoder.latent_channels, decoder.temporal_stride, decoder.spatial_stride) == (16, 4, 8)
+    assert not decoder.training
+    assert not any(parameter.requires_grad for parameter in decoder.parameters())
+    state = decoder.empty_state(1, 2)
+    pixels, following = decoder(torch.zeros(1, 16, 1, 1, 2), torch.ones(1), state)
+    assert pixels.shape == (1, 3, 4, 8, 16)
+    assert following.keys() == state.keys()
+
+
+def test_a_decoder_runs_in_the_dtype_of_its_weights(case: tuple[StreamingDecoder, Tensor]) -> None:
+    decoder, whole = case
+    half = copy.deepcopy(decoder).to(torch.bfloat16)
+
+    def step(part: Tensor, first: Tensor, state: State) -> tuple[Tensor, State]:
+        out: tuple[Tensor, State] = half(part.to(torch.bfloat16), first.to(torch.bfloat16), state)
+        return out
+
+    state = half.empty_state(HEIGHT, WIDTH)
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    found = decode(step, state, [3, 3, 1])
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - whole).abs().mean() < 0.02
+
+
+def wan_name(name: str) -> str:
+    """A name of diffusers as Wan's own files have it."""
+    for pattern, place in (
+        (r"^quant_conv", "conv1"),
+        (r"^post_quant_conv", "conv2"),
+        (r"mid_block\.resnets\.(\d)", lambda m: f"middle.{2 * int(m[1])}"),
+        (r"mid_block\.attentions\.0", "middle.1"),
+        (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}"),
+        (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}"),
+        (r"down_blocks", "downsamples"),
+        (r"\.norm1\.", ".residual.0."),
+        (r"\.conv1\.", ".residual.2."),
+        (r"\.norm2\.", ".residual.3."),
+        (r"\.conv2\.", ".residual.6."),
+        (r"conv_shortcut", "shortcut"),
+        (r"coder\.conv_in", "coder.conv1"),
+        (r"norm_out", "head.0"),
+        (r"conv_out", "head.2"),
+    ):
+        name = re.sub(pattern, place, name)
+    return name
+
+
+def as_folder(state: Mapping[str, Tensor], path: Path) -> Path:
+    folder = path / "vae"
+    folder.mkdir()
+    content = {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.42.1", **SMALL}
+    (folder / "config.json").write_text(json.dumps(content))
+    save_file(dict(state), folder / "diffusion_pytorch_model.safetensors")
+    return path
+
+
+def as_safetensors(state: Mapping[str, Tensor], path: Path) -> Path:
+    save_file(dict(state), path / "weights.safetensors")
+    return path / "weights.safetensors"
+
+
+def as_wan_pth(state: Mapping[str, Tensor], path: Path) -> Path:
+    return as_pth({wan_name(name): tensor for name, tensor in state.items()}, path)
+
+
+def as_pth(state: Mapping[str, Tensor], path: Path) -> Path:
+    torch.save(dict(state), path / "weights.pth")
+    return path / "weights.pth"
+
+
+def read_small_vae(path: Path) -> StreamingDecoder:
+    return load_wan_vae(path) if path.is_dir() else load_wan_vae(path, SMALL)
+
+
+def taehv_state() -> State:
+    """As in the published file, the encoder is there too."""
+    encoder = {"encoder.0.weight": torch.ones(64, 3, 3, 3), "encoder.0.bias": torch.zeros(64)}
+    return {**encoder, **load_decoder("taehv", seed=1).state_dict()}
+
+
+def read_taehv(path: Path) -> StreamingDecoder:
+    return load_decoder("taehv", path)
+
+
+LAYOUTS = {
+    "diffusers folder": (small_vae, as_folder, read_small_vae),
+    "diffusers file": (small_vae, as_safetensors, read_small_vae),
+    "Wan2.1_VAE.pth": (small_vae, as_wan_pth, read_small_vae),
+    "taew2_1.pth": (taehv_state, as_pth, read_taehv),
+    "taew2_1.safetensors": (taehv_state, as_safetensors, read_taehv),
+}
+Written = tuple[State, Callable[[Mapping[str, Tensor], Path], Path], Callable[[Path], StreamingDecoder]]
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> Written:
+    make, write, read = LAYOUTS[request.param]
+    made: Any = make()
+    return dict(made.state_dict() if isinstance(made, nn.Module) else made), write, read
+
+
+def test_each_layout_reads_back(layout: Written, tmp_path: Path) -> None:
+    state, write, read = layout
+    path = write({name: tensor.to(torch.bfloat16) for name, tensor in state.items()}, tmp_path)
+    found = read(path)
+    for name, tensor in found.named_parameters():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, state[name].to(torch.bfloat16).float()), name
+    if isinstance(found, WanVaeDecoder):
+        assert found.mean.flatten().tolist() == pytest.approx(SMALL["latents_mean"])
+        assert found.std.flatten().tolist() == pytest.approx(SMALL["latents_std"])
+
+
+NAMED = {"decoder.conv_in.bias", "decoder.1.bias"}
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "instead of"])
+def test_a_tensor_that_does_not_fit_is_named(layout: Written, fault: str, tmp_path: Path) -> None:
+    state, write, read = layout
+    (name,) = NAMED & state.keys()
+    if fault == "missing":
+        del state[name]
+    elif fault == "unexpected":
+        name = "decoder.surplus.bias"
+        state[name] = torch.zeros(3)
+    else:
+        state[name] = torch.zeros(5)
+    with pytest.raises(InputError, match=rf"1 tensors: .*{re.escape(name)}") as raised:
+        read(write(state, tmp_path))
+    assert fault in str(raised.value)
+
+
+def test_an_encoder_of_another_shape_is_another_model(tmp_path: Path) -> None:
+    state = small_vae().state_dict()
+    state["encoder.conv_in.bias"] = torch.zeros(3)
+    with pytest.raises(InputError, match=r"encoder\.conv_in\.bias is \(3,\) instead of \(8,\)"):
+        load_wan_vae(as_safetensors(state, tmp_path), SMALL)
+
+
+def test_a_file_without_the_encoder_will_do(tmp_path: Path) -> None:
+    state = {n: t for n, t in small_vae().state_dict().items() if n.startswith(("decoder", "post_quant"))}
+    decoder = load_wan_vae(as_wan_pth(state, tmp_path), SMALL)
+    assert dict(decoder.named_parameters()).keys() == state.keys()
+
+
+def test_half_a_file_is_refused(layout: Written, tmp_path: Path) -> None:
+    state, write, read = layout
+    path = write(state, tmp_path)
+    file = next(f for f in tmp_path.rglob("*") if f.suffix in (".pth", ".safetensors"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InputError, match=re.escape(file.name)):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", decoders.KINDS)
+def test_a_pickled_object_is_never_run(kind: str, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return builtins.open, (str(tmp_path / "ran"), "w")
+
+    torch.save({"decoder.1.weight": torch.ones(2), "trap": Trap()}, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=r"weights\.pth"):
+        load_decoder(kind, tmp_path / "weights.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"_class_name": "AutoencoderKL"}, "AutoencoderKL"),
+        ({"is_residual": True}, "is_residual"),
+        ({"latents_mean": [0.0]}, "latents_mean"),
+        ({"dim_mult": None}, "config.json"),
+        ({"unheard_of": 1}, "unheard_of"),
+    ],
+)
+def test_a_config_of_another_vae_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    path = as_folder(small_vae().state_dict(), tmp_path) / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=named):
+        load_decoder("wan-vae", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.pth", "absent.safetensors", ""])
+@pytest.mark.parametrize("kind", decoders.KINDS)
+def test_a_path_with_nothing_there_is_an_input_error(kind: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / name))):
+        load_decoder(kind, tmp_path / name)
+
+
+def test_a_kind_that_is_not_there_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="wan-vae or taehv"):
+        load_decoder("vae")
+
+
+def test_wan_vae_says_that_it_needs_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"diffusers.*forcingkv\[models\]"):
+        load_decoder("wan-vae")
