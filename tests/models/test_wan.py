@@ -14,7 +14,7 @@ from forcingkv.headmaps.headmap import uniform
 from forcingkv.models.cache import advance, attend_cache, empty_cache
 from forcingkv.models.generate import generate, latent_shape, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
-from forcingkv.models.wan import KeysValues, WanModel
+from forcingkv.models.wan import KeysValues, WanModel, rotate
 from forcingkv.runtime import positions
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import Policy, Roles, load_policy
@@ -125,3 +125,24 @@ def test_timesteps_may_differ_between_chunks_of_a_pass() -> None:
     for latents, timestep, found in zip((a, b), (0.0, 500.0), both.split(3, 2), strict=True):
         alone, _ = model(latents, times(model, [timestep]), rotary, prompt)
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frame", [0, 1_023, 1_024, 5_000])
+def test_rotation_at_any_frame_equals_float64(frame: int) -> None:
+    """Complex multiplication in float64 with angles of their own, at the head width of Wan."""
+    spec = small_spec(head_dim=128)
+    rows, columns = spec.geometry().grid
+    x = torch.randn(1, 2, 3 * rows * columns, spec.head_dim, generator=torch.Generator().manual_seed(0))
+    tables = positions.rotary(spec, spec.geometry(), frame, 3)
+    found = rotate(x, *(torch.from_numpy(table) for table in tables))
+
+    place = [(f, r, c) for f in range(frame, frame + 3) for r in range(rows) for c in range(columns)]
+    angles = np.zeros((len(place), 64))
+    for token, axes in enumerate(place):
+        start = 0
+        for position, pairs in zip(axes, (22, 21, 21), strict=True):
+            angles[token, start : start + pairs] = position / 10000 ** (2 * np.arange(pairs) / (2 * pairs))
+            start += pairs
+    turned = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.from_numpy(np.exp(1j * angles))
+    expected = torch.view_as_real(turned).flatten(-2)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)

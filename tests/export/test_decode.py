@@ -1,0 +1,114 @@
+"""`decode.onnx` of a bundle: chunk by chunk in ONNX Runtime against the whole video at once in diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from forcingkv.export import export_bundle
+from forcingkv.headmaps import InputError
+from forcingkv.models.decoders import KINDS, StreamingDecoder
+from forcingkv.models.decoders.choose import decoder_for
+from forcingkv.models.decoders.wan_vae import WanVaeDecoder
+from forcingkv.runtime import Session
+from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.spec import Decoder, ModelSpec
+from tests.conftest import random_model, small_spec
+from tests.models.test_decoders import SMALL, small_taehv, small_vae
+
+CHUNKS = 3
+
+
+def spec_with(kind: str) -> ModelSpec:
+    decoder = Decoder(kind, spatial_stride=8, temporal_stride=4)  # type: ignore[arg-type]
+    return small_spec(latent_channels=4, width=48, height=32, decoder=decoder, layers=1)
+
+
+def by_diffusers(latents: Tensor) -> Tensor:
+    mean, std = (torch.tensor(SMALL[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    pixels: Tensor = small_vae().decode(latents * std + mean).sample
+    return pixels
+
+
+def by_taehv(latents: Tensor) -> Tensor:
+    """At once, which tests/models/test_decoders.py compares with the published layers."""
+    decoder = small_taehv()
+    pixels, _ = decoder(latents, torch.ones(1), decoder.empty_state(*latents.shape[-2:]))
+    return pixels[:, :, 3:]
+
+
+CASES: dict[str, tuple[Callable[[], StreamingDecoder], Callable[[Tensor], Tensor]]] = {
+    "wan-vae": (lambda: WanVaeDecoder(small_vae()), by_diffusers),
+    "taehv": (small_taehv, by_taehv),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    spec = spec_with(request.param)
+    out = tmp_path_factory.mktemp(request.param) / "bundle"
+    decoder = CASES[request.param][0]()
+    export_bundle(spec, random_model(spec).state_dict(), load_policy("window"), out, decoder=decoder)
+    return request.param, out
+
+
+def test_a_streamed_video_is_the_one_decoded_at_once(bundle: tuple[str, Path]) -> None:
+    kind, folder = bundle
+    with Session.open(folder) as session:
+        videos = [list(session.generate("a b c", seed=seed, chunks=CHUNKS)) for seed in (3, 4, 3)]
+    assert [len(chunk.frames) for chunk in videos[0]] == [9, 12, 12]
+    for video in videos:
+        frames = np.concatenate([chunk.frames for chunk in video])
+        whole = CASES[kind][1](torch.from_numpy(np.concatenate([c.latents for c in video], 2)))
+        expected = (whole[0].permute(1, 2, 3, 0).numpy() + 1) * 127.5
+        assert np.abs(frames - expected).max() <= 0.5 + 127.5e-4, "rounded, nothing else"
+    first, _, again = (np.concatenate([chunk.frames for chunk in video]) for video in videos)
+    np.testing.assert_array_equal(first, again, "a new video begins with empty caches")
+
+
+def test_pixels_of_the_graph_equal_decoding_at_once(bundle: tuple[str, Path]) -> None:
+    kind, folder = bundle
+    with Session.open(folder) as session:
+        record = session.bundle.manifest.graphs["decode"]
+    graph = OnnxRuntimeBackend(1).load(folder / "decode.onnx")
+    shapes = {n: r.shape for n, r in record.inputs.items()}
+    names = [name for name in shapes if name.startswith("feature.")]
+    state = {name: np.zeros(shapes[name], np.float32) for name in names}
+    latents = torch.randn(1, 4, 7, 4, 6, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for number, frame in enumerate(latents.split(1, 2)):
+        found = {name: np.empty(r.shape, r.dtype) for name, r in record.outputs.items()}
+        inputs = {
+            "latents": np.ascontiguousarray(frame.numpy()),
+            "first": np.array([number == 0], np.float32),
+        }
+        graph.run(inputs | state, found)
+        state = {name: found[f"next.{name}"] for name in names}
+        parts.append(found["pixels"])
+    pixels = torch.from_numpy(np.concatenate(parts, 2)[:, :, 3:])
+    torch.testing.assert_close(pixels, CASES[kind][1](latents), atol=1e-4, rtol=0)
+
+
+def test_the_decoder_is_chosen_by_name_and_file(tmp_path: Path) -> None:
+    spec = replace(spec_with("wan-vae"), latent_channels=16)
+    with pytest.raises(
+        InputError, match=r"the weights of the decoder wan-vae are not given.*--vae Wan2.1_VAE"
+    ):
+        decoder_for(spec, None, None)
+    with pytest.raises(InputError, match="there is no decoder 'jpeg'; expected wan-vae or taehv"):
+        decoder_for(spec, "jpeg", None)
+    with pytest.raises(InputError, match="its latents|are pixels: it needs no decoder"):
+        decoder_for(small_spec(), "taehv", None)
+    with pytest.raises(InputError, match=r"decodes 16 channels at strides 4, 8; expected 4 channels"):
+        decoder_for(spec_with("wan-vae"), "taehv", None, random=True)
+    for kind in KINDS:
+        chosen, decoder = decoder_for(spec, kind, None, random=True)
+        assert (chosen.decoder.kind, decoder is not None) == (kind, True)
+    assert decoder_for(small_spec(), None, None) == (small_spec(), None)
