@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import torch
 
 from forcingkv.analyze.dummy import context_mass, label_dummies
@@ -22,7 +23,7 @@ from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["SINK_FRAMES", "analyze_heads"]
+__all__ = ["SINK_FRAMES", "analyze_heads", "label_statistics"]
 
 SINK_FRAMES = 1
 """Frames left out of the score's denominator: as many as `forcing-kv` keeps as its sink."""
@@ -70,17 +71,37 @@ def analyze_heads(
                 model, plan, torch.from_numpy(texts[sample % len(texts)]), seed + sample, sample, chunks,
                 folder / "stats", lambda chunk, sample=sample: say(sample, chunk),  # type: ignore[misc]
             )  # fmt: skip
-        recorded = read_statistics(folder / "stats")
-        scores = recency_scores(recorded, SINK_FRAMES, first_chunk)
-        if rule == "dummy":
-            mass = context_mass(recorded, spec.frames_per_chunk, first_chunk)
-            headmap = label_dummies(mass, scores, identity, statistics=measured)
-        else:
-            headmap = label_heads(
-                scores, identity, rule, alpha=alpha, static_per_layer=static_per_layer,
-                sink_frames=SINK_FRAMES, statistics=measured,
-            )  # fmt: skip
+        headmap, scores = label_statistics(
+            folder / "stats", spec, identity, measured,
+            rule=rule, alpha=alpha, static_per_layer=static_per_layer,
+        )  # fmt: skip
         headmap.write(folder / "headmap.json")
         page = report_html(scores, headmap, command)
         (folder / "report.html").write_text(page, encoding="utf-8")
     return headmap
+
+
+def label_statistics(
+    stats: Path,
+    spec: ModelSpec,
+    model: ModelIdentity,
+    measured: Statistics,
+    *,
+    rule: RuleName = "auto",
+    alpha: float = ALPHA,
+    static_per_layer: int | None = None,
+) -> tuple[HeadMap, pl.DataFrame]:
+    """A head map by any rule from recorded statistics, and the recency scores behind it.
+
+    Raises InputError where there are no statistics, or the scores are not numbers.
+    """
+    recorded, first_chunk = read_statistics(stats), spec.ar_start + 1
+    scores = recency_scores(recorded, SINK_FRAMES, first_chunk)
+    if rule == "dummy":
+        mass = context_mass(recorded, spec.frames_per_chunk, first_chunk)
+        return label_dummies(mass, scores, model, statistics=measured), scores
+    headmap = label_heads(
+        scores, model, rule, alpha=alpha, static_per_layer=static_per_layer,
+        sink_frames=SINK_FRAMES, statistics=measured,
+    )  # fmt: skip
+    return headmap, scores

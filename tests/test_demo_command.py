@@ -23,7 +23,7 @@ def test_the_demo_walks_the_whole_way(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert sum(result["headmap"].values()) == 24
     rows = {row["policy"]: row for row in result["policies"]}
-    assert list(rows) == ["full", "window", "forcing-kv"]
+    assert list(rows) == ["full", "window", "dummy-forcing", "forcing-kv"]
     full, pruned = rows["full"], rows["forcing-kv"]
     assert pruned["kv_bytes"] <= 0.70 * full["kv_bytes"]
     assert full["psnr_to_full"] is None
@@ -31,8 +31,12 @@ def test_the_demo_walks_the_whole_way(tmp_path: Path) -> None:
     assert pruned["digits_read"] >= full["digits_read"] - 0.05, rows
     for row in rows.values():
         assert row["seconds_per_chunk"] > row["seconds_per_chunk_without_decoding"] > 0
-        assert row["digits_read"] >= 0.8, rows
-        assert row["direction_right"] >= 0.8, rows
+    assert rows["dummy-forcing"]["kv_bytes"] < full["kv_bytes"], (
+        "the rival's quality is reported, not promised"
+    )
+    for name in ("full", "window", "forcing-kv"):
+        assert rows[name]["digits_read"] >= 0.8, rows
+        assert rows[name]["direction_right"] >= 0.8, rows
     with av.open(str(out / "policies.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == 21
     for made in (

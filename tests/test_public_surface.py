@@ -17,7 +17,7 @@ SURFACE = {
         "Rule", "Source", "Statistics", "read_headmap",
     },
     "forcingkv.runtime": {"Bundle", "Chunk", "InputError", "Session", "Timing"},
-    "forcingkv.analyze": {"analyze_heads"},
+    "forcingkv.analyze": {"analyze_heads", "label_statistics"},
     "forcingkv.export": {"VerificationError", "export_bundle"},
 }  # fmt: skip
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from forcingkv.headmaps import InputError
-from forcingkv.models import tensor_files
+from forcingkv.headmaps import InputError, MissingExtraError
+from forcingkv.models import locate, tensor_files
 from forcingkv.models.checkpoint import load_weights, random_weights
 from forcingkv.models.naming import to_diffusers
 from forcingkv.models.wan import WanModel
@@ -338,6 +338,12 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     with pytest.raises(InputError, match=r"a/b: cannot be fetched from the hub \(Repository Not Found\)"):
+        load_weights(small_spec(), "a/b")
+
+
+def test_the_hub_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"needs huggingface_hub.*pip install 'forcingkv\[hub\]'"):
         load_weights(small_spec(), "a/b")
 
 

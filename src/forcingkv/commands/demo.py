@@ -17,7 +17,7 @@ from forcingkv.headmaps import DYNAMIC, STATIC
 __all__ = ["demo"]
 
 MODEL = "demo"
-POLICIES = ("full", "window", "forcing-kv")
+POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
 READ_CHUNK = 5
 """Chunk index whose digits are read."""
 SHOWN = 4
@@ -39,7 +39,7 @@ def demo(
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     need("export", "onnx", "onnxscript")
     need("video", "av")
-    from forcingkv.analyze import analyze_heads
+    from forcingkv.analyze import analyze_heads, label_statistics
     from forcingkv.analyze.pictures import headmap_picture
     from forcingkv.commands.compare import compare_policies, results
     from forcingkv.commands.models import text_inputs
@@ -62,9 +62,14 @@ def demo(
             command=["forcingkv", "demo"], say=lambda done, _: shown.update(task, completed=done),
         )  # fmt: skip
         shown.update(task, completed=samples)
+        assert headmap.statistics
+        dummies, _ = label_statistics(
+            out / "analysis" / "stats", spec, headmap.model, headmap.statistics, rule="dummy"
+        )
+        maps = {"dummy-forcing": dummies, "forcing-kv": headmap}
         task = shown.add_task("2/3 exporting (bundles)", total=len(POLICIES))
         for number, name in enumerate(POLICIES):
-            export_bundle(spec, weights, load_policy(name), out / "bundles" / name, headmap=headmap)
+            export_bundle(spec, weights, load_policy(name), out / "bundles" / name, headmap=maps.get(name))
             shown.update(task, completed=number + 1)
         task = shown.add_task("3/3 generating (prompts)", total=prompts)
         with ExitStack() as stack:
