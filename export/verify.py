@@ -32,8 +32,8 @@ def check_memory(plan: CachePlan, decoder: StreamingDecoder | None = None) -> No
 
     torch and ONNX Runtime each hold the weights in float32, and ONNX Runtime also as they are stored.
     The caches of the last phase are inputs and outputs of both, and each joins them with the current chunk.
-    ONNX Runtime writes a layer's scores out. Measured: 14.6 GB where this says 14.9 (two layers of 1.3B width,
-    480P, full), 6.3 where it says 5.8 (forcing-kv).
+    ONNX Runtime writes a layer's scores out. Measured: 14.6 GB where this says 14.9 (two layers of 1.3B
+    width, 480P, full), 6.3 where it says 5.8 (forcing-kv).
     """
     spec = plan.spec
     numbers = sum(math.prod(shape) for shape in weight_shapes(spec).values())

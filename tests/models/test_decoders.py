@@ -132,6 +132,24 @@ def test_calls_of_any_size_give_the_video_decoded_at_once(
     torch.testing.assert_close(found, whole, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
+def test_the_vae_of_the_real_width_streams_too() -> None:
+    torch.manual_seed(0)
+    vae = shaken(diffusers.AutoencoderKLWan())
+    z = torch.randn(1, 16, 4, 4, 6)
+    mean, std = (
+        torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    whole = vae.decode(z * std + mean).sample
+    decoder = WanVaeDecoder(vae)
+    for split in (1, 3):
+        state, parts = decoder.empty_state(4, 6), []
+        for call, part in enumerate(z.split(split, 2)):
+            pixels, state = decoder(part, torch.tensor([float(call == 0)]), state)
+            parts.append(pixels)
+        torch.testing.assert_close(torch.cat(parts, 2)[:, :, 3:], whole, atol=TOLERANCE, rtol=0)
+
+
 class Flat(nn.Module):
     """A decoder called by position: latents, first, then the caches in their order."""
 
