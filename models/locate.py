@@ -11,9 +11,10 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.tensor_files import INDEX
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Found", "locate"]
+__all__ = ["Found", "is_hub_id", "locate"]
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Found:
     weights: Path
     lora: Path | None = None
     """A LoRA that belongs to it."""
+
+
+def is_hub_id(place: str | Path) -> bool:
+    """Whether a place that is not on this machine can be a repository (`owner/name`) on the hub."""
+    return bool(_HUB_ID.match(str(place))) and not str(place).endswith(_FILES)
 
 
 def locate(spec: ModelSpec, checkpoint: str | Path) -> Found:
@@ -42,7 +48,7 @@ def locate(spec: ModelSpec, checkpoint: str | Path) -> Found:
         return Found(path)
     if path.is_dir():
         return _in_folder(spec, path)
-    if _HUB_ID.match(str(checkpoint)):
+    if is_hub_id(checkpoint):
         return _in_folder(spec, _downloaded(spec, str(checkpoint)))
     raise InputError(
         "cannot be read: there is no such file or folder",
@@ -100,7 +106,7 @@ def _downloaded(spec: ModelSpec, repository: str) -> Path:
     except (OSError, ValueError) as error:  # HTTP, connection and repository errors are OSErrors
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"cannot be fetched from the hub ({first})",
+            f"is no file or folder here, and cannot be fetched from the hub ({first})",
             where=repository,
             mend="Check the name, the network and the access rights, or fetch it by other means.",
         ) from error

@@ -15,6 +15,7 @@ import torch
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.fit import check_fit
+from forcingkv.models.locate import is_hub_id
 from forcingkv.models.tensor_files import TensorFiles, open_tensors
 
 __all__ = ["PromptEncoder", "clean_prompt", "load_prompt_encoder"]
@@ -93,7 +94,7 @@ def load_prompt_encoder(place: str | Path, tokenizer: str | Path | None = None) 
         return PromptEncoder(model, _tokenizer(tokenizer or file.parent / WAN_TOKENIZER), file.name)
     inner = path / "text_encoder"
     parts = {"subfolder": "text_encoder"} if inner.is_dir() or not path.exists() else {}
-    if not path.exists() and not re.match(r"^[\w.-]+/[\w.-]+$", str(place)):
+    if not path.exists() and not is_hub_id(place):
         raise InputError(
             "cannot be read: there is no such file or folder",
             where=str(place),

@@ -105,6 +105,21 @@ def test_an_analysis_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_with_a_sink_of_its_own_is_measured_on_the_frames_it_sees(tmp_path: Path) -> None:
+    """As LongLive: 9 frames at most, of which the first 3 stay."""
+    spec = small_spec(attended_frames=9, sink_frames=3)
+    analyze_heads(spec, random_weights(spec), TEXTS, tmp_path / "a", samples=1, chunks=5)
+    rows = read_statistics(tmp_path / "a" / "stats").collect()
+    seen = [sorted(rows.filter(chunk=chunk)["key_frame"].unique()) for chunk in range(5)]
+    assert seen == [
+        [0, 1, 2],
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 4, 5, 6, 7, 8],
+        [0, 1, 2, 6, 7, 8, 9, 10, 11],
+        [0, 1, 2, 9, 10, 11, 12, 13, 14],
+    ]
+
+
 def scores_of(means: list[list[float]], spread: float = 0.0) -> pl.DataFrame:
     rows = [
         {"sample": s, "chunk": 2, "step": 0, "layer": layer, "head": head, "score": mean + sign * spread}
