@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 __all__ = ["StreamingDecoder"]
 
 
-class StreamingDecoder(nn.Module):
+class StreamingDecoder(nn.Module, ABC):
     """Turns latents into pixels, any number of latent frames a call.
 
     The caches come in and go out; the module keeps nothing between calls, and one static graph serves the
@@ -23,9 +25,9 @@ class StreamingDecoder(nn.Module):
     temporal_stride: int
     spatial_stride: int
 
+    @abstractmethod
     def state_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape (batch 1) of every feature cache, for latents of that height and width."""
-        raise NotImplementedError
 
     def empty_state(self, height: int, width: int) -> dict[str, Tensor]:
         """The caches before a video's first call: zeros, of the dtype and on the device of the weights."""
@@ -33,6 +35,7 @@ class StreamingDecoder(nn.Module):
         shapes = self.state_shapes(height, width)
         return {name: weight.new_zeros(shape, requires_grad=False) for name, shape in shapes.items()}
 
+    @abstractmethod
     def forward(
         self, latents: Tensor, first: Tensor, state: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,4 +51,3 @@ class StreamingDecoder(nn.Module):
             next caches under the same names. The first temporal_stride - 1 pixel frames of a first call
             mean nothing and are the caller's to drop: a latent frame at the start is one pixel frame.
         """
-        raise NotImplementedError
