@@ -33,7 +33,8 @@ def test_show_json(model: str, static: int, dynamic: int, data: Path, run: Calla
 def test_show_draws_each_layer_and_says_where_it_came_from(data: Path, run: Callable[..., Ran]) -> None:
     path = data / "headmaps" / "forcingkv_heads_longlive.json"
     lines = run("headmap", "show", path).out.splitlines()
-    for line, row in zip(lines, read_headmap(path).labels, strict=False):
+    rows = read_headmap(path).labels
+    for line, row in zip(lines[: len(rows)], rows, strict=True):
         letters = line.split()[1:13]
         assert letters == [label[0].upper() for label in row]
         assert line.endswith(f"{row.count('static')} static, {row.count('dynamic')} dynamic")
