@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from torch import Tensor
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.heads import permute_tensor
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.tensors import StoredTensor, TensorWriter
 
-__all__ = ["Dtype", "bake_weights", "dtype_name", "store_tensors"]
-
-Dtype = Literal["float32", "bfloat16"]
+__all__ = ["bake_weights", "dtype_name", "store_tensors"]
 
 _STORED = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
 

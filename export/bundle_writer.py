@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import forcingkv
-from forcingkv.export.bake import Dtype, bake_weights, store_tensors
+from forcingkv.export.bake import bake_weights, store_tensors
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.export.verify import check_memory, graph_difference
@@ -35,7 +35,7 @@ from forcingkv.runtime.bundle import (
 from forcingkv.runtime.files import FileRecord, new_folder, record_file
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.tensors import StoredTensor
 
 __all__ = ["TOLERANCE", "VerificationError", "export_bundle"]

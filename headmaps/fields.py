@@ -11,12 +11,13 @@ import dataclasses
 import math
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["LEFT_OUT_IF_NONE", "from_data", "to_data"]
+__all__ = ["LEFT_OUT_IF_NONE", "from_data", "no_twins", "to_data"]
 
 T = TypeVar("T")
 
@@ -63,6 +64,14 @@ def to_data(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_data(item) for item in value]
     return value
+
+
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The table of JSON pairs (`object_pairs_hook`). Raises ValueError where a name is given twice."""
+    twins = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+    if twins:
+        raise ValueError(f"{twins[0]!r} is given twice in a table")
+    return dict(pairs)
 
 
 def _value(hint: Any, data: Any, where: str) -> Any:

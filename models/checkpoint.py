@@ -40,7 +40,10 @@ class Weights(Mapping[str, Tensor]):
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of what they were read from; None for random weights. Reads the files through."""
+        """SHA-256 of what they were read from (with a LoRA: both, joined by "+"); None for random weights.
+
+        Reads the files through.
+        """
         return self._digest()
 
     def __getitem__(self, name: str) -> Tensor:

@@ -47,6 +47,11 @@ class PromptEncoder:
     name: str
     """Where it came from, for the record."""
 
+    @property
+    def width(self) -> int:
+        """Width of the embeddings."""
+        return int(self.model.config.d_model)
+
     @torch.no_grad()
     def encode(self, prompt: str, length: int) -> npt.NDArray[np.float32]:
         """The embedding of a prompt: (tokens, width), at most `length` tokens, without padding.

@@ -13,8 +13,9 @@ from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["Decoder", "Geometry", "ModelSpec", "PublicWeights", "Renoise", "Schedule", "TextEncoder"]
+__all__ = ["Decoder", "Dtype", "Geometry", "ModelSpec", "PublicWeights", "Renoise", "Schedule", "TextEncoder"]
 
+Dtype = Literal["float32", "bfloat16"]
 Renoise = Literal["fresh", "predicted"]
 
 
@@ -124,7 +125,7 @@ class ModelSpec:
     text: TextEncoder
     sink_frames: int = 0
     """First frames among them that the model itself never drops (`sink_size`)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """What the weights of a bundle are stored as, unless export is told otherwise."""
     source: PublicWeights | None = None
     epsilon: float = 1e-6

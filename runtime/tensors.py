@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import no_twins
 from forcingkv.runtime.files import unwritable
 
 __all__ = ["StoredTensor", "TensorWriter", "read_arrays", "read_header"]
@@ -67,7 +68,7 @@ def read_header(path: Path | str) -> tuple[dict[str, StoredTensor], dict[str, st
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", where=where) from error
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_twins)
     except (ValueError, RecursionError) as error:
         raise _no_safetensors(where, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
@@ -261,13 +262,6 @@ def _stored(name: str, entry: Any, start: int, where: str) -> StoredTensor:
 
 def _whole(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name is given twice")
-    return table
 
 
 def _no_safetensors(where: str, why: str) -> InputError:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import no_twins
 from forcingkv.headmaps.headmap import DYNAMIC, SCHEMA, STATIC, HeadMap
 from forcingkv.headmaps.readers import duoattention_tsv, forcingkv_json, pyramid_csv
 from forcingkv.headmaps.readers.choices import Choices, relabelled
@@ -85,7 +84,7 @@ def _read(text: str, sha256: str, where: str, choices: Choices) -> tuple[HeadMap
 
 def _read_json(text: str, sha256: str, where: str, choices: Choices) -> tuple[HeadMap, str]:
     try:
-        data = json.loads(text, object_pairs_hook=_no_twins)
+        data = json.loads(text, object_pairs_hook=no_twins)
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON ({error})", where=where) from error
     if isinstance(data, dict) and "schema" in data:
@@ -122,10 +121,3 @@ def _relabel(headmap: HeadMap, labels: Mapping[str, str], where: str) -> HeadMap
     reasons = [headmap.rule.reason, relabelled(labels)]
     rule = replace(headmap.rule, reason="; ".join(reason for reason in reasons if reason))
     return replace(headmap, labels=rows, rule=rule)
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twins = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
-    if twins:
-        raise ValueError(f"{twins[0]!r} is given twice in a table")
-    return dict(pairs)

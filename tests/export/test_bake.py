@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from forcingkv.export import export_bundle
-from forcingkv.export.bake import Dtype, bake_weights
+from forcingkv.export.bake import bake_weights
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.runtime import Session
 from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.spec import Dtype
 from tests.conftest import headmap_of, random_model, small_spec
 
 ROOT = Path(__file__).parents[2]

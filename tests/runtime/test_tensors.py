@@ -131,7 +131,7 @@ def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: Any = "F3
         (packed(b"{]"), "its header is not JSON"),
         (packed(b"\xff\xff"), "its header is not JSON"),
         (packed(b"[" * 100_000), "its header is not JSON"),
-        (packed(b'{"a": 1, "a": 1}'), "a name is given twice"),
+        (packed(b'{"a": 1, "a": 1}'), "'a' is given twice in a table"),
         (packed([]), "is not a table of tensors"),
         (packed({"__metadata__": {"a": 1}}), "__metadata__ is not a table of texts"),
         (packed({"a": [1]}), "lacks dtype, shape or data_offsets"),

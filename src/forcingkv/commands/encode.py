@@ -47,20 +47,19 @@ def encode(
     with progress() as shown:
         task = shown.add_task("loading the text encoder", total=len(texts))
         encoder = load_prompt_encoder(text_encoder, tokenizer)
+        if encoder.width != spec.text_width:
+            raise InputError(
+                f"gives embeddings of width {encoder.width}",
+                where=encoder.name,
+                expected=f"{spec.text_width}, as {spec.name} takes",
+            )
         shown.update(task, description="encoding prompts")
         for text in texts:
             arrays.append(encoder.encode(text, spec.text_length))
             shown.advance(task)
-    width = arrays[0].shape[1]
-    if width != spec.text_width:
-        raise InputError(
-            f"gives embeddings of width {width}",
-            where=encoder.name,
-            expected=f"{spec.text_width}, as {spec.name} takes",
-        )
     write_embeds(out, texts, arrays, {"encoder": encoder.name, "text_length": spec.text_length})
     tokens = [len(array) for array in arrays]
     if as_json:
-        emit({"out": str(out), "prompts": len(texts), "width": width, "tokens": tokens})
+        emit({"out": str(out), "prompts": len(texts), "width": encoder.width, "tokens": tokens})
         return
-    print(f"{out}: {len(texts)} prompts of {min(tokens)} to {max(tokens)} tokens, width {width}")
+    print(f"{out}: {len(texts)} prompts of {min(tokens)} to {max(tokens)} tokens, width {encoder.width}")
