@@ -1,5 +1,15 @@
-"""Analysis: record attention statistics, label heads, and report."""
+"""Analysis: record attention statistics, label heads, judge how stable the labels are, and report."""
 
-from forcingkv.analyze.run import analyze_heads, label_statistics
+from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics
+from forcingkv.analyze.job import Job
+from forcingkv.analyze.run import analyze_heads, record_samples, write_analysis
 
-__all__ = ["analyze_heads", "label_statistics"]
+__all__ = [
+    "Analysis",
+    "Job",
+    "Labelling",
+    "analyze_heads",
+    "analyze_statistics",
+    "record_samples",
+    "write_analysis",
+]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
-from forcingkv.analyze.scores import mean_scores
+from forcingkv.analyze.scores import frame_mass
+from forcingkv.analyze.storage import Recorded
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule, Statistics
 from forcingkv.headmaps.errors import InputError
 
@@ -24,31 +24,20 @@ SINK_FRAMES = 1
 Array = npt.NDArray[np.float64]
 
 
-def context_mass(statistics: pl.LazyFrame, frames_per_chunk: int, first_chunk: int) -> pl.DataFrame:
-    """Mean mass of each head on the first frame (`sink`) and on the context after it (`neighbour`).
+def context_mass(recorded: Recorded) -> Array:
+    """Mean mass of each head on the first frame and on the context after it: (2, layers, heads).
 
-    Args:
-        statistics: recorded mass, see `analyze.recorder`.
-        frames_per_chunk: latent frames of a chunk; the last ones of each pass are the current chunk.
-        first_chunk: chunks before it are left out.
+    Raises InputError as `scores.frame_mass` does.
     """
-    sink = pl.col("key_frame") < SINK_FRAMES
-    context = ~sink & (pl.col("key_frame") < pl.col("chunk") * frames_per_chunk)
-    observed = (
-        statistics.filter(pl.col("chunk") >= first_chunk)
-        .group_by("sample", "chunk", "step", "layer", "head", "query_frame")
-        .agg(
-            sink=pl.col("mass").filter(sink).sum(),
-            neighbour=pl.col("mass").filter(context).sum(),
-        )
-    )
-    means = observed.group_by("layer", "head").agg(pl.col("sink").mean(), pl.col("neighbour").mean())
-    return means.sort("layer", "head").collect()
+    found = frame_mass(recorded)
+    sink = found.key_frame < SINK_FRAMES
+    neighbour = ~sink & (found.key_frame < found.first)
+    return np.stack([found.share(mask).mean((0, 1, 2)) for mask in (sink, neighbour)])
 
 
 def label_dummies(
-    mass: pl.DataFrame,
-    scores: pl.DataFrame,
+    mass: Array,
+    scores: Array,
     model: ModelIdentity,
     *,
     statistics: Statistics,
@@ -58,7 +47,7 @@ def label_dummies(
 
     Args:
         mass: of `context_mass`.
-        scores: recency scores, kept in the map.
+        scores: mean recency scores (layers, heads), kept in the map.
         model: what was measured.
         statistics: how.
         dummies: heads to make dummies; None: half of all (180 of 360).
@@ -66,9 +55,8 @@ def label_dummies(
     Raises:
         InputError: there are not so many heads.
     """
-    shares = np.stack(
-        [mass[name].to_numpy() / max(mass[name].sum(), 1e-12) for name in ("sink", "neighbour")]
-    )
+    flat = mass.reshape(2, -1)
+    shares = flat / np.maximum(flat.sum(1, keepdims=True), 1e-12)
     heads = shares.shape[1]
     count = heads // 2 if dummies is None else dummies
     if not 0 <= count <= heads:
@@ -76,11 +64,10 @@ def label_dummies(
     found = np.where(shares[0] >= shares[1], 0, 1)
     found[np.argsort(shares.max(0), kind="stable")[:count]] = 2
     rows = found.reshape(model.layers, model.heads)
-    means = mean_scores(scores)
     return HeadMap(
         model=model,
         labels=tuple(tuple(CLASSES[index] for index in row) for row in rows.tolist()),
         rule=Rule("dummy", sink_frames=SINK_FRAMES, dummy_heads=count),
-        scores=tuple(tuple(round(float(value), 6) for value in row) for row in means),
+        scores=tuple(tuple(round(float(value), 6) for value in row) for row in scores),
         statistics=statistics,
     )

@@ -1,96 +1,298 @@
-"""Pictures of a head map and of the scores behind it."""
+"""Pictures of a head map, of the scores behind it and of how far they can be trusted."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Any
 
-import matplotlib
 import numpy as np
-import polars as pl
-from matplotlib import pyplot as plt
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-from forcingkv.analyze.scores import mean_scores
+from forcingkv.analyze.analysis import Analysis
+from forcingkv.analyze.page import Picture, Theme, drawn
 from forcingkv.headmaps import HeadMap
 
-__all__ = ["headmap_picture", "recency_picture", "spread_picture"]
+__all__ = [
+    "headmap_drawing", "headmap_picture", "histogram", "intervals", "kappa_matrix", "kept_labels",
+    "roles", "undecided_heads", "variance_bars",
+]  # fmt: skip
+
+WIDTH = 4.6
+"""Inches, of 100 pixels of the page: on a phone little is lost."""
+LETTERED = 20
+"""Heads of a layer up to which a cell is wide enough for letters."""
+RING = "#ff5a4d"
+"""Seen on every colour of a map of scores."""
+NAMED = 60
+"""Heads up to which each is named on an axis."""
+DASHES: tuple[Any, ...] = ("--", ":", "-.", (0, (1, 3)), (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1)))
+FOLLOWED = len(DASHES)
+"""Heads up to which each is drawn as a line of its own."""
+
+Array = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 def headmap_picture(headmap: HeadMap) -> bytes:
     """PNG: mean recency score of each head, layers x heads, with its label's letter in each cell."""
-    import seaborn as sns
+    return headmap_drawing(headmap).light
 
-    letter = headmap.letters()
-    letters = [[letter[label] for label in row] for row in headmap.labels]
-    legend = ", ".join(f"{short} {label}" for label, short in letter.items())
-    values = np.array(headmap.scores or np.full((headmap.model.layers, headmap.model.heads), np.nan))
-    with _figure(2.0 + 0.55 * headmap.model.heads, 1.6 + 0.42 * headmap.model.layers) as figure:
+
+def undecided_heads(headmap: HeadMap) -> Bools:
+    """(layers, heads): the heads that the map calls undecided."""
+    found = np.zeros((headmap.model.layers, headmap.model.heads), bool)
+    for layer, heads in enumerate(headmap.undecided or ()):
+        found[layer, list(heads)] = True
+    return found
+
+
+def headmap_drawing(headmap: HeadMap) -> Picture:
+    """The map: scores as colours; labels as letters, or as marks where letters would be too small."""
+    model, letters, unsure = headmap.model, headmap.letters(), undecided_heads(headmap)
+    values = np.array(headmap.scores or np.full((model.layers, model.heads), np.nan))
+    lettered = model.heads <= LETTERED
+    texts = [
+        [letters[label] + "?" * bool(unsure[layer, head]) for head, label in enumerate(row)]
+        for layer, row in enumerate(headmap.labels)
+    ]
+
+    def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        sns.heatmap(
-            values, annot=np.array(letters), fmt="", vmin=0, vmax=1, cmap="viridis",
-            linewidths=0.5, ax=axes, cbar_kws={"label": "recency score"},
+        _heatmap(axes, values, "viridis", (0, 1), "recency score", theme, texts if lettered else None)
+        if lettered:
+            title = ", ".join(f"{letter} {label}" for label, letter in letters.items())
+        else:
+            title = _marked(axes, np.array(headmap.labels), list(letters)[: max(1, len(letters) - 1)])
+            title += ", ring: undecided" if unsure.any() else ""
+            rows, columns = np.nonzero(unsure)
+            axes.plot(columns + 0.5, rows + 0.5, "o", color=RING, markersize=5.5, markerfacecolor="none")
+        undecided = ", ? undecided" if lettered and unsure.any() else ""
+        axes.set(xlabel="head", ylabel="layer", title=title + undecided)
+
+    counts = ", ".join(f"{count} {label}" for label, count in headmap.counts().items())
+    alt = f"Head map of {model.name}: of {values.size} heads {counts}"
+    if unsure.any():
+        alt += f"; {int(unsure.sum())} undecided"
+    if headmap.scores:
+        alt += f"; scores from {values.min():.2f} to {values.max():.2f}"
+    return drawn(alt, *_map_size(model.layers, model.heads), draw)
+
+
+def histogram(headmap: HeadMap, scores: Array) -> Picture:
+    """How many heads have which mean score, by label."""
+    labels = list(headmap.letters())
+    given = np.array(headmap.labels)
+    parts = [scores[given == label] for label in labels]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        axes.hist(
+            parts, bins=20, range=(0, 1), stacked=True, color=theme.labels[: len(labels)], label=labels,
+            edgecolor=theme.paper, linewidth=0.8,
         )  # fmt: skip
-        axes.set(xlabel="head", ylabel="layer", title=f"{headmap.model.name}: {legend}")
-        return _png(figure)
+        axes.set(xlabel="mean recency score", ylabel="heads", xlim=(0, 1))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes)
 
-
-def spread_picture(scores: pl.DataFrame, headmap: HeadMap) -> bytes:
-    """PNG: each head's mean score, with the interval that holds 90% of its observations."""
-    import seaborn as sns
-
-    heads = headmap.model.heads
-    order = np.argsort(mean_scores(scores).ravel())
-    names = [f"{index // heads}.{index % heads}" for index in order]
-    labelled = scores.with_columns(
-        name=pl.format("{}.{}", "layer", "head"),
-        label=pl.struct("layer", "head").map_elements(
-            lambda at: headmap.labels[at["layer"]][at["head"]], return_dtype=pl.String
-        ),
+    means = "; ".join(
+        f"{len(part)} {label}, median {np.median(part):.2f}"
+        for label, part in zip(labels, parts, strict=True)
     )
-    with _figure(max(6.0, 0.32 * len(names) + 2), 4.0) as figure:
+    return drawn(f"Histogram of the mean scores of {scores.size} heads: {means}", WIDTH, 3.1, draw)
+
+
+def intervals(analysis: Analysis) -> Picture:
+    """The score of each head with its interval, sorted; the rule's cut where it is one for all layers."""
+    headmap, stability, cuts = analysis.headmap, analysis.stability, analysis.decision.cuts
+    order = np.argsort(stability.score, axis=None, kind="stable")
+    score = stability.score.ravel()[order]
+    low, high = (end.ravel()[order] for end in (stability.interval.low, stability.interval.high))
+    labels = np.array(headmap.labels).ravel()[order]
+    unsure = undecided_heads(headmap).ravel()[order]
+    cut = float(cuts[0]) if cuts is not None and np.ptp(cuts) == 0 else None
+    named = len(order) <= NAMED
+    size = 4.0 if named else 1.4
+
+    def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        sns.pointplot(
-            x=labelled["name"].to_list(), y=labelled["score"].to_list(),
-            hue=labelled["label"].to_list(), order=names, errorbar=("pi", 90), linestyle="none", ax=axes,
-        )  # fmt: skip
-        if headmap.rule.alpha is not None:
-            axes.axhline(headmap.rule.alpha, color="black", linewidth=1, linestyle="--")
-        axes.set(xlabel="layer.head", ylabel="recency score", ylim=(0, 1.02))
-        axes.tick_params(axis="x", rotation=90, labelsize=8)
-        return _png(figure)
+        handles = []
+
+        def dot(label: str, colour: str, face: str) -> Line2D:
+            return Line2D([], [], marker="o", linestyle="", color=colour, markerfacecolor=face, label=label)
+
+        for label, colour in zip(headmap.letters(), theme.labels, strict=False):
+            for open_ones in (False, True):
+                at = np.flatnonzero((labels == label) & (unsure == open_ones))
+                if stability.samples > 1:
+                    axes.hlines(at, low[at], high[at], color=colour, linewidth=size / 2, alpha=0.6)
+                face = theme.paper if open_ones else colour
+                axes.plot(score[at], at, "o", color=colour, markerfacecolor=face, markersize=size + 1)
+            handles.append(dot(label, colour, colour))
+        if unsure.any():
+            handles.append(dot("undecided", theme.ink, theme.paper))
+        if cut is not None:
+            line = axes.axvline(cut, color=theme.ink, linestyle="--", linewidth=1, label=f"cut {cut:.3g}")
+            handles.append(line)
+        names = [f"L{at // headmap.model.heads} H{at % headmap.model.heads}" for at in order]
+        axes.set_yticks(range(len(names)) if named else [], names if named else [], fontsize=9)
+        axes.set(xlabel="mean recency score", xlim=(0, 1), ylim=(-0.7, len(order) - 0.3))
+        axes.set_ylabel("" if named else "heads, sorted by score")
+        _legend(axes, handles)
+
+    width = float(np.median(high - low))
+    wide = (
+        f"; the median 95% interval is {width:.3f} wide" if stability.samples > 1 else "; intervals unknown"
+    )
+    at_cut = "" if cut is None else f"; the cut is at {cut:.3g}"
+    alt = f"Scores of {len(order)} heads, sorted, from {score[0]:.2f} to {score[-1]:.2f}{wide}{at_cut}"
+    return drawn(alt, WIDTH, 1.4 + 0.175 * max(len(order), 8) if named else 6.0, draw)
 
 
-def recency_picture(scores: pl.DataFrame) -> bytes:
-    """PNG: how the mean score of each layer moves over denoising steps."""
+def kept_labels(analysis: Analysis) -> Picture:
+    """Share of samples that, each by itself, give a head its label."""
+    kept = analysis.stability.kept_samples
+    layers, heads = kept.shape
+    texts = [[f"{100 * share:.0f}" if share < 1 else "" for share in row] for row in kept]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        fade = LinearSegmentedColormap.from_list("fade", [theme.accent, theme.shade])
+        _heatmap(axes, kept, fade, (0.5, 1), "share of samples", theme, texts if heads <= LETTERED else None)
+        axes.set(xlabel="head", ylabel="layer", title="% of samples, where below 100")
+
+    alt = (
+        f"Share of samples in which each of {kept.size} heads keeps its label: {int((kept == 1).sum())} keep"
+        f" it in all, {int(analysis.stability.firm.sum())} in 95%; the lowest share is {kept.min():.0%}"
+    )
+    return drawn(alt, *_map_size(layers, heads), draw)
+
+
+def roles(analysis: Analysis, reason: str) -> Picture:
+    """Mean scores by denoising step or chunk: decided heads as two bands, heads that flip one by one.
+
+    Args:
+        analysis: what was found.
+        reason: `steps` or `chunks`.
+    """
+    observations, stability = analysis.observations, analysis.stability
+    scores = observations.scores.mean((0, 1) if reason == "steps" else (0, 2))
+    timesteps = analysis.recorded.recording.spec.schedule.timesteps
+    ticks = [f"{t:.0f}" for t in timesteps] if reason == "steps" else [str(c) for c in observations.chunks]
+    bands = {
+        name: scores[:, side & ~stability.undecided]
+        for name, side in (("static", stability.static), ("dynamic", ~stability.static))
+    }
+    kept = stability.kept_steps if reason == "steps" else stability.kept_chunks
+    flipping = sorted(np.argwhere(stability.reasons[reason]).tolist(), key=lambda at: float(kept[tuple(at)]))
+    places = np.arange(len(ticks))
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        for (name, band), colour in zip(bands.items(), theme.labels, strict=False):
+            if band.size:
+                low, high = np.quantile(band, [0.1, 0.9], axis=1)
+                axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+                axes.plot(places, band.mean(1), "o-", color=colour, markersize=4, linewidth=2, label=name)
+        for (layer, head), style in zip(flipping, DASHES, strict=False):
+            axes.plot(places, scores[:, layer, head], linestyle=style, marker=".", color=theme.accent,
+                      linewidth=1.4, label=f"L{layer} H{head}")  # fmt: skip
+        every = -(-len(ticks) // 10)
+        axes.set_xticks(places[::every], ticks[::every])
+        axes.set(ylabel="mean recency score", ylim=(0, 1))
+        axes.set_xlabel("timestep of the denoising step" if reason == "steps" else "chunk")
+        _legend(axes)
+
+    said = "; ".join(
+        f"{name} from {band.mean(1)[0]:.2f} to {band.mean(1)[-1]:.2f}"
+        for name, band in bands.items()
+        if band.size
+    )
+    alt = (
+        f"Mean score from the first to the last of {len(ticks)} {reason}: {said or 'no head is decided'};"
+        f" {len(flipping)} heads change sides"
+    )
+    return drawn(alt, WIDTH, 3.7, draw)
+
+
+def variance_bars(split: Mapping[str, float], unknown: frozenset[str]) -> Picture:
+    """What the variance of scores comes from; interactions with the head stand out."""
+    names = list(split)[::-1]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        colours = [theme.accent if " x " in name else theme.labels[0] for name in names]
+        shares = [0.0 if name in unknown else split[name] for name in names]
+        axes.barh(names, shares, color=colours)
+        for place, (name, share) in enumerate(zip(names, shares, strict=True)):
+            said = "unknown" if name in unknown else f"{share:.1%}"
+            axes.text(share + 0.01, place, said, va="center", color=theme.soft)
+        axes.set(xlim=(0, max(*shares, 0.1) * 1.25), xticks=[])
+        axes.spines["bottom"].set_visible(False)
+
+    said = ", ".join(f"{name} {share:.1%}" for name, share in split.items() if name not in unknown)
+    return drawn(f"Share of the variance of scores: {said}", WIDTH, 3.3, draw)
+
+
+def kappa_matrix(names: list[str], kappas: Array) -> Picture:
+    """Cohen's kappa of every two maps; NaN where it says nothing."""
+    texts = [["–" if np.isnan(k) else f"{k:.2f}" for k in row] for row in kappas]
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        _heatmap(axes, kappas, "viridis", (0, 1), "kappa", theme, texts)
+        axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(np.arange(len(names)) + 0.5, names, rotation=0)
+
+    said = ", ".join(
+        f"{a} and {b} {texts[i][j]}" for i, a in enumerate(names) for j, b in enumerate(names) if i < j
+    )
+    return drawn(f"Cohen's kappa between maps: {said}", WIDTH, 3.6, draw)
+
+
+def _heatmap(axes: Axes, values: Array, colours: object, scale: tuple[float, float], name: str, theme: Theme,
+             texts: list[list[str]] | None) -> None:  # fmt: skip
     import seaborn as sns
 
-    by_step = scores.group_by("layer", "step").agg(pl.col("score").mean()).sort("layer", "step")
-    with _figure(6.0, 3.6) as figure:
-        axes = figure.subplots()
-        sns.lineplot(
-            x=by_step["step"].to_list(), y=by_step["score"].to_list(),
-            hue=[f"layer {layer}" for layer in by_step["layer"]], marker="o", ax=axes,
-        )  # fmt: skip
-        axes.set(xlabel="denoising step (0 is the noisiest)", ylabel="mean recency score", ylim=(0, 1.02))
-        axes.set_xticks(sorted(set(by_step["step"].to_list())))
-        axes.legend(fontsize=8)
-        return _png(figure)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    every = 1 if texts else 5
+    figure.set_layout_engine("none")  # seaborn draws, and need not lay out what is not whole yet
+    sns.heatmap(
+        values, annot=None if texts is None else np.array(texts), fmt="", vmin=scale[0], vmax=scale[1],
+        cmap=colours, linewidths=0.5 if texts else 0, linecolor=theme.paper, ax=axes, cbar=False,
+        annot_kws={"fontsize": 9}, xticklabels=every, yticklabels=every,
+    )  # fmt: skip
+    figure.set_layout_engine("constrained")
+    slim = 20 * max(1.0, figure.get_figheight() / 3.5)
+    figure.colorbar(axes.collections[0], ax=axes, label=name, aspect=slim).outline.set_visible(False)
+    axes.tick_params(length=0)
+    axes.tick_params("y", rotation=0)
 
 
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    with matplotlib.rc_context({"backend": "agg", "font.size": 10}):
-        figure = plt.figure(figsize=(width, height), layout="constrained")
-        try:
-            yield figure
-        finally:
-            plt.close(figure)
+def _marked(axes: Axes, labels: npt.NDArray[np.str_], marked: list[str]) -> str:
+    """Mark the heads of those labels. Returns what the marks mean."""
+    marks = {"dot": ("o", "white", "black"), "square": ("s", "black", "white")}
+    for label, (mark, face, edge) in zip(marked, marks.values(), strict=False):
+        rows, columns = np.nonzero(labels == label)
+        axes.plot(columns + 0.5, rows + 0.5, mark, color=face, markersize=2.4, markeredgecolor=edge, mew=0.4)
+    return ", ".join(f"{name}: {label}" for name, label in zip(marks, marked, strict=False))
 
 
-def _png(figure: Figure) -> bytes:
-    target = io.BytesIO()
-    # Without the software's name and version the same data gives the same bytes.
-    figure.savefig(target, format="png", dpi=110, metadata={"Software": None})
-    return target.getvalue()
+def _map_size(layers: int, heads: int) -> tuple[float, float]:
+    if heads > LETTERED:
+        return 6.0, 1.2 + 4.4 * min(max(layers / heads, 0.3), 2)
+    return min(WIDTH, 2.4 + 0.35 * heads), 1.1 + (0.34 if layers <= 12 else 0.24) * layers
+
+
+def _legend(axes: Axes, handles: list[Line2D] | None = None) -> None:
+    """Above the axes, where it hides nothing."""
+    given = handles if handles is not None else axes.get_legend_handles_labels()[0]
+    axes.legend(
+        handles=given, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if len(given) > 4 else 3,
+        frameon=False, fontsize=10, columnspacing=1.2, handletextpad=0.5,
+    )  # fmt: skip

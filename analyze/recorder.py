@@ -1,21 +1,9 @@
-"""Recording: attention mass of every head while videos are generated, one Parquet file a sample.
-
-Columns of `stats/sample-NNNN.parquet`, one row for each combination:
-
-| column | type | meaning |
-|---|---|---|
-| sample | int32 | index of the video |
-| chunk, step | int32 | chunk index; denoising pass (0 is the noisiest) |
-| layer, head | int32 | head index in the model's own order |
-| query_frame | int32 | frame within the chunk whose queries are averaged |
-| key_frame | int32 | latent frame of the video that is attended to |
-| mass | float32 | mean share of attention on that frame; sums to 1 over key_frame |
-"""
+"""Recording: what every head attends to while a video is generated, under any policy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,69 +11,191 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from forcingkv.analyze.mass import frame_mass
-from forcingkv.models.cache import Cache
+from forcingkv.analyze.mass import KeyRun, attention_statistics
+from forcingkv.analyze.recording import COLUMNS
+from forcingkv.headmaps import InputError
+from forcingkv.models.cache import Cache, GroupCache
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.wan import Attend, KeysValues, WanModel
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.plan import CachePlan, HeadGroup
 
 __all__ = ["Recorder", "record_sample"]
 
+CURRENT = "current"
+LEAST_ROWS = 2
+"""Rows of a frame; fewer give no standard error."""
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one head group did in one pass and layer: statistics, and what its slots stand for."""
+
+    chunk: int
+    step: int
+    layer: int
+    heads: Sequence[int]
+    keys: int
+    slots: Sequence[tuple[str, int]]
+    values: tuple[Tensor, ...]
+
 
 class Recorder:
-    """Collects the mass of every denoising pass of one sample. `watch` is given to `generate`.
+    """Collects the statistics of every denoising pass of one sample. `watch` is given to `generate`.
 
-    It records under policies that give all heads the same cached frames (`full`, `window`).
+    Args:
+        plan: what generation runs under.
+        sample: index of the video.
+        seed: seed of the video; also decides which query rows are measured.
+        rows: query rows measured of each pass and layer, in equal parts of the chunk's frames; None:
+            all, with which there is no error.
+        orders: for each layer the model's own index of the head at each place (`models.heads`).
     """
 
-    def __init__(self, plan: CachePlan, sample: int) -> None:
-        self.plan, self.sample = plan, sample
-        self._parts: list[pl.DataFrame] = []
+    def __init__(
+        self,
+        plan: CachePlan,
+        sample: int,
+        seed: int = 0,
+        rows: int | None = None,
+        orders: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self.plan, self.sample, self.seed = plan, sample, seed
+        frames = plan.spec.frames_per_chunk
+        share = max(LEAST_ROWS, -(-rows // frames)) if rows else plan.frame_tokens
+        self._rows = min(plan.frame_tokens, share)
+        self._orders = orders or [range(plan.spec.heads)] * plan.spec.layers
+        self._retained: list[tuple[int, int]] = []
+        self._parts: list[_Part] = []
 
     def watch(self, chunk: int, step: int, cache: Cache, attend: Attend) -> Attend:
-        """Attention that does what `attend` does and notes the mass."""
+        """Attention that does what `attend` does and notes where it goes."""
 
         def recorded(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
-            (held,) = cache[layer]
-            keys = torch.cat([*(kv.keys for kv in held.values()), current.keys], 2)
-            mass = frame_mass(queries[0], keys[0], self.plan.frame_tokens)
-            self._note(chunk, step, layer, mass.numpy(), self._key_frames(chunk, held))
+            places = self._places(chunk, step, layer).to(queries.device)
+            for group, held in zip(self.plan.layers[layer], cache[layer], strict=True):
+                part = slice(group.start, group.stop)
+                mine = torch.unflatten(queries[0, part], 1, (-1, self.plan.frame_tokens))
+                if self._rows < self.plan.frame_tokens:
+                    mine = torch.stack([mine[:, f, p] for f, p in enumerate(places)], 1)
+                self._note(chunk, step, layer, group, mine, held, current.keys[0, part], places)
             return attend(layer, queries, current)
 
         return recorded
 
-    def frame(self) -> pl.DataFrame:
-        """All rows noted so far."""
-        return pl.concat(self._parts)
+    def chosen(self, chunk: int, indices: Tensor | None) -> None:
+        """Note which segments the clean pass of a chunk retained, if any."""
+        retain = self.plan.policy.retain
+        if indices is not None and retain is not None:
+            oldest = chunk * self.plan.spec.frames_per_chunk - 1
+            self._retained = [
+                (oldest + index // retain.segments, index % retain.segments) for index in indices.tolist()
+            ]
 
-    def _key_frames(self, chunk: int, held: dict[str, KeysValues]) -> list[int]:
-        """The video's frames that the keys belong to, in their order."""
-        first, size = chunk * self.plan.spec.frames_per_chunk, self.plan.frame_tokens
-        counts = {role: kv.keys.shape[2] // size for role, kv in held.items()}
-        frames = list(range(counts.get("sink", 0)))
-        frames += range(first - counts.get("recent", 0), first + self.plan.spec.frames_per_chunk)
-        return frames
+    def frame(self) -> pl.DataFrame:
+        """All rows noted so far, in the columns of `analyze.recording`.
+
+        Raises InputError, naming the pass, where attention is not a number.
+        """
+        return pl.concat([self._rows_of(part) for part in self._parts])
+
+    def _places(self, chunk: int, step: int, layer: int) -> Tensor:
+        """(frames, rows) int64: the measured rows of each frame."""
+        frames, tokens = self.plan.spec.frames_per_chunk, self.plan.frame_tokens
+        if self._rows == tokens:
+            return torch.arange(tokens).expand(frames, -1)
+        generator = np.random.default_rng((self.seed, chunk, step, layer))
+        drawn = [generator.choice(tokens, self._rows, replace=False) for _ in range(frames)]
+        return torch.from_numpy(np.sort(np.stack(drawn), axis=1))
 
     def _note(
-        self, chunk: int, step: int, layer: int, mass: npt.NDArray[np.float32], key_frames: Sequence[int]
-    ) -> None:  # fmt: skip
-        heads, query_frames, count = mass.shape
-        head, query, key = np.indices(mass.shape, dtype=np.int32).reshape(3, -1)
-        rows = heads * query_frames * count
-        self._parts.append(
-            pl.DataFrame(
-                {
-                    "sample": np.full(rows, self.sample, np.int32),
-                    "chunk": np.full(rows, chunk, np.int32),
-                    "step": np.full(rows, step, np.int32),
-                    "layer": np.full(rows, layer, np.int32),
-                    "head": head,
-                    "query_frame": query,
-                    "key_frame": np.asarray(key_frames, np.int32)[key],
-                    "mass": mass.reshape(-1),
-                }
+        self,
+        chunk: int,
+        step: int,
+        layer: int,
+        group: HeadGroup,
+        queries: Tensor,
+        held: GroupCache,
+        current: Tensor,
+        places: Tensor,
+    ) -> None:
+        runs, slots = self._runs(chunk, held, current)
+        found = attention_statistics(queries, runs, places, len(slots), self.plan.frame_tokens)
+        heads = self._orders[layer][group.start : group.stop]
+        keys = sum(run.keys.shape[1] for run in runs)
+        self._parts.append(_Part(chunk, step, layer, heads, keys, slots, tuple(found)))
+
+    def _runs(
+        self, chunk: int, held: GroupCache, current: Tensor
+    ) -> tuple[list[KeyRun], list[tuple[str, int]]]:
+        """The keys a group meets, and for each slot its role and latent frame."""
+        size, first = self.plan.frame_tokens, chunk * self.plan.spec.frames_per_chunk
+        slots: list[tuple[str, int]] = []
+        runs: list[KeyRun] = []
+
+        def add(role: str, frame: int, keys: Tensor, offset: int = 0) -> None:
+            if (role, frame) not in slots:
+                slots.append((role, frame))
+            runs.append(KeyRun(keys, slots.index((role, frame)), offset))
+
+        for role, kv in {**held, CURRENT: KeysValues(current[None], current[None])}.items():
+            keys = kv.keys[0]
+            if role == "retained":
+                for number, (frame, segment) in enumerate(self._retained if keys.shape[1] else ()):
+                    length = self.plan.segment_tokens
+                    add(role, frame, keys[:, number * length : (number + 1) * length], segment * length)
+                continue
+            count = keys.shape[1] // size
+            oldest = {"sink": 0, "recent": first - count, CURRENT: first}[role]
+            for number in range(count):
+                add(role, oldest + number, keys[:, number * size : (number + 1) * size])
+        return runs, slots
+
+    def _rows_of(self, part: _Part) -> pl.DataFrame:
+        arrays = [value.cpu().numpy().astype(np.float32) for value in part.values]
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise InputError(
+                f"the attention of layer {part.layer} is not a number",
+                where=f"sample {self.sample}, chunk {part.chunk}, step {part.step}",
+                expected="finite queries and keys",
+                mend="Check the checkpoint for NaN weights.",
             )
+        mass, entropy, same, mass_error, entropy_error, same_error = arrays
+        heads, frames, _ = mass.shape
+        sink = np.array([frame == 0 for _, frame in part.slots])  # one slot at most
+        head, frame = np.indices((heads, frames), dtype=np.int32).reshape(2, -1)
+
+        def column(name: str, value: int) -> pl.Series:
+            return pl.Series(name, np.full(heads * frames, value, np.int32))
+
+        def lists(name: str, values: Array) -> pl.Series:
+            return pl.Series(name, values.reshape(heads * frames, -1)).arr.to_list()
+
+        roles, key_frames = zip(*part.slots, strict=True)
+        rows = pl.DataFrame(
+            [
+                column("sample", self.sample),
+                column("chunk", part.chunk),
+                column("step", part.step),
+                column("layer", part.layer),
+                pl.Series("head", np.asarray(part.heads, np.int32)[head]),
+                pl.Series("query_frame", frame),
+                column("keys", part.keys),
+                pl.Series("entropy", entropy.ravel()),
+                pl.Series("same_position", same.ravel()),
+                pl.Series("sink", mass[..., sink].sum(-1).ravel()),
+                pl.Series("key_frame", [key_frames] * len(head), pl.List(pl.Int32)),
+                pl.Series("role", [roles] * len(head), pl.List(pl.String)),
+                lists("mass", mass),
+                lists("mass_error", mass_error),
+                pl.Series("entropy_error", entropy_error.ravel()),
+                pl.Series("same_position_error", same_error.ravel()),
+                pl.Series("sink_error", mass_error[..., sink].sum(-1).ravel()),
+            ]
         )
+        assert rows.schema == COLUMNS, rows.schema
+        return rows
 
 
 def record_sample(
@@ -95,14 +205,17 @@ def record_sample(
     seed: int,
     sample: int,
     chunks: int,
-    folder: Path,
+    *,
+    rows: int | None = None,
+    orders: Sequence[Sequence[int]] | None = None,
     say: Callable[[int], None] = lambda chunk: None,
-) -> Path:
-    """Generate one video and write its statistics. Returns the Parquet file."""
-    recorder = Recorder(plan, sample)
+) -> pl.DataFrame:
+    """Generate one video and return its statistics, in the columns of `analyze.recording`.
+
+    `say` is called with the number of chunks done. Raises InputError where attention is not a number.
+    """
+    recorder = Recorder(plan, sample, seed, rows, orders)
     for made in generate(model, plan, text, seeded_noise(plan, seed), chunks, recorder.watch):
-        say(made.index)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"sample-{sample:04d}.parquet"
-    recorder.frame().write_parquet(path)
-    return path
+        recorder.chosen(made.index, made.indices)
+        say(made.index + 1)
+    return recorder.frame()

@@ -2,90 +2,294 @@
 
 from __future__ import annotations
 
-import base64
-import html
+import importlib.metadata
 import shlex
 from collections.abc import Sequence
 
-import polars as pl
+import numpy as np
 
-from forcingkv.analyze.pictures import headmap_picture, recency_picture, spread_picture
-from forcingkv.analyze.scores import mean_scores
-from forcingkv.headmaps import HeadMap
+import forcingkv
+from forcingkv.analyze.agreement import pairwise
+from forcingkv.analyze.analysis import Analysis
+from forcingkv.analyze.attention_pictures import attention_pictures
+from forcingkv.analyze.costs import cost_table
+from forcingkv.analyze.page import Markup, figure, node, page, pairs, table
+from forcingkv.analyze.pictures import (
+    FOLLOWED,
+    headmap_drawing,
+    histogram,
+    intervals,
+    kappa_matrix,
+    kept_labels,
+    roles,
+    undecided_heads,
+    variance_bars,
+)
+from forcingkv.analyze.stability import CONFIDENCE, REASONS
+from forcingkv.analyze.summary import needed, summary_lines
+from forcingkv.analyze.variance import variance_split
 
-__all__ = ["report_html", "summary"]
+__all__ = ["report_html"]
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Head map of {name}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }}
-img {{ max-width: 100%; height: auto; background: white; border-radius: 6px; padding: 4px; }}
-table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .8rem; text-align: left; }}
-tr:nth-child(even) {{ background: color-mix(in srgb, currentColor 8%, transparent); }}
-code {{ overflow-wrap: anywhere; }} figure {{ margin: 1.5rem 0; overflow-x: auto; }}
-</style></head><body>
-<h1>Head map of {name}</h1>
-<p>{verdict}</p>
-<table>{rows}</table>
-{figures}
-<h2>How it was made</h2><p><code>{command}</code></p>
-</body></html>
-"""
+LISTED = 40
+"""Undecided heads listed; the others are counted."""
+SHOWN = "this map"
+UNKNOWN = "unknown"
+FROM_SAMPLES = frozenset(("sample", "head x sample"))
+"""Sources of variance that one sample does not show."""
+VERSIONED = ("torch", "polars", "scikit-learn")
+
+DEFINITIONS = (
+    ("recency score", "Attention mass on the transition frame and the current chunk, over the total mass less"
+     " that on the sink frames; mean over query frames, then over samples, chunks and denoising steps"
+     " (METHOD.md section 2; Forcing-KV, arXiv 2605.09681). A static head attends to what is recent, a"
+     " dynamic head to the history."),
+    ("undecided", "The statistics do not settle the head's label, for one of the reasons listed under"
+     " Stability. Samples stand for videos yet to be made, so a map has to hold across them."),
+    ("interval", f"Percentile bootstrap over samples, {CONFIDENCE:.0%}: samples are drawn with replacement,"
+     " steps and chunks stay as they are."),
+    ("margin", "Signed distance from the rule's boundary in the rule's own units; static from 0 on."),
+    ("divergence", "Of the frame-wise attention in the last chunk: the share of the squared distances from"
+     " the common mean that lies within heads (over samples and steps), and the share between the heads'"
+     " means. The paper reports 0.16 and 0.83."),
+    ("kappa", "Cohen's kappa: agreement beyond chance; 1 is full agreement, 0 what chance gives. The"
+     " adjusted Rand index does not ask which group has which name."),
+)  # fmt: skip
 
 
-def summary(scores: pl.DataFrame, headmap: HeadMap) -> list[tuple[str, str]]:
-    """What the scores say, as (name, value) lines for people."""
-    means = mean_scores(scores)
-    spread = scores.group_by("layer", "head", "sample").agg(pl.col("score").mean())
-    over_samples = spread.group_by("layer", "head").agg(pl.col("score").std()).get_column("score")
-    steps = scores.group_by("layer", "head", "step").agg(pl.col("score").mean())
-    over_steps = steps.group_by("layer", "head").agg(pl.col("score").std()).get_column("score")
-    counts = headmap.counts()
-    rule = headmap.rule
-    how = rule.name if rule.alpha is None else f"{rule.name}, cut at {rule.alpha:.3f}"
-    lines = [
-        ("labels", ", ".join(f"{n} {label}" for label, n in counts.items())),
-        ("rule", how + (f" ({rule.reason})" if rule.reason else "")),
-        ("mean recency score of a head", f"{means.min():.3f} to {means.max():.3f}"),
-        ("its spread over samples (median head)", _number(over_samples.median())),
-        ("its spread over denoising steps (median head)", _number(over_steps.median())),
+def report_html(analysis: Analysis, command: Sequence[str]) -> str:
+    """The page. The same analysis and command give the same text.
+
+    Args:
+        analysis: what was found.
+        command: what a person would run to repeat it.
+    """
+    verdict = node(
+        "div",
+        node("p", f"Verdict: {analysis.verdict.level}", klass="level"),
+        *(node("p", sentence) for sentence in analysis.verdict.sentences),
+        node("p", _other_rule(analysis)) if _is_other_rule(analysis) else "",
+        klass="verdict",
+    )
+    sections = [
+        ("map", "Head map", _map(analysis)),
+        ("scores", "Scores", _scores(analysis)),
+        ("stability", "Stability", _stability(analysis)),
+        ("attention", "Frame-wise attention", _attention(analysis)),
+        ("rules", "Rules side by side", _rules(analysis)),
+        ("making", "How it was made", _making(analysis, command)),
     ]
-    if headmap.confidence:
-        flat = sorted(value for row in headmap.confidence for value in row)
-        sure = sum(value >= 0.95 for value in flat)
-        lines.append(("keep their label in at least 95% of observations", f"{sure} of {len(flat)} heads"))
-    if headmap.statistics:
-        s = headmap.statistics
-        lines.append(("measured on", f"{s.samples} samples x {s.chunks} chunks x {s.steps} steps"))
-    return lines
+    title = f"Head map of {analysis.headmap.model.name}"
+    return page(title, analysis.verdict.level, [verdict, pairs(summary_lines(analysis))], sections)
 
 
-def report_html(scores: pl.DataFrame, headmap: HeadMap, command: Sequence[str]) -> str:
-    """The page: verdict, pictures, and the command that made it."""
-    lines = summary(scores, headmap)
+def _map(analysis: Analysis) -> str:
+    caption = "Colour: mean recency score."
+    if undecided_heads(analysis.headmap).any():
+        caption += " Undecided: the statistics do not settle the label."
+    return node("div", figure(headmap_drawing(analysis.headmap), caption), klass="figures")
+
+
+def _scores(analysis: Analysis) -> str:
+    stability = analysis.stability
+    one = "Intervals are unknown: one sample was measured." if stability.samples < 2 else (
+        "Bars: 95% bootstrap intervals over samples."
+    )  # fmt: skip
+    cuts = analysis.decision.cuts
+    name = analysis.decision.rule.name
+    cut = f" The rule {name} does not cut the score at one value, so no cut is drawn."
+    if cuts is not None and np.ptp(cuts) == 0:
+        cut = f" Dashed: the cut of the rule {name}."
+    return node(
+        "div",
+        figure(intervals(analysis), one + cut, title="Score of each head"),
+        figure(histogram(analysis.headmap, stability.score), "Each head once, by its label in the map.",
+               title="Distribution"),
+        klass="figures",
+    )  # fmt: skip
+
+
+def _stability(analysis: Analysis) -> str:
+    several = analysis.stability.samples > 1
+    split = variance_split(analysis.observations)
     figures = [
-        (headmap_picture(headmap), "Mean recency score of each head, layers by heads, with its label"),
-        (
-            spread_picture(scores, headmap),
-            "Mean score of each head; the bar holds 90% of its observations (samples, chunks, steps)",
-        ),
-        (recency_picture(scores), "Mean recency score of each layer over the denoising steps"),
-    ]
-    return _PAGE.format(
-        name=html.escape(headmap.model.name),
-        verdict=html.escape(f"{lines[0][1]}, by {lines[1][1]}."),
-        rows="".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in lines),
-        figures="".join(
-            f'<figure><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-            f"<figcaption>{alt}</figcaption></figure>"
-            for png, alt in figures
-        ),
-        command=html.escape(shlex.join(command)),
+        *([figure(kept_labels(analysis), "How often a sample, judged by itself, gives the head the label that"
+                  " all samples together give it.", title="Labels kept over samples")] if several else []),
+        figure(variance_bars(split, frozenset() if several else FROM_SAMPLES),
+               "Red: interactions with the head, which endanger a fixed label. The other sources move all"
+               " heads alike, or set heads apart for good.", title="Where the variance of scores comes from"),
+        figure(roles(analysis, "steps"), _band("step", analysis), title="By denoising step"),
+        figure(roles(analysis, "chunks"), _band("chunk", analysis), title="By chunk"),
+    ]  # fmt: skip
+    return Markup(
+        (node("p", _other_rule(analysis)) if _is_other_rule(analysis) else "")
+        + (
+            ""
+            if several
+            else _unknown("How far labels hold over samples is unknown: one sample was measured.")
+        )
+        + node("div", *figures, klass="figures")
+        + _needed(analysis)
+        + _undecided(analysis)
     )
 
 
-def _number(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else "unknown"
+def _band(one: str, analysis: Analysis) -> str:
+    count = int(analysis.stability.reasons[f"{one}s"].sum())
+    said = f"Bands: decided heads, mean and middle 80%. {count} {'head is' if count == 1 else 'heads are'}"
+    more = f"; the {FOLLOWED} that keep it least are drawn" if count > FOLLOWED else ""
+    return f"{said} clearly on the other side at some {one}{more}."
+
+
+def _needed(analysis: Analysis) -> str:
+    counts = needed(analysis.stability.spread)
+    if not counts:
+        return _unknown("How many samples are needed is unknown: it takes two samples or more to say.")
+    columns = next(iter(counts.values()))
+    return table(
+        "Samples needed for a 95% interval of a head's score no wider than",
+        [("half-width", *columns)],
+        [(f"± {width}", *(f"{count:,}" for count in row.values())) for width, row in counts.items()],
+    )
+
+
+def _undecided(analysis: Analysis) -> str:
+    stability = analysis.stability
+    heads = [(int(layer), int(head)) for layer, head in np.argwhere(stability.undecided)]
+    title = node("h3", f"Undecided heads: {len(heads)} of {stability.static.size}")
+    if not heads:
+        return Markup(title + node("p", "No head is undecided."))
+    counts = [(name, int(found.sum())) for name, found in stability.reasons.items() if found.any()]
+    why = pairs((f"{name}: {count}", REASONS[name]) for name, count in counts)
+    nearest = sorted(heads, key=lambda at: abs(float(stability.margin[at])))
+    rows = [_undecided_row(analysis, at) for at in nearest[:LISTED]]
+    more = f"; {len(heads) - LISTED} more are in stability.json" if len(heads) > LISTED else ""
+    listed = table(
+        f"Nearest to the boundary first{more}. Kept: share of samples, steps and chunks in which the head has"
+        " the rule's label.",
+        [
+            (
+                "head",
+                "by the rule",
+                "score",
+                "95% interval",
+                "margin",
+                "kept: samples",
+                "steps",
+                "chunks",
+                "why",
+            )
+        ],
+        rows,
+    )
+    return Markup(title + why + listed)
+
+
+def _undecided_row(analysis: Analysis, at: tuple[int, int]) -> list[str]:
+    stability = analysis.stability
+    several = stability.samples > 1
+    low, high = stability.interval.low[at], stability.interval.high[at]
+    return [
+        f"L{at[0]} H{at[1]}",
+        "static" if stability.static[at] else "dynamic",
+        f"{stability.score[at]:.3f}",
+        f"{low:.3f} to {high:.3f}" if several else UNKNOWN,
+        f"{stability.margin[at]:+.3f}",
+        f"{stability.kept_samples[at]:.0%}" if several else UNKNOWN,
+        f"{stability.kept_steps[at]:.0%}",
+        f"{stability.kept_chunks[at]:.0%}",
+        ", ".join(name for name, found in stability.reasons.items() if found[at]),
+    ]
+
+
+def _attention(analysis: Analysis) -> str:
+    stability = analysis.stability
+    said = node(
+        "p",
+        "Share of each query frame's attention on each key frame, mean over samples, all on one scale. Right"
+        " of the blue line lie the transition frame and the current chunk, which the recency score counts.",
+        " Grey frames are not in the head's cache." if analysis.recorded.recording.policy != "full" else "",
+    )
+    figures = []
+    for one, picture in attention_pictures(analysis):
+        side = "static" if stability.static[one.head] else "dynamic"
+        unsure = ", undecided" if stability.undecided[one.head] else ""
+        caption = f"Score {stability.score[one.head]:.2f}, {side} by the rule{unsure}."
+        figures.append(figure(picture, caption, title=f"L{one.head[0]} H{one.head[1]}: {one.kind}"))
+    return Markup(said + node("div", *figures, klass="figures"))
+
+
+def _rules(analysis: Analysis) -> str:
+    maps = {SHOWN: analysis.headmap, **analysis.alternatives}
+    agreement = pairwise(maps)
+    kinds = {name: set(found.counts()) for name, found in maps.items()}
+    kappas = np.array(
+        [[agreement[a, b].kappa if kinds[a] & kinds[b] else np.nan for b in maps] for a in maps]
+    )
+    rows = []
+    for name, found in maps.items():
+        with_shown, comparable = agreement[SHOWN, name], bool(kinds[SHOWN] & kinds[name])
+        rows.append([
+            f"{SHOWN} ({found.rule.name})" if name == SHOWN else name,
+            ", ".join(f"{count} {label}" for label, count in found.counts().items()),
+            f"{with_shown.share:.0%}" if comparable else "–",
+            f"{with_shown.kappa:.2f}" if comparable else "–",
+            f"{with_shown.rand:.2f}",
+        ])  # fmt: skip
+    for name, why in analysis.missing.items():
+        rows.append([name, node("td", f"not applied: {why}", colspan=4, klass="words")])
+    head = [("rule", "labels", "heads labelled as in this map", "kappa", "adjusted Rand")]
+    note = "Undecided heads keep the rule's label in all maps."
+    if analysis.headmap.rule.undecided == "dynamic":
+        note = "In this map undecided heads are dynamic; in those of the rules they keep the rule's label."
+    if _is_other_rule(analysis):
+        note = "Where two maps have no label in common, only the adjusted Rand index says how alike they are."
+    matrix = figure(kappa_matrix(list(maps), kappas), "1: the same labels. 0: no more alike than by chance.",
+                    title="Agreement of the rules")  # fmt: skip
+    return Markup(
+        node("p", note) + table("Labels, and how far they agree with this map", head, rows)
+        + node("div", matrix, klass="figures") + cost_table(analysis.recorded.recording.spec, maps)
+    )  # fmt: skip
+
+
+def _making(analysis: Analysis, command: Sequence[str]) -> str:
+    recording = analysis.recorded.recording
+    model = recording.model
+    timesteps = ", ".join(f"{t:g}" for t in recording.spec.schedule.timesteps)
+    versions = [f"forcingkv {forcingkv.__version__}"]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in VERSIONED]
+    lines = [
+        ("command", node("code", shlex.join(command) or UNKNOWN)),
+        ("model", f"{model.name}, {model.layers} layers of {model.heads} heads"),
+        ("weights, SHA-256", node("code", model.weights or UNKNOWN)),
+        ("policy", recording.policy),
+        ("samples", f"{len(analysis.recorded.samples)}, seeds from {recording.seed} on"),
+        ("chunks", f"{recording.chunks} of {recording.spec.frames_per_chunk} latent frames, scored from"
+         f" {recording.first_chunk} on"),
+        ("query rows", "all" if recording.rows is None else f"{recording.rows} a pass"),
+        ("dtype", recording.dtype),
+        ("resolution", f"{recording.width}x{recording.height}"),
+        ("timesteps", timesteps),
+        ("sink frames left out", str(analysis.observations.sink_frames)),
+        ("head map, SHA-256", node("code", analysis.headmap.digest)),
+        ("versions", ", ".join(versions)),
+    ]  # fmt: skip
+    if recording.headmap:
+        lines.insert(4, ("grouped by, SHA-256", node("code", recording.headmap)))
+    return Markup(pairs(lines) + node("h3", "What the words mean") + pairs(DEFINITIONS))
+
+
+def _is_other_rule(analysis: Analysis) -> bool:
+    return analysis.headmap.rule.name == "dummy"
+
+
+def _other_rule(analysis: Analysis) -> str:
+    return (
+        "The classes of Dummy Forcing are no two sides of a boundary. The verdict and what is said of"
+        f" stability are of another rule: {analysis.decision.rule.name}, which calls"
+        f" {int(analysis.stability.static.sum())} of {analysis.stability.static.size} heads static."
+    )
+
+
+def _unknown(text: str) -> Markup:
+    return node("p", text, klass="unknown-part")

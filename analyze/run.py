@@ -1,107 +1,128 @@
-"""The whole analysis: record, score, label, report, into one folder."""
+"""A run: record the samples that are not there yet, then label, judge and write everything down."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import polars as pl
-import torch
-
-from forcingkv.analyze.dummy import context_mass, label_dummies
-from forcingkv.analyze.labels import ALPHA, RuleName, label_heads
-from forcingkv.analyze.recorder import record_sample
+from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics
+from forcingkv.analyze.job import Job, SampleRecorder
 from forcingkv.analyze.report import report_html
-from forcingkv.analyze.scores import read_statistics, recency_scores
-from forcingkv.headmaps import HeadMap, ModelIdentity, Statistics
+from forcingkv.analyze.storage import Storage, check_same
+from forcingkv.analyze.summary import summary_json
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.checkpoint import Weights, build_model
-from forcingkv.runtime.files import new_folder
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.headmaps.headmap import write_text
+from forcingkv.runtime.files import unwritable
 
-__all__ = ["SINK_FRAMES", "analyze_heads", "label_statistics"]
+__all__ = ["Say", "analyze_heads", "record_samples", "write_analysis"]
 
-SINK_FRAMES = 1
-"""Frames left out of the score's denominator: as many as `forcing-kv` keeps as its sink."""
-POLICY = "full"
+STATS = "stats"
+
+Say = Callable[[int, int], None]
+"""(samples done, chunks done of those under way)."""
 
 
 def analyze_heads(
-    spec: ModelSpec,
-    weights: Weights,
-    texts: Sequence[npt.NDArray[np.float32]],
+    job: Job,
     out: Path,
     *,
     samples: int,
-    seed: int = 0,
-    chunks: int | None = None,
-    rule: RuleName = "auto",
-    alpha: float = ALPHA,
-    static_per_layer: int | None = None,
-    resolution: str | None = None,
+    labelling: Labelling | None = None,
+    stats: str | Path | None = None,
+    restart: bool = False,
+    cluster: str | None = None,
+    workers: int | None = None,
     command: Sequence[str] = (),
-    say: Callable[[int, int], None] = lambda sample, chunk: None,
-) -> HeadMap:
-    """Generate `samples` videos under the policy `full`, measure every head, and write `out`.
+    say: Say = lambda done, chunk: None,
+) -> Analysis:
+    """Measure every head over `samples` videos, and write `out`: headmap.json, stability.json, report.html.
 
-    Writes stats/sample-NNNN.parquet, headmap.json and report.html, all or nothing. Sample i uses
-    text i (in turn; each (1, text_length, text_width)) and seed `seed` + i. Scores count chunks after
-    `ar_start`, where pruning acts.
+    Args:
+        job: model, text, seed, policy and the like.
+        out: the folder.
+        samples: videos to measure. Those recorded before are kept, so an interrupted run goes on.
+        labelling: how to label; None: the rule `auto`.
+        stats: where the Parquet files go, a folder or a URL that fsspec knows; None: `out`/stats.
+        restart: forget what was recorded before.
+        cluster: None: in this process; `local`, or the address of a Ray cluster: see `analyze.workers`.
+        workers: Ray workers at a time; None: as many as the cluster has GPUs or cores for.
+        command: what a person would run to repeat it, for the report.
+        say: told of progress.
 
-    Raises InputError where there are no prompts, too few chunks, or the scores are not numbers.
+    Raises:
+        InputError: there are no prompts, too few chunks, recordings of another run, or the rule
+            cannot be applied.
     """
-    if not texts or samples < 1:
-        raise InputError(f"{len(texts)} prompts, {samples} samples", where="analysis", expected="some")
-    first_chunk = spec.ar_start + 1
-    chunks = chunks or spec.attended_frames // spec.frames_per_chunk
-    if chunks <= first_chunk:
-        raise InputError(f"{chunks} chunks", where="chunks", expected=f"more than {first_chunk}")
-    model = build_model(spec, weights)
-    plan = build_plan(spec, spec.geometry(resolution), load_policy(POLICY))
-    identity = ModelIdentity(spec.name, spec.layers, spec.heads, weights.digest)
-    steps = len(spec.schedule.timesteps)
-    measured = Statistics(samples, chunks - first_chunk, steps, seed, POLICY)
-    with new_folder(out, "headmap.json") as folder:
-        for sample in range(samples):
-            record_sample(
-                model, plan, torch.from_numpy(texts[sample % len(texts)]), seed + sample, sample, chunks,
-                folder / "stats", lambda chunk, sample=sample: say(sample, chunk),  # type: ignore[misc]
-            )  # fmt: skip
-        headmap, scores = label_statistics(
-            folder / "stats", spec, identity, measured,
-            rule=rule, alpha=alpha, static_per_layer=static_per_layer,
-        )  # fmt: skip
-        headmap.write(folder / "headmap.json")
-        page = report_html(scores, headmap, command)
-        (folder / "report.html").write_text(page, encoding="utf-8")
-    return headmap
+    place = stats or out / STATS
+    record_samples(job, place, samples=samples, restart=restart, cluster=cluster, workers=workers, say=say)
+    analysis = analyze_statistics(place, labelling)
+    write_analysis(analysis, out, command)
+    return analysis
 
 
-def label_statistics(
-    stats: Path,
-    spec: ModelSpec,
-    model: ModelIdentity,
-    measured: Statistics,
+def record_samples(
+    job: Job,
+    place: str | Path,
     *,
-    rule: RuleName = "auto",
-    alpha: float = ALPHA,
-    static_per_layer: int | None = None,
-) -> tuple[HeadMap, pl.DataFrame]:
-    """A head map by any rule from recorded statistics, and the recency scores behind it.
+    samples: int,
+    restart: bool = False,
+    cluster: str | None = None,
+    workers: int | None = None,
+    say: Say = lambda done, chunk: None,
+) -> list[int]:
+    """Record samples 0 to `samples` - 1 that are not there yet. Returns those recorded now.
 
-    Raises InputError where there are no statistics, or the scores are not numbers.
+    Each becomes a file when it is whole. Raises InputError as `analyze_heads` does.
     """
-    recorded, first_chunk = read_statistics(stats), spec.ar_start + 1
-    scores = recency_scores(recorded, SINK_FRAMES, first_chunk)
-    if rule == "dummy":
-        mass = context_mass(recorded, spec.frames_per_chunk, first_chunk)
-        return label_dummies(mass, scores, model, statistics=measured), scores
-    headmap = label_heads(
-        scores, model, rule, alpha=alpha, static_per_layer=static_per_layer,
-        sink_frames=SINK_FRAMES, statistics=measured,
-    )  # fmt: skip
-    return headmap, scores
+    if not job.texts or samples < 1:
+        raise InputError(f"{len(job.texts)} prompts, {samples} samples", where="analysis", expected="some")
+    storage = Storage(place)
+    if restart:
+        storage.remove(storage.samples())
+    missing = _missing(job, storage, samples)
+    say(samples - len(missing), 0)
+    if not missing:
+        return []
+    if cluster:
+        from forcingkv.analyze.workers import record_with_ray
+
+        record_with_ray(job, storage, missing, cluster, workers, lambda left: say(samples - left, 0))
+        return missing
+    recorder = SampleRecorder(job, job.recording)
+    for done, sample in enumerate(missing, samples - len(missing)):
+        text = job.text(sample)
+        rows = recorder.record(sample, text, lambda chunk, done=done: say(done, chunk))  # type: ignore[misc]
+        storage.write(rows, job.recording.of(sample, text))
+        say(done + 1, 0)
+    return missing
+
+
+def write_analysis(analysis: Analysis, out: Path, command: Sequence[str] = ()) -> None:
+    """Write headmap.json, stability.json and report.html, each under a temporary name first.
+
+    Raises InputError where they cannot be written.
+    """
+    page = report_html(analysis, command)
+    try:
+        write_text(out / "stability.json", json.dumps(summary_json(analysis), indent=1) + "\n")
+        write_text(out / "report.html", page)
+        analysis.headmap.write(out / "headmap.json")
+    except OSError as error:
+        raise unwritable(out, error) from error
+
+
+def _missing(job: Job, storage: Storage, samples: int) -> list[int]:
+    """Samples to be recorded. Raises InputError where what is there does not belong to this run."""
+    recording, there = job.recording, storage.samples()
+    if there and there[-1] >= samples:
+        raise InputError(
+            f"holds sample {there[-1]}, and {samples} {'is' if samples == 1 else 'are'} asked for",
+            where=storage.place,
+            expected=f"samples 0 to {samples - 1}",
+            mend=f"Ask for --samples {there[-1] + 1}, choose another folder, or measure anew with --restart.",
+        )
+    for sample in there:
+        wanted = recording.of(sample, job.text(sample))
+        check_same(storage.recording(sample), wanted, storage.path(sample))
+    return [sample for sample in range(samples) if sample not in there]

@@ -8,28 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
-from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.heads import permute_tensor
 from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.tensors import StoredTensor, TensorWriter
 
-__all__ = ["bake_weights", "dtype_name", "store_tensors"]
+__all__ = ["bake_weights", "store_tensors"]
 
 _STORED = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
-
-
-def dtype_name(name: str) -> Dtype:
-    """The dtype of that name. Raises InputError naming those there are."""
-    for known in get_args(Dtype):
-        if name == known:
-            return cast(Dtype, known)
-    raise InputError(f"{name!r}", where="dtype", expected=f"one of {', '.join(get_args(Dtype))}")
 
 
 def bake_weights(

@@ -1,12 +1,14 @@
 """Head maps: which attention heads are static and which dynamic."""
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.headmap import DYNAMIC, STATIC, HeadMap, ModelIdentity, Rule, Source, Statistics
+from forcingkv.headmaps.evidence import Budget, ModelIdentity, Rule, Source, Statistics
+from forcingkv.headmaps.headmap import DYNAMIC, STATIC, HeadMap
 from forcingkv.headmaps.readers import Choices, read_headmap
 
 __all__ = [
     "DYNAMIC",
     "STATIC",
+    "Budget",
     "Choices",
     "HeadMap",
     "InputError",

@@ -5,6 +5,8 @@ It lives in `headmaps` because that is the one folder every other may import.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 __all__ = ["InputError", "MissingExtraError"]
 
 
@@ -31,6 +33,17 @@ class InputError(ValueError):
         if mend:
             message += f" {mend}"
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Callable[..., InputError], tuple[object, ...]]:
+        """Errors come back from other processes whole."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[InputError], args: tuple[object, ...], parts: dict[str, object]) -> InputError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(parts)
+    return error
 
 
 class MissingExtraError(InputError):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["LEFT_OUT_IF_NONE", "from_data", "no_twins", "to_data"]
+__all__ = ["LEFT_OUT_IF_NONE", "from_data", "no_twins", "one_of", "to_data"]
 
 T = TypeVar("T")
 
@@ -72,6 +72,14 @@ def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if twins:
         raise ValueError(f"{twins[0]!r} is given twice in a table")
     return dict(pairs)
+
+
+def one_of(kind: Any, name: str, what: str) -> Any:
+    """The value of a Literal that a user named. Raises InputError, listing those there are."""
+    known = typing.get_args(kind)
+    if name not in known:
+        raise InputError(f"there is no {what} {name!r}", where=what, expected=f"one of {', '.join(known)}")
+    return name
 
 
 def _value(hint: Any, data: Any, where: str) -> Any:

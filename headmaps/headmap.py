@@ -9,15 +9,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.evidence import Budget, ModelIdentity, Rule, Source, Statistics
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
 
 __all__ = [
     "DYNAMIC",
     "SCHEMA",
     "STATIC",
+    "Budget",
     "HeadMap",
     "ModelIdentity",
     "Rule",
@@ -32,61 +34,7 @@ SCHEMA = "forcingkv.headmap/1"
 STATIC, DYNAMIC = "static", "dynamic"
 
 Scores = tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """The model a map was made for."""
-
-    name: str
-    layers: int
-    heads: int
-    weights: str | None = None
-    """SHA-256 of the weights file, where known."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How labels followed from scores. What a source does not say is None: unknown."""
-
-    name: str
-    reason: str | None = None
-    """Why this rule, where a person or a program chose it."""
-    alpha: float | None = None
-    """Score from which a head is static, for the rule `threshold`."""
-    static_per_layer: int | None = None
-    """Heads made static in each layer, for the rule `quota`."""
-    sink_frames: int | None = None
-    """Frames whose mass is left out of the score's denominator (METHOD.md section 2)."""
-    retrieval_threshold: float | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
-    """Retrieval score from which a head is dynamic, for the rule `retrieval` (DuoAttention)."""
-    dummy_heads: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
-    """Heads of the model made dummies, for the rule `dummy` (Dummy Forcing)."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """The file of another project that a map was read from, so that nothing it said is lost."""
-
-    format: str
-    """The reader's name of the format: `forcing-kv-json`, `pyramid-forcing-csv`, `duo-attention-tsv`."""
-    sha256: str
-    """SHA-256 of the file."""
-    fields: Mapping[str, Any] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
-    """What the file says beside the layers, verbatim (Forcing-KV: format, profile, description, ...)."""
-    layers: tuple[Mapping[str, Any], ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
-    """Its layers, verbatim, where the labels alone would not give them back: other names, another order."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What was measured."""
-
-    samples: int
-    chunks: int
-    steps: int
-    seed: int
-    policy: str
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,6 +43,8 @@ class _Layer:
     heads: dict[str, tuple[int, ...]]
     scores: tuple[float, ...] | None = None
     confidence: tuple[float, ...] | None = None
+    margins: tuple[float, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    undecided: tuple[int, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
 
 
 @dataclass(frozen=True)
@@ -121,6 +71,10 @@ class HeadMap:
     statistics: Statistics | None = None
     source: Source | None = None
     """The file of another project that this map was read from."""
+    margins: Scores | None = None
+    """How far each head is from the boundary of the rule, in the rule's own units: static from 0 on."""
+    undecided: tuple[tuple[int, ...], ...] | None = None
+    """For each layer the heads whose label the statistics do not settle (`analyze.stability`)."""
 
     @classmethod
     def read(cls, path: Path | str) -> HeadMap:
@@ -151,7 +105,7 @@ class HeadMap:
                 expected=f"each of the {model.layers} layers once, in order",
             )
         for layer in file.layers:
-            for name in ("scores", "confidence"):
+            for name in ("scores", "confidence", "margins"):
                 values = getattr(layer, name)
                 if values is not None and len(values) != model.heads:
                     raise InputError(
@@ -159,6 +113,13 @@ class HeadMap:
                         where=where,
                         expected=f"one for each of the {model.heads} heads",
                     )
+            named = layer.undecided or ()
+            if sorted(set(named)) != list(named) or not all(0 <= head < model.heads for head in named):
+                raise InputError(
+                    f"layer {layer.layer} calls the heads {list(named)[:40]} undecided",
+                    where=where,
+                    expected=f"heads 0 to {model.heads - 1}, in order, each once",
+                )
         return cls(
             model=model,
             labels=tuple(labels_of(layer.layer, layer.heads, model.heads, where) for layer in file.layers),
@@ -167,6 +128,8 @@ class HeadMap:
             confidence=_all_or_none([layer.confidence for layer in file.layers]),
             statistics=file.statistics,
             source=file.source,
+            margins=_all_or_none([layer.margins for layer in file.layers]),
+            undecided=_all_or_none([layer.undecided for layer in file.layers]),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -180,6 +143,8 @@ class HeadMap:
                 },
                 scores=self.scores[number] if self.scores else None,
                 confidence=self.confidence[number] if self.confidence else None,
+                margins=self.margins[number] if self.margins else None,
+                undecided=self.undecided[number] if self.undecided else None,
             )
             for number, labels in enumerate(self.labels)
         )
@@ -278,7 +243,7 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _all_or_none(rows: Sequence[tuple[float, ...] | None]) -> Scores | None:
+def _all_or_none(rows: Sequence[tuple[T, ...] | None]) -> tuple[tuple[T, ...], ...] | None:
     given = [row for row in rows if row is not None]
     return tuple(given) if len(given) == len(rows) else None
 

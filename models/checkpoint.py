@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -26,6 +27,8 @@ __all__ = ["Weights", "build_model", "load_weights", "random_weights", "weight_s
 class Weights(Mapping[str, Tensor]):
     """The tensors of a model by Wan name. A tensor is read when it is asked for, and not kept.
 
+    Pickled, it is how it was opened, not the tensors: another process opens the same files.
+
     Attributes:
         shapes: name -> shape, in the order of the model's state dict.
     """
@@ -35,8 +38,14 @@ class Weights(Mapping[str, Tensor]):
         shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], Tensor],
         digest: Callable[[], str | None] = lambda: None,
+        opened: Callable[[], Weights] | None = None,
     ) -> None:
-        self.shapes, self._read, self._digest = dict(shapes), read, digest
+        self.shapes, self._read, self._digest, self._opened = dict(shapes), read, digest, opened
+
+    def __reduce__(self) -> tuple[Callable[[], Weights], tuple[()]]:
+        if self._opened is None:
+            raise TypeError("these weights cannot be sent to another process: nothing says how to open them")
+        return self._opened, ()
 
     @property
     def digest(self) -> str | None:
@@ -93,7 +102,9 @@ def load_weights(
         tensor = files.read(names[name])
         return merge.merged(name, tensor) if merge else tensor
 
-    return Weights(wanted, read, lambda: _digest(files.digest(), merge))
+    absolute = Path(checkpoint).resolve() if checkpoint and Path(checkpoint).exists() else checkpoint
+    again = partial(load_weights, spec, absolute, key=key, lora=lora and lora.resolve())
+    return Weights(wanted, read, lambda: _digest(files.digest(), merge), again)
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
@@ -113,14 +124,20 @@ def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
         scale: float = math.prod(shape[1:]) ** -0.5
         return torch.randn(shape, generator=generator) * scale
 
-    return Weights(shapes, draw)
+    return Weights(shapes, draw, opened=partial(random_weights, spec, seed))
 
 
-def build_model(spec: ModelSpec, weights: Mapping[str, Tensor]) -> WanModel:
-    """The model with those weights in float32, for inference on the CPU."""
+def build_model(
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> WanModel:
+    """The model with those weights, for inference; by default in float32 on the CPU."""
     with torch.device("meta"):
         model = WanModel(spec)
-    model.load_state_dict({name: weights[name].float() for name in weights}, assign=True)
+    placed = {name: weights[name].to(device=device, dtype=dtype) for name in weights}
+    model.load_state_dict(placed, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -76,15 +76,15 @@ def generate(
     Args:
         model: a model whose heads lie as the plan groups them (see `models.heads`).
         plan: the cache plan.
-        text: (batch, text_length, text_width).
-        noise: where noise comes from.
+        text: (batch, text_length, text_width), on the model's device and in its dtype.
+        noise: where noise comes from; latents stay in its dtype between passes.
         chunks: how many to make.
         watch: sees the attention of each denoising pass.
     """
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
     for chunk in range(chunks):
-        rotary = _rotary(plan, chunk)
+        rotary = _rotary(plan, chunk, text.device)
 
         def run(
             latents: Tensor,
@@ -93,17 +93,17 @@ def generate(
             rotary: tuple[Tensor, Tensor] = rotary,
         ) -> tuple[Tensor, list[KeysValues]]:
             features = positions.time_features(plan.spec, np.array([[timestep]]))
-            time = torch.from_numpy(features).to(latents).expand(len(latents), -1, -1)
-            out: tuple[Tensor, list[KeysValues]] = model(latents, time, rotary, prompt, attend)
-            return out
+            time = torch.from_numpy(features).to(text).expand(len(latents), -1, -1)
+            flow, new = model(latents.to(text), time, rotary, prompt, attend)
+            return flow.to(latents), new
 
         attend = attend_cache(plan, cache)
-        latents = noise(chunk, 0)
+        latents = noise(chunk, 0).to(text.device)
         schedule = plan.spec.schedule
         for step, timestep in enumerate(schedule.timesteps):
             seen = watch(chunk, step, cache, attend) if watch else attend
             flow, _ = run(latents, timestep, seen)
-            fresh = noise(chunk, step + 1) if schedule.renoise == "fresh" else None
+            fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
             sigma, following = schedule.sigmas[step : step + 2]
             latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
         _, new = run(latents, schedule.context_timestep, attend)
@@ -130,7 +130,7 @@ def next_latents(
     return (1 - following) * (latents - sigma * flow) + following * noise
 
 
-def _rotary(plan: CachePlan, chunk: int) -> tuple[Tensor, Tensor]:
+def _rotary(plan: CachePlan, chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
     frames = plan.spec.frames_per_chunk
     cosines, sines = positions.rotary(plan.spec, plan.geometry, chunk * frames, frames)
-    return torch.from_numpy(cosines), torch.from_numpy(sines)
+    return torch.from_numpy(cosines).to(device), torch.from_numpy(sines).to(device)

@@ -37,9 +37,13 @@ def attend_current(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotate adjacent pairs of x (batch, heads, tokens, head_dim) by angles (tokens, head_dim / 2)."""
+    """Rotate adjacent pairs of x (batch, heads, tokens, head_dim) by angles (tokens, head_dim / 2).
+
+    Angles in float32 rotate in float32; the result has the dtype of x.
+    """
     even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), -1).flatten(-2)
+    turned = torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), -1).flatten(-2)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -114,7 +114,7 @@ def test_a_faulty_head_map(
         (["analyze", "heads", "--model", "demo", "--rule", "magic", "--out", "OUT"], "no rule 'magic'"),
         (
             ["analyze", "heads", "--model", "demo", "--samples", "1", "--out", "FILE/x"],
-            "cannot be written",
+            "cannot be listed",
         ),
         (["generate", "--bundle", "nosuch", "--prompt", PROMPT, "--out", "OUT.mp4"], "is not a bundle"),
         (["generate", "--bundle", "BUNDLE", "--prompt", " ", "--out", "OUT.mp4"], "the prompt is empty"),
@@ -195,7 +195,12 @@ def test_analyze_then_show(tmp_path: Path, run: Callable[..., Ran]) -> None:
     out = tmp_path / "heads"
     ran = run("analyze", "heads", "--model", "demo", "--samples", 1, "--chunks", 3, "--out", out, "--json")
     assert ran.code == 0, ran.err
-    assert sorted(path.name for path in out.iterdir()) == ["headmap.json", "report.html", "stats"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "headmap.json",
+        "report.html",
+        "stability.json",
+        "stats",
+    ]
     counts = {"static": 0, "dynamic": 0}
     for layer in json.loads(ran.out)["headmap"]["layers"]:
         for label, heads in layer["heads"].items():

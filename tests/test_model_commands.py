@@ -119,7 +119,7 @@ EXPORT = ["export", "--policy", "full", "--out", "OUT"]
             [*EXPORT, "--model", "SPEC", "--checkpoint", "PT", "--lora", "PT"],
             "self_forcing_dmd.pt: is not a LoRA of this model: unexpected",
         ),
-        ([*EXPORT, "--model", "SPEC", "--random-weights", "--dtype", "float8"], "dtype: 'float8'"),
+        ([*EXPORT, "--model", "SPEC", "--random-weights", "--dtype", "float8"], "no dtype 'float8'"),
         ([*EXPORT, "--model", "demo", "--decoder", "taehv"], "the latents of demo are pixels"),
         (
             [*EXPORT, "--model", "SPEC", "--random-weights", "--decoder", "taehv", "--vae", "PT"],

@@ -13,11 +13,14 @@ from forcingkv.headmaps import MissingExtraError
 
 SURFACE = {
     "forcingkv.headmaps": {
-        "DYNAMIC", "STATIC", "Choices", "HeadMap", "InputError", "MissingExtraError", "ModelIdentity",
-        "Rule", "Source", "Statistics", "read_headmap",
+        "DYNAMIC", "STATIC", "Budget", "Choices", "HeadMap", "InputError", "MissingExtraError",
+        "ModelIdentity", "Rule", "Source", "Statistics", "read_headmap",
     },
     "forcingkv.runtime": {"Bundle", "Chunk", "InputError", "Session", "Timing"},
-    "forcingkv.analyze": {"analyze_heads", "label_statistics"},
+    "forcingkv.analyze": {
+        "Analysis", "Job", "Labelling", "analyze_heads", "analyze_statistics", "record_samples",
+        "write_analysis",
+    },
     "forcingkv.export": {"VerificationError", "export_bundle"},
 }  # fmt: skip
 

@@ -1,116 +1,266 @@
-"""Mass, scores and labels against plain formulas; recording against attention done by hand."""
+"""A run: recorded whole, resumed, extended, stored anywhere, and refused where it does not fit."""
 
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from forcingkv.analyze import analyze_heads
-from forcingkv.analyze.labels import label_heads
-from forcingkv.analyze.mass import frame_mass
-from forcingkv.analyze.scores import mean_scores, read_statistics, recency_scores
-from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Statistics
+from forcingkv.analyze import Job, Labelling, analyze_heads, analyze_statistics, record_samples
+from forcingkv.analyze.recording import METADATA_KEY, Recording
+from forcingkv.analyze.scores import observe
+from forcingkv.analyze.storage import Storage, read_statistics
+from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.models.checkpoint import Weights, random_weights
 from forcingkv.runtime.text import encode_words
-from tests.conftest import small_spec
+from tests.conftest import headmap_of, small_spec
 
-IDENTITY = ModelIdentity("small", 2, 4)
-MEASURED = Statistics(1, 1, 1, 0, "full")
-TEXTS = [encode_words(small_spec(), prompt) for prompt in ("a b", "c d")]
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.integers(1, 7),
-       st.floats(0.1, 20), st.integers(0, 2**31))  # fmt: skip
-def test_mass_equals_the_full_softmax(
-    heads: int, query_frames: int, key_frames: int, tokens: int, width: int, scale: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(heads, query_frames * tokens, width, generator=generator) * scale
-    k = torch.randn(heads, key_frames * tokens, width, generator=generator)
-    attention = (q.double() @ k.double().transpose(1, 2) / width**0.5).softmax(-1)
-    naive = attention.unflatten(2, (key_frames, tokens)).sum(-1)
-    naive = naive.unflatten(1, (query_frames, tokens)).mean(2)
-    found = frame_mass(q, k, tokens)
-    # float32 logits of size `scale` carry an error of that size times 1e-6.
-    torch.testing.assert_close(found.double(), naive, atol=1e-6 * max(1, scale), rtol=0)
-    torch.testing.assert_close(found.sum(-1), torch.ones(heads, query_frames), atol=1e-5, rtol=0)
+SPEC = small_spec()
+TEXTS = [encode_words(SPEC, prompt) for prompt in ("a b", "c d")]
+JOB = Job(SPEC, random_weights(SPEC), TEXTS, seed=5, chunks=4)
+FILES = ("headmap.json", "report.html", "stability.json")
 
 
 @pytest.fixture(scope="module")
-def analysis(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, HeadMap]:
-    spec = small_spec()
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three samples, analyzed."""
     out = tmp_path_factory.mktemp("analysis") / "heads"
-    headmap = analyze_heads(
-        spec, random_weights(spec), TEXTS, out, samples=3, seed=5, chunks=4, command=["x"]
-    )
-    return out, headmap
+    analyze_heads(JOB, out, samples=3, command=["x"])
+    return out
 
 
-def test_statistics_hold_every_pass_once(analysis: tuple[Path, HeadMap]) -> None:
-    spec = small_spec()
-    rows = read_statistics(analysis[0] / "stats").collect()
-    key = ["sample", "chunk", "step", "layer", "head", "query_frame", "key_frame"]
-    assert rows.select(key).is_unique().all()
-    frames = [3, 6, 9, 12]
-    assert len(rows) == 3 * sum(frames) * 2 * spec.layers * spec.heads * 3
-    totals = rows.group_by(key[:-1]).agg(pl.col("mass").sum())
-    assert totals["mass"].is_between(1 - 1e-5, 1 + 1e-5).all()
-    assert sorted(rows.filter(chunk=2)["key_frame"].unique()) == list(range(9))
+@pytest.fixture
+def stats(recorded: Path, tmp_path: Path) -> Path:
+    """A copy of its statistics, to be spoilt."""
+    shutil.copytree(recorded / "stats", tmp_path / "stats")
+    return tmp_path / "stats"
 
 
-def test_scores_follow_the_definition(analysis: tuple[Path, HeadMap]) -> None:
-    """Mass on the last 4 key frames over total mass less sink mass, per observation."""
-    statistics = read_statistics(analysis[0] / "stats")
-    scores = recency_scores(statistics, sink_frames=1, first_chunk=2)
-    rows = statistics.collect()
-    for one in scores.sample(20, seed=0).iter_rows(named=True):
-        at = {name: one[name] for name in ("sample", "chunk", "step", "layer", "head")}
-        seen = rows.filter(**at)
-        newest = 3 * at["chunk"] + 2
-        recent = seen.filter(pl.col("key_frame") >= newest - 3)["mass"].sum()
-        rest = seen["mass"].sum() - seen.filter(key_frame=0)["mass"].sum()
-        assert abs(one["score"] - recent / rest) < 1e-6
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def test_the_same_analysis_gives_the_same_files(analysis: tuple[Path, HeadMap], tmp_path: Path) -> None:
-    spec = small_spec()
-    again = analyze_heads(
-        spec, random_weights(spec), TEXTS, tmp_path / "b", samples=3, seed=5, chunks=4,
-        command=["x"],
-    )  # fmt: skip
-    assert again == analysis[1]
-    for name in ("headmap.json", "report.html"):
-        assert (tmp_path / "b" / name).read_bytes() == (analysis[0] / name).read_bytes()
-    page = (tmp_path / "b" / "report.html").read_text()
-    assert page.count("<img alt=") == 3
-    assert "http" not in page, "the report works offline"
+def test_a_run_leaves_statistics_map_stability_and_report(recorded: Path) -> None:
+    assert sorted(path.name for path in recorded.iterdir()) == [*FILES, "stats"]
+    assert [path.name for path in sorted((recorded / "stats").iterdir())] == [
+        f"sample-000{sample}.parquet" for sample in range(3)
+    ]
+    rows = read_statistics(recorded / "stats").rows.collect()
+    assert len(rows) == 3 * 4 * 2 * SPEC.layers * SPEC.heads * 3
+    totals = rows["mass"].list.sum()
+    assert totals.is_between(1 - 1e-5, 1 + 1e-5).all()
+    assert sorted(rows.filter(chunk=2)["key_frame"].explode().unique()) == list(range(9))
 
 
-def test_an_analysis_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
-    spec = small_spec()
-    drawn = random_weights(spec)
-    weights = Weights(drawn.shapes, lambda name: drawn[name] * (math.nan if ".0.self_attn.q" in name else 1))
-    with pytest.raises(InputError, match="recency scores are not numbers"):
-        analyze_heads(spec, weights, TEXTS, tmp_path / "out", samples=1, chunks=3)
-    with pytest.raises(InputError, match="2 chunks; expected more than 2"):
-        analyze_heads(spec, random_weights(spec), TEXTS, tmp_path / "out", samples=1, chunks=2)
+def test_a_file_says_what_it_was_measured_on(recorded: Path) -> None:
+    found = Storage(recorded / "stats").recording(1)
+    assert found == JOB.recording.of(1, TEXTS[1])
+    assert (found.spec, found.seed, found.chunks, found.sample) == (SPEC, 5, 4, 1)
+
+
+def test_scores_follow_the_definition(recorded: Path) -> None:
+    """Mass on the last 4 key frames over total mass less sink mass, per observation, by the rows."""
+    statistics = read_statistics(recorded / "stats")
+    rows = statistics.rows.collect()
+    for sink_frames in (0, 1, 3):
+        observed = observe(statistics, sink_frames)
+        generator = np.random.default_rng(0)
+        for _ in range(20):
+            at = tuple(int(generator.integers(n)) for n in observed.scores.shape)
+            sample, chunk, step, layer, head = at
+            chunk += 2
+            seen = rows.filter(sample=sample, chunk=chunk, step=step, layer=layer, head=head)
+            flat = seen.explode("key_frame", "mass")
+            recent = flat.filter(pl.col("key_frame") > 3 * chunk + 2 - 4)["mass"].sum()
+            rest = flat["mass"].sum() - flat.filter(pl.col("key_frame") < sink_frames)["mass"].sum()
+            assert abs(observed.scores[at] - recent / rest) < 1e-6
+
+
+def test_the_same_run_gives_the_same_bytes(recorded: Path, tmp_path: Path) -> None:
+    analyze_heads(JOB, tmp_path / "b", samples=3, command=["x"])
+    assert contents(tmp_path / "b" / "stats") == contents(recorded / "stats")
+    for name in FILES:
+        assert (tmp_path / "b" / name).read_bytes() == (recorded / name).read_bytes()
+
+
+def test_another_seed_gives_other_statistics(recorded: Path, tmp_path: Path) -> None:
+    record_samples(replace(JOB, seed=6), tmp_path, samples=1)
+    ours, theirs = (read_statistics(place).rows.collect() for place in (recorded / "stats", tmp_path))
+    assert not ours.filter(sample=0)["mass"].equals(theirs["mass"])
+
+
+def test_an_interrupted_run_goes_on_and_counts_nothing_twice(recorded: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, chunk: int) -> None:
+        if (done, chunk) == (1, 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record_samples(JOB, tmp_path, samples=3, say=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["sample-0000.parquet"]
+    told: list[tuple[int, int]] = []
+    assert record_samples(JOB, tmp_path, samples=3, say=lambda *at: told.append(at)) == [1, 2]
+    assert told[0] == (1, 0)
+    assert contents(tmp_path) == contents(recorded / "stats")
+    assert record_samples(JOB, tmp_path, samples=3) == []
+
+
+def test_samples_can_be_added_but_not_taken_away(stats: Path) -> None:
+    assert record_samples(JOB, stats, samples=4) == [3]
+    assert analyze_statistics(stats).headmap.statistics == JOB.recording.measured(4)
+    with pytest.raises(InputError, match=r"holds sample 3, and 2 are asked for.*--samples 4"):
+        record_samples(JOB, stats, samples=2)
+    assert record_samples(JOB, stats, samples=2, restart=True) == [0, 1]
+    assert len(list(stats.iterdir())) == 2
+
+
+def test_statistics_can_lie_anywhere_that_fsspec_reaches(recorded: Path, tmp_path: Path) -> None:
+    place = "memory://runs/one"
+    analysis = analyze_heads(JOB, tmp_path / "out", samples=3, stats=place, command=["x"])
+    assert analysis.headmap == HeadMap.read(recorded / "headmap.json")
+    assert Storage(place).samples() == [0, 1, 2]
+    assert record_samples(JOB, place, samples=3) == []
+    assert not (tmp_path / "out" / "stats").exists()
+    with pytest.raises(InputError, match=r"nosuch://x.*cannot be reached"):
+        Storage("nosuch://x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 6}, "seed differs; expected seed 6, not 5"),
+        ({"chunks": 5}, "chunks differs; expected chunks 5, not 4"),
+        ({"rows": 9}, "rows differs; expected rows 9, not None"),
+        ({"policy": "window"}, "policy differs; expected policy 'window', not 'full'"),
+        ({"texts": TEXTS[::-1]}, "text differs"),
+        ({"spec": small_spec(name="other"), "weights": random_weights(small_spec(name="other"))},
+         r"model, spec differ \(the model small\)"),
+    ],
+)  # fmt: skip
+def test_recordings_of_another_run_are_not_mixed_in(
+    recorded: Path, changes: dict[str, object], message: str
+) -> None:
+    before = contents(recorded / "stats")
+    with pytest.raises(InputError, match=message):
+        record_samples(replace(JOB, **changes), recorded / "stats", samples=4)  # type: ignore[arg-type]
+    assert contents(recorded / "stats") == before
+
+
+def rewritten(path: Path, change: Callable[[pl.DataFrame], pl.DataFrame], **metadata: object) -> None:
+    recording = Recording.from_text(pl.read_parquet_metadata(path)[METADATA_KEY], str(path))
+    text = replace(recording, **metadata).to_text()  # type: ignore[arg-type]
+    change(pl.read_parquet(path)).write_parquet(path, metadata={METADATA_KEY: text})
+
+
+def not_a_number(rows: pl.DataFrame) -> pl.DataFrame:
+    broken = pl.lit([math.nan] * 9, pl.List(pl.Float32))
+    at = (pl.col("chunk") == 2) & (pl.col("layer") == 1) & (pl.col("head") == 2)
+    return rows.with_columns(mass=pl.when(at).then(broken).otherwise("mass"))
+
+
+def spoil(stats: Path, how: str) -> None:
+    one = stats / "sample-0001.parquet"
+    content = one.read_bytes()
+    if how == "truncated":
+        one.write_bytes(content[: len(content) // 2])
+    elif how == "damaged":
+        one.write_bytes(content[:200] + bytes(len(content) - 3000) + content[-2800:])
+    elif how == "empty":
+        one.write_bytes(b"")
+    elif how == "unknown":
+        pl.read_parquet(one).write_parquet(one)
+    elif how == "version":
+        text = Storage(stats).recording(1).to_text().replace("statistics/1", "statistics/9")
+        pl.read_parquet(one).write_parquet(one, metadata={METADATA_KEY: text})
+    elif how == "model":
+        rewritten(one, lambda rows: rows, model=replace(JOB.recording.model, name="other"))
+    elif how == "columns":
+        rewritten(one, lambda rows: rows.drop("entropy"))
+    elif how == "nan":
+        rewritten(one, not_a_number)
+    elif how == "short":
+        rewritten(one, lambda rows: rows.head(-1))
+    elif how == "doubled":
+        rewritten(one, lambda rows: pl.concat([rows.head(-1), rows.tail(2).head(1)]))
+    elif how == "renamed":
+        shutil.copy(stats / "sample-0002.parquet", one)
+    else:
+        shutil.rmtree(stats)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", r"sample-0001.parquet: cannot be read .*expected a whole Parquet file"),
+        ("damaged", "cannot be read .*expected a whole Parquet file"),
+        ("empty", r"sample-0001.parquet: cannot be read"),
+        ("unknown", r"sample-0001.parquet: does not say what it holds"),
+        ("version", r"sample-0001.parquet: has the schema 'forcingkv.statistics/9'"),
+        ("model", r"sample-0001.parquet: is of another run: model differs \(the model other\)"),
+        ("columns", r"sample-0001.parquet: has the columns"),
+        ("nan", r"the mass of sample 1 sums to nan \(chunk 2, step 0, layer 1, head 2"),
+        ("short", "sample 1 has 143 scored rows; expected 144"),
+        ("doubled", "a row is there twice"),
+        ("renamed", r"sample-0001.parquet: holds sample 2; expected sample 1"),
+        ("gone", r"holds no statistics; expected files sample-NNNN.parquet"),
+    ],
+)
+def test_statistics_that_are_wrong_are_refused(
+    stats: Path, how: str, message: str, run: Callable[..., object]
+) -> None:
+    spoil(stats, how)
+    with pytest.raises(InputError, match=message):
+        analyze_statistics(stats)
+    ran = run("analyze", "report", stats.parent)
+    assert ran.code == 2  # type: ignore[attr-defined]
+    assert "error: " in ran.err  # type: ignore[attr-defined]
+    assert not any((stats.parent / name).exists() for name in FILES)
+
+
+def test_a_run_that_cannot_be_made_leaves_no_files(tmp_path: Path) -> None:
+    drawn = random_weights(SPEC)
+
+    def spoilt(name: str) -> npt.NDArray[np.float32]:
+        return drawn[name] * (math.nan if ".0.self_attn.q" in name else 1)  # type: ignore[return-value]
+
+    bad = replace(JOB, weights=Weights(drawn.shapes, spoilt))  # type: ignore[arg-type]
+    cases = [
+        (bad, 1, r"sample 0, chunk 0, step 0: the attention of layer 0 is not a number"),
+        (replace(JOB, chunks=2), 1, "2 chunks; expected more than 2"),
+        (JOB, 0, "2 prompts, 0 samples"),
+        (replace(JOB, texts=[]), 1, "0 prompts, 1 samples"),
+        (replace(JOB, policy="forcing-kv"), 1, "needs a head map"),
+    ]
+    for job, samples, message in cases:
+        with pytest.raises(InputError, match=message):
+            analyze_heads(job, tmp_path / "out", samples=samples)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_can_be_measured_under_a_policy_that_groups_them(tmp_path: Path) -> None:
+    headmap = headmap_of(SPEC, [[0], [1], [2], [0, 2]])
+    job = replace(JOB, policy="forcing-kv", headmap=headmap, chunks=5)
+    analysis = analyze_heads(job, tmp_path / "a", samples=2, labelling=Labelling(rule="quota"))
+    assert analysis.recorded.recording.headmap == headmap.digest
+    rows = analysis.recorded.rows.collect()
+    last = rows.filter(pl.col("chunk") == 4, pl.col("layer") == 1)
+    roles = {head: set(last.filter(head=head)["role"].explode()) for head in range(3)}
+    assert roles[1] == {"sink", "recent", "current"}, "the static head"
+    assert roles[0] == roles[2] == {"sink", "retained", "recent", "current"}
 
 
 def test_a_model_with_a_sink_of_its_own_is_measured_on_the_frames_it_sees(tmp_path: Path) -> None:
     """As LongLive: 9 frames at most, of which the first 3 stay."""
     spec = small_spec(attended_frames=9, sink_frames=3)
-    analyze_heads(spec, random_weights(spec), TEXTS, tmp_path / "a", samples=1, chunks=5)
-    rows = read_statistics(tmp_path / "a" / "stats").collect()
-    seen = [sorted(rows.filter(chunk=chunk)["key_frame"].unique()) for chunk in range(5)]
+    record_samples(Job(spec, random_weights(spec), TEXTS, chunks=5), tmp_path, samples=1)
+    rows = read_statistics(tmp_path).rows.collect()
+    seen = [sorted(rows.filter(chunk=chunk)["key_frame"].explode().unique()) for chunk in range(5)]
     assert seen == [
         [0, 1, 2],
         [0, 1, 2, 3, 4, 5],
@@ -118,50 +268,3 @@ def test_a_model_with_a_sink_of_its_own_is_measured_on_the_frames_it_sees(tmp_pa
         [0, 1, 2, 6, 7, 8, 9, 10, 11],
         [0, 1, 2, 9, 10, 11, 12, 13, 14],
     ]
-
-
-def scores_of(means: list[list[float]], spread: float = 0.0) -> pl.DataFrame:
-    rows = [
-        {"sample": s, "chunk": 2, "step": 0, "layer": layer, "head": head, "score": mean + sign * spread}
-        for s, sign in enumerate((-1, 1))
-        for layer, row in enumerate(means)
-        for head, mean in enumerate(row)
-    ]
-    return pl.DataFrame(rows)
-
-
-def letters(headmap: HeadMap) -> list[str]:
-    return ["".join(label[0] for label in row) for row in headmap.labels]
-
-
-MEANS = [[0.9, 0.85, 0.2, 0.3], [0.95, 0.4, 0.5, 0.8]]
-
-
-def test_rules_label_as_they_say() -> None:
-    def labelled(rule: str, means: list[list[float]] = MEANS, **options: int) -> HeadMap:
-        return label_heads(
-            scores_of(means), IDENTITY, rule, sink_frames=1, statistics=MEASURED, **options  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    assert letters(labelled("threshold")) == ["ssdd", "sdds"]
-    assert letters(labelled("quota", static_per_layer=1)) == ["sddd", "sddd"]
-    assert letters(labelled("quota", static_per_layer=0)) == ["dddd", "dddd"]
-    assert letters(labelled("quota", static_per_layer=4)) == ["ssss", "ssss"]
-    assert letters(labelled("clusters")) == ["ssdd", "sdds"]
-    split = labelled("auto")
-    assert (split.rule.name, split.rule.alpha, split.rule.reason) == ("threshold", 0.8, None)
-    low = labelled("auto", [[v / 2 for v in row] for row in MEANS])
-    assert low.rule.name == "clusters"
-    assert low.rule.reason is not None
-    assert "0%" in low.rule.reason
-    assert letters(low) == ["ssdd", "sdds"]
-    with pytest.raises(InputError, match="a quota of 5 static heads"):
-        labelled("quota", static_per_layer=5)
-
-
-def test_confidence_is_the_share_of_observations_that_agree() -> None:
-    headmap = label_heads(
-        scores_of(MEANS, spread=0.08), IDENTITY, "threshold", sink_frames=1, statistics=MEASURED
-    )
-    assert headmap.confidence == ((1.0, 0.5, 1.0, 1.0), (1.0, 1.0, 1.0, 0.5))
-    np.testing.assert_allclose(mean_scores(scores_of(MEANS, 0.08)), MEANS)

@@ -3,59 +3,91 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 
-from forcingkv.analyze import analyze_heads
+from forcingkv.analyze.analysis import Labelling
 from forcingkv.analyze.dummy import context_mass, label_dummies
-from forcingkv.analyze.scores import read_statistics
-from forcingkv.headmaps import InputError, ModelIdentity, Statistics
+from forcingkv.analyze.job import Job
+from forcingkv.analyze.run import analyze_heads
+from forcingkv.analyze.storage import read_statistics
+from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule, Statistics
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.text import encode_words
+from tests.analyze.test_labels import drawn_rows, recorded
 from tests.conftest import small_spec
 
 IDENTITY = ModelIdentity("small", 2, 3)
 MEASURED = Statistics(1, 1, 1, 0, "full")
+SCORES = np.array([[0.5, 0.25, 1.0], [0.1, 0.2, 1 / 3]])
 
 
-def frames(sink: list[float], neighbour: list[float]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    layer, head = np.divmod(np.arange(6), 3)
-    base = {"layer": layer, "head": head}
-    mass = pl.DataFrame({**base, "sink": sink, "neighbour": neighbour})
-    return mass, pl.DataFrame({**base, "score": [0.5] * 6})
+def label(sink: list[float], neighbour: list[float], dummies: int | None = None) -> HeadMap:
+    mass = np.array([sink, neighbour]).reshape(2, 2, 3)
+    return label_dummies(mass, SCORES, IDENTITY, statistics=MEASURED, dummies=dummies)
 
 
 def test_the_half_with_the_least_context_are_dummies() -> None:
     # Neighbour mass is ten times sink mass on the whole: shares of each are what is compared.
-    mass, scores = frames([0.05, 0.01, 0.00, 0.02, 0.01, 0.01], [0.1, 0.4, 0.0, 0.1, 0.1, 0.3])
-    headmap = label_dummies(mass, scores, IDENTITY, statistics=MEASURED)
+    sink, neighbour = [0.05, 0.01, 0.00, 0.02, 0.01, 0.01], [0.1, 0.4, 0.0, 0.1, 0.1, 0.3]
+    headmap = label(sink, neighbour)
     assert headmap.labels == (("sink", "neighbour", "dummy"), ("dummy", "dummy", "neighbour"))
-    assert headmap.rule.dummy_heads == 3
-    none = label_dummies(mass, scores, IDENTITY, statistics=MEASURED, dummies=0)
+    assert headmap.rule == Rule("dummy", sink_frames=1, dummy_heads=3)
+    assert headmap.scores == ((0.5, 0.25, 1.0), (0.1, 0.2, 0.333333))
+    assert (headmap.model, headmap.statistics) == (IDENTITY, MEASURED)
+    none = label(sink, neighbour, dummies=0)
     assert none.labels == (("sink", "neighbour", "sink"), ("sink", "sink", "neighbour"))
-    with pytest.raises(InputError, match="7 dummy heads; expected 0 to 6"):
-        label_dummies(mass, scores, IDENTITY, statistics=MEASURED, dummies=7)
+    assert label(sink, neighbour, dummies=6).counts() == {"dummy": 6}
+
+
+@pytest.mark.parametrize("dummies", [-1, 7])
+def test_a_model_has_no_more_dummies_than_heads(dummies: int) -> None:
+    with pytest.raises(InputError, match=f"{dummies} dummy heads; expected 0 to 6"):
+        label([0.1] * 6, [0.1] * 6, dummies)
+
+
+@pytest.mark.parametrize(("sink", "neighbour"), [(0.0, 0.1), (0.1, 0.0), (0.0, 0.0)])
+def test_heads_that_look_at_nothing_are_still_labelled(sink: float, neighbour: float) -> None:
+    assert label([sink] * 6, [neighbour] * 6).counts()["dummy"] == 3
+
+
+def test_context_mass_is_a_mean_over_scored_passes() -> None:
+    rows = drawn_rows(frames=3)
+    mass = context_mass(recorded(rows, 2, frames_per_chunk=3))
+    assert mass.shape == (2, 1, 2)
+    for head in range(2):
+        seen: list[Any] = [row for row in rows if row["head"] == head and row["chunk"] in (2, 3, 4)]
+        assert len(seen) == 2 * 3 * 2 * 3
+        sink = np.mean([row["mass"][0] for row in seen])
+        between = np.mean([sum(row["mass"][1 : 3 * row["chunk"]]) for row in seen])
+        np.testing.assert_allclose(mass[:, 0, head], [sink, between])
 
 
 def test_an_analysis_can_label_for_dummy_forcing(tmp_path: Path) -> None:
-    spec = small_spec()
-    texts = [encode_words(spec, "a b")]
-    headmap = analyze_heads(
-        spec, random_weights(spec), texts, tmp_path / "a", samples=2, chunks=4, rule="dummy"
-    )
+    spec, folder = small_spec(), tmp_path / "a"
+    job = Job(spec, random_weights(spec), [encode_words(spec, "a b")], chunks=4)
+    headmap = analyze_heads(job, folder, samples=2, labelling=Labelling(rule="dummy")).headmap
+    assert HeadMap.read(folder / "headmap.json") == headmap
     assert headmap.counts()["dummy"] == spec.layers * spec.heads // 2
     plan = build_plan(spec, spec.geometry(), load_policy("dummy-forcing"), headmap)
     assert plan.kv_bytes() < build_plan(spec, spec.geometry(), load_policy("window")).kv_bytes()
 
-    rows = read_statistics(tmp_path / "a" / "stats").collect()
-    mass = context_mass(rows.lazy(), spec.frames_per_chunk, 2)
-    for one in mass.iter_rows(named=True):
-        seen = rows.filter(pl.col("chunk") >= 2, layer=one["layer"], head=one["head"])
-        passes = 2 * 2 * len(spec.schedule.timesteps) * spec.frames_per_chunk
-        assert abs(one["sink"] - seen.filter(key_frame=0)["mass"].sum() / passes) < 1e-6
-        context = seen.filter((pl.col("key_frame") >= 1) & (pl.col("key_frame") < pl.col("chunk") * 3))
-        assert abs(one["neighbour"] - context["mass"].sum() / passes) < 1e-6
+    statistics = read_statistics(folder / "stats")
+    mass = context_mass(statistics)
+    rows = statistics.rows.collect().explode("key_frame", "mass")
+    passes = 2 * 2 * len(spec.schedule.timesteps) * spec.frames_per_chunk
+    for layer, head in np.ndindex(spec.layers, spec.heads):
+        seen = rows.filter(rows["chunk"] >= 2, layer=layer, head=head)
+        context = seen.filter((seen["key_frame"] >= 1) & (seen["key_frame"] < seen["chunk"] * 3))
+        assert abs(mass[0, layer, head] - seen.filter(key_frame=0)["mass"].sum() / passes) < 1e-6
+        assert abs(mass[1, layer, head] - context["mass"].sum() / passes) < 1e-6
+    assert headmap == label_dummies(
+        mass,
+        np.array(headmap.scores),
+        statistics.recording.model,
+        statistics=statistics.recording.measured(2),
+    )

@@ -39,7 +39,7 @@ def demo(
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     need("export", "onnx", "onnxscript")
     need("video", "av")
-    from forcingkv.analyze import analyze_heads, label_statistics
+    from forcingkv.analyze import Job, Labelling, analyze_heads, analyze_statistics
     from forcingkv.analyze.pictures import headmap_picture
     from forcingkv.commands.compare import compare_policies, results
     from forcingkv.commands.models import text_inputs
@@ -57,15 +57,13 @@ def demo(
     moves = [moves_of(texts[i % len(texts)]) for i in range(prompts)]
     with progress() as shown:
         task = shown.add_task("1/3 measuring heads (samples)", total=samples)
-        headmap = analyze_heads(
-            spec, weights, text_inputs(spec, texts[::-1], None), out / "analysis", samples=samples, seed=seed,
-            command=["forcingkv", "demo"], say=lambda done, _: shown.update(task, completed=done),
+        job = Job(spec, weights, text_inputs(spec, texts[::-1], None), seed, threads=threads)
+        analysis = analyze_heads(
+            job, out / "analysis", samples=samples, restart=True, command=["forcingkv", "demo"],
+            say=lambda done, _: shown.update(task, completed=done),
         )  # fmt: skip
-        shown.update(task, completed=samples)
-        assert headmap.statistics
-        dummies, _ = label_statistics(
-            out / "analysis" / "stats", spec, headmap.model, headmap.statistics, rule="dummy"
-        )
+        headmap = analysis.headmap
+        dummies = analyze_statistics(out / "analysis" / "stats", Labelling(rule="dummy")).headmap
         maps = {"dummy-forcing": dummies, "forcing-kv": headmap}
         task = shown.add_task("2/3 exporting (bundles)", total=len(POLICIES))
         for number, name in enumerate(POLICIES):
@@ -92,7 +90,7 @@ def demo(
         return
     _print_table(rows)
     counts = ", ".join(f"{n} {label}" for label, n in headmap.counts().items())
-    print(f"head map: {counts} heads (rule {headmap.rule.name}, cut {headmap.rule.alpha})")
+    print(f"head map: {counts} heads (rule {headmap.rule.name}). {analysis.verdict}")
     print(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")
 
 

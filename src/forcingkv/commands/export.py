@@ -20,6 +20,8 @@ from forcingkv.commands.models import (
 )
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import one_of
+from forcingkv.runtime.spec import Dtype
 
 __all__ = ["export"]
 
@@ -51,7 +53,6 @@ def export(
         raise InputError(f"{target!r}", where="target", expected=f"one of {', '.join(TARGETS)}")
     need("export", "torch", "onnx", "onnxscript")
     from forcingkv.export import VerificationError, export_bundle
-    from forcingkv.export.bake import dtype_name
     from forcingkv.headmaps.fields import to_data
     from forcingkv.models.decoders.choose import decoder_for
     from forcingkv.models.presets import load_spec
@@ -59,7 +60,7 @@ def export(
 
     spec, chosen = load_spec(model), load_policy(policy)
     given = read_headmap(headmap) if headmap else None
-    stored_as = dtype_name(dtype) if dtype else None
+    stored_as = one_of(Dtype, dtype, "dtype") if dtype else None
     weights = weights_for(spec, checkpoint, key, lora, random_weights)
     spec, pixels = decoder_for(spec, decoder, vae, random=random_weights)
     try:

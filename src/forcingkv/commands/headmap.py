@@ -16,7 +16,7 @@ from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.headmap import write_text
 from forcingkv.headmaps.readers import forcingkv_json
 
-__all__ = ["app"]
+__all__ = ["app", "print_map"]
 
 app = typer.Typer(help="Look at, check and convert head maps.", no_args_is_help=True)
 
@@ -38,18 +38,27 @@ def show(file: File, as_json: AsJson = False) -> None:
         return
     out = Console(highlight=False, markup=False)
     letters = headmap.letters()
-    gap = " " if 2 * headmap.model.heads + 30 <= out.width else ""
-    for layer, row in enumerate(headmap.labels):
-        line = Text(f"{layer:3d}  ")
-        for label in row:
-            line.append(letters[label] + gap, STYLES.get(label))
-        out.print(line + Text(f" {_counted(row, letters)}", "dim"), soft_wrap=True)
+    print_map(headmap, out)
     model = headmap.model
     total = _counted([label for row in headmap.labels for label in row], letters)
     out.print(f"{model.name}, {model.layers} layers x {model.heads} heads: {total}", soft_wrap=True)
     if set(letters) - {STATIC, DYNAMIC}:
         out.print(", ".join(f"{letter} {label}" for label, letter in letters.items()), soft_wrap=True)
     out.print("\n".join(_evidence(headmap)), soft_wrap=True)
+
+
+def print_map(headmap: HeadMap, out: Console) -> None:
+    """Print a row a layer, a letter a head; those of undecided heads are small."""
+    letters = headmap.letters()
+    gap = " " if 2 * headmap.model.heads + 30 <= out.width else ""
+    for layer, row in enumerate(headmap.labels):
+        line = Text(f"{layer:3d}  ")
+        undecided = headmap.undecided[layer] if headmap.undecided else ()
+        for head, label in enumerate(row):
+            letter = letters[label]
+            line.append((letter.lower() if head in undecided else letter) + gap, STYLES.get(label))
+        counted = _counted(row, letters) + (f", {len(undecided)} undecided" if undecided else "")
+        out.print(line + Text(f" {counted}", "dim"), soft_wrap=True)
 
 
 @app.command()

@@ -1,0 +1,110 @@
+"""How far two head maps agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import adjusted_rand_score, cohen_kappa_score
+
+from forcingkv.headmaps import HeadMap, InputError
+
+__all__ = ["Agreement", "Change", "agree", "changes", "pairwise"]
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two labellings of the same heads. 1 is full agreement; by chance kappa and Rand are about 0."""
+
+    share: float
+    """Share of heads with the same label."""
+    kappa: float
+    """Cohen's kappa."""
+    rand: float
+    """Adjusted Rand index."""
+    iou: dict[str, float]
+    """Label -> intersection over union of the heads that have it; 1 where neither map uses it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A head whose label differs."""
+
+    layer: int
+    head: int
+    labels: tuple[str, str]
+    scores: tuple[float | None, float | None]
+    distances: tuple[float | None, float | None]
+    """How far it is from the boundary in each map, in the units of that map's rule; None: unknown."""
+    undecided: tuple[bool | None, bool | None]
+    """Whether each map calls it undecided; None: it does not say."""
+
+
+def agree(a: HeadMap, b: HeadMap) -> Agreement:
+    """Compare two maps. Raises InputError unless they are for models of the same size, with heads."""
+    if (a.model.layers, a.model.heads) != (b.model.layers, b.model.heads):
+        raise InputError(
+            f"one map is for {a.model.layers} layers of {a.model.heads} heads, the other for"
+            f" {b.model.layers} of {b.model.heads}",
+            where="compare",
+            expected="maps of models of the same size",
+        )
+    if not a.model.layers * a.model.heads:
+        raise InputError("the maps have no heads", where="compare", expected="at least one")
+    first, second = (np.array(found.labels).ravel() for found in (a, b))
+    same = bool((first == second).all())
+    return Agreement(
+        share=float((first == second).mean()),
+        # With the same single label everywhere kappa would be 0 / 0.
+        kappa=1.0 if same else float(cohen_kappa_score(first, second)),
+        rand=float(adjusted_rand_score(first, second)),
+        iou={str(label): _iou(first == label, second == label) for label in sorted({*first, *second})},
+    )
+
+
+def changes(a: HeadMap, b: HeadMap) -> list[Change]:
+    """The heads whose labels differ, the farthest from a boundary first, then in order."""
+    found = [
+        Change(
+            layer,
+            head,
+            (a.labels[layer][head], b.labels[layer][head]),
+            (_at(a.scores, layer, head), _at(b.scores, layer, head)),
+            (_distance(a, layer, head), _distance(b, layer, head)),
+            (_undecided(a, layer, head), _undecided(b, layer, head)),
+        )
+        for layer in range(a.model.layers)
+        for head in range(a.model.heads)
+        if a.labels[layer][head] != b.labels[layer][head]
+    ]
+    return sorted(found, key=lambda change: -max(distance or 0.0 for distance in change.distances))
+
+
+def pairwise(maps: Mapping[str, HeadMap]) -> dict[tuple[str, str], Agreement]:
+    """The agreement of every two of several maps."""
+    return {(a, b): agree(maps[a], maps[b]) for a in maps for b in maps}
+
+
+def _iou(first: Bools, second: Bools) -> float:
+    union = int((first | second).sum())
+    return int((first & second).sum()) / union if union else 1.0
+
+
+def _at(rows: tuple[tuple[float, ...], ...] | None, layer: int, head: int) -> float | None:
+    return rows[layer][head] if rows else None
+
+
+def _distance(found: HeadMap, layer: int, head: int) -> float | None:
+    margin = _at(found.margins, layer, head)
+    score = _at(found.scores, layer, head)
+    if margin is None and score is not None and found.rule.alpha is not None:
+        margin = score - found.rule.alpha
+    return None if margin is None else abs(margin)
+
+
+def _undecided(found: HeadMap, layer: int, head: int) -> bool | None:
+    return None if found.undecided is None else head in found.undecided[layer]

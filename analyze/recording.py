@@ -1,0 +1,150 @@
+"""What a run of measurements is, and the schema of its files.
+
+`stats/sample-NNNN.parquet` holds one video; a row is what one query frame of one head did in one
+denoising pass:
+
+| column | type | meaning |
+|---|---|---|
+| sample | int32 | index of the video |
+| chunk, step | int32 | chunk index; denoising pass (0 is the noisiest) |
+| layer, head | int32 | head index in the model's own order |
+| query_frame | int32 | frame within the chunk whose queries are averaged |
+| keys | int32 | how many keys a query of that head met |
+| entropy | float32 | of the attention over keys, in nats (at most ln keys) |
+| same_position | float32 | share on keys that lie where the query does in its frame, itself included |
+| sink | float32 | share on the video's first latent frame |
+| key_frame | list of int32 | latent frames of the video that were attended to |
+| role | list of string | what each is to the cache: sink, retained, recent or current |
+| mass | list of float32 | share of attention on each; sums to 1 |
+| *_error (entropy, same_position, sink, mass) | as the column | standard error; 0 if all rows were measured |
+
+The file's metadata hold the `Recording` as JSON under the key `forcingkv`, so a file says by itself
+what it was measured on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from forcingkv.headmaps import InputError, ModelIdentity, Statistics
+from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
+
+__all__ = ["COLUMNS", "METADATA_KEY", "SCHEMA", "Recording", "text_digest"]
+
+Schema = Literal["forcingkv.statistics/1"]
+SCHEMA: Schema = "forcingkv.statistics/1"
+METADATA_KEY = "forcingkv"
+
+_INTEGERS = ("sample", "chunk", "step", "layer", "head", "query_frame", "keys")
+COLUMNS = pl.Schema(
+    [
+        *((name, pl.Int32()) for name in _INTEGERS),
+        ("entropy", pl.Float32()),
+        ("same_position", pl.Float32()),
+        ("sink", pl.Float32()),
+        ("key_frame", pl.List(pl.Int32)),
+        ("role", pl.List(pl.String)),
+        ("mass", pl.List(pl.Float32)),
+        ("mass_error", pl.List(pl.Float32)),
+        ("entropy_error", pl.Float32()),
+        ("same_position_error", pl.Float32()),
+        ("sink_error", pl.Float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What all samples of a run have in common, and for a file's metadata which sample it is."""
+
+    schema: Schema
+    model: ModelIdentity
+    spec: ModelSpec
+    width: int
+    """Pixels."""
+    height: int
+    policy: str
+    """The policy that videos were generated under."""
+    headmap: str | None
+    """SHA-256 of the head map that the policy grouped heads by."""
+    seed: int
+    """Seed of sample 0; sample i has this plus i."""
+    chunks: int
+    rows: int | None
+    """Query rows measured of each pass; None: all."""
+    dtype: Dtype
+    """What the model computed in."""
+    sample: int | None = None
+    text: str | None = None
+    """SHA-256 of the sample's text input."""
+
+    @property
+    def first_chunk(self) -> int:
+        """The first chunk that is scored: the one after the split (`ar_start`), where pruning acts."""
+        return self.spec.ar_start + 1
+
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry that was generated at."""
+        return self.spec.geometry(f"{self.width}x{self.height}")
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows that a whole file has."""
+        spec = self.spec
+        passes = self.chunks * len(spec.schedule.timesteps)
+        return passes * spec.layers * spec.heads * spec.frames_per_chunk
+
+    def of(self, sample: int, text: npt.NDArray[np.float32]) -> Recording:
+        """The metadata of one file."""
+        return replace(self, sample=sample, text=text_digest(text))
+
+    def common(self) -> Recording:
+        """Without what is a single file's own."""
+        return replace(self, sample=None, text=None)
+
+    def measured(self, samples: int) -> Statistics:
+        """What a head map says of its evidence."""
+        return Statistics(
+            samples=samples,
+            chunks=self.chunks - self.first_chunk,
+            steps=len(self.spec.schedule.timesteps),
+            seed=self.seed,
+            policy=self.policy,
+            rows=self.rows,
+            resolution=f"{self.width}x{self.height}",
+        )
+
+    def to_text(self) -> str:
+        """JSON, for a file's metadata."""
+        return json.dumps(to_data(self), sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Recording:
+        """Read `to_text` back. Raises InputError for another version, or fields that are not right."""
+        try:
+            data: Any = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"its metadata are not JSON ({error})", where=where) from error
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise InputError(
+                f"has the schema {found!r}",
+                where=where,
+                expected=repr(SCHEMA),
+                mend="Record it anew with this version: forcingkv analyze heads --restart",
+            )
+        return from_data(cls, data, where)
+
+
+def text_digest(text: npt.NDArray[np.float32]) -> str:
+    """SHA-256 of a text input."""
+    return hashlib.sha256(np.ascontiguousarray(text).tobytes()).hexdigest()

@@ -1,0 +1,164 @@
+"""How far a head's label can be trusted: intervals, flips, what more samples would settle.
+
+Samples (prompt and seed) are what a map has to generalize over, so they are what is resampled; steps
+and chunks are the same in every video and are looked at one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.analyze.labels import Decision
+from forcingkv.analyze.scores import Observations
+
+__all__ = ["CONFIDENCE", "REASONS", "Interval", "Stability", "judge_stability", "samples_needed"]
+
+CONFIDENCE = 0.95
+"""Of intervals, and the share of samples in which a head should keep its label."""
+RESAMPLES = 2000
+NORMAL_QUANTILE = 1.959964
+"""Of the two-sided interval that holds `CONFIDENCE`."""
+REASONS = {
+    "interval": "the interval of its score holds the boundary: more samples may settle it",
+    "samples": "its label differs in more than 5% of samples",
+    "steps": "at some denoising step it is clearly on the other side",
+    "chunks": "at some chunk, so length of history, it is clearly on the other side",
+}
+"""Why a head is undecided."""
+
+Array = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A bootstrap interval over samples; NaN for fewer than two samples."""
+
+    low: Array
+    high: Array
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Of every head; arrays are (layers, heads) unless said otherwise."""
+
+    static: Bools
+    """The label the rule gives from all observations, before anything is made of undecided heads."""
+    score: Array
+    """Mean recency score."""
+    interval: Interval
+    """Of the score."""
+    margin: Array
+    """Distance from the rule's boundary, in its own units."""
+    spread: Array
+    """Standard deviation of the score over samples; NaN for one sample."""
+    kept_samples: Array
+    """Share of samples in which the head, judged by that sample alone, has its label."""
+    kept_steps: Array
+    kept_chunks: Array
+    kept: Array
+    """Share of single observations (sample, chunk, step) in which it has its label."""
+    reasons: dict[str, Bools]
+    """Reason (see `REASONS`) -> heads that are undecided for it."""
+    samples: int
+
+    @property
+    def undecided(self) -> Bools:
+        """Heads that are undecided for any reason."""
+        found: Bools = np.any(list(self.reasons.values()), axis=0)
+        return found
+
+    @property
+    def firm(self) -> Bools:
+        """Heads that keep their label in `CONFIDENCE` of samples."""
+        return self.kept_samples >= CONFIDENCE
+
+
+def judge_stability(observations: Observations, decision: Decision) -> Stability:
+    """Ask the decision of each sample, step, chunk and observation alone, and of resampled samples.
+
+    A head is undecided if the bootstrap interval of its margin over samples holds 0; if its label
+    differs in more than 5% of samples; or if at some step or chunk the interval of its margin lies
+    wholly on the other side. One sample gives no intervals, and says nothing about others: then only
+    what flips within it is undecided.
+    """
+    values = observations.values
+    samples = len(values)
+    mean = observations.mean()
+    static = decision.static(mean)
+
+    def kept(axes: tuple[int, ...]) -> Array:
+        """Share of parts (what is left when the axes are averaged) in which the label holds."""
+        same = decision.static(values.mean(axes)) == static
+        flat = same.reshape(-1, *static.shape)
+        return np.asarray(flat.mean(0))
+
+    weights = _resampling(samples)
+
+    def margins(part: Array) -> Interval:
+        """Interval of the margin, from features (samples, layers, heads, features)."""
+        return _interval(decision.margin(np.tensordot(weights, part, 1)), samples)
+
+    def opposite(parts: Array) -> Bools:
+        """Heads that are on the other side in some part: parts (samples, parts, ...)."""
+        found = np.zeros(static.shape, bool)
+        for part in np.moveaxis(parts, 1, 0):
+            if samples < 2:
+                found |= decision.static(part.mean(0)) != static
+                continue
+            interval = margins(part)
+            found |= np.where(static, interval.high < 0, interval.low >= 0)
+        return found
+
+    overall = margins(values.mean((1, 2)))
+    by_sample = values[..., 0].mean((1, 2))
+    reasons = {
+        "interval": (overall.low < 0) & (overall.high >= 0),
+        "samples": kept((1, 2)) < CONFIDENCE,
+        "steps": opposite(values.mean(1)),
+        "chunks": opposite(values.mean(2)),
+    }
+    return Stability(
+        static=static,
+        score=mean[..., 0],
+        interval=_interval(np.tensordot(weights, by_sample, 1), samples),
+        margin=decision.margin(mean),
+        spread=by_sample.std(0, ddof=1) if samples > 1 else np.full(static.shape, np.nan),
+        kept_samples=kept((1, 2)),
+        kept_steps=kept((0, 1)),
+        kept_chunks=kept((0, 2)),
+        kept=kept(()),
+        reasons=reasons,
+        samples=samples,
+    )
+
+
+def samples_needed(spread: Array, half_width: float) -> npt.NDArray[np.int64]:
+    """Samples for a 95% interval of a mean score no wider than +- `half_width`, for each spread.
+
+    n = (1.96 s / half_width)^2, at least 2. Raises ValueError where the spread is not known.
+    """
+    if not np.isfinite(spread).all():
+        raise ValueError("one sample says nothing about the spread over samples")
+    needed = np.ceil((NORMAL_QUANTILE * spread / half_width) ** 2)
+    return np.maximum(needed, 2).astype(np.int64)
+
+
+def _resampling(samples: int) -> Array:
+    """(resamples, samples): the weight of each sample in each resample; always the same."""
+    drawn = np.random.default_rng(0).integers(samples, size=(RESAMPLES, samples))
+    counts = np.stack([(drawn == sample).sum(1) for sample in range(samples)], 1)
+    return np.asarray(counts / samples)
+
+
+def _interval(resampled: Array, samples: int) -> Interval:
+    """Percentiles over the first axis; NaN where there is nothing to resample."""
+    if samples < 2:
+        nothing = np.full(resampled.shape[1:], np.nan)
+        return Interval(nothing, nothing)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+    return Interval(low, high)

@@ -1,0 +1,197 @@
+"""Where statistics lie: a local folder, or any place that fsspec reaches (s3://, gs://, memory://).
+
+A file appears whole or not at all, and carries what it was measured on, so a run can go on where it
+was interrupted, and workers on several machines can write to one place.
+"""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+from polars.exceptions import PolarsError
+
+from forcingkv.analyze.recording import COLUMNS, METADATA_KEY, Recording
+from forcingkv.headmaps import InputError
+from forcingkv.runtime.files import unwritable
+
+__all__ = ["Recorded", "Storage", "read_statistics"]
+
+_NAME = re.compile(r"^sample-(\d{4,})\.parquet$")
+
+
+class Storage:
+    """The files `sample-NNNN.parquet` of one place.
+
+    Raises InputError where there is no file system for the URL.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        self.place = str(place)
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(self.place)
+        except (ValueError, ImportError) as error:
+            raise InputError(
+                f"cannot be reached ({error})",
+                where=self.place,
+                expected="a folder, or a URL that fsspec knows",
+            ) from error
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine's file system."""
+        return bool(self._files.protocol[0] == "file")
+
+    def samples(self) -> list[int]:
+        """The samples that are there, in order."""
+        self._files.invalidate_cache()
+        try:
+            names = [posixpath.basename(path) for path in self._files.ls(self._root, detail=False)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise InputError(
+                f"cannot be listed ({error.strerror or error})", where=self.place, expected="a folder"
+            ) from error
+        return sorted(int(found[1]) for name in names if (found := _NAME.match(name)))
+
+    def path(self, sample: int) -> str:
+        """The file of a sample, as people know it."""
+        return posixpath.join(self.place, _name(sample))
+
+    def write(self, rows: pl.DataFrame, recording: Recording) -> None:
+        """Write the file of the sample that `recording` names. Raises InputError where that fails."""
+        assert recording.sample is not None
+        content = io.BytesIO()
+        rows.write_parquet(content, metadata={METADATA_KEY: recording.to_text()})
+        final = posixpath.join(self._root, _name(recording.sample))
+        try:
+            self._files.makedirs(self._root, exist_ok=True)
+            if not self.is_local:  # an object appears whole
+                self._files.pipe_file(final, content.getvalue())
+                return
+            partial = posixpath.join(self._root, f".{_name(recording.sample)}.partial")
+            self._files.pipe_file(partial, content.getvalue())
+            self._files.mv(partial, final)
+        except OSError as error:
+            raise unwritable(Path(self.path(recording.sample)), error) from error
+
+    def recording(self, sample: int) -> Recording:
+        """What a file says it holds. Raises InputError for a damaged file, or another's."""
+        where = self.path(sample)
+        try:
+            with self._open(sample) as file:
+                metadata = pl.read_parquet_metadata(file)
+            with self._open(sample) as file:
+                columns = pl.read_parquet_schema(file)
+        except (OSError, PolarsError) as error:
+            raise _damaged(where, error) from error
+        if METADATA_KEY not in metadata:
+            raise InputError(
+                "does not say what it holds",
+                where=where,
+                expected="statistics that this version of forcingkv recorded",
+                mend="Record it anew: forcingkv analyze heads --restart",
+            )
+        recording = Recording.from_text(metadata[METADATA_KEY], where)
+        if columns != COLUMNS:
+            raise InputError(f"has the columns {dict(columns)}", where=where, expected=f"{dict(COLUMNS)}")
+        if recording.sample != sample:
+            raise InputError(f"holds sample {recording.sample}", where=where, expected=f"sample {sample}")
+        return recording
+
+    def scan(self, samples: Sequence[int]) -> pl.LazyFrame:
+        """One lazy scan over those files."""
+        if self.is_local:
+            return pl.scan_parquet([posixpath.join(self._root, _name(sample)) for sample in samples])
+        return pl.scan_parquet([self._open(sample).read() for sample in samples])
+
+    def remove(self, samples: Sequence[int]) -> None:
+        """Delete the files of those samples."""
+        for sample in samples:
+            self._files.rm_file(posixpath.join(self._root, _name(sample)))
+
+    def _open(self, sample: int) -> Any:
+        return self._files.open(posixpath.join(self._root, _name(sample)), "rb")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The statistics of a run."""
+
+    rows: pl.LazyFrame
+    """See `analyze.recording`."""
+    recording: Recording
+    """What all samples have in common."""
+    samples: tuple[int, ...]
+    place: str
+
+
+def read_statistics(place: str | Path) -> Recorded:
+    """The statistics in a folder or at a URL, read lazily; what the files say of themselves is checked.
+
+    Raises InputError where there are none, a file is damaged, of another version, or not of the same
+    run (model, weights, policy, seed, ...) as the first.
+    """
+    storage = Storage(place)
+    samples = storage.samples()
+    if not samples:
+        raise InputError(
+            "holds no statistics",
+            where=storage.place,
+            expected="files sample-NNNN.parquet",
+            mend="Record them with: forcingkv analyze heads",
+        )
+    first = storage.recording(samples[0]).common()
+    for sample in samples[1:]:
+        check_same(storage.recording(sample).common(), first, storage.path(sample))
+    return Recorded(storage.scan(samples), first, tuple(samples), storage.place)
+
+
+def check_same(found: Recording, wanted: Recording, where: str) -> None:
+    """Raise InputError, naming what differs, unless two recordings are of one run."""
+    if found == wanted:
+        return
+    differing = [name for name in vars(wanted) if getattr(found, name) != getattr(wanted, name)]
+    name = differing[0]
+    of_model = f" (the model {found.model.name})" if name in ("model", "spec") else ""
+    raise InputError(
+        f"is of another run: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}{of_model}",
+        where=where,
+        expected=f"{name} {_shown(getattr(wanted, name))}, not {_shown(getattr(found, name))}",
+        mend="Choose another folder, or measure everything anew with --restart.",
+    )
+
+
+def collect(rows: pl.LazyFrame, place: str) -> pl.DataFrame:
+    """Run a query over statistics. Raises InputError for a file that turns out to be damaged."""
+    try:
+        return rows.collect()
+    except (OSError, PolarsError) as error:
+        raise _damaged(place, error) from error
+
+
+def _damaged(where: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return InputError(
+        f"cannot be read ({reason[0][:200]})",
+        where=where,
+        expected="a whole Parquet file",
+        mend="Delete it, and run the analysis again: that sample is then recorded anew.",
+    )
+
+
+def _name(sample: int) -> str:
+    return f"sample-{sample:04d}.parquet"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

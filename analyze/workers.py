@@ -1,0 +1,172 @@
+"""Samples spread over Ray workers, each with its own model and device.
+
+A worker writes each sample where the run's statistics lie; only numbers of samples travel back. A worker
+that dies is started anew and its sample recorded again: since a sample's file appears whole or not at
+all, and always under the same name, nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.analyze.job import Job, SampleRecorder
+from forcingkv.analyze.recording import Recording
+from forcingkv.analyze.storage import Storage
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+
+__all__ = ["RETRIES", "record_with_ray"]
+
+Text = npt.NDArray[np.float32]
+
+LOCAL = "local"
+RETRIES = 3
+"""How often a worker may die over one run before it is given up."""
+
+
+class SampleWorker:
+    """A Ray actor: records samples of one job, each with the text it is given."""
+
+    def __init__(self, job: Job, recording: Recording, place: str) -> None:
+        self._recorder, self._storage = SampleRecorder(job, recording), Storage(place)
+        self._recording = recording
+
+    def record(self, sample: int, text: Text) -> int:
+        """Record a sample and write its file. Returns its number."""
+        self._storage.write(self._recorder.record(sample, text), self._recording.of(sample, text))
+        return sample
+
+
+def record_with_ray(
+    job: Job,
+    storage: Storage,
+    samples: Sequence[int],
+    cluster: str,
+    workers: int | None = None,
+    say: Callable[[int], None] = lambda left: None,
+) -> None:
+    """Record those samples on Ray workers.
+
+    Args:
+        job: what to record; with `threads` None, workers on this machine share its cores.
+        storage: where files go; workers on other machines must see the same place.
+        samples: numbers of the samples.
+        cluster: `local`, for workers on this machine, or the address of a running cluster.
+        workers: how many at a time; each takes one GPU where the job runs on GPUs. None: as many as
+            there are GPUs or cores for.
+        say: told how many samples are left.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        InputError: the cluster is not there or has no room, a worker died more than `RETRIES` times,
+            or what a worker raised.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray")
+    import ray
+    from ray.util import ActorPool
+
+    with _cluster(cluster, workers):
+        count = min(workers or _room(job), len(samples))
+        if job.threads is None and cluster == LOCAL:
+            job = replace(job, threads=max(1, (os.cpu_count() or 1) // count))
+        needs = {"num_gpus": 1} if job.device == "cuda" else {"num_cpus": job.threads or 1}
+        actor: Any = ray.remote(SampleWorker).options(max_restarts=RETRIES, max_task_retries=RETRIES, **needs)
+        # A worker started anew needs its arguments again, so they are small: texts go with the samples.
+        told = (replace(job, texts=()), job.recording, storage.place)
+        pool = ActorPool([actor.remote(*told) for _ in range(count)])
+        found = pool.map_unordered(lambda a, sample: a.record.remote(sample, job.text(sample)), samples)
+        try:
+            for done, _ in enumerate(found, 1):
+                say(len(samples) - done)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayActorError as error:
+            raise InputError(
+                f"a worker died more than {RETRIES} times, or never came up ({_first_line(error)})",
+                where="ray",
+                expected="workers that live (too little memory is the usual cause)",
+                mend="What was recorded is kept: run the same command again, with fewer --workers.",
+            ) from error
+    absent = sorted(set(samples) - set(storage.samples()))
+    if absent:
+        raise InputError(
+            f"lacks {len(absent)} samples that workers recorded",
+            where=storage.place,
+            expected="a place that all workers share",
+            mend="Give one with --stats, for example an s3:// URL.",
+        )
+
+
+def _room(job: Job) -> int:
+    """Workers that the cluster has GPUs or cores for."""
+    import ray
+
+    kind = "GPU" if job.device == "cuda" else "CPU"
+    room = int(ray.cluster_resources().get(kind, 0)) // (1 if kind == "GPU" else job.threads or 1)
+    if room < 1:
+        raise InputError(f"the cluster has no {kind} to spare", where="ray", expected=f"at least one {kind}")
+    return room
+
+
+@contextmanager
+def _cluster(cluster: str, workers: int | None) -> Iterator[None]:
+    """Ray, on this machine or at an address, for as long as the block runs."""
+    import ray
+
+    if ray.is_initialized():  # an embedding program's own cluster
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if cluster != LOCAL:
+        _check_answers(cluster)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if cluster == LOCAL:
+            # More workers than cores may be asked for: torch's threads share the cores.
+            cores = max(workers or 1, os.cpu_count() or 1)
+            ray.init(address=LOCAL, num_cpus=cores, include_dashboard=False, **quiet)
+        else:
+            ray.init(address=cluster, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise _no_cluster(cluster, error) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise InputError where nobody listens at host:port: Ray itself would try for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if found is None:  # "auto" and the like, which Ray resolves
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> InputError:
+    return InputError(
+        f"no cluster answers ({_first_line(error)})",
+        where=f"ray {address}",
+        expected="the address of a running Ray cluster, or local",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,133 @@
+"""Samples on Ray workers: the same bytes as in one process, also when a worker is killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from forcingkv.analyze import Job, analyze_heads, record_samples
+from forcingkv.analyze.storage import Storage
+from forcingkv.headmaps import InputError, MissingExtraError
+from forcingkv.models.checkpoint import random_weights
+from forcingkv.runtime.text import encode_words
+from tests.conftest import small_spec
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install 'forcingkv[ray]'")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # pipes of Ray's own processes
+]
+
+# Large enough that recording a sample takes about a second: a worker can be killed in the middle.
+SPEC = small_spec(width=36, height=24)
+TEXTS = [encode_words(SPEC, prompt) for prompt in ("a b", "c d", "e")]
+JOB = Job(SPEC, random_weights(SPEC), TEXTS, seed=5, chunks=4, threads=1)
+SAMPLES = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """Workers find what this process finds."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    yield
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process."""
+    out = tmp_path_factory.mktemp("alone")
+    analyze_heads(JOB, out, samples=SAMPLES)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_two_workers_write_the_same_bytes_as_one_process(alone: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+    analyze_heads(
+        JOB, tmp_path, samples=SAMPLES, cluster="local", workers=2, say=lambda done, _: told.append(done)
+    )
+    assert contents(tmp_path) == contents(alone)
+    assert told == list(range(SAMPLES + 1))
+
+
+def workers() -> dict[int, str]:
+    """Process number -> title of every worker of this session's Ray."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if entry.name.isdigit() and title.startswith("ray::SampleWorker"):
+            found[int(entry.name)] = title
+    return found
+
+
+def kill_one_at_work(stats: Path, killed: list[int]) -> None:
+    """Kill a worker that is recording, once the first sample is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        busy = [number for number, title in workers().items() if "record" in title]
+        if any(stats.glob("sample-*.parquet")) and busy:
+            os.kill(busy[0], signal.SIGKILL)
+            killed.append(busy[0])
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers in /proc")
+def test_a_worker_killed_midway_is_started_anew(alone: Path, tmp_path: Path) -> None:
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_one_at_work, args=(tmp_path / "stats", killed))
+    killer.start()
+    analyze_heads(JOB, tmp_path, samples=SAMPLES, cluster="local", workers=2)
+    killer.join()
+    assert len(killed) == 1, "no worker was found at work"
+    assert not workers(), "workers are gone when the run is over"
+    leftover = {name for name in contents(tmp_path) if name.endswith(".partial")}
+    assert leftover == set()
+    assert contents(tmp_path) == contents(alone)
+
+
+def test_what_a_worker_finds_wrong_is_said_as_in_one_process(tmp_path: Path) -> None:
+    weights = random_weights(SPEC)
+    with pytest.raises(TypeError, match="nothing says how to open them"):
+        record_samples(
+            replace(JOB, weights=type(weights)(weights.shapes, weights.__getitem__)),
+            tmp_path, samples=1, cluster="local", workers=1,
+        )  # fmt: skip
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the folder should be")
+    with pytest.raises(InputError, match="cannot be listed"):
+        record_samples(JOB, blocked / "stats", samples=1, cluster="local", workers=1)
+    assert Storage(tmp_path).samples() == []
+
+
+def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"ray 127\.0\.0\.1:1: no cluster answers"):
+        record_samples(JOB, tmp_path, samples=1, cluster="127.0.0.1:1", workers=1)
+
+
+def test_ray_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find: Callable[[str], object] = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[ray\]'"):
+        record_samples(JOB, tmp_path, samples=1, cluster="local")
