@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score, cohen_kappa_score
 
 from forcingkv.headmaps import HeadMap, InputError
 
-__all__ = ["Agreement", "Change", "agree", "changes", "pairwise"]
+__all__ = ["Agreement", "Change", "ScoreDifference", "agree", "changes", "pairwise", "score_difference"]
 
 Bools = npt.NDArray[np.bool_]
 
@@ -42,6 +42,17 @@ class Change:
     """How far it is from the boundary in each map, in the units of that map's rule; None: unknown."""
     undecided: tuple[bool | None, bool | None]
     """Whether each map calls it undecided; None: it does not say."""
+
+
+@dataclass(frozen=True)
+class ScoreDifference:
+    """Differences between the scores of two maps, without sign."""
+
+    mean: float
+    largest: float
+    layer: int
+    """Where the largest is."""
+    head: int
 
 
 def agree(a: HeadMap, b: HeadMap) -> Agreement:
@@ -82,6 +93,15 @@ def changes(a: HeadMap, b: HeadMap) -> list[Change]:
         if a.labels[layer][head] != b.labels[layer][head]
     ]
     return sorted(found, key=lambda change: -max(distance or 0.0 for distance in change.distances))
+
+
+def score_difference(a: HeadMap, b: HeadMap) -> ScoreDifference | None:
+    """How far apart the scores of two maps are; None where one has none."""
+    if a.scores is None or b.scores is None:
+        return None
+    apart = np.abs(np.array(a.scores) - np.array(b.scores))
+    layer, head = np.unravel_index(int(apart.argmax()), apart.shape)
+    return ScoreDifference(float(apart.mean()), float(apart.max()), int(layer), int(head))
 
 
 def pairwise(maps: Mapping[str, HeadMap]) -> dict[tuple[str, str], Agreement]:

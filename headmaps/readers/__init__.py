@@ -120,4 +120,5 @@ def _relabel(headmap: HeadMap, labels: Mapping[str, str], where: str) -> HeadMap
     rows = tuple(tuple(labels.get(label, label) for label in row) for row in headmap.labels)
     reasons = [headmap.rule.reason, relabelled(labels)]
     rule = replace(headmap.rule, reason="; ".join(reason for reason in reasons if reason))
-    return replace(headmap, labels=rows, rule=rule)
+    # A margin is to the boundary between the labels there were.
+    return replace(headmap, labels=rows, rule=rule, margins=None)

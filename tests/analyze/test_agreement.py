@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forcingkv.analyze.agreement import Change, agree, changes, pairwise
+from forcingkv.analyze.agreement import Change, ScoreDifference, agree, changes, pairwise, score_difference
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 
 HEADS = 5
@@ -165,3 +165,10 @@ def test_pairwise() -> None:
     assert {pair for pair, agreement in found.items() if agreement.share == 1} == {
         ("a", "a"), ("b", "b"), ("c", "c"), ("a", "c"), ("c", "a"),
     }  # fmt: skip
+
+
+def test_score_difference() -> None:
+    a = replace(map_of(["static"] * 4, 2), scores=((0.1, 0.5), (0.3, 0.7)))
+    b = replace(map_of(["static"] * 4, 2), scores=((0.1, 0.4), (0.6, 0.7)))
+    assert score_difference(a, b) == ScoreDifference(pytest.approx(0.1), pytest.approx(0.3), 1, 0)
+    assert score_difference(a, map_of(["static"] * 4, 2)) is None

@@ -70,9 +70,10 @@ def test_two_runs_for_people(runs: tuple[Path, Path], run: Run) -> None:
         "0 3 dynamic -> static 0.790 -> 0.820 0.010 -> 0.020 yes -> no",
         "0 1 static -> dynamic 0.810 -> 0.790 0.010 -> 0.010 yes -> yes",
     ], "the farthest from a boundary first"
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         "agreement 62.5% (5 of 8 heads), Cohen's kappa 0.250, adjusted Rand -0.082",
         "IoU: dynamic 0.500, static 0.400",
+        "scores differ by 0.067 on average, at most 0.490 (layer 1, head 3)",
         "3 heads changed: static -> dynamic 2, dynamic -> static 1",
         "undecided in at least one map: 2 of them; uncertainty does not explain the other 1",
     ]

@@ -21,6 +21,8 @@ from forcingkv.headmaps import (
 )
 from forcingkv.headmaps.readers import duoattention_tsv, forcingkv_json, pyramid_csv
 
+FIRST_VERSION = Path(__file__).with_name("first-version.json")
+"""A map as the first version of forcingkv wrote it."""
 WHERE = "map.json"
 
 
@@ -162,7 +164,7 @@ def test_choices_that_do_not_fit_are_refused(
 
 
 def test_our_own_maps_are_read_as_before(tmp_path: Path) -> None:
-    path = Path(__file__).parents[2] / "headmaps" / "maps" / "demo.json"
+    path = FIRST_VERSION
     headmap = read_headmap(path)
     assert headmap == HeadMap.read(path)
     assert headmap.to_text() == path.read_text(), "fields that came later are not in old files"
@@ -180,7 +182,7 @@ def test_our_own_maps_are_read_as_before(tmp_path: Path) -> None:
     ("name", "message"), [("layers", "lists the layers"), ("heads", "leaves out head 4, 5")]
 )
 def test_a_damaged_count_takes_no_memory(name: str, message: str) -> None:
-    data = json.loads((Path(__file__).parents[2] / "headmaps" / "maps" / "demo.json").read_text())
+    data = json.loads(FIRST_VERSION.read_text())
     data["model"][name] = 10**12
     for layer in data["layers"]:
         layer.pop("scores"), layer.pop("confidence")

@@ -71,6 +71,7 @@ def _check_options(out: Path | None, min_agreement: float | None) -> None:
 
 
 def _as_json(places: Places, maps: Maps, agreement: Agreement, changed: Sequence[Change]) -> dict[str, Any]:
+    from forcingkv.analyze.agreement import score_difference
     from forcingkv.analyze.comparison import moves, undecided_among
 
     return {
@@ -80,6 +81,7 @@ def _as_json(places: Places, maps: Maps, agreement: Agreement, changed: Sequence
         "kappa": agreement.kappa,
         "rand": agreement.rand,
         "iou": agreement.iou,
+        "scores": to_data(score_difference(*maps)),
         "changed": len(changed),
         "changed_undecided": undecided_among(*maps, changed),
         "moves": [{"labels": pair, "heads": number} for pair, number in moves(*maps).items()],
@@ -186,6 +188,7 @@ def _arrow(values: Iterable[str]) -> str:
 
 def _conclusions(maps: Maps, agreement: Agreement, changed: Sequence[Change]) -> list[str]:
     """What it comes to."""
+    from forcingkv.analyze.agreement import score_difference
     from forcingkv.analyze.comparison import moves, undecided_among
 
     heads = maps[0].model.layers * maps[0].model.heads
@@ -194,6 +197,12 @@ def _conclusions(maps: Maps, agreement: Agreement, changed: Sequence[Change]) ->
         f" Cohen's kappa {agreement.kappa:.3f}, adjusted Rand {agreement.rand:.3f}",
         "IoU: " + ", ".join(f"{label} {value:.3f}" for label, value in agreement.iou.items()),
     ]
+    apart = score_difference(*maps)
+    if apart:
+        lines.append(
+            f"scores differ by {apart.mean:.3f} on average, at most {apart.largest:.3f}"
+            f" (layer {apart.layer}, head {apart.head})"
+        )
     if not changed:
         return [*lines, "no head changed"]
     found = ", ".join(f"{old} -> {new} {number}" for (old, new), number in moves(*maps).items())
