@@ -77,8 +77,8 @@ def record_samples(
     """
     if not job.texts or samples < 1:
         raise InputError(f"{len(job.texts)} prompts, {samples} samples", where="analysis", expected="some")
-    storage = Storage(place)
-    if restart:
+    storage, recording = Storage(place), job.recording
+    if restart:  # not before what is asked for is known to be possible
         storage.remove(storage.samples())
     missing = _missing(job, storage, samples)
     say(samples - len(missing), 0)
@@ -89,11 +89,11 @@ def record_samples(
 
         record_with_ray(job, storage, missing, cluster, workers, lambda left: say(samples - left, 0))
         return missing
-    recorder = SampleRecorder(job, job.recording)
+    recorder = SampleRecorder(job, recording)
     for done, sample in enumerate(missing, samples - len(missing)):
         text = job.text(sample)
         rows = recorder.record(sample, text, lambda chunk, done=done: say(done, chunk))  # type: ignore[misc]
-        storage.write(rows, job.recording.of(sample, text))
+        storage.write(rows, recording.of(sample, text))
         say(done + 1, 0)
     return missing
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import polars as pl
@@ -71,7 +70,7 @@ class Storage:
         assert recording.sample is not None
         content = io.BytesIO()
         rows.write_parquet(content, metadata={METADATA_KEY: recording.to_text()})
-        final = posixpath.join(self._root, _name(recording.sample))
+        final = self._file(recording.sample)
         try:
             self._files.makedirs(self._root, exist_ok=True)
             if not self.is_local:  # an object appears whole
@@ -87,9 +86,9 @@ class Storage:
         """What a file says it holds. Raises InputError for a damaged file, or another's."""
         where = self.path(sample)
         try:
-            with self._open(sample) as file:
+            with self._files.open(self._file(sample), "rb") as file:
                 metadata = pl.read_parquet_metadata(file)
-            with self._open(sample) as file:
+                file.seek(0)
                 columns = pl.read_parquet_schema(file)
         except (OSError, PolarsError) as error:
             raise _damaged(where, error) from error
@@ -110,16 +109,20 @@ class Storage:
     def scan(self, samples: Sequence[int]) -> pl.LazyFrame:
         """One lazy scan over those files."""
         if self.is_local:
-            return pl.scan_parquet([posixpath.join(self._root, _name(sample)) for sample in samples])
-        return pl.scan_parquet([self._open(sample).read() for sample in samples])
+            return pl.scan_parquet([self._file(sample) for sample in samples])
+        return pl.scan_parquet([self._content(sample) for sample in samples])
 
     def remove(self, samples: Sequence[int]) -> None:
         """Delete the files of those samples."""
         for sample in samples:
-            self._files.rm_file(posixpath.join(self._root, _name(sample)))
+            self._files.rm_file(self._file(sample))
 
-    def _open(self, sample: int) -> Any:
-        return self._files.open(posixpath.join(self._root, _name(sample)), "rb")
+    def _content(self, sample: int) -> bytes:
+        content: bytes = self._files.cat_file(self._file(sample))
+        return content
+
+    def _file(self, sample: int) -> str:
+        return posixpath.join(self._root, _name(sample))
 
 
 @dataclass(frozen=True)

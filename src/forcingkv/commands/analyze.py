@@ -170,8 +170,9 @@ def report(
         rule, alpha, static_per_layer, sink_frames, undecided, target_kv, target_time,
         target_resolution or default,
     )  # fmt: skip
-    analysis = analyze_statistics(place, asked)
-    write_analysis(analysis, out or folder, ["forcingkv", *sys.argv[1:]])
+    with console.status("labelling, judging, drawing"):
+        analysis = analyze_statistics(place, asked)
+        write_analysis(analysis, out or folder, ["forcingkv", *sys.argv[1:]])
     _show(analysis, out or folder, as_json)
 
 
