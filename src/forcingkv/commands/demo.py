@@ -40,7 +40,7 @@ def demo(
     need("export", "onnx", "onnxscript")
     need("video", "av")
     from forcingkv.analyze import Job, Labelling, analyze_heads, analyze_statistics
-    from forcingkv.analyze.pictures import headmap_picture
+    from forcingkv.analyze.report.pictures import headmap_picture
     from forcingkv.commands.compare import compare_policies, results
     from forcingkv.commands.models import text_inputs
     from forcingkv.commands.pictures import write_sheet

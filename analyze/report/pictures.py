@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from forcingkv.analyze.analysis import Analysis
-from forcingkv.analyze.page import Picture, Theme, drawn
+from forcingkv.analyze.report.page import Picture, Theme, drawn
 from forcingkv.headmaps import HeadMap
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The report of an analysis: one HTML file that works offline."""
+"""The sections of the report, and what they say."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import forcingkv
 from forcingkv.analyze.agreement import pairwise
 from forcingkv.analyze.analysis import Analysis
-from forcingkv.analyze.attention_pictures import attention_pictures
-from forcingkv.analyze.costs import cost_table
-from forcingkv.analyze.page import Markup, figure, node, page, pairs, table
-from forcingkv.analyze.pictures import (
+from forcingkv.analyze.report.attention import attention_pictures
+from forcingkv.analyze.report.costs import cost_table
+from forcingkv.analyze.report.page import Markup, figure, node, page, pairs, table
+from forcingkv.analyze.report.pictures import (
     FOLLOWED,
     headmap_drawing,
     histogram,

@@ -11,8 +11,8 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from forcingkv.analyze.analysis import Analysis
-from forcingkv.analyze.page import Picture, Theme, drawn
-from forcingkv.analyze.pictures import WIDTH
+from forcingkv.analyze.report.page import Picture, Theme, drawn
+from forcingkv.analyze.report.pictures import WIDTH
 from forcingkv.analyze.stability import Stability
 from forcingkv.analyze.storage import Recorded, collect
 from forcingkv.runtime.spec import ModelSpec

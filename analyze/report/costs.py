@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from forcingkv.analyze.budget import ELEMENT_BYTES
 from forcingkv.analyze.dummy import CLASSES
-from forcingkv.analyze.page import node, table
+from forcingkv.analyze.report.page import node, table
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.runtime.cost import chunk_flops
 from forcingkv.runtime.plan import CachePlan, build_plan
