@@ -171,7 +171,7 @@ def _kinds(a: HeadMap, b: HeadMap) -> list[_Kind]:
     kinds = [_kind(COLOURS[pair], (pair,), counts, letters) for pair in plain]
     for same, palette, rest in ((True, SAME, REST_SAME), (False, CHANGED, REST_CHANGED)):
         others = [pair for pair in counts if pair not in COLOURS and (pair[0] == pair[1]) is same]
-        coloured = zip(palette, others, strict=False)
+        coloured = zip(palette[: len(others)], others[: len(palette)], strict=True)
         kinds += [_kind(colour, (pair,), counts, letters) for colour, pair in coloured]
         left = tuple(others[len(palette) :])
         if left:

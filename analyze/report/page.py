@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,10 @@ class Theme:
     """Of the labels, in the order of `HeadMap.letters`."""
     mass: str
     """Colour map in which no attention looks like paper."""
+
+    def coloured(self, labels: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Each label with its colour; colours come again where there are more labels."""
+        return zip(labels, itertools.cycle(self.labels))
 
 
 LIGHT = Theme(

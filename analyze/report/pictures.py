@@ -125,7 +125,7 @@ def intervals(analysis: Analysis) -> Picture:
         def dot(label: str, colour: str, face: str) -> Line2D:
             return Line2D([], [], marker="o", linestyle="", color=colour, markerfacecolor=face, label=label)
 
-        for label, colour in zip(headmap.letters(), theme.labels, strict=False):
+        for label, colour in theme.coloured(headmap.letters()):
             for open_ones in (False, True):
                 at = np.flatnonzero((labels == label) & (unsure == open_ones))
                 if stability.samples > 1:
@@ -193,12 +193,13 @@ def roles(analysis: Analysis, reason: str) -> Picture:
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        for (name, band), colour in zip(bands.items(), theme.labels, strict=False):
+        for name, colour in theme.coloured(bands):
+            band = bands[name]
             if band.size:
                 low, high = np.quantile(band, [0.1, 0.9], axis=1)
                 axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
                 axes.plot(places, band.mean(1), "o-", color=colour, markersize=4, linewidth=2, label=name)
-        for (layer, head), style in zip(flipping, DASHES, strict=False):
+        for (layer, head), style in zip(flipping[:FOLLOWED], DASHES[: len(flipping)], strict=True):
             axes.plot(places, scores[:, layer, head], linestyle=style, marker=".", color=theme.accent,
                       linewidth=1.4, label=f"L{layer} H{head}")  # fmt: skip
         every = -(-len(ticks) // 10)
@@ -276,11 +277,12 @@ def _heatmap(axes: Axes, values: Array, colours: object, scale: tuple[float, flo
 
 def _marked(axes: Axes, labels: npt.NDArray[np.str_], marked: list[str]) -> str:
     """Mark the heads of those labels. Returns what the marks mean."""
-    marks = {"dot": ("o", "white", "black"), "square": ("s", "black", "white")}
-    for label, (mark, face, edge) in zip(marked, marks.values(), strict=False):
+    shapes = (("dot", "o", "white", "black"), ("square", "s", "black", "white"))
+    used = list(zip(shapes[: len(marked)], marked, strict=True))
+    for (_, mark, face, edge), label in used:
         rows, columns = np.nonzero(labels == label)
         axes.plot(columns + 0.5, rows + 0.5, mark, color=face, markersize=2.4, markeredgecolor=edge, mew=0.4)
-    return ", ".join(f"{name}: {label}" for name, label in zip(marks, marked, strict=False))
+    return ", ".join(f"{name}: {label}" for (name, *_), label in used)
 
 
 def _map_size(layers: int, heads: int) -> tuple[float, float]:
