@@ -8,10 +8,11 @@ from pathlib import Path
 from forcingkv.analyze.budget import decide_budget
 from forcingkv.analyze.dummy import context_mass, label_dummies
 from forcingkv.analyze.labels import ALPHA, Decision, RuleName, decide
-from forcingkv.analyze.maps import Undecided, Verdict, headmap_of, undecided_choice, verdict
+from forcingkv.analyze.maps import Undecided, Verdict, headmap_of, labels_of_rule, undecided_choice, verdict
 from forcingkv.analyze.scores import Observations, observe
 from forcingkv.analyze.stability import Stability, judge_stability
 from forcingkv.analyze.storage import Recorded, read_statistics
+from forcingkv.analyze.variance import Divergence, divergence, variance_split
 from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import Budget
@@ -55,8 +56,11 @@ class Analysis:
     stability: Stability
     """Of `decision`."""
     verdict: Verdict
+    variance: dict[str, float]
+    """Source -> share of the variance of scores."""
+    divergence: Divergence
     alternatives: dict[str, HeadMap] = field(default_factory=dict)
-    """Rule -> the map it gives, undecided heads kept, for every rule that can be applied."""
+    """Rule -> the labels it gives, not judged, for every rule that can be applied."""
     missing: dict[str, str] = field(default_factory=dict)
     """Rule -> why it cannot be applied."""
 
@@ -92,12 +96,12 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
         except InputError as error:
             missing[rule] = error.what
             continue
-        steadiness = judge_stability(observations, other)
-        alternatives[rule] = headmap_of(other, steadiness, recording.model, measured)
+        alternatives[rule] = labels_of_rule(other, observations, recording.model)
     if asked.rule == "budget":
-        alternatives["budget"] = headmap_of(decision, stability, recording.model, measured)
+        alternatives["budget"] = labels_of_rule(decision, observations, recording.model)
     return Analysis(
-        recorded, asked, observations, headmap, decision, stability, judged, alternatives, missing,
+        recorded, asked, observations, headmap, decision, stability, judged,
+        variance_split(observations), divergence(recorded), alternatives, missing,
     )  # fmt: skip
 
 

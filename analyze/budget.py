@@ -12,17 +12,15 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from forcingkv.analyze.labels import Decision, least_static
-from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError, ModelIdentity, Rule
+from forcingkv.analyze.labels import Decision, label_rows, least_static
+from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.headmaps.headmap import Budget
 from forcingkv.runtime.cost import chunk_flops
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import load_policy
-from forcingkv.runtime.spec import Dtype, ModelSpec
+from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["ELEMENT_BYTES", "decide_budget", "plan_for"]
-
-ELEMENT_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+__all__ = ["decide_budget", "plan_for"]
 
 Array = npt.NDArray[np.float64]
 
@@ -68,8 +66,8 @@ def decide_budget(scores: Array, spec: ModelSpec, budget: Budget, sink_frames: i
 
 def plan_for(spec: ModelSpec, static: npt.NDArray[np.bool_], budget: Budget) -> CachePlan:
     """The plan of the budget's policy with those heads static (layers, heads)."""
-    labels = tuple(tuple(STATIC if value else DYNAMIC for value in row) for row in static.tolist())
-    headmap = HeadMap(ModelIdentity(spec.name, spec.layers, spec.heads), labels, Rule("budget"))
+    identity = ModelIdentity(spec.name, spec.layers, spec.heads)
+    headmap = HeadMap(identity, label_rows(static), Rule("budget"))
     return build_plan(spec, spec.geometry(budget.resolution), load_policy(budget.policy), headmap)
 
 
@@ -82,8 +80,7 @@ def _target(spec: ModelSpec, budget: Budget) -> tuple[Callable[[CachePlan], floa
             mend="Give one of --target-kv and --target-time.",
         )
     if budget.kv_bytes is not None:
-        element = ELEMENT_BYTES[spec.dtype]
-        return (lambda plan: plan.kv_bytes(element)), budget.kv_bytes, "bytes"
+        return (lambda plan: plan.kv_bytes(spec.element_bytes)), budget.kv_bytes, "bytes"
     assert budget.time_ratio is not None
     full = chunk_flops(build_plan(spec, spec.geometry(budget.resolution), load_policy("full")))
     return (lambda plan: chunk_flops(plan) / full), budget.time_ratio, "of the time under full"

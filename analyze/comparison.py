@@ -8,7 +8,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,6 @@ from matplotlib.patches import Patch
 
 from forcingkv.analyze.agreement import Agreement, Change, agree, changes
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError, read_headmap
-from forcingkv.runtime.files import unwritable
 
 __all__ = [
     "Pair",
@@ -34,7 +33,6 @@ __all__ = [
     "read_map_or_run",
     "short_names",
     "undecided_among",
-    "write_bytes",
 ]
 
 Pair = tuple[str, str]
@@ -128,24 +126,6 @@ def comparison_picture(a: HeadMap, b: HeadMap, names: Pair) -> bytes:
         title = _title(agreement, len(changed), layers * heads, names)
         figure.suptitle(title, fontsize=10, ha="left", x=0.02)
         return _png(figure)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file: under a temporary name, then renamed. Makes the folder.
-
-    Raises InputError where that cannot be done; nothing is left behind then.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise unwritable(path, error) from error
 
 
 @dataclass(frozen=True)

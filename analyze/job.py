@@ -26,8 +26,6 @@ __all__ = ["Device", "Job", "SampleRecorder", "choose_device"]
 
 Device = Literal["cpu", "cuda"]
 
-TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Job:
@@ -68,7 +66,6 @@ class Job:
         chunks = self.chunks or spec.attended_frames // spec.frames_per_chunk
         if chunks <= spec.ar_start + 1:
             raise InputError(f"{chunks} chunks", where="chunks", expected=f"more than {spec.ar_start + 1}")
-        grouped = plan.policy.needs_headmap and self.headmap
         return Recording(
             schema=SCHEMA,
             model=ModelIdentity(spec.name, spec.layers, spec.heads, self.weights.digest),
@@ -76,7 +73,7 @@ class Job:
             width=plan.geometry.width,
             height=plan.geometry.height,
             policy=self.policy,
-            headmap=self.headmap.digest if grouped and self.headmap else None,
+            headmap=self.headmap.digest if self.headmap and plan.policy.needs_headmap else None,
             seed=self.seed,
             chunks=chunks,
             # Sampling all rows is not sampling.
@@ -98,19 +95,25 @@ class SampleRecorder:
         self.job, self.recording = job, recording
         self.plan = job.plan()
         self.orders = head_orders(job.spec, self.plan.policy, job.headmap)
-        weights, spec = job.weights, job.spec
-        ordered = Weights(weights.shapes, lambda n: permute_tensor(n, weights[n], spec, self.orders))
-        self.model = build_model(spec, ordered, job.device, TORCH_DTYPES[job.dtype])
+        self.dtype: torch.dtype = getattr(torch, job.dtype)
+        self.model = build_model(job.spec, self._ordered(), job.device, self.dtype)
 
     def record(
         self, sample: int, text: npt.NDArray[np.float32], say: Callable[[int], None] = lambda chunk: None
     ) -> pl.DataFrame:
         """The rows of a sample with that text. Raises InputError where attention is not a number."""
-        placed = torch.tensor(text).to(self.job.device, TORCH_DTYPES[self.job.dtype])
+        placed = torch.tensor(text, dtype=self.dtype, device=self.job.device)
         return record_sample(
             self.model, self.plan, placed, self.job.seed + sample, sample, self.recording.chunks,
             rows=self.recording.rows, orders=self.orders, say=say,
         )  # fmt: skip
+
+    def _ordered(self) -> Weights:
+        """The weights with heads as the plan groups them; as they are where it does not."""
+        weights, spec = self.job.weights, self.job.spec
+        if not self.plan.policy.needs_headmap:
+            return weights
+        return Weights(weights.shapes, lambda n: permute_tensor(n, weights[n], spec, self.orders))
 
 
 def choose_device(name: str | None) -> Device:

@@ -17,11 +17,11 @@ from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
 from forcingkv.analyze.scores import FEATURES, Observations
-from forcingkv.headmaps import Rule
+from forcingkv.headmaps import DYNAMIC, STATIC, Rule
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 
-__all__ = ["ALPHA", "Decision", "RuleName", "decide", "least_static", "rule_name"]
+__all__ = ["ALPHA", "Decision", "RuleName", "decide", "label_rows", "least_static", "rule_name"]
 
 RuleName = Literal["auto", "threshold", "quota", "kmeans", "mixture", "budget", "dummy"]
 
@@ -86,6 +86,11 @@ def decide(
 def least_static(scores: Array, static: int, rule: Rule) -> Decision:
     """The decision that makes the `static` highest of all scores (layers, heads) static."""
     return _cut(np.full(len(scores), _between(scores.ravel(), static)), rule)
+
+
+def label_rows(static: Bools) -> tuple[tuple[str, ...], ...]:
+    """The labels of a head map from whether each head is static: (layers, heads)."""
+    return tuple(tuple(STATIC if value else DYNAMIC for value in row) for row in static.tolist())
 
 
 def rule_name(name: str) -> RuleName:

@@ -8,11 +8,20 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from forcingkv.analyze.labels import Decision
+from forcingkv.analyze.labels import Decision, label_rows
+from forcingkv.analyze.scores import Observations
 from forcingkv.analyze.stability import CONFIDENCE, Stability
-from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError, ModelIdentity, Statistics
+from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Statistics
 
-__all__ = ["FIXED_COUNT", "Undecided", "Verdict", "headmap_of", "undecided_choice", "verdict"]
+__all__ = [
+    "FIXED_COUNT",
+    "Undecided",
+    "Verdict",
+    "headmap_of",
+    "labels_of_rule",
+    "undecided_choice",
+    "verdict",
+]
 
 Undecided = Literal["kept", "dynamic"]
 
@@ -20,7 +29,7 @@ FIXED_COUNT = ("quota", "budget", "dummy")
 """Rules that say how many heads are static: their undecided heads keep their labels."""
 
 FEW_SAMPLES = 16
-"""With fewer samples the 95% bootstrap interval holds less than 91% (8 samples: 87%, 4: 79%; simulated)."""
+"""With fewer the 95% interval holds the mean in less than 91% (`python benchmarks/interval_coverage.py`)."""
 SAFE, UNSAFE = 0.05, 0.5
 """Share of the rule's static heads that is undecided: safe up to the first, unsafe from the second."""
 
@@ -55,7 +64,7 @@ def headmap_of(
     agree = np.where(static == stability.static, stability.kept, 1 - stability.kept)
     return HeadMap(
         model=model,
-        labels=tuple(tuple(STATIC if value else DYNAMIC for value in row) for row in static.tolist()),
+        labels=label_rows(static),
         rule=replace(decision.rule, undecided=undecided),
         scores=_rows(stability.score),
         confidence=_rows(agree),
@@ -63,6 +72,12 @@ def headmap_of(
         margins=_rows(stability.margin),
         undecided=tuple(tuple(int(head) for head in np.flatnonzero(row)) for row in open_heads),
     )
+
+
+def labels_of_rule(decision: Decision, observations: Observations, model: ModelIdentity) -> HeadMap:
+    """The map of a rule's labels alone, to be compared with others."""
+    mean = observations.mean()
+    return HeadMap(model, label_rows(decision.static(mean)), decision.rule, scores=_rows(mean[..., 0]))
 
 
 @dataclass(frozen=True)

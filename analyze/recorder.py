@@ -139,8 +139,7 @@ class Recorder:
                 slots.append((role, frame))
             runs.append(KeyRun(keys, slots.index((role, frame)), offset))
 
-        for role, kv in {**held, CURRENT: KeysValues(current[None], current[None])}.items():
-            keys = kv.keys[0]
+        for role, keys in [*((role, kv.keys[0]) for role, kv in held.items()), (CURRENT, current)]:
             if role == "retained":
                 for number, (frame, segment) in enumerate(self._retained if keys.shape[1] else ()):
                     length = self.plan.segment_tokens

@@ -21,7 +21,7 @@ from forcingkv.analyze.recording import COLUMNS, METADATA_KEY, Recording
 from forcingkv.headmaps import InputError
 from forcingkv.runtime.files import unwritable
 
-__all__ = ["Recorded", "Storage", "read_statistics"]
+__all__ = ["Recorded", "Storage", "check_same", "collect", "read_statistics"]
 
 _NAME = re.compile(r"^sample-(\d{4,})\.parquet$")
 

@@ -10,10 +10,9 @@ import numpy.typing as npt
 from forcingkv.analyze.agreement import pairwise
 from forcingkv.analyze.analysis import Analysis
 from forcingkv.analyze.stability import samples_needed
-from forcingkv.analyze.variance import divergence, variance_split
 from forcingkv.headmaps.fields import to_data
 
-__all__ = ["HALF_WIDTHS", "summary_json", "summary_lines"]
+__all__ = ["HALF_WIDTHS", "needed", "summary_json", "summary_lines"]
 
 HALF_WIDTHS = (0.01, 0.02, 0.05)
 """Half-widths of a score's interval for which the samples needed are said."""
@@ -23,8 +22,7 @@ Numbers = npt.NDArray[Any]
 
 def summary_json(analysis: Analysis) -> dict[str, Any]:
     """The content of stability.json."""
-    stability, recorded = analysis.stability, analysis.recorded
-    apart = divergence(recorded)
+    stability, recorded, apart = analysis.stability, analysis.recorded, analysis.divergence
     rules = pairwise(analysis.alternatives)
     return {
         "schema": "forcingkv.stability/1",
@@ -37,7 +35,7 @@ def summary_json(analysis: Analysis) -> dict[str, Any]:
         "keep_label_in_95_percent_of_samples": int(stability.firm.sum()),
         "undecided": int(stability.undecided.sum()),
         "undecided_for": {name: int(found.sum()) for name, found in stability.reasons.items()},
-        "variance": {name: _round(share) for name, share in variance_split(analysis.observations).items()},
+        "variance": {name: _round(share) for name, share in analysis.variance.items()},
         "divergence": {"intra": _round(apart.intra), "inter": _round(apart.inter)},
         "samples_needed": needed(stability.spread),
         "rules": {
@@ -57,8 +55,7 @@ def summary_lines(analysis: Analysis) -> list[tuple[str, str]]:
     stability, rule = analysis.stability, analysis.headmap.rule
     counts = analysis.headmap.counts()
     how = rule.name if rule.alpha is None else f"{rule.name}, cut at {rule.alpha:g}"
-    apart = divergence(analysis.recorded)
-    split = variance_split(analysis.observations)
+    apart, split = analysis.divergence, analysis.variance
     largest = sorted(split, key=lambda name: -split[name])[:4]
     recording = analysis.recorded.recording
     lines = [

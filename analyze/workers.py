@@ -129,6 +129,7 @@ def _cluster(cluster: str, workers: int | None) -> Iterator[None]:
     if ray.is_initialized():  # an embedding program's own cluster
         yield
         return
+    # Ray's own future default; left unset, it warns.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if cluster != LOCAL:
         _check_answers(cluster)

@@ -27,6 +27,7 @@ __all__ = [
     "Statistics",
     "labels_of",
     "uniform",
+    "write_bytes",
     "write_text",
 ]
 
@@ -236,11 +237,22 @@ def labels_of(number: int, groups: Mapping[str, Sequence[int]], heads: int, wher
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file: under a temporary name, then renamed. Makes the folder. Raises OSError."""
+    """Write a file of text, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file: under a temporary name, then renamed. Makes the folder.
+
+    Raises OSError; nothing is left behind then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _all_or_none(rows: Sequence[tuple[T, ...] | None]) -> tuple[tuple[T, ...], ...] | None:

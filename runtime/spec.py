@@ -170,6 +170,11 @@ class ModelSpec:
         return self.heads * self.head_dim
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of a number in `dtype`."""
+        return {"float32": 4, "bfloat16": 2}[self.dtype]
+
+    @property
     def rotary_pairs(self) -> tuple[int, int, int]:
         """Rotated pairs of a head given to time, height and width (22, 21, 21 of 64)."""
         pairs = self.head_dim // 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from forcingkv.analyze.budget import ELEMENT_BYTES
 from forcingkv.analyze.dummy import CLASSES
 from forcingkv.analyze.report.page import node, table
 from forcingkv.headmaps import HeadMap, InputError
@@ -67,7 +66,7 @@ def _cost(spec: ModelSpec, resolution: str, policy: str, headmap: HeadMap | None
         plan: CachePlan = build_plan(spec, spec.geometry(resolution), load_policy(policy), headmap)
     except InputError as error:
         return error.what
-    return Cost(plan.kv_bytes(ELEMENT_BYTES[spec.dtype]), chunk_flops(plan))
+    return Cost(plan.kv_bytes(spec.element_bytes), chunk_flops(plan))
 
 
 def _beside(cost: Cost | str, full: Cost | str) -> Cost | str:

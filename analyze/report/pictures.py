@@ -92,8 +92,8 @@ def histogram(headmap: HeadMap, scores: Array) -> Picture:
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         axes.hist(
-            parts, bins=20, range=(0, 1), stacked=True, color=theme.labels[: len(labels)], label=labels,
-            edgecolor=theme.paper, linewidth=0.8,
+            parts, bins=20, range=(0, 1), stacked=True, label=labels,
+            color=[colour for _, colour in theme.coloured(labels)], edgecolor=theme.paper, linewidth=0.8,
         )  # fmt: skip
         axes.set(xlabel="mean recency score", ylabel="heads", xlim=(0, 1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -27,7 +27,6 @@ from forcingkv.analyze.report.pictures import (
 )
 from forcingkv.analyze.stability import CONFIDENCE, REASONS
 from forcingkv.analyze.summary import needed, summary_lines
-from forcingkv.analyze.variance import variance_split
 
 __all__ = ["report_html"]
 
@@ -111,11 +110,10 @@ def _scores(analysis: Analysis) -> str:
 
 def _stability(analysis: Analysis) -> str:
     several = analysis.stability.samples > 1
-    split = variance_split(analysis.observations)
     figures = [
         *([figure(kept_labels(analysis), "How often a sample, judged by itself, gives the head the label that"
                   " all samples together give it.", title="Labels kept over samples")] if several else []),
-        figure(variance_bars(split, frozenset() if several else FROM_SAMPLES),
+        figure(variance_bars(analysis.variance, frozenset() if several else FROM_SAMPLES),
                "Red: interactions with the head, which endanger a fixed label. The other sources move all"
                " heads alike, or set heads apart for good.", title="Where the variance of scores comes from"),
         figure(roles(analysis, "steps"), _band("step", analysis), title="By denoising step"),

@@ -15,6 +15,8 @@ from rich.text import Text
 from forcingkv.commands.console import emit, need
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError
 from forcingkv.headmaps.fields import to_data
+from forcingkv.headmaps.headmap import write_bytes
+from forcingkv.runtime.files import unwritable
 
 if TYPE_CHECKING:
     from forcingkv.analyze.agreement import Agreement, Change
@@ -46,12 +48,16 @@ def compare(
     _check_options(out, min_agreement)
     need("analyze", "sklearn", "seaborn", "polars", "torch")
     from forcingkv.analyze.agreement import agree, changes
-    from forcingkv.analyze.comparison import comparison_picture, read_map_or_run, short_names, write_bytes
+    from forcingkv.analyze.comparison import comparison_picture, read_map_or_run, short_names
 
     first, second = read_map_or_run(a), read_map_or_run(b)
     agreement, changed = agree(first, second), changes(first, second)
     if out:
-        write_bytes(out, comparison_picture(first, second, short_names(a, b)))
+        picture = comparison_picture(first, second, short_names(a, b))
+        try:
+            write_bytes(out, picture)
+        except OSError as error:
+            raise unwritable(out, error) from error
     if as_json:
         emit(_as_json((a, b), (first, second), agreement, changed) | {"picture": str(out) if out else None})
     else:
