@@ -16,7 +16,7 @@ from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.generate import latent_shape, next_latents
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
-from forcingkv.runtime.plan import CacheEntry, CachePlan
+from forcingkv.runtime.plan import CachePlan
 
 __all__ = ["Graph", "decode_graph", "prompt_graph", "step_graph"]
 
@@ -32,8 +32,8 @@ class Graph:
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
-    dynamic: dict[str, str]
-    """Input name -> symbol of its token dimension (dimension 2), where that varies by phase."""
+    dynamic: dict[str, tuple[int, str]]
+    """Input name -> the dimension that varies by phase, and its symbol."""
 
 
 def _cross_names(layers: int) -> list[str]:
@@ -48,7 +48,8 @@ class PromptModule(nn.Module):
         self.model = model
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(tensor for kv in self.model.prompt(inputs["text"]) for tensor in kv)
+        text = inputs["text"].to(compute_dtype(self.model))
+        return tuple(tensor for kv in self.model.prompt(text) for tensor in kv)
 
 
 class StepModule(nn.Module):
@@ -65,9 +66,13 @@ class StepModule(nn.Module):
         cache = unflatten_cache(plan, [inputs[entry.name] for entry in plan.entries])
         rotary = inputs["cosines"], inputs["sines"]
         latents, sigma = inputs["latents"], inputs["sigma"]
-        flow, new = self.model(latents, inputs["time"], rotary, prompt, attend_cache(plan, cache))
+        kind = compute_dtype(self.model)
+        attend = attend_cache(plan, cache)
+        flow, new = self.model(latents.to(kind), inputs["time"].to(kind), rotary, prompt, attend)
+        flow = flow.to(latents)
         # Every output is there in every phase; the session takes those the phase calls for.
-        following, indices = advance(plan, cache, new, first=True, retain=True)
+        rows = {label: inputs[name] for label, name in plan.sink_rows.items()}
+        following, indices = advance(plan, cache, new, sink_rows=rows, retain=True)
         x0 = latents - sigma * flow
         following_latents = next_latents(
             plan.spec.schedule.renoise, latents, flow, sigma, inputs["sigma_next"], inputs.get("noise")
@@ -92,14 +97,22 @@ class StreamDecodeModule(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         state = {name: inputs[name] for name in self.state}
-        pixels, following = self.model(inputs["latents"], inputs["first"], state)
+        kind = compute_dtype(self.model)
+        pixels, following = self.model(inputs["latents"].to(kind), inputs["first"].to(kind), state)
+        pixels = pixels.float()
         return (to_frames(pixels), pixels, *(following[name] for name in self.state))
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype a model computes in: that of its weights. Latents and noise levels stay float32."""
+    return next(model.parameters()).dtype
 
 
 def to_frames(pixels: Tensor) -> Tensor:
     """(1, 1 or 3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
-    frames = ((pixels[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return frames.expand(-1, -1, -1, 3) if frames.shape[-1] == 1 else frames
+    frames = ((pixels[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round()
+    frames = frames.expand(-1, -1, -1, 3) if frames.shape[-1] == 1 else frames
+    return frames.to(torch.uint8)  # last: TensorRT has uint8 at the borders of a network only
 
 
 def unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
@@ -128,8 +141,9 @@ def prompt_graph(model: WanModel) -> Graph:
 
 def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     """The graph `step`. Its example inputs are those of the first pass of a chunk in the last phase."""
-    spec = plan.spec
-    first_frame = plan.phases[-1].first_chunk * spec.frames_per_chunk
+    spec, kind = plan.spec, compute_dtype(model)
+    last = plan.phases[-1].first_chunk
+    first_frame = last * spec.frames_per_chunk
     tables = positions.rotary(spec, plan.geometry, first_frame, spec.frames_per_chunk)
     cosines, sines = (torch.from_numpy(table) for table in tables)
     sigma, sigma_next = spec.schedule.sigmas[:2]
@@ -144,13 +158,16 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         "cosines": cosines,
         "sines": sines,
         # One tensor each: the tracer would take one object given twice for one input.
-        **{name: torch.zeros(cross) for name in _cross_names(spec.layers)},
-        **{entry.name: _example(plan, entry) for entry in plan.entries},
+        **{name: torch.zeros(cross, dtype=kind) for name in _cross_names(spec.layers)},
+        **{e.name: torch.zeros(plan.entry_shape(e, last), dtype=kind) for e in plan.entries},
+        # In the steady phase no token goes to the sink; the tracer wants a length of at least 2.
+        **{name: torch.arange(2, dtype=torch.int32) for name in plan.sink_rows.values()},
     }
     outputs = ("next_latents", "x0", *(f"next.{entry.name}" for entry in plan.entries))
     if plan.score_layer is not None:
         outputs += ("retained_indices",)
-    dynamic = {entry.name: f"{entry.group.label}_{entry.role}_tokens" for entry in plan.entries}
+    dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role}_tokens") for entry in plan.entries}
+    dynamic |= {name: (0, f"sink_rows_{label}") for label, name in plan.sink_rows.items()}
     return Graph("step", StepModule(model, plan), inputs, outputs, dynamic)
 
 
@@ -163,7 +180,7 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None) -> Gr
     if decoder is None:
         latents = torch.zeros(latent_shape(plan))
         return Graph("decode", PixelDecodeModule(), {"latents": latents}, ("frames",), {})
-    state = {name: torch.zeros(shape) for name, shape in decoder.state_shapes(height, width).items()}
+    state = decoder.empty_state(height, width)
     inputs = {
         "latents": torch.zeros(batch, channels, 1, height, width),
         "first": torch.ones(1),
@@ -171,8 +188,3 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None) -> Gr
     }
     outputs = ("frames", "pixels", *(f"next.{name}" for name in state))
     return Graph("decode", StreamDecodeModule(decoder, list(state)), inputs, outputs, {})
-
-
-def _example(plan: CachePlan, entry: CacheEntry) -> Tensor:
-    tokens = plan.tokens(entry.group, entry.role, plan.phases[-1].first_chunk)
-    return torch.zeros(1, entry.group.heads, tokens, plan.spec.head_dim)

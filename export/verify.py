@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from forcingkv.export.graphs import Graph
 from forcingkv.headmaps.errors import InputError
@@ -76,14 +77,9 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
     phases = plan.phases[::-1] if graph.dynamic else plan.phases[-1:]
     worst = 0.0
     for phase in phases:
-        shapes = {name: list(tensor.shape) for name, tensor in graph.inputs.items()}
-        for entry in plan.entries:
-            if entry.name in shapes:
-                shapes[entry.name][2] = phase.length(entry.group.label, entry.role)
+        varying = plan.phase_shapes(phase)
         inputs = {
-            name: tensor.numpy()
-            if name in HOST_INPUTS
-            else generator.standard_normal(shapes[name], dtype=np.float32)
+            name: _content(name, tensor, varying.get(name, tuple(tensor.shape)), generator)
             for name, tensor in graph.inputs.items()
         }
         with torch.no_grad():
@@ -95,6 +91,16 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
         for name, array in expected.items():
             worst = max(worst, _difference(array, found[name], scaled=name.startswith(FEATURES)))
     return worst
+
+
+def _content(
+    name: str, example: Tensor, shape: tuple[int, ...], generator: np.random.Generator
+) -> npt.NDArray[Any]:
+    if name in HOST_INPUTS:
+        return example.numpy()
+    if example.dtype == torch.int32:
+        return np.arange(shape[0], dtype=np.int32)
+    return generator.standard_normal(shape, dtype=np.float32)
 
 
 def _difference(expected: npt.NDArray[Any], found: npt.NDArray[Any], *, scaled: bool) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -49,7 +49,12 @@ def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
 
 
 def advance(
-    plan: CachePlan, cache: Cache, new: Sequence[KeysValues], *, first: bool, retain: bool
+    plan: CachePlan,
+    cache: Cache,
+    new: Sequence[KeysValues],
+    *,
+    sink_rows: Mapping[str, Tensor] | None,
+    retain: bool,
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
 
@@ -57,7 +62,8 @@ def advance(
         plan: the cache plan.
         cache: the cache the pass read.
         new: each layer's keys and values of the pass.
-        first: whether the pass was the first chunk's, whose first frames become the sink.
+        sink_rows: group label -> which of the chunk's tokens become the sink. None: those of its first
+            frames, if the group's sink is empty; the sink stays as it is afterwards.
         retain: whether segments are chosen; without, the retained ones stay as they are.
 
     Returns:
@@ -70,8 +76,8 @@ def advance(
         for group, held in zip(groups, cache[layer], strict=True):
             own = _heads(new[layer], group)
             kept = dict(held)
-            if group.sink_frames and first:
-                kept["sink"] = _tokens(own, slice(group.sink_frames * plan.frame_tokens))
+            if group.sink_frames:
+                kept["sink"] = _sink(plan, group, held, own, sink_rows)
             if group.recent_frames:
                 kept["recent"] = _recent(plan, group, held, own)
             if group.retained_segments and retain:
@@ -89,6 +95,20 @@ def _heads(kv: KeysValues, group: HeadGroup) -> KeysValues:
 
 def _tokens(kv: KeysValues, part: slice) -> KeysValues:
     return KeysValues(kv.keys[:, :, part], kv.values[:, :, part])
+
+
+def _sink(
+    plan: CachePlan,
+    group: HeadGroup,
+    held: GroupCache,
+    new: KeysValues,
+    rows: Mapping[str, Tensor] | None,
+) -> KeysValues:
+    if rows is not None:
+        return KeysValues(*(part.index_select(2, rows[group.label]) for part in new))
+    if held["sink"].keys.shape[2]:
+        return held["sink"]
+    return _tokens(new, slice(group.sink_frames * plan.frame_tokens))
 
 
 def _recent(plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues) -> KeysValues:
@@ -110,7 +130,9 @@ def _retained(
     """Retained segments: scored in the first layer that comes here, followed in the others."""
     assert plan.policy.retain is not None
     segments = plan.policy.retain.segments
-    transition = _tokens(held["recent"], slice(-plan.frame_tokens, None))
+    transition = held["recent"]
+    if group.recent_frames > 1:
+        transition = _tokens(transition, slice(-plan.frame_tokens, None))
     if indices is None:
         return prune_score(transition, new, plan.segment_tokens, segments, group.retained_segments)
     return prune_follow(transition, new, indices, plan.segment_tokens), indices

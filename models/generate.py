@@ -107,7 +107,7 @@ def generate(
             sigma, following = schedule.sigmas[step : step + 2]
             latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
         _, new = run(latents, schedule.context_timestep, attend)
-        cache, indices = advance(plan, cache, new, first=chunk == 0, retain=chunk + 1 >= plan.retains_from)
+        cache, indices = advance(plan, cache, new, sink_rows=None, retain=chunk + 1 >= plan.retains_from)
         yield GeneratedChunk(chunk, latents, indices)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from forcingkv.models.wan import KeysValues
 
@@ -24,10 +23,13 @@ def segment_similarity(frames: Tensor, segments: int) -> Tensor:
 
     Returns:
         ((frames - 1) * segments,): the mean over a segment's tokens of the cosine between the
-        token's key, all heads side by side, in a frame and in the next.
+        token's key, all heads side by side, in a frame and in the next. Float32 whatever the keys are,
+        by the formula of the ONNX body (export/prune_op.py).
     """
-    vectors = frames.permute(1, 2, 0, 3).flatten(2)
-    cosine = F.cosine_similarity(vectors[:-1], vectors[1:], dim=-1)
+    vectors = frames.permute(1, 2, 0, 3).flatten(2).float()
+    dot = (vectors[:-1] * vectors[1:]).sum(-1)
+    norm = (vectors * vectors).sum(-1).sqrt().clamp_min(1e-8)
+    cosine = dot / (norm[:-1] * norm[1:])
     return torch.unflatten(cosine, 1, (segments, -1)).mean(-1).flatten()
 
 

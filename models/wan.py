@@ -39,15 +39,17 @@ def attend_current(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotate adjacent pairs of x (batch, heads, tokens, head_dim) by angles (tokens, head_dim / 2).
 
-    Angles in float32 rotate in float32; the result has the dtype of x.
+    While a graph is traced this is one operator, RotaryEmbedding, which engines have a kernel for.
     """
+    if torch.compiler.is_exporting():
+        tables = (table.expand(len(x), -1, -1) for table in (cosines, sines))
+        return torch.onnx.ops.rotary_embedding(x, *tables, interleaved=True)
     even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), -1).flatten(-2)
-    return turned if turned.dtype == x.dtype else turned.to(x.dtype)
+    return torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), -1).flatten(-2)
 
 
 class RMSNorm(nn.Module):
-    """RMS normalisation over the whole width (not per head)."""
+    """RMS normalisation over the whole width (not per head), in and to float32 whatever x is."""
 
     def __init__(self, dim: int, epsilon: float) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.epsilon)
 
 
 class SelfAttention(nn.Module):
@@ -78,8 +80,9 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
     ) -> tuple[Tensor, KeysValues]:
-        queries = rotate(self.split(self.norm_q(self.q(x))), *rotary)
-        keys = rotate(self.split(self.norm_k(self.k(x))), *rotary)
+        # Normalised and rotated in float32, then attended to in the model's dtype.
+        queries = rotate(self.split(self.norm_q(self.q(x))), *rotary).to(x)
+        keys = rotate(self.split(self.norm_k(self.k(x))), *rotary).to(x)
         current = KeysValues(keys, self.split(self.v(x)))
         return self.merge(attend(layer, queries, current)), current
 
@@ -88,10 +91,10 @@ class CrossAttention(SelfAttention):
     """Attention to the prompt; its keys and values depend on the prompt alone."""
 
     def project(self, text: Tensor) -> KeysValues:
-        return KeysValues(self.split(self.norm_k(self.k(text))), self.split(self.v(text)))
+        return KeysValues(self.split(self.norm_k(self.k(text)).to(text)), self.split(self.v(text)))
 
     def forward(self, x: Tensor, prompt: KeysValues) -> Tensor:  # type: ignore[override]
-        queries = self.split(self.norm_q(self.q(x)))
+        queries = self.split(self.norm_q(self.q(x)).to(x))
         return self.merge(F.scaled_dot_product_attention(queries, prompt.keys, prompt.values))
 
 
@@ -118,13 +121,12 @@ class Block(nn.Module):
         layer: int,
         attend: Attend,
     ) -> tuple[Tensor, KeysValues]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (time + self.modulation).unbind(2)
-        out, current = self.self_attn(
-            modulate(normed(x, self.epsilon), shift1, scale1), rotary, layer, attend
-        )
+        parts = (time + self.modulation.float()).to(x).split(1, -2)
+        shift1, gain1, gate1, shift2, gain2, gate2 = parts
+        out, current = self.self_attn(modulate(normed(x, self.epsilon), shift1, gain1), rotary, layer, attend)
         x = x + gated(out, gate1)
         x = x + self.cross_attn(self.norm3(x), prompt)
-        out = self.ffn(modulate(normed(x, self.epsilon), shift2, scale2))
+        out = self.ffn(modulate(normed(x, self.epsilon), shift2, gain2))
         return x + gated(out, gate2), current
 
 
@@ -136,8 +138,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, spec.dim) / spec.dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        shift, scale = (time.unsqueeze(2) + self.modulation).unbind(2)
-        out: Tensor = self.head(modulate(normed(x, self.epsilon), shift, scale))
+        shift, scale = (time.unsqueeze(-2).float() + self.modulation.float()).to(x).split(1, -2)
+        out: Tensor = self.head(modulate(normed(x, self.epsilon), shift, 1 + scale))
         return out
 
 
@@ -145,23 +147,26 @@ def normed(x: Tensor, epsilon: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=epsilon)
 
 
-def per_chunk(x: Tensor, chunks: int) -> Tensor:
-    """(batch, tokens, dim) -> (batch, chunks, tokens a chunk, dim)."""
-    return torch.unflatten(x, 1, (chunks, -1))
+def modulate(x: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
+    """x (batch, tokens, dim) times a gain, which is 1 + the published scale, and shifted.
 
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Shift and scale (batch, chunks, dim), one of each a chunk, applied to x (batch, tokens, dim)."""
-    if shift.shape[1] == 1:
-        return x * (1 + scale) + shift
-    chunks = per_chunk(x, shift.shape[1])
-    return (chunks * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
+    Shift and gain are (batch, 1, dim) where all tokens have one timestep, or (batch, chunks, 1, dim).
+    """
+    return _merged(_per_chunk(x, gain) * gain + shift)
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
-    if gate.shape[1] == 1:
-        return x * gate
-    return (per_chunk(x, gate.shape[1]) * gate.unsqueeze(2)).flatten(1, 2)
+    """x (batch, tokens, dim) times a gate shaped as in `modulate`."""
+    return _merged(_per_chunk(x, gate) * gate)
+
+
+def _per_chunk(x: Tensor, like: Tensor) -> Tensor:
+    """(batch, chunks, tokens a chunk, dim) where `like` has chunks."""
+    return x if like.dim() == 3 else torch.unflatten(x, 1, (like.shape[1], -1))
+
+
+def _merged(x: Tensor) -> Tensor:
+    return x if x.dim() == 3 else x.flatten(1, 2)
 
 
 class PatchEmbedding(nn.Module):
@@ -234,8 +239,14 @@ class WanModel(nn.Module):
         x = self.patch_embedding(latents)
         if self.spec.position_table:
             x = x + self.position_embedding.repeat(1, latents.shape[2], 1)
+        if time.shape[1] == 1:
+            time = time.squeeze(1)  # what all tokens share needs no dimension of chunks
         embedded = self.time_embedding(time)
-        modulation = self.time_projection(embedded).unflatten(-1, (6, -1))
+        # Shift, scale, gate of attention and of the feed-forward, in float32. Of every 1 + scale the 1 is
+        # added here, once.
+        modulation = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
+        gains = torch.arange(6, device=time.device).remainder(3).eq(1)
+        modulation = modulation + gains.to(modulation).unsqueeze(-1)
         new = []
         for layer, block in enumerate(self.blocks):
             x, current = block(x, modulation, rotary, prompt[layer], layer, attend)

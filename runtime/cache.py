@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ class CacheBuffers:
         self._current: dict[str, Array] = {}
         self._spare: dict[str, Array] = {}
         for entry in plan.entries:
-            size = math.prod(self._shape(entry, last))
+            size = math.prod(plan.entry_shape(entry, last))
             self._current[entry.name] = np.empty(size, np.float32)
             self._spare[entry.name] = (
                 self._current[entry.name] if entry.role == "sink" else np.empty(size, np.float32)
@@ -40,9 +41,15 @@ class CacheBuffers:
         buffers = {id(b): b for b in (*self._current.values(), *self._spare.values())}
         return sum(buffer.nbytes for buffer in buffers.values())
 
-    def inputs(self, chunk: int) -> dict[str, Array]:
+    def inputs(self, chunk: int) -> dict[str, npt.NDArray[Any]]:
         """What the passes of a chunk read, by input name."""
-        return {e.name: self._view(self._current, e, chunk) for e in self.plan.entries}
+        plan = self.plan
+        held = {e.name: self._view(self._current, e, chunk) for e in plan.entries}
+        rows = {
+            name: np.arange(plan.sink_tokens(label, chunk), dtype=np.int32)
+            for label, name in plan.sink_rows.items()
+        }
+        return held | rows
 
     def outputs(self, chunk: int) -> dict[str, Array]:
         """Where the clean pass of a chunk writes, by output name: only what changes."""
@@ -62,10 +69,6 @@ class CacheBuffers:
                 continue
             yield entry
 
-    def _shape(self, entry: CacheEntry, chunk: int) -> tuple[int, int, int, int]:
-        tokens = self.plan.tokens(entry.group, entry.role, chunk)
-        return 1, entry.group.heads, tokens, self.plan.spec.head_dim
-
     def _view(self, buffers: dict[str, Array], entry: CacheEntry, chunk: int) -> Array:
-        shape = self._shape(entry, chunk)
+        shape = self.plan.entry_shape(entry, chunk)
         return buffers[entry.name][: math.prod(shape)].reshape(shape)

@@ -139,6 +139,34 @@ class CachePlan:
         kept = group.retained_segments if chunk >= self.retains_from else 0
         return self.segment_tokens * kept if kept else 0
 
+    def entry_shape(self, entry: CacheEntry, chunk: int) -> tuple[int, int, int, int]:
+        """(batch 1, heads, tokens, head_dim) of a cached tensor as the chunk of that index sees it."""
+        return 1, entry.group.heads, self.tokens(entry.group, entry.role, chunk), self.spec.head_dim
+
+    def phase_shapes(self, phase: Phase) -> dict[str, tuple[int, ...]]:
+        """The shape of every input of the step graph that varies by phase."""
+        shapes: dict[str, tuple[int, ...]] = {
+            entry.name: self.entry_shape(entry, phase.first_chunk) for entry in self.entries
+        }
+        return shapes | {name: (self.sink_tokens(label, phase.first_chunk),)
+                         for label, name in self.sink_rows.items()}  # fmt: skip
+
+    @cached_property
+    def sink_rows(self) -> dict[str, str]:
+        """Group label -> the step graph's input that says which tokens of the chunk become the sink.
+
+        All tokens of the sink's frames for the first chunk, none for the others: so the output that
+        makes the sink is empty once it is made, and nothing copies it, even where every output is
+        computed in every pass.
+        """
+        labels = {group.label for groups in self.layers for group in groups if group.sink_frames}
+        return {label: f"sink_rows.{label}" for label in sorted(labels)}
+
+    def sink_tokens(self, label: str, chunk: int) -> int:
+        """How many of a chunk's tokens become the sink of a group."""
+        frames = next(g.sink_frames for groups in self.layers for g in groups if g.label == label)
+        return 0 if chunk else frames * self.frame_tokens
+
     def phase(self, chunk: int) -> Phase:
         """The phase a chunk belongs to."""
         return next(phase for phase in reversed(self.phases) if phase.first_chunk <= chunk)

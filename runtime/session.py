@@ -83,6 +83,13 @@ class Session:
             InputError: the bundle is damaged, or the backend is not known.
         """
         bundle = Bundle.open(path)
+        if bundle.manifest.compute != "float32":
+            raise InputError(
+                f"its graphs compute in {bundle.manifest.compute}, for TensorRT",
+                where=str(path),
+                expected="float32, for ONNX Runtime on a CPU",
+                mend="Export the model again with --target onnx.",
+            )
         engine = open_backend(backend, threads)
         return cls(bundle, {name: engine.load(bundle.graph(name)) for name in GRAPHS})
 

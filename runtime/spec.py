@@ -13,9 +13,22 @@ from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["Decoder", "Dtype", "Geometry", "ModelSpec", "PublicWeights", "Renoise", "Schedule", "TextEncoder"]
+__all__ = [
+    "ELEMENT_BYTES",
+    "Decoder",
+    "Dtype",
+    "Geometry",
+    "ModelSpec",
+    "PublicWeights",
+    "Renoise",
+    "Schedule",
+    "TextEncoder",
+]
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+ELEMENT_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number."""
 Renoise = Literal["fresh", "predicted"]
 
 
@@ -172,7 +185,7 @@ class ModelSpec:
     @property
     def element_bytes(self) -> int:
         """Bytes of a number in `dtype`."""
-        return {"float32": 4, "bfloat16": 2}[self.dtype]
+        return ELEMENT_BYTES[self.dtype]
 
     @property
     def rotary_pairs(self) -> tuple[int, int, int]:
