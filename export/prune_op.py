@@ -3,6 +3,11 @@
 Each is one node with a function body in standard operators: ONNX Runtime runs the body, and TensorRT
 runs the plugin where one is registered under `plugin_namespace` (docs/decisions). The body is the
 reference that plugin and kernels are tested against. Definitions: METHOD.md section 3.
+
+TokenCosines, SelectSegments and DynamicPruneFollow are the kernels of `export/kernels.py` as operators, for
+plugins that hold one kernel each: `split_prune` puts them in DynamicPrune's place. They are no nodes of its
+body, since TensorRT looks for no plugins inside a body and passes attributes down one level only; instead
+the bodies are made of the same text.
 """
 
 from __future__ import annotations
@@ -12,12 +17,20 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import defs, parser
+from onnx import defs, helper, parser
 from onnxscript import values
 
 import forcingkv.models.prune  # noqa: F401  (registers the torch operators)
 
-__all__ = ["DOMAIN", "OPSET", "PLUGIN_NAMESPACE", "prune_functions", "translation_table"]
+__all__ = [
+    "DOMAIN",
+    "OPSET",
+    "PLUGIN_NAMESPACE",
+    "functions_for",
+    "prune_functions",
+    "split_prune",
+    "translation_table",
+]
 
 DOMAIN, VERSION = "forcingkv", 1
 PLUGIN_NAMESPACE = "forcingkv"
@@ -25,109 +38,166 @@ OPSET = 23
 
 _TENSORS = ["transition_keys", "transition_values", "new_keys", "new_values"]
 _KEPT = ["retained_keys", "retained_values"]
-_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
 
-_SCORE_BODY = (
-    _HEADER
-    + """
-DynamicPrune <frame_tokens, segments, kept, plugin_namespace>
-    (transition_keys, transition_values, new_keys, new_values)
-    => (retained_keys, retained_values, indices)
-{
+_FRAME = """
     frame = Constant <value_int: int = @frame_tokens> ()
+"""
+_SEGMENT = """
+    segment = Constant <value_int: int = @segment_tokens> ()
+"""
+_SEGMENT_OF_FRAME = """
     pieces = Constant <value_int: int = @segments> ()
-    wanted = Constant <value_int: int = @kept> ()
+    segment = Div (frame, pieces)
+"""
+_SEGMENT1 = """
     axis0 = Constant <value_ints = [0]> ()
-    rest = Constant <value_ints = [-1]> ()
-    tiny = Constant <value_float = 1e-8> ()
-
+    segment1 = Unsqueeze (segment, axis0)
+"""
+_KEYS = """
     keys = Concat <axis = 2> (transition_keys, new_keys)
-    values = Concat <axis = 2> (transition_values, new_values)
-
-    # Batch item 0 decides: (heads, tokens, head_dim) -> (heads, frames, frame tokens, head_dim).
+"""
+# Tokens are gathered, not sliced: TensorRT's parser makes 27 layers of shape arithmetic of a Slice.
+_COSINES = """
+    # Batch item 0 decides: (heads, tokens, head_dim), in float32 whatever the keys are.
     zero = Constant <value_int = 0> ()
     decider = Gather <axis = 0> (keys, zero)
-    head_count = Shape <start = 0, end = 1> (decider)
-    width = Shape <start = 2, end = 3> (decider)
-    frame1 = Unsqueeze (frame, axis0)
-    by_frame = Concat <axis = 0> (head_count, rest, frame1, width)
-    frames = Reshape (decider, by_frame)
+    exact = Cast <to = 1> (decider)
 
-    # Cosine between a token's key and the one at its place a frame later, heads side by side.
-    frame_axis = Constant <value_ints = [1]> ()
-    first = Constant <value_ints = [0]> ()
-    second = Constant <value_ints = [1]> ()
-    last = Constant <value_ints = [-1]> ()
-    end = Constant <value_ints = [9223372036854775807]> ()
-    vector_axes = Constant <value_ints = [0, 3]> ()
-    earlier = Slice (frames, first, last, frame_axis)
-    later = Slice (frames, second, end, frame_axis)
-    product = Mul (earlier, later)
-    dot = ReduceSum <keepdims = 0> (product, vector_axes)
-    squares = Mul (frames, frames)
+    # Each token but those of the last frame, and the one at its place a frame later.
+    one = Constant <value_int = 1> ()
+    count1 = Shape <start = 1, end = 2> (exact)
+    count = Squeeze (count1)
+    candidate_tokens = Sub (count, frame)
+    earlier = Range (zero, candidate_tokens, one)
+    later = Add (earlier, frame)
+
+    # The cosine of the two, heads side by side.
+    vector_axes = Constant <value_ints = [0, 2]> ()
+    tiny = Constant <value_float = 1e-8> ()
+    earlier_keys = Gather <axis = 1> (exact, earlier)
+    later_keys = Gather <axis = 1> (exact, later)
+    products = Mul (earlier_keys, later_keys)
+    dot = ReduceSum <keepdims = 0> (products, vector_axes)
+    squares = Mul (exact, exact)
     power = ReduceSum <keepdims = 0> (squares, vector_axes)
     root = Sqrt (power)
-    tiny_like = CastLike (tiny, root)
-    norm = Max (root, tiny_like)
-    norm_earlier = Slice (norm, first, last, first)
-    norm_later = Slice (norm, second, end, first)
-    norms = Mul (norm_earlier, norm_later)
-    cosine = Div (dot, norms)
-
+    norm = Max (root, tiny)
+    earlier_norm = Gather <axis = 0> (norm, earlier)
+    later_norm = Gather <axis = 0> (norm, later)
+    norms = Mul (earlier_norm, later_norm)
+    cosines = Div (dot, norms)
+"""
+_SELECT = """
     # Mean over each segment; the least similar ones, in ascending order. TopK breaks ties by index.
-    segment = Div (frame, pieces)
-    segment1 = Unsqueeze (segment, axis0)
+    rest = Constant <value_ints = [-1]> ()
+    axis1 = Constant <value_ints = [1]> ()
     by_segment = Concat <axis = 0> (rest, segment1)
-    cosines = Reshape (cosine, by_segment)
-    similarity = ReduceMean <keepdims = 0> (cosines, second)
+    split_cosines = Reshape (cosines, by_segment)
+    similarity = ReduceMean <keepdims = 0> (split_cosines, axis1)
+    wanted = Constant <value_int: int = @kept> ()
     wanted1 = Unsqueeze (wanted, axis0)
     least, chosen = TopK <axis = 0, largest = 0, sorted = 1> (similarity, wanted1)
     indices, places = TopK <axis = 0, largest = 0, sorted = 1> (chosen, wanted1)
-
-    start_shape = Shape <start = 0, end = 2> (keys)
-    split_shape = Concat <axis = 0> (start_shape, rest, segment1, width)
-    out_shape = Concat <axis = 0> (start_shape, rest, width)
-    split_keys = Reshape (keys, split_shape)
-    picked_keys = Gather <axis = 2> (split_keys, indices)
-    retained_keys = Reshape (picked_keys, out_shape)
-    split_values = Reshape (values, split_shape)
-    picked_values = Gather <axis = 2> (split_values, indices)
-    retained_values = Reshape (picked_values, out_shape)
-}
 """
-)
-
-_FOLLOW_BODY = (
-    _HEADER
-    + """
-DynamicPruneFollow <segment_tokens, plugin_namespace>
-    (transition_keys, transition_values, new_keys, new_values, indices)
-    => (retained_keys, retained_values)
-{
-    segment = Constant <value_int: int = @segment_tokens> ()
-    axis0 = Constant <value_ints = [0]> ()
-    rest = Constant <value_ints = [-1]> ()
-    keys = Concat <axis = 2> (transition_keys, new_keys)
+_COLLECT = """
+    # (batch, heads, segments, segment tokens, head_dim); 0 stands for the size there was.
     values = Concat <axis = 2> (transition_values, new_values)
-    segment1 = Unsqueeze (segment, axis0)
-    start_shape = Shape <start = 0, end = 2> (keys)
+    as_before = Constant <value_ints = [0, 0, -1]> ()
     width = Shape <start = 3, end = 4> (keys)
-    split_shape = Concat <axis = 0> (start_shape, rest, segment1, width)
-    out_shape = Concat <axis = 0> (start_shape, rest, width)
+    split_shape = Concat <axis = 0> (as_before, segment1, width)
+    out_shape = Concat <axis = 0> (as_before, width)
     split_keys = Reshape (keys, split_shape)
     picked_keys = Gather <axis = 2> (split_keys, indices)
     retained_keys = Reshape (picked_keys, out_shape)
     split_values = Reshape (values, split_shape)
     picked_values = Gather <axis = 2> (split_values, indices)
     retained_values = Reshape (picked_values, out_shape)
-}
 """
-)
 
 
 def prune_functions() -> list[onnx.FunctionProto]:
-    """The function bodies, to be put into a model that uses the operators."""
-    return [parser.parse_function(body) for body in (_SCORE_BODY, _FOLLOW_BODY)]
+    """The function bodies of all operators."""
+    return [
+        _function(
+            "DynamicPrune",
+            ["frame_tokens", "segments", "kept"],
+            _TENSORS,
+            [*_KEPT, "indices"],
+            _FRAME + _SEGMENT_OF_FRAME + _SEGMENT1 + _KEYS + _COSINES + _SELECT + _COLLECT,
+        ),
+        _function(
+            "DynamicPruneFollow",
+            ["segment_tokens"],
+            [*_TENSORS, "indices"],
+            _KEPT,
+            _SEGMENT + _SEGMENT1 + _KEYS + _COLLECT,
+        ),
+        _function(
+            "TokenCosines",
+            ["frame_tokens"],
+            ["transition_keys", "new_keys"],
+            ["cosines"],
+            _FRAME + _KEYS + _COSINES,
+        ),
+        _function(
+            "SelectSegments",
+            ["segment_tokens", "kept"],
+            ["cosines"],
+            ["indices"],
+            _SEGMENT + _SEGMENT1 + _SELECT,
+        ),
+    ]
+
+
+def functions_for(used: set[str]) -> list[onnx.FunctionProto]:
+    """The bodies that a model with nodes of those types needs. None contains another."""
+    return [f for f in prune_functions() if f.name in used]
+
+
+def split_prune(model: onnx.ModelProto) -> None:
+    """Put TokenCosines, SelectSegments and DynamicPruneFollow in the place of each DynamicPrune.
+
+    The model computes the same; its nodes are then one kernel each.
+    """
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes += _one_kernel_each(node) if node.op_type == "DynamicPrune" else [node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    others = [f for f in model.functions if f.domain != DOMAIN]
+    del model.functions[:]
+    model.functions.extend([*others, *functions_for({node.op_type for node in nodes})])
+
+
+def _one_kernel_each(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    numbers = {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
+    frame_tokens, kept = numbers["frame_tokens"], numbers["kept"]
+    segment_tokens = frame_tokens // numbers["segments"]
+    *retained, indices = node.output
+    cosines = f"{indices}.cosines"
+
+    def make(name: str, inputs: list[str], outputs: list[str], **sizes: Any) -> onnx.NodeProto:
+        return helper.make_node(
+            name, inputs, outputs, f"{node.name}.{name}",
+            domain=DOMAIN, plugin_namespace=PLUGIN_NAMESPACE, **sizes,
+        )  # fmt: skip
+
+    keys, _, new_keys, _ = tensors = list(node.input)
+    return [
+        make("TokenCosines", [keys, new_keys], [cosines], frame_tokens=frame_tokens),
+        make("SelectSegments", [cosines], [indices], segment_tokens=segment_tokens, kept=kept),
+        make("DynamicPruneFollow", [*tensors, indices], retained, segment_tokens=segment_tokens),
+    ]
+
+
+def _function(
+    name: str, sizes: list[str], inputs: list[str], outputs: list[str], body: str
+) -> onnx.FunctionProto:
+    attributes = ", ".join([*sizes, "plugin_namespace"])
+    return parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+        f"{name} <{attributes}> ({', '.join(inputs)}) => ({', '.join(outputs)})\n{{{body}}}"
+    )
 
 
 def translation_table() -> dict[Any, Any]:

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from forcingkv.export.prune_op import DOMAIN, OPSET, PLUGIN_NAMESPACE, prune_functions
+from forcingkv.export.prune_op import (
+    DOMAIN,
+    OPSET,
+    PLUGIN_NAMESPACE,
+    functions_for,
+    prune_functions,
+    split_prune,
+)
 from forcingkv.models.prune import prune_follow, prune_score
 from forcingkv.models.wan import KeysValues
 
@@ -52,8 +59,8 @@ def cases(draw: st.DrawFn) -> tuple[KeysValues, KeysValues, int, int]:
     return draw_kv(1), draw_kv(frames), segments, kept
 
 
-def body_session(segments: int, frame_tokens: int, kept: int) -> ort.InferenceSession:
-    """A model of the two nodes, scoring and following, with their bodies."""
+def body_session(segments: int, frame_tokens: int, kept: int, *, parts: bool = False) -> ort.InferenceSession:
+    """A model of the two nodes, scoring and following, with their bodies; `parts`: scoring as three nodes."""
     kv = ["transition_keys", "transition_values", "new_keys", "new_values"]
     nodes = [
         helper.make_node(
@@ -74,13 +81,15 @@ def body_session(segments: int, frame_tokens: int, kept: int) -> ort.InferenceSe
         helper.make_graph(nodes, "prune", inputs, outputs), opset_imports=opsets, ir_version=10
     )
     model.functions.extend(prune_functions())
+    if parts:
+        split_prune(model)
     onnx.checker.check_model(model)
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 @settings(deadline=None, max_examples=60)
-@given(cases())
-def test_body_and_operator_equal_the_loop(case: tuple[KeysValues, KeysValues, int, int]) -> None:
+@given(cases(), st.booleans())
+def test_body_and_operator_equal_the_loop(case: tuple[KeysValues, KeysValues, int, int], parts: bool) -> None:
     transition, new, segments, kept = case
     frame = transition.keys.shape[2]
     chain = torch.cat([transition.keys, new.keys], 2)[0].split(frame, 1)
@@ -97,7 +106,8 @@ def test_body_and_operator_equal_the_loop(case: tuple[KeysValues, KeysValues, in
 
     names = ["transition_keys", "transition_values", "new_keys", "new_values"]
     feed = dict(zip(names, (t.numpy() for t in (*transition, *new)), strict=True))
-    out = body_session(segments, frame, kept).run(["indices", "keys", "values", "keys2", "values2"], feed)
+    session = body_session(segments, frame, kept, parts=parts)
+    out = session.run(["indices", "keys", "values", "keys2", "values2"], feed)
     assert out[0].tolist() == expected
     for found, wanted in zip(out[1:], tokens * 2, strict=True):
         np.testing.assert_array_equal(found, wanted)
@@ -116,3 +126,9 @@ def test_ties_go_to_the_lowest_index() -> None:
     feed = dict(zip(names, (t.numpy() for t in (*transition, *new)), strict=True))
     (found,) = body_session(6, 12, 6).run(["indices"], feed)
     assert found.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_model_gets_the_bodies_of_its_nodes_alone() -> None:
+    assert {f.name for f in functions_for({"DynamicPruneFollow", "Add"})} == {"DynamicPruneFollow"}
+    kernels = {"TokenCosines", "SelectSegments", "DynamicPruneFollow"}
+    assert {f.name for f in functions_for({"DynamicPrune", *kernels})} == {"DynamicPrune", *kernels}

@@ -1,0 +1,259 @@
+"""The DynamicPrune kernels inside engines of the flavour tensorrt: a C++ program runs them without Python.
+
+TensorRT's quick plugins take a kernel as PTX, with its launch as expressions of the shapes, into the engine:
+one kernel a node, no workspace, and no Python where the engine is loaded. So they are the nodes that
+`prune_op.split_prune` puts in the place of DynamicPrune. TensorRT-RTX has no quick plugins.
+
+TensorRT passes a kernel its input pointers, then its 32-bit sizes, then its output pointers. Triton's kernels
+take them in the order of their signature, and two pointers more, which these do not use: the PTX is made to
+take what it is passed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import GenericAlias
+from typing import Any, ClassVar, TypeAlias
+
+from forcingkv.export import cubins
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.flavour import chosen, trt
+from forcingkv.runtime.kernels import KernelName, check_candidates, compact_grid, cosine_grid, select_grid
+from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE, PLUGIN_VERSION
+from forcingkv.runtime.spec import Dtype
+
+__all__ = ["QUICK_PLUGINS", "KernelText", "QuickPlugin", "kernel_text", "register_quick_plugins"]
+
+Size: TypeAlias = Any
+"""A number, or TensorRT's expression of one, which is computed with like a number."""
+Sizes: TypeAlias = dict[str, int]
+Tensors: TypeAlias = Sequence[Any]
+"""tensorrt.plugin.TensorDesc: `shape_expr` always, `shape` where a kernel is asked for."""
+
+STATIC_SHARED_BYTES = 48 * 1024
+"""Shared memory that a kernel has without asking for more, which TensorRT does not."""
+
+
+@dataclass(frozen=True)
+class KernelText:
+    """A kernel as it goes into an engine."""
+
+    symbol: str
+    ptx: str
+    warps: int
+    shared_bytes: int
+
+
+class QuickPlugin(ABC):
+    """One node, one kernel."""
+
+    name: ClassVar[str]
+    kernel: ClassVar[KernelName]
+    inputs: ClassVar[tuple[str, ...]]
+    outputs: ClassVar[tuple[str, ...]]
+    sizes: ClassVar[tuple[str, ...]]
+    """The node's attributes."""
+
+    @abstractmethod
+    def describe(self, inputs: Tensors, sizes: Sizes) -> list[tuple[tuple[Size, ...], trt.DataType]]:
+        """Shapes and types of the outputs."""
+
+    @abstractmethod
+    def launch(self, inputs: Tensors, sizes: Sizes) -> tuple[tuple[Size, Size, Size], list[Size]]:
+        """The grid, and the kernel's sizes in the order of its signature."""
+
+
+class TokenCosines(QuickPlugin):
+    """Transition and new keys -> a cosine for each candidate token."""
+
+    name, kernel = "TokenCosines", "token_cosines"
+    inputs, outputs = ("transition_keys", "new_keys"), ("cosines",)
+    sizes = ("frame_tokens",)
+
+    def describe(self, inputs: Tensors, sizes: Sizes) -> list[tuple[tuple[Size, ...], trt.DataType]]:
+        return [((self._candidate_tokens(inputs, sizes),), trt.DataType.FLOAT)]
+
+    def launch(self, inputs: Tensors, sizes: Sizes) -> tuple[tuple[Size, Size, Size], list[Size]]:
+        transition, new = (tensor.shape_expr for tensor in inputs)
+        grid = cosine_grid(sizes["frame_tokens"], self._candidate_tokens(inputs, sizes))
+        return grid, [new[1], transition[2], new[2], sizes["frame_tokens"]]
+
+    def _candidate_tokens(self, inputs: Tensors, sizes: Sizes) -> Size:
+        transition, new = (tensor.shape_expr for tensor in inputs)
+        return transition[2] + new[2] - sizes["frame_tokens"]
+
+
+class SelectSegments(QuickPlugin):
+    """Cosines -> indices of the segments to keep."""
+
+    name, kernel = "SelectSegments", "select_segments"
+    inputs, outputs = ("cosines",), ("indices",)
+    sizes = ("segment_tokens", "kept")
+
+    def describe(self, inputs: Tensors, sizes: Sizes) -> list[tuple[tuple[Size, ...], trt.DataType]]:
+        return [((sizes["kept"],), trt.DataType.INT64)]
+
+    def launch(self, inputs: Tensors, sizes: Sizes) -> tuple[tuple[Size, Size, Size], list[Size]]:
+        # Checked now: when the engine runs, nothing else does.
+        shape = inputs[0].shape
+        check_candidates((shape.max if shape.is_dynamic else shape)[0] // sizes["segment_tokens"])
+        candidates = inputs[0].shape_expr[0] // sizes["segment_tokens"]
+        return select_grid(), [sizes["segment_tokens"], candidates, sizes["kept"]]
+
+
+class DynamicPruneFollow(QuickPlugin):
+    """Keys, values and indices -> retained keys and values."""
+
+    name, kernel = "DynamicPruneFollow", "compact_segments"
+    inputs = ("transition_keys", "transition_values", "new_keys", "new_values", "indices")
+    outputs = ("retained_keys", "retained_values")
+    sizes = ("segment_tokens",)
+
+    def describe(self, inputs: Tensors, sizes: Sizes) -> list[tuple[tuple[Size, ...], trt.DataType]]:
+        batch, heads, _, width = inputs[2].shape_expr
+        shape = (batch, heads, inputs[4].shape_expr[0] * sizes["segment_tokens"], width)
+        return [(shape, inputs[2].dtype)] * 2
+
+    def launch(self, inputs: Tensors, sizes: Sizes) -> tuple[tuple[Size, Size, Size], list[Size]]:
+        transition, _, new, _, indices = (tensor.shape_expr for tensor in inputs)
+        grid = compact_grid(new[0], new[1], sizes["segment_tokens"], indices[0])
+        return grid, [transition[2], new[2], sizes["segment_tokens"], indices[0]]
+
+
+QUICK_PLUGINS: tuple[QuickPlugin, ...] = (TokenCosines(), SelectSegments(), DynamicPruneFollow())
+
+_sm: list[int] = []
+"""What the kernels are compiled for; empty until the plugins are registered."""
+
+
+def register_quick_plugins(sm: int) -> None:
+    """Make the three plugins known to TensorRT, for graphs that are parsed from now on.
+
+    May be called again, for another GPU. The plugins of `runtime.prune_plugin` share a name with these, so a
+    process registers one or the other.
+
+    Args:
+        sm: compute capability of the GPU that engines are built for, 90 for 9.0.
+
+    Raises:
+        InputError: the process does not use the flavour tensorrt, or one without such plugins.
+        RuntimeError: other plugins of these names are registered.
+    """
+    flavour = chosen()
+    if flavour is None or flavour.name != "tensorrt" or not hasattr(trt, "QuickPluginCreationRequest"):
+        raise InputError(
+            "this TensorRT has no plugins that are compiled into engines",
+            where=flavour.name if flavour else "no flavour chosen",
+            expected="tensorrt 10.9 or newer",
+        )
+    if not _sm:
+        trtp = importlib.import_module(f"{flavour.module}.plugin")
+        for plugin in QUICK_PLUGINS:
+            identity = (plugin.name, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+            if trt.get_plugin_registry().get_creator(*identity) is not None:
+                raise RuntimeError(f"another plugin {plugin.name} is registered in this process")
+            _register(trtp, plugin)
+    _sm[:] = [sm]
+
+
+def _register(trtp: Any, plugin: QuickPlugin) -> None:
+    name = f"{PLUGIN_NAMESPACE}::{plugin.name}"
+    count = len(plugin.inputs)
+
+    def describe(*inputs: Any, **sizes: int) -> tuple[Any, ...]:
+        described = plugin.describe(inputs, sizes)
+        return tuple(trtp.from_shape_expr(shape, dtype) for shape, dtype in described)
+
+    def implement(*values: Any) -> tuple[str, str, Any, Any]:
+        # TensorRT passes inputs, attributes, outputs and a tactic, of which there is one.
+        inputs, sizes = values[:count], dict(zip(plugin.sizes, values[count:-2], strict=True))
+        dtype, width = _keys_of(inputs)
+        text = kernel_text(plugin.kernel, len(plugin.outputs), dtype, width, _sm[0])
+        grid, numbers = plugin.launch(inputs, sizes)
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x, launch.grid_y, launch.grid_z = grid
+        launch.block_x, launch.shared_mem = 32 * text.warps, text.shared_bytes
+        extra = trtp.SymIntExprs.from_tuple([trtp.SymInt32(number) for number in numbers])
+        return text.symbol, text.ptx, launch, extra
+
+    described = dict.fromkeys(plugin.inputs, trtp.TensorDesc) | dict.fromkeys(plugin.sizes, int)
+    outputs = GenericAlias(tuple, (trtp.TensorDesc,) * len(plugin.outputs))
+    trtp.register(name)(_signed(describe, described, outputs))
+    untyped = dict.fromkeys(("outputs", "tactic"), inspect.Parameter.empty)
+    result = GenericAlias(tuple, (str, str, trtp.KernelLaunchParams, trtp.SymIntExprs))
+    trtp.aot_impl(name)(_signed(implement, described | untyped, result))
+
+
+def _signed(function: Callable[..., Any], parameters: dict[str, Any], result: Any) -> Callable[..., Any]:
+    """The function with that signature: TensorRT reads inputs, attributes and their types from it."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    listed = [inspect.Parameter(name, kind, annotation=type_) for name, type_ in parameters.items()]
+    function.__signature__ = inspect.Signature(listed, return_annotation=result)  # type: ignore[attr-defined]
+    return function
+
+
+def _keys_of(inputs: Tensors) -> tuple[Dtype, int]:
+    """Type and width of the keys; cosines have none, and need none."""
+    dtypes: dict[Any, Dtype] = {
+        trt.DataType.BF16: "bfloat16", trt.DataType.HALF: "float16", trt.DataType.FLOAT: "float32",
+    }  # fmt: skip
+    shape = inputs[0].shape
+    return dtypes[inputs[0].dtype], shape[3] if len(shape) == 4 else 1
+
+
+@cache
+def kernel_text(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: int) -> KernelText:
+    """A kernel as TensorRT launches it: inputs, sizes, outputs.
+
+    Args:
+        kernel: which.
+        outputs: how many of its pointers are outputs, the last ones.
+        dtype: of keys and values.
+        width: of a head.
+        sm: compute capability, 90 for 9.0.
+
+    Raises:
+        MissingExtraError: Triton is not installed.
+        RuntimeError: the kernel cannot be launched that way.
+    """
+    signature = cubins._signature(kernel, dtype, width)
+    compiled = cubins._compile(getattr(cubins._kernels(), kernel), signature, sm, cubins.WARPS[kernel])
+    if compiled.metadata.shared > STATIC_SHARED_BYTES:
+        raise RuntimeError(f"{kernel} needs {compiled.metadata.shared} bytes of shared memory")
+    types = [kind for kind in signature.types.values() if kind != "constexpr"]
+    pointers = sum(kind.startswith("*") for kind in types)
+    places = list(range(len(types)))
+    inputs, results, numbers = (
+        places[: pointers - outputs], places[pointers - outputs : pointers], places[pointers:]
+    )  # fmt: skip
+    # As in the cubins: code for the capability and its successors, not for this one chip.
+    ptx = compiled.asm["ptx"].replace(f".target sm_{sm}a", f".target sm_{sm}")
+    return KernelText(
+        compiled.metadata.name,
+        _arranged(ptx, [*inputs, *numbers, *results]),
+        compiled.metadata.num_warps,
+        compiled.metadata.shared,
+    )
+
+
+def _arranged(ptx: str, order: Sequence[int]) -> str:
+    """PTX whose kernel takes the parameters at those places, in that order, and no others.
+
+    Its code names parameters, so only their declaration has an order.
+    """
+    head = re.search(r"\.entry \w+\(\n(.*?)\n\)", ptx, re.DOTALL)
+    if head is None:
+        raise RuntimeError("no kernel was found in Triton's PTX")
+    declared = [line.rstrip(",") for line in head[1].splitlines()]
+    for line in (declared[place] for place in range(len(declared)) if place not in order):
+        name = line.split()[-1]
+        if re.search(rf"\b{name}\b", ptx[head.end() :]):
+            raise RuntimeError(f"the kernel reads {name}, which TensorRT does not pass")
+    kept = ",\n".join(declared[place] for place in order)
+    return ptx[: head.start(1)] + kept + ptx[head.end(1) :]

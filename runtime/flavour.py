@@ -1,0 +1,90 @@
+"""Which TensorRT: the one place where `tensorrt` or `tensorrt_rtx` is chosen.
+
+Both have one API, and a process uses one of them: the first logger given to either stays the process's,
+and plugin classes inherit from the module's own. So the choice is made once, with `choose`; afterwards
+`trt` stands for the chosen module. Type checkers see it as `tensorrt`, whose stubs the two share.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+
+__all__ = ["FLAVOURS", "Flavour", "FlavourName", "choose", "chosen", "require", "trt"]
+
+FlavourName: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """What tells the flavours apart."""
+
+    name: FlavourName
+    module: str
+    sms: tuple[int, ...]
+    """Compute capabilities that engines can be built for without such a GPU; none: needs the GPU."""
+    libraries: str | None
+    """The package that holds the shared libraries, where the build needs links beside them."""
+
+
+FLAVOURS: dict[FlavourName, Flavour] = {
+    "tensorrt": Flavour("tensorrt", "tensorrt", (), None),
+    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", (75, 80, 86, 89, 120, 121), "tensorrt_rtx_libs"),
+}
+
+_chosen: list[tuple[Flavour, ModuleType]] = []
+
+
+def choose(name: FlavourName) -> Flavour:
+    """Make `trt` the module of that flavour, for this process.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        InputError: the process uses the other flavour already.
+    """
+    flavour = require(name)
+    if not _chosen:
+        _chosen.append((flavour, importlib.import_module(flavour.module)))
+    elif _chosen[0][0] is not flavour:
+        raise InputError(
+            f"this process already uses {_chosen[0][0].name}",
+            where=name,
+            expected="one flavour of TensorRT a process",
+            mend="Use the other in a process of its own.",
+        )
+    return flavour
+
+
+def chosen() -> Flavour | None:
+    """The flavour this process uses, if one was chosen."""
+    return _chosen[0][0] if _chosen else None
+
+
+def require(name: FlavourName) -> Flavour:
+    """The flavour, if it is installed; MissingExtraError if not. Imports nothing."""
+    flavour = FLAVOURS[name]
+    found = importlib.util.find_spec(flavour.module)
+    # Type stubs leave a folder of the same name, which is found as a namespace package.
+    if found is None or found.origin is None:
+        raise MissingExtraError(flavour.module, flavour.name)
+    return flavour
+
+
+class _Chosen(ModuleType):
+    """Stands for the chosen module."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not _chosen:
+            raise RuntimeError("no flavour of TensorRT was chosen: call choose() first")
+        return getattr(_chosen[0][1], name)
+
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+else:
+    trt = _Chosen("trt")

@@ -1,0 +1,266 @@
+"""Launching the DynamicPrune kernels: compiled ahead of time (`export/cubins.py`), so without Triton.
+
+Here is also what launches have in common with the compilation and the tests of the kernels: how much one
+program does, and how many programs there are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.runtime.files import inside
+from forcingkv.runtime.spec import Dtype
+
+__all__ = [
+    "COMPACT_BLOCK",
+    "COSINE_BLOCK",
+    "KERNELS",
+    "MAX_CANDIDATES",
+    "SELECT_BLOCK",
+    "KernelLauncher",
+    "KernelName",
+    "KernelRecord",
+    "best_sm",
+    "check_candidates",
+    "compact_grid",
+    "cosine_grid",
+    "select_grid",
+    "workspace_bytes",
+]
+
+KernelName: TypeAlias = Literal["token_cosines", "select_segments", "compact_segments"]
+Grid: TypeAlias = tuple[int, int, int]
+
+KERNELS: tuple[KernelName, ...] = get_args(KernelName)
+
+COSINE_BLOCK = 16
+"""Tokens that one program of `token_cosines` compares."""
+SELECT_BLOCK = 64
+"""Tokens of a segment that `select_segments` reads at a time."""
+COMPACT_BLOCK = 32
+"""Tokens that one program of `compact_segments` copies."""
+MAX_CANDIDATES = 64
+"""Segments that `select_segments` can choose from: 6 segments of up to 10 frames, with some to spare."""
+ALIGNMENT = 16
+"""Bytes that every pointer is a multiple of: the kernels read and write that much at once."""
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """One compiled kernel of a bundle."""
+
+    kernel: KernelName
+    dtype: Dtype
+    """Of keys and values."""
+    width: int
+    """Of a head: the size of a key."""
+    sm: int
+    """Compute capability it was compiled for, 89 for 8.9."""
+    file: str
+    """The cubin, named relative to the bundle."""
+    symbol: str
+    """The kernel's name in it."""
+    warps: int
+    shared_bytes: int
+    registers: int
+    spill_bytes: int
+    """Local memory a thread spills to; 0, as `export/cubins.py` refuses to write others."""
+
+
+def cosine_grid(frame_tokens: int, candidate_tokens: int, block: int = COSINE_BLOCK) -> Grid:
+    """Programs of `token_cosines`: blocks of a frame, candidate frames."""
+    return -(-frame_tokens // block), candidate_tokens // frame_tokens, 1
+
+
+def select_grid() -> Grid:
+    """Programs of `select_segments`: one, since it is one small choice."""
+    return 1, 1, 1
+
+
+def compact_grid(batch: int, heads: int, segment_tokens: int, kept: int, block: int = COMPACT_BLOCK) -> Grid:
+    """Programs of `compact_segments`: blocks of the kept segments, heads, keys and values."""
+    return kept * -(-segment_tokens // block), batch * heads, 2
+
+
+def workspace_bytes(candidate_tokens: int) -> int:
+    """Bytes for the cosines of that many tokens."""
+    return candidate_tokens * np.dtype(np.float32).itemsize
+
+
+def check_candidates(candidates: int) -> None:
+    """Raises InputError if there are more segments to choose from than the kernel can take."""
+    if candidates > MAX_CANDIDATES:
+        raise InputError(
+            f"{candidates} segments are candidates for being retained",
+            where="policy",
+            expected=f"at most {MAX_CANDIDATES}",
+            mend="Split frames in fewer segments.",
+        )
+
+
+def best_sm(sms: Iterable[int], device: int) -> int | None:
+    """The best of the compute capabilities whose cubins run on a device, if one does.
+
+    Those of the same major version do, up to the device's own.
+    """
+    return max((sm for sm in sms if sm // 10 == device // 10 and sm <= device), default=None)
+
+
+class KernelLauncher:
+    """The kernels of a bundle, loaded for one GPU.
+
+    Pointers are addresses in the GPU's memory, and `stream` is the handle of the stream to launch in. The
+    CUDA device must have been set up before (`cuda.core.Device().set_current()`).
+
+    Attributes:
+        dtype: of keys and values.
+        width: of a head.
+    """
+
+    def __init__(self, folder: Path, records: Sequence[KernelRecord], sm: int) -> None:
+        """Load the kernels.
+
+        Args:
+            folder: the bundle.
+            records: its kernels, for any number of GPUs.
+            sm: the GPU's compute capability, 89 for 8.9.
+
+        Raises:
+            InputError: none were compiled for such a GPU.
+            MissingExtraError: cuda-core is not installed.
+        """
+        chosen = best_sm((record.sm for record in records), sm)
+        if chosen is None:
+            there = ", ".join(f"sm_{known}" for known in sorted({record.sm for record in records}))
+            raise InputError(
+                f"holds no kernels that run on sm_{sm}",
+                where=str(folder),
+                expected=f"a GPU that runs those for {there}" if there else "a bundle with kernels",
+                mend="Export the bundle again for this GPU.",
+            )
+        self._records = {record.kernel: record for record in records if record.sm == chosen}
+        kinds = {(record.dtype, record.width) for record in records}
+        if len(kinds) > 1 or set(self._records) != set(KERNELS):
+            raise ValueError(f"{folder}: kernels of {sorted(kinds)}: {sorted(self._records)} for sm_{chosen}")
+        self.dtype, self.width = kinds.pop()
+        self._cuda = _cuda_core()
+        self._kernels = {name: self._load(folder, record) for name, record in self._records.items()}
+
+    def score(
+        self,
+        transition_keys: int,
+        new_keys: int,
+        cosines: int,
+        indices: int,
+        *,
+        heads: int,
+        transition_tokens: int,
+        new_tokens: int,
+        frame_tokens: int,
+        segment_tokens: int,
+        kept: int,
+        stream: int,
+    ) -> None:
+        """Choose the `kept` least similar segments: their indices (kept,) int64, ascending.
+
+        `cosines` points to `workspace_bytes` of workspace. Sizes are those of keys (batch, heads, tokens,
+        width); batch item 0 decides.
+        """
+        candidate_tokens = transition_tokens + new_tokens - frame_tokens
+        self.cosines(
+            transition_keys, new_keys, cosines,
+            heads=heads, transition_tokens=transition_tokens, new_tokens=new_tokens,
+            frame_tokens=frame_tokens, stream=stream,
+        )  # fmt: skip
+        self.select(
+            cosines, indices,
+            segment_tokens=segment_tokens, candidates=candidate_tokens // segment_tokens, kept=kept,
+            stream=stream,
+        )  # fmt: skip
+
+    def cosines(
+        self,
+        transition_keys: int,
+        new_keys: int,
+        cosines: int,
+        *,
+        heads: int,
+        transition_tokens: int,
+        new_tokens: int,
+        frame_tokens: int,
+        stream: int,
+    ) -> None:
+        """The first half of `score`: float32 cosines of the candidates' tokens."""
+        grid = cosine_grid(frame_tokens, transition_tokens + new_tokens - frame_tokens)
+        pointers = (transition_keys, new_keys, cosines)
+        sizes = (heads, transition_tokens, new_tokens, frame_tokens)
+        self._launch("token_cosines", grid, pointers, sizes, stream)
+
+    def select(
+        self, cosines: int, indices: int, *, segment_tokens: int, candidates: int, kept: int, stream: int
+    ) -> None:
+        """The second half of `score`: indices from cosines."""
+        check_candidates(candidates)
+        sizes = (segment_tokens, candidates, kept)
+        self._launch("select_segments", select_grid(), (cosines, indices), sizes, stream)
+
+    def collect(
+        self,
+        transition_keys: int,
+        transition_values: int,
+        new_keys: int,
+        new_values: int,
+        indices: int,
+        retained_keys: int,
+        retained_values: int,
+        *,
+        batch: int,
+        heads: int,
+        transition_tokens: int,
+        new_tokens: int,
+        segment_tokens: int,
+        kept: int,
+        stream: int,
+    ) -> None:
+        """Copy the chosen segments to retained keys and values (batch, heads, kept * tokens, width)."""
+        grid = compact_grid(batch, heads, segment_tokens, kept)
+        pointers = (
+            transition_keys, transition_values, new_keys, new_values, indices,
+            retained_keys, retained_values,
+        )  # fmt: skip
+        sizes = (transition_tokens, new_tokens, segment_tokens, kept)
+        self._launch("compact_segments", grid, pointers, sizes, stream)
+
+    def _load(self, folder: Path, record: KernelRecord) -> Any:
+        path = inside(folder, record.file)
+        if not path.is_file():
+            raise InputError("is missing", where=str(path), mend="Export the bundle again.")
+        return self._cuda.ObjectCode.from_cubin(path.read_bytes()).get_kernel(record.symbol)
+
+    def _launch(
+        self, name: KernelName, grid: Grid, pointers: Sequence[int], sizes: Sequence[int], stream: int
+    ) -> None:
+        if any(pointer % ALIGNMENT for pointer in pointers):
+            raise ValueError(f"{name}: not all pointers are multiples of {ALIGNMENT}: {pointers}")
+        record = self._records[name]
+        config = self._cuda.LaunchConfig(
+            grid=grid, block=(32 * record.warps, 1, 1), shmem_size=record.shared_bytes
+        )
+        # Every kernel of Triton's ends with two pointers to scratch memory, which these do not use.
+        arguments = (*pointers, *map(np.int32, sizes), 0, 0)
+        handle = self._cuda.Stream.from_handle(stream)
+        self._cuda.launch(handle, config, self._kernels[name], *arguments)
+
+
+def _cuda_core() -> Any:
+    try:
+        return importlib.import_module("cuda.core")
+    except ImportError as error:
+        raise MissingExtraError("cuda-core", "tensorrt-rtx") from error

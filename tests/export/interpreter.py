@@ -1,0 +1,116 @@
+"""Runs the kernels in Triton's interpreter, on the CPU.
+
+In a process of its own: whether kernels are interpreted or compiled is settled when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from forcingkv.models.wan import KeysValues
+from forcingkv.runtime.kernels import compact_grid, cosine_grid, select_grid
+
+Bits = npt.NDArray[Any]
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a launch, and how much a program does."""
+
+    frame_tokens: int
+    segments: int
+    kept: int
+    cosine_block: int
+    select_block: int
+    compact_block: int
+    candidates: int
+    """The constant CANDIDATES, a power of two."""
+
+    @property
+    def segment_tokens(self) -> int:
+        return self.frame_tokens // self.segments
+
+
+@contextmanager
+def interpreter() -> Iterator[Executor]:
+    """The process."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_interpret) as pool:
+        yield pool
+
+
+def prune(
+    pool: Executor, transition: KeysValues, new: KeysValues, sizes: Sizes
+) -> tuple[Tensor, Tensor, KeysValues]:
+    """Cosines, indices, and retained keys and values, from the three kernels."""
+    tensors = [bits(tensor).numpy() for tensor in (*transition, *new)]
+    dtype = new.keys.dtype
+    cosines, indices, *retained = pool.submit(_prune, tensors, dtype, sizes).result()
+    keys, values = (torch.from_numpy(kept).view(dtype) for kept in retained)
+    return torch.from_numpy(cosines), torch.from_numpy(indices), KeysValues(keys, values)
+
+
+def select(pool: Executor, cosines: Tensor, segment_tokens: int, kept: int) -> list[int]:
+    """Indices from cosines alone."""
+    return list(pool.submit(_select, cosines.numpy(), segment_tokens, kept, {}).result())
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor as integers: what is equal in these is equal to the bit."""
+    return tensor.view(INTEGERS[tensor.element_size()])
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
+    from forcingkv.export import kernels
+
+    transition_keys, transition_values, new_keys, new_values = (
+        torch.from_numpy(array).view(dtype) for array in tensors
+    )
+    batch, heads, new_tokens, width = new_keys.shape
+    transition_tokens = transition_keys.shape[2]
+    candidate_tokens = transition_tokens + new_tokens - sizes.frame_tokens
+    cosines = torch.full((candidate_tokens,), torch.nan)
+    kernels.token_cosines[cosine_grid(sizes.frame_tokens, candidate_tokens, sizes.cosine_block)](
+        transition_keys, new_keys, cosines, heads, transition_tokens, new_tokens, sizes.frame_tokens,
+        WIDTH=width, BLOCK=sizes.cosine_block,
+    )  # fmt: skip
+    constants = {"CANDIDATES": sizes.candidates, "BLOCK": sizes.select_block}
+    indices = torch.from_numpy(_select(cosines.numpy(), sizes.segment_tokens, sizes.kept, constants))
+    shape = (batch, heads, sizes.kept * sizes.segment_tokens, width)
+    retained = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
+    grid = compact_grid(batch, heads, sizes.segment_tokens, sizes.kept, sizes.compact_block)
+    kernels.compact_segments[grid](
+        transition_keys, transition_values, new_keys, new_values, indices, *retained,
+        transition_tokens, new_tokens, sizes.segment_tokens, sizes.kept,
+        WIDTH=width, BLOCK=sizes.compact_block,
+    )  # fmt: skip
+    return [cosines.numpy(), indices.numpy(), *(bits(kept).numpy() for kept in retained)]
+
+
+def _select(cosines: Bits, segment_tokens: int, kept: int, constants: Mapping[str, int]) -> Bits:
+    from forcingkv.export import kernels
+
+    # One place more than is asked for: a kernel that writes past its output shows.
+    indices = torch.full((kept + 1,), -1)
+    kernels.select_segments[select_grid()](
+        torch.from_numpy(cosines), indices, segment_tokens, len(cosines) // segment_tokens, kept,
+        **{"CANDIDATES": 64, "BLOCK": 64} | constants,
+    )  # fmt: skip
+    assert indices[-1] == -1
+    return np.asarray(indices[:-1])

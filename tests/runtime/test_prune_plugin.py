@@ -1,0 +1,326 @@
+"""The plugins in a real TensorRT: which nodes they take, what they build to, and what they launch.
+
+TensorRT runs in a child process: its parser looks for a library by a name that the wheel does not have,
+and ends the process where there is none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from forcingkv.export import prune_op
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime import prune_plugin
+from forcingkv.runtime.kernels import KernelLauncher
+from forcingkv.runtime.prune_operators import OPERATORS, Follow, Score
+
+ROOT = Path(__file__).parents[2]
+HEADS, WIDTH, FRAME, SEGMENTS, KEPT = 2, 16, 12, 6, 6
+NEW, SIZE = 3 * FRAME, FRAME // SEGMENTS
+
+needs_tensorrt = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
+)
+
+
+class Recorder:
+    """A launcher that notes what it is asked to launch."""
+
+    dtype, width = "bfloat16", WIDTH
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[int], dict[str, int]]] = []
+
+    def score(self, *pointers: int, **sizes: int) -> None:
+        self.calls.append(("score", list(pointers), sizes))
+
+    def collect(self, *pointers: int, **sizes: int) -> None:
+        self.calls.append(("collect", list(pointers), sizes))
+
+
+@pytest.mark.parametrize("transition", [0, FRAME])
+def test_scoring_launches_scores_then_collects(transition: int) -> None:
+    recorder = Recorder()
+    keys, new = (2, HEADS, transition, WIDTH), (2, HEADS, NEW, WIDTH)
+    operator = Score(frame_tokens=FRAME, segments=SEGMENTS, kept=KEPT)
+    operator.check([keys, keys, new, new])
+    launcher = cast(KernelLauncher, recorder)
+    operator.run(launcher, [keys, keys, new, new], [1, 2, 3, 4, 5, 6, 7], 8, 9)
+    tokens = {"transition_tokens": transition, "new_tokens": NEW}
+    common = {"heads": HEADS, **tokens, "segment_tokens": SIZE, "kept": KEPT, "stream": 9}
+    assert recorder.calls == [
+        ("score", [1, 3, 8, 7], common | {"frame_tokens": FRAME}),
+        ("collect", [1, 2, 3, 4, 7, 5, 6], common | {"batch": 2}),
+    ]
+    assert operator.workspace_bytes([keys, keys, new, new]) == 4 * (transition + 2 * FRAME)
+
+
+@pytest.mark.parametrize("transition", [0, FRAME])
+def test_following_only_collects(transition: int) -> None:
+    recorder = Recorder()
+    keys, new = (1, HEADS, transition, WIDTH), (1, HEADS, NEW, WIDTH)
+    operator = Follow(segment_tokens=SIZE)
+    operator.check([keys, keys, new, new, (KEPT,)])
+    launcher = cast(KernelLauncher, recorder)
+    operator.run(launcher, [keys, keys, new, new, (KEPT,)], [1, 2, 3, 4, 5, 6, 7], 0, 9)
+    sizes = {"batch": 1, "heads": HEADS, "transition_tokens": transition, "new_tokens": NEW,
+             "segment_tokens": SIZE, "kept": KEPT, "stream": 9}  # fmt: skip
+    assert recorder.calls == [("collect", [1, 2, 3, 4, 5, 6, 7], sizes)]
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="no segments of equal size"):
+        Score(frame_tokens=FRAME, segments=5, kept=KEPT)
+    one_frame, part = (1, HEADS, FRAME, WIDTH), (1, HEADS, FRAME + 1, WIDTH)
+    with pytest.raises(ValueError, match="new keys hold 13 tokens, no multiple of 12"):
+        Score(FRAME, SEGMENTS, KEPT).check([one_frame, one_frame, part, part])
+    with pytest.raises(ValueError, match="7 segments are to be kept, of 6"):
+        Score(FRAME, SEGMENTS, 7).check([one_frame] * 4)
+    with pytest.raises(InputError, match="66 segments are candidates"):
+        Score(FRAME, SEGMENTS, KEPT).check([one_frame, one_frame, *[(1, HEADS, 11 * FRAME, WIDTH)] * 2])
+    with pytest.raises(ValueError, match="transition keys hold 13 tokens, no multiple of 2"):
+        Follow(SIZE).check([part, part, one_frame, one_frame, (KEPT,)])
+
+
+def test_the_plugins_are_the_operators_that_export_writes() -> None:
+    assert prune_plugin.PLUGIN_NAMESPACE == prune_op.PLUGIN_NAMESPACE
+    attributes = {f.name: set(f.attribute) - {"plugin_namespace"} for f in prune_op.prune_functions()}
+    for kind in OPERATORS:
+        assert attributes[kind.name] == {field.name for field in fields(kind)}
+
+
+def model(segments: int = SEGMENTS) -> bytes:
+    """A scoring and a following node with their bodies, the transition frame's length left open."""
+    kv = ["transition_keys", "transition_values", "new_keys", "new_values"]
+    nodes = [
+        helper.make_node(
+            "DynamicPrune", kv, ["keys", "values", "indices"], domain=prune_op.DOMAIN, kept=KEPT,
+            frame_tokens=FRAME, segments=segments, plugin_namespace=prune_op.PLUGIN_NAMESPACE,
+        ),
+        helper.make_node(
+            "DynamicPruneFollow", [*kv, "indices"], ["keys2", "values2"], domain=prune_op.DOMAIN,
+            segment_tokens=SIZE, plugin_namespace=prune_op.PLUGIN_NAMESPACE,
+        ),
+    ]  # fmt: skip
+    lengths: dict[str, int | str] = {"transition": "cached", "new": NEW}
+    bf16 = TensorProto.BFLOAT16
+    inputs = [
+        helper.make_tensor_value_info(name, bf16, [1, HEADS, lengths[name.split("_")[0]], WIDTH])
+        for name in kv
+    ]
+    outputs = [
+        helper.make_tensor_value_info(name, bf16, [1, HEADS, KEPT * SIZE, WIDTH])
+        for name in ("keys", "values", "keys2", "values2")
+    ]
+    outputs.append(helper.make_tensor_value_info("indices", TensorProto.INT64, [KEPT]))
+    opsets = [helper.make_opsetid("", prune_op.OPSET), helper.make_opsetid(prune_op.DOMAIN, 1)]
+    graph = helper.make_graph(nodes, "prune", inputs, outputs)
+    made = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    made.functions.extend(prune_op.prune_functions())
+    onnx.checker.check_model(made)
+    return bytes(made.SerializeToString())
+
+
+CHILD = """
+import hashlib, json, sys
+from pathlib import Path
+import numpy as np
+from forcingkv.runtime.flavour import choose, trt
+from forcingkv.runtime.prune_plugin import raise_plugin_error, register_plugins, unregister_plugins
+from tests.runtime.test_prune_plugin import FRAME, HEADS, KEPT, NEW, WIDTH, Recorder
+
+choose("tensorrt-rtx")
+logger = trt.Logger(trt.Logger.ERROR)
+builder = trt.Builder(logger)
+report = {}
+
+def parse(path):
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse(Path(path).read_bytes())
+    return network, [str(network.get_layer(i).type) for i in range(network.num_layers)] if parsed else None
+
+def build(network, sm):
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+    for tokens in (0, FRAME):
+        profile = builder.create_optimization_profile()
+        for name in ("transition_keys", "transition_values"):
+            profile.set_shape(name, *[(1, HEADS, tokens, WIDTH)] * 3)
+        config.add_optimization_profile(profile)
+    engine = bytes(builder.build_serialized_network(network, config))
+    return len(engine), hashlib.sha256(engine).hexdigest()
+
+def message(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def creators():
+    return sum(c.plugin_namespace == "forcingkv" for c in trt.get_plugin_registry().all_creators)
+
+good, bad = sys.argv[1:]
+report["layers without"] = parse(good)[1]
+register_plugins(None)
+register_plugins(None)
+report["creators"] = creators()
+report["layers with"] = parse(good)[1]
+report["engines"] = {sm: build(parse(good)[0], sm) for sm in (89, 120)}
+report["error of a good model"] = message(raise_plugin_error)
+report["layers of a bad model"] = parse(bad)[1]
+report["error of a bad model"] = message(raise_plugin_error)
+report["the same error again"] = message(raise_plugin_error)
+
+def tensor(shape, kind, layout=trt.TensorFormat.LINEAR):
+    description = trt.PluginTensorDesc()
+    description.dims, description.type, description.format = shape, kind, layout
+    return description
+
+def with_bounds(description):
+    bounded = trt.DynamicPluginTensorDesc()
+    bounded.desc = description
+    return bounded
+
+def plugin(name, **attributes):
+    creator = trt.get_plugin_registry().get_creator(name, "1", "forcingkv")
+    fields = [trt.PluginField(k, np.array([v], np.int32), trt.PluginFieldType.INT32)
+              for k, v in attributes.items()]
+    made = creator.create_plugin("node", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
+    loaded = creator.create_plugin("node", made.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
+    assert loaded.operator == made.clone().operator == made.operator
+    return loaded.attach_to_context(None)
+
+keys, new = (1, HEADS, 0, WIDTH), (1, HEADS, NEW, WIDTH)
+out = (1, HEADS, FRAME, WIDTH)
+def io(kind, follow):
+    four = [tensor(shape, kind) for shape in (keys, keys, new, new)]
+    chosen = tensor((KEPT,), trt.DataType.INT64)
+    retained = [tensor(out, kind)] * 2
+    return (four + [chosen], retained) if follow else (four, [*retained, chosen])
+
+plugins = {
+    False: plugin("DynamicPrune", frame_tokens=FRAME, segments=6, kept=KEPT),
+    True: plugin("DynamicPruneFollow", segment_tokens=FRAME // 6),
+}
+def run(follow):
+    inputs, outputs = io(trt.DataType.BF16, follow)
+    plugins[follow].on_shape_change(inputs, outputs)
+    pointers = list(range(1, 8))
+    count = len(inputs)
+    plugins[follow].enqueue(inputs, outputs, pointers[:count], pointers[count:], 8, 9)
+
+wrong = Recorder()
+wrong.dtype = "float16"
+register_plugins(wrong)
+report["run without kernels"] = [message(lambda: run(False)), message(raise_plugin_error)]
+recorder = Recorder()
+register_plugins(recorder)
+run(False)
+run(True)
+report["calls"] = recorder.calls
+
+def supported(kinds, follow, layout=trt.TensorFormat.LINEAR):
+    inputs, outputs = io(trt.DataType.BF16, follow)
+    every = [tensor(d.dims, kind, layout) for d, kind in zip([*inputs, *outputs], kinds, strict=True)]
+    every = [with_bounds(d) for d in every]
+    return [plugins[follow].supports_format_combination(i, every, len(inputs)) for i in range(7)]
+
+types = trt.DataType
+for kind in (types.BF16, types.HALF, types.FLOAT):
+    assert all(supported([kind] * 6 + [types.INT64], False))
+    assert all(supported([kind] * 4 + [types.INT64] + [kind] * 2, True))
+assert not any(supported([types.BF16] * 6 + [types.INT64], False, trt.TensorFormat.CHW2))
+assert not any(supported([types.INT8] * 7, False))
+assert not supported([types.BF16, types.HALF] + [types.BF16] * 4 + [types.INT32], False)[1]
+assert not supported([types.BF16, types.HALF] + [types.BF16] * 4 + [types.INT32], False)[6]
+
+unregister_plugins()
+report["creators at the end"] = creators()
+report["layers at the end"] = parse(good)[1]
+register_plugins(None)
+report["layers once more"] = parse(good)[1]
+print(json.dumps(report))
+"""
+
+
+def child(folder: Path) -> dict[str, Any]:
+    """What the child process reports."""
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    assert spec is not None
+    assert spec.origin is not None
+    for library in Path(spec.origin).parent.glob("*.so.*"):
+        for name in (library.name, library.name.split(".so")[0] + ".so"):
+            (folder / name).symlink_to(library)
+    models = [folder / "good.onnx", folder / "bad.onnx"]
+    models[0].write_bytes(model())
+    models[1].write_bytes(model(segments=5))
+    paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, models)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return child(tmp_path_factory.mktemp("first"))
+
+
+PLUGINS = ["LayerType.PLUGIN_V3"] * 2
+
+
+@needs_tensorrt
+def test_a_node_is_the_plugin_where_registered_and_its_body_elsewhere(report: dict[str, Any]) -> None:
+    for when in ("without", "at the end"):
+        assert report[f"layers {when}"]
+        assert "LayerType.PLUGIN_V3" not in report[f"layers {when}"]
+    assert report["layers with"] == report["layers once more"] == PLUGINS
+    assert report["creators"] == 2
+    assert report["creators at the end"] == 0
+
+
+@needs_tensorrt
+def test_engines_build_without_a_gpu_and_alike_in_two_processes(
+    report: dict[str, Any], tmp_path: Path
+) -> None:
+    engines = report["engines"]
+    assert engines["89"][1] != engines["120"][1]
+    assert child(tmp_path)["engines"] == engines
+    assert report["error of a good model"] is None
+
+
+@needs_tensorrt
+def test_what_a_callback_raises_is_not_lost(report: dict[str, Any]) -> None:
+    assert report["layers of a bad model"] is None
+    assert report["error of a bad model"].startswith("ValueError: no segments of equal size")
+    assert report["the same error again"] is None
+    for error in report["run without kernels"]:
+        assert error.startswith("RuntimeError: DynamicPrune has no kernels for bfloat16 keys of width 16")
+
+
+@needs_tensorrt
+def test_running_launches_the_kernels_on_tensorrts_pointers(report: dict[str, Any]) -> None:
+    assert [name for name, _, _ in report["calls"]] == ["score", "collect", "collect"]
+    assert [pointers for _, pointers, _ in report["calls"]] == [
+        [1, 3, 8, 7], [1, 2, 3, 4, 7, 5, 6], [1, 2, 3, 4, 5, 6, 7],
+    ]  # fmt: skip
+    for _, _, sizes in report["calls"]:
+        assert sizes["transition_tokens"] == 0
+        assert (sizes["heads"], sizes["new_tokens"], sizes["stream"]) == (HEADS, NEW, 9)
