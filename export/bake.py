@@ -6,20 +6,22 @@ point into the file as their external data: the weights lie on disk once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from forcingkv.models.checkpoint import weight_shapes
+from forcingkv.export.precision import DTYPES, Precision, is_matrix
+from forcingkv.models.checkpoint import build_model, weight_shapes
 from forcingkv.models.heads import permute_tensor
+from forcingkv.models.tensor_files import open_tensors
+from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.tensors import StoredTensor, TensorWriter
 
-__all__ = ["bake_weights", "store_tensors"]
-
-_STORED = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
+__all__ = ["bake_weights", "baked_bytes", "baked_model", "store_tensors"]
 
 
 def bake_weights(
@@ -27,39 +29,65 @@ def bake_weights(
     spec: ModelSpec,
     orders: Sequence[Sequence[int]],
     path: Path,
-    dtype: Dtype,
+    precision: Precision,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, StoredTensor]:
-    """Reorder the heads of every layer and write the file.
+    """Reorder the heads of every layer and write the file; matrices lie as (in, out).
 
     Args:
         weights: tensors by Wan name, read one at a time.
         spec: the model.
         orders: for each layer the old index of the head at each new place.
         path: the safetensors file.
-        dtype: what every tensor is stored as.
+        precision: what each tensor is stored as.
         say: told what is being done.
 
     Returns:
         Name -> where each tensor lies in the file.
     """
+    shapes = weight_shapes(spec)
+    planned = {
+        name: (precision.stored_as(name), shape[::-1] if is_matrix(name, shape) else shape)
+        for name, shape in shapes.items()
+    }
 
     def baked(name: str) -> Tensor:
         say(f"baking {name}")
-        return permute_tensor(name, weights[name], spec, orders)
+        tensor = permute_tensor(name, weights[name], spec, orders)
+        return tensor.t() if is_matrix(name, shapes[name]) else tensor
 
-    return store_tensors(weight_shapes(spec), baked, path, dtype)
+    return store_tensors(planned, baked, path)
+
+
+def baked_bytes(spec: ModelSpec, precision: Precision) -> int:
+    """Bytes of the tensors of a baked file."""
+    return sum(
+        math.prod(shape) * DTYPES[precision.stored_as(name)][0].itemsize
+        for name, shape in weight_shapes(spec).items()
+    )
 
 
 def store_tensors(
-    shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], path: Path, dtype: Dtype
+    planned: Mapping[str, tuple[Dtype, tuple[int, ...]]], read: Callable[[str], Tensor], path: Path
 ) -> dict[str, StoredTensor]:
-    """Write tensors to a safetensors file, one at a time, in the order of `shapes`."""
-    kind, stored_as = _STORED[dtype]
-    planned = {name: (stored_as, tuple(shape)) for name, shape in shapes.items()}
-    with TensorWriter(path, planned) as writer:
-        for name in planned:
+    """Write tensors {name: (dtype, shape)} to a safetensors file, one at a time, in that order."""
+    formats = {name: (DTYPES[dtype][1], tuple(shape)) for name, (dtype, shape) in planned.items()}
+    with TensorWriter(path, formats) as writer:
+        for name, (dtype, _) in planned.items():
             # The bits, whatever the dtype: numpy has no bfloat16.
-            tensor = read(name).detach().to(kind).contiguous()
+            tensor = read(name).detach().to(DTYPES[dtype][0]).contiguous()
             writer.write(name, tensor.reshape(-1).view(torch.uint8).numpy().data)
         return writer.tensors
+
+
+def baked_model(spec: ModelSpec, path: Path) -> WanModel:
+    """The model of a baked file, in float32: what graphs are verified against."""
+    baked = open_tensors(path)
+    shapes = weight_shapes(spec)
+    return build_model(
+        spec,
+        {
+            name: baked.read(name).t() if is_matrix(name, shape) else baked.read(name)
+            for name, shape in shapes.items()
+        },
+    )

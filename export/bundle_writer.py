@@ -6,22 +6,25 @@ import copy
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import forcingkv
-from forcingkv.export.bake import bake_weights, store_tensors
+from forcingkv.export.bake import bake_weights, baked_bytes, baked_model, store_tensors
+from forcingkv.export.engines import EngineError, build_engine
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.export.onnx_writer import write_onnx
+from forcingkv.export.precision import DTYPES, Precision, Target, precision_of
+from forcingkv.export.targets import EngineTarget, check_disk, engine_target, warnings_of
 from forcingkv.export.verify import check_memory, graph_difference
+from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap
-from forcingkv.models.checkpoint import build_model
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
-from forcingkv.models.tensor_files import open_tensors
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.bundle import (
     GRAPHS,
@@ -32,16 +35,21 @@ from forcingkv.runtime.bundle import (
     PlanRecord,
     TensorRecord,
 )
+from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.files import FileRecord, new_folder, record_file
+from forcingkv.runtime.kernels import KernelRecord
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.tensors import StoredTensor
 
-__all__ = ["TOLERANCE", "VerificationError", "export_bundle"]
+__all__ = ["TOLERANCE", "EngineError", "VerificationError", "export_bundle"]
 
 WEIGHTS, DECODER = "weights.safetensors", "decoder.safetensors"
 """Files that the graphs point into."""
+
+ENGINES = "engines"
+"""The folder of the engines in a bundle."""
 
 TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, in float32, that an export passes with."""
@@ -61,7 +69,9 @@ def export_bundle(
     resolution: str | None = None,
     decoder: StreamingDecoder | None = None,
     dtype: Dtype | None = None,
-    verify: bool = True,
+    target: Target = "onnx",
+    sms: Sequence[int] = (),
+    verify: bool | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Bake the head map into the weights, trace the graphs, verify them, and write the bundle.
@@ -74,94 +84,153 @@ def export_bundle(
         headmap: needed where the policy tells heads apart.
         resolution: "WxH" or a name; None for the model's default.
         decoder: what makes pixels of latents; needed unless the latents are pixels.
-        dtype: what the weights are stored as; None for the model's default.
-        verify: whether to run every graph and compare it with torch; needs the memory of the model.
+        dtype: what the weights are stored as, and what TensorRT computes in. None: the model's default,
+            and bfloat16 for TensorRT.
+        target: `onnx` for ONNX Runtime; a flavour of TensorRT to build engines too.
+        sms: compute capabilities to build engines for; none: that of this machine's GPU.
+        verify: whether to run every graph in float32 and compare it with torch; needs the memory of
+            the model. None: for ONNX Runtime only.
         say: told what is being done.
 
     Raises:
-        InputError: something does not fit; see `build_plan` and `verify.check_memory`.
+        InputError: something does not fit; see `build_plan`, `verify.check_memory`, `precision_of`,
+            `targets.engine_target` and `targets.check_disk`.
         VerificationError: a graph differs from torch by more than `TOLERANCE`.
+        EngineError: TensorRT did not build an engine.
     """
+    engines = engine_target(target, sms) if target != "onnx" else None
+    if sms and engines is None:
+        raise InputError("--sm goes with TensorRT", where="sm", expected="--target tensorrt-rtx")
+    precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target)
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
     if (decoder is None) != (spec.decoder.kind == "pixels"):
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
+    verify = engines is None if verify is None else verify
     if verify:
         check_memory(plan, decoder)
+    check_disk(out, baked_bytes(spec, precision), len(engines.sms) if engines else 0)
     with new_folder(out, MANIFEST) as folder:
-        bundle = _Writer(folder, plan, decoder, verify, say)
-        bundle.write_weights(weights, head_orders(spec, policy, headmap), dtype or spec.dtype)
+        bundle = _Writer(folder, plan, decoder, precision, verify, say)
+        bundle.write_weights(weights, head_orders(spec, policy, headmap))
         for name in GRAPHS:
             bundle.write_graph(name)
-        written = bundle.written
+        if engines:
+            bundle.write_engines(engines)
         if headmap:
             headmap.write(folder / HEADMAP)
-            written.append(folder / HEADMAP)
+            bundle.written.append(folder / HEADMAP)
         say("computing digests")
         manifest = Manifest(
             schema="forcingkv.bundle/1",
             model=spec,
             resolution=(plan.geometry.width, plan.geometry.height),
             policy=policy,
-            plan=PlanRecord.of(plan),
+            plan=PlanRecord.of(plan, precision.compute),
             graphs=bundle.records,
-            files=_files(written),
+            files=_files(folder, bundle.written),
             versions=_versions(),
             headmap=headmap.digest if headmap else None,
             verification=bundle.differences,
+            compute=precision.compute,
+            engines=tuple(bundle.engines),
+            kernels=tuple(bundle.kernels),
+            warnings=tuple(warnings_of(plan, precision.compute)),
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest
 
 
 class _Writer:
-    """Writes weights and graphs into the folder of a bundle that is being made."""
+    """Writes weights, graphs and engines into the folder of a bundle that is being made."""
 
     def __init__(
         self,
         folder: Path,
         plan: CachePlan,
         decoder: StreamingDecoder | None,
+        precision: Precision,
         verify: bool,
         say: Callable[[str], None],
     ) -> None:
-        self.folder, self.plan, self.decoder, self.verify, self.say = folder, plan, decoder, verify, say
+        self.folder, self.plan, self.decoder = folder, plan, decoder
+        self.precision, self.verify, self.say = precision, verify, say
         self.written: list[Path] = []
         self.records: dict[str, GraphRecord] = {}
         self.differences: dict[str, float] = {}
+        self.engines: list[EngineRecord] = []
+        self.kernels: list[KernelRecord] = []
         self._stored: dict[str, dict[str, StoredTensor]] = {}
         self._model: WanModel | None = None
 
-    def write_weights(
-        self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]], dtype: Dtype
-    ) -> None:
+    def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder."""
-        spec = self.plan.spec
-        self._stored[WEIGHTS] = bake_weights(weights, spec, orders, self.folder / WEIGHTS, dtype, self.say)
-        self.written.append(self.folder / WEIGHTS)
+        spec, path = self.plan.spec, self.folder / WEIGHTS
+        self._stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.say)
+        self.written.append(path)
         if self.decoder:
-            # Decoders are small, and bfloat16 shows in pixels.
+            # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
             state = self.decoder.state_dict()
-            shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+            compute = self.precision.compute
+            planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
             path = self.folder / DECODER
-            self._stored[DECODER] = store_tensors(shapes, state.__getitem__, path, "float32")
+            self._stored[DECODER] = store_tensors(planned, state.__getitem__, path)
             self.written.append(path)
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
         self.say(f"tracing {name}")
-        file = DECODER if name == "decode" else WEIGHTS
-        stored = self._stored.get(file, {})
-        path = self.folder / f"{name}.onnx"
-        traced = write_onnx(lambda: self._graph(name, fake=True), path, stored, file)
+        path, precision = self.folder / f"{name}.onnx", self.precision
+        traced = self._trace(name, path, precision)
         self.written.append(path)
-        self.records[name] = _record(path, traced, file if stored else None)
+        self.records[name] = _record(path, traced, self._weights_of(name))
         if self.verify:
             self.say(f"verifying {name}")
-            self._verify(name, path)
+            if precision.compute == "float32":
+                self._compare(name, path)
+            else:
+                # ONNX Runtime has no kernels for less on a CPU: the same graph is compared in float32.
+                twin = self.folder / f"{name}.float32.onnx"
+                self._trace(name, twin, Precision("float32", precision.stored))
+                self._compare(name, twin)
+                twin.unlink()
 
-    def _verify(self, name: str, path: Path) -> None:
-        difference = graph_difference(self._graph(name, fake=False), path, self.plan)
+    def write_engines(self, target: EngineTarget) -> None:
+        """Build an engine of every graph for every GPU, and the plugin's kernels."""
+        folder = self.folder / ENGINES
+        folder.mkdir()
+        for sm in target.sms:
+            for name in GRAPHS:
+                self.say(f"building the engine of {name} for sm_{sm}")
+                file = folder / f"{name}-{target.flavour.name}-sm{sm}.engine"
+                graph = self.folder / f"{name}.onnx"
+                self.engines.append(build_engine(graph, name, self.plan, target, sm, file))
+                self.written.append(file)
+        if self.plan.score_layer is not None:
+            from forcingkv.export.cubins import compile_kernels  # needs Triton, which only this does
+
+            self.say("compiling kernels")
+            head_dim = self.plan.spec.head_dim
+            self.kernels += compile_kernels(self.folder, self.precision.compute, head_dim)
+            self.written += [self.folder / record.file for record in self.kernels]
+
+    def _trace(self, name: str, path: Path, precision: Precision) -> onnx.ModelProto:
+        file = self._weights_of(name)
+        return write_onnx(
+            lambda: self._untied(name, precision),
+            path,
+            self._stored[file] if file else {},
+            file or WEIGHTS,
+            tensorrt=precision.compute != "float32",
+        )
+
+    def _weights_of(self, name: str) -> str | None:
+        """The file that a graph's weights lie in."""
+        file = DECODER if name == "decode" else WEIGHTS
+        return file if file in self._stored else None
+
+    def _compare(self, name: str, path: Path) -> None:
+        difference = graph_difference(self._real(name), path, self.plan)
         if difference > TOLERANCE:
             raise VerificationError(
                 f"graph {name} differs from torch by {difference:.1e}; expected at most {TOLERANCE:.0e}."
@@ -169,28 +238,37 @@ class _Writer:
             )
         self.differences[name] = difference
 
-    def _graph(self, name: str, *, fake: bool) -> Graph:
+    def _untied(self, name: str, precision: Precision) -> Graph:
+        """The graph with parameters of the right shapes and dtypes and no contents (fake tensors are on)."""
         if name == "decode":
-            decoder = self.decoder
-            return decode_graph(self.plan, _emptied(decoder) if fake and decoder else decoder)
-        model = WanModel(self.plan.spec).eval().requires_grad_(False) if fake else self._baked()
+            if self.decoder is None:
+                return decode_graph(self.plan)
+            kind = DTYPES[precision.compute][0]
+            with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
+                decoder = copy.deepcopy(self.decoder)
+            return decode_graph(self.plan, _emptied(decoder, lambda parameter: kind))
+        model = _emptied(WanModel(self.plan.spec).eval(), precision.computed_in)
         return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
 
-    def _baked(self) -> WanModel:
-        """The model as the bundle has it: what verification compares with."""
+    def _real(self, name: str) -> Graph:
+        """The graph with the contents that the bundle has, to compare with."""
+        if name == "decode":
+            return decode_graph(self.plan, self.decoder)
         if self._model is None:
-            baked = open_tensors(self.folder / WEIGHTS)
-            self._model = build_model(self.plan.spec, {name: baked.read(name) for name in baked.shapes})
-        return self._model
+            self._model = baked_model(self.plan.spec, self.folder / WEIGHTS)
+        return prompt_graph(self._model) if name == "prompt" else step_graph(self._model, self.plan)
 
 
-def _emptied(decoder: StreamingDecoder) -> StreamingDecoder:
-    """The same decoder with parameters of the same shapes and no contents (fake tensors are on)."""
-    with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
-        empty = copy.deepcopy(decoder)
-    state = {name: torch.empty(tensor.shape) for name, tensor in decoder.state_dict().items()}
-    empty.load_state_dict(state, assign=True)
-    return empty.requires_grad_(False)
+M = TypeVar("M", bound=nn.Module)
+
+
+def _emptied(module: M, dtype: Callable[[str], torch.dtype]) -> M:
+    """The module with parameters of the same shapes, of those dtypes by name, without contents."""
+    state = {
+        name: torch.empty(tensor.shape, dtype=dtype(name)) for name, tensor in module.state_dict().items()
+    }
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False)
 
 
 def _record(path: Path, traced: onnx.ModelProto, weights: str | None) -> GraphRecord:
@@ -208,8 +286,8 @@ def _tensor(value: onnx.ValueInfoProto) -> TensorRecord:
     return TensorRecord(str(dtype), tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim))
 
 
-def _files(paths: list[Path]) -> dict[str, FileRecord]:
-    return {path.name: record_file(path) for path in sorted(paths)}
+def _files(folder: Path, paths: list[Path]) -> dict[str, FileRecord]:
+    return {path.relative_to(folder).as_posix(): record_file(path) for path in sorted(paths)}
 
 
 def _versions() -> dict[str, str]:

@@ -16,20 +16,36 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from forcingkv.export.graphs import Graph
-from forcingkv.export.prune_op import OPSET, prune_functions, translation_table
+from forcingkv.export.passes import (
+    align_parameters,
+    fold_modulation,
+    narrow_indices,
+    pair_lone_heads,
+    scale_attention,
+    split_slices,
+    use_transposed,
+)
+from forcingkv.export.precision import is_matrix
+from forcingkv.export.prune_op import OPSET, functions_for, translation_table
 from forcingkv.runtime.tensors import StoredTensor
 
 __all__ = ["write_onnx"]
 
-_IR_DTYPES = {"F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16}
+_IR_DTYPES = {"F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16}
 
 
 def write_onnx(
-    make: Callable[[], Graph], path: Path, weights: Mapping[str, StoredTensor], file: str
+    make: Callable[[], Graph],
+    path: Path,
+    weights: Mapping[str, StoredTensor],
+    file: str,
+    *,
+    tensorrt: bool = False,
 ) -> onnx.ModelProto:
     """Trace a graph and write it; inputs, outputs and varying dimensions get their names.
 
@@ -39,9 +55,11 @@ def write_onnx(
         path: the ONNX file.
         weights: where each parameter of the graph's model lies.
         file: the safetensors file they lie in, named relative to the ONNX file.
+        tensorrt: write what its parser makes few layers of, where ONNX Runtime would be slower by it
+            (multiplying by a matrix of rank 3) or no faster.
 
     Returns:
-        The model. Parameters stored as bfloat16 are cast to float32, in which the graph computes.
+        The model. Parameters that are stored in another dtype than the graph computes in are cast.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
         graph = make()
@@ -62,13 +80,22 @@ def write_onnx(
     parameters = _initializers_to_inputs(program.model.graph)
     with _quiet():
         program.optimize()
+    traced = program.model.graph
+    use_transposed(traced, [p for p in parameters if _is_stored_transposed(p)])
+    fold_modulation(traced)
+    scale_attention(traced)
+    if tensorrt:
+        split_slices(traced)
+        narrow_indices(traced)
+        pair_lone_heads(traced)
+        align_parameters(parameters)
+    RemoveUnusedNodesPass()(program.model)
     for value in parameters:
-        _point(program.model.graph, value, weights[_bare(value.name)], file)
+        _point(traced, value, weights[_bare(value.name)], file)
     model = ir.to_proto(program.model)
-    used = {node.op_type for node in model.graph.node}
-    model.functions.extend(f for f in prune_functions() if f.name in used)
+    model.functions.extend(functions_for({node.op_type for node in model.graph.node}))
     _strip(model)
-    onnx.save_model(model, path)
+    onnx.save_model(_without_symbols(model) if tensorrt else model, path)
     return model
 
 
@@ -92,10 +119,9 @@ def _bare(name: str | None) -> str:
 
 
 def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any] | None, ...]:
-    symbols = {symbol: Dim(symbol, min=2) for symbol in sorted(set(graph.dynamic.values()))}
-    return tuple(
-        {2: symbols[graph.dynamic[name]]} if name in graph.dynamic else None for name in graph.inputs
-    )
+    symbols = {symbol: Dim(symbol, min=2) for symbol in sorted({s for _, s in graph.dynamic.values()})}
+    places = {name: {place: symbols[symbol]} for name, (place, symbol) in graph.dynamic.items()}
+    return tuple(places.get(name) for name in graph.inputs)
 
 
 def _initializers_to_inputs(graph: ir.Graph) -> list[ir.Value]:
@@ -109,26 +135,44 @@ def _initializers_to_inputs(graph: ir.Graph) -> list[ir.Value]:
     return parameters
 
 
+def _is_stored_transposed(parameter: ir.Value) -> bool:
+    assert parameter.shape is not None
+    return is_matrix(_bare(parameter.name), parameter.shape) and bool(parameter.uses())
+
+
 def _point(graph: ir.Graph, parameter: ir.Value, stored: StoredTensor, file: str) -> None:
     """Turn a parameter that is an input back into an initializer, with its contents in the file."""
     graph.inputs.remove(parameter)
     if not parameter.uses():
         return
     kind, name = _IR_DTYPES[stored.dtype], _bare(parameter.name)
-    content = ir.ExternalTensor(
-        file, stored.offset, stored.bytes, kind, shape=ir.Shape(stored.shape), name=name
-    )
-    initializer = ir.Value(
-        name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(kind), const_value=content
-    )
+    shape = parameter.shape
+    assert shape is not None
+    content = ir.ExternalTensor(file, stored.offset, stored.bytes, kind, shape=shape, name=name)
+    initializer = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=content)
     graph.initializers[name] = initializer
     value = initializer
-    if kind != ir.DataType.FLOAT:
-        cast = ir.Node("", "Cast", [initializer], [ir.AttrInt64("to", ir.DataType.FLOAT)])
-        cast.outputs[0].name = f"{name}.float32"
+    if parameter.dtype != kind:
+        assert parameter.dtype is not None
+        cast = ir.Node("", "Cast", [initializer], [ir.AttrInt64("to", parameter.dtype)])
+        cast.outputs[0].name = f"{name}.cast"
         graph.insert_before(graph[0], cast)
         value = cast.outputs[0]
     ir.convenience.replace_all_uses_with(parameter, value)
+
+
+def _without_symbols(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which dimensions that vary have no names.
+
+    An engine would hold a line for each pair of equal ones, in an order that differs from build to
+    build. Profiles give TensorRT every length as a number.
+    """
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    for value in (*copied.graph.input, *copied.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            dimension.ClearField("dim_param")
+    return copied
 
 
 def _strip(model: onnx.ModelProto) -> None:

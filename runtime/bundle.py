@@ -11,10 +11,12 @@ from typing import Any, Literal
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.headmaps.headmap import HeadMap
+from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.files import FileRecord, inside, verify_file
+from forcingkv.runtime.kernels import KernelRecord
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
 
 __all__ = ["GRAPHS", "SCHEMA", "Bundle", "GraphRecord", "Manifest", "PlanRecord", "TensorRecord"]
 
@@ -46,17 +48,17 @@ class PlanRecord:
     """What the cache plan comes to. Derived: checked against the plan when the bundle is opened."""
 
     kv_bytes: int
-    """float32, batch 1, last phase, current chunk included."""
+    """In the dtype the graphs compute in, batch 1, last phase, current chunk included."""
     phases: tuple[dict[str, int], ...]
     """For each phase its first chunk and the cached tokens of each group and role."""
     layers: tuple[dict[str, int], ...]
     """For each layer the heads of each group."""
 
     @classmethod
-    def of(cls, plan: CachePlan) -> PlanRecord:
-        """The record of a plan."""
+    def of(cls, plan: CachePlan, compute: Dtype = "float32") -> PlanRecord:
+        """The record of a plan whose graphs compute in that dtype."""
         return cls(
-            kv_bytes=plan.kv_bytes(),
+            kv_bytes=plan.kv_bytes(ELEMENT_BYTES[compute]),
             phases=tuple(
                 {"first_chunk": phase.first_chunk} | {f"{label}.{role}": n for label, role, n in phase.tokens}
                 for phase in plan.phases
@@ -81,7 +83,12 @@ class Manifest:
     """SHA-256 of the head map's text."""
     verification: dict[str, float] = field(default_factory=dict)
     """Largest absolute difference between each graph and torch, seen at export."""
-    engines: tuple[dict[str, Any], ...] = ()
+    compute: Dtype = "float32"
+    """What the graphs compute in."""
+    engines: tuple[EngineRecord, ...] = ()
+    kernels: tuple[KernelRecord, ...] = ()
+    """Of the DynamicPrune plugin, for each GPU."""
+    warnings: tuple[str, ...] = ()
 
     def to_text(self) -> str:
         """The file's text."""
@@ -115,7 +122,7 @@ class Bundle:
         if headmap and headmap.digest != manifest.headmap:
             raise InputError("is not the one the bundle was baked with", where=str(folder / HEADMAP))
         bundle = cls(folder, manifest, headmap)
-        if PlanRecord.of(bundle.plan) != manifest.plan:
+        if PlanRecord.of(bundle.plan, manifest.compute) != manifest.plan:
             raise InputError(
                 "its cache plan does not follow from its model, policy and head map",
                 where=str(folder / MANIFEST),
@@ -157,6 +164,7 @@ def _read_manifest(folder: Path) -> Manifest:
             raise InputError(f"has no graph {graph!r}", where=str(path))
         record: GraphRecord = manifest.graphs[graph]
         named |= {record.file} | ({record.weights} if record.weights else set())
+    named |= {engine.file for engine in manifest.engines} | {kernel.file for kernel in manifest.kernels}
     unrecorded = sorted(named - set(manifest.files))
     if unrecorded:
         raise InputError(f"has no digest of {', '.join(unrecorded)}", where=str(path))

@@ -21,7 +21,7 @@ SURFACE = {
         "Analysis", "Job", "Labelling", "analyze_heads", "analyze_statistics", "record_samples",
         "write_analysis",
     },
-    "forcingkv.export": {"VerificationError", "export_bundle"},
+    "forcingkv.export": {"EngineError", "VerificationError", "export_bundle"},
 }  # fmt: skip
 
 

@@ -1,0 +1,118 @@
+"""The program that builds one engine, in a process of its own (see `export.engines`).
+
+It imports neither torch nor the rest of `export`: what it holds in memory is TensorRT and the network. The
+request is JSON on standard input, the report JSON on standard output, TensorRT's log standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from forcingkv.runtime.flavour import choose, trt
+
+MEMORY = {
+    "activation_bytes": "Total Activation Memory",
+    "weight_bytes": "Total Weights Memory",
+    "scratch_bytes": "Max Scratch Memory",
+}
+"""What the builder says of memory in its log only."""
+
+
+def build(request: dict[str, Any]) -> dict[str, Any]:
+    """Parse the graph, build the engine, write it, and report."""
+    started = time.perf_counter()
+    choose(request["flavour"])
+    log = _log()
+    checks: list[Callable[[], None]] = []  # TensorRT goes on where a plugin's callback fails
+    if request["plugins"]:
+        from forcingkv.runtime.prune_plugin import raise_plugin_error, register_plugins
+
+        register_plugins(None)
+        checks.append(raise_plugin_error)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(request["graph"]):
+        faults = [str(parser.get_error(n).desc()) for n in range(parser.num_errors)]
+        raise RuntimeError("the parser refused the graph: " + "; ".join(faults))
+    for check in checks:
+        check()
+    config = builder.create_builder_config()
+    if request["sm"] is not None:
+        _for_capability(config, request["sm"])
+    for shapes in request["phases"]:
+        profile = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape, shape, shape)
+        config.add_optimization_profile(profile)
+    report: dict[str, Any] = {
+        "layers": network.num_layers,
+        "plugin_layers": sum(
+            network.get_layer(n).type == trt.LayerType.PLUGIN_V3 for n in range(network.num_layers)
+        ),
+    }
+    if not request["parse_only"]:
+        engine = builder.build_serialized_network(network, config)
+        for check in checks:
+            check()
+        if engine is None:
+            raise RuntimeError("the builder made no engine")
+        with Path(request["engine"]).open("wb") as file:
+            file.write(memoryview(engine))
+        report["engine_bytes"] = int(engine.nbytes)
+        report |= {name: log.said.get(name, 0) for name in MEMORY}
+    return report | {
+        "version": trt.__version__,
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _for_capability(config: Any, sm: int) -> None:
+    """Build for a GPU that is not here; only TensorRT-RTX can."""
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)  # type: ignore[attr-defined]
+
+
+def _log() -> Any:
+    class Log(trt.ILogger):
+        """Writes what TensorRT says, and keeps the figures that it says nowhere else."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.said: dict[str, int] = {}
+
+        def log(self, severity: trt.ILogger.Severity, message: str) -> None:
+            for name, words in MEMORY.items():
+                found = re.search(rf"{words}: (\d+) bytes", message)
+                if found:
+                    self.said[name] = max(self.said.get(name, 0), int(found[1]))
+            if severity <= trt.ILogger.Severity.INFO:
+                print(f"[{severity.name[0]}] {message}", file=sys.stderr, flush=True)
+
+    return Log()
+
+
+def main() -> int:
+    """Build what standard input asks for."""
+    request = json.load(sys.stdin)
+    if request["memory_limit"] is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (request["memory_limit"], request["memory_limit"]))
+    try:
+        report = build(request)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        print(f"[E] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    json.dump(report, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Engines: real TensorRT-RTX builds without a GPU, and what is refused before and during one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import namedtuple
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from forcingkv.export import EngineError, engines, export_bundle, targets
+from forcingkv.export.engines import build_engine, parse_report
+from forcingkv.export.targets import EngineTarget, check_disk, engine_target, most_keys, warnings_of
+from forcingkv.headmaps import HeadMap, read_headmap
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.models.checkpoint import load_weights, random_weights
+from forcingkv.models.decoders.choose import decoder_for
+from forcingkv.models.presets import load_spec
+from forcingkv.runtime import Bundle, Session
+from forcingkv.runtime.bundle import Manifest
+from forcingkv.runtime.flavour import FLAVOURS
+from forcingkv.runtime.plan import CachePlan, build_plan
+from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.spec import ModelSpec
+from tests.conftest import headmap_of, random_model, small_spec
+
+RTX = FLAVOURS["tensorrt-rtx"]
+MAP = Path(__file__).parents[2] / "headmaps" / "maps" / "demo.json"
+SMS = (89, 120)
+needs_rtx = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None or find_spec("triton") is None,
+    reason="needs tensorrt-rtx and triton: pip install 'forcingkv[tensorrt-rtx,engines]'",
+)
+
+
+def mixed_map(spec: ModelSpec) -> HeadMap:
+    """Half of each layer's heads static."""
+    return headmap_of(spec, [list(range(spec.heads // 2))] * spec.layers)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's bundle with engines for two GPUs."""
+    spec, out = load_spec("demo"), tmp_path_factory.mktemp("bundles") / "demo"
+    export_bundle(
+        spec, load_weights(spec), load_policy("forcing-kv"), out,
+        headmap=read_headmap(MAP), target="tensorrt-rtx", sms=SMS,
+    )  # fmt: skip
+    return out
+
+
+def rebuilt(bundle: Path, graph: str, sm: int, out: Path, *, plugins: bool = True) -> str:
+    """The digest of an engine built again."""
+    opened = Bundle.open(bundle)
+    plan = opened.plan if plugins else _WithoutPlugins(opened.plan)
+    out.mkdir(exist_ok=True)
+    target = EngineTarget(RTX, (sm,))
+    build_engine(opened.graph(graph), graph, plan, target, sm, out / "again.engine")
+    return hashlib.sha256((out / "again.engine").read_bytes()).hexdigest()
+
+
+class _WithoutPlugins(CachePlan):
+    """The same plan, of which the builder is told that nothing is pruned."""
+
+    score_layer = None
+
+    def __init__(self, plan: CachePlan) -> None:
+        super().__init__(plan.spec, plan.geometry, plan.policy, plan.layers)
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_the_demo_bundle_has_engines_for_both_gpus(demo: Path) -> None:
+    manifest = Bundle.open(demo).manifest
+    assert {(e.graph, e.sm) for e in manifest.engines} == {
+        (graph, sm) for graph in ("prompt", "step", "decode") for sm in SMS
+    }
+    assert manifest.compute == "bfloat16"
+    assert manifest.graphs["step"].inputs["cache.0.static.sink.keys"].dtype == "bfloat16"
+    pruning = sum("dynamic" in layer for layer in manifest.plan.layers)
+    for engine in manifest.engines:
+        step = engine.graph == "step"
+        assert engine.plugin_layers == (pruning if step else 0)
+        assert engine.phases == (len(manifest.plan.phases) if step else 1)
+        assert engine.version
+        assert min(engine.layers, engine.seconds, engine.peak_bytes) > 0
+        assert manifest.files[engine.file].bytes >= engine.weight_bytes
+    assert {kernel.sm for kernel in manifest.kernels} == {80, 86, 89, 90, 100, 120}
+    assert all(kernel.spill_bytes == 0 for kernel in manifest.kernels)
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_two_builds_give_the_same_digest(demo: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(demo).manifest
+    for graph in ("step", "decode"):
+        first = next(e for e in manifest.engines if (e.graph, e.sm) == (graph, 89))
+        assert rebuilt(demo, graph, 89, tmp_path) == manifest.files[first.file].sha256
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_the_plugin_is_in_the_network_where_it_is_registered_and_the_body_where_not(
+    demo: Path, tmp_path: Path
+) -> None:
+    graph, plan = Bundle.open(demo).graph("step"), Bundle.open(demo).plan
+    pruning = sum(any(group.retained_segments for group in groups) for groups in plan.layers)
+    assert parse_report(graph, RTX, plugins=True)["plugin_layers"] == pruning
+    without = parse_report(graph, RTX, plugins=False)
+    assert without["plugin_layers"] == 0
+    assert without["layers"] > parse_report(graph, RTX, plugins=True)["layers"] + 10 * pruning
+    with_body = rebuilt(demo, "step", 89, tmp_path, plugins=False)
+    assert with_body != rebuilt(demo, "step", 89, tmp_path), "both build"
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_an_engine_bundle_is_not_for_onnx_runtime(demo: Path) -> None:
+    with pytest.raises(InputError, match="compute in bfloat16, for TensorRT.*--target onnx"):
+        Session.open(demo)
+
+
+def parsed_layers(layers: int, folder: Path) -> dict[str, int]:
+    """Layers of the step graph of a model of 1.3B width, as parsed."""
+    spec = small_spec(layers=layers, heads=6, head_dim=16)
+    export_bundle(
+        spec, random_model(spec).state_dict(), load_policy("forcing-kv"), folder,
+        headmap=mixed_map(spec), target="tensorrt-rtx", sms=(89,),
+    )  # fmt: skip
+    report: dict[str, int] = parse_report(folder / "step.onnx", RTX, plugins=True)
+    return report
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_a_block_costs_at_most_a_third_of_the_layers_of_a_naive_one(tmp_path: Path) -> None:
+    """About 450 layers for a block as the reference writes it; 930 for ours before (docs/engines.md).
+
+    The number depends on which groups and roles there are, not on any size.
+    """
+    three, four = (parsed_layers(n, tmp_path / str(n)) for n in (3, 4))
+    assert four["plugin_layers"] - three["plugin_layers"] == 1
+    assert four["layers"] - three["layers"] <= 450 / 3
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_two_layers_of_public_width_build_at_480p(tmp_path: Path) -> None:
+    base = replace(load_spec("self-forcing"), layers=2)
+    spec, decoder = decoder_for(base, "taehv", None, random=True)
+    manifest = export_bundle(
+        spec, random_weights(spec), load_policy("forcing-kv"), tmp_path / "b",
+        headmap=mixed_map(spec), resolution="480p", decoder=decoder, target="tensorrt-rtx", sms=(89,),
+    )  # fmt: skip
+    step = next(engine for engine in manifest.engines if engine.graph == "step")
+    assert (step.plugin_layers, step.phases) == (1, 3)
+    assert step.activation_bytes < 1e9, "scores written out would be more"
+    assert step.peak_bytes < 4e9
+    assert manifest.plan.kv_bytes == Bundle.open(tmp_path / "b").plan.kv_bytes(2)
+    assert not manifest.verification
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_engine_bundles_can_be_verified_in_float32(tmp_path: Path) -> None:
+    spec = small_spec(heads=4, head_dim=16)
+    manifest: Manifest = export_bundle(
+        spec, random_model(spec).state_dict(), load_policy("full"), tmp_path / "b",
+        target="tensorrt-rtx", sms=(89,), dtype="float16", verify=True,
+    )  # fmt: skip
+    assert set(manifest.verification) == {"prompt", "step", "decode"}
+    assert max(manifest.verification.values()) <= 1e-5
+    assert manifest.compute == "float16"
+    assert not list((tmp_path / "b").glob("*.float32.onnx"))
+
+
+# What is refused, before anything is made.
+
+
+@pytest.mark.parametrize(
+    ("name", "sms", "words"),
+    [
+        ("tensorrt-rtx", (90,), "makes no engines for sm_90; expected one of 75, 80, 86, 89, 120, 121"),
+        ("tensorrt-rtx", (89, 100), "--target tensorrt, on a machine that has one"),
+    ],
+)
+def test_gpus_that_the_flavour_does_not_serve(name: str, sms: tuple[int, ...], words: str) -> None:
+    with pytest.raises(InputError, match="^--sm: ") as raised:
+        engine_target(name, sms)  # type: ignore[arg-type]
+    assert words in str(raised.value)
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "require", lambda name: FLAVOURS[name])
+    monkeypatch.setattr(targets, "device_sm", lambda: 90)
+    assert engine_target("tensorrt") == EngineTarget(FLAVOURS["tensorrt"], (90,))
+    assert engine_target("tensorrt", (90, 90)).sms == (90,)
+    assert engine_target("tensorrt-rtx", (89, 120)).sms == (89, 120)
+    with pytest.raises(InputError, match="this machine's GPU is sm_90"):
+        engine_target("tensorrt", (89,))
+    monkeypatch.setattr(targets, "device_sm", lambda: None)
+    for name in ("tensorrt", "tensorrt-rtx"):
+        with pytest.raises(InputError, match="no GPU was found to build for"):
+            engine_target(name)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="and no GPU was found"):
+        engine_target("tensorrt", (90,))
+
+
+def test_a_flavour_that_is_not_installed() -> None:
+    if find_spec("tensorrt") and find_spec("tensorrt").origin:  # type: ignore[union-attr]
+        pytest.skip("tensorrt is installed")
+    with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[tensorrt\]'"):
+        engine_target("tensorrt")
+
+
+def test_not_enough_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(targets.shutil, "disk_usage", lambda place: usage(10**10, 9 * 10**9, 10**9))
+    check_disk(tmp_path / "a" / "b", 400_000_000, 1)
+    with pytest.raises(InputError, match=r"needs about 1\.3 GB .* for each of 2 GPUs.* 1\.0 GB are free"):
+        check_disk(tmp_path / "a" / "b", 400_000_000, 2)
+    assert not (tmp_path / "a").exists()
+
+
+def test_float16_is_warned_of_past_its_largest_number() -> None:
+    spec = load_spec("self-forcing")
+    full = build_plan(spec, spec.geometry("1080p"), load_policy("full"))
+    assert most_keys(full) == 21 * 8160
+    assert "up to 171360 keys" in warnings_of(full, "float16")[0]
+    assert warnings_of(full, "bfloat16") == []
+    pruned = build_plan(spec, spec.geometry("1080p"), load_policy("forcing-kv"), mixed_map(spec))
+    assert most_keys(pruned) == (1 + 1 + 3) * 8160 + 6 * 8160 // 6
+    assert warnings_of(pruned, "float16") == []
+
+
+# What goes wrong while building.
+
+
+@needs_rtx
+def test_a_graph_that_the_parser_refuses(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no graph at all")
+    with pytest.raises(EngineError, match=r"(?s)tensorrt-rtx failed on broken\.onnx.*parser refused"):
+        parse_report(tmp_path / "broken.onnx", RTX, plugins=False)
+
+
+def test_an_abort_is_an_error_with_the_words_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import os, sys\nprint('[E] no such library', file=sys.stderr, flush=True)\nos.abort()\n"
+    )
+    monkeypatch.setattr(engines, "CHILD", child)
+    with pytest.raises(EngineError, match=r"was ended by signal 6 on g.onnx(?s:.*)no such library"):
+        parse_report(tmp_path / "g.onnx", replace(RTX, libraries=None), plugins=False)
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_memory_is_bounded(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "available_bytes", lambda: 120_000_000)
+    with pytest.raises(EngineError, match=r"memory bound 0\.1 GB"):
+        rebuilt(demo, "step", 89, tmp_path)
+    assert not (tmp_path / "again.engine").exists()

@@ -1,0 +1,94 @@
+"""Which engine of a bundle a machine may load, and which TensorRT a process uses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.runtime import flavour
+from forcingkv.runtime.engines import EngineRecord, find_engine
+
+ENGINE = EngineRecord(
+    graph="step", flavour="tensorrt-rtx", version="1.7.1", sm=89, file="engines/step.engine", layers=100,
+    plugin_layers=2, phases=4, weight_bytes=1, activation_bytes=2, scratch_bytes=1, seconds=1.0, peak_bytes=1,
+)  # fmt: skip
+ENGINES = [ENGINE, replace(ENGINE, sm=120)]
+
+
+def test_the_engine_of_this_gpu_is_found() -> None:
+    assert find_engine(ENGINES, "step", "tensorrt-rtx", "1.7.1", 120, "bundle") is ENGINES[1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("step", "tensorrt-rtx", "1.8.0", 89), "expected tensorrt-rtx 1.8.0 for sm_89"),
+        (("step", "tensorrt-rtx", "1.7.1", 86), "expected tensorrt-rtx 1.7.1 for sm_86"),
+        (("step", "tensorrt", "1.7.1", 89), "expected tensorrt 1.7.1 for sm_89"),
+        (("decode", "tensorrt-rtx", "1.7.1", 89), "has no engine of the graph decode"),
+    ],
+)
+def test_an_engine_of_another_version_or_gpu_is_refused(asked: tuple[str, flavour.FlavourName, str, int],
+                                                        words: str) -> None:  # fmt: skip
+    with pytest.raises(InputError, match="bundle: ") as raised:
+        find_engine(ENGINES, *asked, "bundle")
+    assert words in str(raised.value)
+    if asked[0] == "step":
+        assert "tensorrt-rtx 1.7.1 for sm_120, tensorrt-rtx 1.7.1 for sm_89" in str(raised.value)
+
+
+def test_a_flavour_that_is_not_installed_is_named_with_its_install_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    absent = replace(flavour.FLAVOURS["tensorrt"], module="tensorrt_that_is_not_there")
+    monkeypatch.setitem(flavour.FLAVOURS, "tensorrt", absent)
+    with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[tensorrt\]'"):
+        flavour.require("tensorrt")
+
+
+def test_an_empty_namespace_package_is_no_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Type stubs leave a folder `tensorrt` without an __init__.py."""
+    place = tmp_path_factory.mktemp("site")
+    (place / "tensorrt_stubbed").mkdir()
+    monkeypatch.syspath_prepend(str(place))
+    only_stubs = replace(flavour.FLAVOURS["tensorrt"], module="tensorrt_stubbed")
+    monkeypatch.setitem(flavour.FLAVOURS, "tensorrt", only_stubs)
+    with pytest.raises(MissingExtraError):
+        flavour.require("tensorrt")
+
+
+CHOICE = """
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime import flavour
+try:
+    flavour.trt.Builder
+except RuntimeError as error:
+    print(error)
+flavour.choose("tensorrt-rtx"), flavour.choose("tensorrt-rtx")
+print(flavour.chosen().name, flavour.trt.Builder.__name__)
+try:
+    flavour.choose("tensorrt")
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_process_uses_one_flavour() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    # The other flavour is found too, were it only by its name.
+    prepared = "import forcingkv.runtime.flavour as f; real = f.require\n"
+    prepared += "f.require = lambda name: f.FLAVOURS[name]\n"
+    done = subprocess.run(
+        [sys.executable, "-c", prepared + CHOICE], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first == "no flavour of TensorRT was chosen: call choose() first"
+    assert second == "tensorrt-rtx Builder"
+    assert third.startswith("tensorrt: this process already uses tensorrt-rtx")
