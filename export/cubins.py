@@ -31,7 +31,17 @@ from forcingkv.runtime.kernels import (
 )
 from forcingkv.runtime.spec import Dtype
 
-__all__ = ["FOLDER", "SMS", "compile_kernels"]
+__all__ = [
+    "FOLDER",
+    "SMS",
+    "WARPS",
+    "Signature",
+    "assemble",
+    "compile_for",
+    "compile_kernels",
+    "kernel_module",
+    "signature_of",
+]
 
 SMS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are compiled for by default: every GPU since Ampere runs one of them."""
@@ -47,7 +57,7 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
 @dataclass(frozen=True)
-class _Signature:
+class Signature:
     """Types of a kernel's arguments, and its constants."""
 
     types: Mapping[str, str]
@@ -80,7 +90,7 @@ def compile_kernels(
         MissingExtraError: Triton is not installed.
         RuntimeError: a kernel needs more registers than there are (its width is too large), or ptxas fails.
     """
-    kernels = _kernels()
+    kernels = kernel_module()
     try:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,8 +100,8 @@ def compile_kernels(
         say(f"compiling kernels for sm_{sm}")
         for name in KERNELS:
             file = f"{FOLDER}/{name}-{dtype}-sm{sm}.cubin"
-            compiled = _compile(getattr(kernels, name), _signature(name, dtype, width), sm, WARPS[name])
-            cubin, registers, spilled = _assemble(compiled.asm["ptx"], sm)
+            compiled = compile_for(getattr(kernels, name), signature_of(name, dtype, width), sm, WARPS[name])
+            cubin, registers, spilled = assemble(compiled.asm["ptx"], sm)
             if spilled:
                 raise RuntimeError(f"{name} for sm_{sm} spills {spilled} bytes a thread (width {width})")
             _write(folder / file, cubin)
@@ -105,14 +115,14 @@ def compile_kernels(
     return records
 
 
-def _kernels() -> Any:
+def kernel_module() -> Any:
     try:
         return importlib.import_module("forcingkv.export.kernels")
     except ImportError as error:
         raise MissingExtraError("triton", "engines") from error
 
 
-def _signature(name: KernelName, dtype: Dtype, width: int) -> _Signature:
+def signature_of(name: KernelName, dtype: Dtype, width: int) -> Signature:
     kv = _POINTERS[dtype]
     if name == "token_cosines":
         pointers = {"transition_keys": kv, "new_keys": kv, "cosines": "*fp32"}
@@ -128,12 +138,12 @@ def _signature(name: KernelName, dtype: Dtype, width: int) -> _Signature:
         pointers = dict.fromkeys(tensors, kv) | {"indices": "*i64"} | dict.fromkeys(retained, kv)
         sizes = ["transition_tokens", "new_tokens", "segment_tokens", "kept"]
         constants = {"WIDTH": width, "BLOCK": COMPACT_BLOCK}
-    return _Signature(
+    return Signature(
         pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr"), constants
     )
 
 
-def _compile(kernel: Any, signature: _Signature, sm: int, warps: int) -> Any:
+def compile_for(kernel: Any, signature: Signature, sm: int, warps: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -156,7 +166,7 @@ def _compile(kernel: Any, signature: _Signature, sm: int, warps: int) -> Any:
     return compiled
 
 
-def _assemble(ptx: str, sm: int) -> tuple[bytes, int, int]:
+def assemble(ptx: str, sm: int) -> tuple[bytes, int, int]:
     """The cubin, its registers, and the bytes a thread keeps in local memory."""
     import triton
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forcingkv.runtime.flavour import choose, trt
+from forcingkv.runtime.flavour import FLAVOURS, choose, trt
 
 MEMORY = {
     "activation_bytes": "Total Activation Memory",
@@ -30,22 +30,16 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     choose(request["flavour"])
     log = _log()
-    checks: list[Callable[[], None]] = []  # TensorRT goes on where a plugin's callback fails
-    if request["plugins"]:
-        from forcingkv.runtime.prune_plugin import raise_plugin_error, register_plugins
-
-        register_plugins(None)
-        checks.append(raise_plugin_error)
+    check = _plugins(request["plugins"], request["sm"])
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(request["graph"]):
         faults = [str(parser.get_error(n).desc()) for n in range(parser.num_errors)]
         raise RuntimeError("the parser refused the graph: " + "; ".join(faults))
-    for check in checks:
-        check()
+    check()
     config = builder.create_builder_config()
-    if request["sm"] is not None:
+    if FLAVOURS[request["flavour"]].sms and request["sm"]:
         _for_capability(config, request["sm"])
     for shapes in request["phases"]:
         profile = builder.create_optimization_profile()
@@ -58,10 +52,9 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
             network.get_layer(n).type == trt.LayerType.PLUGIN_V3 for n in range(network.num_layers)
         ),
     }
-    if not request["parse_only"]:
+    if request["engine"]:
         engine = builder.build_serialized_network(network, config)
-        for check in checks:
-            check()
+        check()
         if engine is None:
             raise RuntimeError("the builder made no engine")
         with Path(request["engine"]).open("wb") as file:
@@ -71,8 +64,37 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     return report | {
         "version": trt.__version__,
         "seconds": time.perf_counter() - started,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": _peak_bytes(),
     }
+
+
+def _peak_bytes() -> int:
+    """The most memory this process held. Not ru_maxrss, which begins with what its parent held."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text(encoding="ascii").splitlines()
+            if line.startswith("VmHWM:")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _plugins(kind: str | None, sm: int) -> Callable[[], None]:
+    """Register the plugins: ours, or those whose kernels are compiled into the engine.
+
+    Returns a check that raises what a callback raised: TensorRT goes on after most of them.
+    """
+    if kind == "compiled":
+        from forcingkv.export.quick_plugin import register_quick_plugins
+
+        register_quick_plugins(sm)
+    if kind != "python":
+        return lambda: None
+    from forcingkv.runtime.prune_plugin import raise_plugin_error, register_plugins
+
+    register_plugins(None)
+    return raise_plugin_error
 
 
 def _for_capability(config: Any, sm: int) -> None:

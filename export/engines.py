@@ -50,23 +50,30 @@ def build_engine(
         EngineError: TensorRT refused the graph, aborted, or took more memory than there is.
     """
     phases = _phases(name, plan)
-    request = _request(graph, target.flavour, plan) | {
-        "sm": sm if target.flavour.sms else None,
-        "phases": phases,
-        "engine": str(engine),
-        "parse_only": False,
-    }
-    report = _run(request, target.flavour)
+    prunes = name == "step" and plan.score_layer is not None
+    report = _run(
+        {
+            "graph": str(graph),
+            "flavour": target.flavour.name,
+            "sm": sm,
+            "plugins": ("compiled" if target.aot else "python") if prunes else None,
+            "phases": phases,
+            "engine": str(engine),
+        },
+        target.flavour,
+    )
     record = {key: report[key] for key in EngineRecord.__dataclass_fields__ if key in report}
     file = f"{engine.parent.name}/{engine.name}"
     return EngineRecord(
-        graph=name, flavour=target.flavour.name, sm=sm, file=file, phases=len(phases) or 1, **record
-    )
+        graph=name, flavour=target.flavour.name, sm=sm, file=file, phases=len(phases) or 1,
+        needs_plugin=prunes and not target.aot, **record,
+    )  # fmt: skip
 
 
 def parse_report(graph: Path, flavour: Flavour, *, plugins: bool) -> dict[str, Any]:
     """What the parser makes of a graph: `layers` and `plugin_layers`. Builds nothing."""
-    request = {"graph": str(graph), "flavour": flavour.name, "plugins": plugins, "parse_only": True}
+    chosen = "python" if plugins else None
+    request = {"graph": str(graph), "flavour": flavour.name, "plugins": chosen}
     return _run(request | {"sm": None, "phases": [], "engine": None}, flavour)
 
 
@@ -74,10 +81,6 @@ def _phases(name: str, plan: CachePlan) -> list[dict[str, Sequence[int]]]:
     if name != "step":
         return []
     return [dict(plan.phase_shapes(phase)) for phase in plan.phases]
-
-
-def _request(graph: Path, flavour: Flavour, plan: CachePlan) -> dict[str, Any]:
-    return {"graph": str(graph), "flavour": flavour.name, "plugins": plan.score_layer is not None}
 
 
 def _run(request: dict[str, Any], flavour: Flavour) -> dict[str, Any]:

@@ -222,8 +222,10 @@ def kernel_text(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: 
         MissingExtraError: Triton is not installed.
         RuntimeError: the kernel cannot be launched that way.
     """
-    signature = cubins._signature(kernel, dtype, width)
-    compiled = cubins._compile(getattr(cubins._kernels(), kernel), signature, sm, cubins.WARPS[kernel])
+    signature = cubins.signature_of(kernel, dtype, width)
+    compiled = cubins.compile_for(
+        getattr(cubins.kernel_module(), kernel), signature, sm, cubins.WARPS[kernel]
+    )
     if compiled.metadata.shared > STATIC_SHARED_BYTES:
         raise RuntimeError(f"{kernel} needs {compiled.metadata.shared} bytes of shared memory")
     types = [kind for kind in signature.types.values() if kind != "constexpr"]

@@ -25,20 +25,30 @@ class EngineTarget:
 
     flavour: Flavour
     sms: tuple[int, ...]
+    aot: bool = False
+    """Whether the plugin's kernels are compiled into the engines: a C++ program then runs them alone."""
 
 
-def engine_target(name: FlavourName, sms: Sequence[int] = ()) -> EngineTarget:
+def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = False) -> EngineTarget:
     """Check that engines can be built here for that flavour and those GPUs.
 
     Args:
         name: the flavour.
         sms: compute capabilities (89 for 8.9); none: that of this machine's GPU.
+        aot: whether the plugin's kernels go into the engines.
 
     Raises:
         MissingExtraError: the flavour is not installed.
         InputError: a GPU that the flavour does not serve, or that has to be there and is not.
     """
     flavour, here = FLAVOURS[name], device_sm()
+    if aot and flavour.sms:
+        raise InputError(
+            f"{name} has no plugins that are compiled into engines",
+            where="--aot",
+            expected="--target tensorrt",
+            mend="Leave --aot out: its engines take the plugin from forcingkv when they are loaded.",
+        )
     for sm in sms:
         if flavour.sms and sm not in flavour.sms:
             raise InputError(
@@ -61,7 +71,7 @@ def engine_target(name: FlavourName, sms: Sequence[int] = ()) -> EngineTarget:
             "Name the GPU to build for, such as --sm 89." if flavour.sms else "Export on the GPU's machine."
         )
         raise InputError("no GPU was found to build for", where=f"--target {name}", mend=mend)
-    return EngineTarget(flavour, tuple(dict.fromkeys(sms)) or (here or 0,))
+    return EngineTarget(flavour, tuple(dict.fromkeys(sms)) or (here or 0,), aot)
 
 
 def warnings_of(plan: CachePlan, compute: Dtype) -> list[str]:

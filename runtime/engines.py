@@ -25,6 +25,8 @@ class EngineRecord:
     layers: int
     """Of the network, as parsed."""
     plugin_layers: int
+    needs_plugin: bool
+    """Whether `runtime.prune_plugin` has to be registered before it is loaded."""
     phases: int
     """Optimization profiles, one for each phase of the cache."""
     weight_bytes: int

@@ -96,7 +96,7 @@ def test_a_kernel_that_would_spill_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fresh")
 def test_what_ptxas_says_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ptxas fails for sm_80"):
-        cubins._assemble("no PTX", 80)
+        cubins.assemble("no PTX", 80)
     taken = tmp_path / "bundle"
     taken.write_text("a file", encoding="ascii")
     with pytest.raises(InputError, match="cannot be written"):

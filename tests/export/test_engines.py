@@ -83,6 +83,7 @@ def test_the_demo_bundle_has_engines_for_both_gpus(demo: Path) -> None:
     for engine in manifest.engines:
         step = engine.graph == "step"
         assert engine.plugin_layers == (pruning if step else 0)
+        assert engine.needs_plugin == step
         assert engine.phases == (len(manifest.plan.phases) if step else 1)
         assert engine.version
         assert min(engine.layers, engine.seconds, engine.peak_bytes) > 0
@@ -206,6 +207,14 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPat
             engine_target(name)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="and no GPU was found"):
         engine_target("tensorrt", (90,))
+
+
+def test_kernels_are_compiled_into_engines_by_one_flavour_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "require", lambda name: FLAVOURS[name])
+    monkeypatch.setattr(targets, "device_sm", lambda: 90)
+    assert engine_target("tensorrt", aot=True).aot
+    with pytest.raises(InputError, match="expected --target tensorrt"):
+        engine_target("tensorrt-rtx", (89,), aot=True)
 
 
 def test_a_flavour_that_is_not_installed() -> None:

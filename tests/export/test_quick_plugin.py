@@ -116,7 +116,7 @@ def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin,
     ]  # fmt: skip
     assert f".target sm_{sm}\n" in text.ptx
     assert "/" not in "".join(re.findall(r'\.file.*"(.*)"', text.ptx))
-    cubin, _, spilled = cubins._assemble(text.ptx, sm)
+    cubin, _, spilled = cubins.assemble(text.ptx, sm)
     assert cubin
     assert spilled == 0
 

@@ -1,0 +1,159 @@
+"""What a session holds: against a count by hand, and against the buffers that a session makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forcingkv.export import export_bundle
+from forcingkv.runtime import Bundle
+from forcingkv.runtime.bundle import GraphRecord, Manifest, TensorRecord
+from forcingkv.runtime.cache import CacheBuffers
+from forcingkv.runtime.decoding import ChunkDecoder
+from forcingkv.runtime.engines import EngineRecord
+from forcingkv.runtime.footprint import PARTS, alike, engine_sets, footprint, named, readable
+from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.spec import ELEMENT_BYTES
+from tests.conftest import headmap_of, random_model, small_spec
+
+
+def engine(graph: str, weights: int, activations: int, sm: int = 89) -> EngineRecord:
+    return EngineRecord(
+        graph=graph, flavour="tensorrt-rtx", version="1.7.1", sm=sm, file=f"engines/{graph}-{sm}.engine",
+        layers=9, plugin_layers=0, phases=1, weight_bytes=weights, activation_bytes=activations,
+        scratch_bytes=activations, seconds=1.0, peak_bytes=1,
+    )  # fmt: skip
+
+
+ENGINES = (engine("prompt", 10, 7), engine("step", 200, 50), engine("decode", 3000, 600))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    spec = small_spec(layers=3)
+    out = tmp_path_factory.mktemp("bundles") / "small"
+    headmap = headmap_of(spec, [[0], [1, 2], []])
+    export_bundle(
+        spec, random_model(spec).state_dict(), load_policy("forcing-kv"), out, headmap=headmap, verify=False
+    )
+    return Bundle.open(out)
+
+
+def with_caches(manifest: Manifest) -> Manifest:
+    """The same with a decoder that hands on two caches, as that of Wan does."""
+    caches = {"feature.0": TensorRecord("bfloat16", (1, 5, 2)), "feature.1": TensorRecord("float32", (3,))}
+    decode = manifest.graphs["decode"]
+    record = GraphRecord(
+        decode.file,
+        decode.weights,
+        decode.inputs | {"first": TensorRecord("float32", (1,))} | caches,
+        decode.outputs | {f"next.{name}": tensor for name, tensor in caches.items()},
+    )
+    return replace(manifest, graphs={**manifest.graphs, "decode": record})
+
+
+def test_every_part_as_counted_by_hand(bundle: Bundle) -> None:
+    """3 layers of 3 heads of 12, 24 tokens a frame; layer 0 is not split, layers 1 and 2 have 4 dynamic
+    heads, which retain 6 of 18 segments of 4 tokens."""
+    token = 12 * 2 * 4  # keys and values of a head
+    chunk = 3 * 3 * 8 * 12 * 4  # latents
+    assert footprint(bundle.manifest, bundle.plan, ENGINES) == {
+        "weights": 3210,
+        "activations": 600,
+        "kv_sink": 24 * 9 * token,
+        "kv_retained": 2 * 24 * 4 * token,
+        "kv_recent": 2 * 24 * 9 * token,
+        "decoder_caches": 0,
+        "frames": 3 * 8 * 12 * 3,
+        "text": 5 * 10 * 4 + 3 * 3 * 5 * token,
+        # latents, noise, next_latents, x0, those of decode; positions; time; sigmas; sink rows; indices
+        "latents": 5 * chunk + 72 * 12 * 4 + 16 * 4 + 2 * 4 + 2 * 24 * 4 + 6 * 8,
+    }
+
+
+def test_every_part_is_explained(bundle: Bundle) -> None:
+    assert list(footprint(bundle.manifest, bundle.plan, ENGINES)) == list(PARTS)
+
+
+def test_contexts_with_memory_of_their_own_need_the_sum(bundle: Bundle) -> None:
+    found = footprint(bundle.manifest, bundle.plan, ENGINES, shared=False)
+    assert found["activations"] == 657
+
+
+def test_without_engines_nothing_is_said_of_them(bundle: Bundle) -> None:
+    known = footprint(bundle.manifest, bundle.plan, ENGINES)
+    del known["weights"], known["activations"]
+    assert footprint(bundle.manifest, bundle.plan) == known
+
+
+def test_keys_and_values_take_what_the_session_allocates(bundle: Bundle) -> None:
+    parts = footprint(bundle.manifest, bundle.plan)
+    held = sum(size for name, size in parts.items() if name.startswith("kv_"))
+    assert held == CacheBuffers(bundle.plan).nbytes
+
+
+def test_keys_and_values_are_in_the_dtype_that_the_graphs_compute_in(bundle: Bundle) -> None:
+    half = footprint(replace(bundle.manifest, compute="bfloat16"), bundle.plan)
+    whole = footprint(bundle.manifest, bundle.plan)
+    assert {name for name in PARTS if half.get(name) != whole.get(name)} == {
+        "kv_sink",
+        "kv_retained",
+        "kv_recent",
+    }
+    assert 2 * half["kv_recent"] == whole["kv_recent"]
+
+
+def test_decoder_caches_are_held_twice_and_are_no_frames(bundle: Bundle) -> None:
+    plain, carried = (footprint(m, bundle.plan) for m in (bundle.manifest, with_caches(bundle.manifest)))
+    assert carried["decoder_caches"] == 2 * (10 * ELEMENT_BYTES["bfloat16"] + 3 * 4)
+    assert carried["frames"] == plain["frames"]
+    assert carried["latents"] == plain["latents"] + 4, "the input `first`"
+
+
+def test_the_decoder_takes_what_is_said(bundle: Bundle) -> None:
+    decode = with_caches(bundle.manifest).graphs["decode"]
+    whole = replace(decode, inputs=decode.inputs | {"feature.0": TensorRecord("float32", (1, 5, 2))})
+    manifest = replace(bundle.manifest, graphs={**bundle.manifest.graphs, "decode": whole})
+
+    class Idle:
+        def run(self, *_: object) -> None: ...
+
+    parts = footprint(manifest, bundle.plan)
+    latents = np.empty(decode.inputs["latents"].shape, np.float32).nbytes
+    made = ChunkDecoder(Idle(), whole, bundle.manifest.model)
+    assert made.nbytes == parts["decoder_caches"] + parts["frames"] + latents
+
+
+def test_engines_come_by_flavour_version_and_gpu_in_the_order_of_graphs(bundle: Bundle) -> None:
+    for_120 = tuple(replace(one, sm=120) for one in ENGINES)
+    larger = tuple(replace(one, sm=86, activation_bytes=one.activation_bytes + 1) for one in ENGINES)
+    manifest = replace(bundle.manifest, engines=(*for_120[::-1], *ENGINES, *larger))
+    sets = engine_sets(manifest)
+    assert [(one.sm, [e.graph for e in one.engines]) for one in sets] == [
+        (sm, ["prompt", "step", "decode"]) for sm in (86, 89, 120)
+    ]
+    assert [named(group) for group in alike(sets)] == [
+        "tensorrt-rtx 1.7.1 for sm_86",
+        "tensorrt-rtx 1.7.1 for sm_89, sm_120",
+    ]
+    assert engine_sets(bundle.manifest) == ()
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (999_499, "999 kB"), (999_500, "1.00 MB"),
+        (9_994_999, "9.99 MB"), (9_996_000, "10.0 MB"), (118_304_768, "118 MB"), (35_400_000_000, "35.4 GB"),
+    ],
+)  # fmt: skip
+def test_sizes_have_three_digits(size: int, said: str) -> None:
+    assert readable(size) == said
+
+
+def test_a_bundle_that_was_moved_says_the_same(bundle: Bundle, tmp_path: Path) -> None:
+    """The figures come from the manifest alone: no file of an engine is looked at."""
+    moved = Bundle(tmp_path / "elsewhere", bundle.manifest, bundle.headmap)
+    assert footprint(moved.manifest, moved.plan, ENGINES) == footprint(bundle.manifest, bundle.plan, ENGINES)
