@@ -1,39 +1,207 @@
-"""`forcingkv inspect`: what is in a bundle. Needs no torch."""
+"""`forcingkv inspect`: what is in a bundle, and what memory a session of it needs. Needs no torch."""
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forcingkv.commands.console import emit
+from forcingkv.commands.console import console, emit, need
+
+if TYPE_CHECKING:
+    from forcingkv.runtime import Bundle
+    from forcingkv.runtime.footprint import EngineSet
 
 __all__ = ["inspect"]
+
+WIDTH = 80
+"""Columns that lines keep to: also where the output is piped."""
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Folder that export wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw where the memory goes, to this file (.png).")
+    ] = None,
 ) -> None:
-    """Check a bundle's digests and print what it holds.
+    """Check a bundle's digests and print what it holds, how its engines were built and what they need.
 
-    Example: forcingkv inspect bundle
+    Example: forcingkv inspect bundle --picture bytes.png
     """
+    from forcingkv.headmaps.errors import InputError
     from forcingkv.headmaps.fields import to_data
     from forcingkv.runtime import Bundle
 
+    if picture is not None:
+        need("analyze", "matplotlib")
+        if picture.suffix.lower() != ".png":
+            raise InputError("is not a png file", where=str(picture), expected="a name that ends in .png")
     opened = Bundle.open(bundle)
-    manifest, plan = opened.manifest, opened.plan
+    if picture is not None:
+        from forcingkv.commands.bytes_picture import write_bytes_picture
+
+        write_bytes_picture(opened, picture)
+        console.print(f"{picture}: where the memory goes", soft_wrap=True, highlight=False, markup=False)
     if as_json:
-        emit(to_data(manifest))
+        emit(to_data(opened.manifest) | {"footprint": _footprints(opened)})
         return
-    width, height = manifest.resolution
-    print(f"{bundle}: {manifest.model.name} at {width}x{height}, policy {manifest.policy.name}")
-    for role, size in plan.kv_bytes_by_role().items():
-        print(f"  KV {role:9s} {size / 1e6:9.3f} MB")
-    for phase in manifest.plan.phases:
-        tokens = ", ".join(f"{name} {n}" for name, n in phase.items() if name != "first_chunk")
-        print(f"  from chunk {phase['first_chunk']}: {tokens} tokens")
-    for name, record in manifest.files.items():
-        print(f"  {name:16s} {record.bytes:10d} bytes  sha256 {record.sha256[:12]}")
+    print("\n\n".join("\n".join(section) for section in _sections(opened)))
+
+
+def _footprints(opened: Bundle) -> list[dict[str, Any]]:
+    """The memory of a session for each set of engines, for machines."""
+    from forcingkv.runtime.footprint import engine_sets, footprint
+
+    manifest, plan = opened.manifest, opened.plan
+    found = []
+    for one in engine_sets(manifest) or (None,):
+        names = {name: getattr(one, name) if one else None for name in ("flavour", "version", "sm")}
+        parts = footprint(manifest, plan, one.engines if one else ())
+        apart = footprint(manifest, plan, one.engines if one else (), shared=False)
+        found.append(
+            names | {"parts": parts, "total": sum(parts.values()), "total_unshared": sum(apart.values())}
+        )
+    return found
+
+
+def _sections(opened: Bundle) -> Iterator[list[str]]:
+    from forcingkv.runtime.footprint import alike, engine_sets
+
+    sets = engine_sets(opened.manifest)
+    yield list(_model(opened))
+    yield list(_attention(opened))
+    yield list(_phases(opened))
+    for one in sets:
+        yield list(_engines(opened, one))
+    for group in alike(sets) or ((),):
+        yield list(_memory(opened, group))
+    yield ["warnings", *(list(_wrapped("  ", *opened.manifest.warnings)) or ["  none"])]
+    yield ["files", *_files(opened)]
+
+
+def _model(opened: Bundle) -> Iterator[str]:
+    manifest, plan = opened.manifest, opened.plan
+    spec, (width, height) = manifest.model, manifest.resolution
+    heads: Counter[str] = Counter()
+    for groups in plan.layers:
+        heads.update({group.label: group.heads for group in groups})
+    counted = ", ".join(f"{count} {label}" for label, count in heads.items())
+    yield str(opened.path)
+    yield from _beside("model", f"{spec.name}, {spec.layers} layers of {spec.heads} heads: {counted}")
+    yield from _beside(
+        "resolution",
+        f"{width}x{height}: {plan.frame_tokens:,} tokens a frame, {spec.frames_per_chunk} frames a chunk",
+    )
+    digest = f", head map {manifest.headmap[:12]}" if manifest.headmap else ""
+    yield from _beside("policy", manifest.policy.name + digest)
+    yield from _beside("graphs", f"compute in {manifest.compute}")
+    if manifest.kernels:
+        yield from _beside("kernels", _kernels(opened))
+    made = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    yield from _beside("made by", made)
+
+
+def _kernels(opened: Bundle) -> str:
+    """Of the plugin, in a line."""
+    records = opened.manifest.kernels
+    names = ", ".join(dict.fromkeys(record.kernel for record in records))
+    sms = ", ".join(f"sm_{sm}" for sm in sorted({record.sm for record in records}))
+    return f"{names} for {sms}; at most {max(record.registers for record in records)} registers"
+
+
+def _attention(opened: Bundle) -> Iterator[str]:
+    """Keys and values by role: what attention reads, not how often it is held."""
+    from forcingkv.runtime.footprint import readable
+    from forcingkv.runtime.spec import ELEMENT_BYTES
+
+    plan, dtype = opened.plan, opened.manifest.compute
+    roles = plan.kv_bytes_by_role(ELEMENT_BYTES[dtype])
+    total = sum(roles.values())
+    yield f"keys and values that a pass attends to, from chunk {plan.phases[-1].first_chunk} on, in {dtype}"
+    for role, size in roles.items():
+        yield f"  {role:<16}{readable(size):>9}{size / total:>7.1%}"
+    yield f"  {'total':<16}{readable(total):>9}"
+
+
+def _phases(opened: Bundle) -> Iterator[str]:
+    phases = opened.plan.phases
+    yield f"{'cached tokens from chunk':<24}" + "".join(f"{phase.first_chunk:>8}" for phase in phases)
+    for label, role, _ in phases[-1].tokens:
+        counts = "".join(f"{phase.length(label, role):>8,}" for phase in phases)
+        yield f"  {label + ' ' + role:<22}{counts}"
+
+
+def _engines(opened: Bundle, one: EngineSet) -> Iterator[str]:
+    """What the builds of a set reported; a column a graph, since graphs are few and figures many."""
+    from forcingkv.runtime.footprint import named, readable
+
+    files = opened.manifest.files
+    rows: list[tuple[str, list[str]]] = [
+        ("graph", [engine.graph for engine in one.engines]),
+        ("file", [readable(files[engine.file].bytes) for engine in one.engines]),
+        ("sha256", [files[engine.file].sha256[:12] for engine in one.engines]),
+        ("layers", [f"{engine.layers:,}" for engine in one.engines]),
+        ("plugin nodes", [str(engine.plugin_layers) for engine in one.engines]),
+        ("phases", [str(engine.phases) for engine in one.engines]),
+        ("weights", [readable(engine.weight_bytes) for engine in one.engines]),
+        ("activations", [readable(engine.activation_bytes) for engine in one.engines]),
+        ("of them scratch", [readable(engine.scratch_bytes) for engine in one.engines]),
+        ("built in", [f"{engine.seconds:.1f} s" for engine in one.engines]),
+        ("host memory, peak", [readable(engine.peak_bytes) for engine in one.engines]),
+    ]
+    yield f"engines of {named([one])}"
+    for name, cells in rows:
+        yield f"  {name:<22}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
+    """What a session holds: of sets that need the same, or without engines."""
+    from forcingkv.runtime.footprint import PARTS, footprint, named, readable
+
+    manifest, plan = opened.manifest, opened.plan
+    engines = group[0].engines if group else ()
+    parts = footprint(manifest, plan, engines)
+    total = sum(parts.values())
+    if group:
+        yield from textwrap.wrap(
+            f"device memory of a session with {named(group)}", WIDTH, subsequent_indent="  "
+        )
+    else:
+        yield "buffers of a session, without weights and activations: there are no engines"
+    for name, size in parts.items():
+        if size:
+            yield f"  {name:<16}{readable(size):>9}{size / total:>7.1%}  {PARTS[name]}"
+    yield f"  {'total':<16}{readable(total):>9}"
+    if group:
+        apart = footprint(manifest, plan, engines, shared=False)
+        largest = max(engines, key=lambda engine: engine.activation_bytes)
+        yield from _wrapped(
+            "  ",
+            f"Activations are those of {largest.graph}, the most of any graph, as contexts take turns. With"
+            f" a block for each: {readable(apart['activations'])}, in all {readable(sum(apart.values()))}.",
+            "Not counted: CUDA's own context, code of kernels, rounding by allocators.",
+        )
+
+
+def _files(opened: Bundle) -> Iterator[str]:
+    from forcingkv.runtime.footprint import readable
+
+    files = opened.manifest.files
+    longest = max(len(name) for name in files)
+    for name, record in files.items():
+        yield f"  {name:<{longest}}{readable(record.bytes):>9}  sha256 {record.sha256[:12]}"
+
+
+def _wrapped(first: str, *texts: str) -> Iterator[str]:
+    """Texts, each with that before its first line; its other lines begin below its first word."""
+    for text in texts:
+        yield from textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+
+
+def _beside(name: str, text: str) -> Iterator[str]:
+    return _wrapped(f"  {name:<12}", text)

@@ -1,0 +1,160 @@
+"""What a session holds in device memory, part by part: for reports, and for a check before loading.
+
+Nothing is measured here. What a builder reported of its engines and the shapes of the manifest are added
+up with what the cache plan derives, for a session that has one context for each engine and buffers like
+those of `CacheBuffers` and `ChunkDecoder`. The sum is a lower bound: CUDA's own context, the code of
+kernels and what an allocator rounds up are said nowhere before an engine is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from forcingkv.runtime.bundle import GRAPHS, GraphRecord, Manifest, TensorRecord
+from forcingkv.runtime.engines import EngineRecord
+from forcingkv.runtime.flavour import FlavourName
+from forcingkv.runtime.plan import ROLES, CachePlan
+from forcingkv.runtime.spec import ELEMENT_BYTES
+
+__all__ = ["PARTS", "EngineSet", "alike", "engine_sets", "footprint", "named", "readable"]
+
+PARTS: dict[str, str] = {
+    "weights": "of all engines: they stay loaded",
+    "activations": "of one context at a time: they share a block",
+    "kv_sink": "one buffer: written once",
+    "kv_retained": "two buffers: read and written in turn",
+    "kv_recent": "two buffers: read and written in turn",
+    "decoder_caches": "two buffers: read and written in turn",
+    "frames": "what decode gives",
+    "text": "of the prompt, with its keys and values",
+    "latents": "with noise, positions and noise levels",
+}
+"""The parts, and why each has its size.
+
+weights: sum of the engines' `weight_bytes`, from the builder's log.
+activations: the largest of the engines' `activation_bytes`, from the builder's log. The graphs run one
+    after another, so one block can serve all contexts; their sum where each context has its own. The keys
+    and values of the current chunk are in it, a layer at a time.
+kv_sink, kv_retained, kv_recent: from the cache plan, in its last phase, which is the largest, in the dtype
+    that the graphs compute in.
+decoder_caches: shapes of the inputs of `decode` that have an output `next.` + name.
+frames: shapes of the other outputs of `decode`. All are held: an engine computes every output.
+text: shapes of the inputs and outputs of `prompt`; the latter are inputs of `step`.
+latents: shapes of all else that goes into `step` and `decode` or comes out of `step`.
+"""
+
+NEXT = "next."
+"""What begins the name of an output that replaces the input of the same name."""
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """The engines that one TensorRT runs on one kind of GPU."""
+
+    flavour: FlavourName
+    version: str
+    sm: int
+    engines: tuple[EngineRecord, ...]
+    """In the order of `GRAPHS`."""
+
+
+def engine_sets(manifest: Manifest) -> tuple[EngineSet, ...]:
+    """The engines of a bundle by flavour, version and GPU."""
+    sets: dict[tuple[FlavourName, str, int], list[EngineRecord]] = {}
+    for engine in sorted(manifest.engines, key=lambda engine: (*GRAPHS, engine.graph).index(engine.graph)):
+        sets.setdefault((engine.flavour, engine.version, engine.sm), []).append(engine)
+    return tuple(EngineSet(*key, tuple(engines)) for key, engines in sorted(sets.items()))
+
+
+def alike(sets: Iterable[EngineSet]) -> tuple[tuple[EngineSet, ...], ...]:
+    """The sets that need the same memory, together: one report is enough for them."""
+    groups: dict[tuple[tuple[str, int, int], ...], list[EngineSet]] = {}
+    for one in sets:
+        needs = tuple((e.graph, e.weight_bytes, e.activation_bytes) for e in one.engines)
+        groups.setdefault(needs, []).append(one)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def named(sets: Iterable[EngineSet]) -> str:
+    """What sets are for, in words: tensorrt-rtx 1.7.1 for sm_89, sm_120."""
+    sms: dict[str, list[str]] = {}
+    for one in sets:
+        sms.setdefault(f"{one.flavour} {one.version}", []).append(f"sm_{one.sm}")
+    return "; ".join(f"{made} for {', '.join(of)}" for made, of in sms.items())
+
+
+def footprint(
+    manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecord] = (), *, shared: bool = True
+) -> dict[str, int]:
+    """Bytes of device memory that a session holds, by part (see `PARTS`).
+
+    Args:
+        manifest: of the bundle.
+        plan: its cache plan.
+        engines: the engines that the session loads, as `find_engine` or `engine_sets` gives them; without
+            any, `weights` and `activations` are not known and left out.
+        shared: whether the contexts take their activation memory from one block.
+    """
+    parts: dict[str, int] = {}
+    if engines:
+        parts["weights"] = sum(engine.weight_bytes for engine in engines)
+        needs = [engine.activation_bytes for engine in engines]
+        parts["activations"] = max(needs) if shared else sum(needs)
+    held = plan.kv_bytes_by_role(ELEMENT_BYTES[manifest.compute])
+    parts |= {f"kv_{role}": held[role] * (1 if role == "sink" else 2) for role in ROLES}
+    prompt, step, decode = (manifest.graphs[name] for name in GRAPHS)
+    caches = _carried(decode)
+    lengths = _longest(plan)
+    parts["decoder_caches"] = 2 * _bytes(caches)
+    parts["frames"] = _bytes(_but(decode.outputs, {NEXT + name for name in caches}))
+    parts["text"] = _bytes(prompt.inputs) + _bytes(prompt.outputs)
+    cached = {entry.name for entry in plan.entries}
+    parts["latents"] = (
+        _bytes(_but(step.inputs, cached | set(prompt.outputs)), lengths)
+        + _bytes(_but(step.outputs, {NEXT + name for name in cached}))
+        + _bytes(_but(decode.inputs, set(caches)))
+    )
+    return parts
+
+
+def readable(size: int) -> str:
+    """A number of bytes to three digits: 6.02 GB, 118 MB, 4 B. Units are powers of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        value = size / scale
+        if value >= 0.9995:
+            digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+            return f"{value:.{digits}f} {unit}"
+    return f"{size} B"
+
+
+def _carried(decode: GraphRecord) -> dict[str, TensorRecord]:
+    """The inputs that the decoder hands on from call to call."""
+    return {name: record for name, record in decode.inputs.items() if NEXT + name in decode.outputs}
+
+
+def _longest(plan: CachePlan) -> dict[str, tuple[int, ...]]:
+    """The shape of each input that varies by phase, where it is largest."""
+    shapes = [plan.phase_shapes(phase) for phase in plan.phases]
+    return {name: max((shape[name] for shape in shapes), key=math.prod) for name in shapes[0]}
+
+
+def _but(records: Mapping[str, TensorRecord], names: set[str]) -> dict[str, TensorRecord]:
+    return {name: record for name, record in records.items() if name not in names}
+
+
+def _bytes(records: Mapping[str, TensorRecord], shapes: Mapping[str, tuple[int, ...]] | None = None) -> int:
+    given = shapes or {}
+    return sum(
+        math.prod(given.get(name, record.shape)) * _element_bytes(record.dtype)
+        for name, record in records.items()
+    )
+
+
+def _element_bytes(dtype: str) -> int:
+    """Of a tensor; numpy alone does not know bfloat16."""
+    known: Mapping[str, int] = {str(name): size for name, size in ELEMENT_BYTES.items()}
+    return known[dtype] if dtype in known else np.dtype(dtype).itemsize

@@ -1,0 +1,166 @@
+"""A picture of where a session's device memory goes, and of the keys and values that a pass attends to."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from forcingkv.headmaps.headmap import write_bytes
+from forcingkv.runtime import Bundle
+from forcingkv.runtime.engines import EngineRecord
+from forcingkv.runtime.files import unwritable
+from forcingkv.runtime.footprint import EngineSet, alike, engine_sets, footprint, named, readable
+from forcingkv.runtime.spec import ELEMENT_BYTES
+
+__all__ = ["write_bytes_picture"]
+
+INK, SOFT = "#1b1f24", "#57606a"
+KEYS = {"sink": "#0a3d66", "retained": "#0b6fb8", "recent": "#58a6dd", "current": "#b9d9f0"}
+"""Keys and values are blue, by role."""
+COLOURS = {
+    "weights": "#57606a", "activations": "#c2510c", "decoder_caches": "#2a7d4f", "frames": "#8250df",
+    "text": "#a98be8", "latents": "#cdbcf3", **{f"kv_{role}": colour for role, colour in KEYS.items()},
+}  # fmt: skip
+NAMES = {"decoder_caches": "decoder caches", **{f"kv_{role}": f"KV {role}" for role in KEYS}}
+WIDTH, MARGIN = 9.6, 0.15
+"""Inches, as all that follow: of the picture, and around it."""
+ROW, LINE, GAP = 0.26, 0.22, 0.3
+"""Heights: of a part, of a line of text, and between panels."""
+BARS, LENGTH, SIZES, SHARES, NOTES = 1.4, 3.7, 5.9, 6.45, 6.6
+"""Where bars begin and how long they are; where sizes and shares end and notes begin."""
+THINNEST = 0.02
+"""Length of a part by itself that would not be seen."""
+DPI = 110
+REMARK = "Not counted: CUDA's own context, code of kernels, rounding by allocators."
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    bytes: int
+    colour: str
+    note: str = ""
+
+
+def write_bytes_picture(bundle: Bundle, path: Path) -> None:
+    """Write a PNG: a panel for each kind of engines that needs memory of its own, one for keys and values.
+
+    Raises InputError where it cannot be written; nothing is left behind then.
+    """
+    groups = alike(engine_sets(bundle.manifest)) or ((),)
+    panels = [(_title(group), _memory(bundle, group)) for group in groups]
+    first = bundle.plan.phases[-1].first_chunk
+    panels.append((f"Keys and values that a pass attends to, from chunk {first} on", _attended(bundle)))
+    try:
+        write_bytes(path, _drawn(_headline(bundle), panels, REMARK if groups[0] else ""))
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _headline(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    width, height = manifest.resolution
+    return f"{manifest.model.name} at {width}x{height}, policy {manifest.policy.name}, {manifest.compute}"
+
+
+def _title(group: Sequence[EngineSet]) -> str:
+    if not group:
+        return "Buffers of a session, without weights and activations: there are no engines"
+    return f"Device memory of a session with {named(group)}"
+
+
+def _memory(bundle: Bundle, group: Sequence[EngineSet]) -> list[_Part]:
+    engines = group[0].engines if group else ()
+    parts = footprint(bundle.manifest, bundle.plan, engines)
+    notes = dict.fromkeys(("kv_retained", "kv_recent", "decoder_caches"), "two buffers, in turn")
+    notes["kv_sink"] = "one buffer, written once"
+    if engines:
+        notes["weights"] = _each([(engine.graph, engine.weight_bytes) for engine in engines])
+        notes["activations"] = _largest(engines)
+    return [
+        _Part(NAMES.get(name, name), size, COLOURS[name], notes.get(name, ""))
+        for name, size in parts.items()
+        if size
+    ]
+
+
+def _attended(bundle: Bundle) -> list[_Part]:
+    roles = bundle.plan.kv_bytes_by_role(ELEMENT_BYTES[bundle.manifest.compute])
+    notes = {"current": "within activations, a layer at a time"}
+    return [_Part(role, size, KEYS[role], notes.get(role, "")) for role, size in roles.items() if size]
+
+
+def _each(sizes: list[tuple[str, int]]) -> str:
+    ordered = sorted(sizes, key=lambda pair: -pair[1])
+    return ", ".join(f"{graph} {readable(size)}" for graph, size in ordered)
+
+
+def _largest(engines: Sequence[EngineRecord]) -> str:
+    """Whose activations they are, as contexts share a block, and what the next of the graphs needs."""
+    most, *others = sorted(engines, key=lambda engine: -engine.activation_bytes)
+    return f"{most.graph} needs most" + "".join(
+        f" ({other.graph} {readable(other.activation_bytes)})" for other in others[:1]
+    )
+
+
+def _drawn(headline: str, panels: list[tuple[str, list[_Part]]], remark: str) -> bytes:
+    """The PNG. Without pyplot, so nothing stays open; equal data give equal bytes.
+
+    All has its place in inches, from the top: there is nothing that a layout could squeeze.
+    """
+    titles = [textwrap.wrap(title, 100) for title, _ in panels]
+    lines = sum(map(len, titles)) + 2  # and the headline and the remark
+    rows = sum(len(parts) + 1.2 for _, parts in panels)
+    height = 2 * MARGIN + lines * LINE + rows * ROW + len(panels) * GAP
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"font.size": 9.5, "text.color": INK})
+        figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set(xlim=(0, WIDTH), ylim=(height, 0))
+        axes.set_axis_off()
+        y = MARGIN + LINE / 2
+        _write(axes, MARGIN, y, headline, fontsize=12, weight="bold")
+        for title, (_, parts) in zip(titles, panels, strict=True):
+            y += GAP
+            for line in title:
+                _write(axes, MARGIN, y, line, fontsize=10.5)
+                y += LINE
+            y = _panel(axes, y + ROW / 2, parts)
+        _write(axes, MARGIN, y + LINE, remark, color=SOFT)
+        target = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(target, metadata={"Software": None})  # type: ignore[no-untyped-call]
+        return target.getvalue()
+
+
+def _panel(axes: Axes, top: float, parts: list[_Part]) -> float:
+    """A bar of all parts, and below it each part by itself, where it lies in that bar. Returns its end."""
+    total = sum(part.bytes for part in parts)
+    _write(axes, BARS - 0.1, top, "in all", ha="right", weight="bold")
+    _write(axes, SIZES, top, readable(total), ha="right", weight="bold")
+    start, y = BARS, top + 0.2 * ROW
+    for part in parts:
+        y += ROW
+        length = LENGTH * part.bytes / total
+        seen = max(length, THINNEST)
+        axes.barh(top, length, 1.05 * ROW, left=start, color=part.colour, linewidth=0)
+        axes.barh(y, seen, 0.7 * ROW, left=min(start, BARS + LENGTH - seen), color=part.colour, linewidth=0)
+        _write(axes, BARS - 0.1, y, part.name, ha="right")
+        _write(axes, SIZES, y, readable(part.bytes), ha="right")
+        _write(axes, SHARES, y, f"{part.bytes / total:.1%}", ha="right", color=SOFT)
+        _write(axes, NOTES, y, part.note, color=SOFT, fontsize=8.5)
+        start += length
+    return y + ROW / 2
+
+
+def _write(axes: Axes, x: float, y: float, text: str, **how: Any) -> None:
+    axes.text(x, y, text, **{"va": "center_baseline", **how})

@@ -1,0 +1,178 @@
+"""`forcingkv inspect`: what it says of engines, and the picture of where the memory goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from forcingkv.export import export_bundle
+from forcingkv.runtime import Bundle
+from forcingkv.runtime.engines import EngineRecord
+from forcingkv.runtime.files import record_file
+from forcingkv.runtime.kernels import KERNELS, KernelRecord
+from forcingkv.runtime.policies import load_policy
+from tests.conftest import Ran, headmap_of, random_model, small_spec
+
+WARNING = "the keys of a chunk are more than fused attention takes in one go, so it may be slower here"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle without engines."""
+    spec = small_spec(layers=2)
+    out = tmp_path_factory.mktemp("plain") / "bundle"
+    headmap = headmap_of(spec, [[0], [1, 2]])
+    export_bundle(
+        spec, random_model(spec).state_dict(), load_policy("forcing-kv"), out, headmap=headmap, verify=False
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def built(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle as export for two GPUs would leave it, with files that only look like engines."""
+    out = tmp_path_factory.mktemp("built") / "bundle"
+    manifest = Bundle.open(plain).manifest
+    out.mkdir()
+    for name in manifest.files:
+        (out / name).write_bytes((plain / name).read_bytes())
+    engines, kernels, files = [], [], dict(manifest.files)
+    for sm in (89, 120):
+        for number, graph in enumerate(("prompt", "step", "decode"), 1):
+            file = f"engines/{graph}-sm{sm}.engine"
+            (out / file).parent.mkdir(exist_ok=True)
+            (out / file).write_bytes(f"{graph} for {sm}".encode())
+            files[file] = record_file(out / file)
+            engines.append(
+                EngineRecord(
+                    graph=graph, flavour="tensorrt-rtx", version="1.7.1", sm=sm, file=file,
+                    layers=1000 * number, plugin_layers=number, phases=number, weight_bytes=number * 10**9,
+                    activation_bytes=number * 10**8, scratch_bytes=number * 10**7, seconds=number / 2,
+                    peak_bytes=number * 10**10,
+                )
+            )  # fmt: skip
+    for name in KERNELS:
+        file = f"{name}.cubin"
+        (out / file).write_bytes(name.encode())
+        files[file] = record_file(out / file)
+        kernels.append(
+            KernelRecord(name, "float32", 12, 80, file, name, warps=4, shared_bytes=0,
+                         registers=30 + len(name), spill_bytes=0)
+        )  # fmt: skip
+    whole = replace(
+        manifest, engines=tuple(engines), kernels=tuple(kernels), files=files, warnings=(WARNING,)
+    )
+    (out / "manifest.json").write_text(whole.to_text())
+    return out
+
+
+def cells(out: str, name: str) -> list[list[str]]:
+    """The lines that begin with that name, in words."""
+    return [line.split() for line in out.splitlines() if line.startswith(f"  {name} ")]
+
+
+def test_it_says_how_engines_were_built(built: Path, run: Callable[..., Ran]) -> None:
+    ran = run("inspect", built)
+    assert ran.code == 0, ran.err
+    for sm in (89, 120):
+        assert f"engines of tensorrt-rtx 1.7.1 for sm_{sm}\n" in ran.out
+    assert cells(ran.out, "graph") == [["graph", "prompt", "step", "decode"]] * 2
+    assert cells(ran.out, "layers")[0][1:] == ["1,000", "2,000", "3,000"]
+    assert cells(ran.out, "plugin nodes")[0][2:] == ["1", "2", "3"]
+    assert cells(ran.out, "phases")[0][1:] == ["1", "2", "3"]
+    assert cells(ran.out, "of them scratch")[0][3:] == ["10.0", "MB", "20.0", "MB", "30.0", "MB"]
+    assert cells(ran.out, "built in")[0][2:] == ["0.5", "s", "1.0", "s", "1.5", "s"]
+    assert cells(ran.out, "host memory, peak")[0][3:] == ["10.0", "GB", "20.0", "GB", "30.0", "GB"]
+    digest = json.loads((built / "manifest.json").read_text())["files"]["engines/step-sm120.engine"]["sha256"]
+    assert cells(ran.out, "sha256")[1][2] == digest[:12]
+    kernels = "token_cosines, select_segments, compact_segments for sm_80; at most 46 registers"
+    assert f"kernels {kernels}" in " ".join(ran.out.split())
+
+
+def test_it_says_once_what_both_gpus_need(built: Path, run: Callable[..., Ran]) -> None:
+    out = run("inspect", built).out
+    assert out.count("device memory of a session with tensorrt-rtx 1.7.1 for sm_89, sm_120\n") == 1
+    assert [line[1:3] for line in cells(out, "weights")] == [["1.00", "GB"]] * 2 + [["6.00", "GB"]]
+    assert cells(out, "activations")[-1][1:3] == ["300", "MB"]
+    assert "those of decode, the most of any graph" in out
+    assert "block for each: 600 MB" in out
+    assert [line[0] for line in cells(out, "current")] == ["current"], "it is in no buffer"
+
+
+def test_lines_keep_to_80_columns(built: Path, run: Callable[..., Ran]) -> None:
+    lines = run("inspect", built).out.splitlines()[1:]  # the first is the bundle's path
+    assert [line for line in lines if len(line) > 80] == []
+    at = lines.index("warnings")
+    assert " ".join(line.strip() for line in lines[at + 1 : at + 3]) == WARNING
+
+
+def test_json_has_the_manifest_and_the_footprint_of_each_gpu(built: Path, run: Callable[..., Ran]) -> None:
+    data = json.loads(run("inspect", built, "--json").out)
+    assert data["schema"] == "forcingkv.bundle/1"
+    assert [(one["flavour"], one["version"], one["sm"]) for one in data["footprint"]] == [
+        ("tensorrt-rtx", "1.7.1", 89),
+        ("tensorrt-rtx", "1.7.1", 120),
+    ]
+    for one in data["footprint"]:
+        assert one["total"] == sum(one["parts"].values())
+        assert one["total_unshared"] - one["total"] == 3 * 10**8
+        assert one["parts"]["weights"] == 6 * 10**9
+
+
+def test_without_engines_it_names_the_buffers_only(plain: Path, run: Callable[..., Ran]) -> None:
+    ran = run("inspect", plain)
+    assert "buffers of a session, without weights and activations" in ran.out
+    assert "engines of" not in ran.out
+    assert "warnings\n  none\n" in ran.out
+    [one] = json.loads(run("inspect", plain, "--json").out)["footprint"]
+    assert one["sm"] is None
+    assert "weights" not in one["parts"]
+
+
+def test_the_picture_is_a_png_and_json_stays_json(
+    built: Path, plain: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    sizes = []
+    for name, bundle in (("built", built), ("plain", plain)):
+        path = tmp_path / f"{name}.png"
+        ran = run("inspect", bundle, "--picture", path, "--json")
+        assert ran.code == 0, ran.err
+        assert json.loads(ran.out)["schema"] == "forcingkv.bundle/1"
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            sizes.append(image.size)
+        assert path.stat().st_size < 150_000
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[0][1] > sizes[1][1], "weights and activations have rows of their own"
+    again = tmp_path / "again.png"
+    run("inspect", built, "--picture", again)
+    assert again.read_bytes() == (tmp_path / "built.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.png", "built.png", "plain.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("file/a.png", "a.png: cannot be written"), ("a.svg", "a.svg: is not a png file")],
+)
+def test_a_picture_that_cannot_be_written(
+    name: str, message: str, plain: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    ran = run("inspect", plain, "--picture", tmp_path / name)
+    assert (ran.code, ran.out) == (2, "")
+    assert message in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_picture_needs_matplotlib(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ran = run("inspect", plain, "--picture", tmp_path / "a.png")
+    assert ran.code == 2
+    assert "pip install 'forcingkv[analyze]'" in ran.err
