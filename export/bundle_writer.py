@@ -246,7 +246,8 @@ class _Writer:
             kind = DTYPES[precision.compute][0]
             with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
                 decoder = copy.deepcopy(self.decoder)
-            return decode_graph(self.plan, _emptied(decoder, lambda parameter: kind))
+            exact = precision.compute == "float32"
+            return decode_graph(self.plan, _emptied(decoder, lambda parameter: kind), pixels=exact)
         model = _emptied(WanModel(self.plan.spec).eval(), precision.computed_in)
         return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
 

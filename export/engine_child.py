@@ -11,6 +11,7 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         for name, shape in shapes.items():
             profile.set_shape(name, shape, shape, shape)
         config.add_optimization_profile(profile)
+    kinds = Counter(network.get_layer(n).type.name for n in range(network.num_layers))
     report: dict[str, Any] = {
         "layers": network.num_layers,
-        "plugin_layers": sum(
-            network.get_layer(n).type == trt.LayerType.PLUGIN_V3 for n in range(network.num_layers)
-        ),
+        "plugin_layers": kinds["PLUGIN_V3"],
+        "kinds": dict(kinds),
     }
     if request["engine"]:
         engine = builder.build_serialized_network(network, config)

@@ -71,7 +71,7 @@ def build_engine(
 
 
 def parse_report(graph: Path, flavour: Flavour, *, plugins: bool) -> dict[str, Any]:
-    """What the parser makes of a graph: `layers` and `plugin_layers`. Builds nothing."""
+    """What the parser makes of a graph: `layers`, `plugin_layers`, and `kinds` of layers. Builds nothing."""
     chosen = "python" if plugins else None
     request = {"graph": str(graph), "flavour": flavour.name, "plugins": chosen}
     return _run(request | {"sm": None, "phases": [], "engine": None}, flavour)

@@ -89,18 +89,23 @@ class PixelDecodeModule(nn.Module):
 
 
 class StreamDecodeModule(nn.Module):
-    """Latents and feature caches -> frames, the pixels they are rounded from, and the next caches."""
+    """Latents and feature caches -> frames, the pixels they are rounded from, and the next caches.
 
-    def __init__(self, decoder: StreamingDecoder, state: list[str]) -> None:
+    Pixels are there to be compared with torch. ONNX Runtime computes what is asked for; TensorRT computes
+    every output, so its graph has none.
+    """
+
+    def __init__(self, decoder: StreamingDecoder, state: list[str], pixels: bool) -> None:
         super().__init__()
-        self.model, self.state = decoder, state
+        self.model, self.state, self.pixels = decoder, state, pixels
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         state = {name: inputs[name] for name in self.state}
         kind = compute_dtype(self.model)
         pixels, following = self.model(inputs["latents"].to(kind), inputs["first"].to(kind), state)
         pixels = pixels.float()
-        return (to_frames(pixels), pixels, *(following[name] for name in self.state))
+        shown = (to_frames(pixels), pixels) if self.pixels else (to_frames(pixels),)
+        return (*shown, *(following[name] for name in self.state))
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
@@ -171,8 +176,10 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     return Graph("step", StepModule(model, plan), inputs, outputs, dynamic)
 
 
-def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None) -> Graph:
+def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pixels: bool = True) -> Graph:
     """The graph `decode`: of a chunk whose latents are pixels, or of one latent frame with a decoder.
+
+    With `pixels` a decoder's graph also gives what its frames are rounded from.
 
     A latent frame at a time, since a decoder's activations are many times its latents.
     """
@@ -186,5 +193,6 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None) -> Gr
         "first": torch.ones(1),
         **state,
     }
-    outputs = ("frames", "pixels", *(f"next.{name}" for name in state))
-    return Graph("decode", StreamDecodeModule(decoder, list(state)), inputs, outputs, {})
+    shown = ("frames", "pixels") if pixels else ("frames",)
+    outputs = (*shown, *(f"next.{name}" for name in state))
+    return Graph("decode", StreamDecodeModule(decoder, list(state), pixels), inputs, outputs, {})
