@@ -116,6 +116,7 @@ def compile_kernels(
 
 
 def kernel_module() -> Any:
+    """The module `export.kernels`. Raises MissingExtraError without Triton."""
     try:
         return importlib.import_module("forcingkv.export.kernels")
     except ImportError as error:
@@ -123,6 +124,7 @@ def kernel_module() -> Any:
 
 
 def signature_of(name: KernelName, dtype: Dtype, width: int) -> Signature:
+    """Types of a kernel's arguments, in order, and its constants, for keys of that dtype and width."""
     kv = _POINTERS[dtype]
     if name == "token_cosines":
         pointers = {"transition_keys": kv, "new_keys": kv, "cosines": "*fp32"}
@@ -144,6 +146,7 @@ def signature_of(name: KernelName, dtype: Dtype, width: int) -> Signature:
 
 
 def compile_for(kernel: Any, signature: Signature, sm: int, warps: int) -> Any:
+    """Triton's compilation of a kernel for a compute capability: `asm["ptx"]` and `metadata`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -13,10 +13,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from forcingkv.runtime.flavour import FLAVOURS, choose, trt
+from forcingkv.runtime.trt_log import make_log
 
 MEMORY = {
     "activation_bytes": "Total Activation Memory",
@@ -30,7 +32,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     """Parse the graph, build the engine, write it, and report."""
     started = time.perf_counter()
     choose(request["flavour"])
-    log = _log()
+    figures = dict.fromkeys(MEMORY, 0)
+    log = make_log(partial(_hear, figures))
     check = _plugins(request["plugins"], request["sm"])
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -61,7 +64,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         with Path(request["engine"]).open("wb") as file:
             file.write(memoryview(engine))
         report["engine_bytes"] = int(engine.nbytes)
-        report |= {name: log.said.get(name, 0) for name in MEMORY}
+        report |= figures
     return report | {
         "version": trt.__version__,
         "seconds": time.perf_counter() - started,
@@ -104,23 +107,16 @@ def _for_capability(config: Any, sm: int) -> None:
     config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)  # type: ignore[attr-defined]
 
 
-def _log() -> Any:
-    class Log(trt.ILogger):
-        """Writes what TensorRT says, and keeps the figures that it says nowhere else."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.said: dict[str, int] = {}
-
-        def log(self, severity: trt.ILogger.Severity, message: str) -> None:
-            for name, words in MEMORY.items():
-                found = re.search(rf"{words}: (\d+) bytes", message)
-                if found:
-                    self.said[name] = max(self.said.get(name, 0), int(found[1]))
-            if severity <= trt.ILogger.Severity.INFO:
-                print(f"[{severity.name[0]}] {message}", file=sys.stderr, flush=True)
-
-    return Log()
+def _hear(figures: dict[str, int], severity: str, message: str) -> None:
+    """Write what TensorRT says, and keep the figures that it says nowhere else."""
+    for name, words in MEMORY.items():
+        found = re.search(rf"{words}: (\d+) bytes", message)
+        if found:
+            figures[name] = max(figures[name], int(found[1]))
+    if severity != "VERBOSE":
+        print(
+            f"[{severity[0] if severity != 'INTERNAL_ERROR' else 'E'}] {message}", file=sys.stderr, flush=True
+        )
 
 
 def main() -> int:

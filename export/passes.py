@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ def _split(graph: ir.Graph, axis: int, wanted: list[Range], slices: dict[Range, 
         for node in nodes:
             _replace(graph, node, data)
         return
-    places = list(zip(cuts[:-1], cuts[1:], strict=True))
+    places = list(pairwise(cuts))
     first = next(node for node in graph if node in set(nodes))
     if len(wanted) == 1:
         start, stop = wanted[0]

@@ -51,7 +51,8 @@ def built(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             engines.append(
                 EngineRecord(
                     graph=graph, flavour="tensorrt-rtx", version="1.7.1", sm=sm, file=file,
-                    layers=1000 * number, plugin_layers=number, needs_plugin=False, phases=number, weight_bytes=number * 10**9,
+                    layers=1000 * number, plugin_layers=number, needs_plugin=False, phases=number,
+                    weight_bytes=number * 10**9,
                     activation_bytes=number * 10**8, scratch_bytes=number * 10**7, seconds=number / 2,
                     peak_bytes=number * 10**10,
                 )

@@ -119,7 +119,7 @@ def test_the_plugin_is_in_the_network_where_it_is_registered_and_the_body_where_
 @needs_rtx
 @pytest.mark.slow
 def test_an_engine_bundle_is_not_for_onnx_runtime(demo: Path) -> None:
-    with pytest.raises(InputError, match="compute in bfloat16, for TensorRT.*--target onnx"):
+    with pytest.raises(InputError, match=r"compute in bfloat16, for TensorRT.*--target onnx"):
         Session.open(demo)
 
 
@@ -188,7 +188,7 @@ def test_engine_bundles_can_be_verified_in_float32(tmp_path: Path) -> None:
     ],
 )
 def test_gpus_that_the_flavour_does_not_serve(name: str, sms: tuple[int, ...], words: str) -> None:
-    with pytest.raises(InputError, match="^--sm: ") as raised:
+    with pytest.raises(InputError, match=r"^--sm: ") as raised:
         engine_target(name, sms)  # type: ignore[arg-type]
     assert words in str(raised.value)
 

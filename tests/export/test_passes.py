@@ -159,7 +159,8 @@ def test_attention_says_its_scale(kind: int) -> None:
 
 
 def test_matrices_are_taken_as_they_are_stored() -> None:
-    model = graph_of("""g (float[1, 5, 3] x, float[5, 3] z, float[4, 3] w) => (float[1, 5, 4] y, float[5, 4] u) {
+    model = graph_of("""g (float[1, 5, 3] x, float[5, 3] z, float[4, 3] w) =>
+            (float[1, 5, 4] y, float[5, 4] u) {
         t = Transpose <perm = [1, 0]> (w)
         y = MatMul(x, t)
         u = Gemm <transB = 1> (z, w)

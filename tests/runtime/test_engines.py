@@ -14,7 +14,8 @@ from forcingkv.runtime.engines import EngineRecord, find_engine
 
 ENGINE = EngineRecord(
     graph="step", flavour="tensorrt-rtx", version="1.7.1", sm=89, file="engines/step.engine", layers=100,
-    plugin_layers=2, needs_plugin=True, phases=4, weight_bytes=1, activation_bytes=2, scratch_bytes=1, seconds=1.0, peak_bytes=1,
+    plugin_layers=2, needs_plugin=True, phases=4,
+    weight_bytes=1, activation_bytes=2, scratch_bytes=1, seconds=1.0, peak_bytes=1,
 )  # fmt: skip
 ENGINES = [ENGINE, replace(ENGINE, sm=120)]
 

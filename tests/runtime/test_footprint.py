@@ -23,7 +23,8 @@ from tests.conftest import headmap_of, random_model, small_spec
 def engine(graph: str, weights: int, activations: int, sm: int = 89) -> EngineRecord:
     return EngineRecord(
         graph=graph, flavour="tensorrt-rtx", version="1.7.1", sm=sm, file=f"engines/{graph}-{sm}.engine",
-        layers=9, plugin_layers=0, needs_plugin=False, phases=1, weight_bytes=weights, activation_bytes=activations,
+        layers=9, plugin_layers=0, needs_plugin=False, phases=1,
+        weight_bytes=weights, activation_bytes=activations,
         scratch_bytes=activations, seconds=1.0, peak_bytes=1,
     )  # fmt: skip
 

@@ -1,0 +1,67 @@
+"""Loading an engine of a bundle: the right one for this TensorRT and this GPU, with its plugin registered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.engines import device_sm, find_engine
+from forcingkv.runtime.files import inside
+from forcingkv.runtime.flavour import FlavourName, choose, trt
+from forcingkv.runtime.kernels import KernelLauncher
+from forcingkv.runtime.prune_plugin import register_plugins
+from forcingkv.runtime.trt_log import make_log
+
+__all__ = ["load_engine"]
+
+_runtimes: list[Any] = []
+"""The process's TensorRT runtime, which engines need as long as they live; and what it said last."""
+_said: list[str] = []
+
+
+def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEngine:
+    """The engine of a graph, ready for execution contexts.
+
+    Args:
+        bundle: an opened bundle, whose digests were checked.
+        graph: `prompt`, `step` or `decode`.
+        flavour: which TensorRT.
+
+    Raises:
+        MissingExtraError: the flavour, or cuda-core for the plugin, is not installed.
+        InputError: there is no GPU, the bundle has no engine for it and for this version of TensorRT, or
+            TensorRT does not take the file.
+    """
+    choose(flavour)
+    sm = device_sm()
+    if sm is None:
+        raise InputError(
+            "no GPU was found to run engines on",
+            where=flavour,
+            mend="On a CPU use a bundle exported with --target onnx. If there is a GPU, see that cuda-core is"
+            f" installed: pip install 'forcingkv[{flavour}]'",
+        )
+    manifest = bundle.manifest
+    record = find_engine(manifest.engines, graph, flavour, trt.__version__, sm, str(bundle.path))
+    if record.needs_plugin:
+        register_plugins(KernelLauncher(bundle.path, manifest.kernels, sm))
+    path = inside(bundle.path, record.file)
+    if not _runtimes:
+        _runtimes.append(trt.Runtime(make_log(_hear)))
+    _said.clear()
+    engine = _runtimes[0].deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        why = "; ".join(_said) or "it does not say why"
+        raise InputError(
+            f"is not taken by {flavour} {trt.__version__} on sm_{sm} ({why})",
+            where=str(path),
+            mend="Export the bundle again with this version.",
+        )
+    loaded: trt.ICudaEngine = engine
+    return loaded
+
+
+def _hear(severity: str, message: str) -> None:
+    if severity in ("ERROR", "INTERNAL_ERROR"):
+        _said.append(message.strip())

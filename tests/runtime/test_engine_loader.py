@@ -1,0 +1,102 @@
+"""Loading engines: the right one, its plugin first, what is refused. TensorRT and the GPU are stood in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime import engine_loader
+from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.engines import EngineRecord
+
+ENGINE = EngineRecord(
+    graph="step", flavour="tensorrt-rtx", version="1.7.1", sm=89, file="engines/step.engine", layers=100,
+    plugin_layers=2, needs_plugin=True, phases=3, weight_bytes=1, activation_bytes=2, scratch_bytes=1,
+    seconds=1.0, peak_bytes=1,
+)  # fmt: skip
+
+
+class Fakes:
+    """Records what is called, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.calls: list[Any] = []
+        self.loads, self.sm = True, 89
+        monkeypatch.setattr(engine_loader, "choose", lambda name: self.calls.append(("choose", name)))
+        monkeypatch.setattr(engine_loader, "device_sm", lambda: self.sm)
+        monkeypatch.setattr(engine_loader, "_runtimes", [])
+        monkeypatch.setattr(engine_loader, "make_log", lambda hear: hear)
+        monkeypatch.setattr(engine_loader, "KernelLauncher", lambda *given: ("launcher", *given))
+        monkeypatch.setattr(
+            engine_loader, "register_plugins", lambda launcher: self.calls.append(("register", launcher))
+        )
+        monkeypatch.setattr(engine_loader, "trt", SimpleNamespace(Runtime=self.runtime, __version__="1.7.1"))
+        (folder / "engines").mkdir()
+        (folder / "engines" / "step.engine").write_bytes(b"an engine")
+        self.manifest = SimpleNamespace(engines=[ENGINE], kernels=("kernels",))
+        self.bundle: Bundle = SimpleNamespace(path=folder, manifest=self.manifest)  # type: ignore[assignment]
+
+    def runtime(self, hear: Any) -> Any:
+        def deserialize(content: bytes) -> object:
+            self.calls.append(("load", content))
+            if not self.loads:
+                hear("ERROR", "the plan is of another day")
+                hear("INFO", "not of interest")
+            return "engine" if self.loads else None
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
+    return Fakes(monkeypatch, tmp_path)
+
+
+def test_the_plugin_is_registered_with_its_kernels_before_the_engine_is_loaded(fakes: Fakes) -> None:
+    assert engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx") == "engine"
+    assert fakes.calls == [
+        ("choose", "tensorrt-rtx"),
+        ("register", ("launcher", fakes.bundle.path, ("kernels",), 89)),
+        ("load", b"an engine"),
+    ]
+
+
+def test_an_engine_that_needs_no_plugin_gets_none(fakes: Fakes) -> None:
+    fakes.manifest.engines = [replace(ENGINE, needs_plugin=False)]
+    engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+    assert [call[0] for call in fakes.calls] == ["choose", "load"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"version": "1.6.0"}, "expected tensorrt-rtx 1.7.1 for sm_89"),
+        ({"sm": 120}, "expected tensorrt-rtx 1.7.1 for sm_89"),
+        ({"flavour": "tensorrt"}, "expected tensorrt-rtx 1.7.1 for sm_89"),
+        ({"graph": "decode"}, "has no engine of the graph step"),
+    ],
+)
+def test_an_engine_for_something_else_is_refused_before_it_is_loaded(
+    fakes: Fakes, changed: dict[str, Any], words: str
+) -> None:
+    fakes.manifest.engines = [replace(ENGINE, **changed)]
+    with pytest.raises(InputError, match=words):
+        engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+    assert [call[0] for call in fakes.calls] == ["choose"]
+
+
+def test_a_file_that_tensorrt_does_not_take(fakes: Fakes) -> None:
+    fakes.loads = False
+    with pytest.raises(InputError, match=r"step\.engine: is not taken by .*\(the plan is of another day\)"):
+        engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+
+
+def test_without_a_gpu_the_way_out_is_named(fakes: Fakes) -> None:
+    fakes.sm = None  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"no GPU was found .* --target onnx"):
+        engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
