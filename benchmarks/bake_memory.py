@@ -25,6 +25,7 @@ import numpy as np
 from forcingkv.export.bake import bake_weights
 from forcingkv.export.graphs import prompt_graph, step_graph
 from forcingkv.export.onnx_writer import write_onnx
+from forcingkv.export.precision import Precision
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.models.checkpoint import load_weights, weight_shapes
 from forcingkv.models.heads import head_orders
@@ -61,7 +62,8 @@ def bake(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     plan = build_plan(spec, spec.geometry(), policy, headmap)
     started = time.perf_counter()
     weights = load_weights(spec, folder / CHECKPOINT)
-    stored = bake_weights(weights, spec, head_orders(spec, policy, headmap), folder / WEIGHTS, "bfloat16")
+    orders, precision = head_orders(spec, policy, headmap), Precision("float32", "bfloat16")
+    stored = bake_weights(weights, spec, orders, folder / WEIGHTS, precision)
     seconds, peak = time.perf_counter() - started, peak_bytes()
     for name in GRAPHS:
 

@@ -13,15 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forcingkv.export.precision import DTYPES, Precision, is_matrix
+from forcingkv.export.fp8 import dequantize, quantize, weight_scales
+from forcingkv.export.precision import DTYPES, ExportDtype, Precision, is_matrix, scale_name
 from forcingkv.models.checkpoint import build_model, weight_shapes
 from forcingkv.models.heads import permute_tensor
 from forcingkv.models.tensor_files import open_tensors
 from forcingkv.models.wan import WanModel
-from forcingkv.runtime.spec import Dtype, ModelSpec
+from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import StoredTensor, TensorWriter
 
 __all__ = ["bake_weights", "baked_bytes", "baked_model", "store_tensors"]
+
+Planned = dict[str, tuple[ExportDtype, tuple[int, ...]]]
+"""Name -> what a tensor is to be stored as, and its shape."""
 
 
 def bake_weights(
@@ -33,6 +37,8 @@ def bake_weights(
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, StoredTensor]:
     """Reorder the heads of every layer and write the file; matrices lie as (in, out).
+
+    Before each weight in FP8 lie its scales, bfloat16 (out,), as `precision.scale_name` names them.
 
     Args:
         weights: tensors by Wan name, read one at a time.
@@ -46,29 +52,43 @@ def bake_weights(
         Name -> where each tensor lies in the file.
     """
     shapes = weight_shapes(spec)
-    planned = {
-        name: (precision.stored_as(name), shape[::-1] if is_matrix(name, shape) else shape)
-        for name, shape in shapes.items()
-    }
+    scaled = {scale_name(name): name for name in shapes if precision.quantizes(name)}
+    codes: dict[str, Tensor] = {}  # of the weight whose scales were written last
+
+    def permuted(name: str) -> Tensor:
+        say(f"baking {name}")
+        return permute_tensor(name, weights[name], spec, orders)
 
     def baked(name: str) -> Tensor:
-        say(f"baking {name}")
-        tensor = permute_tensor(name, weights[name], spec, orders)
+        if name in scaled:
+            weight = permuted(scaled[name])
+            scales = weight_scales(weight)
+            codes[scaled[name]] = quantize(weight, scales.unsqueeze(1))
+            return scales
+        tensor = codes.pop(name) if name in codes else permuted(name)
         return tensor.t() if is_matrix(name, shapes[name]) else tensor
 
-    return store_tensors(planned, baked, path)
+    return store_tensors(_planned(shapes, precision), baked, path)
 
 
 def baked_bytes(spec: ModelSpec, precision: Precision) -> int:
     """Bytes of the tensors of a baked file."""
-    return sum(
-        math.prod(shape) * DTYPES[precision.stored_as(name)][0].itemsize
-        for name, shape in weight_shapes(spec).items()
-    )
+    planned = _planned(weight_shapes(spec), precision).values()
+    return sum(math.prod(shape) * DTYPES[dtype][0].itemsize for dtype, shape in planned)
+
+
+def _planned(shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> Planned:
+    """The tensors of a baked file, in order."""
+    planned: Planned = {}
+    for name, shape in shapes.items():
+        if precision.quantizes(name):
+            planned[scale_name(name)] = ("bfloat16", shape[:1])
+        planned[name] = (precision.stored_as(name), shape[::-1] if is_matrix(name, shape) else shape)
+    return planned
 
 
 def store_tensors(
-    planned: Mapping[str, tuple[Dtype, tuple[int, ...]]], read: Callable[[str], Tensor], path: Path
+    planned: Mapping[str, tuple[ExportDtype, tuple[int, ...]]], read: Callable[[str], Tensor], path: Path
 ) -> dict[str, StoredTensor]:
     """Write tensors {name: (dtype, shape)} to a safetensors file, one at a time, in that order."""
     formats = {name: (DTYPES[dtype][1], tuple(shape)) for name, (dtype, shape) in planned.items()}
@@ -81,13 +101,16 @@ def store_tensors(
 
 
 def baked_model(spec: ModelSpec, path: Path) -> WanModel:
-    """The model of a baked file, in float32: what graphs are verified against."""
+    """The model of a baked file, in float32: what graphs are verified against.
+
+    Weights in FP8 are what they stand for; the layers' inputs are not rounded (see `fp8.rounded_inputs`).
+    """
     baked = open_tensors(path)
-    shapes = weight_shapes(spec)
-    return build_model(
-        spec,
-        {
-            name: baked.read(name).t() if is_matrix(name, shape) else baked.read(name)
-            for name, shape in shapes.items()
-        },
-    )
+
+    def read(name: str) -> Tensor:
+        tensor = baked.read(name)
+        if scale_name(name) in baked.shapes:
+            tensor = dequantize(tensor, baked.read(scale_name(name)))
+        return tensor.t() if is_matrix(name, tensor.shape) else tensor
+
+    return build_model(spec, {name: read(name) for name in weight_shapes(spec)})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-import forcingkv
 from forcingkv.export.bake import bake_weights, baked_bytes, baked_model, store_tensors
+from forcingkv.export.calibrate import CalibrationTexts, calibrate, check_calibration
 from forcingkv.export.engines import EngineError, build_engine
+from forcingkv.export.fp8 import rounded_inputs
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.export.onnx_writer import write_onnx
-from forcingkv.export.precision import DTYPES, Precision, Target, precision_of
+from forcingkv.export.precision import DTYPES, ExportDtype, Precision, Target, precision_of
+from forcingkv.export.records import file_records, graph_record, versions
 from forcingkv.export.targets import EngineTarget, check_disk, engine_target, warnings_of
-from forcingkv.export.verify import check_memory, graph_difference
+from forcingkv.export.verify import check_memory, fp8_differences, graph_difference
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.decoders import StreamingDecoder
@@ -30,17 +33,17 @@ from forcingkv.runtime.bundle import (
     GRAPHS,
     HEADMAP,
     MANIFEST,
+    CalibrationRecord,
     GraphRecord,
     Manifest,
     PlanRecord,
-    TensorRecord,
 )
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.files import FileRecord, new_folder, record_file
+from forcingkv.runtime.files import new_folder
 from forcingkv.runtime.kernels import KernelRecord
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
-from forcingkv.runtime.spec import Dtype, ModelSpec
+from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import StoredTensor
 
 __all__ = ["TOLERANCE", "EngineError", "VerificationError", "export_bundle"]
@@ -53,6 +56,9 @@ ENGINES = "engines"
 
 TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, in float32, that an export passes with."""
+
+FP8_TOLERANCE = 2.0
+"""Largest difference of x0 that an export in FP8 passes with, where 1 is what rounding inputs changes."""
 
 
 class VerificationError(Exception):
@@ -68,10 +74,12 @@ def export_bundle(
     headmap: HeadMap | None = None,
     resolution: str | None = None,
     decoder: StreamingDecoder | None = None,
-    dtype: Dtype | None = None,
+    dtype: ExportDtype | None = None,
     target: Target = "onnx",
     sms: Sequence[int] = (),
+    aot: bool = False,
     verify: bool | None = None,
+    calibration: CalibrationTexts | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Bake the head map into the weights, trace the graphs, verify them, and write the bundle.
@@ -84,24 +92,28 @@ def export_bundle(
         headmap: needed where the policy tells heads apart.
         resolution: "WxH" or a name; None for the model's default.
         decoder: what makes pixels of latents; needed unless the latents are pixels.
-        dtype: what the weights are stored as, and what TensorRT computes in. None: the model's default,
-            and bfloat16 for TensorRT.
+        dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
+            of the blocks, with bfloat16. None: the model's default, and bfloat16 for TensorRT.
         target: `onnx` for ONNX Runtime; a flavour of TensorRT to build engines too.
         sms: compute capabilities to build engines for; none: that of this machine's GPU.
+        aot: whether the plugin's kernels are compiled into the engines; for the flavour tensorrt only.
         verify: whether to run every graph in float32 and compare it with torch; needs the memory of
             the model. None: for ONNX Runtime only.
+        calibration: what fp8 is calibrated with, which needs the memory of the model. For fp8 only.
         say: told what is being done.
 
     Raises:
         InputError: something does not fit; see `build_plan`, `verify.check_memory`, `precision_of`,
-            `targets.engine_target` and `targets.check_disk`.
-        VerificationError: a graph differs from torch by more than `TOLERANCE`.
+            `targets.engine_target`, `targets.check_disk` and `calibrate.check_calibration`.
+        VerificationError: a graph differs from torch by more than `TOLERANCE` or `FP8_TOLERANCE`.
         EngineError: TensorRT did not build an engine.
     """
-    engines = engine_target(target, sms) if target != "onnx" else None
-    if sms and engines is None:
-        raise InputError("--sm goes with TensorRT", where="sm", expected="--target tensorrt-rtx")
-    precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target)
+    engines = engine_target(target, sms, aot=aot) if target != "onnx" else None
+    if (sms or aot) and engines is None:
+        raise InputError("goes with engines", where="--aot" if aot else "--sm", expected="--target tensorrt")
+    precision = precision_of(
+        dtype or ("bfloat16" if engines else spec.dtype), target, engines.sms if engines else ()
+    )
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
     if (decoder is None) != (spec.decoder.kind == "pixels"):
@@ -109,10 +121,16 @@ def export_bundle(
     verify = engines is None if verify is None else verify
     if verify:
         check_memory(plan, decoder)
+    if (precision.linear is None) != (calibration is None):
+        raise InputError("goes with texts to calibrate it with, and they with it", where="--dtype fp8")
+    if calibration:
+        check_calibration(plan)
     check_disk(out, baked_bytes(spec, precision), len(engines.sms) if engines else 0)
     with new_folder(out, MANIFEST) as folder:
-        bundle = _Writer(folder, plan, decoder, precision, verify, say)
+        bundle = _Writer(folder, plan, decoder, precision, engines, verify, say)
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
+        if calibration:
+            bundle.calibrate(calibration)
         for name in GRAPHS:
             bundle.write_graph(name)
         if engines:
@@ -128,14 +146,15 @@ def export_bundle(
             policy=policy,
             plan=PlanRecord.of(plan, precision.compute),
             graphs=bundle.records,
-            files=_files(folder, bundle.written),
-            versions=_versions(),
+            files=file_records(folder, bundle.written),
+            versions=versions(),
             headmap=headmap.digest if headmap else None,
             verification=bundle.differences,
             compute=precision.compute,
             engines=tuple(bundle.engines),
             kernels=tuple(bundle.kernels),
             warnings=tuple(warnings_of(plan, precision.compute)),
+            calibration=bundle.calibration,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest
@@ -150,16 +169,19 @@ class _Writer:
         plan: CachePlan,
         decoder: StreamingDecoder | None,
         precision: Precision,
+        target: EngineTarget | None,
         verify: bool,
         say: Callable[[str], None],
     ) -> None:
-        self.folder, self.plan, self.decoder = folder, plan, decoder
+        self.folder, self.plan, self.decoder, self.target = folder, plan, decoder, target
         self.precision, self.verify, self.say = precision, verify, say
         self.written: list[Path] = []
         self.records: dict[str, GraphRecord] = {}
         self.differences: dict[str, float] = {}
         self.engines: list[EngineRecord] = []
         self.kernels: list[KernelRecord] = []
+        self.calibration: CalibrationRecord | None = None
+        self._scales: dict[str, float] = {}
         self._stored: dict[str, dict[str, StoredTensor]] = {}
         self._model: WanModel | None = None
 
@@ -177,13 +199,19 @@ class _Writer:
             self._stored[DECODER] = store_tensors(planned, state.__getitem__, path)
             self.written.append(path)
 
+    def calibrate(self, texts: CalibrationTexts) -> None:
+        """Find the scales of the inputs of linear layers in FP8."""
+        model = baked_model(self.plan.spec, self.folder / WEIGHTS)
+        self._scales, self.calibration = calibrate(model, self.plan, self.precision, texts, self.say)
+        self._model = model if self.verify else None
+
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
         self.say(f"tracing {name}")
         path, precision = self.folder / f"{name}.onnx", self.precision
         traced = self._trace(name, path, precision)
         self.written.append(path)
-        self.records[name] = _record(path, traced, self._weights_of(name))
+        self.records[name] = graph_record(path, traced, self._weights_of(name))
         if self.verify:
             self.say(f"verifying {name}")
             if precision.compute == "float32":
@@ -191,7 +219,7 @@ class _Writer:
             else:
                 # ONNX Runtime has no kernels for less on a CPU: the same graph is compared in float32.
                 twin = self.folder / f"{name}.float32.onnx"
-                self._trace(name, twin, Precision("float32", precision.stored))
+                self._trace(name, twin, replace(precision, compute="float32"))
                 self._compare(name, twin)
                 twin.unlink()
 
@@ -206,7 +234,7 @@ class _Writer:
                 graph = self.folder / f"{name}.onnx"
                 self.engines.append(build_engine(graph, name, self.plan, target, sm, file))
                 self.written.append(file)
-        if self.plan.score_layer is not None:
+        if self.plan.score_layer is not None and not target.aot:
             from forcingkv.export.cubins import compile_kernels  # needs Triton, which only this does
 
             self.say("compiling kernels")
@@ -222,6 +250,8 @@ class _Writer:
             self._stored[file] if file else {},
             file or WEIGHTS,
             tensorrt=precision.compute != "float32",
+            single_kernels=self.target is not None and self.target.aot,
+            input_scales=self._scales,
         )
 
     def _weights_of(self, name: str) -> str | None:
@@ -230,13 +260,22 @@ class _Writer:
         return file if file in self._stored else None
 
     def _compare(self, name: str, path: Path) -> None:
-        difference = graph_difference(self._real(name), path, self.plan)
-        if difference > TOLERANCE:
-            raise VerificationError(
-                f"graph {name} differs from torch by {difference:.1e}; expected at most {TOLERANCE:.0e}."
-                " No bundle was written."
-            )
-        self.differences[name] = difference
+        """Compare a graph for ONNX Runtime with torch."""
+        graph, limits = self._real(name), {name: TOLERANCE}
+        found: tuple[float, ...]
+        if name == "step" and self._model and self._scales:
+            rounded = partial(rounded_inputs, self._model, self._scales)
+            limits["step.fp8"] = FP8_TOLERANCE
+            found = fp8_differences(graph, path, self.plan, rounded)
+        else:
+            found = (graph_difference(graph, path, self.plan),)
+        for (key, limit), difference in zip(limits.items(), found, strict=True):
+            if difference > limit:
+                raise VerificationError(
+                    f"graph {key} differs from torch by {difference:.1e}; expected at most {limit:.0e}."
+                    " No bundle was written."
+                )
+            self.differences[key] = difference
 
     def _untied(self, name: str, precision: Precision) -> Graph:
         """The graph with parameters of the right shapes and dtypes and no contents (fake tensors are on)."""
@@ -270,31 +309,3 @@ def _emptied(module: M, dtype: Callable[[str], torch.dtype]) -> M:
     }
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False)
-
-
-def _record(path: Path, traced: onnx.ModelProto, weights: str | None) -> GraphRecord:
-    return GraphRecord(
-        file=path.name,
-        weights=weights,
-        inputs={value.name: _tensor(value) for value in traced.graph.input},
-        outputs={value.name: _tensor(value) for value in traced.graph.output},
-    )
-
-
-def _tensor(value: onnx.ValueInfoProto) -> TensorRecord:
-    kind = value.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    return TensorRecord(str(dtype), tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim))
-
-
-def _files(folder: Path, paths: list[Path]) -> dict[str, FileRecord]:
-    return {path.relative_to(folder).as_posix(): record_file(path) for path in sorted(paths)}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "forcingkv": forcingkv.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-    }

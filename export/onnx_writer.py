@@ -20,23 +20,27 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from forcingkv.export.fp8 import quantize_linears
 from forcingkv.export.graphs import Graph
-from forcingkv.export.passes import (
+from forcingkv.export.passes import fold_modulation, scale_attention, use_transposed
+from forcingkv.export.precision import is_matrix
+from forcingkv.export.prune_op import OPSET, functions_for, split_prune, translation_table
+from forcingkv.export.tensorrt_passes import (
     align_parameters,
-    fold_modulation,
     narrow_indices,
     pair_lone_heads,
-    scale_attention,
     split_slices,
-    use_transposed,
 )
-from forcingkv.export.precision import is_matrix
-from forcingkv.export.prune_op import OPSET, functions_for, translation_table
 from forcingkv.runtime.tensors import StoredTensor
 
 __all__ = ["write_onnx"]
 
-_IR_DTYPES = {"F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16}
+_IR_DTYPES = {
+    "F32": ir.DataType.FLOAT,
+    "BF16": ir.DataType.BFLOAT16,
+    "F16": ir.DataType.FLOAT16,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+}
 
 
 def write_onnx(
@@ -46,6 +50,8 @@ def write_onnx(
     file: str,
     *,
     tensorrt: bool = False,
+    single_kernels: bool = False,
+    input_scales: Mapping[str, float] | None = None,
 ) -> onnx.ModelProto:
     """Trace a graph and write it; inputs, outputs and varying dimensions get their names.
 
@@ -57,6 +63,9 @@ def write_onnx(
         file: the safetensors file they lie in, named relative to the ONNX file.
         tensorrt: write what its parser makes few layers of, where ONNX Runtime would be slower by it
             (multiplying by a matrix of rank 3) or no faster.
+        single_kernels: write DynamicPrune as nodes of one kernel each (`prune_op.split_prune`).
+        input_scales: name of each linear layer that multiplies in FP8 -> the scale of its input. They
+            are written into the graph; the scales of weights lie in the file.
 
     Returns:
         The model. Parameters that are stored in another dtype than the graph computes in are cast.
@@ -89,11 +98,17 @@ def write_onnx(
         narrow_indices(traced)
         pair_lone_heads(traced)
         align_parameters(parameters)
+    if input_scales:
+        matrices = {_bare(p.name).removesuffix(".weight"): p for p in parameters if p.uses()}
+        quantized = {layer: matrices[layer] for layer in input_scales if layer in matrices}
+        parameters += quantize_linears(traced, quantized, input_scales, tensorrt=tensorrt)
     RemoveUnusedNodesPass()(program.model)
     for value in parameters:
         _point(traced, value, weights[_bare(value.name)], file)
     model = ir.to_proto(program.model)
     model.functions.extend(functions_for({node.op_type for node in model.graph.node}))
+    if single_kernels:
+        split_prune(model)
     _strip(model)
     onnx.save_model(_without_symbols(model) if tensorrt else model, path)
     return model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+import re
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -11,19 +12,30 @@ import torch
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.spec import Dtype
 
-__all__ = ["DTYPES", "Precision", "Target", "is_matrix", "precision_of"]
+__all__ = ["DTYPES", "ExportDtype", "Precision", "Target", "is_matrix", "precision_of", "scale_name"]
 
 Target: TypeAlias = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 
-DTYPES: dict[Dtype, tuple[torch.dtype, str]] = {
+ExportDtype: TypeAlias = Literal[Dtype, "fp8"]
+"""What an export is asked for, and what a tensor is stored as. `fp8` (E4M3) is for linear layers only."""
+
+DTYPES: dict[ExportDtype, tuple[torch.dtype, str]] = {
     "float32": (torch.float32, "F32"),
     "bfloat16": (torch.bfloat16, "BF16"),
     "float16": (torch.float16, "F16"),
+    "fp8": (torch.float8_e4m3fn, "F8_E4M3"),
 }
 """The dtype in torch and in safetensors."""
 
 EXACT = (".norm_q.weight", ".norm_k.weight", "modulation")
 """How names end of the small tensors that are always float32: they are used in float32."""
+
+QUANTIZED = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qo]|ffn\.[02])\.weight")
+"""The linear layers that every pass runs for every token: nearly all of a pass's products with weights.
+Keys and values of the prompt, embeddings, time and head run once a prompt or are small."""
+
+FP8_FROM = 89
+"""The first compute capability with FP8 tensor cores (8.9: Ada)."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +44,55 @@ class Precision:
 
     compute: Dtype
     stored: Dtype
+    linear: Literal["fp8"] | None = None
+    """What the linear layers of the blocks are stored as and multiply in, where that is another."""
 
-    def stored_as(self, name: str) -> Dtype:
+    def quantizes(self, name: str) -> bool:
+        """Whether the tensor of that name is the weight of a linear layer in FP8."""
+        return self.linear is not None and QUANTIZED.fullmatch(name) is not None
+
+    def stored_as(self, name: str) -> ExportDtype:
         """What the tensor of that name is stored as."""
+        if self.linear is not None and self.quantizes(name):
+            return self.linear
         return "float32" if name.endswith(EXACT) else self.stored
 
     def computed_in(self, name: str) -> torch.dtype:
-        """The dtype that a parameter of that name has in the graphs."""
+        """The dtype that a parameter of that name has in the graphs, before linear layers are quantized."""
         return torch.float32 if name.endswith(EXACT) else DTYPES[self.compute][0]
 
 
-def precision_of(dtype: Dtype, target: Target) -> Precision:
+def precision_of(dtype: ExportDtype, target: Target, sms: Sequence[int] = ()) -> Precision:
     """The precision of a bundle.
 
     ONNX Runtime computes in float32 on a CPU, whatever the weights are stored as; TensorRT computes in
-    what they are stored as, and has no fused attention in float32.
+    what they are stored as, and has no fused attention in float32. With fp8 all but the linear layers of
+    the blocks is as with bfloat16.
 
-    Raises InputError for float32 with TensorRT.
+    Args:
+        dtype: what is asked for.
+        target: what is to run the graphs.
+        sms: compute capabilities of the GPUs that engines are built for.
+
+    Raises InputError for float32 with TensorRT, and for fp8 with a GPU that has none.
     """
+    if dtype == "fp8":
+        old = [sm for sm in sms if sm < FP8_FROM]
+        if old:
+            raise InputError(
+                f"{', '.join(f'sm_{sm}' for sm in old)} cannot multiply in FP8",
+                where="--dtype fp8",
+                expected=f"GPUs from sm_{FP8_FROM} on",
+                mend="Leave --dtype out for these GPUs: bfloat16 is the default.",
+            )
+        return Precision("float32" if target == "onnx" else "bfloat16", "bfloat16", dtype)
     if target == "onnx":
         return Precision("float32", dtype)
     if dtype == "float32":
         raise InputError(
             "TensorRT has no attention kernel in float32",
             where=f"--dtype float32 --target {target}",
-            expected="bfloat16, or float16",
+            expected="bfloat16, float16 or fp8",
             mend="Leave --dtype out: bfloat16 is the default.",
         )
     return Precision(dtype, dtype)
@@ -68,3 +104,11 @@ def is_matrix(name: str, shape: Sized) -> bool:
     Checkpoints hold them as (out, in). Stored the way they multiply, no graph has to transpose them.
     """
     return len(shape) == 2 and name.endswith(".weight")
+
+
+def scale_name(weight: str) -> str:
+    """The name of the scales that are stored beside a quantized weight.
+
+    No other tensor has it: linear layers hold `weight` and `bias`.
+    """
+    return weight.removesuffix("weight") + "weight_scale"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import Tensor
 
+from forcingkv.export.fp8 import without_rounding
 from forcingkv.export.graphs import Graph
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
@@ -19,7 +23,7 @@ from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from forcingkv.runtime.memory import available_bytes
 from forcingkv.runtime.plan import CachePlan
 
-__all__ = ["check_memory", "graph_difference"]
+__all__ = ["check_memory", "fp8_differences", "graph_difference"]
 
 Array = npt.NDArray[np.float32]
 SEED = 0
@@ -27,6 +31,8 @@ PROGRAM_BYTES = 2e9
 """torch, ONNX Runtime and the exporter by themselves."""
 FEATURES = "next.feature."
 """How the outputs begin that are a decoder's caches."""
+SMALL = 1e-4
+"""Where rounding changes less than that, differences are in units of that."""
 HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines"}
 
 
@@ -72,25 +78,76 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
     (positions, times, noise levels) are the graph's examples: random ones would not be angles.
     """
     runnable = OnnxRuntimeBackend(None).load(path)
-    generator = np.random.default_rng(SEED)
-    # The last phase first: ONNX Runtime keeps what it allocated, and the largest serves the others too.
-    phases = plan.phases[::-1] if graph.dynamic else plan.phases[-1:]
     worst = 0.0
-    for phase in phases:
-        varying = plan.phase_shapes(phase)
-        inputs = {
-            name: _content(name, tensor, varying.get(name, tuple(tensor.shape)), generator)
-            for name, tensor in graph.inputs.items()
-        }
-        with torch.no_grad():
-            out = graph.module({name: torch.from_numpy(array) for name, array in inputs.items()})
-        tensors = out if isinstance(out, tuple) else (out,)
-        expected = {n: t.numpy() for n, t in zip(graph.outputs, tensors, strict=True)}
+    for inputs in _cases(graph, plan):
+        expected = _torch(graph, inputs)
         found = {name: np.empty_like(array, order="C") for name, array in expected.items()}
         runnable.run(inputs, found)
         for name, array in expected.items():
             worst = max(worst, _difference(array, found[name], scaled=name.startswith(FEATURES)))
     return worst
+
+
+def fp8_differences(
+    graph: Graph, path: Path, plan: CachePlan, rounded: Callable[[], AbstractContextManager[None]]
+) -> tuple[float, float]:
+    """The difference of a step graph whose linear layers multiply in FP8, in two numbers.
+
+    A sum in another order moves a few numbers across the boundary between two FP8 numbers, which are up to
+    an eighth apart; each moves what follows, and after a few layers all roundings differ. So a difference of
+    1e-7 ends at that of two independent roundings, and a bound on the outputs would say little. Instead:
+
+    1. without the rounding of inputs the graph is compared as any other, by `graph_difference`;
+    2. with it, x0 is compared by root mean square in units of what rounding changes. Independent roundings
+       are at the square root of 2, and above 2 ONNX Runtime rounds more than torch does.
+
+    Args:
+        graph: the graph; its module rounds no inputs.
+        path: the graph for ONNX Runtime, which rounds them.
+        plan: the cache plan.
+        rounded: while what it returns is open, the module rounds inputs too.
+    """
+    exact = path.with_suffix(".exact.onnx")
+    model = onnx.load(path, load_external_data=False)
+    without_rounding(model)
+    onnx.save_model(model, exact)
+    difference = graph_difference(graph, exact, plan)
+    exact.unlink()
+    runnable = OnnxRuntimeBackend(None).load(path)
+    worst = 0.0
+    for inputs in _cases(graph, plan):
+        plain = _torch(graph, inputs)["x0"]
+        with rounded():
+            expected = _torch(graph, inputs)["x0"]
+        found = np.empty_like(expected, order="C")
+        runnable.run(inputs, {"x0": found})
+        worst = max(worst, _size(found - expected) / max(_size(expected - plain), SMALL))
+    return difference, worst
+
+
+def _cases(graph: Graph, plan: CachePlan) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """Random inputs for each phase, in C order."""
+    generator = np.random.default_rng(SEED)
+    # The last phase first: ONNX Runtime keeps what it allocated, and the largest serves the others too.
+    for phase in plan.phases[::-1] if graph.dynamic else plan.phases[-1:]:
+        varying = plan.phase_shapes(phase)
+        yield {
+            name: _content(name, tensor, varying.get(name, tuple(tensor.shape)), generator)
+            for name, tensor in graph.inputs.items()
+        }
+
+
+def _torch(graph: Graph, inputs: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """The outputs of the graph's module."""
+    with torch.no_grad():
+        out = graph.module({name: torch.from_numpy(array) for name, array in inputs.items()})
+    tensors = out if isinstance(out, tuple) else (out,)
+    return {name: tensor.numpy() for name, tensor in zip(graph.outputs, tensors, strict=True)}
+
+
+def _size(array: npt.NDArray[Any]) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
 
 
 def _content(

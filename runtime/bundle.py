@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.files import FileRecord, inside, verify_file
@@ -18,7 +18,16 @@ from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
 
-__all__ = ["GRAPHS", "SCHEMA", "Bundle", "GraphRecord", "Manifest", "PlanRecord", "TensorRecord"]
+__all__ = [
+    "GRAPHS",
+    "SCHEMA",
+    "Bundle",
+    "CalibrationRecord",
+    "GraphRecord",
+    "Manifest",
+    "PlanRecord",
+    "TensorRecord",
+]
 
 SCHEMA = "forcingkv.bundle/1"
 MANIFEST, HEADMAP = "manifest.json", "headmap.json"
@@ -68,6 +77,20 @@ class PlanRecord:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """What the scales of inputs in FP8 were found with: every pass of some chunks for some texts."""
+
+    texts: Literal["prompts", "embeddings", "random"]
+    prompts: tuple[str, ...]
+    chunks: int
+    seed: int
+    """Of the first text's noise; each text has the next."""
+    resolution: tuple[int, int]
+    largest: dict[str, float]
+    """Name of each linear layer in FP8 -> the largest absolute value seen to go into it."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json."""
 
@@ -82,13 +105,16 @@ class Manifest:
     headmap: str | None = None
     """SHA-256 of the head map's text."""
     verification: dict[str, float] = field(default_factory=dict)
-    """Largest absolute difference between each graph and torch, seen at export."""
+    """Largest absolute difference between each graph and torch, seen at export. `step.fp8` is of x0 with
+    inputs rounded to FP8, by root mean square, in units of what rounding changes."""
     compute: Dtype = "float32"
     """What the graphs compute in."""
     engines: tuple[EngineRecord, ...] = ()
     kernels: tuple[KernelRecord, ...] = ()
     """Of the DynamicPrune plugin, for each GPU."""
     warnings: tuple[str, ...] = ()
+    calibration: CalibrationRecord | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Where linear layers multiply in FP8."""
 
     def to_text(self) -> str:
         """The file's text."""
@@ -127,6 +153,15 @@ class Bundle:
                 "its cache plan does not follow from its model, policy and head map",
                 where=str(folder / MANIFEST),
                 mend="Export the bundle again with this version of forcingkv.",
+            )
+        cached = {entry.name for entry in bundle.plan.entries} | set(bundle.plan.sink_rows.values())
+        absent = sorted(cached - set(manifest.graphs["step"].inputs))
+        if absent:
+            raise InputError(
+                f"its step graph has no input {absent[0]}",
+                where=str(folder / MANIFEST),
+                expected="the inputs of its cache plan",
+                mend="It was made by another version of forcingkv: export the bundle again.",
             )
         return bundle
 

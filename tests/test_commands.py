@@ -49,6 +49,7 @@ def for_other_model(data: dict[str, Any]) -> None:
 
 
 EXPORT = ["export", "--model", "demo", "--target", "onnx", "--headmap"]
+RTX = ["--target", "tensorrt-rtx", "--sm"]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +100,33 @@ def test_a_faulty_head_map(
         ([*EXPORT, "MAP", "--checkpoint", "FILE", "--out", "OUT"], "cannot be read as a torch file"),
         (
             ["export", "--model", "demo", "--target", "cuda", "--out", "OUT"],
-            "target: 'cuda'; expected",
+            "target: there is no target 'cuda'; expected",
         ),
+        ([*EXPORT, "MAP", *RTX, "90", "--out", "OUT"], "no engines for sm_90; expected one of 75, 80"),
+        ([*EXPORT, "MAP", *RTX, "90", "--out", "OUT"], "build with --target tensorrt, on a machine"),
+        (
+            [*EXPORT, "MAP", *RTX, "89", "--dtype", "float32", "--out", "OUT"],
+            "no attention kernel in float32",
+        ),
+        ([*EXPORT, "MAP", *RTX, "86", "--dtype", "fp8", "--out", "OUT"], "bfloat16"),
+        ([*EXPORT, "MAP", *RTX, "89", "--aot", "--out", "OUT"], "--aot: tensorrt-rtx has no plugins"),
+        ([*EXPORT, "MAP", *RTX, "89", "--policy", "POLICY", "--out", "OUT"], "7 segments do not divide"),
+        (
+            [
+                "export",
+                "--model",
+                "self-forcing",
+                "--random-weights",
+                "--headmap",
+                "MAP",
+                *RTX,
+                "89",
+                "--out",
+                "OUT",
+            ],
+            "is for 6 layers of 4 heads",
+        ),
+        ([*EXPORT, "MAP", "--sm", "89", "--out", "OUT"], "--sm: goes with engines; expected --target"),
         (["analyze", "heads", "--model", "nosuch", "--out", "OUT"], "there is no model 'nosuch'"),
         (
             ["analyze", "heads", "--model", "demo", "--prompts", "EMPTY", "--out", "OUT"],

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from forcingkv.export import export_bundle
-from forcingkv.export.bake import bake_weights
+from forcingkv.export.bake import bake_weights, baked_bytes, baked_model
+from forcingkv.export.precision import Precision
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.runtime import Session
@@ -32,12 +33,19 @@ def test_the_file_is_the_permuted_checkpoint(dtype: Dtype, tmp_path: Path) -> No
     spec, policy = small_spec(), load_policy("forcing-kv")
     state = random_model(spec).state_dict()
     orders = head_orders(spec, policy, headmap_of(spec, STATIC))
-    stored = bake_weights(state, spec, orders, tmp_path / "w.safetensors", dtype)
+    precision = Precision("float32", dtype)
+    stored = bake_weights(state, spec, orders, tmp_path / "w.safetensors", precision)
     found, expected = load_file(tmp_path / "w.safetensors"), permute_heads(state, spec, orders)
     assert list(stored) == list(weight_shapes(spec))
     assert set(found) == set(expected)
+    model = baked_model(spec, tmp_path / "w.safetensors").state_dict()
     for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name].to(getattr(torch, dtype))), name
+        exact = ".norm_" in name or name.endswith("modulation")
+        rounded = expected[name].to(torch.float32 if exact else getattr(torch, dtype))
+        assert torch.equal(tensor, rounded.t() if rounded.dim() == 2 else rounded), name
+        assert torch.equal(model[name], rounded.float()), name
+    assert found["blocks.0.ffn.0.weight"].shape == (spec.dim, spec.ffn_width), "(in, out)"
+    assert sum(tensor.nbytes for tensor in found.values()) == baked_bytes(spec, precision)
     moved = [name for name in state if not torch.equal(state[name], expected[name])]
     assert all(".self_attn." in name for name in moved)
     assert len(moved) == 9 * 1, "only layer 1 does not have its heads in order already"

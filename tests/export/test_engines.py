@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import onnx
 import pytest
 
-from forcingkv.export import EngineError, engines, export_bundle, targets
+from forcingkv.export import EngineError, bundle_writer, engines, export_bundle, targets
 from forcingkv.export.engines import build_engine, parse_report
 from forcingkv.export.targets import EngineTarget, check_disk, engine_target, most_keys, warnings_of
 from forcingkv.headmaps import HeadMap, read_headmap
@@ -20,6 +21,7 @@ from forcingkv.models.decoders.choose import decoder_for
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.bundle import Manifest
+from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.flavour import FLAVOURS
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import load_policy
@@ -166,7 +168,7 @@ def test_two_layers_of_public_width_build_at_480p(tmp_path: Path) -> None:
 @needs_rtx
 @pytest.mark.slow
 def test_engine_bundles_can_be_verified_in_float32(tmp_path: Path) -> None:
-    spec = small_spec(heads=4, head_dim=16)
+    spec = small_spec(layers=2, heads=4, head_dim=16)
     manifest: Manifest = export_bundle(
         spec, random_model(spec).state_dict(), load_policy("full"), tmp_path / "b",
         target="tensorrt-rtx", sms=(89,), dtype="float16", verify=True,
@@ -175,6 +177,41 @@ def test_engine_bundles_can_be_verified_in_float32(tmp_path: Path) -> None:
     assert max(manifest.verification.values()) <= 1e-5
     assert manifest.compute == "float16"
     assert not list((tmp_path / "b").glob("*.float32.onnx"))
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_ahead_of_time_the_graph_has_nodes_of_one_kernel_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder of the flavour that has such plugins is stood in for; the graph is parsed by RTX."""
+    asked: list[EngineTarget] = []
+
+    def build(graph: Path, name: str, plan: CachePlan, target: EngineTarget, sm: int, file: Path) -> object:
+        asked.append(target)
+        file.write_bytes(b"an engine")
+        return EngineRecord(
+            graph=name, flavour="tensorrt", version="11", sm=sm, file=f"engines/{file.name}", layers=1,
+            plugin_layers=1, needs_plugin=False, phases=1, weight_bytes=1, activation_bytes=1,
+            scratch_bytes=1, seconds=1.0, peak_bytes=1,
+        )  # fmt: skip
+
+    target = EngineTarget(FLAVOURS["tensorrt"], (90,), aot=True)
+    monkeypatch.setattr(bundle_writer, "engine_target", lambda name, sms, aot: target)
+    monkeypatch.setattr(bundle_writer, "build_engine", build)
+    spec = small_spec(layers=3, heads=4, head_dim=16)
+    manifest = export_bundle(
+        spec, random_model(spec).state_dict(), load_policy("forcing-kv"), tmp_path / "b",
+        headmap=mixed_map(spec), target="tensorrt", aot=True,
+    )  # fmt: skip
+    assert asked == [target] * 3
+    assert manifest.kernels == (), "they are in the engines"
+    nodes = Counter(node.op_type for node in onnx.load(tmp_path / "b" / "step.onnx").graph.node)
+    pruning = [
+        nodes[name] for name in ("DynamicPrune", "TokenCosines", "SelectSegments", "DynamicPruneFollow")
+    ]
+    assert pruning == [0, 1, 1, 2]
+    assert parse_report(tmp_path / "b" / "step.onnx", RTX, plugins=False)["plugin_layers"] == 0
 
 
 # What is refused, before anything is made.

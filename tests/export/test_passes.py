@@ -13,14 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forcingkv.export.passes import (
+from forcingkv.export.passes import fold_modulation, scale_attention, use_transposed
+from forcingkv.export.tensorrt_passes import (
     align_parameters,
-    fold_modulation,
     narrow_indices,
     pair_lone_heads,
-    scale_attention,
     split_slices,
-    use_transposed,
 )
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>\n'

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forcingkv.commands.console import console, emit, need
+from forcingkv.commands.console import console, default_prompts, emit, need, read_prompts
 from forcingkv.commands.models import (
     Checkpoint,
     Key,
@@ -19,11 +19,19 @@ from forcingkv.commands.models import (
     weights_for,
 )
 from forcingkv.headmaps import read_headmap
+from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.spec import Dtype
+from forcingkv.runtime.embeds import read_embeds
+from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.text import encode_words
 
-__all__ = ["export"]
+if TYPE_CHECKING:
+    from forcingkv.export.calibrate import CalibrationTexts
 
+__all__ = ["export", "texts_for"]
+
+PROMPTS = 4
+"""How many of the prompts that ship with a model fp8 is calibrated with."""
 
 
 def export(
@@ -41,8 +49,15 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="What weights are stored as and TensorRT computes in: float32, bfloat16 or float16;"
-            " default: the model's, bfloat16 for TensorRT."
+            help="What weights are stored as and TensorRT computes in: float32, bfloat16, float16, or fp8 for"
+            " linear layers, with bfloat16; default: the model's, bfloat16 for TensorRT."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="What to calibrate fp8 with: text embeddings (forcingkv encode), or for the demo model"
+            " prompts, one a line; default: prompts that ship with the model."
         ),
     ] = None,
     verify: Annotated[
@@ -51,13 +66,14 @@ def export(
             "--verify/--no-verify", help="Run every graph against torch in float32; default: for onnx."
         ),
     ] = None,
-    target: Annotated[
-        str, typer.Option(help="onnx, or onnx and engines: tensorrt-rtx, tensorrt.")
-    ] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx, or onnx and engines: tensorrt-rtx, tensorrt.")] = "onnx",
     sm: Annotated[
         list[int] | None,
         typer.Option(help="GPU to build for, such as 89 for 8.9; may be given several times."),
     ] = None,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="Compile the plugin into the engines: tensorrt only.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Bake a head map into a model and write a bundle that the runtime opens.
@@ -66,7 +82,7 @@ def export(
     """
     need("export", "torch", "onnx", "onnxscript")
     from forcingkv.export import EngineError, VerificationError, export_bundle
-    from forcingkv.export.precision import Target
+    from forcingkv.export.precision import ExportDtype, Target
     from forcingkv.headmaps.fields import to_data
     from forcingkv.models.decoders.choose import decoder_for
     from forcingkv.models.presets import load_spec
@@ -75,14 +91,18 @@ def export(
     wanted = one_of(Target, target, "target")
     spec, chosen = load_spec(model), load_policy(policy)
     given = read_headmap(headmap) if headmap else None
-    stored_as = one_of(Dtype, dtype, "dtype") if dtype else None
+    precision = one_of(ExportDtype, dtype, "dtype") if dtype else None
+    if calibration and precision != "fp8":
+        raise InputError("goes with fp8 alone", where="--calibration", expected="--dtype fp8")
+    texts = texts_for(spec, calibration, random_weights) if precision == "fp8" else None
     weights = weights_for(spec, checkpoint, key, lora, random_weights)
     spec, pixels = decoder_for(spec, decoder, vae, random=random_weights)
     try:
         with console.status("exporting") as status:
             manifest = export_bundle(
                 spec, weights, chosen, out, headmap=given, resolution=resolution, decoder=pixels,
-                dtype=stored_as, target=wanted, sms=sm or (), verify=verify, say=status.update,
+                dtype=precision, target=wanted, sms=sm or (), aot=aot, verify=verify, calibration=texts,
+                say=status.update,
             )  # fmt: skip
     except (VerificationError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -94,8 +114,13 @@ def export(
     print(f"{out}: {spec.name}, policy {chosen.name}, {size / 1e6:.1f} MB")
     print(f"KV cache {manifest.plan.kv_bytes / 1e6:.2f} MB, phases at chunk "
           + ", ".join(str(phase["first_chunk"]) for phase in manifest.plan.phases))  # fmt: skip
+    if record := manifest.calibration:
+        width, height = record.resolution
+        of = f"{len(record.prompts)} {record.texts}" if record.prompts else "random embeddings: no real texts"
+        print(f"FP8 calibrated with {record.chunks} chunks at {width}x{height} for {of}")
     if manifest.verification:
-        print(f"verified against torch: largest difference {max(manifest.verification.values()):.1e}")
+        exact = {name: found for name, found in manifest.verification.items() if name != "step.fp8"}
+        print(f"verified against torch: largest difference {max(exact.values()):.1e}")
     else:
         print("not verified against torch (--verify does)")
     for engine in manifest.engines:
@@ -106,3 +131,26 @@ def export(
         )
     for warning in manifest.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTexts:
+    """What to calibrate with. Raises InputError where nothing is given and no prompts ship with the model."""
+    from forcingkv.export.calibrate import CalibrationTexts, random_texts
+
+    if spec.text.kind == "words" and (file is None or file.suffix != ".safetensors"):
+        prompts = read_prompts(file) if file else default_prompts(spec.name)[:PROMPTS]
+        return CalibrationTexts(
+            "prompts", tuple(prompts), tuple(encode_words(spec, text) for text in prompts)
+        )
+    if file:
+        known = read_embeds(file)
+        arrays = tuple(known.get(prompt, spec) for prompt in known.prompts)
+        return CalibrationTexts("embeddings", known.prompts, arrays)
+    if random:
+        return random_texts(spec)
+    raise InputError(
+        f"{spec.name} is calibrated with texts, and none ship with it",
+        where="--dtype fp8",
+        expected="--calibration FILE with text embeddings",
+        mend="Make the file with: forcingkv encode --prompts prompts.txt --out embeds.safetensors",
+    )

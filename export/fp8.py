@@ -1,0 +1,207 @@
+"""FP8 (E4M3) for linear layers: how numbers are rounded, in torch and by QuantizeLinear in a graph.
+
+A weight has a scale for each output channel, an input one scale for the tensor, found ahead of time by
+`export.calibrate`. A number x is stored as the E4M3 number nearest to x / scale, at most 448. Products are
+added up in more than FP8, and the sum is scaled back.
+
+Scales are bfloat16 numbers. Codes are made with the rounded scale, so its rounding costs no accuracy, and
+with float32 scales TensorRT writes every product out in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from forcingkv.export.precision import scale_name
+
+__all__ = [
+    "LARGEST",
+    "dequantize",
+    "input_scale",
+    "quantize",
+    "quantize_linears",
+    "rounded_inputs",
+    "weight_scales",
+    "without_rounding",
+]
+
+LARGEST = 448.0
+"""The largest E4M3 number."""
+
+HEADROOM = 2.0
+"""How much larger than any that calibration saw an input may be before it saturates.
+
+It costs next to nothing: E4M3 has three bits of mantissa in each of 15 binades, so a power of two only
+moves the numbers that are smaller than a 14,000th of the largest.
+"""
+
+
+def weight_scales(weight: Tensor) -> Tensor:
+    """The scale of each output channel of a weight (out, in), bfloat16: its largest becomes 448.
+
+    A channel of zeros has the scale 1.
+    """
+    scales = (weight.float().abs().amax(1) / LARGEST).bfloat16()
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def input_scale(largest: float) -> float:
+    """The scale of an input of which calibration saw values up to `largest`; a bfloat16 number."""
+    scale = torch.tensor(HEADROOM * largest / LARGEST).bfloat16().item()
+    return scale if scale > 0 else 1.0
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """The E4M3 numbers nearest to x / scale, ties to even, saturating at 448; NaN stays NaN.
+
+    Scales broadcast against x. Saturating is spelled out: versions of torch differ in what they make of more
+    than 448.
+    """
+    return (x.float() / scale.float()).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """What E4M3 numbers stand for, in float32."""
+    return codes.float() * scale.float()
+
+
+@contextmanager
+def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[None]:
+    """While this is open, linear layers of a model in float32 round their inputs to FP8 and back.
+
+    With weights that are dequantized, they then compute what a graph does after `quantize_linears`.
+
+    Args:
+        model: the model.
+        scales: name of a linear layer -> the scale of its input.
+    """
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(_round_input, torch.tensor(scale)))
+        for name, scale in scales.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _round_input(scale: Tensor, linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+    return (dequantize(quantize(inputs[0], scale), scale),)
+
+
+def quantize_linears(
+    graph: ir.Graph, weights: Mapping[str, ir.Value], scales: Mapping[str, float], *, tensorrt: bool
+) -> list[ir.Value]:
+    """Linear layers multiply in FP8: their inputs pass QuantizeLinear and DequantizeLinear, and their
+    weights are FP8 with a scale for each output channel.
+
+    TensorRT makes one FP8 kernel of DequantizeLinear on both sides of a MatMul. ONNX Runtime takes the
+    same for an integer product and refuses the graph (1.31), so for it a weight is cast and multiplied,
+    which it folds when it loads the graph.
+
+    Requires: weights whose contents lie elsewhere, as (in, out) or (1, in, out), each the right side of
+    MatMul only; for each its layer's scale in `scales`, the same for layers with one input.
+    Ensures: one QuantizeLinear for each value that quantized layers take, however many take it; the dtype
+    of each weight is FP8, that of products and what follows as before.
+
+    Args:
+        graph: the graph.
+        weights: name of each quantized layer -> its weight, a graph input.
+        scales: name of each quantized layer -> the scale of its input.
+        tensorrt: write DequantizeLinear on both sides.
+
+    Returns:
+        The scales of the weights, as new graph inputs: (out,), in the dtype the graph computes in, with the
+        names they have in the file of weights.
+    """
+    rounded: dict[ir.Value, tuple[ir.Value, float]] = {}
+    added = []
+    for layer, weight in weights.items():
+        products = list(weight.consumers())
+        if any(node.op_type != "MatMul" or node.inputs[1] is not weight for node in products):
+            raise ValueError(f"the weight of {layer} is more than the right side of MatMul")
+        kind = weight.dtype
+        assert kind is not None
+        matrix, scale_of_weight = _dequantized(graph, weight, kind, tensorrt=tensorrt)
+        added.append(scale_of_weight)
+        for node in products:
+            data, scale = node.inputs[0], scales[layer]
+            assert data is not None
+            if data not in rounded:
+                rounded[data] = _rounded(graph, data, f"{layer}.input_scale", scale, kind), scale
+            if rounded[data][1] != scale:
+                raise ValueError(f"{layer} and another layer have one input and two scales")
+            node.replace_input_with(0, rounded[data][0])
+            node.replace_input_with(1, matrix)
+    return added
+
+
+def _dequantized(
+    graph: ir.Graph, weight: ir.Value, kind: ir.DataType, *, tensorrt: bool
+) -> tuple[ir.Value, ir.Value]:
+    """Make a weight FP8. Returns the matrix that it stands for, and its scale."""
+    assert weight.name is not None
+    assert weight.shape is not None
+    axis = len(weight.shape) - 1
+    weight.dtype = ir.DataType.FLOAT8E4M3FN
+    channels = ir.Shape([weight.shape[axis]])
+    scale = ir.Value(name=scale_name(weight.name), type=ir.TensorType(kind), shape=channels)
+    graph.inputs.append(scale)
+    if tensorrt:
+        attributes = [ir.AttrInt64("axis", axis), ir.AttrInt64("output_dtype", kind)]
+        nodes = [ir.Node("", "DequantizeLinear", [weight, scale], attributes)]
+    else:
+        cast = ir.Node("", "Cast", [weight], [ir.AttrInt64("to", kind)])
+        nodes = [cast, ir.Node("", "Mul", [cast.outputs[0], scale])]
+    for node in nodes:
+        _describe(node.outputs[0], f"{weight.name}.{node.op_type.lower()}", kind, weight.shape)
+    graph.insert_before(graph[0], nodes)
+    return nodes[-1].outputs[0], scale
+
+
+def _rounded(graph: ir.Graph, data: ir.Value, name: str, scale: float, kind: ir.DataType) -> ir.Value:
+    """A value rounded to FP8 and back, before the first node that takes it."""
+    constant = ir.tensor(np.array(scale, kind.numpy()), name=name)
+    stored = ir.Value(name=name, const_value=constant, type=ir.TensorType(constant.dtype), shape=ir.Shape([]))
+    graph.initializers[name] = stored
+    fp8 = ir.DataType.FLOAT8E4M3FN
+    down = ir.Node("", "QuantizeLinear", [data, stored], [ir.AttrInt64("output_dtype", fp8)])
+    up = ir.Node("", "DequantizeLinear", [down.outputs[0], stored], [ir.AttrInt64("output_dtype", kind)])
+    for node, dtype in ((down, fp8), (up, kind)):
+        _describe(node.outputs[0], f"{data.name}.{node.op_type.lower()}", dtype, data.shape)
+    users = {*data.consumers()} - {down}
+    graph.insert_before(next(node for node in graph if node in users), [down, up])
+    return up.outputs[0]
+
+
+def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), shape
+
+
+def without_rounding(model: onnx.ModelProto) -> None:
+    """Take QuantizeLinear and the DequantizeLinear after it out of a graph: inputs stay as they are.
+
+    Requires: what `quantize_linears` wrote for ONNX Runtime.
+    Ensures: the same graph, but for the rounding of inputs.
+    """
+    nodes = model.graph.node
+    origins = {node.output[0]: node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    restored = {
+        node.output[0]: origins[node.input[0]] for node in nodes if node.op_type == "DequantizeLinear"
+    }
+    kept = [node for node in nodes if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    for node in kept:
+        for place, name in enumerate(node.input):
+            node.input[place] = restored.get(name, name)
+    del nodes[:]
+    nodes.extend(kept)

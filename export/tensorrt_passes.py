@@ -1,0 +1,202 @@
+"""Passes that TensorRT's parser makes fewer layers of, or finds fused kernels for.
+
+Each says what it requires of a graph and what holds afterwards; none changes what is computed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+
+from forcingkv.export.rewriting import constant, replace_node
+
+__all__ = ["align_parameters", "narrow_indices", "pair_lone_heads", "split_slices"]
+
+Range = tuple[int, int]
+
+
+def split_slices(graph: ir.Graph) -> None:
+    """Slices of one tensor along one axis become one Split, and a lone one a Gather.
+
+    TensorRT's parser spells a Slice's bounds out as some 25 layers of shape arithmetic, whether they are
+    known or not. A Split costs one layer a part, a Gather of constant rows one layer.
+
+    Requires: constant bounds, step 1, one axis of known size. Slices that overlap get an operator each.
+    Ensures: no such Slice is left.
+    """
+    found: dict[tuple[ir.Value, int], dict[Range, list[ir.Node]]] = defaultdict(lambda: defaultdict(list))
+    for node in graph:
+        place = _known_slice(node)
+        if place is not None:
+            data, axis, part = place
+            found[data, axis][part].append(node)
+    for (_, axis), parts in found.items():
+        for disjoint in _disjoint(sorted(parts)):
+            _split(graph, axis, disjoint, parts)
+
+
+def _known_slice(node: ir.Node) -> tuple[ir.Value, int, Range] | None:
+    if node.op_type != "Slice" or node.domain:
+        return None
+    data, *bounds = node.inputs
+    numbers = [_numbers(value) for value in bounds if value is not None]
+    if data is None or data.shape is None or len(numbers) < 3 or any(n is None for n in numbers):
+        return None
+    starts, ends, axes, *steps = (n for n in numbers if n is not None)
+    if len(axes) != 1 or any(list(step) != [1] for step in steps):
+        return None
+    axis = int(axes[0]) % len(data.shape)
+    size = data.shape[axis]
+    if not isinstance(size, int):
+        return None
+    start, stop, _ = slice(int(starts[0]), int(ends[0])).indices(size)
+    return (data, axis, (start, stop)) if start < stop else None
+
+
+def _numbers(value: ir.Value) -> Sequence[int] | None:
+    constant = ir.convenience.get_const_tensor(value)
+    return None if constant is None else [int(n) for n in constant.numpy().reshape(-1)]
+
+
+def _disjoint(ranges: list[Range]) -> list[list[Range]]:
+    """Ranges, sorted, put together such that those of a group do not overlap."""
+    groups: list[list[Range]] = []
+    for part in ranges:
+        fitting = next((group for group in groups if group[-1][1] <= part[0]), None)
+        if fitting is None:
+            groups.append([part])
+        else:
+            fitting.append(part)
+    return groups
+
+
+def _split(graph: ir.Graph, axis: int, wanted: list[Range], slices: dict[Range, list[ir.Node]]) -> None:
+    data = slices[wanted[0]][0].inputs[0]  # as it is now: it may have been a slice itself
+    assert data is not None
+    assert data.shape is not None
+    size = data.shape[axis]
+    assert isinstance(size, int)
+    cuts = sorted({0, size, *(bound for part in wanted for bound in part)})
+    nodes = [node for part in wanted for node in slices[part]]
+    if len(cuts) == 2:  # the whole: nothing is cut off
+        for node in nodes:
+            replace_node(graph, node, data)
+        return
+    places = list(pairwise(cuts))
+    first = next(node for node in graph if node in set(nodes))
+    if len(wanted) == 1:
+        start, stop = wanted[0]
+        rows = constant(graph, f"rows_{start}_{stop}", np.arange(start, stop, dtype=np.int32))
+        cut = ir.Node("", "Gather", [data, rows], [ir.AttrInt64("axis", axis)])
+        places = wanted
+    else:
+        sizes = [stop - start for start, stop in places]
+        parts = constant(graph, f"parts_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))
+        cut = ir.Node("", "Split", [data, parts], [ir.AttrInt64("axis", axis)], num_outputs=len(places))
+    graph.insert_before(first, cut)
+    stem = nodes[0].outputs[0].name
+    for number, (place, output) in enumerate(zip(places, cut.outputs, strict=True)):
+        output.name = f"{stem}.part.{number}"
+        output.type = data.type
+        output.shape = ir.Shape([*data.shape[:axis], place[1] - place[0], *data.shape[axis + 1 :]])
+        for node in slices.get(place, ()) if place in wanted else ():
+            replace_node(graph, node, output)
+
+
+def narrow_indices(graph: ir.Graph) -> None:
+    """Gather by 32-bit indices as they are; the tracer widens them, and TensorRT narrows them again.
+
+    Requires: indices cast from 32 to 64 bits for Gather.
+    Ensures: Gather takes them from before the cast.
+    """
+    for node in list(graph):
+        if node.op_type != "Gather":
+            continue
+        indices = node.inputs[1]
+        cast = None if indices is None else indices.producer()
+        if cast is not None and cast.op_type == "Cast":
+            origin = cast.inputs[0]
+            if origin is not None and origin.dtype == ir.DataType.INT32:
+                node.replace_input_with(1, origin)
+                if not cast.outputs[0].uses():
+                    graph.remove(cast, safe=True)
+
+
+def pair_lone_heads(graph: ir.Graph) -> None:
+    """Attention of a single head becomes that of two heads with one head of keys and values.
+
+    TensorRT finds no fused kernel for one head of 1,560 queries, nor for 4,680 queries and 504 keys
+    (RTX 1.7, whatever the width), but does for two. The first half of the queries as one head and the
+    second as another is the same computation, and no bytes move.
+
+    Requires: an even, known number of queries.
+    Ensures: no Attention over one head.
+    """
+    for node in list(graph):
+        queries = node.inputs[0] if node.op_type == "Attention" else None
+        if queries is None or queries.shape is None:
+            continue
+        batch, heads, tokens, width = queries.shape
+        assert isinstance(width, int)
+        if heads != 1 or not isinstance(tokens, int) or tokens % 2:
+            continue
+        halves = constant(graph, f"halves_{tokens}", np.array([1, 2, tokens // 2, width], np.int64))
+        whole = constant(graph, f"whole_{tokens}", np.array([1, 1, tokens, width], np.int64))
+        paired = ir.Node("", "Reshape", [queries, halves])
+        paired.outputs[0].type, paired.outputs[0].shape = (
+            queries.type,
+            ir.Shape([batch, 2, tokens // 2, width]),
+        )
+        graph.insert_before(node, paired)
+        node.replace_input_with(0, paired.outputs[0])
+        seen = node.outputs[0]
+        joined = ir.Node("", "Reshape", [seen, whole])
+        joined.outputs[0].type, joined.outputs[0].shape = seen.type, seen.shape
+        ir.convenience.replace_all_uses_with(seen, joined.outputs[0], replace_graph_outputs=True)
+        joined.replace_input_with(0, seen)
+        seen.shape = paired.outputs[0].shape
+        graph.insert_after(node, joined)
+
+
+def align_parameters(parameters: Sequence[ir.Value]) -> None:
+    """Parameters get the rank of what they meet.
+
+    A vector beside (1, tokens, width) is (1, 1, width), and a matrix is (1, rows, columns): the same
+    bytes, and TensorRT's parser adds no layer to make the ranks equal.
+
+    Requires: parameters whose contents lie elsewhere, so that their shape is all that is written here.
+    Ensures: those that meet operands of rank 3 alone, have rank 3.
+    """
+    for parameter in parameters:
+        meetings = list(_meetings(parameter))
+        if meetings and all(_fits(node, value) for node, value in meetings):
+            _raise_rank(parameter)
+
+
+def _meetings(value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """The nodes that use a value, and as which of their operands: seen through casts."""
+    for node in value.consumers():
+        if node.op_type == "Cast":
+            yield from _meetings(node.outputs[0])
+        else:
+            yield node, value
+
+
+def _fits(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a node computes the same for an operand of rank 3."""
+    other = node.inputs[0]
+    if other is value or other is None or other.shape is None or len(other.shape) != 3:
+        return False
+    return node.op_type in ("Add", "Mul", "MatMul", "LayerNormalization", "RMSNormalization")
+
+
+def _raise_rank(value: ir.Value) -> None:
+    assert value.shape is not None
+    value.shape = ir.Shape([1] * (3 - len(value.shape)) + list(value.shape))
+    for node in value.consumers():
+        if node.op_type == "Cast":
+            _raise_rank(node.outputs[0])
