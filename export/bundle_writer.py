@@ -22,7 +22,7 @@ from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_grap
 from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.export.precision import DTYPES, ExportDtype, Precision, Target, precision_of
 from forcingkv.export.records import file_records, graph_record, versions
-from forcingkv.export.targets import EngineTarget, check_disk, engine_target, warnings_of
+from forcingkv.export.targets import EngineTarget, check_disk, check_plugin, engine_target, warnings_of
 from forcingkv.export.verify import check_memory, fp8_differences, graph_difference
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap
@@ -125,6 +125,8 @@ def export_bundle(
         raise InputError("goes with texts to calibrate it with, and they with it", where="--dtype fp8")
     if calibration:
         check_calibration(plan)
+    if engines:
+        check_plugin(plan)
     check_disk(out, baked_bytes(spec, precision), len(engines.sms) if engines else 0)
     with new_folder(out, MANIFEST) as folder:
         bundle = _Writer(folder, plan, decoder, precision, engines, verify, say)
@@ -224,7 +226,14 @@ class _Writer:
                 twin.unlink()
 
     def write_engines(self, target: EngineTarget) -> None:
-        """Build an engine of every graph for every GPU, and the plugin's kernels."""
+        """Compile the plugin's kernels, and build an engine of every graph for every GPU."""
+        if self.plan.score_layer is not None and not target.aot:
+            from forcingkv.export.cubins import compile_kernels  # needs Triton, which only this does
+
+            self.say("compiling kernels")
+            head_dim = self.plan.spec.head_dim
+            self.kernels += compile_kernels(self.folder, self.precision.compute, head_dim)
+            self.written += [self.folder / record.file for record in self.kernels]
         folder = self.folder / ENGINES
         folder.mkdir()
         for sm in target.sms:
@@ -234,13 +243,6 @@ class _Writer:
                 graph = self.folder / f"{name}.onnx"
                 self.engines.append(build_engine(graph, name, self.plan, target, sm, file))
                 self.written.append(file)
-        if self.plan.score_layer is not None and not target.aot:
-            from forcingkv.export.cubins import compile_kernels  # needs Triton, which only this does
-
-            self.say("compiling kernels")
-            head_dim = self.plan.spec.head_dim
-            self.kernels += compile_kernels(self.folder, self.precision.compute, head_dim)
-            self.written += [self.folder / record.file for record in self.kernels]
 
     def _trace(self, name: str, path: Path, precision: Precision) -> onnx.ModelProto:
         file = self._weights_of(name)

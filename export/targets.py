@@ -5,18 +5,23 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.engines import device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, FlavourName, require
+from forcingkv.runtime.kernels import check_candidates
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
-__all__ = ["EngineTarget", "check_disk", "engine_target", "most_keys", "warnings_of"]
+__all__ = ["EngineTarget", "check_disk", "check_plugin", "engine_target", "most_keys", "warnings_of"]
 
 FUSED_KEYS = 65_504
 """Keys past which fused attention in float16 may overflow: float16's largest number."""
+
+MAX_WIDTH = 256
+"""The widest head whose rows the plugin's kernels hold without spilling."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,27 @@ def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = Fal
         )
         raise InputError("no GPU was found to build for", where=f"--target {name}", mend=mend)
     return EngineTarget(flavour, tuple(dict.fromkeys(sms)) or (here or 0,), aot)
+
+
+def check_plugin(plan: CachePlan) -> None:
+    """Check that the plugin can serve a plan, and that its kernels can be compiled here.
+
+    Raises:
+        MissingExtraError: Triton is not installed.
+        InputError: more segments to choose from, or wider heads, than the kernels take.
+    """
+    if plan.policy.retain is None or plan.score_layer is None:
+        return
+    if find_spec("triton") is None:
+        raise MissingExtraError("triton", "engines")
+    check_candidates(plan.policy.retain.segments * plan.spec.frames_per_chunk)
+    if plan.spec.head_dim > MAX_WIDTH:
+        raise InputError(
+            f"has heads of width {plan.spec.head_dim}",
+            where=plan.spec.name,
+            expected=f"at most {MAX_WIDTH}: the registers of a GPU do not suffice for more",
+            mend="Use a policy that retains no segments, such as window.",
+        )
 
 
 def warnings_of(plan: CachePlan, compute: Dtype) -> list[str]:

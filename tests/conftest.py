@@ -69,6 +69,11 @@ def headmap_of(spec: ModelSpec, static: list[list[int]]) -> HeadMap:
     return HeadMap(ModelIdentity(spec.name, spec.layers, spec.heads), labels, Rule("given"))
 
 
+def mixed_map(spec: ModelSpec) -> HeadMap:
+    """Half of each layer's heads static."""
+    return headmap_of(spec, [list(range(spec.heads // 2))] * spec.layers)
+
+
 class Ran:
     """What a command did: exit code, standard output, standard error."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, namedtuple
+from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +11,13 @@ from pathlib import Path
 import onnx
 import pytest
 
-from forcingkv.export import EngineError, bundle_writer, engines, export_bundle, targets
+from forcingkv.export import EngineError, bundle_writer, engines, export_bundle
 from forcingkv.export.engines import build_engine, parse_report
-from forcingkv.export.targets import EngineTarget, check_disk, engine_target, most_keys, warnings_of
-from forcingkv.headmaps import HeadMap, read_headmap
-from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.export.targets import (
+    EngineTarget,
+)
+from forcingkv.headmaps import read_headmap
+from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import load_weights, random_weights
 from forcingkv.models.decoders.choose import decoder_for
 from forcingkv.models.presets import load_spec
@@ -23,10 +25,9 @@ from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.bundle import Manifest
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.flavour import FLAVOURS
-from forcingkv.runtime.plan import CachePlan, build_plan
+from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.policies import load_policy
-from forcingkv.runtime.spec import ModelSpec
-from tests.conftest import headmap_of, random_model, small_spec
+from tests.conftest import mixed_map, random_model, small_spec
 
 RTX = FLAVOURS["tensorrt-rtx"]
 MAP = Path(__file__).parents[2] / "headmaps" / "maps" / "demo.json"
@@ -35,11 +36,6 @@ needs_rtx = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None or find_spec("triton") is None,
     reason="needs tensorrt-rtx and triton: pip install 'forcingkv[tensorrt-rtx,engines]'",
 )
-
-
-def mixed_map(spec: ModelSpec) -> HeadMap:
-    """Half of each layer's heads static."""
-    return headmap_of(spec, [list(range(spec.heads // 2))] * spec.layers)
 
 
 @pytest.fixture(scope="module")
@@ -212,73 +208,6 @@ def test_ahead_of_time_the_graph_has_nodes_of_one_kernel_each(
     ]
     assert pruning == [0, 1, 1, 2]
     assert parse_report(tmp_path / "b" / "step.onnx", RTX, plugins=False)["plugin_layers"] == 0
-
-
-# What is refused, before anything is made.
-
-
-@pytest.mark.parametrize(
-    ("name", "sms", "words"),
-    [
-        ("tensorrt-rtx", (90,), "makes no engines for sm_90; expected one of 75, 80, 86, 89, 120, 121"),
-        ("tensorrt-rtx", (89, 100), "--target tensorrt, on a machine that has one"),
-    ],
-)
-def test_gpus_that_the_flavour_does_not_serve(name: str, sms: tuple[int, ...], words: str) -> None:
-    with pytest.raises(InputError, match=r"^--sm: ") as raised:
-        engine_target(name, sms)  # type: ignore[arg-type]
-    assert words in str(raised.value)
-
-
-def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "require", lambda name: FLAVOURS[name])
-    monkeypatch.setattr(targets, "device_sm", lambda: 90)
-    assert engine_target("tensorrt") == EngineTarget(FLAVOURS["tensorrt"], (90,))
-    assert engine_target("tensorrt", (90, 90)).sms == (90,)
-    assert engine_target("tensorrt-rtx", (89, 120)).sms == (89, 120)
-    with pytest.raises(InputError, match="this machine's GPU is sm_90"):
-        engine_target("tensorrt", (89,))
-    monkeypatch.setattr(targets, "device_sm", lambda: None)
-    for name in ("tensorrt", "tensorrt-rtx"):
-        with pytest.raises(InputError, match="no GPU was found to build for"):
-            engine_target(name)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="and no GPU was found"):
-        engine_target("tensorrt", (90,))
-
-
-def test_kernels_are_compiled_into_engines_by_one_flavour_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "require", lambda name: FLAVOURS[name])
-    monkeypatch.setattr(targets, "device_sm", lambda: 90)
-    assert engine_target("tensorrt", aot=True).aot
-    with pytest.raises(InputError, match="expected --target tensorrt"):
-        engine_target("tensorrt-rtx", (89,), aot=True)
-
-
-def test_a_flavour_that_is_not_installed() -> None:
-    if find_spec("tensorrt") and find_spec("tensorrt").origin:  # type: ignore[union-attr]
-        pytest.skip("tensorrt is installed")
-    with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[tensorrt\]'"):
-        engine_target("tensorrt")
-
-
-def test_not_enough_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(targets.shutil, "disk_usage", lambda place: usage(10**10, 9 * 10**9, 10**9))
-    check_disk(tmp_path / "a" / "b", 400_000_000, 1)
-    with pytest.raises(InputError, match=r"needs about 1\.3 GB .* for each of 2 GPUs.* 1\.0 GB are free"):
-        check_disk(tmp_path / "a" / "b", 400_000_000, 2)
-    assert not (tmp_path / "a").exists()
-
-
-def test_float16_is_warned_of_past_its_largest_number() -> None:
-    spec = load_spec("self-forcing")
-    full = build_plan(spec, spec.geometry("1080p"), load_policy("full"))
-    assert most_keys(full) == 21 * 8160
-    assert "up to 171360 keys" in warnings_of(full, "float16")[0]
-    assert warnings_of(full, "bfloat16") == []
-    pruned = build_plan(spec, spec.geometry("1080p"), load_policy("forcing-kv"), mixed_map(spec))
-    assert most_keys(pruned) == (1 + 1 + 3) * 8160 + 6 * 8160 // 6
-    assert warnings_of(pruned, "float16") == []
 
 
 # What goes wrong while building.

@@ -1,0 +1,112 @@
+"""What engines are built for: GPUs, disks and plans that are refused before anything is made."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from forcingkv.export import targets
+from forcingkv.export.targets import (
+    EngineTarget,
+    check_disk,
+    check_plugin,
+    engine_target,
+    most_keys,
+    warnings_of,
+)
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.models.presets import load_spec
+from forcingkv.runtime.flavour import FLAVOURS
+from forcingkv.runtime.plan import CachePlan, build_plan
+from forcingkv.runtime.policies import load_policy
+from tests.conftest import mixed_map, small_spec
+
+
+@pytest.mark.parametrize(
+    ("name", "sms", "words"),
+    [
+        ("tensorrt-rtx", (90,), "makes no engines for sm_90; expected one of 75, 80, 86, 89, 120, 121"),
+        ("tensorrt-rtx", (89, 100), "--target tensorrt, on a machine that has one"),
+    ],
+)
+def test_gpus_that_the_flavour_does_not_serve(name: str, sms: tuple[int, ...], words: str) -> None:
+    with pytest.raises(InputError, match=r"^--sm: ") as raised:
+        engine_target(name, sms)  # type: ignore[arg-type]
+    assert words in str(raised.value)
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "require", lambda name: FLAVOURS[name])
+    monkeypatch.setattr(targets, "device_sm", lambda: 90)
+    assert engine_target("tensorrt") == EngineTarget(FLAVOURS["tensorrt"], (90,))
+    assert engine_target("tensorrt", (90, 90)).sms == (90,)
+    assert engine_target("tensorrt-rtx", (89, 120)).sms == (89, 120)
+    with pytest.raises(InputError, match="this machine's GPU is sm_90"):
+        engine_target("tensorrt", (89,))
+    monkeypatch.setattr(targets, "device_sm", lambda: None)
+    for name in ("tensorrt", "tensorrt-rtx"):
+        with pytest.raises(InputError, match="no GPU was found to build for"):
+            engine_target(name)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="and no GPU was found"):
+        engine_target("tensorrt", (90,))
+
+
+def test_kernels_are_compiled_into_engines_by_one_flavour_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "require", lambda name: FLAVOURS[name])
+    monkeypatch.setattr(targets, "device_sm", lambda: 90)
+    assert engine_target("tensorrt", aot=True).aot
+    with pytest.raises(InputError, match="expected --target tensorrt"):
+        engine_target("tensorrt-rtx", (89,), aot=True)
+
+
+def test_a_flavour_that_is_not_installed() -> None:
+    if find_spec("tensorrt") and find_spec("tensorrt").origin:  # type: ignore[union-attr]
+        pytest.skip("tensorrt is installed")
+    with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[tensorrt\]'"):
+        engine_target("tensorrt")
+
+
+def test_not_enough_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(targets.shutil, "disk_usage", lambda place: usage(10**10, 9 * 10**9, 10**9))
+    check_disk(tmp_path / "a" / "b", 400_000_000, 1)
+    with pytest.raises(InputError, match=r"needs about 1\.3 GB .* for each of 2 GPUs.* 1\.0 GB are free"):
+        check_disk(tmp_path / "a" / "b", 400_000_000, 2)
+    assert not (tmp_path / "a").exists()
+
+
+def test_float16_is_warned_of_past_its_largest_number() -> None:
+    spec = load_spec("self-forcing")
+    full = build_plan(spec, spec.geometry("1080p"), load_policy("full"))
+    assert most_keys(full) == 21 * 8160
+    assert "up to 171360 keys" in warnings_of(full, "float16")[0]
+    assert warnings_of(full, "bfloat16") == []
+    pruned = build_plan(spec, spec.geometry("1080p"), load_policy("forcing-kv"), mixed_map(spec))
+    assert most_keys(pruned) == (1 + 1 + 3) * 8160 + 6 * 8160 // 6
+    assert warnings_of(pruned, "float16") == []
+
+
+def test_what_the_plugin_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(policy: str, **changes: object) -> CachePlan:
+        spec = small_spec(heads=4, **changes)
+        chosen = load_policy(policy)
+        headmap = mixed_map(spec) if chosen.needs_headmap else None
+        return build_plan(spec, spec.geometry(), chosen, headmap)
+
+    wide = plan("forcing-kv", head_dim=264)
+    with pytest.raises(InputError, match="has heads of width 264; expected at most 256"):
+        check_plugin(wide)
+    check_plugin(plan("window", head_dim=264))
+    retain = wide.policy.retain
+    assert retain is not None
+    many = replace(wide, policy=replace(wide.policy, retain=replace(retain, segments=22)))
+    with pytest.raises(InputError, match="66 segments are candidates"):
+        check_plugin(many)
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[engines\]'"):
+        check_plugin(plan("forcing-kv"))
+    check_plugin(plan("full"))
