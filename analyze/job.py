@@ -13,14 +13,14 @@ import polars as pl
 import torch
 
 from forcingkv.analyze.recorder import record_sample
-from forcingkv.analyze.recording import SCHEMA, Recording
+from forcingkv.analyze.recording import SCHEMA, RecordedDtype, Recording
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity
 from forcingkv.headmaps.fields import one_of
 from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.heads import head_orders, permute_tensor
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import load_policy
-from forcingkv.runtime.spec import Dtype, ModelSpec
+from forcingkv.runtime.spec import ModelSpec
 
 __all__ = ["Device", "Job", "SampleRecorder", "choose_device"]
 
@@ -46,7 +46,7 @@ class Job:
     rows: int | None = None
     """Query rows measured of each pass and layer; None: all."""
     device: Device = "cpu"
-    dtype: Dtype = "float32"
+    dtype: RecordedDtype = "float32"
     threads: int | None = None
     """CPU threads; None: as many as torch chooses."""
 

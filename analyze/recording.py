@@ -35,11 +35,14 @@ import polars as pl
 
 from forcingkv.headmaps import InputError, ModelIdentity, Statistics
 from forcingkv.headmaps.fields import from_data, to_data
-from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
+from forcingkv.runtime.spec import Geometry, ModelSpec
 
-__all__ = ["COLUMNS", "METADATA_KEY", "SCHEMA", "Recording", "text_digest"]
+__all__ = ["COLUMNS", "METADATA_KEY", "SCHEMA", "RecordedDtype", "Recording", "text_digest"]
 
 Schema = Literal["forcingkv.statistics/1"]
+
+RecordedDtype = Literal["float32", "bfloat16"]
+"""What a model may compute in while it is measured: logits overflow float16."""
 SCHEMA: Schema = "forcingkv.statistics/1"
 METADATA_KEY = "forcingkv"
 
@@ -80,7 +83,7 @@ class Recording:
     chunks: int
     rows: int | None
     """Query rows measured of each pass; None: all."""
-    dtype: Dtype
+    dtype: RecordedDtype
     """What the model computed in."""
     sample: int | None = None
     text: str | None = None

@@ -22,11 +22,12 @@ from torch.export import Dim
 
 from forcingkv.export.fp8 import quantize_linears
 from forcingkv.export.graphs import Graph
-from forcingkv.export.passes import fold_modulation, scale_attention, use_transposed
+from forcingkv.export.passes import scale_attention, use_transposed
 from forcingkv.export.precision import is_matrix
 from forcingkv.export.prune_op import OPSET, functions_for, split_prune, translation_table
 from forcingkv.export.tensorrt_passes import (
     align_parameters,
+    fold_modulation,
     narrow_indices,
     pair_lone_heads,
     split_slices,
@@ -91,9 +92,9 @@ def write_onnx(
         program.optimize()
     traced = program.model.graph
     use_transposed(traced, [p for p in parameters if _is_stored_transposed(p)])
-    fold_modulation(traced)
     scale_attention(traced)
     if tensorrt:
+        fold_modulation(traced)
         split_slices(traced)
         narrow_indices(traced)
         pair_lone_heads(traced)

@@ -1,6 +1,6 @@
 """Passes that TensorRT's parser makes fewer layers of, or finds fused kernels for.
 
-Each says what it requires of a graph and what holds afterwards; none changes what is computed.
+Each says what it requires of a graph and what holds afterwards. Results stay the same but for rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from forcingkv.export.rewriting import constant, replace_node
 
-__all__ = ["align_parameters", "narrow_indices", "pair_lone_heads", "split_slices"]
+__all__ = ["align_parameters", "fold_modulation", "narrow_indices", "pair_lone_heads", "split_slices"]
 
 Range = tuple[int, int]
 
@@ -160,6 +160,55 @@ def pair_lone_heads(graph: ir.Graph) -> None:
         joined.replace_input_with(0, seen)
         seen.shape = paired.outputs[0].shape
         graph.insert_after(node, joined)
+
+
+def fold_modulation(graph: ir.Graph) -> None:
+    """A normalisation without weights, scaled and shifted, becomes a normalisation with them.
+
+    Requires: Add(Mul(LayerNormalization(x, ones), gain), shift) with gain and shift (1, 1, width).
+    Ensures: LayerNormalization(x, gain, shift): one kernel instead of three. In less than float32 the
+    result is rounded once instead of three times. (In float32 ONNX Runtime ends up a little further from
+    torch by it, 9e-6 against 8e-6 in the demo model's values.)
+    """
+    for norm in list(graph):
+        if norm.op_type != "LayerNormalization" or not _is_ones(norm):
+            continue
+        scaled = _only_use(norm.outputs[0], "Mul")
+        shifted = scaled and _only_use(scaled.outputs[0], "Add")
+        if scaled is None or shifted is None:
+            continue
+        gain, shift = _other(scaled, norm.outputs[0]), _other(shifted, scaled.outputs[0])
+        if not (_is_row(gain) and _is_row(shift)):
+            continue
+        data = norm.inputs[0]
+        kept = {name: norm.attributes[name] for name in ("axis", "epsilon", "stash_type")}
+        folded = ir.Node("", "LayerNormalization", [data, gain, shift], list(kept.values()))
+        folded.outputs[0].name = f"{norm.outputs[0].name}.modulated"
+        folded.outputs[0].type, folded.outputs[0].shape = shifted.outputs[0].type, shifted.outputs[0].shape
+        graph.insert_before(shifted, folded)
+        replace_node(graph, shifted, folded.outputs[0])
+        graph.remove([scaled, norm], safe=True)
+
+
+def _is_ones(norm: ir.Node) -> bool:
+    scale = norm.inputs[1]
+    constant = None if scale is None else ir.convenience.get_const_tensor(scale)
+    return len(norm.inputs) == 2 and constant is not None and bool((constant.numpy() == 1).all())
+
+
+def _only_use(value: ir.Value, op_type: str) -> ir.Node | None:
+    users = value.consumers()
+    alone = len(users) == 1 and not value.is_graph_output()
+    return users[0] if alone and users[0].op_type == op_type else None
+
+
+def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def _is_row(value: ir.Value | None) -> bool:
+    shape = None if value is None else value.shape
+    return shape is not None and len(shape) == 3 and list(shape)[:2] == [1, 1]
 
 
 def align_parameters(parameters: Sequence[ir.Value]) -> None:

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forcingkv.export.passes import fold_modulation, scale_attention, use_transposed
+from forcingkv.export.passes import scale_attention, use_transposed
 from forcingkv.export.tensorrt_passes import (
     align_parameters,
+    fold_modulation,
     narrow_indices,
     pair_lone_heads,
     split_slices,

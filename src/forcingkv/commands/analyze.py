@@ -37,7 +37,7 @@ from forcingkv.commands.models import (
 )
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.spec import Dtype, Geometry
+from forcingkv.runtime.spec import Geometry
 
 if TYPE_CHECKING:
     from forcingkv.analyze import Analysis
@@ -108,6 +108,7 @@ def heads(
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     from forcingkv.analyze import Job, analyze_heads
     from forcingkv.analyze.job import choose_device
+    from forcingkv.analyze.recording import RecordedDtype
     from forcingkv.models.presets import load_spec
 
     spec = load_spec(model)
@@ -127,7 +128,7 @@ def heads(
         resolution=resolution,
         rows=rows or None,
         device=choose_device(device),
-        dtype=one_of(Dtype, dtype, "dtype"),
+        dtype=one_of(RecordedDtype, dtype, "dtype"),
         threads=threads,
     )
     length = job.recording.chunks
