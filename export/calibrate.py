@@ -26,7 +26,7 @@ from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.bundle import CalibrationRecord
-from forcingkv.runtime.memory import available_bytes
+from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import ModelSpec
 
@@ -165,12 +165,5 @@ def check_calibration(plan: CachePlan) -> None:
         "weights": 4.0 * numbers,
         "caches": 3.0 * small.kv_bytes(),
     }
-    needed, available = sum(parts.values()), available_bytes()
-    if needed > available:
-        told = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
-        raise InputError(
-            f"calibrating {plan.spec.name} for FP8 needs about {needed / 1e9:.1f} GB ({told}), and"
-            f" {available / 1e9:.1f} GB are available",
-            where="memory",
-            mend="Export with --dtype bfloat16, or on a larger machine.",
-        )
+    mend = "Export with --dtype bfloat16, or on a larger machine."
+    require_memory(f"calibrating {plan.spec.name} for FP8", parts, mend)

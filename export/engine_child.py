@@ -63,7 +63,6 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
             raise RuntimeError("the builder made no engine")
         with Path(request["engine"]).open("wb") as file:
             file.write(memoryview(engine))
-        report["engine_bytes"] = int(engine.nbytes)
         report |= figures
     return report | {
         "version": trt.__version__,

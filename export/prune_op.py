@@ -21,6 +21,7 @@ from onnx import defs, helper, parser
 from onnxscript import values
 
 import forcingkv.models.prune  # noqa: F401  (registers the torch operators)
+from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE
 
 __all__ = [
     "DOMAIN",
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 DOMAIN, VERSION = "forcingkv", 1
-PLUGIN_NAMESPACE = "forcingkv"
 OPSET = 23
 
 _TENSORS = ["transition_keys", "transition_values", "new_keys", "new_values"]

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from forcingkv.export.fp8 import without_rounding
 from forcingkv.export.graphs import Graph
-from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from forcingkv.runtime.memory import available_bytes
+from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.plan import CachePlan
 
 __all__ = ["check_memory", "fp8_differences", "graph_difference"]
@@ -57,15 +56,11 @@ def check_memory(plan: CachePlan, decoder: StreamingDecoder | None = None) -> No
         grid = plan.geometry.latent_height, plan.geometry.latent_width
         state = sum(math.prod(shape) for shape in decoder.state_shapes(*grid).values())
         parts["decoder caches"] = 4 * 4.0 * state
-    needed, available = sum(parts.values()), available_bytes()
-    if needed > available:
-        told = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
-        raise InputError(
-            f"verifying {spec.name} at {plan.geometry.width}x{plan.geometry.height} needs about"
-            f" {needed / 1e9:.1f} GB ({told}), and {available / 1e9:.1f} GB are available",
-            where="memory",
-            mend="Export with --no-verify, at a smaller resolution, or on a larger machine.",
-        )
+    require_memory(
+        f"verifying {spec.name} at {plan.geometry.width}x{plan.geometry.height}",
+        parts,
+        "Export with --no-verify, at a smaller resolution, or on a larger machine.",
+    )
 
 
 def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["available_bytes"]
+from forcingkv.headmaps.errors import InputError
+
+__all__ = ["available_bytes", "require_memory"]
 
 
 def available_bytes() -> int:
@@ -17,3 +20,21 @@ def available_bytes() -> int:
     except OSError:
         pass  # not Linux
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_memory(doing: str, parts: Mapping[str, float], mend: str) -> None:
+    """Raise InputError, with what is needed by part, unless that many bytes are available.
+
+    Args:
+        doing: what needs them, as the subject of a sentence.
+        parts: bytes by part.
+        mend: what to do where there are too few.
+    """
+    needed, available = sum(parts.values()), available_bytes()
+    if needed > available:
+        told = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
+        raise InputError(
+            f"{doing} needs about {needed / 1e9:.1f} GB ({told}), and {available / 1e9:.1f} GB are available",
+            where="memory",
+            mend=mend,
+        )

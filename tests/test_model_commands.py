@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from forcingkv.export import verify
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.models.presets import load_spec
+from forcingkv.runtime import memory
 from forcingkv.runtime.embeds import write_embeds
 from tests.conftest import Ran
 
@@ -158,7 +158,7 @@ def test_wrong_input(
 def test_a_model_too_large_to_verify_is_refused_with_what_it_needs(
     place: Path, tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
     words = ["export", *options(place, "model"), "--random-weights", "--decoder", "taehv", "--policy", "full",
              "--resolution", "32x32", "--out", tmp_path / "b"]  # fmt: skip
     ran = run(*words)

@@ -144,7 +144,7 @@ class TensorRT(ModuleType):
         self.QuickPluginCreationRequest = SimpleNamespace(**{wish: wish for wish in wishes})
         self.Dims = type("Dims", (), {"MAX_DIMS": 8})
         self.Logger = type("Logger", (), {"WARNING": 0, "log": lambda *words: None})
-        self.PluginField = lambda *parts: SimpleNamespace(**dict(zip(("name", "data"), parts, strict=False)))
+        self.PluginField = lambda name="", data=None, kind=None: SimpleNamespace(name=name, data=data)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -28,7 +28,7 @@ from forcingkv.models.checkpoint import build_model, load_weights, weight_shapes
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime import Bundle, Session
+from forcingkv.runtime import Bundle, Session, memory
 from forcingkv.runtime.embeds import write_embeds
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy, Roles, load_policy
@@ -111,7 +111,7 @@ def test_calibration_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     weights["blocks.1.self_attn.v.bias"][0] = torch.nan
     with pytest.raises(InputError, match=r"^calibration: blocks\.1\.self_attn\.o takes values that are not"):
         calibrated(spec, plan, weights)
-    monkeypatch.setattr(calibrate, "available_bytes", lambda: 10**9)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
     with pytest.raises(InputError, match=r"for FP8 needs about 1\.5 GB .*1\.0 GB are available.*bfloat16"):
         check_calibration(plan)
 
