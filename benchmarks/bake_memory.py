@@ -31,7 +31,7 @@ from forcingkv.models.checkpoint import load_weights, weight_shapes
 from forcingkv.models.heads import head_orders
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
-from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
@@ -85,7 +85,7 @@ def bake(spec: ModelSpec, folder: Path) -> dict[str, Any]:
 def load(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     """Open both graphs in ONNX Runtime."""
     started = time.perf_counter()
-    graphs = [OnnxRuntimeBackend(None).load(folder / f"{name}.onnx") for name in GRAPHS]
+    graphs = [OnnxGraph(folder / f"{name}.onnx") for name in GRAPHS]
     seconds = round(time.perf_counter() - started, 1)
     return {"loaded_graphs": len(graphs), "loaded_seconds": seconds, "loaded_peak_bytes": peak_bytes()}
 

@@ -18,7 +18,7 @@ from forcingkv.export.fp8 import without_rounding
 from forcingkv.export.graphs import Graph
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
-from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.plan import CachePlan
 
@@ -72,7 +72,7 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
     ONNX Runtime runs the file at `path`; torch runs the graph's module. Inputs that the host computes
     (positions, times, noise levels) are the graph's examples: random ones would not be angles.
     """
-    runnable = OnnxRuntimeBackend(None).load(path)
+    runnable = OnnxGraph(path)
     worst = 0.0
     for inputs in _cases(graph, plan):
         expected = _torch(graph, inputs)
@@ -108,7 +108,7 @@ def fp8_differences(
     onnx.save_model(model, exact)
     difference = graph_difference(graph, exact, plan)
     exact.unlink()
-    runnable = OnnxRuntimeBackend(None).load(path)
+    runnable = OnnxGraph(path)
     worst = 0.0
     for inputs in _cases(graph, plan):
         plain = _torch(graph, inputs)["x0"]

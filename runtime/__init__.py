@@ -2,6 +2,20 @@
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.bundle import Bundle
-from forcingkv.runtime.session import Chunk, Session, Timing
+from forcingkv.runtime.faults import DeviceError, MemoryShortError, NotFiniteError, SessionError
+from forcingkv.runtime.results import Chunk, Timing
+from forcingkv.runtime.session import Session
+from forcingkv.runtime.streaming import Video
 
-__all__ = ["Bundle", "Chunk", "InputError", "Session", "Timing"]
+__all__ = [
+    "Bundle",
+    "Chunk",
+    "DeviceError",
+    "InputError",
+    "MemoryShortError",
+    "NotFiniteError",
+    "Session",
+    "SessionError",
+    "Timing",
+    "Video",
+]

@@ -12,7 +12,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.files import FileRecord, inside, verify_file
+from forcingkv.runtime.files import FileRecord, inside, record_file, verify_file
 from forcingkv.runtime.kernels import KernelRecord
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
@@ -164,6 +164,11 @@ class Bundle:
                 mend="It was made by another version of forcingkv: export the bundle again.",
             )
         return bundle
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which has the digests of all other files: what the bundle is."""
+        return record_file(self.path / MANIFEST).sha256
 
     @cached_property
     def plan(self) -> CachePlan:

@@ -1,74 +1,108 @@
-"""The KV cache of a session: buffers allocated once, read and written in place, swapped by name."""
+"""The KV cache of a session: memory taken once, read and written in place, swapped by clean passes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.plan import CacheEntry, CachePlan
 
 __all__ = ["CacheBuffers"]
-
-Array = npt.NDArray[np.float32]
 
 
 class CacheBuffers:
     """Two buffers for each cached tensor: passes read one, the clean pass writes the other.
 
-    The sink has one buffer: it is written by the first chunk, which does not read it, and never
+    The sink has one buffer: it is written by the first clean pass, which does not read it, and never
     copied. A tensor of a phase is a view of its buffer's start.
+
+    Attributes:
+        passes: clean passes whose keys and values the cache holds, or has held. In a video that was never
+            rebuilt this is the index of the chunk that comes next.
     """
 
-    def __init__(self, plan: CachePlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: CachePlan, lane: Lane, dtype: str) -> None:
+        """Take the memory; `dtype` is that of keys and values."""
+        self.plan, self.passes = plan, 0
         last = plan.phases[-1].first_chunk
-        self._current: dict[str, Array] = {}
-        self._spare: dict[str, Array] = {}
+        self._sides: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for entry in plan.entries:
-            size = math.prod(plan.entry_shape(entry, last))
-            self._current[entry.name] = np.empty(size, np.float32)
-            self._spare[entry.name] = (
-                self._current[entry.name] if entry.role == "sink" else np.empty(size, np.float32)
-            )
+            size = (math.prod(plan.entry_shape(entry, last)),)
+            first = lane.tensor(size, dtype, state=True)
+            second = first if entry.role == "sink" else lane.tensor(size, dtype, state=True)
+            for side, buffer in zip(self._sides, (first, second), strict=True):
+                side[entry.name] = buffer
+        self._rows: dict[str, Tensor] = {}
+        for label, name in plan.sink_rows.items():
+            rows = np.arange(plan.sink_tokens(label, 0), dtype=np.int32)
+            self._rows[name] = lane.tensor(rows.shape, "int32")
+            self._rows[name].write(rows, lane.main)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        buffers = {id(b): b for b in (*self._current.values(), *self._spare.values())}
+        """Bytes of all keys and values."""
+        buffers = {id(b): b for side in self._sides for b in side.values()}
         return sum(buffer.nbytes for buffer in buffers.values())
 
-    def inputs(self, chunk: int) -> dict[str, npt.NDArray[Any]]:
-        """What the passes of a chunk read, by input name."""
-        plan = self.plan
-        held = {e.name: self._view(self._current, e, chunk) for e in plan.entries}
+    @property
+    def phase(self) -> int:
+        """Index of the phase that passes run in now."""
+        return self.plan.phases.index(self.plan.phase(self.passes))
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What the memory of a pass depends on: the phase, and which of the two buffers is read."""
+        return self.phase, self.passes % 2
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self.passes = 0
+
+    def held(self) -> dict[str, Tensor]:
+        """What the cache holds, by input name."""
+        side = self._sides[self.passes % 2]
+        return {e.name: side[e.name].first(self.plan.entry_shape(e, self.passes)) for e in self.plan.entries}
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What passes read, by input name."""
         rows = {
-            name: np.arange(plan.sink_tokens(label, chunk), dtype=np.int32)
-            for label, name in plan.sink_rows.items()
+            name: self._rows[name].first((self.plan.sink_tokens(label, self.passes),))
+            for label, name in self.plan.sink_rows.items()
         }
-        return held | rows
+        return self.held() | rows
 
-    def outputs(self, chunk: int) -> dict[str, Array]:
-        """Where the clean pass of a chunk writes, by output name: only what changes."""
-        return {f"next.{e.name}": self._view(self._spare, e, chunk + 1) for e in self._written(chunk)}
+    def outputs(self) -> dict[str, Tensor]:
+        """Where a pass may write the next cache, by output name. Nothing that passes read is among it."""
+        side = self._sides[1 - self.passes % 2]
+        return {f"next.{e.name}": side[e.name].first(self._next_shape(e)) for e in self.plan.entries}
 
-    def swap(self, chunk: int) -> None:
-        """Make what the clean pass of a chunk wrote the current cache."""
-        for entry in self._written(chunk):
-            name = entry.name
-            self._current[name], self._spare[name] = self._spare[name], self._current[name]
+    def wanted(self) -> set[str]:
+        """The outputs that the clean pass has to give: those that change."""
+        return {f"next.{entry.name}" for entry in self._changing()}
 
-    def _written(self, chunk: int) -> Iterator[CacheEntry]:
+    def swap(self) -> None:
+        """Make what the clean pass wrote the cache."""
+        self.passes += 1
+
+    def _changing(self) -> Iterator[CacheEntry]:
         for entry in self.plan.entries:
-            if entry.role == "sink" and chunk > 0:
+            if entry.role == "sink" and self.passes:
                 continue
-            if entry.role == "retained" and chunk + 1 < self.plan.retains_from:
+            if entry.role == "retained" and self.passes + 1 < self.plan.retains_from:
                 continue
             yield entry
 
-    def _view(self, buffers: dict[str, Array], entry: CacheEntry, chunk: int) -> Array:
-        shape = self.plan.entry_shape(entry, chunk)
-        return buffers[entry.name][: math.prod(shape)].reshape(shape)
+    def _next_shape(self, entry: CacheEntry) -> tuple[int, ...]:
+        """As the graph gives it, whether it is wanted or not.
+
+        Its sink is empty after the first pass; its retained segments are always all there.
+        """
+        plan = self.plan
+        if entry.role == "sink" and self.passes:
+            shape = plan.entry_shape(entry, 0)
+            return shape[0], shape[1], 0, shape[3]
+        steady = plan.phases[-1].first_chunk
+        return plan.entry_shape(entry, steady if entry.role == "retained" else self.passes + 1)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from forcingkv.runtime.backends import RunnableGraph
+from forcingkv.runtime.backends import Lane, Pass, Tensor
 from forcingkv.runtime.bundle import GraphRecord
 from forcingkv.runtime.spec import ModelSpec
 
@@ -17,58 +15,77 @@ FIRST = "first"
 """Input that is 1 in a video's first call and 0 in the others, of graphs with caches."""
 NEXT = "next."
 
-Array = npt.NDArray[Any]
-
 
 class ChunkDecoder:
     """Runs the graph `decode` over the latent frames of each chunk, in as many calls as it takes.
 
     The caches are double buffered, as in `CacheBuffers`. A graph with caches gives `temporal_stride`
-    frames a latent frame; of the video's first one only the last is a frame of the video.
+    frames a latent frame; of the video's first one only the last is a frame of the video. All frames of
+    a chunk come to lie in one tensor; there are as many of those as chunks may be on their way.
     """
 
-    def __init__(self, graph: RunnableGraph, record: GraphRecord, spec: ModelSpec) -> None:
-        self._graph = graph
-        self._latents = _empty(record, "latents")
-        self._frames = _empty(record, "frames")
+    def __init__(self, lane: Lane, record: GraphRecord, spec: ModelSpec) -> None:
+        self._lane, self._program = lane, lane.program("decode")
+        self._latents = _tensor(lane, record, "latents")
+        size, shape = self._latents.shape[2], record.outputs["frames"].shape
+        self._calls, self._frames_of_call = spec.frames_per_chunk // size, shape[0]
+        whole = (self._calls * shape[0], *shape[1:])
+        self._frames = [lane.tensor(whole, "uint8") for _ in range(1 + lane.lookahead)]
         names = [name for name in record.inputs if NEXT + name in record.outputs]
-        self._current, self._spare = ({name: _empty(record, name) for name in names} for _ in range(2))
+        self._caches = [{name: _tensor(lane, record, name, state=True) for name in names} for _ in range(2)]
+        self._first = {}
+        if names:
+            for value in (False, True):
+                self._first[value] = lane.tensor((1,), "float32")
+                self._first[value].write(np.array([value], np.float32), lane.main)
         self._dropped = spec.decoder.temporal_stride - 1
+        self._passes: dict[tuple[bool, int, int, int], Pass] = {}
+        self.called = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        caches = (*self._current.values(), *self._spare.values())
-        return self._latents.nbytes + self._frames.nbytes + sum(array.nbytes for array in caches)
+        """Bytes of all memory."""
+        caches = [tensor for side in self._caches for tensor in side.values()]
+        return sum(t.nbytes for t in (self._latents, *self._frames, *self._first.values(), *caches))
 
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
-        for array in self._current.values():
-            array.fill(0)
+        self.called = 0
+        for tensor in self.held().values():
+            tensor.clear(self._lane.side)
 
-    def decode(self, latents: npt.NDArray[np.float32], *, first: bool) -> npt.NDArray[np.uint8]:
+    def held(self) -> dict[str, Tensor]:
+        """The feature caches as they are now."""
+        return self._caches[self.called % 2]
+
+    def decode(self, latents: npt.NDArray[np.float32], chunk: int) -> Tensor:
         """Frames (frames, height, width, 3) of a chunk's latents (1, C, latent frames, h, w).
 
-        `first` says that the chunk is a video's first.
+        They are there once the lane's side queue has come so far, and stay until as many chunks later as
+        there are tensors for them.
         """
-        size = self._latents.shape[2]
-        parts = []
-        for start in range(0, latents.shape[2], size):
-            opening = first and start == 0
-            self._latents[...] = latents[:, :, start : start + size]
-            self._run(opening)
-            parts.append(self._frames[self._dropped if opening else 0 :].copy())
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        size, opening = self._latents.shape[2], self.called == 0
+        place = chunk % len(self._frames)
+        for call in range(self._calls):
+            self._latents.write(latents[:, :, call * size : (call + 1) * size], self._lane.side)
+            self._pass(opening and call == 0, call, place).run(self._lane.side)
+            self.called += 1
+        frames = self._frames[place]
+        return frames.rows(self._dropped if opening else 0, frames.shape[0])
 
-    def _run(self, opening: bool) -> None:
-        inputs, outputs = {"latents": self._latents}, {"frames": self._frames}
-        if self._current:
-            inputs |= {FIRST: np.array([opening], np.float32), **self._current}
-            outputs |= {NEXT + name: array for name, array in self._spare.items()}
-        self._graph.run(inputs, outputs)
-        self._current, self._spare = self._spare, self._current
+    def _pass(self, opening: bool, call: int, place: int) -> Pass:
+        key = (opening, self.called % 2, call, place)
+        if key not in self._passes:
+            current, spare = self._caches[self.called % 2], self._caches[1 - self.called % 2]
+            rows = self._frames[place].rows(call * self._frames_of_call, (call + 1) * self._frames_of_call)
+            inputs, outputs = {"latents": self._latents}, {"frames": rows}
+            if current:
+                inputs |= {FIRST: self._first[opening], **current}
+                outputs |= {NEXT + name: tensor for name, tensor in spare.items()}
+            self._passes[key] = self._program.bind(0, inputs, outputs, outputs)
+        return self._passes[key]
 
 
-def _empty(record: GraphRecord, name: str) -> Array:
-    tensor = record.inputs.get(name) or record.outputs[name]
-    return np.empty(tensor.shape, np.dtype(tensor.dtype))
+def _tensor(lane: Lane, record: GraphRecord, name: str, *, state: bool = False) -> Tensor:
+    shaped = record.inputs[name]
+    return lane.tensor(shaped.shape, shaped.dtype, state=state)

@@ -18,9 +18,9 @@ from forcingkv.runtime.bundle import GRAPHS, GraphRecord, Manifest, TensorRecord
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.plan import ROLES, CachePlan
-from forcingkv.runtime.spec import ELEMENT_BYTES
+from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype
 
-__all__ = ["PARTS", "EngineSet", "alike", "engine_sets", "footprint", "named", "readable"]
+__all__ = ["PARTS", "EngineSet", "alike", "engine_sets", "footprint", "kv_parts", "named", "readable"]
 
 PARTS: dict[str, str] = {
     "weights": "of all engines: they stay loaded",
@@ -104,8 +104,7 @@ def footprint(
         parts["weights"] = sum(engine.weight_bytes for engine in engines)
         needs = [engine.activation_bytes for engine in engines]
         parts["activations"] = max(needs) if shared else sum(needs)
-    held = plan.kv_bytes_by_role(ELEMENT_BYTES[manifest.compute])
-    parts |= {f"kv_{role}": held[role] * (1 if role == "sink" else 2) for role in ROLES}
+    parts |= kv_parts(plan, manifest.compute)
     prompt, step, decode = (manifest.graphs[name] for name in GRAPHS)
     caches = _carried(decode)
     lengths = _longest(plan)
@@ -119,6 +118,12 @@ def footprint(
         + _bytes(_but(decode.inputs, set(caches)))
     )
     return parts
+
+
+def kv_parts(plan: CachePlan, compute: Dtype) -> dict[str, int]:
+    """Bytes of cached keys and values by role, as `footprint` has them."""
+    held = plan.kv_bytes_by_role(ELEMENT_BYTES[compute])
+    return {f"kv_{role}": held[role] * (1 if role == "sink" else 2) for role in ROLES}
 
 
 def readable(size: int) -> str:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.errors import InputError, MissingExtraError
 
-__all__ = ["available_bytes", "require_memory"]
+__all__ = ["available_bytes", "device_free_bytes", "require_memory"]
 
 
 def available_bytes() -> int:
@@ -38,3 +38,21 @@ def require_memory(doing: str, parts: Mapping[str, float], mend: str) -> None:
             where="memory",
             mend=mend,
         )
+
+
+def device_free_bytes() -> int:
+    """Bytes that are free on the first GPU.
+
+    Raises MissingExtraError where CUDA's Python bindings are not installed, InputError where the driver does
+    not answer.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise MissingExtraError("cuda-bindings", "tensorrt-rtx") from error
+    status, free, _ = runtime.cudaMemGetInfo()
+    if int(status):
+        raise InputError(
+            f"the GPU's memory is not told ({status})", where="memory", mend="See that nvidia-smi works."
+        )
+    return int(free)

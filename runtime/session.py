@@ -1,97 +1,96 @@
-"""A session: a bundle opened for streaming, chunk by chunk."""
+"""A session: a bundle opened for streaming. Videos come out of it chunk by chunk."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
-import numpy.typing as npt
+from forcingkv.runtime.backends import Backend, open_backend
+from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.chunks import ChunkMaker, NoiseSource
+from forcingkv.runtime.preflight import check_memory
+from forcingkv.runtime.results import FramesOn
+from forcingkv.runtime.snapshot import read_snapshot
+from forcingkv.runtime.streaming import Video
+from forcingkv.runtime.text import Prompt, prompt_input
 
-from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import positions
-from forcingkv.runtime.backends import RunnableGraph, open_backend
-from forcingkv.runtime.bundle import GRAPHS, Bundle, TensorRecord
-from forcingkv.runtime.cache import CacheBuffers
-from forcingkv.runtime.decoding import ChunkDecoder
-from forcingkv.runtime.noise import chunk_noise
-from forcingkv.runtime.text import encode_words
-
-__all__ = ["Chunk", "Session", "Timing"]
-
-Array = npt.NDArray[Any]
-NoiseSource = Callable[[int, int, tuple[int, ...]], npt.NDArray[np.float32]]
-"""(chunk, step, shape) -> noise."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a chunk took."""
-
-    denoise: float
-    """The denoising passes."""
-    clean: float
-    """The clean pass, which updates the cache."""
-    decode: float
-    total: float
-    """End to end, decoding included."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Frames that were generated together."""
-
-    index: int
-    frames: npt.NDArray[np.uint8]
-    """(frames, height, width, 3)."""
-    latents: npt.NDArray[np.float32]
-    """(1, channels, latent frames, height, width)."""
-    timing: Timing
+__all__ = ["Session"]
 
 
 class Session:
     """Generates videos from a bundle. Open it with `Session.open`, close it when done.
 
-    A session makes one video at a time; starting a new one ends the one before.
+    A session makes one video at a time; starting a new one ends the one before. Sessions on the same
+    weights (`sibling`) may run in threads of their own.
+
+    Attributes:
+        bundle: what it runs.
+        plan: the bundle's cache plan.
+        spec: the bundle's model.
     """
 
-    def __init__(self, bundle: Bundle, graphs: dict[str, RunnableGraph]) -> None:
-        self.bundle, self.plan, self.spec = bundle, bundle.plan, bundle.plan.spec
-        self._graphs = graphs
-        self._videos = 0
-        self._cache = CacheBuffers(self.plan)
-        records = bundle.manifest.graphs
-        self._cross = {name: _empty(r) for name, r in records["prompt"].outputs.items()}
-        self._decoder = ChunkDecoder(graphs["decode"], records["decode"], self.spec)
-        shape = records["step"].inputs["latents"].shape
-        self._latents = [np.empty(shape, np.float32) for _ in range(2)]
+    def __init__(self, shared: SharedBackend, frames: FramesOn) -> None:
+        """For `open` and `sibling`: takes a share of a backend."""
+        self._shared, self._frames = shared, frames
+        self.bundle, self.plan, self.spec = shared.bundle, shared.bundle.plan, shared.bundle.plan.spec
+        self._video: Video | None = None
+        backend = shared.take()
+        try:
+            self._lane = backend.lane()
+            try:
+                self._maker: ChunkMaker | None = ChunkMaker(self.bundle, self._lane, frames)
+            except BaseException:
+                self._lane.close()
+                raise
+        except BaseException:
+            shared.release()
+            raise
 
     @classmethod
-    def open(cls, path: Path | str, *, backend: str = "onnxruntime", threads: int | None = None) -> Self:
-        """Open a bundle.
+    def open(
+        cls,
+        bundle: Bundle | Path | str,
+        *,
+        backend: str = "onnxruntime",
+        threads: int | None = None,
+        frames: FramesOn = "host",
+        cuda_graphs: bool = False,
+        preflight: bool = True,
+    ) -> Self:
+        """Open a bundle. All memory of the session is taken now.
 
         Args:
-            path: the bundle's folder.
-            backend: what runs the graphs.
+            bundle: an opened bundle, or its folder.
+            backend: what runs the graphs: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
             threads: threads of a CPU backend; None leaves it to the backend.
+            frames: where chunks' frames are: numpy arrays on the host, or left on the device (`Chunk`).
+            cuda_graphs: TensorRT: whether passes that come again are captured and replayed.
+            preflight: whether to refuse a bundle that needs more memory than there is, before any is
+                taken.
 
         Raises:
-            InputError: the bundle is damaged, or the backend is not known.
+            InputError: the bundle is damaged, was exported for another backend, or needs more memory than
+                there is; or there is no such backend.
+            MissingExtraError: what the backend runs on is not installed.
+            SessionError: the backend could not be started.
         """
-        bundle = Bundle.open(path)
-        if bundle.manifest.compute != "float32":
-            raise InputError(
-                f"its graphs compute in {bundle.manifest.compute}, for TensorRT",
-                where=str(path),
-                expected="float32, for ONNX Runtime on a CPU",
-                mend="Export the model again with --target onnx.",
-            )
-        engine = open_backend(backend, threads)
-        return cls(bundle, {name: engine.load(bundle.graph(name)) for name in GRAPHS})
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if preflight:
+            check_memory(opened, backend)
+        loaded = open_backend(backend, opened, threads=threads, cuda_graphs=cuda_graphs)
+        return cls(SharedBackend(opened, backend, loaded), frames)
+
+    def sibling(self, *, preflight: bool = True) -> Self:
+        """Another session on the same weights, with caches of its own.
+
+        Raises what `open` raises for want of memory, and RuntimeError if this session is closed.
+        """
+        self._open_maker()
+        if preflight:
+            check_memory(self.bundle, self._shared.name, weights=False)
+        return type(self)(self._shared, self._frames)
 
     def __enter__(self) -> Self:
         return self
@@ -105,91 +104,88 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Give all memory back. A closed session cannot be used again."""
-        if not self._graphs:
+        """Give all memory back; the weights too, with the last session on them.
+
+        A closed session cannot be used again.
+        """
+        if self._maker is None:
             return
-        self._graphs.clear()
-        self._cross.clear()
-        self._latents.clear()
-        del self._cache, self._decoder
+        self._maker = self._video = None
+        try:
+            self._lane.close()
+        finally:
+            self._shared.release()
 
     def generate(
         self,
-        prompt: str | npt.NDArray[np.float32],
+        prompt: Prompt,
         *,
         seed: int,
-        chunks: int,
+        chunks: int | None = None,
         noise: NoiseSource | None = None,
-    ) -> Iterator[Chunk]:
-        """Generate a video, yielding each chunk as soon as it is decoded.
+    ) -> Video:
+        """Begin a video: an iterator that yields each chunk as soon as it is decoded.
 
         Args:
             prompt: words, or text embeddings (1, text_length, text_width) for models whose text
                 encoder does not live in the runtime.
             seed: of the noise; the same seed gives the same video.
-            chunks: how many chunks to make.
+            chunks: how many chunks to make; None: without end.
             noise: another source of noise than the seed.
 
         Raises:
-            InputError: the prompt cannot be used.
-            RuntimeError: the session is closed, or a later video took this one's place.
+            InputError: the prompt or the seed cannot be used. The video before goes on then.
+            RuntimeError: the session is closed.
+            SessionError: as iterating over the video does.
         """
-        if not self._graphs:
+        self._open_maker()
+        video = Video(
+            self.bundle, self._lane.lookahead, self._maker_of, seed=seed, chunks=chunks, noise=noise
+        )
+        text = prompt_input(self.spec, prompt)
+        self._video = video
+        video.start(text)
+        return video
+
+    def restore(self, folder: Path | str) -> Video:
+        """Go on with a video that `Video.save` saved, from the chunk after it, to the bit.
+
+        Raises InputError for a state that is damaged, or of another bundle; the video before goes on then.
+        """
+        maker = self._open_maker()
+        saved = read_snapshot(Path(folder), self.bundle)
+        self._video = Video.resume(self.bundle, maker, self._lane.lookahead, self._maker_of, saved)
+        return self._video
+
+    def _open_maker(self) -> ChunkMaker:
+        if self._maker is None:
             raise RuntimeError("the session is closed: open the bundle again")
-        text = self._text(prompt)
-        self._graphs["prompt"].run({"text": text}, self._cross)
-        self._videos += 1
-        self._decoder.restart()
-        source = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
-        return self._stream(self._videos, chunks, source)
+        return self._maker
 
-    def _stream(self, video: int, chunks: int, noise: NoiseSource) -> Iterator[Chunk]:
-        for index in range(chunks):
-            if video != self._videos or not self._graphs:
-                raise RuntimeError("this video ended when the session was closed or began another")
-            yield self._chunk(index, noise)
-
-    def _text(self, prompt: str | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        shape = (1, self.spec.text_length, self.spec.text_width)
-        if isinstance(prompt, str):
-            return encode_words(self.spec, prompt)
-        if prompt.shape != shape:
-            raise InputError(f"embeddings have the shape {prompt.shape}", where="prompt", expected=str(shape))
-        return np.ascontiguousarray(prompt, np.float32)
-
-    def _chunk(self, index: int, noise: NoiseSource) -> Chunk:
-        started = time.perf_counter()
-        schedule, frames = self.spec.schedule, self.spec.frames_per_chunk
-        cosines, sines = positions.rotary(self.spec, self.plan.geometry, index * frames, frames)
-        fixed = {"cosines": cosines, "sines": sines, **self._cross, **self._cache.inputs(index)}
-        step = self._graphs["step"]
-        current, spare = self._latents
-        current[...] = noise(index, 0, current.shape)
-        for number, timestep in enumerate(schedule.timesteps):
-            inputs = {"latents": current, **self._levels(timestep, *schedule.sigmas[number:][:2])}
-            if schedule.renoise == "fresh":
-                inputs["noise"] = noise(index, number + 1, current.shape)
-            step.run(fixed | inputs, {"next_latents": spare})
-            current, spare = spare, current
-        denoised = time.perf_counter()
-        inputs = {"latents": current, **self._levels(schedule.context_timestep, 0.0, 0.0)}
-        if schedule.renoise == "fresh":
-            inputs["noise"] = spare
-        step.run(fixed | inputs, self._cache.outputs(index))
-        self._cache.swap(index)
-        cleaned = time.perf_counter()
-        frames_of_chunk = self._decoder.decode(current, first=index == 0)
-        ended = time.perf_counter()
-        timing = Timing(denoised - started, cleaned - denoised, ended - cleaned, ended - started)
-        return Chunk(index, frames_of_chunk, current.copy(), timing)
-
-    def _levels(self, timestep: float, sigma: float, following: float) -> dict[str, Array]:
-        return {
-            "time": positions.time_features(self.spec, np.array([[timestep]])),
-            "sigma": np.array([sigma], np.float32),
-            "sigma_next": np.array([following], np.float32),
-        }
+    def _maker_of(self, video: Video) -> ChunkMaker:
+        """The session's memory. Raises RuntimeError unless that video is the one in it."""
+        if self._maker is None or video is not self._video:
+            raise RuntimeError("this video ended when the session was closed or began another")
+        return self._maker
 
 
-def _empty(record: TensorRecord) -> Array:
-    return np.empty(record.shape, np.dtype(record.dtype))
+class SharedBackend:
+    """A backend that closes with the last of the sessions on it."""
+
+    def __init__(self, bundle: Bundle, name: str, backend: Backend) -> None:
+        self.bundle, self.name = bundle, name
+        self._backend, self._sessions, self._lock = backend, 0, threading.Lock()
+
+    def take(self) -> Backend:
+        """One more session."""
+        with self._lock:
+            self._sessions += 1
+            return self._backend
+
+    def release(self) -> None:
+        """One session fewer."""
+        with self._lock:
+            self._sessions -= 1
+            last = not self._sessions
+        if last:
+            self._backend.close()

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["encode_words"]
+__all__ = ["Prompt", "encode_words", "prompt_input"]
+
+Prompt: TypeAlias = str | npt.NDArray[np.float32]
+"""Words, or text embeddings (1, text_length, text_width) for models whose text encoder does not live here."""
+
+
+def prompt_input(spec: ModelSpec, prompt: Prompt) -> npt.NDArray[np.float32]:
+    """The model's input (1, text_length, text_width) for a prompt.
+
+    Raises InputError for words that the model does not know or cannot take, and for embeddings of another
+    shape or with values that are not finite.
+    """
+    if isinstance(prompt, str):
+        return encode_words(spec, prompt)
+    shape = (1, spec.text_length, spec.text_width)
+    if prompt.shape != shape:
+        raise InputError(f"embeddings have the shape {prompt.shape}", where="prompt", expected=str(shape))
+    if not np.isfinite(prompt).all():
+        raise InputError("embeddings have values that are not finite", where="prompt")
+    return np.ascontiguousarray(prompt, np.float32)
 
 
 def encode_words(spec: ModelSpec, prompt: str) -> npt.NDArray[np.float32]:

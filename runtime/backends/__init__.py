@@ -1,41 +1,189 @@
-"""What runs graphs. A backend opens a graph of a bundle and runs it on bound arrays."""
+"""What runs graphs: a small protocol, and one module for each backend.
+
+A `Backend` holds the graphs of a bundle with their weights, and is shared by sessions. Each session has a
+`Lane` of its own: memory, programs bound to it, and queues. Work goes into a queue and is done in the
+queue's order; on a CPU it is done at once. Only `Mark.wait` and `Fetch.array` wait for it.
+
+A session asks for all its memory when it opens, binds each pass to it once, and then only writes inputs,
+runs passes and fetches what it shows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, Protocol, get_args
 
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.flavour import FLAVOURS
 
-__all__ = ["BACKENDS", "Backend", "RunnableGraph", "open_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendName",
+    "Fetch",
+    "Lane",
+    "Mark",
+    "Pass",
+    "Program",
+    "Queue",
+    "Tensor",
+    "open_backend",
+]
 
-Arrays = Mapping[str, npt.NDArray[Any]]
-BACKENDS = ("onnxruntime",)
+Array = npt.NDArray[Any]
+BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
-class RunnableGraph(Protocol):
-    """A loaded graph."""
+class Mark(Protocol):
+    """A place in a queue."""
 
-    def run(self, inputs: Arrays, outputs: Arrays) -> None:
-        """Run on contiguous arrays, writing into `outputs`; outputs not named are not computed."""
+    def wait(self) -> None:
+        """Wait until the queue has come here."""
+
+    def since(self, earlier: Mark) -> float:
+        """Seconds from an earlier mark to this one. Both must have been reached."""
+
+
+class Queue(Protocol):
+    """Work that is done in order."""
+
+    def mark(self) -> Mark:
+        """Mark this place."""
+
+    def wait(self, mark: Mark) -> None:
+        """Do nothing that comes later before the other queue has come to that mark."""
+
+
+class Fetch(Protocol):
+    """A copy of a tensor, on its way to the host."""
+
+    def array(self) -> Array:
+        """Wait for it: an array of the caller's own. bfloat16 comes as its bits, uint16."""
+
+
+class Tensor(Protocol):
+    """An array in a lane's memory.
+
+    Attributes:
+        shape: of the array.
+        dtype: its name: `float32`, `bfloat16`, `int32`, `uint8`, ...
+        nbytes: its size.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    def first(self, shape: tuple[int, ...]) -> Tensor:
+        """The same memory from its start, in a shape that needs no more of it."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The same memory, those places of the first dimension."""
+
+    def write(self, array: Array, queue: Queue) -> None:
+        """Fill it in that queue's order. The array may be changed once this returns."""
+
+    def clear(self, queue: Queue) -> None:
+        """Fill it with zeros in that queue's order."""
+
+    def fetch(self, queue: Queue) -> Fetch:
+        """Copy it to the host in that queue's order."""
+
+    def shared(self) -> Any:
+        """Something with `__dlpack__` on the same memory, for frames that stay where they are."""
+
+
+class Pass(Protocol):
+    """A program bound to memory."""
+
+    def run(self, queue: Queue) -> None:
+        """Run it, in that queue's order."""
+
+
+class Program(Protocol):
+    """A graph that a lane can run."""
+
+    def bind(
+        self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], wanted: Collection[str]
+    ) -> Pass:
+        """A pass over those tensors.
+
+        Args:
+            phase: index of the cache's phase, whose static shapes the tensors have; 0 for graphs that
+                have but one.
+            inputs: all of the graph's inputs.
+            outputs: where outputs go. All that are given may be written to; those that are left out go
+                nowhere.
+            wanted: the outputs that are needed. A backend that can leaves out the work for the others.
+        """
+
+
+class Lane(Protocol):
+    """What one session runs with.
+
+    Attributes:
+        main: the queue of passes.
+        side: the queue of decoding; the same as `main` where nothing runs at the same time.
+        lookahead: chunks to begin before the frames of the one before are waited for.
+    """
+
+    main: Queue
+    side: Queue
+    lookahead: int
+
+    def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
+        """Memory for an array; its contents are not defined.
+
+        `state` says that the host touches it only to save and restore it.
+
+        Raises MemoryShortError where there is not enough.
+        """
+
+    def program(self, graph: str) -> Program:
+        """A graph of the bundle: `prompt`, `step` or `decode`."""
+
+    def close(self) -> None:
+        """Wait for the queues and give the memory back."""
 
 
 class Backend(Protocol):
-    """Loads graphs."""
+    """The graphs of a bundle, loaded."""
 
-    def load(self, path: Path) -> RunnableGraph:
-        """Load an ONNX file."""
+    def lane(self) -> Lane:
+        """Memory and queues for one more session."""
+
+    def close(self) -> None:
+        """Give the weights back. All lanes are closed by then."""
 
 
-def open_backend(name: str, threads: int | None) -> Backend:
-    """The backend of that name. Raises InputError naming those there are."""
+def open_backend(
+    name: str, bundle: Bundle, *, threads: int | None = None, cuda_graphs: bool = False
+) -> Backend:
+    """Load the graphs of a bundle.
+
+    Args:
+        name: one of `BACKENDS`.
+        bundle: an opened bundle.
+        threads: threads of a CPU backend; None leaves it to the backend.
+        cuda_graphs: TensorRT: whether passes that come again are captured, and replayed afterwards.
+
+    Raises:
+        InputError: there is no such backend, or the bundle was not exported for it.
+        MissingExtraError: what it runs on is not installed.
+    """
     if name == "onnxruntime":
         from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(threads)
+        return OnnxRuntimeBackend(bundle, threads)
+    for flavour in FLAVOURS:
+        if name == flavour:
+            from forcingkv.runtime.backends.tensorrt import TensorRTBackend
+
+            return TensorRTBackend(bundle, flavour, cuda_graphs=cuda_graphs)
     raise InputError(
         f"there is no backend {name!r}", where="backend", expected=f"one of {', '.join(BACKENDS)}"
     )

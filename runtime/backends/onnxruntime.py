@@ -1,42 +1,223 @@
-"""ONNX Runtime on the CPU, reading and writing the caller's arrays in place."""
+"""ONNX Runtime: on the CPU, or on the GPU where its CUDA provider is installed.
+
+Arrays are numpy's. What a session carries from pass to pass (caches, keys and values of the prompt) lies in
+the GPU's memory where there is one (`ort_state`); the rest goes in and out by ONNX Runtime itself.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
-from forcingkv.runtime.backends import Arrays
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.backends import Array, Lane, Mark, Pass, Program, Queue, Tensor
+from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError
 
-__all__ = ["OnnxRuntimeBackend"]
+__all__ = ["HostTensor", "OnnxGraph", "OnnxRuntimeBackend"]
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+SHORT = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "cudaerrormemoryallocation")
+"""What ONNX Runtime's messages hold, in small letters, where memory was short."""
 
 
-class OnnxRuntimeGraph:
-    """One graph."""
+class OnnxGraph:
+    """One graph, loaded.
 
-    def __init__(self, path: Path, options: ort.SessionOptions) -> None:
-        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    Args:
+        path: the ONNX file.
+        threads: of a pass; None: as many as ONNX Runtime sees fit.
+        provider: what runs it.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None, provider: str = CPU) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        providers = [provider] if provider == CPU else [provider, CPU]
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime has a class of its own for each status
+            raise _fault(f"loading {path.name}", error) from error
+        if self._session.get_providers()[0] != provider:
+            raise DeviceError(f"ONNX Runtime has {provider}, but could not start it for {path.name}")
         # Passes that fetch only the latents then skip the next caches, and the clean pass the head.
         self._options = ort.RunOptions()
         self._options.only_execute_path_to_fetches = True
 
-    def run(self, inputs: Arrays, outputs: Arrays) -> None:
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:
+        """The binding of tensors, for `run_bound`."""
         binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._session.run_with_iobinding(binding, self._options)
+        for name, tensor in inputs.items():
+            binding.bind_input(name, tensor.device, 0, np.dtype(tensor.dtype), tensor.shape, tensor.address)
+        for name, tensor in outputs.items():
+            binding.bind_output(name, tensor.device, 0, np.dtype(tensor.dtype), tensor.shape, tensor.address)
+        return binding
+
+    def run_bound(self, binding: Any) -> None:
+        """Run on what was bound. Raises MemoryShortError, or DeviceError for any other failure."""
+        try:
+            self._session.run_with_iobinding(binding, self._options)
+        except Exception as error:
+            raise _fault("a pass", error) from error
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Run on contiguous arrays, writing into `outputs`; outputs not named are not computed."""
+        given, taken = ({n: HostTensor(array) for n, array in arrays.items()} for arrays in (inputs, outputs))
+        self.run_bound(self.bind(given, taken))
+
+
+@dataclass(frozen=True)
+class HostMark:
+    """The time at which work was done."""
+
+    seconds: float
+
+    def wait(self) -> None:
+        pass
+
+    def since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, HostMark)
+        return self.seconds - earlier.seconds
+
+
+class HostQueue:
+    """Work that is done at once."""
+
+    def mark(self) -> HostMark:
+        return HostMark(time.perf_counter())
+
+    def wait(self, mark: Mark) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A copy that was made at once."""
+
+    held: Array
+
+    def array(self) -> Array:
+        return self.held
+
+
+class HostTensor:
+    """A numpy array."""
+
+    device = "cpu"
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.shape, self.dtype, self.nbytes = array.shape, array.dtype.name, array.nbytes
+        self.address = array.ctypes.data
+
+    def first(self, shape: tuple[int, ...]) -> HostTensor:
+        return HostTensor(self._array.reshape(-1)[: int(np.prod(shape))].reshape(shape))
+
+    def rows(self, start: int, stop: int) -> HostTensor:
+        return HostTensor(self._array[start:stop])
+
+    def write(self, array: Array, queue: Queue) -> None:
+        self._array[...] = array
+
+    def clear(self, queue: Queue) -> None:
+        self._array.fill(0)
+
+    def fetch(self, queue: Queue) -> Fetched:
+        return Fetched(self._array.copy())
+
+    def shared(self) -> npt.NDArray[Any]:
+        return self._array
+
+
+class OnnxPass:
+    """A binding, kept so that nothing is bound in the loop."""
+
+    def __init__(self, graph: OnnxGraph, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        self._graph, self._held = graph, (inputs, outputs)
+        self._binding = graph.bind(inputs, outputs)
+
+    def run(self, queue: Queue) -> None:
+        self._graph.run_bound(self._binding)
+
+
+class OnnxProgram:
+    """A graph as the protocol has it."""
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self._graph = graph
+
+    def bind(
+        self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], wanted: Collection[str]
+    ) -> Pass:
+        return OnnxPass(self._graph, inputs, {name: outputs[name] for name in wanted})
+
+
+class OnnxLane:
+    """Memory of one session."""
+
+    def __init__(self, graphs: Mapping[str, OnnxGraph], state_device: str) -> None:
+        self._graphs, self._state_device = graphs, state_device
+        self.main: Queue = HostQueue()
+        self.side: Queue = self.main
+        self.lookahead = 0
+
+    def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
+        if state and self._state_device != "cpu":
+            from forcingkv.runtime.backends.ort_state import OrtStateTensor
+
+            return OrtStateTensor.make(shape, dtype, self._state_device)
+        try:
+            return HostTensor(np.empty(shape, np.dtype(dtype)))
+        except MemoryError as error:
+            raise MemoryShortError(f"no memory for a tensor of {dtype} {shape}") from error
+
+    def program(self, graph: str) -> Program:
+        return OnnxProgram(self._graphs[graph])
+
+    def close(self) -> None:
+        """Nothing to wait for; arrays go with those that hold them."""
+        self._graphs = {}
 
 
 class OnnxRuntimeBackend:
-    """Loads graphs with a number of threads (None: as many as ONNX Runtime sees fit)."""
+    """The graphs of a bundle in ONNX Runtime.
 
-    def __init__(self, threads: int | None) -> None:
-        self._options = ort.SessionOptions()
-        self._options.log_severity_level = 3
-        if threads:
-            self._options.intra_op_num_threads = threads
+    Attributes:
+        provider: what runs them: the CUDA provider where this ONNX Runtime has it, else the CPU's.
+    """
 
-    def load(self, path: Path) -> OnnxRuntimeGraph:
-        return OnnxRuntimeGraph(path, self._options)
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        compute = bundle.manifest.compute
+        if compute != "float32":
+            raise InputError(
+                f"its graphs compute in {compute}, for TensorRT",
+                where=str(bundle.path),
+                expected="float32, for ONNX Runtime",
+                mend="Export the model with --target onnx, or choose --backend tensorrt or tensorrt-rtx.",
+            )
+        self.provider = CUDA if CUDA in ort.get_available_providers() else CPU
+        self._graphs = {name: OnnxGraph(bundle.graph(name), threads, self.provider) for name in GRAPHS}
+
+    def lane(self) -> Lane:
+        return OnnxLane(self._graphs, "cuda" if self.provider == CUDA else "cpu")
+
+    def close(self) -> None:
+        """ONNX Runtime gives the memory back with the last of its sessions."""
+        self._graphs = {}
+
+
+def _fault(doing: str, error: Exception) -> SessionError:
+    """ONNX Runtime's error as one of ours."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in SHORT):
+        return MemoryShortError(f"ONNX Runtime ran out of memory in {doing} ({text})")
+    return DeviceError(f"ONNX Runtime failed in {doing} ({text})")

@@ -6,17 +6,24 @@ import sys
 
 from forcingkv.commands import app
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.faults import SessionError
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 done, 1 a check did not hold, 2 wrong input, 130 interrupted."""
+    """Run a command.
+
+    Exit codes: 0 done, 1 a check did not hold or a video could not go on, 2 wrong input, 130 interrupted.
+    """
     try:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except SessionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

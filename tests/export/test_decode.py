@@ -17,7 +17,7 @@ from forcingkv.models.decoders import KINDS, StreamingDecoder
 from forcingkv.models.decoders.choose import decoder_for
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder
 from forcingkv.runtime import Session
-from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import Decoder, ModelSpec
 from tests.conftest import random_model, small_spec
@@ -77,7 +77,7 @@ def test_pixels_of_the_graph_equal_decoding_at_once(bundle: tuple[str, Path]) ->
     kind, folder = bundle
     with Session.open(folder) as session:
         record = session.bundle.manifest.graphs["decode"]
-    graph = OnnxRuntimeBackend(1).load(folder / "decode.onnx")
+    graph = OnnxGraph(folder / "decode.onnx", 1)
     shapes = {n: r.shape for n, r in record.inputs.items()}
     names = [name for name in shapes if name.startswith("feature.")]
     state = {name: np.zeros(shapes[name], np.float32) for name in names}

@@ -1,0 +1,33 @@
+"""What can go wrong while a session runs. Wrong input is `InputError`; these are no fault of the caller's."""
+
+from __future__ import annotations
+
+__all__ = ["DeviceError", "MemoryShortError", "NotFiniteError", "SessionError"]
+
+
+class SessionError(RuntimeError):
+    """A video could not go on. The session can begin another."""
+
+
+class MemoryShortError(SessionError):
+    """There was not enough memory for a pass, although there was for the session's own."""
+
+
+class NotFiniteError(SessionError):
+    """Latents hold NaN or infinity.
+
+    Attributes:
+        chunk: index of the chunk.
+        step: index of the denoising pass whose result they are.
+    """
+
+    def __init__(self, chunk: int, step: int) -> None:
+        super().__init__(
+            f"the latents of chunk {chunk} are not finite after denoising pass {step}: the video ends before"
+            " it (weights that are damaged, or too large for the dtype the graphs compute in?)"
+        )
+        self.chunk, self.step = chunk, step
+
+
+class DeviceError(SessionError):
+    """The device, or what drives it, refused."""

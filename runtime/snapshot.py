@@ -1,0 +1,190 @@
+"""The state of a video on disk: `state.json`, and the tensors it names as safetensors beside it.
+
+`state.json` is written last and replaces the one before in one step, so a folder always holds a whole
+state, whenever the process ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.headmaps.headmap import write_text
+from forcingkv.runtime.backends import Tensor
+from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.chunks import ChunkMaker
+from forcingkv.runtime.files import FileRecord, record_file, unwritable, verify_file
+from forcingkv.runtime.results import Chunk, Timing
+from forcingkv.runtime.tensors import TensorWriter, read_arrays
+
+__all__ = ["SavedState", "Snapshot", "read_snapshot", "write_snapshot"]
+
+STATE = "state.json"
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint8": "U8"}
+"""The format's name of each dtype that a state has."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ReadyChunk:
+    """A chunk that was made, but not handed out."""
+
+    index: int
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The content of state.json."""
+
+    bundle: str
+    """Digest of the bundle; a state fits no other."""
+    seed: int | None
+    """Of the noise; None where the noise came from elsewhere, which cannot be saved."""
+    chunks: int | None
+    index: int
+    """Of the chunk that is handed out next."""
+    made: int
+    """Chunks that the caches know."""
+    passes: int
+    """Clean passes behind the KV cache; less than `made` after a rebuild."""
+    decoder_calls: int
+    ready: tuple[ReadyChunk, ...] = ()
+    tensors: str = ""
+    """The file of tensors."""
+    record: FileRecord = field(default_factory=lambda: FileRecord("", 0))
+    """Its digest and size."""
+    schema: Literal["forcingkv.snapshot/1"] = "forcingkv.snapshot/1"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state that was read."""
+
+    snapshot: Snapshot
+    arrays: dict[str, Array]
+    """By the names of `ChunkMaker.state`, among others."""
+    latents: dict[int, npt.NDArray[np.float32]]
+    """Of the chunks that a rebuild needs, by index."""
+    ready: tuple[Chunk, ...]
+    """Chunks that were made, but not handed out."""
+
+
+def write_snapshot(
+    folder: Path,
+    snapshot: Snapshot,
+    maker: ChunkMaker,
+    latents: Mapping[int, npt.NDArray[np.float32]],
+    ready: tuple[Chunk, ...],
+) -> None:
+    """Write a state, in the place of the one that the folder may hold.
+
+    Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved.
+    """
+    if snapshot.seed is None:
+        raise InputError(
+            "a video with a noise source of its own cannot be saved",
+            where="noise",
+            expected="noise of a seed",
+        )
+    earlier = _earlier(folder)
+    name = f"state-{snapshot.made:06}.safetensors"
+    if name in earlier:  # saved twice at the same chunk: the file in use stays until the new one is whole
+        name = f"state-{snapshot.made:06}-again.safetensors"
+    stored: dict[str, Tensor | Array] = {**maker.state()}
+    stored |= {f"latents/{index}": array for index, array in latents.items()}
+    for chunk in ready:
+        stored |= {
+            f"ready/{chunk.index}/frames": _frames(chunk),
+            f"ready/{chunk.index}/latents": chunk.latents,
+        }
+    planned = {key: (STORED[str(value.dtype)], tuple(value.shape)) for key, value in stored.items()}
+    with TensorWriter(folder / name, planned) as writer:
+        for key, value in stored.items():
+            writer.write(key, value if isinstance(value, np.ndarray) else maker.fetch(value))
+    whole = replace(
+        snapshot,
+        ready=tuple(ReadyChunk(chunk.index, chunk.timing) for chunk in ready),
+        tensors=name,
+        record=record_file(folder / name),
+    )
+    try:
+        write_text(folder / STATE, json.dumps(to_data(whole), indent=1) + "\n")
+    except OSError as error:
+        raise unwritable(folder / STATE, error) from error
+    for file in earlier - {name}:
+        with suppress(OSError):
+            (folder / file).unlink()
+
+
+def read_snapshot(folder: Path, bundle: Bundle) -> SavedState:
+    """Read a state that was saved of a bundle.
+
+    Raises InputError for a folder without a state, a damaged one, and one of another bundle.
+    """
+    path = folder / STATE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"holds no saved state ({error.strerror})", where=str(path), mend="Save one with Video.save."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"is not JSON ({error})", where=str(path)) from error
+    snapshot = from_data(Snapshot, data, str(path))
+    if snapshot.bundle != bundle.digest:
+        raise InputError(
+            f"was saved of the bundle {snapshot.bundle[:12]}...",
+            where=str(path),
+            expected=f"{bundle.digest[:12]}..., which {bundle.path} is",
+            mend="Restore it with the bundle that it was saved of.",
+        )
+    arrays = read_arrays(verify_file(folder, snapshot.tensors, snapshot.record))
+    latents = {int(index): array for index, array in _under(arrays, "latents").items()}
+    ready = tuple(
+        Chunk(
+            one.index, arrays[f"ready/{one.index}/frames"], arrays[f"ready/{one.index}/latents"], one.timing
+        )
+        for one in snapshot.ready
+    )
+    return SavedState(snapshot, arrays, latents, tuple(ready))
+
+
+def _earlier(folder: Path) -> set[str]:
+    """The tensor files of the folder's earlier states."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    ours = {name for name in there if name.startswith(("state-", ".state"))}
+    strange = there - ours - {STATE}
+    if strange:
+        raise InputError(
+            f"holds other files than a saved state ({sorted(strange)[0]})",
+            where=str(folder),
+            mend="Choose a new or empty folder.",
+        )
+    return ours
+
+
+def _frames(chunk: Chunk) -> Array:
+    if isinstance(chunk.frames, np.ndarray):
+        return chunk.frames
+    raise InputError(
+        "frames that stay on the device cannot be saved", where="frames", expected='frames="host"'
+    )
+
+
+def _under(arrays: Mapping[str, Array], part: str) -> dict[str, Array]:
+    return {n.removeprefix(part + "/"): array for n, array in arrays.items() if n.startswith(part + "/")}
