@@ -88,9 +88,7 @@ class ChunkMaker:
         self._latents[0].write(noise(index, 0, shape), queue)
         steps = []
         for step in range(len(self._schedule.timesteps)):
-            if self._noise is not None:
-                self._noise.write(noise(index, step + 1, shape), queue)
-            self._pass(step).run(queue)
+            self._denoise(step, noise, index, step + 1)
             steps.append(self._latents[(step + 1) % 2].fetch(queue))
         denoised = queue.mark()
         self._clean()
@@ -118,10 +116,23 @@ class ChunkMaker:
         )
         return Chunk(begun.index, shown, latents, timing)
 
-    def replay(self, index: int, latents: Floats) -> None:
-        """The clean pass of a chunk that was made before, as if it came next."""
+    def replay(self, index: int, latents: Floats, noise: NoiseSource, redraw_from: int | None) -> None:
+        """The clean pass of a chunk that was made before, as if it came next.
+
+        With `redraw_from` its latents are noised as they were before that denoising pass, and drawn from
+        there first. That noise is of steps which no chunk has when it is made.
+        """
+        passes = len(self._schedule.timesteps)
         self._place(index)
-        self._latents[len(self._schedule.timesteps) % 2].write(latents, self._lane.main)
+        if redraw_from is None:
+            self._latents[passes % 2].write(latents, self._lane.main)
+        else:
+            sigma = np.float32(self._schedule.sigmas[redraw_from])
+            drawn = noise(index, passes + 1 + redraw_from, self.latent_shape)
+            noised = (1 - sigma) * latents + sigma * drawn
+            self._latents[redraw_from % 2].write(noised, self._lane.main)
+            for step in range(redraw_from, passes):
+                self._denoise(step, noise, index, passes + 2 + step)
         self._clean()
 
     def state(self) -> dict[str, Tensor]:
@@ -152,6 +163,12 @@ class ChunkMaker:
             array = arrays[name]
             tensor.write(_as_bits(array) if tensor.dtype == "bfloat16" else array, self._lane.main)
         self._lane.side.wait(self._lane.main.mark())
+
+    def _denoise(self, step: int, noise: NoiseSource, index: int, drawn: int) -> None:
+        """A denoising pass; its new noise, if it takes any, is that of the chunk's step `drawn`."""
+        if self._noise is not None:
+            self._noise.write(noise(index, drawn, self.latent_shape), self._lane.main)
+        self._pass(step).run(self._lane.main)
 
     def _clean(self) -> None:
         self._pass(CLEAN).run(self._lane.main)

@@ -6,6 +6,8 @@ crashes past position 1,024) and no angle is formed in half precision.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,17 +24,36 @@ def rotary(spec: ModelSpec, geometry: Geometry, first_frame: int, frames: int) -
     Returns two float32 arrays (frames * frame_tokens, head_dim / 2); the pairs of a head are those
     of time, then height, then width; tokens run over frames, rows, columns.
     """
-    rows, columns = geometry.grid
-    axes = np.meshgrid(
-        np.arange(first_frame, first_frame + frames), np.arange(rows), np.arange(columns), indexing="ij"
-    )
+    of_time, of_rows, of_columns = spec.rotary_pairs
+    tokens, half = geometry.frame_tokens, spec.head_dim // 2
+    moving = _angles(np.arange(first_frame, first_frame + frames), of_time, spec.rope_theta)
+    still = _within_a_frame(*geometry.grid, of_rows, of_columns, spec.rope_theta)
+    tables = []
+    for function, within in zip((np.cos, np.sin), still, strict=True):
+        table = np.empty((frames, tokens, half), np.float32)
+        table[:, :, :of_time] = function(moving)[:, None]
+        table[:, :, of_time:] = within
+        tables.append(table.reshape(-1, half))
+    return tables[0], tables[1]
+
+
+@lru_cache(maxsize=8)
+def _within_a_frame(
+    rows: int, columns: int, of_rows: int, of_columns: int, theta: float
+) -> tuple[Floats, Floats]:
+    """Cosines and sines of rows and columns: most of the work, and the same for all frames."""
+    axes = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     angles = [
-        position.reshape(-1, 1) * (spec.rope_theta ** (-np.arange(pairs, dtype=np.float64) / pairs))
-        for position, pairs in zip(axes, spec.rotary_pairs, strict=True)
-        if pairs
+        _angles(position.reshape(-1), pairs, theta)
+        for position, pairs in zip(axes, (of_rows, of_columns), strict=True)
     ]
     table = np.concatenate(angles, axis=1)
     return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+
+
+def _angles(positions: npt.NDArray[np.int_], pairs: int, theta: float) -> npt.NDArray[np.float64]:
+    """(positions, pairs) in float64."""
+    return positions[:, None] * theta ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
 
 
 def time_features(spec: ModelSpec, timestep: float | npt.NDArray[np.floating]) -> Floats:

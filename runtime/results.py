@@ -34,8 +34,8 @@ class Chunk:
     index: int
     frames: Any
     """uint8 (frames, height, width, 3): a numpy array of the caller's own; or, of a session opened with
-    `frames="device"`, something with `__dlpack__` on the session's memory, which is overwritten by the
-    chunk after the next one."""
+    `frames="device"`, something with `__dlpack__` on the session's memory, which later chunks overwrite:
+    use or copy it before asking for the next one."""
     latents: npt.NDArray[np.float32]
     """(1, channels, latent frames, height, width)."""
     timing: Timing

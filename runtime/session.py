@@ -7,9 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.backends import Backend, open_backend
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker, NoiseSource
+from forcingkv.runtime.faults import SessionError
 from forcingkv.runtime.preflight import check_memory
 from forcingkv.runtime.results import FramesOn
 from forcingkv.runtime.snapshot import read_snapshot
@@ -76,6 +78,7 @@ class Session:
             MissingExtraError: what the backend runs on is not installed.
             SessionError: the backend could not be started.
         """
+        one_of(FramesOn, frames, "place for frames")
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if preflight:
             check_memory(opened, backend)
@@ -150,12 +153,18 @@ class Session:
     def restore(self, folder: Path | str) -> Video:
         """Go on with a video that `Video.save` saved, from the chunk after it, to the bit.
 
-        Raises InputError for a state that is damaged, or of another bundle; the video before goes on then.
+        Raises InputError for a state that is damaged, or of another bundle (the video before goes on then),
+        and SessionError as iterating over a video does.
         """
         maker = self._open_maker()
         saved = read_snapshot(Path(folder), self.bundle)
-        self._video = Video.resume(self.bundle, maker, self._lane.lookahead, self._maker_of, saved)
-        return self._video
+        try:
+            video = Video.resume(self.bundle, maker, self._lane.lookahead, self._maker_of, saved)
+        except SessionError:
+            self._video = None  # its caches may be half overwritten
+            raise
+        self._video = video
+        return video
 
     def _open_maker(self) -> ChunkMaker:
         if self._maker is None:

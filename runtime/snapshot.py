@@ -7,9 +7,11 @@ state, whenever the process ends.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +24,16 @@ from forcingkv.headmaps.headmap import write_text
 from forcingkv.runtime.backends import Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker
-from forcingkv.runtime.files import FileRecord, record_file, unwritable, verify_file
+from forcingkv.runtime.files import FileRecord, inside, record_file, unwritable
+from forcingkv.runtime.recache import replayed
 from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.tensors import TensorWriter, read_arrays
 
 __all__ = ["SavedState", "Snapshot", "read_snapshot", "write_snapshot"]
 
 STATE = "state.json"
+TENSORS = re.compile(r"\.?state-\d{6,}(-\d+)?\.safetensors(\.partial)?")
+"""Files of tensors, with those that a process left half written."""
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint8": "U8"}
 """The format's name of each dtype that a state has."""
 
@@ -49,8 +54,8 @@ class Snapshot:
 
     bundle: str
     """Digest of the bundle; a state fits no other."""
-    seed: int | None
-    """Of the noise; None where the noise came from elsewhere, which cannot be saved."""
+    seed: int
+    """Of the noise."""
     chunks: int | None
     index: int
     """Of the chunk that is handed out next."""
@@ -91,16 +96,11 @@ def write_snapshot(
 
     Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved.
     """
-    if snapshot.seed is None:
-        raise InputError(
-            "a video with a noise source of its own cannot be saved",
-            where="noise",
-            expected="noise of a seed",
-        )
     earlier = _earlier(folder)
-    name = f"state-{snapshot.made:06}.safetensors"
-    if name in earlier:  # saved twice at the same chunk: the file in use stays until the new one is whole
-        name = f"state-{snapshot.made:06}-again.safetensors"
+    # A name that no file has: one of them may be in use until the new state is whole.
+    stem = f"state-{snapshot.made:06}"
+    names = (f"{stem}-{again}.safetensors" if again else f"{stem}.safetensors" for again in count())
+    name = next(name for name in names if name not in earlier)
     stored: dict[str, Tensor | Array] = {**maker.state()}
     stored |= {f"latents/{index}": array for index, array in latents.items()}
     for chunk in ready:
@@ -139,7 +139,7 @@ def read_snapshot(folder: Path, bundle: Bundle) -> SavedState:
         raise InputError(
             f"holds no saved state ({error.strerror})", where=str(path), mend="Save one with Video.save."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON ({error})", where=str(path)) from error
     snapshot = from_data(Snapshot, data, str(path))
     if snapshot.bundle != bundle.digest:
@@ -149,15 +149,52 @@ def read_snapshot(folder: Path, bundle: Bundle) -> SavedState:
             expected=f"{bundle.digest[:12]}..., which {bundle.path} is",
             mend="Restore it with the bundle that it was saved of.",
         )
-    arrays = read_arrays(verify_file(folder, snapshot.tensors, snapshot.record))
-    latents = {int(index): array for index, array in _under(arrays, "latents").items()}
+    _check_counts(snapshot, bundle, path)
+    arrays = read_arrays(_checked(folder, snapshot))
+
+    def array(name: str) -> Array:
+        if name not in arrays:
+            raise InputError(f"has no tensor {name}", where=str(folder / snapshot.tensors))
+        return arrays[name]
+
+    latents = {index: array(f"latents/{index}") for index in replayed(bundle.plan, snapshot.made)}
     ready = tuple(
-        Chunk(
-            one.index, arrays[f"ready/{one.index}/frames"], arrays[f"ready/{one.index}/latents"], one.timing
-        )
+        Chunk(one.index, array(f"ready/{one.index}/frames"), array(f"ready/{one.index}/latents"), one.timing)
         for one in snapshot.ready
     )
-    return SavedState(snapshot, arrays, latents, tuple(ready))
+    return SavedState(snapshot, arrays, latents, ready)
+
+
+def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
+    """Refuse a state that no video can have."""
+    calls = bundle.plan.spec.frames_per_chunk // bundle.manifest.graphs["decode"].inputs["latents"].shape[2]
+    ready = [one.index - state.index for one in state.ready]
+    if not (
+        state.index >= 0
+        and ready == list(range(len(ready)))
+        and state.made == state.index + len(ready)
+        and 0 <= state.passes <= state.made
+        and state.decoder_calls == state.made * calls
+    ):
+        raise InputError(
+            f"its numbers do not go together (index {state.index}, {len(ready)} ready, made {state.made},"
+            f" passes {state.passes}, decoder_calls {state.decoder_calls})",
+            where=str(path),
+            mend="The file was changed: save the state again.",
+        )
+
+
+def _checked(folder: Path, state: Snapshot) -> Path:
+    """The file of tensors, once it is known to be what the state says."""
+    path = inside(folder, state.tensors)
+    if not path.is_file() or record_file(path) != state.record:
+        raise InputError(
+            "is missing, or not the file that was saved",
+            where=str(path),
+            expected=f"{state.record.bytes} bytes of the digest {state.record.sha256[:12]}...",
+            mend="Save the state again.",
+        )
+    return path
 
 
 def _earlier(folder: Path) -> set[str]:
@@ -167,8 +204,8 @@ def _earlier(folder: Path) -> set[str]:
         there = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise unwritable(folder, error) from error
-    ours = {name for name in there if name.startswith(("state-", ".state"))}
-    strange = there - ours - {STATE}
+    ours = {name for name in there if TENSORS.fullmatch(name)}
+    strange = there - ours - {STATE, f".{STATE}.partial"}
     if strange:
         raise InputError(
             f"holds other files than a saved state ({sorted(strange)[0]})",
@@ -184,7 +221,3 @@ def _frames(chunk: Chunk) -> Array:
     raise InputError(
         "frames that stay on the device cannot be saved", where="frames", expected='frames="host"'
     )
-
-
-def _under(arrays: Mapping[str, Array], part: str) -> dict[str, Array]:
-    return {n.removeprefix(part + "/"): array for n, array in arrays.items() if n.startswith(part + "/")}

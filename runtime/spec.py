@@ -46,6 +46,10 @@ class Schedule:
     """Noise between passes: drawn anew (distilled models), or the noise the model predicted (Euler)."""
     context_timestep: float = 0.0
     """The timestep of the clean pass (METHOD: `context_noise`)."""
+    redraw_from: int | None = None
+    """When the prompt is switched and the caches are made anew: the pass at which the last chunks enter again,
+    noised, to be drawn under the new prompt before their clean pass. None: they are encoded as they are,
+    which is enough for models that were trained with switches (LongLive)."""
 
     def __post_init__(self) -> None:
         steps = self.denoising_steps
@@ -55,6 +59,12 @@ class Schedule:
                 f"denoising_steps {list(steps)} cannot be run",
                 where="schedule",
                 expected="at least one timestep, falling, each above 0 and at most 1000",
+            )
+        if self.redraw_from is not None and not 0 <= self.redraw_from < len(steps):
+            raise InputError(
+                f"redraw_from is {self.redraw_from}",
+                where="schedule",
+                expected=f"a pass, 0 to {len(steps) - 1}",
             )
 
     @cached_property

@@ -43,15 +43,14 @@ class Video:
         chunks: int | None,
         noise: NoiseSource | None,
     ) -> None:
-        # Whole numbers of numpy would not go into JSON.
-        self.seed, self.chunks, self.index = operator.index(seed), chunks, 0
-        if self.seed < 0:
-            raise InputError(f"is {self.seed}", where="seed", expected="0 or more")
-        if chunks is not None:
-            self.chunks = operator.index(chunks)
+        seed = operator.index(seed)  # numpy's whole numbers would not go into JSON
+        if seed < 0:
+            raise InputError(f"is {seed}", where="seed", expected="0 or more")
+        self.seed, self.index = seed, 0
+        self.chunks = None if chunks is None else operator.index(chunks)
         self._bundle, self._lookahead, self._maker_of = bundle, lookahead, maker_of
         self._own_noise = noise is not None
-        self._noise = noise or (lambda chunk, step, shape: chunk_noise(self.seed, chunk, step, shape))
+        self._noise = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
         self._begun: deque[Begun] = deque()
         self._made = 0
         """Chunks whose passes were put into the queue."""
@@ -93,8 +92,9 @@ class Video:
         Args:
             prompt: words or text embeddings, as for `Session.generate`.
             recache: make the caches anew, from the latents of the last chunks under the new prompt. It
-                takes as many clean passes as chunks fill the cache. Without it the keys and values of the
-                old prompt go on ruling what is shown.
+                takes as many clean passes as chunks fill the cache, and for models that were not trained
+                with switches denoising passes too (`Schedule.redraw_from`). Without it the keys and values
+                of the old prompt go on ruling what is shown.
 
         Returns the index of the first chunk that follows the new prompt.
 
@@ -115,10 +115,16 @@ class Video:
         a noise source of its own, which cannot be saved; RuntimeError for a video that failed.
         """
         self._check()
+        if self._own_noise:
+            raise InputError(
+                "a video with a noise source of its own cannot be saved",
+                where="noise",
+                expected="noise of a seed",
+            )
         self._guarded(self._finish_begun)
         snapshot = Snapshot(
             bundle=self._bundle.digest,
-            seed=None if self._own_noise else self.seed,
+            seed=self.seed,
             chunks=self.chunks,
             index=self.index,
             made=self._made,
@@ -180,9 +186,10 @@ class Video:
         self._finish_begun()
         self._maker.prompt(text)
         if recache:
+            redraw_from = self._bundle.plan.spec.schedule.redraw_from
             self._maker.cache.restart()
             for index, latents in self._history.get(self._made).items():
-                self._maker.replay(index, latents)
+                self._maker.replay(index, latents, self._noise, redraw_from)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """Do it; whatever goes wrong ends the video, since its caches may be half written."""

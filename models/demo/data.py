@@ -28,7 +28,6 @@ __all__ = [
     "Split",
     "digits",
     "make_clip",
-    "make_switched_clip",
     "moves_of",
     "prompt_of",
 ]  # fmt: skip
@@ -125,42 +124,13 @@ def digits(split: Split) -> tuple[Floats, npt.NDArray[np.int64]]:
 def make_clip(rng: np.random.Generator, frames: int, split: Split) -> Clip:
     """A random clip of that many frames, from that split's scans."""
     movers = (_mover(rng, split), _mover(rng, split))
-    return Clip(_drawn(movers, range(frames)), movers)
-
-
-def make_switched_clip(rng: np.random.Generator, frames: int, switch: int, split: Split) -> Clip:
-    """A random clip whose prompt changes at the frame `switch`; `movers` are those from there on.
-
-    One half or both get another digit, which sets out at that frame; the other half goes on.
-    """
-    before = (_mover(rng, split), _mover(rng, split))
-    changed = [(True, True), (True, True), (True, False), (False, True)][rng.integers(4)]
-    after = (
-        _other_mover(rng, split, before[0].digit) if changed[0] else before[0],
-        _other_mover(rng, split, before[1].digit) if changed[1] else before[1],
-    )
-    # A digit that stays is where its first frame puts it; a new one starts at the switch.
-    later = [range(0 if new else switch, frames - switch if new else frames) for new in changed]
-    drawn = np.concatenate([_drawn(before, range(switch)), _drawn(after, *later)])
-    return Clip(drawn, after)
-
-
-def _drawn(movers: tuple[Mover, Mover], left: range, right: range | None = None) -> Floats:
-    """Frames (n, HEIGHT, WIDTH) in [-1, 1] of the movers at those frames of their ways."""
-    canvas = np.zeros((len(left), HEIGHT, WIDTH), np.float32)
-    for half, (mover, way) in enumerate(zip(movers, (left, right or left), strict=True)):
-        for image, frame in zip(canvas, way, strict=True):
+    canvas = np.zeros((frames, HEIGHT, WIDTH), np.float32)
+    for half, mover in enumerate(movers):
+        for frame in range(frames):
             row, column = mover.place(frame)
             column += half * HALF
-            image[row : row + SIDE, column : column + SIDE] = mover.image
-    return canvas * 2 - 1
-
-
-def _other_mover(rng: np.random.Generator, split: Split, digit: int) -> Mover:
-    """A mover of another digit."""
-    while (mover := _mover(rng, split)).digit == digit:
-        pass
-    return mover
+            canvas[frame, row : row + SIDE, column : column + SIDE] = mover.image
+    return Clip(canvas * 2 - 1, movers)
 
 
 def _mover(rng: np.random.Generator, split: Split) -> Mover:

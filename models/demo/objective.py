@@ -3,22 +3,19 @@
 Every clip is given twice: clean chunks, which only build context, and noisy chunks, each of which
 sees the clean chunks before it and itself. So one pass trains all chunks of a clip at their own
 noise level.
-
-A clip whose prompt changes is given with its last prompt alone, as caches are that were rebuilt at the
-change: its chunks before the change are context only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forcingkv.models.demo.data import Clip, make_clip, make_switched_clip
+from forcingkv.models.demo.data import make_clip
 from forcingkv.models.demo.stages import Stage
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
@@ -28,7 +25,6 @@ from forcingkv.runtime.text import encode_words
 __all__ = ["FIRST_CHUNK_WEIGHT", "Loss", "TeacherForcing", "loss_function", "make_batch"]
 
 FIRST_CHUNK_WEIGHT = 2.0
-Array = npt.NDArray[np.floating]
 Loss = Callable[[dict[str, Tensor]], Tensor]
 """A batch -> each chunk's weighted share of the loss, (chunks,)."""
 
@@ -55,36 +51,18 @@ class TeacherForcing:
         return torch.cat(out, 2)
 
 
-def sample_sigmas(rng: np.random.Generator, starts: npt.NDArray[np.int64], chunks: int) -> Array:
-    """Noise levels (batch, chunks): logit-normal, higher for the chunk that its prompt begins with.
-
-    That one, `starts` (batch,), needs the text.
-    """
-    centre = np.where(np.arange(chunks) == starts[:, None], 1.5, 0.7)
-    return np.asarray(1 / (1 + np.exp(-(rng.standard_normal(centre.shape) * 1.3 + centre))))
-
-
-def _clips(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> tuple[list[Clip], list[int]]:
-    """Clips, and for each the chunk that its prompt begins with."""
-    frames, clips, starts = stage.chunks * spec.frames_per_chunk, [], []
-    for _ in range(stage.batch):
-        if stage.switched and stage.chunks > 1 and rng.random() < stage.switched:
-            start = int(rng.integers(1, stage.chunks))
-            clips.append(make_switched_clip(rng, frames, start * spec.frames_per_chunk, "train"))
-        else:
-            start = 0
-            clips.append(make_clip(rng, frames, "train"))
-        starts.append(start)
-    return clips, starts
+def sample_sigmas(rng: np.random.Generator, batch: int, chunks: int) -> np.ndarray[Any, Any]:
+    """Noise levels (batch, chunks): logit-normal, higher for the first chunk, which needs the text."""
+    centre = np.where(np.arange(chunks) == 0, 1.5, 0.7)
+    return np.asarray(1 / (1 + np.exp(-(rng.standard_normal((batch, chunks)) * 1.3 + centre))))
 
 
 def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> dict[str, Tensor]:
     """Tensors of one training step."""
     frames = stage.chunks * spec.frames_per_chunk
-    clips, first = _clips(spec, rng, stage)
-    starts = np.asarray(first)
+    clips = [make_clip(rng, frames, "train") for _ in range(stage.batch)]
     clean = np.stack([clip.frames for clip in clips])[:, None]
-    sigmas = sample_sigmas(rng, starts, stage.chunks)
+    sigmas = sample_sigmas(rng, stage.batch, stage.chunks)
     level = np.repeat(sigmas, spec.frames_per_chunk, 1)[:, None, :, None, None]
     noise = rng.standard_normal(clean.shape)
     noisy = (1 - level) * clean + level * noise
@@ -100,7 +78,6 @@ def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> dict[
         "flow": noise - clean,
         "time": positions.time_features(spec, times),
         "text": text,
-        "counted": np.arange(stage.chunks) >= starts[:, None],
     }
     return {name: torch.from_numpy(np.asarray(a, np.float32)) for name, a in data.items()}
 
@@ -121,8 +98,7 @@ def loss_function(model: WanModel, stage: Stage, *, compiled: bool = True) -> Lo
         prompt = model.prompt(batch["text"])
         flow, _ = model(batch["latents"], batch["time"], (cosines, sines), prompt, attend)
         error = (flow[:, :, -frames:] - batch["flow"]).square()
-        per_chunk = torch.unflatten(error, 2, (stage.chunks, -1)).mean((1, 3, 4, 5))
-        counted = batch["counted"]
-        return (per_chunk * counted).sum(0) / counted.sum(0).clamp(min=1) * weights
+        per_chunk = torch.unflatten(error, 2, (stage.chunks, -1)).mean((0, 1, 3, 4, 5))
+        return per_chunk * weights
 
     return torch.compile(loss, dynamic=False) if compiled else loss

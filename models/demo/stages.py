@@ -23,8 +23,6 @@ class Stage:
     rate_end: float
     singles: int = 0
     """Clips of one chunk trained beside each batch, lest the first chunk be forgotten."""
-    switched: float = 0.0
-    """Share of clips whose prompt changes on the way (see `data.make_switched_clip`)."""
 
 
 STAGES = (
@@ -32,5 +30,4 @@ STAGES = (
     Stage(chunks=3, batch=12, steps=200, rate=2.2e-3, rate_end=2.1e-3),
     Stage(chunks=7, batch=5, steps=600, rate=2e-3, rate_end=8.3e-4),
     Stage(chunks=7, batch=5, singles=32, steps=380, rate=8.3e-4, rate_end=2e-5),
-    Stage(chunks=7, batch=6, singles=16, steps=420, rate=8e-4, rate_end=2e-5, switched=0.5),
 )

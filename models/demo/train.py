@@ -4,7 +4,6 @@ Muon for the matrices of the blocks, AdamW for the rest; the shipped weights are
 average. What is learned stands in `objective`, for how long in `stages`.
 
     python -m forcingkv.models.demo.train --out runs/demo       # resumes from runs/demo/last.pt
-    python -m forcingkv.models.demo.train --out runs/demo --weights W --step 2880   # later stages of a model
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forcingkv.models.demo.objective import FIRST_CHUNK_WEIGHT, Loss, loss_function, make_batch
@@ -116,13 +115,6 @@ class Trainer:
         self.step += 1
         return found[0]
 
-    def start(self, weights: Path, step: int) -> None:
-        """Begin at a step with weights alone: the optimizers know nothing of the steps before it."""
-        state = load_file(weights)
-        self.model.load_state_dict(state)
-        self.average.load_state_dict(state)
-        self.step = step
-
     def save(self, out: Path) -> None:
         """Write the checkpoint and the averaged weights, each whole or not at all."""
         state = {
@@ -145,8 +137,7 @@ class Trainer:
             tuner.load_state_dict(saved)
         self.step = state["step"]
         rows = (out / LOG).read_text().splitlines(keepends=True)
-        kept = [row for row in rows[1:] if int(row.split(",")[0]) <= self.step]
-        (out / LOG).write_text("".join([rows[0], *kept]))
+        (out / LOG).write_text("".join(rows[: self.step + 1]))
 
 
 def stage_losses(model: WanModel, stage: Stage) -> list[tuple[Stage, Loss]]:
@@ -157,18 +148,13 @@ def stage_losses(model: WanModel, stage: Stage) -> list[tuple[Stage, Loss]]:
     return [(part, loss_function(model, part)) for part in parts]
 
 
-def train(out: Path, weights: Path | None = None, step: int = 0) -> None:
-    """Train to the end of `STAGES`, from the last checkpoint in `out` if there is one.
-
-    Otherwise from the beginning, or from `weights` that earlier stages ended with at `step`.
-    """
+def train(out: Path) -> None:
+    """Train to the end of `STAGES`, from the last checkpoint in `out` if there is one."""
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(load_spec("demo"))
     if (out / CHECKPOINT).is_file():
         trainer.resume(out)
     else:
-        if weights:
-            trainer.start(weights, step)
         (out / LOG).write_text("step,chunks,loss,first,rate,seconds\n")
     current: Stage | None = None
     while (at := place(trainer.step)) is not None:
@@ -194,7 +180,4 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and log.csv")
-    parser.add_argument("--weights", type=Path, help="start from these, a safetensors file")
-    parser.add_argument("--step", type=int, default=0, help="the step that --weights are of")
-    given = parser.parse_args()
-    train(given.out, given.weights, given.step)
+    train(parser.parse_args().out)
