@@ -2,10 +2,10 @@
 
     python benchmarks/prompt_switch.py
 
-Each prompt that ships with the model is switched to another one after `--before` chunks, with the caches made
-anew and without, under each policy. The judge (`models/demo/judge.py`) reads the digits of each chunk from the
-switch on. Prints as JSON, for each, the share of digits that are the new prompt's and the old one's, chunk by
-chunk, and the share of prompts of which both new digits are read within two chunks.
+Each prompt that ships with the model is switched to another one after `--before` chunks, with the caches
+made anew and without, under each policy. The judge (`models/demo/judge.py`) reads the digits of each chunk
+from the switch on. Prints as JSON, for each, the share of digits that are the new prompt's and the old one's,
+chunk by chunk, and the share of prompts of which both new digits are read within two chunks.
 """
 
 from __future__ import annotations

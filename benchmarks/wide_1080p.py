@@ -2,10 +2,10 @@
 
     python benchmarks/wide_1080p.py --headmap ../shared/data/headmaps/forcingkv_heads_selfforcing.json
 
-Exports layers of `self-forcing` with random weights (from layer 0 of the head map) with TAEHV, generates chunks
-into an mp4 of 1920 x 1088, and prints as JSON what the session was to take, part by part, what its process took at
-most, and the seconds of each chunk by part. Beside it a full cache of 21 frames at the same geometry: opened,
-with every buffer written to, since its passes take minutes each.
+Exports layers of `self-forcing` with random weights (from layer 0 of the head map) with TAEHV, generates
+chunks into an mp4 of 1920 x 1088, and prints as JSON what the session was to take, part by part, what its
+process took at most, and the seconds of each chunk by part. Beside it a full cache of 21 frames at the same
+geometry: opened, with every buffer written to, since its passes take minutes each.
 
 Export and session run in processes of their own, so that neither's memory is in the other's.
 """

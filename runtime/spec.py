@@ -47,9 +47,9 @@ class Schedule:
     context_timestep: float = 0.0
     """The timestep of the clean pass (METHOD: `context_noise`)."""
     redraw_from: int | None = None
-    """When the prompt is switched and the caches are made anew: the pass at which the last chunks enter again,
-    noised, to be drawn under the new prompt before their clean pass. None: they are encoded as they are,
-    which is enough for models that were trained with switches (LongLive)."""
+    """When the prompt is switched and the caches are made anew: the pass at which the last chunks enter
+    again, noised, to be drawn under the new prompt before their clean pass. None: they are encoded as they
+    are, which is enough for models that were trained with switches (LongLive)."""
 
     def __post_init__(self) -> None:
         steps = self.denoising_steps
