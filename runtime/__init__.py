@@ -1,11 +1,13 @@
 """The lean runtime: opens a bundle and streams chunks of video. It imports no torch."""
 
-from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.chunks import NoiseSource
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, NotFiniteError, SessionError
 from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.session import Session
 from forcingkv.runtime.streaming import Video
+from forcingkv.runtime.text import Prompt
 
 __all__ = [
     "Bundle",
@@ -13,7 +15,10 @@ __all__ = [
     "DeviceError",
     "InputError",
     "MemoryShortError",
+    "MissingExtraError",
+    "NoiseSource",
     "NotFiniteError",
+    "Prompt",
     "Session",
     "SessionError",
     "Timing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,16 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 __all__ = ["available_bytes", "device_free_bytes", "require_memory"]
 
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container finds its own limit."""
+
+
 def available_bytes() -> int:
-    """Bytes that can still be taken without swapping."""
+    """Bytes that can still be taken without swapping, and within the container's limit."""
+    return max(0, int(min(_machine_bytes(), _container_bytes())))
+
+
+def _machine_bytes() -> int:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -20,6 +29,16 @@ def available_bytes() -> int:
     except OSError:
         pass  # not Linux
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container_bytes() -> float:
+    """What the limit of a control group (version 2) leaves; file pages that can be dropped do not count."""
+    try:
+        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return math.inf  # no such limit is known here
 
 
 def require_memory(doing: str, parts: Mapping[str, float], mend: str) -> None:

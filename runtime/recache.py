@@ -33,7 +33,7 @@ class LatentHistory:
 
     def add(self, index: int, latents: Floats) -> None:
         """Keep those of the newest chunk, and drop those that no rebuild will ask for again."""
-        self._held[index] = latents
+        self._held[index] = latents.copy()  # the caller may change the chunk's own
         needed = set(replayed(self._plan, index + 1))
         self._held = {known: held for known, held in self._held.items() if known in needed}
 

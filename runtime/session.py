@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.backends import Backend, open_backend
 from forcingkv.runtime.bundle import Bundle
@@ -79,6 +80,8 @@ class Session:
             SessionError: the backend could not be started.
         """
         one_of(FramesOn, frames, "place for frames")
+        if threads is not None and threads < 1:
+            raise InputError(f"is {threads}", where="threads", expected="1 or more, or None")
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if preflight:
             check_memory(opened, backend)

@@ -6,6 +6,7 @@ Every count of layers, heads, frames or tokens anywhere in forcingkv comes from 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -210,7 +211,9 @@ class ModelSpec:
         return 1 + (latent - 1) * self.decoder.temporal_stride if latent else 0
 
     def chunks_for(self, seconds: float) -> int:
-        """Chunks needed for at least that many seconds of video."""
+        """Chunks needed for at least that many seconds of video. Raises InputError for no number of them."""
+        if not math.isfinite(seconds) or seconds <= 0:
+            raise InputError(f"is {seconds}", where="seconds", expected="a number above 0")
         chunks = 1
         while self.frames_of(chunks) < seconds * self.fps:
             chunks += 1

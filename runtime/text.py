@@ -25,6 +25,10 @@ def prompt_input(spec: ModelSpec, prompt: Prompt) -> npt.NDArray[np.float32]:
     if isinstance(prompt, str):
         return encode_words(spec, prompt)
     shape = (1, spec.text_length, spec.text_width)
+    if not isinstance(prompt, np.ndarray):
+        raise InputError(
+            f"is a {type(prompt).__name__}", where="prompt", expected=f"words, or an array {shape}"
+        )
     if prompt.shape != shape:
         raise InputError(f"embeddings have the shape {prompt.shape}", where="prompt", expected=str(shape))
     if not np.isfinite(prompt).all():

@@ -1,80 +1,77 @@
-"""Video files through PyAV, written under a temporary name and renamed when complete."""
+"""Where the frames of a video go: an mp4 file, a folder of pictures, or another program."""
 
 from __future__ import annotations
 
-import os
-from fractions import Fraction
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.runtime.files import unwritable
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.frame_files import FrameFile, PngWriter, RawWriter, ReaderGoneError
+from forcingkv.runtime.mp4 import Mp4Writer
 
-__all__ = ["Mp4Writer"]
+__all__ = ["FrameWriter", "Mp4Writer", "PngWriter", "RawWriter", "ReaderGoneError", "open_writer"]
 
 
-class Mp4Writer:
-    """Writes uint8 frames (n, height, width, 3) to an mp4 file (H.264, yuv420p).
+class FrameWriter(Protocol):
+    """Takes the frames of a video as they are made. A context manager, which closes it.
 
-    Use it as a context manager: the file appears under its name only when the block ends well.
-
-    Args:
-        path: the file, ending in .mp4.
-        fps: frames a second.
-        enlarge: whole number by which each pixel is repeated, for tiny videos.
-
-    Raises:
-        InputError: the place cannot be written to.
-        MissingExtraError: PyAV is not installed.
+    What was written before an error or Ctrl-C stays, and is a shorter video.
     """
 
-    def __init__(self, path: Path, fps: float, enlarge: int = 1) -> None:
-        try:
-            import av
-        except ImportError as error:
-            raise MissingExtraError("PyAV", "video") from error
-        if path.suffix != ".mp4":
-            raise InputError("is not an mp4 file", where=str(path), expected="a name ending in .mp4")
-        self.path, self.enlarge = path, enlarge
-        self._partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._container: Any = av.open(str(self._partial), "w", format="mp4")
-        except OSError as error:
-            raise unwritable(path, error) from error
-        self._stream: Any = None
-        self._rate = Fraction(fps).limit_denominator(1001)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def write(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Append frames (n, height, width, 3)."""
-        import av
-
-        for frame in frames.repeat(self.enlarge, 1).repeat(self.enlarge, 2):
-            if self._stream is None:
-                self._stream = self._container.add_stream("libx264", rate=self._rate)
-                self._stream.height, self._stream.width = frame.shape[:2]
-                self._stream.pix_fmt = "yuv420p"
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            self._container.mux(self._stream.encode(picture))
+    def __enter__(self) -> Self: ...
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None and self._stream is not None:
-                self._container.mux(self._stream.encode())
-            self._container.close()
-            if kind is None:
-                os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+    ) -> None: ...
+
+    def write(self, frames: npt.NDArray[np.uint8]) -> None:
+        """Append frames: uint8 (n, height, width, 3), all of one size.
+
+        Raises:
+            InputError: frames of another kind or size, or the place cannot be written to.
+            ReaderGoneError: the place is a pipe, and its reader has gone.
+            RuntimeError: the writer is closed.
+        """
+
+    def close(self) -> None:
+        """Complete what was written. Raises InputError where that cannot be written."""
+
+
+def open_writer(
+    out: str | Path, *, fps: float, enlarge: int = 1, metadata: Mapping[str, str] = {}
+) -> FrameWriter:
+    """The writer for a place. Nothing is made there before the first frames come.
+
+    Args:
+        out: a name ending in `.mp4`: a video that plays while it grows (`Mp4Writer`); a name ending in
+            `.rgb`, or `-` for standard output: bare bytes (`RawWriter`); an existing folder or a name
+            without suffix: PNG files (`PngWriter`).
+        fps: frames a second.
+        enlarge: whole number by which each pixel is repeated, for tiny videos.
+        metadata: what the file says of itself. Bare bytes say nothing.
+
+    Raises:
+        InputError: another name, or a place that cannot be written to, as far as can be told now.
+        MissingExtraError: PyAV, which mp4 and PNG need, is not installed.
+    """
+    path = Path(out)
+    kinds: dict[str, type[FrameFile]] = {".mp4": Mp4Writer, ".rgb": RawWriter, "": PngWriter}
+    kind = RawWriter if str(out) == "-" else kinds.get(path.suffix.lower())
+    if kind is None and path.is_dir():
+        kind = PngWriter
+    if kind is None:
+        raise InputError(
+            "is not an mp4 file or another place for frames",
+            where=str(out),
+            expected="a name ending in .mp4, one ending in .rgb (bare bytes), a folder (PNG files), or -"
+            " (bare bytes to standard output)",
+        )
+    return kind(path, fps, enlarge, metadata)

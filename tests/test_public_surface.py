@@ -16,7 +16,10 @@ SURFACE = {
         "DYNAMIC", "STATIC", "Budget", "Choices", "HeadMap", "InputError", "MissingExtraError",
         "ModelIdentity", "Rule", "Source", "Statistics", "read_headmap",
     },
-    "forcingkv.runtime": {"Bundle", "Chunk", "InputError", "Session", "Timing"},
+    "forcingkv.runtime": {
+        "Bundle", "Chunk", "DeviceError", "InputError", "MemoryShortError", "MissingExtraError",
+        "NoiseSource", "NotFiniteError", "Prompt", "Session", "SessionError", "Timing", "Video",
+    },
     "forcingkv.analyze": {
         "Analysis", "Job", "Labelling", "analyze_heads", "analyze_statistics", "record_samples",
         "write_analysis",
