@@ -163,6 +163,7 @@ class Bundle:
                 expected="the inputs of its cache plan",
                 mend="It was made by another version of forcingkv: export the bundle again.",
             )
+        _ = bundle.digest  # of what was opened, though the folder may be exported anew
         return bundle
 
     @cached_property

@@ -6,7 +6,6 @@ program does, and how many programs there are.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.cuda_core import cuda_core
 from forcingkv.runtime.files import inside
 from forcingkv.runtime.spec import Dtype
 
@@ -150,7 +150,7 @@ class KernelLauncher:
         if len(kinds) > 1 or set(self._records) != set(KERNELS):
             raise ValueError(f"{folder}: kernels of {sorted(kinds)}: {sorted(self._records)} for sm_{chosen}")
         self.dtype, self.width = kinds.pop()
-        self._cuda = _cuda_core()
+        self._cuda = cuda_core()
         self._kernels = {name: self._load(folder, record) for name, record in self._records.items()}
 
     def score(
@@ -257,10 +257,3 @@ class KernelLauncher:
         arguments = (*pointers, *map(np.int32, sizes), 0, 0)
         handle = self._cuda.Stream.from_handle(stream)
         self._cuda.launch(handle, config, self._kernels[name], *arguments)
-
-
-def _cuda_core() -> Any:
-    try:
-        return importlib.import_module("cuda.core")
-    except ImportError as error:
-        raise MissingExtraError("cuda-core", "tensorrt-rtx") from error

@@ -6,6 +6,8 @@ the GPU's memory where there is one (`ort_state`); the rest goes in and out by O
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ class OnnxGraph:
 
     def __init__(self, path: Path, threads: int | None = None, provider: str = CPU) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised: no need to print it too
         if threads:
             options.intra_op_num_threads = threads
         providers = [provider] if provider == CPU else [provider, CPU]
@@ -211,13 +213,17 @@ class OnnxRuntimeBackend:
         return OnnxLane(self._graphs, "cuda" if self.provider == CUDA else "cpu")
 
     def close(self) -> None:
-        """ONNX Runtime gives the memory back with the last of its sessions."""
+        """ONNX Runtime gives the memory back with its graphs; the C library, where it is asked to."""
         self._graphs = {}
+        gc.collect()  # what held the graphs may be in a cycle
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it, and keeps what is freed
+        if trim:
+            trim(0)
 
 
 def _fault(doing: str, error: Exception) -> SessionError:
     """ONNX Runtime's error as one of ours."""
-    text = str(error)
+    text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in SHORT):
         return MemoryShortError(f"ONNX Runtime ran out of memory in {doing} ({text})")
     return DeviceError(f"ONNX Runtime failed in {doing} ({text})")

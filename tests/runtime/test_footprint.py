@@ -10,6 +10,7 @@ import pytest
 
 from forcingkv.export import export_bundle
 from forcingkv.runtime import Bundle
+from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane
 from forcingkv.runtime.bundle import GraphRecord, Manifest, TensorRecord
 from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.decoding import ChunkDecoder
@@ -41,6 +42,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         spec, random_model(spec).state_dict(), load_policy("forcing-kv"), out, headmap=headmap, verify=False
     )
     return Bundle.open(out)
+
+
+class Never(OnnxGraph):
+    """A graph that nothing runs."""
+
+    def __init__(self) -> None: ...
 
 
 def with_caches(manifest: Manifest) -> Manifest:
@@ -93,7 +100,7 @@ def test_without_engines_nothing_is_said_of_them(bundle: Bundle) -> None:
 def test_keys_and_values_take_what_the_session_allocates(bundle: Bundle) -> None:
     parts = footprint(bundle.manifest, bundle.plan)
     held = sum(size for name, size in parts.items() if name.startswith("kv_"))
-    assert held == CacheBuffers(bundle.plan).nbytes
+    assert held == CacheBuffers(bundle.plan, OnnxLane({}, "cpu"), "float32").nbytes
 
 
 def test_keys_and_values_are_in_the_dtype_that_the_graphs_compute_in(bundle: Bundle) -> None:
@@ -119,13 +126,11 @@ def test_the_decoder_takes_what_is_said(bundle: Bundle) -> None:
     whole = replace(decode, inputs=decode.inputs | {"feature.0": TensorRecord("float32", (1, 5, 2))})
     manifest = replace(bundle.manifest, graphs={**bundle.manifest.graphs, "decode": whole})
 
-    class Idle:
-        def run(self, *_: object) -> None: ...
-
     parts = footprint(manifest, bundle.plan)
     latents = np.empty(decode.inputs["latents"].shape, np.float32).nbytes
-    made = ChunkDecoder(Idle(), whole, bundle.manifest.model)
-    assert made.nbytes == parts["decoder_caches"] + parts["frames"] + latents
+    made = ChunkDecoder(OnnxLane({"decode": Never()}, "cpu"), whole, bundle.manifest.model)
+    first = 2 * 4  # one for each of its values
+    assert made.nbytes == parts["decoder_caches"] + parts["frames"] + latents + first
 
 
 def test_engines_come_by_flavour_version_and_gpu_in_the_order_of_graphs(bundle: Bundle) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forcingkv.headmaps import InputError
+from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy, Retain, Roles, load_policy
@@ -84,7 +85,7 @@ def test_what_holds_for_any_plan(policy: Policy, ar_start: int, static: list[lis
             for group in groups:
                 check_lengths(plan, group.label, chunk)
     assert sum(plan.kv_bytes_by_role().values()) == plan.kv_bytes()
-    buffers = CacheBuffers(plan)
+    buffers = CacheBuffers(plan, OnnxLane({}, "cpu"), "float32")
     read = plan.kv_bytes() - plan.kv_bytes_by_role()["current"]
     assert read <= buffers.nbytes <= 2 * read
 

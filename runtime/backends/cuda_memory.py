@@ -1,0 +1,268 @@
+"""Memory of a lane: tensors on the GPU, and pinned memory on the host through which arrays come and go."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections import deque
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.runtime.backends import Array, Queue
+from forcingkv.runtime.backends.cuda import CudaQueue, Gpu, close_all
+from forcingkv.runtime.faults import DeviceError
+
+__all__ = ["CudaFetch", "CudaMemory", "CudaTensor"]
+
+LEAST = 16
+"""Bytes of the smallest allocation: an empty tensor needs an address too."""
+PAGE = 4096
+"""Pinned memory comes in multiples of it, so that small arrays share a size."""
+IN_FLIGHT = 64
+"""Pinned pieces of one size that copies may be using at a time; a further one waits for the first."""
+
+
+class CudaMemory:
+    """What a lane has taken, to be given back together.
+
+    The device memory comes from a pool of the lane's own: cuda-core keeps what is given back to the
+    device's common pool, and then no other allocator has the use of it.
+    """
+
+    def __init__(self, gpu: Gpu, queue: CudaQueue) -> None:
+        """Memory is taken and given back in the order of a queue."""
+        self.gpu, self._queue = gpu, queue
+        self.staging = Staging(gpu)
+        self._buffers: list[Any] = []
+        with gpu.asked("make a memory pool"):
+            options = gpu.core.DeviceMemoryResourceOptions()
+            self._pool = gpu.core.DeviceMemoryResource(gpu.device, options)
+
+    def tensor(self, shape: tuple[int, ...], dtype: str) -> CudaTensor:
+        """New memory, for whatever queue; multiples of 256 bytes begin it. Its contents are not defined.
+
+        Raises MemoryShortError where there is not enough.
+        """
+        nbytes = max(LEAST, math.prod(shape) * host_dtype(dtype).itemsize)
+        with self.gpu.asked(f"take memory for a tensor of {dtype} {shape}", nbytes):
+            buffer = self._pool.allocate(nbytes, stream=self._queue.stream)
+            self._buffers.append(buffer)
+            address = int(buffer.handle)
+        self._queue.sync()  # other queues may use it at once
+        return CudaTensor(self, buffer, address, shape, dtype)
+
+    def close(self) -> None:
+        """Give everything back; no queue may be using it any more."""
+        buffers, self._buffers = self._buffers, []
+        closes = [*(buffer.close for buffer in buffers), self._queue.sync]
+        close_all("give memory back", [*closes, self.staging.close, self._pool.close])
+
+
+class CudaTensor:
+    """A view of device memory.
+
+    Attributes:
+        shape: of the array.
+        dtype: its name.
+        nbytes: its size.
+        address: where it begins.
+    """
+
+    def __init__(
+        self, memory: CudaMemory, buffer: Any, address: int, shape: tuple[int, ...], dtype: str
+    ) -> None:
+        self._memory, self._buffer, self.address = memory, buffer, address
+        self.shape, self.dtype = shape, dtype
+        self._host = host_dtype(dtype)
+        self.nbytes = math.prod(shape) * self._host.itemsize
+
+    def first(self, shape: tuple[int, ...]) -> CudaTensor:
+        """Raises ValueError for a shape that needs more."""
+        view = CudaTensor(self._memory, self._buffer, self.address, tuple(shape), self.dtype)
+        if view.nbytes > self.nbytes:
+            raise ValueError(f"{self.dtype} {shape} does not lie within {self.shape}")
+        return view
+
+    def rows(self, start: int, stop: int) -> CudaTensor:
+        """Raises ValueError for places that are not there."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"there are no rows {start} to {stop} of {self.shape}")
+        shape = (stop - start, *self.shape[1:])
+        # An empty view begins where its memory does: past the end there is no address to give an engine.
+        offset = start * (self.nbytes // self.shape[0]) if stop > start else 0
+        return CudaTensor(self._memory, self._buffer, self.address + offset, shape, self.dtype)
+
+    def write(self, array: Array, queue: Queue) -> None:
+        """Raises ValueError for an array of another shape or kind; of bfloat16 it takes the bits, uint16."""
+        if array.shape != self.shape or not np.can_cast(array.dtype, self._host, "same_kind"):
+            raise ValueError(f"{array.dtype} {array.shape} does not fit into {self.dtype} {self.shape}")
+        if not self.nbytes:
+            return
+        staging = self._memory.staging
+        piece = staging.take(self.nbytes)
+        np.copyto(piece.array(self.shape, self._host), array, casting="same_kind")
+        with self._memory.gpu.asked("copy an array to the GPU", self.nbytes):
+            self.view().copy_from(piece.view(self.nbytes), stream=stream_of(queue))
+            piece.used(queue)
+        staging.give(piece)
+
+    def clear(self, queue: Queue) -> None:
+        if self.nbytes:
+            with self._memory.gpu.asked("clear memory"):
+                self.view().fill(0, stream=stream_of(queue))
+
+    def fetch(self, queue: Queue) -> CudaFetch:
+        if not self.nbytes:
+            return CudaFetch(self._memory.staging, None, self.shape, self._host)
+        piece = self._memory.staging.take(self.nbytes)
+        with self._memory.gpu.asked("copy an array to the host", self.nbytes):
+            piece.view(self.nbytes).copy_from(self.view(), stream=stream_of(queue))
+            piece.used(queue)
+        return CudaFetch(self._memory.staging, piece, self.shape, self._host)
+
+    def copy_from(self, source: CudaTensor, queue: Queue) -> None:
+        """Take what another tensor of that size holds, in the queue's order."""
+        if self.nbytes:
+            with self._memory.gpu.asked("copy memory"):
+                self.view().copy_from(source.view(), stream=stream_of(queue))
+
+    def shared(self) -> Any:
+        """cuda-core's `StridedMemoryView`; bfloat16 shows as its bits, uint16. The memory is there until
+        the lane is closed, and whoever reads it must have waited for what was to be written."""
+        with self._memory.gpu.asked("share memory"):
+            view_of = self._memory.gpu.core.utils.StridedMemoryView.from_buffer
+            return view_of(self.view(), self.shape, dtype=self._host)
+
+    def view(self) -> Any:
+        """cuda-core's `Buffer` of exactly these bytes, which frees nothing."""
+        return self._memory.gpu.core.Buffer.from_handle(self.address, self.nbytes, owner=self._buffer)
+
+
+class CudaFetch:
+    """A copy on its way through pinned memory, which goes back when the copy was read or dropped."""
+
+    def __init__(
+        self, staging: Staging, piece: Pinned | None, shape: tuple[int, ...], host: np.dtype[Any]
+    ) -> None:
+        self._staging, self._piece, self._shape, self._host = staging, piece, shape, host
+        self._array: Array | None = None
+
+    def array(self) -> Array:
+        """Raises DeviceError where work before it failed, or the lane was closed. Asked again it gives the
+        same array."""
+        if self._array is None:
+            if self._piece is None:
+                return np.empty(self._shape, self._host)
+            self._piece.wait()
+            self._array = self._piece.array(self._shape, self._host).copy()
+            self._release()
+        return self._array
+
+    def _release(self) -> None:
+        piece, self._piece = self._piece, None
+        if piece is not None:
+            self._staging.give(piece)
+
+    def __del__(self) -> None:
+        self._release()  # its event tells when it may be used again
+
+
+class Pinned:
+    """A piece of pinned host memory, and the event after which no copy uses it."""
+
+    def __init__(self, gpu: Gpu, buffer: Any, size: int) -> None:
+        self._gpu, self._buffer, self.size = gpu, buffer, size
+        self._address = int(buffer.handle)
+        self._event: Any = None
+
+    def array(self, shape: tuple[int, ...], host: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An array in it."""
+        self._open()
+        count = math.prod(shape)
+        memory = (ctypes.c_ubyte * (count * host.itemsize)).from_address(self._address)
+        return np.frombuffer(memoryview(memory), host, count).reshape(shape)
+
+    def view(self, nbytes: int) -> Any:
+        """cuda-core's `Buffer` of its first bytes, which frees nothing."""
+        self._open()
+        return self._gpu.core.Buffer.from_handle(self._address, nbytes, owner=self._buffer)
+
+    def used(self, queue: Queue) -> None:
+        """It is in use until that queue has come here."""
+        if self._event is None:
+            options = self._gpu.core.EventOptions(blocking_sync=True)
+            self._event = stream_of(queue).record(options=options)
+        else:
+            stream_of(queue).record(self._event)
+
+    def free(self) -> bool:
+        """Whether no copy uses it."""
+        with self._gpu.asked("ask after a copy"):
+            return self._event is None or bool(self._event.is_done)
+
+    def wait(self) -> None:
+        """Wait until no copy uses it. Raises DeviceError if it was given back."""
+        self._open()
+        with self._gpu.asked("finish the work that was asked for"):
+            if self._event is not None:
+                self._event.sync()
+
+    def close(self) -> None:
+        """Give it back."""
+        buffer, event = self._buffer, self._event
+        self._buffer = self._event = None
+        close_all("give pinned memory back", [buffer.close, *([event.close] if event else [])])
+
+    def _open(self) -> None:
+        if self._buffer is None:
+            raise DeviceError("the lane was closed before this copy was read")
+
+
+class Staging:
+    """Pinned memory, in pieces that are used again. No piece is handed out that a copy may still use."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._resource = gpu.core.LegacyPinnedMemoryResource()
+        self._pieces: list[Pinned] = []
+        self._idle: dict[int, deque[Pinned]] = {}
+
+    def take(self, nbytes: int) -> Pinned:
+        """A piece of at least that size. Raises MemoryShortError where there is none."""
+        size = -(-nbytes // PAGE) * PAGE
+        idle = self._idle.setdefault(size, deque())
+        for place, piece in enumerate(idle):
+            if piece.free():
+                del idle[place]
+                return piece
+        if len(idle) >= IN_FLIGHT:
+            oldest = idle.popleft()
+            oldest.wait()
+            return oldest
+        with self._gpu.asked("take pinned memory on the host", size):
+            piece = Pinned(self._gpu, self._resource.allocate(size), size)
+        self._pieces.append(piece)
+        return piece
+
+    def give(self, piece: Pinned) -> None:
+        """A piece that only a copy may still use."""
+        self._idle.setdefault(piece.size, deque()).append(piece)
+
+    def close(self) -> None:
+        """Give all pieces back; those that are lent, too."""
+        pieces, self._pieces = self._pieces, []
+        self._idle = {}
+        close_all("give pinned memory back", [piece.close for piece in pieces])
+
+
+def host_dtype(dtype: str) -> np.dtype[Any]:
+    """What an array of that dtype is on the host: numpy has no bfloat16, so its bits."""
+    return np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def stream_of(queue: Queue) -> Any:
+    """cuda-core's stream of a queue."""
+    assert isinstance(queue, CudaQueue)
+    return queue.stream

@@ -1,0 +1,245 @@
+"""Engines that ONNX Runtime computes, behind the API of TensorRT, on the memory of `fake_cuda`.
+
+They compute every output in every pass, as TensorRT does, and check what TensorRT takes on trust: that every
+address was set, is aligned, and has enough live memory; that shapes are the profile's; that what is written
+lies apart from what is read; that activation memory is used by one stream alone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from forcingkv.runtime import engine_loader
+from forcingkv.runtime.backends import tensorrt as backend
+from forcingkv.runtime.backends import trt_context
+from forcingkv.runtime.bundle import GRAPHS, Bundle
+from tests.runtime.fake_cuda import FakeCuda
+from tests.runtime.fake_streams import Misuse, Owned
+
+__all__ = ["FakeContext", "FakeTensorRT", "Runner", "runners_of"]
+
+ADDRESSES = 256
+"""What addresses of inputs and outputs must be multiples of."""
+Shape = tuple[int, ...]
+
+
+class Runner:
+    """A graph in ONNX Runtime, on addresses.
+
+    Attributes:
+        phases: for each phase the shape of every input and output.
+        sizes: the same in bytes.
+        inputs: the names of the inputs.
+        varied: those whose shape is not the same in all phases.
+        dtypes: of inputs and outputs.
+    """
+
+    def __init__(self, bundle: Bundle, graph: str) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = ort.InferenceSession(str(bundle.graph(graph)), options, ["CPUExecutionProvider"])
+        record, plan = bundle.manifest.graphs[graph], bundle.plan
+        self.inputs = tuple(record.inputs)
+        self.dtypes = {n: np.dtype(t.dtype) for n, t in {**record.inputs, **record.outputs}.items()}
+        static = {n: t.shape for n, t in record.inputs.items() if all(type(d) is int for d in t.shape)}
+        varied = [plan.phase_shapes(phase) for phase in plan.phases] if graph == "step" else [{}]
+        self.varied = set(varied[0])
+        self.phases = [self._all_shapes({**static, **shapes}) for shapes in varied]
+        self.sizes = [
+            {name: math.prod(shape) * self.dtypes[name].itemsize for name, shape in shapes.items()}
+            for shapes in self.phases
+        ]
+
+    def _all_shapes(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
+        names = [output.name for output in self._session.get_outputs()]
+        feeds = {name: np.zeros(shape, self.dtypes[name]) for name, shape in shapes.items()}
+        return shapes | {n: a.shape for n, a in zip(names, self._session.run(names, feeds), strict=True)}
+
+    def run(self, phase: int, addresses: Mapping[str, int]) -> None:
+        """Compute all outputs."""
+        binding = self._session.io_binding()
+        for name, shape in self.phases[phase].items():
+            bind = binding.bind_input if name in self.inputs else binding.bind_output
+            bind(name, "cpu", 0, self.dtypes[name], shape, addresses[name])
+        self._session.run_with_iobinding(binding)
+
+
+def runners_of(bundle: Bundle) -> dict[str, Runner]:
+    """The graphs of a bundle; to be made once, since loading takes time."""
+    return {graph: Runner(bundle, graph) for graph in GRAPHS}
+
+
+@dataclass
+class FakeTensorRT:
+    """Stands in for the module `trt`, and for `load_engine`.
+
+    Attributes:
+        cuda: the device.
+        runners: what computes; they are not asked where `computes` is false.
+        memory: the activation memory each engine needs.
+        refuse_at: the index of a call, of those that TensorRT can refuse, that it refuses.
+        refusable: how many such calls there were.
+        executed: (graph, phase, stream, addresses) of every execution that was put into a stream.
+    """
+
+    cuda: FakeCuda
+    runners: Mapping[str, Runner]
+    computes: bool = True
+    memory: Mapping[str, int] = field(default_factory=lambda: {"prompt": 300, "step": 5000, "decode": 700})
+    refuse_at: int | None = None
+    refusable: int = 0
+    executed: list[tuple[str, int, int, dict[str, int]]] = field(default_factory=list)
+    users: dict[int, set[int]] = field(default_factory=dict)
+    """Activation memory -> the streams it was used in."""
+
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Put the fakes where the backend looks for TensorRT and CUDA."""
+        monkeypatch.setitem(sys.modules, "cuda.core", self.cuda)
+        monkeypatch.setattr(trt_context, "trt", self)
+        monkeypatch.setattr(backend, "device_sm", lambda: 89)
+        monkeypatch.setattr(backend, "load_engine", self.load_engine)
+        monkeypatch.setattr(engine_loader, "_said", [])
+
+    def load_engine(self, bundle: Bundle, graph: str, flavour: str) -> FakeEngine:
+        self.cuda.called("load_engine")
+        return FakeEngine(self, graph)
+
+    def does(self, name: str) -> bool:
+        """A call of TensorRT's that can be refused: whether it is not."""
+        self.cuda.called(name)
+        self.refusable += 1
+        if self.refuse_at != self.refusable - 1:
+            return True
+        engine_loader._said.append(f"{name}: as the test wants it")
+        return False
+
+
+class FakeEngine(Owned):
+    """An engine."""
+
+    def __init__(self, tensorrt: FakeTensorRT, graph: str) -> None:
+        super().__init__(tensorrt.cuda, "engine")
+        self.tensorrt, self.graph = tensorrt, graph
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        self.cuda.called("ICudaEngine.device_memory_size_v2")
+        return self.tensorrt.memory[self.graph]
+
+    def create_runtime_config(self) -> Any:
+        self.cuda.called("ICudaEngine.create_runtime_config")
+        chosen = SimpleNamespace()
+        chosen.set_execution_context_allocation_strategy = partial(setattr, chosen, "strategy")
+        return chosen
+
+    def create_execution_context(self, config: Any) -> FakeContext | None:
+        if not self.tensorrt.does("ICudaEngine.create_execution_context"):
+            return None
+        if config.strategy != "user managed":
+            raise Misuse("a context would take activation memory of its own")
+        if config.dynamic_shapes_kernel_specialization_strategy != "eager":
+            raise Misuse("kernels would change while a video is made")
+        return FakeContext(self)
+
+
+class FakeContext(Owned):
+    """An execution context."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        super().__init__(engine.cuda, "context")
+        self._engine, self._tensorrt = engine, engine.tensorrt
+        self._runner = engine.tensorrt.runners[engine.graph]
+        self._profile: int | None = None
+        self._shapes: dict[str, Shape] = {}
+        self._memory = (0, 0)
+        self._addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        if not self._tensorrt.does("IExecutionContext.set_optimization_profile_async"):
+            return False
+        self._profile, self._shapes = None, {}
+        self.cuda.streams[stream].put(partial(setattr, self, "_profile", index))
+        return True
+
+    def set_input_shape(self, name: str, shape: Shape) -> bool:
+        if not self._tensorrt.does("IExecutionContext.set_input_shape"):
+            return False
+        if self._profile is None:
+            raise Misuse("a shape is set before the profile is there")
+        self._shapes[name] = shape
+        return shape == self._runner.phases[self._profile][name]
+
+    def get_tensor_shape(self, name: str) -> Shape:
+        self.cuda.called("IExecutionContext.get_tensor_shape")
+        if self._profile is None or not self._runner.varied <= set(self._shapes):
+            raise Misuse(f"the shape of {name} is asked for before those of all inputs are set")
+        return self._runner.phases[self._profile][name]
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self.cuda.called("IExecutionContext.set_device_memory")
+        self._memory = (memory, size)
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if not self._tensorrt.does("IExecutionContext.set_tensor_address"):
+            return False
+        if not memory or memory % ADDRESSES:
+            raise Misuse(f"{name} is placed at {memory:#x}")
+        self._addresses[name] = memory
+        return True
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        if not self._tensorrt.does("IExecutionContext.execute_async_v3"):
+            return False
+        phase, addresses, self._addresses = self._profile, self._addresses, {}
+        if (
+            phase is None
+            or not self._runner.varied <= set(self._shapes)
+            or set(addresses) != set(self._runner.dtypes)
+        ):
+            raise Misuse(f"{self._engine.graph} is run without all shapes and addresses")
+        self._check_places(phase, addresses)
+        start, size = self._memory
+        if size < self._tensorrt.memory[self._engine.graph]:
+            raise Misuse(f"{self._engine.graph} has {size} bytes of activation memory")
+        streams = self._tensorrt.users.setdefault(start, set())
+        streams.add(stream_handle)
+        if len(streams) > 1:
+            raise Misuse("activation memory is used in two streams")
+        self._tensorrt.executed.append((self._engine.graph, phase, stream_handle, addresses))
+        self.cuda.trace.append(("execute", stream_handle, self._engine.graph, phase))
+        self.cuda.streams[stream_handle].put(partial(self._run, phase, addresses))
+        return True
+
+    def _run(self, phase: int, addresses: Mapping[str, int]) -> None:
+        for name, nbytes in self._runner.sizes[phase].items():
+            self.cuda.bytes_at(addresses[name], max(1, nbytes))
+        self.cuda.bytes_at(*self._memory).fill(0x5A)
+        if self._tensorrt.computes:
+            self._runner.run(phase, addresses)
+
+    def _check_places(self, phase: int, addresses: Mapping[str, int]) -> None:
+        """All in live memory, and what is written apart from all else."""
+        places = []
+        for name, nbytes in self._runner.sizes[phase].items():
+            address = addresses[name]
+            self.cuda.bytes_at(address, max(1, nbytes))
+            if nbytes:
+                places.append((address, address + nbytes, name, name not in self._runner.inputs))
+        places.sort()
+        for (_, stop, first, written), (start, _, second, also) in pairwise(places):
+            if start < stop and (written or also):
+                raise Misuse(f"{first} and {second} of {self._engine.graph} lie in the same memory")

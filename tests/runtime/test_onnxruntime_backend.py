@@ -1,0 +1,144 @@
+"""The ONNX Runtime backend: which provider runs, where state lies, and errors as the runtime's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from forcingkv.headmaps import InputError
+from forcingkv.runtime import Bundle, DeviceError, MemoryShortError
+from forcingkv.runtime.backends import onnxruntime as backend
+from forcingkv.runtime.backends.onnxruntime import CPU, CUDA, OnnxGraph, OnnxLane, OnnxRuntimeBackend
+from forcingkv.runtime.backends.ort_state import OrtStateTensor
+from tests.runtime.videos import BUNDLES, OTHER, PROMPT, OwnState, assert_same, open_with, video_of
+
+Bundles = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_state_in_onnx_runtimes_own_memory_gives_the_same_video(
+    bundles: Bundles, tmp_path: Path, name: str
+) -> None:
+    """The way that the CUDA provider takes, on a CPU; with a switch, and a state from the other lane."""
+    own, _ = open_with(bundles(name), OwnState)
+    plain, _ = open_with(bundles(name), OnnxLane)
+    with own, plain:
+        kinds = {type(tensor) for tensor in own._maker.state().values()}
+        assert kinds == {OrtStateTensor}
+        videos = []
+        for session, other in ((own, plain), (plain, own)):
+            assert_same(video_of(session), video_of(other))
+            video = session.generate(PROMPT, seed=7, chunks=8)
+            for _ in range(4):
+                next(video)
+            video.switch(OTHER)
+            next(video)
+            video.save(tmp_path / "state")
+            videos.append(list(video))
+            assert_same(other.restore(tmp_path / "state"), videos[-1])
+        assert_same(*videos)
+
+
+def test_a_view_of_state_is_its_start() -> None:
+    whole: Any = OrtStateTensor.make((2, 6), "float32", "cpu")
+    values = np.arange(12, dtype=np.float32).reshape(2, 6)
+    whole.write(values, None)
+    part = whole.first((1, 4))
+    np.testing.assert_array_equal(part.fetch(None).array(), values.reshape(-1)[:4][None])
+    part.clear(None)
+    np.testing.assert_array_equal(whole.fetch(None).array().reshape(-1), [0, 0, 0, 0, *range(4, 12)])
+    assert whole.first((3, 0)).fetch(None).array().shape == (3, 0)
+    assert (whole.nbytes, part.nbytes) == (48, 16)
+
+
+def test_the_cuda_provider_is_taken_where_it_is_installed(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr(backend.ort, "get_available_providers", lambda: ["Tensorrt", CUDA, CPU])
+    monkeypatch.setattr(backend, "OnnxGraph", lambda *given: loaded.append(given))
+    found = OnnxRuntimeBackend(Bundle.open(bundles("forcing-kv")), threads=3)
+    assert [(path.name, threads, provider) for path, threads, provider in loaded] == [
+        (f"{graph}.onnx", 3, CUDA) for graph in ("prompt", "step", "decode")
+    ]
+    made: list[Any] = []
+    monkeypatch.setattr(OrtStateTensor, "make", lambda *given: made.append(given))
+    lane = found.lane()
+    lane.tensor((1, 2), "float32", state=True)
+    lane.tensor((1, 2), "float32")
+    assert made == [((1, 2), "float32", "cuda")]
+
+
+def test_a_provider_that_onnx_runtime_drops_is_an_error(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with the CPU and says so in its log: hours later one would wonder."""
+    started = ort.InferenceSession
+
+    def without(path: str, options: Any, providers: list[str]) -> Any:
+        assert providers == [CUDA, CPU]
+        return started(path, options, providers=[CPU])
+
+    monkeypatch.setattr(backend.ort, "InferenceSession", without)
+    with pytest.raises(DeviceError, match=r"CUDAExecutionProvider, but could not start it for step\.onnx"):
+        OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, CUDA)
+
+
+def test_a_graph_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "step.onnx").write_bytes(b"no graph")
+    with pytest.raises(DeviceError, match=r"failed in loading step\.onnx"):
+        OnnxGraph(tmp_path / "step.onnx")
+
+
+def test_a_pass_that_fails_says_so(bundles: Bundles) -> None:
+    graph = OnnxGraph(bundles("forcing-kv") / "prompt.onnx", 1)
+    with pytest.raises(DeviceError, match="failed in a pass"):
+        graph.run({"text": np.zeros((1, 2, 3), np.float32)}, {})
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (MemoryError("bad allocation"), MemoryShortError),
+        (
+            RuntimeError("bfc_arena.cc: Failed to allocate memory for requested buffer of size 1"),
+            MemoryShortError,
+        ),
+        (RuntimeError("Non-zero status: std::bad_alloc"), MemoryShortError),
+        (RuntimeError("CUDA failure 2: out of memory"), MemoryShortError),
+        (RuntimeError("CUDA failure 700: an illegal memory access"), DeviceError),
+    ],
+)
+def test_what_onnx_runtime_raises_is_told_apart(raised: Exception, kind: type[Exception]) -> None:
+    graph = OnnxGraph.__new__(OnnxGraph)
+
+    class Session:
+        def run_with_iobinding(self, *_: object) -> None:
+            raise raised
+
+    graph._session, graph._options = Session(), None
+    with pytest.raises(kind) as found:
+        graph.run_bound(None)
+    assert str(raised) in str(found.value)
+    assert found.value.__cause__ is raised
+
+
+def test_memory_that_is_not_there_is_told() -> None:
+    lane = OnnxLane({}, "cpu")
+    with pytest.raises(MemoryShortError, match=r"no memory for a tensor of float32 \(1099511627776, 1024\)"):
+        lane.tensor((2**40, 1024), "float32")
+    with pytest.raises(MemoryShortError, match="no memory on cpu for a tensor of float32"):
+        OrtStateTensor.make((2**40, 1024), "float32", "cpu")
+
+
+def test_graphs_for_tensorrt_are_refused(bundles: Bundles) -> None:
+    bundle = Bundle.open(bundles("forcing-kv"))
+    half = Bundle(bundle.path, replace(bundle.manifest, compute="bfloat16"), bundle.headmap)
+    with pytest.raises(InputError, match=r"compute in bfloat16.*--backend tensorrt"):
+        OnnxRuntimeBackend(half)

@@ -1,0 +1,145 @@
+"""Before memory is taken: a bundle that does not fit is refused, with what would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from forcingkv.headmaps import InputError
+from forcingkv.runtime import Bundle, Session, preflight, session
+from forcingkv.runtime.bundle import GRAPHS
+from forcingkv.runtime.engines import EngineRecord
+from forcingkv.runtime.footprint import kv_parts
+from forcingkv.runtime.plan import build_plan
+from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.preflight import check_memory, needed_memory, what_fits
+from tests.runtime.videos import PROMPT
+
+Bundles = Callable[[str], Path]
+RESOLUTIONS = {"tiny": (4, 4), "wide": (24, 16), "low": (12, 4), "own": (12, 8)}
+
+
+@pytest.fixture
+def bundle(bundles: Bundles) -> Bundle:
+    """The full policy at 12x8, of a model with resolutions above and below."""
+    opened = Bundle.open(bundles("full"))
+    model = replace(opened.manifest.model, resolutions=RESOLUTIONS)
+    return Bundle(opened.path, replace(opened.manifest, model=model), opened.headmap)
+
+
+def have(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(preflight, "available_bytes", lambda: size)
+
+
+def test_what_is_enough_is_enough(bundles: Bundles, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = sum(needed_memory(bundle, "onnxruntime").values())
+    have(monkeypatch, needed)
+    check_memory(bundle, "onnxruntime")
+    with Session.open(bundles("full")) as opened:
+        assert next(opened.generate(PROMPT, seed=1)).index == 0
+    have(monkeypatch, needed - 1)
+    with pytest.raises(InputError):
+        check_memory(bundle, "onnxruntime")
+
+
+def test_a_refusal_says_what_is_needed_and_what_fits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = needed_memory(bundle, "onnxruntime")
+    have(monkeypatch, sum(parts.values()) - 1)
+    with pytest.raises(InputError) as raised:
+        check_memory(bundle, "onnxruntime")
+    told = str(raised.value)
+    assert "a session of full at 12x8 needs" in told
+    assert "are available" in told
+    for name, size in parts.items():
+        assert (f"{name} " in told) == bool(size)
+    assert "What fits: window at own (" in told
+    assert told.count(" at own (") == 3, "no more than three, the nearest first"
+    assert raised.value.where == str(bundle.path)
+
+
+def test_nothing_is_loaded_before_it_fits(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr(session, "open_backend", lambda *given, **_: opened.append(given))
+    have(monkeypatch, 1000)
+    with pytest.raises(InputError, match=r"1\.00 kB are available\. No policy or resolution"):
+        Session.open(bundles("full"))
+    assert opened == []
+
+
+def test_the_check_can_be_left_out(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    have(monkeypatch, 0)
+    with Session.open(bundles("full"), preflight=False) as opened:
+        with pytest.raises(InputError, match="a session of full"):
+            opened.sibling()
+        with opened.sibling(preflight=False) as sibling:
+            assert next(sibling.generate(PROMPT, seed=1)).index == 0
+
+
+def test_a_sibling_needs_no_weights(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"weights": 10**12, "frames": 100}
+    monkeypatch.setattr(preflight, "needed_memory", lambda *_: dict(parts))
+    have(monkeypatch, 100)
+    check_memory(bundle, "onnxruntime", weights=False)
+    with pytest.raises(InputError, match="weights 1000 GB, frames 100 B"):
+        check_memory(bundle, "onnxruntime")
+
+
+@pytest.mark.parametrize("share", [0.95, 0.6, 0.4, 0.2, 0.1])
+def test_what_is_suggested_fits_and_the_nearest_comes_first(bundle: Bundle, share: float) -> None:
+    parts = needed_memory(bundle, "onnxruntime")
+    available = int(sum(parts.values()) * share)
+    fits = what_fits(bundle, parts, available)
+    spec = bundle.plan.spec
+    tokens = [spec.geometry(fit.resolution).frame_tokens for fit in fits]
+    assert tokens == sorted(tokens, reverse=True), "the resolution stays as near as it can"
+    assert all(count <= bundle.plan.frame_tokens for count in tokens), "none is larger"
+    assert len({(fit.policy, fit.resolution) for fit in fits}) == len(fits)
+    for fit in fits:
+        assert fit.bytes <= available
+        policy = load_policy(fit.policy)
+        if not policy.needs_headmap:
+            plan = build_plan(spec, spec.geometry(fit.resolution), policy)
+            assert sum(kv_parts(plan, "float32").values()) < fit.bytes
+    assert "full" not in {fit.policy for fit in fits if fit.resolution == "own"}
+
+
+def test_the_bundles_own_head_map_is_counted_with(bundles: Bundles) -> None:
+    """Its own policy is suggested with the map it has; the others with the one that takes most."""
+    opened = Bundle.open(bundles("forcing-kv"))
+    parts = needed_memory(opened, "onnxruntime")
+    fits = {fit.policy: fit.bytes for fit in what_fits(opened, parts, 10**12)}
+    assert fits["forcing-kv"] == sum(parts.values())
+    without = Bundle(opened.path, opened.manifest, None)
+    without.__dict__["plan"] = opened.plan
+    largest = {fit.policy: fit.bytes for fit in what_fits(without, parts, 10**12)}
+    assert largest["forcing-kv"] > fits["forcing-kv"]
+
+
+def engine(graph: str, sm: int) -> EngineRecord:
+    return EngineRecord(
+        graph=graph, flavour="tensorrt-rtx", version="1.7.1", sm=sm, file=f"{graph}.engine", layers=9,
+        plugin_layers=0, needs_plugin=False, phases=1, weight_bytes=2_000_000, activation_bytes=700_000,
+        scratch_bytes=1, seconds=1.0, peak_bytes=1,
+    )  # fmt: skip
+
+
+def test_engines_are_counted_against_the_gpus_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = tuple(engine(graph, sm) for sm in (89, 120) for graph in GRAPHS)
+    built = Bundle(bundle.path, replace(bundle.manifest, engines=engines), None)
+    monkeypatch.setattr(preflight, "choose", lambda flavour: None)
+    monkeypatch.setattr(preflight, "trt", SimpleNamespace(__version__="1.7.1"))
+    monkeypatch.setattr(preflight, "device_sm", lambda: 89)
+    monkeypatch.setattr(preflight, "device_free_bytes", lambda: 6_000_000)
+    have(monkeypatch, 10**15)
+    with pytest.raises(
+        InputError, match=r"weights 6\.00 MB, activations 2\.10 MB.* 6\.00 MB are available on the GPU"
+    ):
+        check_memory(built, "tensorrt-rtx")
+    check_memory(built, "tensorrt-rtx", weights=False)
+    monkeypatch.setattr(preflight, "device_sm", lambda: 75)
+    with pytest.raises(InputError, match="sm_75"):
+        check_memory(built, "tensorrt-rtx")

@@ -1,0 +1,119 @@
+"""What tests of sessions share: prompts, lanes that differ from ONNX Runtime's own, comparing videos."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from forcingkv.runtime import Bundle, Chunk, MemoryShortError, Session
+from forcingkv.runtime.backends import Lane, Pass, Program, Queue, Tensor
+from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane, OnnxRuntimeBackend
+from forcingkv.runtime.backends.ort_state import OrtStateTensor
+from forcingkv.runtime.session import SharedBackend
+
+POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
+BUNDLES = (*POLICIES, "taehv")
+"""Those of `conftest.export_small` that all must hold for."""
+PROMPT, OTHER = "a b c", "d e"
+
+
+class Ahead(OnnxLane):
+    """Begins a chunk before the one before is waited for, as lanes on a GPU do."""
+
+    def __init__(self, graphs: Mapping[str, OnnxGraph], state_device: str) -> None:
+        super().__init__(graphs, state_device)
+        self.lookahead = 1
+
+
+class OwnState(OnnxLane):
+    """Keeps its state in ONNX Runtime's memory, as where the CUDA provider runs."""
+
+    def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
+        if state:
+            return OrtStateTensor.make(shape, dtype, "cpu")
+        return super().tensor(shape, dtype)
+
+
+class Failing(OnnxLane):
+    """Runs out of memory in the pass of that number, counted from the last setting."""
+
+    fails_in: int | None = None
+
+    def program(self, graph: str) -> Program:
+        return FailingProgram(self, super().program(graph))
+
+
+class FailingProgram:
+    def __init__(self, lane: Failing, program: Program) -> None:
+        self._lane, self._program = lane, program
+
+    def bind(
+        self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], wanted: Collection[str]
+    ) -> Pass:
+        return FailingPass(self._lane, self._program.bind(phase, inputs, outputs, wanted))
+
+
+class FailingPass:
+    def __init__(self, lane: Failing, bound: Pass) -> None:
+        self._lane, self._bound = lane, bound
+
+    def run(self, queue: Queue) -> None:
+        if self._lane.fails_in is not None:
+            self._lane.fails_in -= 1
+            if self._lane.fails_in < 0:
+                raise MemoryShortError("as a test asked for")
+        self._bound.run(queue)
+
+
+class CountedBackend(OnnxRuntimeBackend):
+    """Makes lanes of a class, and counts how often it is closed."""
+
+    def __init__(self, bundle: Bundle, lane: type[OnnxLane]) -> None:
+        super().__init__(bundle, threads=1)
+        self._lane, self.closed = lane, 0
+
+    def lane(self) -> Lane:
+        return self._lane(self._graphs, "cpu")
+
+    def close(self) -> None:
+        self.closed += 1
+        super().close()
+
+
+def open_with(path: Path, lane: type[OnnxLane]) -> tuple[Session, CountedBackend]:
+    """A session whose lanes are of a class of their own."""
+    bundle = Bundle.open(path)
+    backend = CountedBackend(bundle, lane)
+    return Session(SharedBackend(bundle, "onnxruntime", backend), "host"), backend
+
+
+def video_of(session: Session, chunks: int = 7, seed: int = 7) -> list[Chunk]:
+    return list(session.generate(PROMPT, seed=seed, chunks=chunks))
+
+
+def assert_same(found: Iterable[Chunk], wanted: Iterable[Chunk]) -> None:
+    """The same chunks, to the bit."""
+    found, wanted = list(found), list(wanted)
+    assert [chunk.index for chunk in found] == [chunk.index for chunk in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one.latents, other.latents, f"latents of chunk {one.index}")
+        np.testing.assert_array_equal(one.frames, other.frames, f"frames of chunk {one.index}")
+
+
+def differ(found: Chunk, wanted: Chunk) -> bool:
+    return bool((found.latents != wanted.latents).any())
+
+
+def python(script: str, *words: object, **variables: str) -> str:
+    """What a process of its own prints, with those variables in its environment. It must end well."""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        capture_output=True, text=True, check=False, env=os.environ | variables,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
