@@ -13,7 +13,7 @@ from forcingkv.runtime.kernels import KernelLauncher
 from forcingkv.runtime.prune_plugin import register_plugins
 from forcingkv.runtime.trt_log import make_log
 
-__all__ = ["load_engine"]
+__all__ = ["last_words", "load_engine"]
 
 _runtimes: list[Any] = []
 """The process's TensorRT runtime, which engines need as long as they live; and what it said last."""
@@ -52,7 +52,7 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
     _said.clear()
     engine = _runtimes[0].deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        why = "; ".join(_said) or "it does not say why"
+        why = last_words() or "it does not say why"
         raise InputError(
             f"is not taken by {flavour} {trt.__version__} on sm_{sm} ({why})",
             where=str(path),
@@ -60,6 +60,12 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
         )
     loaded: trt.ICudaEngine = engine
     return loaded
+
+
+def last_words() -> str:
+    """What TensorRT has said of failures since this was last asked, or since an engine was last loaded."""
+    said, _said[:] = "; ".join(_said), []
+    return said
 
 
 def _hear(severity: str, message: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from forcingkv.runtime import engine_loader
 from forcingkv.runtime.backends.cuda import CudaQueue, Gpu, fault
 from forcingkv.runtime.backends.cuda_memory import CudaTensor
+from forcingkv.runtime.engine_loader import last_words
 from forcingkv.runtime.faults import DeviceError, SessionError
 from forcingkv.runtime.flavour import trt
 from forcingkv.runtime.prune_plugin import raise_plugin_error
@@ -81,8 +81,7 @@ class PhaseContext:
     def _refusal(self, doing: str) -> SessionError:
         """The error for what TensorRT just refused. What the plugin raised meanwhile is raised instead."""
         raise_plugin_error()
-        said, engine_loader._said[:] = "; ".join(engine_loader._said), []
-        return fault(f"{doing} {self.what}", said or "TensorRT does not say why")
+        return fault(f"{doing} {self.what}", last_words() or "TensorRT does not say why")
 
 
 def _new_context(engine: trt.ICudaEngine) -> trt.IExecutionContext | None:
