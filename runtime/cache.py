@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,6 +29,7 @@ class CacheBuffers:
         """Take the memory; `dtype` is that of keys and values."""
         self.plan, self.passes = plan, 0
         last = plan.phases[-1].first_chunk
+        self._begins = [phase.first_chunk for phase in plan.phases]
         self._sides: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for entry in plan.entries:
             size = (math.prod(plan.entry_shape(entry, last)),)
@@ -50,7 +52,7 @@ class CacheBuffers:
     @property
     def phase(self) -> int:
         """Index of the phase that passes run in now."""
-        return self.plan.phases.index(self.plan.phase(self.passes))
+        return bisect_right(self._begins, self.passes) - 1
 
     @property
     def key(self) -> tuple[int, int]:

@@ -27,8 +27,9 @@ __all__ = ["Begun", "ChunkMaker", "NoiseSource"]
 
 Floats = npt.NDArray[np.float32]
 NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
-"""(chunk, step, shape) -> standard normal noise: step 0 starts a chunk, step i + 1 renews it in pass i. A
-switch of prompts that redraws chunks asks for steps past those of all passes."""
+"""(chunk, step, shape) -> standard normal noise: step 0 starts a chunk, step i + 1 renews it in pass i (the
+last pass leaves none, and asks for none). A switch of prompts that redraws chunks asks for steps past those of
+all passes."""
 
 CLEAN = -1
 """The step of the clean pass."""
@@ -69,6 +70,8 @@ class ChunkMaker:
         self._rotary = {name: _tensor(lane, records["step"], name) for name in ("cosines", "sines")}
         self._latents = [_tensor(lane, records["step"], "latents") for _ in range(2)]
         self._noise = _tensor(lane, records["step"], "noise") if self._schedule.renoise == "fresh" else None
+        if self._noise is not None:
+            self._noise.clear(lane.main)  # taken times 0, it must be a number
         self._levels = self._noise_levels(records["step"])
 
     @property
@@ -166,8 +169,11 @@ class ChunkMaker:
         self._lane.side.wait(self._lane.main.mark())
 
     def _denoise(self, step: int, noise: NoiseSource, index: int, drawn: int) -> None:
-        """A denoising pass; its new noise, if it takes any, is that of the chunk's step `drawn`."""
-        if self._noise is not None:
+        """A denoising pass; its new noise, if it takes any, is that of the chunk's step `drawn`.
+
+        The last pass leaves none: whatever is there is taken times 0.
+        """
+        if self._noise is not None and self._schedule.sigmas[step + 1]:
             self._noise.write(noise(index, drawn, self.latent_shape), self._lane.main)
         self._pass(step).run(self._lane.main)
 
