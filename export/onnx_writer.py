@@ -20,6 +20,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from forcingkv.export.activations import make_caches_early
+from forcingkv.export.cpu_attention import attend_in_blocks
 from forcingkv.export.fp8 import quantize_linears
 from forcingkv.export.graphs import Graph
 from forcingkv.export.passes import scale_attention, use_transposed
@@ -99,6 +101,9 @@ def write_onnx(
         narrow_indices(traced)
         pair_lone_heads(traced)
         align_parameters(parameters)
+    else:
+        attend_in_blocks(traced, _longest(graph))
+        make_caches_early(traced)
     if input_scales:
         matrices = {_bare(p.name).removesuffix(".weight"): p for p in parameters if p.uses()}
         quantized = {layer: matrices[layer] for layer in input_scales if layer in matrices}
@@ -138,6 +143,11 @@ def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any] | None, ...]:
     symbols = {symbol: Dim(symbol, min=2) for symbol in sorted({s for _, s in graph.dynamic.values()})}
     places = {name: {place: symbols[symbol]} for name, (place, symbol) in graph.dynamic.items()}
     return tuple(places.get(name) for name in graph.inputs)
+
+
+def _longest(graph: Graph) -> dict[str, int]:
+    """The size of each dimension that varies in the last phase, which its example inputs are of."""
+    return {symbol: graph.inputs[name].shape[place] for name, (place, symbol) in graph.dynamic.items()}
 
 
 def _initializers_to_inputs(graph: ir.Graph) -> list[ir.Value]:

@@ -42,6 +42,10 @@ class OnnxGraph:
     def __init__(self, path: Path, threads: int | None = None, provider: str = CPU) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised: no need to print it too
+        # A tensor's memory is taken when it is made and given back when it was last read: what a pass needs
+        # is then known before it runs, and less (docs/decisions/0014).
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = options.enable_mem_reuse = False
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if threads:
             options.intra_op_num_threads = threads
         providers = [provider] if provider == CPU else [provider, CPU]

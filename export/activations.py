@@ -1,0 +1,167 @@
+"""What ONNX Runtime needs in memory for a graph, from the graph alone.
+
+A tensor lives from the node that makes it to the last one that reads it. ONNX Runtime 1.31 does so too if it
+is told to order nodes by their place in the file, and neither to keep buffers for later tensors nor to lay
+them out ahead (docs/decisions/0014); it runs every node of a graph, whatever outputs are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto, helper, numpy_helper
+
+from forcingkv.export.prune_op import DOMAIN
+
+__all__ = ["activation_bytes", "make_caches_early", "weight_bytes"]
+
+Shape = tuple[int, ...]
+
+MOVES_NOTHING = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
+"""Operators whose output is their first input's memory."""
+IN_PLACE = {"Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Tanh"}
+"""Operators that may write over an operand of the output's size that nothing else reads."""
+
+
+def make_caches_early(graph: ir.Graph) -> None:
+    """Nodes that only outputs need are moved to where what they read is made.
+
+    A trace makes next caches last, and keys and values of all layers would wait for it.
+
+    Ensures: the same nodes, in an order in which those that the first output does not need come right after
+    the last that makes their inputs.
+    """
+    needed: set[ir.Node] = set()
+    waiting = [graph.outputs[0].producer()]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in needed:
+            needed.add(node)
+            waiting += [value.producer() for value in node.inputs if value is not None]
+    after: dict[ir.Node, int] = {}
+    for number, node in enumerate(graph):
+        makers = [value.producer() for value in node.inputs if value is not None]
+        earliest = max((after[maker] for maker in makers if maker is not None), default=-1)
+        after[node] = number if node in needed else earliest
+    order = sorted(graph, key=after.__getitem__)  # stable: of those that may stand there, as they stood
+    graph.remove(order)
+    graph.extend(order)
+
+
+def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape]]) -> int:
+    """Bytes that a pass needs at most for what is neither input nor output nor weight.
+
+    Args:
+        model: the graph, its nodes in the order they run in. Inputs and outputs are the caller's memory.
+        phases: for each phase the shape of every input that varies; one empty mapping if none does.
+    """
+    return max(_peak(model, shapes) for shapes in phases)
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of a graph's weights as ONNX Runtime holds them once it is loaded.
+
+    Those that are cast are held as what they are cast to. Matrices that are multiplied by are kept in an order
+    of the processor's own, and so are the pages of the file they came from while memory is not short; these
+    the system takes back, and they do not count.
+    """
+    kinds = {value.name: value.data_type for value in model.graph.initializer}
+    sizes = {value.name: math.prod(value.dims) for value in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in kinds:
+            kinds[node.input[0]] = node.attribute[0].i
+    return sum(size * _element_bytes(kinds[name]) for name, size in sizes.items())
+
+
+def _peak(model: onnx.ModelProto, given: Mapping[str, Shape]) -> int:
+    shapes, sizes = _shapes(model, given)
+    nodes = list(_running(model))
+    last = {name: place for place, node in enumerate(nodes) for name in node.input}
+    outputs = {value.name for value in model.graph.output}
+    owners: dict[str, str] = {}
+    """Tensor -> the tensor whose memory it is in."""
+    ends: dict[str, int] = {}
+    live: dict[str, int] = {}
+    peak = 0
+    for place, node in enumerate(nodes):
+        reads = [owners.get(name, name) for name in node.input]
+        for name in node.output:
+            if name and name not in outputs:
+                owner = name
+                if node.op_type in MOVES_NOTHING:
+                    owner = reads[0]
+                elif node.op_type in IN_PLACE:
+                    ending = (r for r in reads if ends.get(r) == place and live.get(r) == sizes[name])
+                    owner = next(ending, name)
+                owners[name] = owner
+                ends[owner] = max(ends.get(owner, 0), last.get(name, place))
+                if owner == name:
+                    live[name] = sizes[name]
+        peak = max(peak, sum(live.values()) + _scratch(node, shapes, sizes))
+        live = {name: size for name, size in live.items() if ends[name] > place}
+    return peak
+
+
+def _running(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """The nodes that are not computed once, when the graph is loaded."""
+    constant = {value.name for value in model.graph.initializer}
+    for node in model.graph.node:
+        if constant.issuperset(node.input):
+            constant.update(node.output)
+        else:
+            yield node
+
+
+def _scratch(node: onnx.NodeProto, shapes: Mapping[str, Shape], sizes: Mapping[str, int]) -> int:
+    """Bytes a node needs while it runs, beyond its inputs and outputs."""
+    given = [sizes.get(name, 0) for name in node.input]
+    if node.op_type == "MultiHeadAttention":
+        return sum(given[:3])  # a copy of each, in its own order
+    if node.op_type == "Attention":
+        _, heads, queries, _ = shapes[node.input[0]]
+        return 4 * heads * queries * shapes[node.input[1]][2]
+    if node.domain == DOMAIN:  # transition and new keys and values, joined; for scores four times the keys
+        keys, values = given[0] + given[2], given[1] + given[3]
+        return max(keys + values, 5 * keys) if node.op_type == "DynamicPrune" else keys + values
+    return 0
+
+
+def _shapes(model: onnx.ModelProto, given: Mapping[str, Shape]) -> tuple[dict[str, Shape], dict[str, int]]:
+    """The shape of every tensor, and its bytes; of those that a function makes, as far as they are known."""
+    told = onnx.ModelProto()
+    told.CopyFrom(model)
+    for value in told.graph.input:
+        if value.name in given:
+            value.CopyFrom(_typed(value.name, value.type.tensor_type.elem_type, given[value.name]))
+    for value in told.graph.output:
+        value.type.tensor_type.ClearField("shape")  # they may vary as inputs do
+    contents = {value.name: value for value in told.graph.initializer}
+    readers = {name: node for node in told.graph.node for name in node.input}
+    for node in told.graph.node:
+        if node.op_type == "MultiHeadAttention":  # onnx does not know it; `attend_in_blocks` says its shape
+            whole = numpy_helper.to_array(contents[readers[node.output[0]].input[1]])
+            told.graph.value_info.append(_typed(node.output[0], TensorProto.FLOAT, tuple(whole[1:])))
+    told = onnx.shape_inference.infer_shapes(told, strict_mode=True, data_prop=True)
+    shapes: dict[str, Shape] = {v.name: tuple(v.dims) for v in told.graph.initializer}
+    sizes: dict[str, int] = {}
+    for value in (*told.graph.input, *told.graph.value_info, *told.graph.output):
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
+            shapes[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
+            sizes[value.name] = math.prod(shapes[value.name]) * _element_bytes(kind.elem_type)
+    made = {name for node in model.graph.node if node.domain == DOMAIN for name in node.output}
+    unknown = {name for node in model.graph.node for name in node.output if name} - made - set(sizes)
+    if unknown:
+        raise ValueError(f"the shapes of {', '.join(sorted(unknown)[:5])} are not known")
+    return shapes, dict.fromkeys(made, 0) | sizes
+
+
+def _typed(name: str, kind: int, shape: Shape) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, [int(size) for size in shape])
+
+
+def _element_bytes(kind: int) -> int:
+    return int(helper.tensor_dtype_to_np_dtype(kind).itemsize)
