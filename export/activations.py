@@ -64,9 +64,9 @@ def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of a graph's weights as ONNX Runtime holds them once it is loaded.
 
-    Those that are cast are held as what they are cast to. Matrices that are multiplied by are kept in an order
-    of the processor's own, and so are the pages of the file they came from while memory is not short; these
-    the system takes back, and they do not count.
+    Those that are cast are held as what they are cast to. Matrices that are multiplied by are kept in an
+    order of the processor's own, and so are the pages of the file they came from while memory is not short;
+    these the system takes back, and they do not count.
     """
     kinds = {value.name: value.data_type for value in model.graph.initializer}
     sizes = {value.name: math.prod(value.dims) for value in model.graph.initializer}
@@ -153,10 +153,29 @@ def _shapes(model: onnx.ModelProto, given: Mapping[str, Shape]) -> tuple[dict[st
             shapes[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
             sizes[value.name] = math.prod(shapes[value.name]) * _element_bytes(kind.elem_type)
     made = {name for node in model.graph.node if node.domain == DOMAIN for name in node.output}
-    unknown = {name for node in model.graph.node for name in node.output if name} - made - set(sizes)
-    if unknown:
-        raise ValueError(f"the shapes of {', '.join(sorted(unknown)[:5])} are not known")
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*told.graph.input, *told.graph.value_info)}
+    for node in model.graph.node:
+        for name in node.output:
+            if name and name not in made and name not in sizes:
+                shapes[name] = _at_most(node, shapes)
+                sizes[name] = math.prod(shapes[name]) * _element_bytes(kinds.get(name, TensorProto.FLOAT))
     return shapes, dict.fromkeys(made, 0) | sizes
+
+
+def _at_most(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> Shape:
+    """A shape that an output fits in, where its own follows from numbers that only a run computes.
+
+    These are the joined frames of a window and what is cut from them.
+    """
+    given = [shapes[name] for name in node.input if name in shapes]
+    if node.op_type == "Concat":
+        place = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
+        joined = list(given[0])
+        joined[place] = sum(shape[place] for shape in given)
+        return tuple(joined)
+    if node.op_type == "Slice":
+        return given[0]
+    raise ValueError(f"the shape of {node.output[0]}, which {node.op_type} makes, is not known")
 
 
 def _typed(name: str, kind: int, shape: Shape) -> onnx.ValueInfoProto:

@@ -213,7 +213,11 @@ class _Writer:
         path, precision = self.folder / f"{name}.onnx", self.precision
         traced = self._trace(name, path, precision)
         self.written.append(path)
-        self.records[name] = graph_record(path, traced, self._weights_of(name))
+        phases = None
+        if precision.compute == "float32":
+            shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
+            phases = shapes if name == "step" else [{}]
+        self.records[name] = graph_record(path, traced, self._weights_of(name), phases)
         if self.verify:
             self.say(f"verifying {name}")
             if precision.compute == "float32":

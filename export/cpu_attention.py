@@ -1,8 +1,8 @@
 """Attention on a CPU without its scores in memory.
 
-ONNX Runtime's kernel of the standard operator writes the scores of all heads out: at 1080P 57 GB for a chunk's
-queries and twice as many keys. Its own operator MultiHeadAttention goes over blocks of queries and keys
-instead, if keys and values have rank 3 and there is no mask, bias or past (docs/decisions/0014).
+ONNX Runtime's kernel of the standard operator writes the scores of all heads out: at 1080P 57 GB for a
+chunk's queries and twice as many keys. Its own operator MultiHeadAttention goes over blocks of queries and
+keys instead, if keys and values have rank 3 and there is no mask, bias or past (docs/decisions/0014).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int], smallest: int 
         assert queries is not None
         assert keys is not None
         assert queries.shape is not None
-        batch, heads, tokens, width = queries.shape
+        batch, heads, tokens, _ = queries.shape
         assert isinstance(heads, int)
         assert isinstance(tokens, int)
         if batch == 1 and 4 * heads * tokens * _tokens(keys, lengths) >= smallest:
@@ -60,7 +60,7 @@ def _tokens(keys: ir.Value, lengths: Mapping[str, int]) -> int:
     size = keys.shape[2]
     if isinstance(size, int):
         return size
-    if size.value in lengths:
+    if size.value is not None and size.value in lengths:
         return lengths[size.value]
     node = keys.producer()
     if node is None or node.op_type != "Concat":
@@ -69,13 +69,14 @@ def _tokens(keys: ir.Value, lengths: Mapping[str, int]) -> int:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, heads: int, tokens: int) -> None:
-    flat = []
+    flat, last = [], 0
     for place, value in enumerate(node.inputs[:3]):
         assert value is not None
         assert value.shape is not None
         assert value.dtype == ir.DataType.FLOAT
         width = value.shape[3]
         assert isinstance(width, int)
+        last = width
         rows = -1 if place else tokens
         shape = constant(graph, f"heads_{heads}_{rows}_{width}", np.array([heads, rows, width], np.int64))
         reshape = ir.Node("", "Reshape", [value, shape])
@@ -85,11 +86,11 @@ def _replace(graph: ir.Graph, node: ir.Node, heads: int, tokens: int) -> None:
         flat.append(reshape)
     attributes = [ir.AttrInt64("num_heads", 1), ir.AttrFloat32("scale", node.attributes["scale"].as_float())]
     attend = ir.Node(DOMAIN, "MultiHeadAttention", [one.outputs[0] for one in flat], attributes)
-    seen, width = attend.outputs[0], flat[2].outputs[0].shape[2]
+    seen = attend.outputs[0]
     seen.name = f"{node.outputs[0].name}.heads"
-    seen.type, seen.shape = node.outputs[0].type, ir.Shape([heads, tokens, width])
+    seen.type, seen.shape = node.outputs[0].type, ir.Shape([heads, tokens, last])
     # Every size is said: onnx infers no shape from an operator it does not know.
-    whole = constant(graph, f"all_{heads}_{tokens}_{width}", np.array([1, heads, tokens, width], np.int64))
+    whole = constant(graph, f"all_{heads}_{tokens}_{last}", np.array([1, heads, tokens, last], np.int64))
     back = ir.Node("", "Reshape", [seen, whole])
     back.outputs[0].type, back.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
     graph.insert_before(node, [*flat, attend, back])

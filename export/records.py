@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import torch
 
 import forcingkv
+from forcingkv.export.activations import activation_bytes, weight_bytes
 from forcingkv.runtime.bundle import GraphRecord, TensorRecord
 from forcingkv.runtime.files import FileRecord, record_file
 
 __all__ = ["file_records", "graph_record", "versions"]
 
 
-def graph_record(path: Path, traced: onnx.ModelProto, weights: str | None) -> GraphRecord:
-    """The record of a graph that points into the file `weights`."""
+def graph_record(
+    path: Path,
+    traced: onnx.ModelProto,
+    weights: str | None,
+    phases: Sequence[Mapping[str, tuple[int, ...]]] | None,
+) -> GraphRecord:
+    """The record of a graph that points into the file `weights`.
+
+    `phases` are the shapes of inputs that vary, for each phase; None: ONNX Runtime does not run the graph.
+    """
     return GraphRecord(
         file=path.name,
         weights=weights,
         inputs={value.name: _tensor(value) for value in traced.graph.input},
         outputs={value.name: _tensor(value) for value in traced.graph.output},
+        weight_bytes=None if phases is None else weight_bytes(traced),
+        activation_bytes=None if phases is None else activation_bytes(traced, phases),
     )
 
 

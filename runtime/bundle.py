@@ -50,6 +50,10 @@ class GraphRecord:
     weights: str | None
     inputs: dict[str, TensorRecord]
     outputs: dict[str, TensorRecord]
+    weight_bytes: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What ONNX Runtime holds of the weights once the graph is loaded; None where engines run it."""
+    activation_bytes: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What ONNX Runtime needs at most for what is neither input nor output, in the phase that needs most."""
 
 
 @dataclass(frozen=True)

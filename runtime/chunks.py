@@ -28,8 +28,8 @@ __all__ = ["Begun", "ChunkMaker", "NoiseSource"]
 Floats = npt.NDArray[np.float32]
 NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
 """(chunk, step, shape) -> standard normal noise: step 0 starts a chunk, step i + 1 renews it in pass i (the
-last pass leaves none, and asks for none). A switch of prompts that redraws chunks asks for steps past those of
-all passes."""
+last pass leaves none, and asks for none). A switch of prompts that redraws chunks asks for steps past those
+of all passes."""
 
 CLEAN = -1
 """The step of the clean pass."""

@@ -1,4 +1,4 @@
-"""What a session holds in device memory, part by part: for reports, and for a check before loading.
+"""What a session holds in memory, part by part: for reports, and for a check before loading.
 
 Nothing is measured here. What a builder reported of its engines and the shapes of the manifest are added
 up with what the cache plan derives, for a session that has one context for each engine and buffers like
@@ -23,28 +23,29 @@ from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype
 __all__ = ["PARTS", "EngineSet", "alike", "engine_sets", "footprint", "kv_parts", "named", "readable"]
 
 PARTS: dict[str, str] = {
-    "weights": "of all engines: they stay loaded",
-    "activations": "of one context at a time: they share a block",
+    "weights": "of all graphs: they stay loaded",
+    "activations": "of a pass, and of decoding beside it",
     "kv_sink": "one buffer: written once",
     "kv_retained": "two buffers: read and written in turn",
     "kv_recent": "two buffers: read and written in turn",
     "decoder_caches": "two buffers: read and written in turn",
-    "frames": "what decode gives",
+    "frames": "of a chunk, or of two if they overlap",
     "text": "of the prompt, with its keys and values",
     "latents": "with noise, positions and noise levels",
 }
 """The parts, and why each has its size.
 
-weights: sum of the engines' `weight_bytes`, from the builder's log.
-activations: the largest of the engines' `activation_bytes`, from the builder's log. The graphs run one
-    after another, so one block can serve all contexts; their sum where each context has its own. The keys
-    and values of the current chunk are in it, a layer at a time.
+weights: sum of the engines' `weight_bytes`, from the builder's log; on ONNX Runtime of the graphs'.
+activations: of engines the largest of `prompt` and `step`, which run one after another in one block, and
+    `decode`, which has its own: `activation_bytes` from the builder's log. The keys and values of the current
+    chunk are in it, a layer at a time. On ONNX Runtime the largest of the graphs', which export derives from
+    the graph (`export/activations.py`): memory is given back as soon as a tensor was read.
 kv_sink, kv_retained, kv_recent: from the cache plan, in its last phase, which is the largest, in the dtype
     that the graphs compute in.
 decoder_caches: shapes of the inputs of `decode` that have an output `next.` + name.
-frames: shapes of the other outputs of `decode`. All are held: an engine computes every output.
+frames: those of all calls of `decode` for a chunk.
 text: shapes of the inputs and outputs of `prompt`; the latter are inputs of `step`.
-latents: shapes of all else that goes into `step` and `decode` or comes out of `step`.
+latents: shapes of all else that goes into `step` and `decode`, and of the next latents.
 """
 
 NEXT = "next."
@@ -87,34 +88,41 @@ def named(sets: Iterable[EngineSet]) -> str:
     return "; ".join(f"{made} for {', '.join(of)}" for made, of in sms.items())
 
 
-def footprint(
-    manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecord] = (), *, shared: bool = True
-) -> dict[str, int]:
-    """Bytes of device memory that a session holds, by part (see `PARTS`).
+def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecord] = ()) -> dict[str, int]:
+    """Bytes of memory that a session holds, by part (see `PARTS`).
 
     Args:
         manifest: of the bundle.
         plan: its cache plan.
         engines: the engines that the session loads, as `find_engine` or `engine_sets` gives them; without
-            any, `weights` and `activations` are not known and left out.
-        shared: whether the contexts take their activation memory from one block.
+            any it is a session on ONNX Runtime. Of graphs that ONNX Runtime does not run `weights` and
+            `activations` are not known then, and left out.
     """
     parts: dict[str, int] = {}
     if engines:
         parts["weights"] = sum(engine.weight_bytes for engine in engines)
-        needs = [engine.activation_bytes for engine in engines]
-        parts["activations"] = max(needs) if shared else sum(needs)
+        needs = {engine.graph: engine.activation_bytes for engine in engines}
+        decoding = needs.pop("decode", 0)
+        parts["activations"] = max(needs.values(), default=0) + decoding
+    else:
+        weights = [graph.weight_bytes for graph in manifest.graphs.values()]
+        activations = [graph.activation_bytes for graph in manifest.graphs.values()]
+        if None not in weights and None not in activations:
+            parts["weights"] = sum(size for size in weights if size)
+            parts["activations"] = max(size for size in activations if size is not None)
     parts |= kv_parts(plan, manifest.compute)
     prompt, step, decode = (manifest.graphs[name] for name in GRAPHS)
     caches = _carried(decode)
     lengths = _longest(plan)
     parts["decoder_caches"] = 2 * _bytes(caches)
-    parts["frames"] = _bytes(_but(decode.outputs, {NEXT + name for name in caches}))
+    frames, latents = decode.outputs["frames"], decode.inputs["latents"]
+    calls = plan.spec.frames_per_chunk // latents.shape[2]
+    parts["frames"] = calls * (2 if engines else 1) * _bytes({"frames": frames})
     parts["text"] = _bytes(prompt.inputs) + _bytes(prompt.outputs)
     cached = {entry.name for entry in plan.entries}
     parts["latents"] = (
         _bytes(_but(step.inputs, cached | set(prompt.outputs)), lengths)
-        + _bytes(_but(step.outputs, {NEXT + name for name in cached}))
+        + _bytes({"next_latents": step.outputs["next_latents"]})
         + _bytes(_but(decode.inputs, set(caches)))
     )
     return parts

@@ -72,7 +72,7 @@ def needed_memory(bundle: Bundle, backend: str) -> dict[str, int]:
 
     Raises what finding the engines raises, for backends that run engines.
     """
-    return footprint(bundle.manifest, bundle.plan, _engines(bundle, backend), shared=False)
+    return footprint(bundle.manifest, bundle.plan, _engines(bundle, backend))
 
 
 def what_fits(bundle: Bundle, parts: Mapping[str, int], available: int) -> list[Fit]:

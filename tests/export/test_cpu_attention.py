@@ -21,6 +21,7 @@ from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.tensors import read_header
 from tests.conftest import headmap_of, mixed_map, random_model, small_spec
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>\n'
@@ -149,9 +150,7 @@ def test_graphs_for_tensorrt_have_the_standard_operator(
     out = tmp_path / "bundle"
     export_bundle(spec, random_model(spec).state_dict(), plan.policy, out, headmap=mixed_map(spec),
                   verify=False)  # fmt: skip
-    from forcingkv.runtime.tensors import TensorFile
-
-    stored = TensorFile(out / "weights.safetensors").tensors
+    stored, _ = read_header(out / "weights.safetensors")
     model = write_onnx(
         lambda: step_graph(random_model(spec), plan), tmp_path / "step.onnx", stored, "weights", tensorrt=True
     )

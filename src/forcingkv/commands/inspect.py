@@ -62,10 +62,7 @@ def _footprints(opened: Bundle) -> list[dict[str, Any]]:
     for one in engine_sets(manifest) or (None,):
         names = {name: getattr(one, name) if one else None for name in ("flavour", "version", "sm")}
         parts = footprint(manifest, plan, one.engines if one else ())
-        apart = footprint(manifest, plan, one.engines if one else (), shared=False)
-        found.append(
-            names | {"parts": parts, "total": sum(parts.values()), "total_unshared": sum(apart.values())}
-        )
+        found.append(names | {"parts": parts, "total": sum(parts.values())})
     return found
 
 
@@ -171,6 +168,8 @@ def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
         yield from textwrap.wrap(
             f"device memory of a session with {named(group)}", WIDTH, subsequent_indent="  "
         )
+    elif "weights" in parts:
+        yield "memory of a session on ONNX Runtime"
     else:
         yield "buffers of a session, without weights and activations: there are no engines"
     for name, size in parts.items():
@@ -178,12 +177,9 @@ def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
             yield f"  {name:<16}{readable(size):>9}{size / total:>7.1%}  {PARTS[name]}"
     yield f"  {'total':<16}{readable(total):>9}"
     if group:
-        apart = footprint(manifest, plan, engines, shared=False)
-        largest = max(engines, key=lambda engine: engine.activation_bytes)
         yield from _wrapped(
             "  ",
-            f"Activations are those of {largest.graph}, the most of any graph, as contexts take turns. With"
-            f" a block for each: {readable(apart['activations'])}, in all {readable(sum(apart.values()))}.",
+            "Activations are the most of prompt and step, which take turns, and those of decode.",
             "Not counted: CUDA's own context, code of kernels, rounding by allocators.",
         )
 
