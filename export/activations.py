@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from forcingkv.export.prune_op import DOMAIN
 
@@ -64,9 +66,8 @@ def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of a graph's weights as ONNX Runtime holds them once it is loaded.
 
-    Those that are cast are held as what they are cast to. Matrices that are multiplied by are kept in an
-    order of the processor's own, and so are the pages of the file they came from while memory is not short;
-    these the system takes back, and they do not count.
+    Those that are cast are held as what they are cast to. Of matrices to multiply by there is one copy, in an
+    order of the processor's own: the file's pages are let go.
     """
     kinds = {value.name: value.data_type for value in model.graph.initializer}
     sizes = {value.name: math.prod(value.dims) for value in model.graph.initializer}
@@ -144,38 +145,46 @@ def _shapes(model: onnx.ModelProto, given: Mapping[str, Shape]) -> tuple[dict[st
         if node.op_type == "MultiHeadAttention":  # onnx does not know it; `attend_in_blocks` says its shape
             whole = numpy_helper.to_array(contents[readers[node.output[0]].input[1]])
             told.graph.value_info.append(_typed(node.output[0], TensorProto.FLOAT, tuple(whole[1:])))
+    _fold_lengths(told)
     told = onnx.shape_inference.infer_shapes(told, strict_mode=True, data_prop=True)
     shapes: dict[str, Shape] = {v.name: tuple(v.dims) for v in told.graph.initializer}
-    sizes: dict[str, int] = {}
+    sizes = {v.name: math.prod(v.dims) * _element_bytes(v.data_type) for v in told.graph.initializer}
     for value in (*told.graph.input, *told.graph.value_info, *told.graph.output):
         kind = value.type.tensor_type
         if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
             shapes[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
             sizes[value.name] = math.prod(shapes[value.name]) * _element_bytes(kind.elem_type)
     made = {name for node in model.graph.node if node.domain == DOMAIN for name in node.output}
-    kinds = {v.name: v.type.tensor_type.elem_type for v in (*told.graph.input, *told.graph.value_info)}
-    for node in model.graph.node:
-        for name in node.output:
-            if name and name not in made and name not in sizes:
-                shapes[name] = _at_most(node, shapes)
-                sizes[name] = math.prod(shapes[name]) * _element_bytes(kinds.get(name, TensorProto.FLOAT))
+    unknown = {name for node in told.graph.node for name in node.output if name} - made - set(sizes)
+    if unknown:
+        raise ValueError(f"the shapes of {', '.join(sorted(unknown)[:5])} are not known")
     return shapes, dict.fromkeys(made, 0) | sizes
 
 
-def _at_most(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> Shape:
-    """A shape that an output fits in, where its own follows from numbers that only a run computes.
-
-    These are the joined frames of a window and what is cut from them.
-    """
-    given = [shapes[name] for name in node.input if name in shapes]
-    if node.op_type == "Concat":
-        place = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
-        joined = list(given[0])
-        joined[place] = sum(shape[place] for shape in given)
-        return tuple(joined)
-    if node.op_type == "Slice":
-        return given[0]
-    raise ValueError(f"the shape of {node.output[0]}, which {node.op_type} makes, is not known")
+def _fold_lengths(model: onnx.ModelProto) -> None:
+    """Numbers that follow from the shapes of inputs become constants: bounds of slices, say."""
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    known = {
+        value.name: numpy_helper.to_array(value)
+        for value in model.graph.initializer
+        if value.data_type == TensorProto.INT64 and value.data_location == TensorProto.DEFAULT
+    }
+    folded = []
+    for node in model.graph.node:
+        if node.op_type == "Shape" and node.input[0] in inputs:
+            bounds = {attribute.name: attribute.i for attribute in node.attribute}
+            dimensions = inputs[node.input[0]][bounds.get("start") : bounds.get("end")]
+            found = np.array([dimension.dim_value for dimension in dimensions], np.int64)
+        elif node.input and not node.domain and all(name in known for name in node.input):
+            made = ReferenceEvaluator(node).run(None, {name: known[name] for name in node.input})
+            found = np.asarray(next(iter(made)))
+        else:
+            continue
+        known[node.output[0]] = found
+        model.graph.initializer.append(numpy_helper.from_array(found, node.output[0]))
+        folded.append(node)
+    for node in folded:
+        model.graph.node.remove(node)
 
 
 def _typed(name: str, kind: int, shape: Shape) -> onnx.ValueInfoProto:

@@ -26,6 +26,9 @@ from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError
 __all__ = ["HostTensor", "OnnxGraph", "OnnxRuntimeBackend"]
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+LARGE_ACTIVATIONS = 256_000_000
+"""Bytes of a pass from which its memory is given back after it. Below, pages that are taken anew each time
+cost 17% of the demo model's time (docs/decisions/0014)."""
 SHORT = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "cudaerrormemoryallocation")
 """What ONNX Runtime's messages hold, in small letters, where memory was short."""
 
@@ -37,15 +40,18 @@ class OnnxGraph:
         path: the ONNX file.
         threads: of a pass; None: as many as ONNX Runtime sees fit.
         provider: what runs it.
+        arena: whether memory of a pass is kept for the next one.
     """
 
-    def __init__(self, path: Path, threads: int | None = None, provider: str = CPU) -> None:
+    def __init__(
+        self, path: Path, threads: int | None = None, provider: str = CPU, *, arena: bool = True
+    ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised: no need to print it too
-        # A tensor's memory is taken when it is made and given back when it was last read: what a pass needs
-        # is then known before it runs, and less (docs/decisions/0014).
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = options.enable_mem_reuse = False
+        # What a pass needs is then known before it runs, and less (docs/decisions/0014).
+        options.enable_mem_pattern = options.enable_mem_reuse = False
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = arena
         if threads:
             options.intra_op_num_threads = threads
         providers = [provider] if provider == CPU else [provider, CPU]
@@ -55,9 +61,6 @@ class OnnxGraph:
             raise _fault(f"loading {path.name}", error) from error
         if self._session.get_providers()[0] != provider:
             raise DeviceError(f"ONNX Runtime has {provider}, but could not start it for {path.name}")
-        # Passes that fetch only the latents then skip the next caches, and the clean pass the head.
-        self._options = ort.RunOptions()
-        self._options.only_execute_path_to_fetches = True
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:
         """The binding of tensors, for `run_bound`."""
@@ -71,7 +74,7 @@ class OnnxGraph:
     def run_bound(self, binding: Any) -> None:
         """Run on what was bound. Raises MemoryShortError, or DeviceError for any other failure."""
         try:
-            self._session.run_with_iobinding(binding, self._options)
+            self._session.run_with_iobinding(binding)
         except Exception as error:
             raise _fault("a pass", error) from error
 
@@ -164,7 +167,8 @@ class OnnxProgram:
     def bind(
         self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], wanted: Collection[str]
     ) -> Pass:
-        return OnnxPass(self._graph, inputs, {name: outputs[name] for name in wanted})
+        # ONNX Runtime runs every node, whatever is asked for: what has a place need not take memory.
+        return OnnxPass(self._graph, inputs, outputs)
 
 
 class OnnxLane:
@@ -211,7 +215,10 @@ class OnnxRuntimeBackend:
                 mend="Export the model with --target onnx, or choose --backend tensorrt or tensorrt-rtx.",
             )
         self.provider = CUDA if CUDA in ort.get_available_providers() else CPU
-        self._graphs = {name: OnnxGraph(bundle.graph(name), threads, self.provider) for name in GRAPHS}
+        self._graphs = {}
+        for name in GRAPHS:
+            kept = (bundle.manifest.graphs[name].activation_bytes or 0) < LARGE_ACTIVATIONS
+            self._graphs[name] = OnnxGraph(bundle.graph(name), threads, self.provider, arena=kept)
 
     def lane(self) -> Lane:
         return OnnxLane(self._graphs, "cuda" if self.provider == CUDA else "cpu")

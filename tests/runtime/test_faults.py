@@ -141,6 +141,7 @@ def test_closing_gives_all_memory_back(bundles: Bundles) -> None:
     exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     told = python(ROUNDS, bundles("large"), **exact).splitlines()
     rounds = [list(map(int, line.split())) for line in told]
-    after = [closed for closed, _ in rounds]
-    assert max(after[2:]) <= 1.02 * after[1], rounds
-    assert all(held - closed > 50e6 for closed, held in rounds), "there is much to be given back"
+    after, taken = [closed for closed, _ in rounds], [held - closed for closed, held in rounds]
+    # What one round took and did not give back would be there four times over.
+    assert max(after[2:]) - after[1] <= 0.05 * min(taken), rounds
+    assert min(taken) > 50e6, "there is much to be given back"

@@ -136,7 +136,7 @@ def test_engines_are_counted_against_the_gpus_memory(bundle: Bundle, monkeypatch
     monkeypatch.setattr(preflight, "device_free_bytes", lambda: 6_000_000)
     have(monkeypatch, 10**15)
     with pytest.raises(
-        InputError, match=r"weights 6\.00 MB, activations 2\.10 MB.* 6\.00 MB are available on the GPU"
+        InputError, match=r"weights 6\.00 MB, activations 1\.40 MB.* 6\.00 MB are available on the GPU"
     ):
         check_memory(built, "tensorrt-rtx")
     check_memory(built, "tensorrt-rtx", weights=False)
