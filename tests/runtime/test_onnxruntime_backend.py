@@ -62,7 +62,7 @@ def test_the_cuda_provider_is_taken_where_it_is_installed(
 ) -> None:
     loaded = []
     monkeypatch.setattr(backend.ort, "get_available_providers", lambda: ["Tensorrt", CUDA, CPU])
-    monkeypatch.setattr(backend, "OnnxGraph", lambda *given: loaded.append(given))
+    monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena: loaded.append(given))
     found = OnnxRuntimeBackend(Bundle.open(bundles("forcing-kv")), threads=3)
     assert [(path.name, threads, provider) for path, threads, provider in loaded] == [
         (f"{graph}.onnx", 3, CUDA) for graph in ("prompt", "step", "decode")
