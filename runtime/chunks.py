@@ -89,10 +89,12 @@ class ChunkMaker:
         queue, shape, asked = self._lane.main, self.latent_shape, time.perf_counter()
         started = queue.mark()
         self._place(index)
+        # All noise at once: drawn between passes, each finds the processor's caches full of weights.
+        drawn = self._draw(noise, index, 0, 0)
         self._latents[0].write(noise(index, 0, shape), queue)
         steps = []
         for step in range(len(self._schedule.timesteps)):
-            self._denoise(step, noise, index, step + 1)
+            self._denoise(step, drawn)
             steps.append(self._latents[(step + 1) % 2].fetch(queue))
         denoised = queue.mark()
         self._clean()
@@ -132,11 +134,12 @@ class ChunkMaker:
             self._latents[passes % 2].write(latents, self._lane.main)
         else:
             sigma = np.float32(self._schedule.sigmas[redraw_from])
-            drawn = noise(index, passes + 1 + redraw_from, self.latent_shape)
-            noised = (1 - sigma) * latents + sigma * drawn
+            drawn = self._draw(noise, index, redraw_from, passes + 1)
+            fresh = noise(index, passes + 1 + redraw_from, self.latent_shape)
+            noised = (1 - sigma) * latents + sigma * fresh
             self._latents[redraw_from % 2].write(noised, self._lane.main)
             for step in range(redraw_from, passes):
-                self._denoise(step, noise, index, passes + 2 + step)
+                self._denoise(step, drawn)
         self._clean()
 
     def state(self) -> dict[str, Tensor]:
@@ -168,13 +171,20 @@ class ChunkMaker:
             tensor.write(_as_bits(array) if tensor.dtype == "bfloat16" else array, self._lane.main)
         self._lane.side.wait(self._lane.main.mark())
 
-    def _denoise(self, step: int, noise: NoiseSource, index: int, drawn: int) -> None:
-        """A denoising pass; its new noise, if it takes any, is that of the chunk's step `drawn`.
+    def _draw(self, noise: NoiseSource, index: int, first: int, offset: int) -> dict[int, Floats]:
+        """The new noise of the passes from `first` on: that of pass i is of the step `offset` + i + 1.
 
-        The last pass leaves none: whatever is there is taken times 0.
+        The last pass leaves no noise: whatever is there is taken times 0.
         """
-        if self._noise is not None and self._schedule.sigmas[step + 1]:
-            self._noise.write(noise(index, drawn, self.latent_shape), self._lane.main)
+        if self._noise is None:
+            return {}
+        steps = range(first, len(self._schedule.timesteps))
+        renewed = [step for step in steps if self._schedule.sigmas[step + 1]]
+        return {step: noise(index, offset + step + 1, self.latent_shape) for step in renewed}
+
+    def _denoise(self, step: int, drawn: Mapping[int, Floats]) -> None:
+        if self._noise is not None and step in drawn:
+            self._noise.write(drawn[step], self._lane.main)
         self._pass(step).run(self._lane.main)
 
     def _clean(self) -> None:
