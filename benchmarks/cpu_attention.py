@@ -19,6 +19,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -244,10 +245,10 @@ def measure_bundle(folder: str, graph: str, phase: int, passes: int) -> None:
         print(f"| {name} | {sizes} | {ran['seconds']:.3g} s | {ran['system']:.2g} s |", flush=True)
 
 
-def measure(shape: Shape, ways: list[str], rounds: int) -> None:
-    """Print a line for each way."""
+def measure(shape: Shape, ways: list[str], rounds: int, room: Path) -> None:
+    """Print a line for each way; `room` is a folder for what they give."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    outputs = {name: Path(f"/tmp/cpu_attention.{name}.npy") for name in ways}
+    outputs = {name: room / f"{name}.npy" for name in ways}
     for _ in range(rounds):
         for name in ways:
             words = [sys.executable, __file__, "--child", name, *map(str, shape), str(outputs[name])]
@@ -293,7 +294,8 @@ def main() -> None:
     names = given.only or [way.__name__ for way in WAYS]
     print("| queries x keys x heads x head_dim | way | time | memory | difference |\n|---|---|---|---|---|")
     for shape in given.shape or SHAPES:
-        measure(tuple(shape), names, given.rounds)
+        with tempfile.TemporaryDirectory() as room:
+            measure(tuple(shape), names, given.rounds, Path(room))
     return None
 
 

@@ -79,7 +79,7 @@ class OnnxGraph:
             raise _fault("a pass", error) from error
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Run on contiguous arrays, writing into `outputs`; outputs not named are not computed."""
+        """Run on contiguous arrays, writing into `outputs`; outputs not named go nowhere."""
         given, taken = ({n: HostTensor(array) for n, array in arrays.items()} for arrays in (inputs, outputs))
         self.run_bound(self.bind(given, taken))
 

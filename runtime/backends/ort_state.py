@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from forcingkv.runtime.backends import Array, Queue
+from forcingkv.runtime.backends.onnxruntime import Fetched
 from forcingkv.runtime.faults import DeviceError, MemoryShortError
 
 __all__ = ["OrtStateTensor"]
@@ -47,18 +48,8 @@ class OrtStateTensor:
     def clear(self, queue: Queue) -> None:
         self.write(np.zeros(self.shape, np.dtype(self.dtype)), queue)
 
-    def fetch(self, queue: Queue) -> Copied:
-        return Copied(self._value.numpy()[: math.prod(self.shape)].reshape(self.shape).copy())
+    def fetch(self, queue: Queue) -> Fetched:
+        return Fetched(self._value.numpy()[: math.prod(self.shape)].reshape(self.shape).copy())
 
     def shared(self) -> ort.OrtValue:
         return self._value
-
-
-class Copied:
-    """A copy that was made at once."""
-
-    def __init__(self, held: Array) -> None:
-        self._held = held
-
-    def array(self) -> Array:
-        return self._held
