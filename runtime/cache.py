@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -81,24 +80,12 @@ class CacheBuffers:
         side = self._sides[1 - self.passes % 2]
         return {f"next.{e.name}": side[e.name].first(self._next_shape(e)) for e in self.plan.entries}
 
-    def wanted(self) -> set[str]:
-        """The outputs that the clean pass has to give: those that change."""
-        return {f"next.{entry.name}" for entry in self._changing()}
-
     def swap(self) -> None:
         """Make what the clean pass wrote the cache."""
         self.passes += 1
 
-    def _changing(self) -> Iterator[CacheEntry]:
-        for entry in self.plan.entries:
-            if entry.role == "sink" and self.passes:
-                continue
-            if entry.role == "retained" and self.passes + 1 < self.plan.retains_from:
-                continue
-            yield entry
-
     def _next_shape(self, entry: CacheEntry) -> tuple[int, ...]:
-        """As the graph gives it, whether it is wanted or not.
+        """As the graph gives it, whether the next chunk sees it or not.
 
         Its sink is empty after the first pass; its retained segments are always all there.
         """

@@ -65,7 +65,7 @@ class ChunkMaker:
         self.cross = _tensors(lane, records["prompt"].outputs, state=True)
         self.decoder = ChunkDecoder(lane, records["decode"], self._spec)
         self._text = _tensors(lane, records["prompt"].inputs)
-        self._prompt = lane.program("prompt").bind(0, self._text, self.cross, self.cross)
+        self._prompt = lane.program("prompt").bind(0, self._text, self.cross)
         self._step, self._passes = lane.program("step"), dict[tuple[int, int, int], Pass]()
         self._rotary = {name: _tensor(lane, records["step"], name) for name in ("cosines", "sines")}
         self._latents = [_tensor(lane, records["step"], "latents") for _ in range(2)]
@@ -207,10 +207,7 @@ class ChunkMaker:
             if self._noise is not None:
                 inputs["noise"] = self._noise
             outputs = {"next_latents": spare, **self.cache.outputs()}
-            wanted = self.cache.wanted() if step == CLEAN else {"next_latents"}
-            self._passes[key] = self._step.bind(
-                self.cache.phase, inputs | self.cache.inputs(), outputs, wanted
-            )
+            self._passes[key] = self._step.bind(self.cache.phase, inputs | self.cache.inputs(), outputs)
         return self._passes[key]
 
     def _noise_levels(self, record: GraphRecord) -> dict[int, dict[str, Tensor]]:

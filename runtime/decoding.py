@@ -82,7 +82,7 @@ class ChunkDecoder:
             if current:
                 inputs |= {FIRST: self._first[opening], **current}
                 outputs |= {NEXT + name: tensor for name, tensor in spare.items()}
-            self._passes[key] = self._program.bind(0, inputs, outputs, outputs)
+            self._passes[key] = self._program.bind(0, inputs, outputs)
         return self._passes[key]
 
 

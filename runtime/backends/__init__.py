@@ -10,7 +10,7 @@ runs passes and fetches what it shows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, get_args
 
 import numpy.typing as npt
@@ -107,18 +107,15 @@ class Pass(Protocol):
 class Program(Protocol):
     """A graph that a lane can run."""
 
-    def bind(
-        self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], wanted: Collection[str]
-    ) -> Pass:
+    def bind(self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Pass:
         """A pass over those tensors.
 
         Args:
             phase: index of the cache's phase, whose static shapes the tensors have; 0 for graphs that
                 have but one.
             inputs: all of the graph's inputs.
-            outputs: where outputs go. All that are given may be written to; those that are left out go
-                nowhere.
-            wanted: the outputs that are needed. A backend that can leaves out the work for the others.
+            outputs: where outputs go. All that are given may be written to: every pass computes all
+                outputs, whether they are needed or not. Those that are left out go nowhere.
         """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,9 +164,7 @@ class OnnxProgram:
     def __init__(self, graph: OnnxGraph) -> None:
         self._graph = graph
 
-    def bind(
-        self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], wanted: Collection[str]
-    ) -> Pass:
+    def bind(self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Pass:
         # ONNX Runtime runs every node, whatever is asked for: what has a place need not take memory.
         return OnnxPass(self._graph, inputs, outputs)
 

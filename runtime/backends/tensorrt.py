@@ -178,17 +178,15 @@ class TensorRTProgram:
         self._scratch: dict[str, CudaTensor] = {}
         self.contexts: list[PhaseContext] = []
 
-    def bind(
-        self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], wanted: Collection[str]
-    ) -> Pass:
+    def bind(self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Pass:
         """Raises ValueError for names, shapes or dtypes that are not the graph's in that phase."""
         if not self.contexts:
             raise DeviceError("the lane is closed")
         known, given = self._record, set(outputs)
-        if set(inputs) != set(known.inputs) or not set(wanted) <= given <= set(known.outputs):
+        if set(inputs) != set(known.inputs) or not given <= set(known.outputs):
             raise ValueError(
                 f"{self._graph} takes {sorted(known.inputs)} and gives {sorted(known.outputs)}; bound were"
-                f" {sorted(inputs)} and {sorted(given)}, and wanted {sorted(wanted)}"
+                f" {sorted(inputs)} and {sorted(given)}"
             )
         context = self.contexts[phase]
         tensors = {name: self._fitting(context, name, t) for name, t in {**inputs, **outputs}.items()}

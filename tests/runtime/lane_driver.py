@@ -45,8 +45,8 @@ class Driver:
         self._decoded = self._like({**records["decode"].inputs, **records["decode"].outputs})
         self._passes: dict[tuple[int, int, str], Pass] = {}
         decoding = [{n: self._decoded[n] for n in which} for which in (records["decode"].inputs, ["frames"])]
-        self._prompt = lane.program("prompt").bind(0, self._text, self._cross, self._cross)
-        self._decode = lane.program("decode").bind(0, *decoding, ["frames"])
+        self._prompt = lane.program("prompt").bind(0, self._text, self._cross)
+        self._decode = lane.program("decode").bind(0, *decoding)
 
     def start(self) -> None:
         """Begin a video with a prompt."""
@@ -95,12 +95,10 @@ class Driver:
                 for label, name in self._plan.sink_rows.items()
             }
             following = {f"next.{e.name}": self._next(e, number) for e in self._plan.entries}
-            wanted = {name for name, tensor in following.items() if tensor.nbytes}
             self._passes[key] = self._lane.program("step").bind(
                 key[0],
                 {**self._given, **self._cross, **held, **rows},
                 {"next_latents": self._spare, **following},
-                wanted if kind == "clean" else ["next_latents"],
             )
         return self._passes[key]
 

@@ -95,7 +95,7 @@ def test_a_pass_is_captured_when_it_comes_again_and_replayed_after(world: World)
     lane = world.lane(cuda_graphs=True)
     latents = lane.tensor((1, 3, 3, 8, 12), "float32")
     frames = lane.tensor((3, 8, 12, 3), "uint8")
-    decode = lane.program("decode").bind(0, {"latents": latents}, {"frames": frames}, ["frames"])
+    decode = lane.program("decode").bind(0, {"latents": latents}, {"frames": frames})
     shown = []
     for value in (-1.0, 0.0, 1.0, 0.5):
         latents.write(np.full(latents.shape, value, np.float32), lane.side)
@@ -176,7 +176,7 @@ def test_views_that_tensorrt_would_not_take_go_through_scratch_memory(
     inputs, outputs = {"latents": latents.rows(1, 2)}, {"frames": frames.rows(3, 6)}
     assert cast(Any, inputs["latents"]).address % 256 != 0
     assert cast(Any, outputs["frames"]).address % 256 != 0
-    decode = lane.program("decode").bind(0, inputs, outputs, outputs)
+    decode = lane.program("decode").bind(0, inputs, outputs)
     for value, shown in ((1, 255), (-1, 0), (0, 128)):
         frames.write(np.full(frames.shape, 7, np.uint8), lane.side)
         values = np.stack([np.full(latents.shape[1:], v, np.float32) for v in (0.5, value)])
@@ -198,7 +198,7 @@ def test_outputs_that_nobody_takes_go_to_one_buffer_each(world: World) -> None:
         for tensor in (*inputs.values(), *held.values()):
             tensor.clear(lane.main)
         before = world.cuda.live["device"]
-        bound = lane.program("step").bind(place, inputs | held, {"next_latents": out}, ["next_latents"])
+        bound = lane.program("step").bind(place, inputs | held, {"next_latents": out})
         bound.run(lane.main)
         assert np.isfinite(out.fetch(lane.main).array()).all()
         made = world.cuda.live["device"] - before
@@ -209,18 +209,17 @@ def test_what_does_not_fit_a_graph_is_refused(lane: Lane) -> None:
     decode = lane.program("decode")
     latents, frames = lane.tensor((1, 3, 3, 8, 12), "float32"), lane.tensor((3, 8, 12, 3), "uint8")
     good = {"latents": latents}
-    decode.bind(0, good, {}, [])
-    for inputs, outputs, wanted in (
-        ({}, {"frames": frames}, []),
-        ({**good, "more": latents}, {"frames": frames}, []),
-        (good, {"pixels": frames}, []),
-        (good, {}, ["frames"]),
+    decode.bind(0, good, {})
+    for inputs, outputs in (
+        ({}, {"frames": frames}),
+        ({**good, "more": latents}, {"frames": frames}),
+        (good, {"pixels": frames}),
     ):
         with pytest.raises(ValueError, match=r"decode takes \['latents'\] and gives \['frames'\]; "):
-            decode.bind(0, inputs, outputs, wanted)
+            decode.bind(0, inputs, outputs)
     for wrong in (lane.tensor((3, 8, 12, 3), "int32"), lane.tensor((3, 8, 12, 4), "uint8")):
         with pytest.raises(ValueError, match=r"frames of decode in phase 0 is uint8 \(3, 8, 12, 3\)"):
-            decode.bind(0, good, {"frames": wrong}, ["frames"])
+            decode.bind(0, good, {"frames": wrong})
 
 
 def test_a_bundle_without_engines_or_a_machine_without_a_gpu_is_refused(

@@ -41,7 +41,7 @@ def test_too_little_memory_is_told_with_the_bytes(world: World) -> None:
 
 def decode_pass(lane: Lane) -> Callable[[], None]:
     latents, frames = lane.tensor((1, 3, 3, 8, 12), "float32"), lane.tensor((3, 8, 12, 3), "uint8")
-    bound = lane.program("decode").bind(0, {"latents": latents}, {"frames": frames}, ["frames"])
+    bound = lane.program("decode").bind(0, {"latents": latents}, {"frames": frames})
     return lambda: bound.run(lane.side)
 
 
@@ -79,7 +79,7 @@ def test_a_closed_lane_gives_all_back_and_refuses_everything(world: World) -> No
     uses: list[Callable[[], object]] = [
         run, main.mark, fetch.array, partial(lane.tensor, (2,), "float32"), partial(tensor.fetch, main),
         partial(tensor.write, np.zeros(2, np.float32), main), partial(tensor.clear, main),
-        partial(program.bind, 0, {}, {}, []), partial(lane.program, "decode"), backend.lane,
+        partial(program.bind, 0, {}, {}), partial(lane.program, "decode"), backend.lane,
     ]  # fmt: skip
     assert world.cuda.left == {}, "all is closed, whoever still holds it"
     for use in uses:

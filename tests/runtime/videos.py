@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,8 @@ class FailingProgram:
     def __init__(self, lane: Failing, program: Program) -> None:
         self._lane, self._program = lane, program
 
-    def bind(
-        self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], wanted: Collection[str]
-    ) -> Pass:
-        return FailingPass(self._lane, self._program.bind(phase, inputs, outputs, wanted))
+    def bind(self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Pass:
+        return FailingPass(self._lane, self._program.bind(phase, inputs, outputs))
 
 
 class FailingPass:
