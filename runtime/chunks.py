@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import positions
-from forcingkv.runtime.backends import Fetch, Lane, Mark, Pass, Tensor
+from forcingkv.runtime.backends import Fetch, Lane, Mark, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import Bundle, GraphRecord
 from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.decoding import ChunkDecoder
@@ -142,6 +142,25 @@ class ChunkMaker:
                 self._denoise(step, drawn)
         self._clean()
 
+    def stand_before(self, index: int) -> None:
+        """Take that chunk for the next one, with zeros for what the chunks before it would have left."""
+        self.cache.passes = self.decoder.called = index
+        for tensor in (*self.state().values(), *self._latents):
+            tensor.clear(self._lane.main)
+        self._place(index)
+
+    def timed_pass(self) -> float:
+        """Seconds of the first denoising pass of the chunk that comes next."""
+        started = self._lane.main.mark()
+        self._pass(0).run(self._lane.main)
+        return _since(started, self._lane.main)
+
+    def timed_decode(self, index: int) -> float:
+        """Seconds of decoding a chunk of zeros."""
+        started = self._lane.side.mark()
+        self.decoder.decode(np.zeros(self.latent_shape, np.float32), index)
+        return _since(started, self._lane.side)
+
     def state(self) -> dict[str, Tensor]:
         """What the next chunk depends on: the KV cache, the prompt's keys and values, decoder caches."""
         parts = {"cache": self.cache.held(), "cross": self.cross, "decoder": self.decoder.held()}
@@ -226,6 +245,13 @@ class ChunkMaker:
             for name, value in values.items():
                 levels[step][name].write(value, self._lane.main)
         return levels
+
+
+def _since(started: Mark, queue: Queue) -> float:
+    """Seconds of the work that a queue was given since a mark."""
+    done = queue.mark()
+    done.wait()
+    return done.since(started)
 
 
 def _as_bits(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import os
 from collections.abc import Mapping
@@ -9,7 +11,7 @@ from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
-__all__ = ["available_bytes", "device_free_bytes", "require_memory"]
+__all__ = ["available_bytes", "device_free_bytes", "give_back", "require_memory"]
 
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -57,6 +59,14 @@ def require_memory(doing: str, parts: Mapping[str, float], mend: str) -> None:
             where="memory",
             mend=mend,
         )
+
+
+def give_back() -> None:
+    """Let the system have memory that nothing holds any more."""
+    gc.collect()  # what held it may be in a cycle
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it, and keeps what is freed
+    if trim:
+        trim(0)
 
 
 def device_free_bytes() -> int:

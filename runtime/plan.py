@@ -188,16 +188,21 @@ class CachePlan:
             chunk += 1
         return tuple(phases)
 
-    def kv_bytes(self, element_bytes: int = 4, batch: int = 1) -> int:
-        """Bytes of all keys and values attention reads in the last phase, current chunk included."""
-        return sum(self.kv_bytes_by_role(element_bytes, batch).values())
+    def kv_bytes(self, element_bytes: int = 4, batch: int = 1, chunk: int | None = None) -> int:
+        """Bytes of all keys and values attention reads, current chunk included.
 
-    def kv_bytes_by_role(self, element_bytes: int = 4, batch: int = 1) -> dict[str, int]:
+        In the chunk of that index; None: in the last phase.
+        """
+        return sum(self.kv_bytes_by_role(element_bytes, batch, chunk).values())
+
+    def kv_bytes_by_role(
+        self, element_bytes: int = 4, batch: int = 1, chunk: int | None = None
+    ) -> dict[str, int]:
         """`kv_bytes`, split by role; the current chunk is the role `current`."""
-        last = self.phases[-1].first_chunk
+        at = self.phases[-1].first_chunk if chunk is None else chunk
         token_bytes = batch * self.spec.head_dim * element_bytes * len(PARTS)
         total = {
-            role: token_bytes * sum(heads * n for heads, kind, n in self._held(last) if kind == role)
+            role: token_bytes * sum(heads * n for heads, kind, n in self._held(at) if kind == role)
             for role in ROLES
         }
         total["current"] = token_bytes * self.chunk_tokens * self.spec.heads * self.spec.layers

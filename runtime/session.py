@@ -14,6 +14,7 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker, NoiseSource
 from forcingkv.runtime.faults import SessionError
 from forcingkv.runtime.preflight import check_memory
+from forcingkv.runtime.rehearsal import Rehearsal
 from forcingkv.runtime.results import FramesOn
 from forcingkv.runtime.snapshot import read_snapshot
 from forcingkv.runtime.streaming import Video
@@ -168,6 +169,15 @@ class Session:
             raise
         self._video = video
         return video
+
+    def rehearse(self, chunk: int) -> Rehearsal:
+        """Stand before a chunk without the video before it, to time its passes. Ends the video there was.
+
+        Raises RuntimeError: the session is closed.
+        """
+        maker = self._open_maker()
+        self._video = None
+        return Rehearsal(maker, chunk)
 
     def _open_maker(self) -> ChunkMaker:
         if self._maker is None:

@@ -6,8 +6,6 @@ the GPU's memory where there is one (`ort_state`); the rest goes in and out by O
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,13 +20,18 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import Array, Lane, Mark, Pass, Program, Queue, Tensor
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError
+from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.memory import available_bytes, give_back
 
 __all__ = ["HostTensor", "OnnxGraph", "OnnxRuntimeBackend"]
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 LARGE_ACTIVATIONS = 256_000_000
-"""Bytes of a pass from which its memory is given back after it. Below, pages that are taken anew each time
+"""Bytes of a pass up to which its memory is always kept for the next one: pages that are taken anew each time
 cost 17% of the demo model's time (docs/decisions/0014)."""
+AMPLE = 2.0
+"""Where there is as many times the memory that a session needs, it is kept for larger passes too: that saves
+10% of a pass at 480P, and takes up to 1.7 times the activations (docs/decisions/0017)."""
 SHORT = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "cudaerrormemoryallocation")
 """What ONNX Runtime's messages hold, in small letters, where memory was short."""
 
@@ -213,9 +216,10 @@ class OnnxRuntimeBackend:
                 mend="Export the model with --target onnx, or choose --backend tensorrt or tensorrt-rtx.",
             )
         self.provider = CUDA if CUDA in ort.get_available_providers() else CPU
+        ample = available_bytes() >= AMPLE * sum(footprint(bundle.manifest, bundle.plan).values())
         self._graphs = {}
         for name in GRAPHS:
-            kept = (bundle.manifest.graphs[name].activation_bytes or 0) < LARGE_ACTIVATIONS
+            kept = ample or (bundle.manifest.graphs[name].activation_bytes or 0) < LARGE_ACTIVATIONS
             self._graphs[name] = OnnxGraph(bundle.graph(name), threads, self.provider, arena=kept)
 
     def lane(self) -> Lane:
@@ -224,10 +228,7 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         """ONNX Runtime gives the memory back with its graphs; the C library, where it is asked to."""
         self._graphs = {}
-        gc.collect()  # what held the graphs may be in a cycle
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it, and keeps what is freed
-        if trim:
-            trim(0)
+        give_back()
 
 
 def _fault(doing: str, error: Exception) -> SessionError:

@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "models": {"headmaps", "runtime"},
     "analyze": {"headmaps", "runtime", "models"},
     "export": {"headmaps", "runtime", "models"},
+    "measure": {"headmaps", "runtime", "models", "export"},
 }
 
 

@@ -1,0 +1,119 @@
+"""Policies take turns: each opens a session, runs its passes, and gives all memory back."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from forcingkv.measure.bench.cases import Case
+from forcingkv.measure.process import watched
+from forcingkv.runtime import Session
+from forcingkv.runtime.memory import give_back
+
+__all__ = ["Measured", "Turn", "take_turn", "take_turns"]
+
+SHORT = 10.0
+"""Seconds: a pass that takes less is run once before it is timed. One that takes more has long forgotten how
+it began; before it a pass of the first chunk takes what memory it can."""
+LEAST = 0.5
+"""Seconds of passes that a turn times at least."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn of one policy measured."""
+
+    pass_seconds: float
+    """Median over the passes of the turn."""
+    decode_seconds: float | None
+    """Of a chunk; None if it was left out."""
+    cache_bytes: int
+    """All buffers for keys and values."""
+    grown_bytes: int
+    """How much memory of its own the process took at most, while the session was open."""
+
+
+@dataclass
+class Measured:
+    """All turns of a case."""
+
+    case: Case
+    turns: list[Turn]
+
+    @property
+    def pass_seconds(self) -> float:
+        """Median over turns."""
+        return statistics.median(turn.pass_seconds for turn in self.turns)
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """Median over the turns that decoded; None if none did."""
+        seen = [turn.decode_seconds for turn in self.turns if turn.decode_seconds is not None]
+        return statistics.median(seen) if seen else None
+
+
+def take_turns(
+    cases: Sequence[Case],
+    rounds: int,
+    *,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    chunk: int | None = None,
+    decode: bool = True,
+    seconds: float | None = None,
+    say: Callable[[str], None] = lambda doing: None,
+) -> list[Measured]:
+    """Time a pass of every case, A B C A B C: what slows the machine down for a while meets all alike.
+
+    Args:
+        cases: what is timed.
+        rounds: turns of each case.
+        backend: as of `Session.open`.
+        threads: as of `Session.open`.
+        chunk: index of the chunk whose passes are timed; None: the first of the last phase, whose caches are
+            as long as they get.
+        decode: whether to time decoding too.
+        seconds: no round begins that would end after so many, if it takes as long as the one before.
+            The first always runs.
+        say: told what is being done.
+    """
+    made = [Measured(case, []) for case in cases]
+    began, last = time.perf_counter(), 0.0
+    for number in range(rounds):
+        opened = time.perf_counter()
+        if number and seconds is not None and opened - began + last > seconds:
+            say(f"left out {rounds - number} of {rounds} rounds: there was no time for them")
+            break
+        for one in made:
+            say(f"round {number + 1} of {rounds}: {one.case.name}")
+            one.turns.append(take_turn(one.case, backend, threads, chunk, decode))
+        last = time.perf_counter() - opened
+    return made
+
+
+def take_turn(case: Case, backend: str, threads: int | None, chunk: int | None, decode: bool) -> Turn:
+    """One turn of one case."""
+    index = case.bundle.plan.phases[-1].first_chunk if chunk is None else chunk
+    give_back()  # or what an earlier turn left would be taken again, and not counted
+    with watched() as memory, Session.open(case.bundle, backend=backend, threads=threads) as session:
+        first = session.rehearse(0).denoise()
+        rehearsal = session.rehearse(index)
+        seconds = list(_passes(rehearsal.denoise, first))
+        decoding = rehearsal.decode() if decode else None
+        held = rehearsal.cache_bytes
+    return Turn(statistics.median(seconds), decoding, held, memory.grown)
+
+
+def _passes(run: Callable[[], float], first: float) -> Iterator[float]:
+    """Seconds of passes, until they are enough; a short one is run once before."""
+    took = run()
+    if took >= SHORT:
+        yield took
+        return
+    total = 0.0
+    while total < LEAST:
+        took = run()
+        total += took
+        yield took

@@ -1,0 +1,131 @@
+"""What `forcingkv plan` reports: policies of a model at a resolution, on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.measure.planner.fit import basis, efficiencies
+from forcingkv.measure.planner.fits import what_fits
+from forcingkv.measure.planner.gpus import Gpu
+from forcingkv.measure.planner.heads import Given, plan_for, spread
+from forcingkv.measure.planner.memory import RESERVE_BYTES, Memory, session_memory
+from forcingkv.measure.planner.prediction import VideoWork, predict, video_work
+from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.policies import Policy, load_policy
+from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
+
+__all__ = ["Request", "plan_report"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned."""
+
+    spec: ModelSpec
+    policies: Sequence[Policy]
+    gpus: Sequence[Gpu]
+    resolution: str | None = None
+    seconds: float = 30.0
+    dtype: Dtype = "bfloat16"
+    given: Given = field(default_factory=Given)
+    strict: bool = True
+    """Whether a policy that cannot be planned is an error; otherwise it is left out and said."""
+
+
+def plan_report(request: Request) -> dict[str, Any]:
+    """Memory, speed and what fits, for each policy on each GPU: plain data, bytes and seconds.
+
+    Raises InputError where the heads that are given fit no policy, or a policy does not fit the model.
+    """
+    spec, given = request.spec, request.given
+    _check(request)
+    geometry = spec.geometry(request.resolution)
+    chunks = spec.chunks_for(request.seconds)
+    baseline, _ = plan_for(spec, geometry, load_policy("full"))
+    full = video_work(baseline, chunks, request.dtype)
+    planned, left_out = [], {}
+    for policy in request.policies:
+        try:
+            plan, heads = plan_for(spec, geometry, policy, given)
+        except InputError as error:
+            if request.strict:
+                raise
+            left_out[policy.name] = str(error)
+            continue
+        planned.append(_policy(request, plan, heads, video_work(plan, chunks, request.dtype), full))
+    families = {gpu.family for gpu in request.gpus}
+    return {
+        "model": spec.name,
+        "width": geometry.width,
+        "height": geometry.height,
+        "frame_tokens": geometry.frame_tokens,
+        "dtype": request.dtype,
+        "decoder": spec.decoder.kind,
+        "seconds": request.seconds,
+        "chunks": chunks,
+        "passes": full.passes,
+        "reserve_bytes": RESERVE_BYTES,
+        "efficiency": {name: asdict(one) for name, one in efficiencies().items() if name in families},
+        "policies": planned,
+        "left_out": left_out,
+    }
+
+
+def _check(request: Request) -> None:
+    """Raise InputError for heads that are not this model's, or that no policy has groups for."""
+    spec, given = request.spec, request.given
+    if not given.labels:
+        return
+    if not any(given.labels <= set(policy.groups) for policy in request.policies):
+        raise InputError(
+            f"its labels are {', '.join(sorted(given.labels))}",
+            where="head map" if given.headmap else "--heads",
+            expected="labels that one of the policies has groups for",
+        )
+    headmap = given.headmap or spread(spec, given.counts or {})
+    headmap.check_model(spec.layers, spec.heads, given.labels)
+
+
+def _policy(
+    request: Request, plan: CachePlan, heads: str, video: VideoWork, full: VideoWork
+) -> dict[str, Any]:
+    memory = session_memory(plan, request.dtype)
+    return {
+        "policy": plan.policy.name,
+        "heads": heads,
+        "kv_attended_bytes": plan.kv_bytes(ELEMENT_BYTES[request.dtype]),
+        "memory": {"parts": memory.parts, "total": memory.total, "not_counted": list(memory.unknown)},
+        "pass": {kind: asdict(work) for kind, work in video.steady.items()},
+        "gpus": [_on(request, gpu, plan, memory, video, full) for gpu in request.gpus],
+    }
+
+
+def _on(
+    request: Request, gpu: Gpu, plan: CachePlan, memory: Memory, video: VideoWork, full: VideoWork
+) -> dict[str, Any]:
+    constant = efficiencies()[gpu.family]
+    found = predict(video, gpu, constant.value)
+    missing = memory.missing(gpu.memory_bytes)
+    fits = what_fits(plan, gpu, request.given, request.dtype) if missing else []
+    return {
+        "gpu": gpu.key,
+        "name": gpu.name,
+        "memory_bytes": gpu.memory_bytes,
+        "efficiency": constant.value,
+        "efficiency_basis": basis(gpu),
+        "fits": not missing,
+        "missing_bytes": missing,
+        "what_fits": [asdict(fit) for fit in fits],
+        "pass_seconds": found.steady_pass,
+        "pass_seconds_by_kind": found.kinds,
+        "chunk_seconds": found.steady_chunk,
+        "mean_chunk_seconds": found.mean_chunk,
+        "fps": found.fps,
+        "fps_range": [predict(video, gpu, one).fps for one in (constant.lowest, constant.highest)],
+        "speedup": found.fps / predict(full, gpu, constant.value).fps,
+        "attention_time_share": found.attention_time,
+        "attention_flop_share": found.attention_operations,
+    }

@@ -1,0 +1,67 @@
+"""What this process holds in memory, as Linux counts it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Watched", "resident", "watched"]
+
+STATUS = Path("/proc/self/status")
+
+
+def resident(field: str = "RssAnon") -> int:
+    """Bytes of this process.
+
+    Args:
+        field: `RssAnon` for its own memory, without pages of files; `VmRSS` for all; `VmHWM` for all at most.
+
+    Raises RuntimeError where the system does not say.
+    """
+    for line in STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{STATUS} has no {field}")
+
+
+@dataclass
+class Watched:
+    """Bytes of its own memory that the process had."""
+
+    before: int
+    most: int
+
+    @property
+    def grown(self) -> int:
+        """How much it grew at most."""
+        return self.most - self.before
+
+
+@contextmanager
+def watched(every: float = 0.02) -> Iterator[Watched]:
+    """The most memory of its own that the process has meanwhile.
+
+    Pages of files (libraries, weights as they lie on disk) are left out: the system takes them back when
+    memory is short.
+
+    Args:
+        every: seconds from look to look.
+    """
+    now = resident()
+    seen, over = Watched(now, now), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every):
+            seen.most = max(seen.most, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()
+        seen.most = max(seen.most, resident())

@@ -1,0 +1,221 @@
+"""Seconds that the planner predicts, against the formula written out; traffic against what torch moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.measure.planner.gpus import gpu_classes, gpu_names, load_gpu
+from forcingkv.measure.planner.heads import Given, parse_counts, plan_for, spread
+from forcingkv.measure.planner.prediction import predict, video_work
+from forcingkv.measure.planner.roofline import pass_seconds, work_seconds
+from forcingkv.measure.planner.work import KINDS, Work, elementwise_bytes, pass_work
+from forcingkv.models.presets import load_spec
+from forcingkv.models.wan import KeysValues, WanModel
+from forcingkv.runtime.cost import pass_flops
+from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.spec import ModelSpec
+
+HEADS = Given(counts={"static": 134, "dynamic": 226})
+PRODUCTS = {"addmm", "mm"}
+VIEWS = {"_unsafe_view", "alias", "detach", "expand", "permute", "select", "slice", "split",
+         "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view"}  # fmt: skip
+
+
+def plan_of(policy: str, resolution: str = "480p", model: str = "self-forcing") -> CachePlan:
+    spec = load_spec(model)
+    return plan_for(spec, spec.geometry(resolution), load_policy(policy), HEADS)[0]
+
+
+def test_a_pass_takes_what_the_formula_says() -> None:
+    """Everything written out for self-forcing at 480p under full: 1,560 tokens a frame, 18 frames cached."""
+    tokens, dim, ffn, layers, keys = 4680, 1536, 8960, 30, 21 * 1560
+    stream = tokens * dim * 2
+    linear_flops = 2 * tokens * (layers * (6 * dim * dim + 2 * dim * ffn) + 2 * 64 * dim)
+    linear_bytes = 2 * (
+        layers * (6 * dim * dim + 2 * dim * ffn + tokens * (12 * dim + 2 * (dim + ffn)))
+        + 2 * (64 * dim + tokens * (64 + dim))
+    )
+    held = layers * 2 * 2 * 18 * 1560 * dim
+    by_hand = {
+        "linear": (linear_flops, linear_bytes),
+        "attention": (4 * tokens * keys * dim * layers, layers * 4 * stream + held),
+        "cross": (4 * tokens * 512 * dim * layers, layers * (2 * stream + 2 * 512 * dim * 2)),
+        "elementwise": (0, layers * tokens * (37 * 2 * dim + 45 * 4 * dim + 2 * 2 * ffn)),
+        # Cached and own keys and values joined, and 18 frames carried on: each read and written.
+        "cache": (0, 2 * layers * 2 * 2 * keys * dim + 2 * held),
+    }
+    gpu, efficiency = load_gpu("h200"), 0.4
+    found = pass_seconds(pass_work(plan_of("full")), gpu, efficiency)
+    assert list(found) == list(by_hand) == list(KINDS)
+    for kind, (flops, moved) in by_hand.items():
+        expected = max(flops / (0.4 * 989.4e12), moved / 4.8e12)
+        assert found[kind] == pytest.approx(expected, rel=1e-12), kind
+
+
+def test_operations_are_those_of_the_cost_model() -> None:
+    for policy in ("full", "window", "forcing-kv"):
+        plan = plan_of(policy)
+        for chunk in (0, 1, 2, 3, 9):
+            cost, work = pass_flops(plan, chunk), pass_work(plan, chunk)
+            assert (work["linear"].flops, work["attention"].flops, work["cross"].flops) == (
+                cost.linear, cost.attention, cost.cross,
+            )  # fmt: skip
+
+
+def test_bytes_count_where_there_are_more_of_them() -> None:
+    gpu = load_gpu("a100")
+    assert work_seconds(Work(312 * 10**12, 0), gpu, 0.5) == pytest.approx(2.0)
+    assert work_seconds(Work(1, 2039 * 10**9), gpu, 0.5) == pytest.approx(1.0)
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operators read and write, products with weights left out. Nothing runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        name = function._schema.name.split("::")[1]
+        if name not in VIEWS | PRODUCTS:
+            self.moved[name] += sum(map(_bytes, tree_leaves((args, kwargs, made))))
+        return made
+
+
+def _bytes(thing: object) -> int:
+    """Of memory behind a tensor: what is repeated is read once."""
+    if not isinstance(thing, Tensor):
+        return 0
+    sides = [size for size, step in zip(thing.shape, thing.stride(), strict=True) if step]
+    return torch.Size(sides).numel() * thing.element_size()
+
+
+def moved(spec: ModelSpec) -> int:
+    """Bytes of a pass in bfloat16, its attentions left out."""
+    geometry = spec.geometry()
+    latents = (1, spec.latent_channels, spec.frames_per_chunk, geometry.latent_height, geometry.latent_width)
+    tokens = spec.frames_per_chunk * geometry.frame_tokens
+    with torch.device("meta"):
+        model = WanModel(spec).to(torch.bfloat16)
+        like = torch.empty(0, dtype=torch.bfloat16)
+    prompt = [KeysValues(*(like.new_empty(1, spec.heads, 8, spec.head_dim),) * 2)] * spec.layers
+    rotary = (like.new_empty((tokens, spec.head_dim // 2), dtype=torch.float32),) * 2
+    time = like.new_empty(1, 1, spec.time_width)
+    with Traffic() as traffic, torch.no_grad():
+        model(like.new_empty(latents), time, rotary, prompt, lambda layer, queries, current: queries)
+    return traffic.moved.total()
+
+
+def test_a_block_moves_what_torch_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The difference that one more block makes; what it reads beside tensors of tokens is below 1%."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda queries, keys, values: queries)
+    spec = load_spec("self-forcing")
+    one, two = (moved(replace(spec, layers=layers)) for layers in (1, 2))
+    assert elementwise_bytes(plan_of("full")) == pytest.approx(two - one, rel=0.01)
+
+
+def test_a_video_is_its_chunks_one_after_another() -> None:
+    """30 s: every chunk by itself, four denoising passes and a clean one, 12 frames each."""
+    plan, gpu, chunks = plan_of("forcing-kv", model="longlive"), load_gpu("h100"), 40
+    seconds = sum(5 * sum(pass_seconds(pass_work(plan, chunk), gpu, 0.3).values()) for chunk in range(chunks))
+    found = predict(video_work(plan, chunks), gpu, 0.3)
+    assert found.fps == pytest.approx(12 * chunks / seconds)
+    assert found.mean_chunk == pytest.approx(seconds / chunks)
+    last = 5 * sum(pass_seconds(pass_work(plan, 39), gpu, 0.3).values())
+    assert found.steady_chunk == pytest.approx(last)
+    assert found.mean_chunk < found.steady_chunk, "the first chunks see less"
+    assert 0 < found.attention_time < 1
+    assert found.attention_operations == pytest.approx(pass_flops(plan).attention_share)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["full", "window", "forcing-kv"]), st.integers(1, 12), st.integers(0, 12),
+    st.sampled_from(gpu_names()), st.floats(0.05, 0.95), st.integers(1, 40),
+)  # fmt: skip
+def test_time_grows_with_resolution_and_length_and_falls_with_efficiency(
+    policy: str, size: int, more: int, gpu: str, efficiency: float, chunks: int
+) -> None:
+    spec = load_spec("self-forcing")
+
+    def seconds(side: int, count: int, reached: float) -> float:
+        geometry = spec.geometry(f"{96 * side}x{64 * side}")
+        plan, _ = plan_for(spec, geometry, load_policy(policy), HEADS)
+        return predict(video_work(plan, count), load_gpu(gpu), reached).mean_chunk
+
+    base = seconds(size, chunks, efficiency)
+    assert (seconds(size + more, chunks, efficiency) > base) == (more > 0)
+    assert seconds(size, chunks + more, efficiency) >= base
+    assert seconds(size, chunks, efficiency + 0.04) <= base
+
+
+@pytest.mark.parametrize("model", ["self-forcing", "krea-14b"])
+@pytest.mark.parametrize("resolution", ["480p", "720p", "1080p"])
+@pytest.mark.parametrize("gpu", gpu_names())
+def test_a_window_is_faster_than_all_and_slower_than_static_and_dynamic_heads(
+    model: str, resolution: str, gpu: str
+) -> None:
+    spec = load_spec(model)
+    counts = Given(counts={"static": 100, "dynamic": spec.layers * spec.heads - 100})
+    rates = [
+        predict(
+            video_work(plan_for(spec, spec.geometry(resolution), load_policy(name), counts)[0], 40),
+            load_gpu(gpu),
+            0.3,
+        ).fps
+        for name in ("full", "window", "forcing-kv")
+    ]
+    assert rates == sorted(rates)
+    assert len(set(rates)) == 3
+
+
+def test_counts_are_spread_evenly() -> None:
+    spec = load_spec("self-forcing")
+    counts = {"sink": 90, "neighbour": 91, "dummy": 179}
+    headmap = spread(spec, counts)
+    assert headmap.counts() == counts
+    for row in headmap.labels:
+        assert all(abs(row.count(label) - total / 30) <= 1.5 for label, total in counts.items())
+    with pytest.raises(
+        InputError, match=r"359 heads are given; expected 360 in all, 12 in each of 30 layers"
+    ):
+        spread(spec, {"static": 134, "dynamic": 225})
+
+
+@pytest.mark.parametrize("text", ["static", "static=x", "=3", "static=1,static=2", "static=-1"])
+def test_counts_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--heads"):
+        parse_counts(text)
+
+
+def test_without_labels_that_fit_the_costliest_are_assumed_and_said() -> None:
+    spec = load_spec("self-forcing")
+    plan, words = plan_for(spec, spec.geometry(), load_policy("forcing-kv"))
+    assert words == "assumed: every head dynamic, which takes most"
+    assert plan.layers[1][0].label == "dynamic"
+    _, words = plan_for(spec, spec.geometry(), load_policy("dummy-forcing"), HEADS)
+    assert words.startswith("assumed: every head sink")
+
+
+def test_every_gpu_has_a_class_and_a_source() -> None:
+    classes = gpu_classes()
+    for name in gpu_names():
+        gpu = load_gpu(name)
+        assert gpu.source
+        assert gpu.family in classes
+    carried = {one.carried_from for one in classes.values()} - {None}
+    assert carried <= set(classes)
