@@ -22,15 +22,10 @@ from typing import Any
 
 from rich.progress import Progress
 
+from forcingkv.measure.process import resident
 from forcingkv.runtime import Session
 
 EARLY, SPAN = 50, 50
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
 
 
 def child(given: argparse.Namespace) -> None:
@@ -39,7 +34,7 @@ def child(given: argparse.Namespace) -> None:
         frames = session.spec.frames_per_chunk
         for chunk in session.generate(given.prompt, seed=0, chunks=given.chunks):
             last = (chunk.index + 1) * frames - 1
-            print(json.dumps([resident_bytes(), chunk.timing.total, last]), flush=True)
+            print(json.dumps([resident("VmRSS"), chunk.timing.total, last]), flush=True)
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from forcingkv.analyze.recorder import Recorder
+from forcingkv.measure.process import resident
 from forcingkv.models.cache import Cache, attend_cache
 from forcingkv.models.checkpoint import build_model, random_weights
 from forcingkv.models.presets import load_spec
@@ -32,12 +33,6 @@ from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime import positions
 from forcingkv.runtime.plan import CachePlan, HeadGroup, build_plan
 from forcingkv.runtime.policies import load_policy
-
-
-def peak_bytes() -> int:
-    """The highest resident memory since it was last reset (Linux)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def own_memory(plan: CachePlan) -> int:
@@ -48,9 +43,9 @@ def own_memory(plan: CachePlan) -> int:
     queries, current = torch.randn(shape), KeysValues(torch.randn(shape), torch.randn(shape))
     recorded = Recorder(plan, 0).watch(chunk, 0, cache, lambda layer, queries, current: queries)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = peak_bytes()
+    before = resident("VmHWM")
     recorded(0, queries, current)
-    return peak_bytes() - before
+    return resident("VmHWM") - before
 
 
 def random_cache(plan: CachePlan, chunk: int) -> Cache:

@@ -17,10 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,36 +25,6 @@ from typing import Any
 import numpy as np
 
 POLICIES = ("forcing-kv", "full")
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: `VmRSS` of all, `VmHWM` of all at most, `RssAnon` without pages of files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-@contextmanager
-def watched() -> Iterator[list[int]]:
-    """The most memory of its own that the process has meanwhile, as the only entry of the list.
-
-    Pages of files (libraries, the weights as they lie on disk) are left out: the system takes them back when
-    memory is short.
-    """
-    most, over = [0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            most[0] = max(most[0], resident("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        over.set()
-        watcher.join()
 
 
 def export(out: Path, policy: str, layers: int, resolution: str, headmap: Path) -> None:
@@ -90,6 +57,7 @@ def stream(bundle: Path, chunks: int, video: Path) -> dict[str, Any]:
     import av  # noqa: F401  # what is loaded anyway belongs to the bare process
     import onnxruntime  # noqa: F401
 
+    from forcingkv.measure.process import resident, watched
     from forcingkv.runtime import Bundle, Session
     from forcingkv.runtime.preflight import needed_memory
     from forcingkv.runtime.video import Mp4Writer
@@ -97,9 +65,9 @@ def stream(bundle: Path, chunks: int, video: Path) -> dict[str, Any]:
     opened = Bundle.open(bundle)
     spec = opened.plan.spec
     text = np.random.default_rng(0).standard_normal((1, spec.text_length, spec.text_width), dtype=np.float32)
-    parts, bare = needed_memory(opened, "onnxruntime"), resident("RssAnon")
+    parts, bare = needed_memory(opened, "onnxruntime"), resident()
     timings, shapes, started = [], [], time.perf_counter()
-    with watched() as most, Session.open(opened) as session:
+    with watched() as memory, Session.open(opened) as session:
         opening = time.perf_counter() - started
         if chunks:
             with Mp4Writer(video, spec.fps) as writer:
@@ -113,7 +81,7 @@ def stream(bundle: Path, chunks: int, video: Path) -> dict[str, Any]:
             touch(session)
     # A chunk that was handed out, and the next one, which is copied for the caller.
     parts["frames_of_the_caller"] = 2 * int(np.prod(shapes[-1])) if shapes else 0
-    needed, peak = bare + sum(parts.values()), most[0]
+    needed, peak = bare + sum(parts.values()), memory.most
     return {
         "policy": opened.plan.policy.name,
         "kv_bytes": opened.plan.kv_bytes(),
@@ -133,13 +101,8 @@ def stream(bundle: Path, chunks: int, video: Path) -> dict[str, Any]:
 
 def touch(session: Any) -> None:
     """Write to all of the session's state, as its passes would: memory is resident once it is written."""
-    from forcingkv.runtime.chunks import ChunkMaker
-
-    maker: ChunkMaker = session._maker
-    for passes in (10**6, 10**6 + 1):  # both sides of the double buffers, as full as they get
-        maker.cache.passes = maker.decoder.called = passes
-        for tensor in maker.state().values():
-            tensor.clear(session._lane.main)
+    for chunk in (10**6, 10**6 + 1):  # both sides of the double buffers, as full as they get
+        session.rehearse(chunk)
 
 
 def main() -> None:

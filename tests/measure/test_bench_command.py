@@ -1,0 +1,69 @@
+"""`forcingkv bench` on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Ran
+
+Bundles = Callable[[str], Path]
+Run = Callable[..., Ran]
+
+PROMISED = ("policy", "seconds", "speedup", "flop_limit", "share_of_limit", "kv_bytes")
+
+
+def test_bundles_are_timed_and_told_as_json(run: Run, bundles: Bundles) -> None:
+    made = run("bench", "--bundle", bundles("full"), "--bundle", bundles("forcing-kv"), "--rounds", 2,
+               "--threads", 1, "--json")  # fmt: skip
+    assert made.code == 0
+    result = json.loads(made.out)
+    assert [row["policy"] for row in result["rows"]] == ["full", "forcing-kv"]
+    assert all(set(PROMISED) <= set(row) for row in result["rows"])
+    assert (result["rounds"], result["machine"]["threads"]) == (2, 1)
+    assert set(result["heads"]) == {"forcing-kv"}
+
+
+def test_a_table_for_people(run: Run, bundles: Bundles) -> None:
+    made = run("bench", "--bundle", bundles("full"), "--rounds", 1, "--threads", 1, "--no-decode")
+    assert made.code == 0
+    assert "1 threads of" in made.out
+    assert "full" in made.out
+
+
+@pytest.mark.slow
+def test_a_preset_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_path: Path) -> None:
+    made = run("bench", "--model", "self-forcing", "--layers", 1, "--geometry", "96x96,192x96",
+               "--policies", "full,forcing-kv", "--rounds", 1, "--sweep", tmp_path,
+               "--json")  # fmt: skip
+    assert made.code == 0, made.err
+    small, large = json.loads(made.out)
+    assert [result["geometry"] for result in (small, large)] == ["96x96", "192x96"]
+    assert [row["policy"] for row in small["rows"]] == ["full", "forcing-kv"]
+    assert [Path(path).name for path in large["written"]] == ["resolutions.csv", "resolutions.png"]
+    assert small["heads"]["forcing-kv"] == {"static": 4, "dynamic": 8}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "--model NAME, or --bundle FOLDER"),
+        (["--model", "demo", "--bundle", "x"], "--model NAME, or --bundle FOLDER"),
+        (["--bundle", "x", "--layers", "1"], "a bundle has its layers"),
+        (["--bundle", "nowhere"], "nowhere"),
+        (["--model", "nobody"], "nobody"),
+        (["--model", "demo", "--policies", ","], "--policies"),
+        (["--model", "demo", "--policies", "best"], "best"),
+        (["--model", "demo", "--layers", "99"], "expected 1 to"),
+        (["--model", "demo", "--decoder", "taehv"], "pixels"),
+        (["--model", "self-forcing", "--geometry", "481p"], "481p"),
+    ],
+)
+def test_wrong_input_is_named(run: Run, words: list[str], told: str) -> None:
+    made = run("bench", *words)
+    assert made.code == 2
+    assert told in made.err
+    assert "Traceback" not in made.err
