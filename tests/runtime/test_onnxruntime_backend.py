@@ -16,6 +16,7 @@ from forcingkv.runtime import Bundle, DeviceError, MemoryShortError
 from forcingkv.runtime.backends import onnxruntime as backend
 from forcingkv.runtime.backends.onnxruntime import CPU, CUDA, OnnxGraph, OnnxLane, OnnxRuntimeBackend
 from forcingkv.runtime.backends.ort_state import OrtStateTensor
+from forcingkv.runtime.footprint import footprint
 from tests.runtime.videos import BUNDLES, OTHER, PROMPT, OwnState, assert_same, open_with, video_of
 
 Bundles = Callable[[str], Path]
@@ -43,6 +44,20 @@ def test_state_in_onnx_runtimes_own_memory_gives_the_same_video(
             videos.append(list(video))
             assert_same(other.restore(tmp_path / "state"), videos[-1])
         assert_same(*videos)
+
+
+@pytest.mark.parametrize(("room", "kept"), [(1.9, False), (2.1, True)])
+def test_large_passes_keep_their_memory_where_there_is_ample_room(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, room: float, kept: bool
+) -> None:
+    bundle = Bundle.open(bundles("full"))
+    needed = sum(footprint(bundle.manifest, bundle.plan).values())
+    arenas: list[bool] = []
+    monkeypatch.setattr(backend, "LARGE_ACTIVATIONS", 0)
+    monkeypatch.setattr(backend, "available_bytes", lambda: int(room * needed))
+    monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena: arenas.append(arena))
+    OnnxRuntimeBackend(bundle)
+    assert arenas == [kept] * 3
 
 
 def test_a_view_of_state_is_its_start() -> None:
