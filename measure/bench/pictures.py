@@ -30,7 +30,8 @@ def write_lengths(folder: Path, points: Sequence[LengthPoint], title: str) -> li
         chunks = [point.chunk for point in line]
         cost.plot(chunks, [point.seconds for point in line], label=policy, linewidth=1.8)
         memory.plot(chunks, [point.kv_bytes / 1e6 for point in line], label=policy, linewidth=1.8)
-    cost.axhline(points[0].decode_seconds, color="0.5", linestyle=":", label="decoding")
+    if points[0].decode_seconds is not None:
+        cost.axhline(points[0].decode_seconds, color="0.5", linestyle=":", label="decoding")
     _named(cost, "chunk of the video", "seconds of a chunk's passes")
     _named(memory, "chunk of the video", "keys and values read, MB")
     return _write(folder, "lengths", points, figure, title)

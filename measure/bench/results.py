@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forcingkv.measure.bench.turns import Measured
+from forcingkv.measure.bench.turns import Measured, decode_seconds
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.footprint import footprint
 
@@ -53,8 +53,8 @@ class Row:
 
 def rows(measured: Sequence[Measured], chunk: int | None = None) -> list[Row]:
     """A row a policy, in the order they were given."""
-    against = baseline(measured)
-    return [_row(one, against, chunk) for one in measured]
+    against, decoding = baseline(measured), decode_seconds(measured)
+    return [_row(one, against, decoding, chunk) for one in measured]
 
 
 def baseline(measured: Sequence[Measured]) -> Measured:
@@ -76,14 +76,13 @@ def machine(threads: int | None) -> dict[str, object]:
     }
 
 
-def _row(one: Measured, against: Measured, chunk: int | None) -> Row:
+def _row(one: Measured, against: Measured, decoding: float | None, chunk: int | None) -> Row:
     plan = one.case.bundle.plan
     flops, most = (pass_flops(m.case.bundle.plan, chunk).total for m in (one, against))
     ratios = [b.pass_seconds / a.pass_seconds for a, b in zip(one.turns, against.turns, strict=True)]
     taken = [turn.pass_seconds for turn in one.turns]
     passes = len(plan.spec.schedule.timesteps) + 1
     per_chunk, per_chunk_against = (passes * m.pass_seconds for m in (one, against))
-    decoding, decoding_against = one.decode_seconds, against.decode_seconds
     speedup, limit = statistics.median(ratios), most / flops
     return Row(
         policy=one.case.name,
@@ -102,9 +101,9 @@ def _row(one: Measured, against: Measured, chunk: int | None) -> Row:
         gflops=flops / one.pass_seconds / 1e9,
         seconds_per_chunk=per_chunk,
         seconds_to_decode=decoding,
-        speedup_with_decoding=(per_chunk_against + decoding_against) / (per_chunk + decoding)
-        if decoding is not None and decoding_against is not None
-        else None,
+        speedup_with_decoding=None
+        if decoding is None
+        else (per_chunk_against + decoding) / (per_chunk + decoding),
     )
 
 

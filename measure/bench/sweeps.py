@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from forcingkv.measure.bench.cases import Case
 from forcingkv.measure.bench.results import rows
-from forcingkv.measure.bench.turns import Measured, take_turns
+from forcingkv.measure.bench.turns import Measured, decode_seconds, take_turns
 from forcingkv.runtime.cost import pass_flops
 
 __all__ = ["CHUNKS", "LengthPoint", "ResolutionPoint", "lengths", "resolutions"]
@@ -28,8 +27,8 @@ class LengthPoint:
     """All passes of this chunk; measured in its phase."""
     total_seconds: float
     """All passes of the video so far."""
-    decode_seconds: float
-    """This chunk; the same under every policy."""
+    decode_seconds: float | None
+    """This chunk; the same under every policy. None if it was not timed."""
     kv_bytes: int
     """Keys and values that attention reads in this chunk."""
     flops: int
@@ -55,6 +54,7 @@ def lengths(
     *,
     rounds: int = 3,
     chunks: int = CHUNKS,
+    decode: bool = True,
     backend: str = "onnxruntime",
     threads: int | None = None,
     say: Callable[[str], None] = lambda doing: None,
@@ -66,9 +66,11 @@ def lengths(
     for _ in range(rounds):
         for chunk in sorted(begins):
             at = [case for case in cases if any(p.first_chunk == chunk for p in case.bundle.plan.phases)]
-            for one in take_turns(at, 1, backend=backend, threads=threads, chunk=chunk, say=say):
+            for one in take_turns(
+                at, 1, backend=backend, threads=threads, chunk=chunk, decode=decode, say=say
+            ):
                 took.setdefault((one.case.name, chunk), Measured(one.case, [])).turns.extend(one.turns)
-    decoding = statistics.median(one.decode_seconds or 0.0 for one in took.values())
+    decoding = decode_seconds(took.values())
     for case in cases:
         plan, total = case.bundle.plan, 0.0
         passes = len(plan.spec.schedule.timesteps) + 1

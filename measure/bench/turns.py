@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from forcingkv.measure.bench.cases import Case
@@ -12,7 +12,7 @@ from forcingkv.measure.process import watched
 from forcingkv.runtime import Session
 from forcingkv.runtime.memory import give_back
 
-__all__ = ["Measured", "Turn", "take_turn", "take_turns"]
+__all__ = ["Measured", "Turn", "decode_seconds", "take_turn", "take_turns"]
 
 SHORT = 10.0
 """Seconds: a pass that takes less is run once before it is timed. One that takes more has long forgotten how
@@ -28,7 +28,7 @@ class Turn:
     pass_seconds: float
     """Median over the passes of the turn."""
     decode_seconds: float | None
-    """Of a chunk; None if it was left out."""
+    """Of a chunk; None in turns that did not time it."""
     cache_bytes: int
     """All buffers for keys and values."""
     grown_bytes: int
@@ -46,12 +46,6 @@ class Measured:
     def pass_seconds(self) -> float:
         """Median over turns."""
         return statistics.median(turn.pass_seconds for turn in self.turns)
-
-    @property
-    def decode_seconds(self) -> float | None:
-        """Median over the turns that decoded; None if none did."""
-        seen = [turn.decode_seconds for turn in self.turns if turn.decode_seconds is not None]
-        return statistics.median(seen) if seen else None
 
 
 def take_turns(
@@ -74,7 +68,8 @@ def take_turns(
         threads: as of `Session.open`.
         chunk: index of the chunk whose passes are timed; None: the first of the last phase, whose caches are
             as long as they get.
-        decode: whether to time decoding too.
+        decode: whether to time decoding too: in one turn of each round, since it is the same under every
+            policy.
         seconds: no round begins that would end after so many, if it takes as long as the one before.
             The first always runs.
         say: told what is being done.
@@ -86,11 +81,19 @@ def take_turns(
         if number and seconds is not None and opened - began + last > seconds:
             say(f"left out {rounds - number} of {rounds} rounds: there was no time for them")
             break
-        for one in made:
+        for place, one in enumerate(made):
             say(f"round {number + 1} of {rounds}: {one.case.name}")
-            one.turns.append(take_turn(one.case, backend, threads, chunk, decode))
+            decoding = decode and place == number % len(made)
+            one.turns.append(take_turn(one.case, backend, threads, chunk, decoding))
         last = time.perf_counter() - opened
     return made
+
+
+def decode_seconds(measured: Iterable[Measured]) -> float | None:
+    """Median of what decoding a chunk took, over all turns that timed it; None if none did."""
+    turns = (turn.decode_seconds for one in measured for turn in one.turns)
+    seen = [seconds for seconds in turns if seconds is not None]
+    return statistics.median(seen) if seen else None
 
 
 def take_turn(case: Case, backend: str, threads: int | None, chunk: int | None, decode: bool) -> Turn:

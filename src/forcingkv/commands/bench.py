@@ -43,8 +43,8 @@ def bench(
     backend: Annotated[str, typer.Option(help="onnxruntime, tensorrt or tensorrt-rtx.")] = "onnxruntime",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each policy.")] = 3,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="Begin no round that would end after so many.")
-    ] = None,
+        float, typer.Option(min=0, help="Begin no round at a geometry that would end after so many.")
+    ] = 17.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one a core.")] = None,
     decode: Annotated[bool, typer.Option(help="Time decoding too.")] = True,
     decoder: Annotated[
@@ -77,14 +77,14 @@ def bench(
     if sweep:
         need("analyze", "matplotlib")
     threads, sizes = threads or _cores(), _listed(geometry, "--geometry") if geometry else [None]
-    limit = None if minutes is None else minutes * 60
     results, across = [], []
     with _shown() as say:
         for size in sizes:
             with _cases(bundle, model, layers, size, policies, headmap, decoder) as cases:
                 measured = take_turns(
-                    cases, rounds, backend=backend, threads=threads, decode=decode, seconds=limit, say=say
-                )
+                    cases, rounds,
+                    backend=backend, threads=threads, decode=decode, seconds=minutes * 60, say=say,
+                )  # fmt: skip
                 plan = cases[0].bundle.plan
                 result: dict[str, Any] = {
                     "machine": machine(threads),
@@ -102,7 +102,9 @@ def bench(
                     from forcingkv.measure.bench.pictures import write_lengths
                     from forcingkv.measure.bench.sweeps import lengths
 
-                    points = lengths(cases, rounds=rounds, backend=backend, threads=threads, say=say)
+                    points = lengths(
+                        cases, rounds=rounds, decode=decode, backend=backend, threads=threads, say=say
+                    )
                     result["written"] = [str(path) for path in write_lengths(sweep, points, _title(result))]
     if sweep and len(sizes) > 1:
         from forcingkv.measure.bench.pictures import write_resolutions
