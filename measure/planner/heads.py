@@ -1,4 +1,4 @@
-"""Which heads a plan is made with: those of a head map, counts of a map, or an assumption that is said."""
+"""Which heads a plan is made with: those given, published ones, or an assumption that is said."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.evidence import ModelIdentity, Rule
+from forcingkv.headmaps.evidence import ModelIdentity
 from forcingkv.headmaps.headmap import HeadMap, uniform
+from forcingkv.measure.nominal import heads_in_words, known_map, map_with_counts
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import Geometry, ModelSpec
@@ -32,7 +33,7 @@ class Given:
 
 
 def spread(spec: ModelSpec, counts: Mapping[str, int]) -> HeadMap:
-    """A map with so many heads of each label in the whole model, as evenly over the layers as can be.
+    """A map with exactly so many heads of each label in the whole model (`measure.nominal.map_with_counts`).
 
     Raises InputError unless the counts add up to the model's heads.
     """
@@ -43,15 +44,7 @@ def spread(spec: ModelSpec, counts: Mapping[str, int]) -> HeadMap:
             where="heads",
             expected=f"{total} in all, {spec.heads} in each of {spec.layers} layers",
         )
-    # Labels in turn, each as soon as it has fallen behind its share of the heads so far.
-    used = dict.fromkeys(counts, 0)
-    order = []
-    for place in range(1, total + 1):
-        label = max(counts, key=lambda name: counts[name] * place / total - used[name])
-        used[label] += 1
-        order.append(label)
-    rows = tuple(tuple(order[n * spec.heads : (n + 1) * spec.heads]) for n in range(spec.layers))
-    return HeadMap(ModelIdentity(spec.name, spec.layers, spec.heads), rows, Rule("spread"))
+    return map_with_counts(spec, counts, counts)
 
 
 def parse_counts(text: str) -> dict[str, int]:
@@ -72,8 +65,9 @@ def plan_for(
 ) -> tuple[CachePlan, str]:
     """The cache plan of a policy, and which heads it was made with, in words.
 
-    A policy that needs labels and is given none that it knows is planned with the same label for every head:
-    the one that takes most memory, as the check before a session does it.
+    A policy that needs labels and is given none that it knows is planned with the map that ships for the
+    model, or with published counts (`measure.nominal`). Where there are neither, every head has the same
+    label: the one that takes most memory, as the check before a session does it.
 
     Raises InputError where map, segments or frames do not fit the model.
     """
@@ -82,8 +76,12 @@ def plan_for(
         return build_plan(spec, geometry, policy), "every head alike"
     if given.labels and given.labels <= set(policy.groups):
         headmap = given.headmap or spread(spec, given.counts or {})
-        found = ", ".join(f"{number} {label}" for label, number in headmap.counts().items())
+        found = heads_in_words(headmap)
         words = found if given.headmap else f"{found}, spread evenly over the layers"
+        return build_plan(spec, geometry, policy, headmap), words
+    known = known_map(spec, policy)
+    if known is not None:
+        headmap, words = known
         return build_plan(spec, geometry, policy, headmap), words
     identity = ModelIdentity(spec.name, spec.layers, spec.heads)
     plans = {label: build_plan(spec, geometry, policy, uniform(identity, label)) for label in policy.groups}

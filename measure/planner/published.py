@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Literal
 
 from forcingkv.headmaps.fields import from_data
 from forcingkv.measure.planner.gpus import Gpu, load_gpu
-from forcingkv.measure.planner.heads import Given, plan_for
+from forcingkv.measure.planner.heads import plan_for
 from forcingkv.measure.planner.prediction import VideoWork, predict, video_work
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.footprint import kv_parts
@@ -36,7 +35,6 @@ class Row:
     published: float
     gpu: str = "h200"
     fitted: bool = False
-    heads: Mapping[str, int] = field(default_factory=dict)
     note: str | None = None
     reason: str | None = None
 
@@ -91,6 +89,5 @@ class Case:
     def _work(self, policy: str) -> tuple[CachePlan, VideoWork]:
         row = self.row
         spec = load_spec(row.model)
-        given = Given(counts=row.heads or None)
-        plan, _ = plan_for(spec, spec.geometry(row.resolution), load_policy(policy), given)
+        plan, _ = plan_for(spec, spec.geometry(row.resolution), load_policy(policy))
         return plan, video_work(plan, row.chunks)

@@ -95,7 +95,8 @@ def test_a_head_map_or_its_counts_are_used_where_they_fit(run: Callable[..., Ran
         found[option] = {one["policy"]: one for one in report["policies"]}
     assert found["--headmap"]["forcing-kv"]["heads"] == "60 static, 300 dynamic"
     assert "spread evenly" in found["--heads"]["forcing-kv"]["heads"]
-    assert found["--headmap"]["dummy-forcing"]["heads"].startswith("assumed: every head sink")
+    # Labels that are not the policy's are not used for it.
+    assert found["--headmap"]["dummy-forcing"]["heads"].startswith("90 sink, 90 neighbour, 180 dummy")
     totals = [one["forcing-kv"]["memory"]["total"] for one in found.values()]
     assert totals[0] == totals[1]
 
@@ -135,7 +136,7 @@ def test_a_tiny_decoder_takes_less(run: Callable[..., Ran]) -> None:
         (("--heads", "slow=360"), "its labels are slow"),
         (("--heads", "slow"), "such as static=134,dynamic=226"),
         (("--headmap", "a.json", "--heads", "static=1"), "one of them"),
-        (("--published",), "goes without a model"),
+        (("--published",), "--published: goes without --model; expected nothing beside it but --json."),
     ],
 )
 def test_wrong_input_is_named(words: tuple[str, ...], message: str, run: Callable[..., Ran]) -> None:
@@ -148,6 +149,41 @@ def test_a_model_is_needed(run: Callable[..., Ran]) -> None:
     ran = run("plan")
     assert ran.code == 2
     assert "--model: is not given" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--policy", "full"), "--policy"),
+        (("--gpu", "h200", "--resolution", "480p"), "--resolution, --gpu"),
+        (("--headmap", "map.json"), "--headmap"),
+        (("--heads", "static=134,dynamic=226", "--json"), "--heads"),
+        (("--decoder", "taehv"), "--decoder"),
+        # What is said is refused, even where it is the default.
+        (("--seconds", "30", "--dtype", "bfloat16"), "--seconds, --dtype"),
+    ],
+)
+def test_published_figures_are_what_they_are(
+    words: tuple[str, ...], named: str, run: Callable[..., Ran]
+) -> None:
+    ran = run("plan", "--published", *words)
+    assert (ran.code, ran.out) == (2, "")
+    assert f"--published: goes without {named}; expected nothing beside it but --json." in ran.err
+
+
+@pytest.mark.parametrize(
+    ("model", "heads"),
+    [
+        ("self-forcing", "134 static, 226 dynamic as published, spread evenly over the layers"),
+        ("longlive", "154 static, 206 dynamic as published, spread evenly over the layers"),
+        ("krea-14b", "800 static, 800 dynamic as published, spread evenly over the layers"),
+        ("demo", "7 static, 17 dynamic: the map that ships"),
+    ],
+)
+def test_heads_of_a_known_model_need_not_be_given(model: str, heads: str, run: Callable[..., Ran]) -> None:
+    words = ("plan", "--model", model, "--gpu", "h200", "--policy", "forcing-kv", "--json")
+    [policy] = json.loads(run(*words).out)["policies"]
+    assert policy["heads"] == heads
 
 
 def test_a_policy_that_cannot_be_is_left_out_unless_it_was_named(run: Callable[..., Ran]) -> None:

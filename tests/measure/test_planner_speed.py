@@ -183,13 +183,10 @@ def test_a_window_is_faster_than_all_and_slower_than_static_and_dynamic_heads(
     assert len(set(rates)) == 3
 
 
-def test_counts_are_spread_evenly() -> None:
+def test_counts_that_are_given_have_to_be_those_of_the_model() -> None:
     spec = load_spec("self-forcing")
     counts = {"sink": 90, "neighbour": 91, "dummy": 179}
-    headmap = spread(spec, counts)
-    assert headmap.counts() == counts
-    for row in headmap.labels:
-        assert all(abs(row.count(label) - total / 30) <= 1.5 for label, total in counts.items())
+    assert spread(spec, counts).counts() == counts
     with pytest.raises(
         InputError, match=r"359 heads are given; expected 360 in all, 12 in each of 30 layers"
     ):
@@ -202,13 +199,31 @@ def test_counts_of_another_form_are_refused(text: str) -> None:
         parse_counts(text)
 
 
-def test_without_labels_that_fit_the_costliest_are_assumed_and_said() -> None:
-    spec = load_spec("self-forcing")
+def test_without_labels_that_fit_published_counts_are_taken_and_said() -> None:
+    spec, policy = load_spec("self-forcing"), load_policy("forcing-kv")
+    plan, words = plan_for(spec, spec.geometry(), policy)
+    assert words == "134 static, 226 dynamic as published, spread evenly over the layers"
+    assert plan == plan_for(spec, spec.geometry(), policy, HEADS)[0]
+    _, words = plan_for(spec, spec.geometry(), load_policy("dummy-forcing"), HEADS)
+    assert words == (
+        "90 sink, 90 neighbour, 180 dummy in published shares, spread evenly over the layers"
+        " (that as many are sink as neighbour is assumed)"
+    )
+
+
+def test_the_map_that_ships_comes_before_counts_and_what_is_given_before_it() -> None:
+    spec, policy = load_spec("demo"), load_policy("forcing-kv")
+    _, words = plan_for(spec, spec.geometry(), policy)
+    assert words == "7 static, 17 dynamic: the map that ships"
+    _, words = plan_for(spec, spec.geometry(), policy, Given(counts={"static": 12, "dynamic": 12}))
+    assert words == "12 static, 12 dynamic, spread evenly over the layers"
+
+
+def test_where_nothing_is_published_the_costliest_is_assumed_and_said() -> None:
+    spec = replace(load_spec("self-forcing"), name="mine")
     plan, words = plan_for(spec, spec.geometry(), load_policy("forcing-kv"))
     assert words == "assumed: every head dynamic, which takes most"
     assert plan.layers[1][0].label == "dynamic"
-    _, words = plan_for(spec, spec.geometry(), load_policy("dummy-forcing"), HEADS)
-    assert words.startswith("assumed: every head sink")
 
 
 def test_every_gpu_has_a_class_and_a_source() -> None:

@@ -18,6 +18,7 @@ __all__ = ["plan"]
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Preset or spec file (.toml).")] = None,
     resolution: Annotated[
         str | None, typer.Option(help="WIDTHxHEIGHT or a name, such as 480p; default: the model's.")
@@ -32,7 +33,7 @@ def plan(
     ] = None,
     headmap: Annotated[
         Path | None,
-        typer.Option(help="Head map; without one every head is taken to be of the costliest kind."),
+        typer.Option(help="Head map; default: the model's published counts, or else the costliest heads."),
     ] = None,
     heads: Annotated[
         str | None, typer.Option(help="In place of a head map its counts, such as static=134,dynamic=226.")
@@ -50,8 +51,7 @@ def plan(
     Example: forcingkv plan --model longlive --resolution 1080p --gpu h200 --heads static=154,dynamic=206
     """
     if published:
-        if model is not None:
-            raise InputError("goes without a model", where="--published")
+        _refuse_others(context, "--published", "--json")
         _published(as_json)
         return
     if model is None:
@@ -94,6 +94,26 @@ def _published(as_json: bool) -> None:
         return
     rows: list[dict[str, Any]] = [asdict(one) | {"off": one.off} for one in found]
     emit({"efficiency": {name: asdict(one) for name, one in constants.items()}, "rows": rows})
+
+
+def _refuse_others(context: typer.Context, *accepted: str) -> None:
+    """Raise InputError for options of the command line that are not among those."""
+    others = [
+        param.opts[0]
+        for param in context.command.params
+        if param.opts[0] not in accepted and _was_given(context, param.name or "")
+    ]
+    if others:
+        raise InputError(
+            f"goes without {', '.join(others)}",
+            where=accepted[0],
+            expected=f"nothing beside it but {', '.join(accepted[1:])}",
+        )
+
+
+def _was_given(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _names(given: list[str] | None) -> list[str]:
