@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from forcingkv.commands import analyze, demo, encode, export, generate, headmap, inspect
+from forcingkv.commands import (
+    analyze,
+    bench,
+    demo,
+    encode,
+    evaluate,
+    export,
+    generate,
+    headmap,
+    inspect,
+    plan,
+)
 
 __all__ = ["app"]
 
@@ -19,7 +30,10 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(headmap.app, name="headmap")
+app.command("bench")(bench.bench)
 app.command("encode")(encode.encode)
+app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from forcingkv.measure.fidelity.pairs import grey, mean_psnr
 from forcingkv.models.demo.data import Moves, prompt_of
 from forcingkv.models.demo.judge import Judge, verdict
 from forcingkv.runtime import Session, Timing
@@ -75,25 +76,10 @@ def results(
                     np.median([timing.total - timing.decode for timing in last])
                 ),
                 "frames_per_second": spec.frames_per_chunk / seconds,
-                "psnr_to_full": None if name == reference else psnr(run.videos, runs[reference].videos),
+                "psnr_to_full": None if name == reference else mean_psnr(run.videos, runs[reference].videos),
                 "digits_read": float(np.mean([v.digits for v in seen])),
                 "prompts_read": float(np.mean([all(v.digits) for v in seen])),
                 "direction_right": float(np.mean([v.directions for v in seen])),
             }
         )
     return rows
-
-
-def grey(video: Frames) -> npt.NDArray[np.float64]:
-    """(frames, height, width) in [-1, 1]."""
-    return video[..., 0] / 127.5 - 1
-
-
-def psnr(videos: Sequence[Frames], references: Sequence[Frames]) -> float | None:
-    """Mean over videos of the peak signal-to-noise ratio in dB; None where all are identical."""
-    values = []
-    for video, other in zip(videos, references, strict=True):
-        error = float(np.mean((video.astype(np.float64) - other) ** 2))
-        if error:
-            values.append(10 * np.log10(255**2 / error))
-    return float(np.mean(values)) if values else None

@@ -1,0 +1,197 @@
+"""`forcingkv evaluate`: fidelity of generated video, from bundles or from files. Needs no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forcingkv.commands.console import default_prompts, emit, need, progress, read_prompts
+from forcingkv.headmaps.errors import InputError
+
+if TYPE_CHECKING:
+    from forcingkv.measure.fidelity.layout import ChunkLayout
+    from forcingkv.runtime import Session
+    from forcingkv.runtime.spec import ModelSpec
+    from forcingkv.runtime.text import Prompt
+
+__all__ = ["evaluate"]
+
+SAMPLES = 32
+"""Prompts, where there are as many and no other number is asked for."""
+REFERENCE = "full"
+"""The policy that others are compared with, where a bundle has it and no other is asked for."""
+
+
+def evaluate(
+    bundle: Annotated[list[Path] | None, typer.Option(help="Folder that export wrote; repeat it.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Policy or folder name of the bundle to compare with; default: full.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line; default: those shipped.")
+    ] = None,
+    embeds: Annotated[Path | None, typer.Option(help="Text embeddings that `encode` wrote.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Prompts to take; default: 32, or all if fewer.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Videos a prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first video; others count on.")] = 0,
+    chunks: Annotated[
+        int | None, typer.Option(min=2, help="Length of the videos; default: until full KV is full.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="What runs the graphs: onnxruntime, tensorrt or tensorrt-rtx.")
+    ] = "onnxruntime",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Video file to measure; repeat it.")] = None,
+    reference_video: Annotated[
+        list[Path] | None, typer.Option(help="Video to compare with, one for each --video, in order.")
+    ] = None,
+    chunk_frames: Annotated[int, typer.Option(min=1, help="Of --video: frames of chunks.")] = 12,
+    first_chunk_frames: Annotated[int, typer.Option(min=1, help="Of --video: of the first chunk.")] = 9,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of --video: pairs that the published chunk discontinuity takes; default:"
+                     " one a boundary."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write a row a video to this file (.csv).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:  # fmt: skip
+    """Measure generated video: against full KV, at the seams of chunks, drift over time.
+
+    With --bundle: generates the same prompts and seeds with each bundle in turn, and gives means with 95%
+    intervals over prompts. With --video: measures files. docs/fidelity.md says what each number means.
+
+    Example: forcingkv evaluate --bundle bundles/full --bundle bundles/forcing-kv --samples 32 --out all.csv
+
+    Example: forcingkv evaluate --video pruned.mp4 --reference-video full.mp4
+    """
+    need("evaluate", "cv2", "scipy", "sklearn")
+    import cv2
+
+    from forcingkv.commands.fidelity_tables import print_files, print_policies, summary_data, write_csv
+    from forcingkv.measure.fidelity.evaluation import evaluate_sessions, samples_of, summarize
+    from forcingkv.measure.fidelity.layout import ChunkLayout
+
+    if bool(bundle) == bool(video):
+        given = "are both given" if bundle else "are both missing"
+        raise InputError(f"--bundle and --video {given}", where="evaluate", expected="one of the two")
+    if bundle and (reference_video or top):
+        raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
+    if out is not None and out.suffix.lower() != ".csv":
+        raise InputError("is not a csv file", where=str(out), expected="a name that ends in .csv")
+    if threads:
+        cv2.setNumThreads(threads)
+    if video:
+        layout = ChunkLayout(first_chunk_frames, chunk_frames)
+        files = [_measured(*pair, layout, top) for pair in _paired(video, reference_video)]
+        if out is not None:
+            write_csv([{"video": file["video"]} | file["values"] for file in files], out)
+        emit({"videos": files}) if as_json else print_files(files)
+        return
+    with _sessions(bundle or (), backend, threads) as sessions, progress() as shown:
+        compared = _reference(list(sessions), reference)
+        spec = next(iter(sessions.values())).spec
+        chosen = samples_of(_prompts(spec, prompts, embeds, samples), seeds, seed)
+        length = chunks or spec.attended_frames // spec.frames_per_chunk
+        task = shown.add_task("generating and measuring (videos)", total=len(chosen) * len(sessions))
+        rows = evaluate_sessions(sessions, chosen, length, compared, lambda: shown.advance(task))
+        places = {name: str(session.bundle.path) for name, session in sessions.items()}
+    summary = summarize(rows, compared)
+    if out is not None:
+        about = [{"policy": row.policy, "prompt": row.prompt, "seed": row.seed} for row in rows]
+        write_csv([first | row.values for first, row in zip(about, rows, strict=True)], out)
+    emit(summary_data(summary, places, length)) if as_json else print_policies(summary)
+
+
+@contextmanager
+def _sessions(bundles: Sequence[Path], backend: str, threads: int | None) -> Iterator[dict[str, Session]]:
+    """A session of each bundle, by its policy, or by its folder where policies are not distinct."""
+    from forcingkv.runtime import Bundle, Session
+
+    opened = [Bundle.open(path) for path in bundles]
+    policies = [one.manifest.policy.name for one in opened]
+    names = policies if len(set(policies)) == len(policies) else [path.resolve().name for path in bundles]
+    twins = [name for name, times in Counter(names).items() if times > 1]
+    if twins:
+        raise InputError(
+            f"{twins[0]!r} is given twice", where="bundle", expected="policies or folders of different names"
+        )
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(Session.open(one, backend=backend, threads=threads))
+            for name, one in zip(names, opened, strict=True)
+        }
+
+
+def _reference(names: Sequence[str], asked: str | None) -> str | None:
+    if asked is None:
+        return REFERENCE if REFERENCE in names else None
+    if asked not in names:
+        raise InputError(
+            f"there is no bundle {asked!r}", where="reference", expected=f"one of {', '.join(names)}"
+        )
+    return asked
+
+
+def _prompts(
+    spec: ModelSpec, file: Path | None, embeds: Path | None, samples: int | None
+) -> list[tuple[str, Prompt]]:
+    """The prompts, and what a session is given for each."""
+    from forcingkv.runtime.embeds import read_embeds
+
+    known = read_embeds(embeds) if embeds else None
+    if file is None and known is not None:
+        texts = list(known.prompts)
+    else:
+        texts = read_prompts(file) if file else default_prompts(spec.name)
+    if samples is not None and samples > len(texts):
+        raise InputError(
+            f"{samples} are asked for, of {len(texts)}",
+            where="samples",
+            mend="Give a file with more prompts (--prompts), or make more videos of each (--seeds).",
+        )
+    texts = texts[: samples or SAMPLES]
+    return [(text, known.get(text, spec) if known else text) for text in texts]
+
+
+def _paired(videos: Sequence[Path], references: Sequence[Path] | None) -> list[tuple[Path, Path | None]]:
+    if references and len(references) != len(videos):
+        raise InputError(
+            f"{len(videos)} and --reference-video {len(references)}",
+            where="--video",
+            expected="a reference for each video, or none",
+        )
+    return list(itertools.zip_longest(videos, references or ()))
+
+
+def _measured(path: Path, reference: Path | None, layout: ChunkLayout, top: int | None) -> dict[str, Any]:
+    """The numbers of a file, by name: for JSON."""
+    need("evaluate", "av")
+    from forcingkv.measure.fidelity.video import measure_pair, measure_video
+    from forcingkv.measure.fidelity.video_files import open_video
+
+    with progress() as shown:
+        shown.add_task(path.name, total=None)
+        with open_video(path) as file:
+            fps, own = file.fps, measure_video(file.frames, layout, file.fps, top=top, where=str(path))
+        data = {
+            "video": str(path),
+            "frames": own.frames,
+            "fps": fps,
+            "values": own.values,
+            "boundaries": list(own.boundaries),
+            "seams": {name: list(ratios) for name, ratios in vars(own.seams).items()},
+        }
+        if reference is not None:
+            with open_video(path) as file, open_video(reference) as other:
+                pair = measure_pair(file.frames, other.frames, where=str(path))
+            data["reference"], data["values"] = str(reference), pair.values | own.values
+            data["psnr_by_frame"], data["ssim_by_frame"] = pair.psnr_by_frame, pair.ssim_by_frame
+    return data
