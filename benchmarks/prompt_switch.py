@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from forcingkv.commands.compare import grey
 from forcingkv.commands.console import default_prompts, progress
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import read_headmap
+from forcingkv.measure.fidelity.pairs import grey
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.demo.data import moves_of
 from forcingkv.models.demo.judge import Judge
