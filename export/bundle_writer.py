@@ -21,6 +21,7 @@ from forcingkv.export.fp8 import rounded_inputs
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.export.precision import DTYPES, ExportDtype, Precision, Target, precision_of
+from forcingkv.export.prune_op import check_choice
 from forcingkv.export.records import file_records, graph_record, versions
 from forcingkv.export.targets import EngineTarget, check_disk, check_plugin, engine_target, warnings_of
 from forcingkv.export.verify import check_memory, fp8_differences, graph_difference
@@ -103,8 +104,9 @@ def export_bundle(
         say: told what is being done.
 
     Raises:
-        InputError: something does not fit; see `build_plan`, `verify.check_memory`, `precision_of`,
-            `targets.engine_target`, `targets.check_disk` and `calibrate.check_calibration`.
+        InputError: something does not fit; see `build_plan`, `prune_op.check_choice`, `precision_of`,
+            `verify.check_memory`, `targets.engine_target`, `targets.check_disk` and
+            `calibrate.check_calibration`.
         VerificationError: a graph differs from torch by more than `TOLERANCE` or `FP8_TOLERANCE`.
         EngineError: TensorRT did not build an engine.
     """
@@ -116,6 +118,7 @@ def export_bundle(
     )
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
+    check_choice(policy)
     if (decoder is None) != (spec.decoder.kind == "pixels"):
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
     verify = engines is None if verify is None else verify

@@ -21,12 +21,15 @@ from onnx import defs, helper, parser
 from onnxscript import values
 
 import forcingkv.models.prune  # noqa: F401  (registers the torch operators)
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE
 
 __all__ = [
     "DOMAIN",
     "OPSET",
     "PLUGIN_NAMESPACE",
+    "check_choice",
     "functions_for",
     "prune_functions",
     "split_prune",
@@ -113,6 +116,19 @@ _COLLECT = """
     picked_values = Gather <axis = 2> (split_values, indices)
     retained_values = Reshape (picked_values, out_shape)
 """
+
+
+def check_choice(policy: Policy) -> None:
+    """Raise InputError unless the operators choose segments as the policy says: scored once, and shared."""
+    retain = policy.retain
+    if retain is None or (retain.choose == "least-similar" and retain.shared):
+        return
+    raise InputError(
+        f"retains segments by choose = {retain.choose!r}, shared = {str(retain.shared).lower()}",
+        where=f"policy {policy.name}",
+        expected="choose = 'least-similar', shared = true",
+        mend="Other choices run in torch only (models/generate.py): they are there to be compared with.",
+    )
 
 
 def prune_functions() -> list[onnx.FunctionProto]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forcingkv.models.prune import prune_follow, prune_score
+from forcingkv.models.prune import choose_ahead, prune_follow, prune_score
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime.plan import CachePlan, HeadGroup
 
@@ -55,6 +55,7 @@ def advance(
     *,
     sink_rows: Mapping[str, Tensor] | None,
     retain: bool,
+    chunk: int | None = None,
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
 
@@ -65,11 +66,14 @@ def advance(
         sink_rows: group label -> which of the chunk's tokens become the sink. None: those of its first
             frames, if the group's sink is empty; the sink stays as it is afterwards.
         retain: whether segments are chosen; without, the retained ones stay as they are.
+        chunk: index of the chunk; needed where the policy draws segments at random.
 
     Returns:
-        The next cache, and the indices of the retained segments where they were chosen.
+        The next cache, and the indices of the retained segments where they were chosen: (kept,), or
+        (layers that retain, kept) where each layer chooses for itself.
     """
-    indices: Tensor | None = None
+    choices: list[Tensor] = []
+    shared = plan.policy.retain is None or plan.policy.retain.shared
     following = []
     for layer, groups in enumerate(plan.layers):
         row = []
@@ -81,10 +85,14 @@ def advance(
             if group.recent_frames:
                 kept["recent"] = _recent(plan, group, held, own)
             if group.retained_segments and retain:
-                kept["retained"], indices = _retained(plan, group, held, own, indices)
+                given = choices[0] if choices and shared else _ahead(plan, group, own, layer, chunk)
+                kept["retained"], indices = _retained(plan, group, held, own, given)
+                choices.append(indices)
             row.append(kept)
         following.append(row)
-    return following, indices
+    if not choices:
+        return following, None
+    return following, choices[0] if shared else torch.stack(choices)
 
 
 def _heads(kv: KeysValues, group: HeadGroup) -> KeysValues:
@@ -124,10 +132,21 @@ def _recent(plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues
     return _tokens(joined, newest)
 
 
+def _ahead(
+    plan: CachePlan, group: HeadGroup, new: KeysValues, layer: int, chunk: int | None
+) -> Tensor | None:
+    """The indices of a choice that looks at no keys; None where keys have to be scored."""
+    retain = plan.policy.retain
+    assert retain is not None
+    candidates = retain.segments * plan.spec.frames_per_chunk
+    chosen = choose_ahead(retain, candidates, group.retained_segments, layer, chunk)
+    return None if chosen is None else torch.tensor(chosen, device=new.keys.device)
+
+
 def _retained(
     plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues, indices: Tensor | None
 ) -> tuple[KeysValues, Tensor]:
-    """Retained segments: scored in the first layer that comes here, followed in the others."""
+    """Retained segments: those of `indices`, where there is a choice already, else scored here."""
     assert plan.policy.retain is not None
     segments = plan.policy.retain.segments
     transition = held["recent"]

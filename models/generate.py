@@ -41,7 +41,7 @@ class GeneratedChunk:
     latents: Tensor
     """(batch, latent_channels, frames, height, width)."""
     indices: Tensor | None
-    """Segments retained at the chunk's clean pass, if any were chosen."""
+    """Segments retained at the chunk's clean pass, if any were chosen (see `cache.advance`)."""
 
 
 def latent_shape(plan: CachePlan, batch: int = 1) -> tuple[int, int, int, int, int]:
@@ -107,7 +107,8 @@ def generate(
             sigma, following = schedule.sigmas[step : step + 2]
             latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
         _, new = run(latents, schedule.context_timestep, attend)
-        cache, indices = advance(plan, cache, new, sink_rows=None, retain=chunk + 1 >= plan.retains_from)
+        retain = chunk + 1 >= plan.retains_from
+        cache, indices = advance(plan, cache, new, sink_rows=None, retain=retain, chunk=chunk)
         yield GeneratedChunk(chunk, latents, indices)
 
 

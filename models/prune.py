@@ -1,17 +1,19 @@
 """DynamicPrune in torch: which segments of the last frames a layer's dynamic heads retain.
 
 Registered as torch operators, so that generation runs them and export keeps each as one node.
-Definitions: METHOD.md section 3.
+Definitions: METHOD.md section 3. Choices that look at no keys are made ahead, and followed.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from forcingkv.models.wan import KeysValues
+from forcingkv.runtime.policies import Retain
 
-__all__ = ["prune_follow", "prune_score"]
+__all__ = ["choose_ahead", "prune_follow", "prune_score"]
 
 
 def segment_similarity(frames: Tensor, segments: int) -> Tensor:
@@ -129,3 +131,27 @@ def prune_score(
 def prune_follow(transition: KeysValues, new: KeysValues, indices: Tensor, segment_tokens: int) -> KeysValues:
     """Collect the segments that the scoring layer chose."""
     return KeysValues(*_follow(*transition, *new, indices, segment_tokens))
+
+
+def choose_ahead(
+    retain: Retain, candidates: int, kept: int, layer: int, chunk: int | None
+) -> list[int] | None:
+    """The segments to keep where the choice looks at no keys; None where they have to be scored.
+
+    Args:
+        retain: how segments are chosen.
+        candidates: how many there are.
+        kept: how many are kept.
+        layer: the layer that chooses.
+        chunk: the chunk whose clean pass this is; `random` draws anew for each.
+
+    Raises ValueError where `random` is not told the chunk.
+    """
+    if retain.choose == "least-similar":
+        return None
+    if retain.choose == "uniform":
+        return [(2 * place + 1) * candidates // (2 * kept) for place in range(kept)]
+    if chunk is None:
+        raise ValueError("segments drawn at random need the index of the chunk")
+    drawn = np.random.default_rng((retain.seed, chunk, layer)).choice(candidates, kept, replace=False)
+    return sorted(drawn.tolist())

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.shipped import read_named, shipped_names
 
-__all__ = ["ALL", "Policy", "Retain", "Roles", "Unsplit", "load_policy", "policy_names"]
+__all__ = ["ALL", "Choice", "Policy", "Retain", "Roles", "Unsplit", "load_policy", "policy_names"]
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
+
+Choice = Literal["least-similar", "uniform", "random"]
+"""Which of the candidate segments are kept: those least similar to the same place one frame later; evenly
+spaced ones, the same at every chunk; or ones drawn anew at every chunk."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Retain:
     """Share of the candidate segments that is kept (the retention ratio)."""
     score_layer: int
     """First layer whose dynamic heads may score; later layers use its choice."""
+    choose: Choice = "least-similar"
+    shared: bool = True
+    """Whether later layers use the first one's choice. False: every layer chooses for itself."""
+    seed: int = 0
+    """What `random` draws from, with the index of the chunk."""
 
     def kept(self, frames_per_chunk: int) -> int:
         """Segments kept of those of a chunk's worth of frames."""
@@ -72,6 +82,10 @@ class Policy:
             )
         if any(roles.retained for roles in self.groups.values()) and self.retain is None:
             raise InputError("a group retains segments but [retain] is missing", where=where)
+        if self.retain and self.retain.seed < 0:
+            raise InputError(f"retain.seed is {self.retain.seed}", where=where, expected="0 or more")
+        if self.retain and self.retain.ratio > 1:
+            raise InputError(f"retain.ratio is {self.retain.ratio}", where=where, expected="at most 1")
         if self.unsplit and self.unsplit.group not in self.groups:
             raise InputError(
                 f"unsplit.group is {self.unsplit.group!r}",

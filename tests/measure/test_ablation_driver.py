@@ -1,0 +1,70 @@
+"""benchmarks/ablations.py on two prompts and two variants, twice: the second run makes no video again."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from forcingkv.measure.ablation import Studio
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "ablations.py"
+
+
+@pytest.fixture(scope="module")
+def driver() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ablations", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_writes_everything_and_goes_on_from_what_is_there(
+    driver: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "docs"
+    out.mkdir()
+    page = out / "ablations.md"
+    page.write_text(f"# Before\n\n{driver.BEGIN}\nan old table\n{driver.END}\n\nAfter\n")
+    words = (
+        f"ablations.py --prompts 2 --samples 1 --chunks 3 --variants 2 --out {out} --folder {tmp_path}/done"
+    )
+    monkeypatch.setattr("sys.argv", words.split())
+    driver.main()
+    first = (out / "ablations.csv").read_bytes()
+    rows = list(csv.DictReader(first.decode().splitlines()))
+    assert [row["variant"] for row in rows] == ["full", "forcing-kv"]
+    assert [row["videos"] for row in rows] == ["2", "2"]
+    text = page.read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith(f"{driver.END}\n\nAfter\n")
+    assert "an old table" not in text
+    command = "`python benchmarks/ablations.py --prompts 2 --chunks 3 --samples 1 --variants 2`"
+    assert command in text
+    assert (out / "pictures" / "ablations.png").is_file()
+    assert (out / "pictures" / "ablation-differences.png").is_file()
+    assert "2/2 forcing-kv" in capsys.readouterr().err
+
+    def made(*_: object) -> None:
+        raise AssertionError("a video is made again")
+
+    monkeypatch.setattr(Studio, "_made", made)
+    driver.main()
+    assert (out / "ablations.csv").read_bytes() == first
+
+
+def test_too_many_prompts_are_refused(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["ablations.py", "--prompts", "60"])
+    with pytest.raises(SystemExit, match="--prompts is 60: 48 are left"):
+        driver.main()
+
+
+def test_the_first_two_variants_are_needed(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["ablations.py", "--variants", "1"])
+    with pytest.raises(SystemExit):
+        driver.main()
