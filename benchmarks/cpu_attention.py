@@ -31,6 +31,7 @@ import onnxruntime as ort
 from onnx import parser
 
 from forcingkv.runtime import Bundle
+from forcingkv.runtime.bundle import CLEAN
 
 Shape = tuple[int, int, int, int]
 SHAPES: list[Shape] = [(288, 2016, 4, 32), (1560, 7800, 12, 128), (4680, 32760, 12, 128)]
@@ -208,6 +209,8 @@ def bundle_child(name: str, folder: str, graph: str, phase: int, passes: int) ->
             elif entry.role == "retained":  # chosen in every pass, whether the next phase sees them or not
                 tokens = plan.segment_tokens * entry.group.retained_segments
             shapes[f"next.{entry.name}"] = batch, heads, tokens, width
+            if entry.role == "retained":
+                shapes["retained_indices"] = (entry.group.retained_segments,)
     binding = session.io_binding()
     arrays = []
     generator = np.random.default_rng(0)
@@ -216,6 +219,7 @@ def bundle_child(name: str, folder: str, graph: str, phase: int, passes: int) ->
             kind = np.dtype(described.dtype)
             array = generator.standard_normal(shapes[tensor], np.float32).astype(kind)
             array = np.arange(array.size, dtype=kind) if tensor.startswith("sink_rows") else array
+            array = np.ones(array.shape, kind) if tensor == CLEAN else array
             arrays.append(array)
             bind(tensor, "cpu", 0, kind, array.shape, array.ctypes.data)
     before = status("VmRSS")

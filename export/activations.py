@@ -16,7 +16,9 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from forcingkv.export.clean_branch import taken_branches
 from forcingkv.export.prune_op import DOMAIN
+from forcingkv.export.rewriting import makers, read_by
 
 __all__ = ["activation_bytes", "make_caches_early", "weight_bytes"]
 
@@ -36,17 +38,12 @@ def make_caches_early(graph: ir.Graph) -> None:
     Ensures: the same nodes, in an order in which those that the first output does not need come right after
     the last that makes their inputs.
     """
-    needed: set[ir.Node] = set()
-    waiting = [graph.outputs[0].producer()]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in needed:
-            needed.add(node)
-            waiting += [value.producer() for value in node.inputs if value is not None]
+    needed = makers(graph.outputs[:1])
     after: dict[ir.Node, int] = {}
     for number, node in enumerate(graph):
-        makers = [value.producer() for value in node.inputs if value is not None]
-        earliest = max((after[maker] for maker in makers if maker is not None), default=-1)
+        # What is made inside a branch has no place of its own.
+        places = [after.get(maker) for value in read_by(node) if (maker := value.producer())]
+        earliest = max((place for place in places if place is not None), default=-1)
         after[node] = number if node in needed else earliest
     order = sorted(graph, key=after.__getitem__)  # stable: of those that may stand there, as they stood
     graph.remove(order)
@@ -56,11 +53,14 @@ def make_caches_early(graph: ir.Graph) -> None:
 def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape]]) -> int:
     """Bytes that a pass needs at most for what is neither input nor output nor weight.
 
+    Of passes that take branches and passes that do not, those that do: the others run some of the same nodes.
+
     Args:
         model: the graph, its nodes in the order they run in. Inputs and outputs are the caller's memory.
         phases: for each phase the shape of every input that varies; one empty mapping if none does.
     """
-    return max(_peak(model, shapes) for shapes in phases)
+    flat = taken_branches(model)
+    return max(_peak(flat, shapes) for shapes in phases)
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:

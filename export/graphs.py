@@ -34,6 +34,8 @@ class Graph:
     outputs: tuple[str, ...]
     dynamic: dict[str, tuple[int, str]]
     """Input name -> the dimension that varies by phase, and its symbol."""
+    clean_outputs: tuple[tuple[str, ...], ...] = ()
+    """Outputs that only a clean pass is asked for, those together that are made together."""
 
 
 def _cross_names(layers: int) -> list[str]:
@@ -171,9 +173,13 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     outputs = ("next_latents", "x0", *(f"next.{entry.name}" for entry in plan.entries))
     if plan.score_layer is not None:
         outputs += ("retained_indices",)
+    by_layer = [[f"next.{e.name}" for e in plan.entries if e.layer == layer] for layer in range(spec.layers)]
+    if plan.score_layer is not None:
+        by_layer[plan.score_layer].append("retained_indices")
     dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role}_tokens") for entry in plan.entries}
     dynamic |= {name: (0, f"sink_rows_{label}") for label, name in plan.sink_rows.items()}
-    return Graph("step", StepModule(model, plan), inputs, outputs, dynamic)
+    clean = tuple(tuple(names) for names in by_layer if names)
+    return Graph("step", StepModule(model, plan), inputs, outputs, dynamic, clean)
 
 
 def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pixels: bool = True) -> Graph:

@@ -21,12 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from forcingkv.export.activations import make_caches_early
+from forcingkv.export.clean_branch import branch_on_clean
 from forcingkv.export.cpu_attention import attend_in_blocks
 from forcingkv.export.fp8 import quantize_linears
 from forcingkv.export.graphs import Graph
 from forcingkv.export.passes import scale_attention, use_transposed
 from forcingkv.export.precision import is_matrix
 from forcingkv.export.prune_op import OPSET, functions_for, split_prune, translation_table
+from forcingkv.export.rewriting import graphs
 from forcingkv.export.tensorrt_passes import (
     align_parameters,
     fold_modulation,
@@ -103,6 +105,8 @@ def write_onnx(
         align_parameters(parameters)
     else:
         attend_in_blocks(traced, _longest(graph))
+        if graph.clean_outputs:
+            branch_on_clean(traced, graph.clean_outputs)
         make_caches_early(traced)
     if input_scales:
         matrices = {_bare(p.name).removesuffix(".weight"): p for p in parameters if p.uses()}
@@ -112,7 +116,7 @@ def write_onnx(
     for value in parameters:
         _point(traced, value, weights[_bare(value.name)], file)
     model = ir.to_proto(program.model)
-    model.functions.extend(functions_for({node.op_type for node in model.graph.node}))
+    model.functions.extend(functions_for({node.op_type for one in graphs(model) for node in one.node}))
     if single_kernels:
         split_prune(model)
     _strip(model)
@@ -203,13 +207,14 @@ def _without_symbols(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _strip(model: onnx.ModelProto) -> None:
     """Drop the tracer's notes: they hold source lines and paths of the machine that exported."""
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
-        del value.metadata_props[:]
-    del model.graph.metadata_props[:]
-    del model.graph.value_info[:]
+    for graph in graphs(model):
+        for node in graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+        for value in (*graph.input, *graph.output, *graph.initializer):
+            del value.metadata_props[:]
+        del graph.metadata_props[:]
+        del graph.value_info[:]
     del model.metadata_props[:]
 
 

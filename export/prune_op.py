@@ -21,6 +21,7 @@ from onnx import defs, helper, parser
 from onnxscript import values
 
 import forcingkv.models.prune  # noqa: F401  (registers the torch operators)
+from forcingkv.export.rewriting import graphs
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE
@@ -175,14 +176,17 @@ def split_prune(model: onnx.ModelProto) -> None:
 
     The model computes the same; its nodes are then one kernel each.
     """
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        nodes += _one_kernel_each(node) if node.op_type == "DynamicPrune" else [node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    used: set[str] = set()
+    for graph in graphs(model):
+        nodes: list[onnx.NodeProto] = []
+        for node in graph.node:
+            nodes += _one_kernel_each(node) if node.op_type == "DynamicPrune" else [node]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        used |= {node.op_type for node in nodes}
     others = [f for f in model.functions if f.domain != DOMAIN]
     del model.functions[:]
-    model.functions.extend([*others, *functions_for({node.op_type for node in nodes})])
+    model.functions.extend([*others, *functions_for(used)])
 
 
 def _one_kernel_each(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
-__all__ = ["constant", "replace_node"]
+__all__ = ["constant", "graphs", "makers", "read_by", "replace_node"]
+
+
+def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The graph of a model, and those of the branches in it."""
+    waiting = [model.graph]
+    while waiting:
+        graph = waiting.pop(0)
+        yield graph
+        waiting += [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+
+
+def read_by(node: ir.Node) -> list[ir.Value]:
+    """The values that a node takes, and those that nodes of its branches do."""
+    branches = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    readers = [node, *(inner for branch in branches for inner in branch.all_nodes())]
+    return [value for reader in readers for value in reader.inputs if value is not None]
+
+
+def makers(values: Iterable[ir.Value], known: Set[ir.Node] = frozenset()) -> set[ir.Node]:
+    """All nodes that values follow from, but those that are known and what they follow from."""
+    found: set[ir.Node] = set()
+    waiting = [value.producer() for value in values]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found and node not in known:
+            found.add(node)
+            waiting += [value.producer() for value in read_by(node)]
+    return found
 
 
 def constant(graph: ir.Graph, name: str, content: npt.NDArray[Any]) -> ir.Value:

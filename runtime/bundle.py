@@ -19,6 +19,7 @@ from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
 
 __all__ = [
+    "CLEAN",
     "GRAPHS",
     "SCHEMA",
     "Bundle",
@@ -32,6 +33,8 @@ __all__ = [
 SCHEMA = "forcingkv.bundle/1"
 MANIFEST, HEADMAP = "manifest.json", "headmap.json"
 GRAPHS = ("prompt", "step", "decode")
+CLEAN = "clean"
+"""The input of `step` that says whether a pass is the clean one."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class GraphRecord:
     """What ONNX Runtime holds of the weights once the graph is loaded; None where engines run it."""
     activation_bytes: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What ONNX Runtime needs at most for what is neither input nor output, in the phase that needs most."""
+
+    @property
+    def skips_caches(self) -> bool:
+        """Whether the graph is told which pass is the clean one, and makes next caches in no other."""
+        return CLEAN in self.inputs
 
 
 @dataclass(frozen=True)

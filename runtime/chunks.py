@@ -17,7 +17,7 @@ import numpy.typing as npt
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Fetch, Lane, Mark, Pass, Queue, Tensor
-from forcingkv.runtime.bundle import Bundle, GraphRecord
+from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord
 from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.decoding import ChunkDecoder
 from forcingkv.runtime.faults import NotFiniteError
@@ -31,7 +31,7 @@ NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
 last pass leaves none, and asks for none). A switch of prompts that redraws chunks asks for steps past those
 of all passes."""
 
-CLEAN = -1
+CLEAN_PASS = -1
 """The step of the clean pass."""
 
 
@@ -73,6 +73,7 @@ class ChunkMaker:
         if self._noise is not None:
             self._noise.clear(lane.main)  # taken times 0, it must be a number
         self._levels = self._noise_levels(records["step"])
+        self._skips_caches = records["step"].skips_caches
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -207,7 +208,7 @@ class ChunkMaker:
         self._pass(step).run(self._lane.main)
 
     def _clean(self) -> None:
-        self._pass(CLEAN).run(self._lane.main)
+        self._pass(CLEAN_PASS).run(self._lane.main)
         self.cache.swap()
 
     def _place(self, index: int) -> None:
@@ -220,27 +221,31 @@ class ChunkMaker:
         """The denoising pass of that number, or the clean one, on the cache as it is."""
         key = (*self.cache.key, step)
         if key not in self._passes:
-            place = len(self._schedule.timesteps) if step == CLEAN else step
+            place = len(self._schedule.timesteps) if step == CLEAN_PASS else step
             current, spare = self._latents[place % 2], self._latents[1 - place % 2]
             inputs = {"latents": current, **self._rotary, **self._levels[step], **self.cross}
             if self._noise is not None:
                 inputs["noise"] = self._noise
-            outputs = {"next_latents": spare, **self.cache.outputs()}
+            outputs = {"next_latents": spare}
+            if step == CLEAN_PASS or not self._skips_caches:
+                outputs |= self.cache.outputs()
             self._passes[key] = self._step.bind(self.cache.phase, inputs | self.cache.inputs(), outputs)
         return self._passes[key]
 
     def _noise_levels(self, record: GraphRecord) -> dict[int, dict[str, Tensor]]:
-        """For each step its time features and noise levels, written once."""
+        """For each step its time features, noise levels and whether it is the clean pass, written once."""
         schedule = self._schedule
         steps = [(timestep, *schedule.sigmas[i : i + 2]) for i, timestep in enumerate(schedule.timesteps)]
-        levels = {}
-        for step, level in {**dict(enumerate(steps)), CLEAN: (schedule.context_timestep, 0.0, 0.0)}.items():
+        clean, levels = (schedule.context_timestep, 0.0, 0.0), {}
+        for step, level in {**dict(enumerate(steps)), CLEAN_PASS: clean}.items():
             timestep, sigma, following = level
             values = {
                 "time": positions.time_features(self._spec, np.array([[timestep]])),
                 "sigma": np.array([sigma], np.float32),
                 "sigma_next": np.array([following], np.float32),
             }
+            if record.skips_caches:
+                values[CLEAN] = np.array([step == CLEAN_PASS])
             levels[step] = {name: _tensor(self._lane, record, name) for name in values}
             for name, value in values.items():
                 levels[step][name].write(value, self._lane.main)

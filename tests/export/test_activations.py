@@ -44,9 +44,10 @@ loaded = status("VmRSS") - bare
 binding, arrays = session.io_binding(), []
 for names, bind in ((session.get_inputs(), binding.bind_input), (session.get_outputs(), binding.bind_output)):
     for value in names:
-        kind = np.int32 if "int32" in value.type else np.int64 if "int64" in value.type else np.float32
+        named = value.type.removeprefix("tensor(").removesuffix(")")
+        kind = np.float32 if named == "float" else np.dtype(named)
         array = np.empty(shapes[value.name], kind)
-        array.fill(0)
+        array.fill(value.name == "clean")
         arrays.append(array)
         bind(value.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 before = status("VmRSS")
@@ -169,6 +170,8 @@ def test_a_pass_takes_what_is_said(tmp_path: Path) -> None:
         following = list(bundle.plan.entry_shape(entry, phase.first_chunk))
         following[2] *= entry.role != "sink"
         shapes[f"next.{entry.name}"] = following
+        if entry.role == "retained":
+            shapes["retained_indices"] = [entry.group.retained_segments]
     words = [sys.executable, "-c", CHILD, str(bundle.graph("step")), json.dumps(shapes)]
     # A heap keeps what it was given back; above 1 MB each block is the system's own.
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}

@@ -19,6 +19,7 @@ from forcingkv.export.cpu_attention import LARGE_SCORES, attend_in_blocks
 from forcingkv.export.graphs import step_graph
 from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.runtime import Bundle
+from forcingkv.runtime.bundle import CLEAN
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.tensors import read_header
@@ -133,6 +134,8 @@ def test_bundles_with_and_without_agree_in_every_phase(
         inputs: Arrays = {
             name: np.arange(shapes[name][0], dtype=np.int32)
             if record.dtype == "int32"
+            else np.array([True])
+            if name == CLEAN
             else generator.standard_normal(shapes.get(name, record.shape), dtype=np.float32)
             for name, record in records.items()
         }

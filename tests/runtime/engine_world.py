@@ -15,7 +15,7 @@ from forcingkv.runtime.backends.tensorrt import TensorRTBackend
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import EngineRecord
 from tests.runtime.fake_cuda import FakeCuda
-from tests.runtime.fake_engines import FakeTensorRT, Runner, runners_of
+from tests.runtime.fake_engines import FakeTensorRT, Runner, runners_of, untold
 
 __all__ = ["World"]
 
@@ -63,5 +63,6 @@ def _opened(folder: Path) -> tuple[Bundle, dict[str, Runner]]:
         )
         for graph in GRAPHS
     )  # fmt: skip
-    bundle = Bundle(folder, replace(opened.manifest, engines=engines), opened.headmap)
-    return bundle, runners_of(bundle)
+    graphs = {name: untold(record) for name, record in opened.manifest.graphs.items()}
+    manifest = replace(opened.manifest, engines=engines, graphs=graphs)
+    return Bundle(folder, manifest, opened.headmap), runners_of(opened)

@@ -10,7 +10,7 @@ import numpy as np
 
 from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Array, Lane, Pass, Tensor
-from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.bundle import CLEAN, Bundle
 from forcingkv.runtime.plan import CacheEntry
 
 __all__ = ["Driver", "Made"]
@@ -36,7 +36,9 @@ class Driver:
         sizes = {e: (math.prod(bundle.plan.entry_shape(e, last)),) for e in bundle.plan.entries}
         self._sides = [{e: lane.tensor(s, "float32", state=True) for e, s in sizes.items()} for _ in range(2)]
         varied = {entry.name for entry in bundle.plan.entries} | set(bundle.plan.sink_rows.values())
-        step = {n: r for n, r in records["step"].inputs.items() if n not in varied | set(self._cross)}
+        self._clean = self._told() if records["step"].skips_caches else {}
+        known = varied | set(self._cross) | set(self._clean)
+        step = {n: r for n, r in records["step"].inputs.items() if n not in known}
         self._given = self._like(step)
         self._rows = {
             n: lane.tensor((bundle.plan.chunk_tokens,), "int32") for n in bundle.plan.sink_rows.values()
@@ -47,6 +49,13 @@ class Driver:
         decoding = [{n: self._decoded[n] for n in which} for which in (records["decode"].inputs, ["frames"])]
         self._prompt = lane.program("prompt").bind(0, self._text, self._cross)
         self._decode = lane.program("decode").bind(0, *decoding)
+
+    def _told(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The input that says whether a pass is clean: where it is not, and where it is."""
+        no, yes = (self._lane.tensor((1,), "bool") for _ in range(2))
+        no.write(np.array([False]), self._lane.main)
+        yes.write(np.array([True]), self._lane.main)
+        return {CLEAN: (no, yes)}
 
     def start(self) -> None:
         """Begin a video with a prompt."""
@@ -95,9 +104,12 @@ class Driver:
                 for label, name in self._plan.sink_rows.items()
             }
             following = {f"next.{e.name}": self._next(e, number) for e in self._plan.entries}
+            if self._clean and kind == "noisy":
+                following = {}
+            told = {name: tensors[kind == "clean"] for name, tensors in self._clean.items()}
             self._passes[key] = self._lane.program("step").bind(
                 key[0],
-                {**self._given, **self._cross, **held, **rows},
+                {**self._given, **self._cross, **held, **rows, **told},
                 {"next_latents": self._spare, **following},
             )
         return self._passes[key]

@@ -77,8 +77,8 @@ def test_every_part_as_counted_by_hand(bundle: Bundle) -> None:
         "decoder_caches": 0,
         "frames": 2 * 3 * 8 * 12 * 3,  # of a chunk, and of the one before
         "text": 5 * 10 * 4 + 3 * 3 * 5 * token,
-        # latents, noise, next_latents, those of decode; positions; time; sigmas; sink rows
-        "latents": 4 * chunk + 72 * 12 * 4 + 16 * 4 + 2 * 4 + 2 * 24 * 4,
+        # latents, noise, next_latents, those of decode; positions; time; sigmas; sink rows; clean
+        "latents": 4 * chunk + 72 * 12 * 4 + 16 * 4 + 2 * 4 + 2 * 24 * 4 + 1,
     }
 
 

@@ -49,9 +49,10 @@ def lane(world: World) -> Lane:
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_a_lane_computes_what_onnx_runtime_does(world: World, cuda_graphs: bool) -> None:
-    reference = OnnxRuntimeBackend(world.bundle, 1).lane()
+    opened = Bundle.open(world.bundle.path)
+    reference = OnnxRuntimeBackend(opened, 1).lane()
     lane = world.lane(cuda_graphs=cuda_graphs)
-    drivers = [Driver(each, world.bundle) for each in (reference, lane)]
+    drivers = [Driver(reference, opened), Driver(lane, world.bundle)]
     for _ in range(2):  # two videos: in the second every pass comes again
         for driver in drivers:
             driver.start()
