@@ -23,7 +23,7 @@ from forcingkv.runtime.decoding import ChunkDecoder
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.results import Chunk, FramesOn, Timing
 
-__all__ = ["Begun", "ChunkMaker", "NoiseSource"]
+__all__ = ["CLEAN_PASS", "Begun", "ChunkMaker", "NoiseSource"]
 
 Floats = npt.NDArray[np.float32]
 NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
@@ -150,10 +150,10 @@ class ChunkMaker:
             tensor.clear(self._lane.main)
         self._place(index)
 
-    def timed_pass(self) -> float:
-        """Seconds of the first denoising pass of the chunk that comes next."""
+    def timed_pass(self, step: int = 0) -> float:
+        """Seconds of the denoising pass of that number, or of the clean one, of the chunk that comes next."""
         started = self._lane.main.mark()
-        self._pass(0).run(self._lane.main)
+        self._pass(step).run(self._lane.main)
         return _since(started, self._lane.main)
 
     def timed_decode(self, index: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forcingkv.runtime.chunks import ChunkMaker
+from forcingkv.runtime.chunks import CLEAN_PASS, ChunkMaker
 
 __all__ = ["Rehearsal"]
 
@@ -25,8 +25,12 @@ class Rehearsal:
         return self._maker.cache.nbytes
 
     def denoise(self) -> float:
-        """Seconds of a denoising pass. The clean pass runs the same graph on the same shapes."""
+        """Seconds of a denoising pass."""
         return self._maker.timed_pass()
+
+    def clean(self) -> float:
+        """Seconds of the clean pass, which makes the next caches too. The chunk stays the next one."""
+        return self._maker.timed_pass(CLEAN_PASS)
 
     def decode(self) -> float:
         """Seconds of decoding a chunk."""

@@ -22,7 +22,7 @@ class Row:
 
     policy: str
     seconds: float
-    """A pass."""
+    """A denoising pass."""
     seconds_least: float
     seconds_most: float
     speedup: float
@@ -44,7 +44,7 @@ class Row:
     gflops: float
     """Operations a second, in thousands of millions."""
     seconds_per_chunk: float
-    """All denoising passes and the clean one."""
+    """All denoising passes and the clean one (`Measured.chunk_seconds`)."""
     seconds_to_decode: float | None
     """A chunk; None if it was not timed."""
     speedup_with_decoding: float | None
@@ -81,8 +81,7 @@ def _row(one: Measured, against: Measured, decoding: float | None, chunk: int | 
     flops, most = (pass_flops(m.case.bundle.plan, chunk).total for m in (one, against))
     ratios = [b.pass_seconds / a.pass_seconds for a, b in zip(one.turns, against.turns, strict=True)]
     taken = [turn.pass_seconds for turn in one.turns]
-    passes = len(plan.spec.schedule.timesteps) + 1
-    per_chunk, per_chunk_against = (passes * m.pass_seconds for m in (one, against))
+    per_chunk, per_chunk_against = one.chunk_seconds, against.chunk_seconds
     speedup, limit = statistics.median(ratios), most / flops
     return Row(
         policy=one.case.name,

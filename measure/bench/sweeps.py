@@ -73,9 +73,8 @@ def lengths(
     decoding = decode_seconds(took.values())
     for case in cases:
         plan, total = case.bundle.plan, 0.0
-        passes = len(plan.spec.schedule.timesteps) + 1
         for chunk in range(chunks):
-            seconds = passes * took[case.name, plan.phase(chunk).first_chunk].pass_seconds
+            seconds = took[case.name, plan.phase(chunk).first_chunk].chunk_seconds
             total += seconds
             points.append(
                 LengthPoint(

@@ -15,8 +15,8 @@ from forcingkv.runtime.memory import give_back
 __all__ = ["Measured", "Turn", "decode_seconds", "take_turn", "take_turns"]
 
 SHORT = 10.0
-"""Seconds: a pass that takes less is run once before it is timed. One that takes more has long forgotten how
-it began; before it a pass of the first chunk takes what memory it can."""
+"""Seconds: a pass that takes less is run once before it is timed, and the clean pass is timed too. One that takes
+more has long forgotten how it began; before it a pass of the first chunk takes what memory it can."""
 LEAST = 0.5
 """Seconds of passes that a turn times at least."""
 
@@ -26,7 +26,9 @@ class Turn:
     """What one turn of one policy measured."""
 
     pass_seconds: float
-    """Median over the passes of the turn."""
+    """Median over the denoising passes of the turn."""
+    clean_seconds: float | None
+    """Of the clean pass, which makes the next caches too; None where a pass takes long (`SHORT`)."""
     decode_seconds: float | None
     """Of a chunk; None in turns that did not time it."""
     cache_bytes: int
@@ -46,6 +48,16 @@ class Measured:
     def pass_seconds(self) -> float:
         """Median over turns."""
         return statistics.median(turn.pass_seconds for turn in self.turns)
+
+    @property
+    def chunk_seconds(self) -> float:
+        """All denoising passes of a chunk and the clean one, which counts as one of them where it was not
+        timed."""
+        return statistics.median(
+            len(self.case.bundle.plan.spec.schedule.timesteps) * turn.pass_seconds
+            + (turn.pass_seconds if turn.clean_seconds is None else turn.clean_seconds)
+            for turn in self.turns
+        )
 
 
 def take_turns(
@@ -101,15 +113,16 @@ def take_turn(case: Case, backend: str, threads: int | None, chunk: int | None, 
     index = case.bundle.plan.phases[-1].first_chunk if chunk is None else chunk
     give_back()  # or what an earlier turn left would be taken again, and not counted
     with watched() as memory, Session.open(case.bundle, backend=backend, threads=threads) as session:
-        first = session.rehearse(0).denoise()
+        session.rehearse(0).denoise()
         rehearsal = session.rehearse(index)
-        seconds = list(_passes(rehearsal.denoise, first))
+        seconds = list(_passes(rehearsal.denoise))
+        clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < SHORT else None
         decoding = rehearsal.decode() if decode else None
         held = rehearsal.cache_bytes
-    return Turn(statistics.median(seconds), decoding, held, memory.grown)
+    return Turn(statistics.median(seconds), clean, decoding, held, memory.grown)
 
 
-def _passes(run: Callable[[], float], first: float) -> Iterator[float]:
+def _passes(run: Callable[[], float]) -> Iterator[float]:
     """Seconds of passes, until they are enough; a short one is run once before."""
     took = run()
     if took >= SHORT:

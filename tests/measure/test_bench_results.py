@@ -26,7 +26,7 @@ def _cases(bundles: Bundles) -> list[Case]:
 
 
 def turn(seconds: float, decoding: float | None = None) -> Turn:
-    return Turn(seconds, decoding, 10, 20)
+    return Turn(seconds, 2 * seconds, decoding, 10, 20)
 
 
 def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[Case]) -> None:
@@ -43,7 +43,8 @@ def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[Case]) ->
     assert row.flop_limit == pytest.approx(limit)
     assert row.share_of_limit == pytest.approx(3.0 / limit)
     assert (against.speedup, against.flop_limit, against.share_of_limit) == (1.0, 1.0, 1.0)
-    passes = len(ours.bundle.plan.spec.schedule.timesteps) + 1
+    passes = len(ours.bundle.plan.spec.schedule.timesteps) + 2  # the clean pass took twice as long
+    assert row.seconds_per_chunk == pytest.approx(passes * 2.0)
     assert row.speedup_with_decoding == pytest.approx((passes * 4.0 + 3.0) / (passes * 2.0 + 3.0))
     assert row.kv_bytes == ours.bundle.plan.kv_bytes()
 
@@ -77,6 +78,7 @@ def test_a_rehearsal_runs_the_shapes_of_its_chunk_and_changes_no_video(bundles: 
         for chunk in (0, 1, 5, 6, 99):
             rehearsal = session.rehearse(chunk)
             assert rehearsal.denoise() > 0
+            assert rehearsal.clean() > 0
             assert rehearsal.decode() > 0
         after = [chunk.latents.tobytes() for chunk in session.generate("a b c", seed=3, chunks=4)]
     assert before == after
