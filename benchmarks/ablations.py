@@ -13,6 +13,7 @@ run that was cut goes on.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ from forcingkv.measure.ablation import (
     Row,
     Sample,
     Studio,
+    Variant,
     control_map,
     measure_videos,
     read_variants,
@@ -39,14 +41,14 @@ from forcingkv.measure.ablation import (
 )
 from forcingkv.measure.ablation.pictures import difference_picture, pareto_picture
 from forcingkv.measure.ablation.tables import csv_text, markdown_table
-from forcingkv.measure.ablation.variants import REFERENCE
+from forcingkv.measure.ablation.variants import PROFILED, REFERENCE
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.policies import load_policy
 
 MODEL = "demo"
 FIRST_SEED = 1000
-"""Of the first video; heads are measured with the seeds from 0."""
+"""Heads are measured with the seeds from 0."""
 BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
 
 
@@ -60,6 +62,17 @@ def maps_of(analysis: Analysis, stats: Path, unsplit: tuple[int, ...], wanted: M
         decision = decide(analysis.observations, "threshold", alpha=wanted.value or 0.0)
         return labels_of_rule(decision, analysis.observations, analysis.headmap.model)
     return control_map(wanted, analysis.headmap, unsplit)
+
+
+def chosen_variants(names: list[str] | None) -> list[Variant]:
+    """Those of the names (None: all) and those that others are compared with, the reference first."""
+    variants = read_variants()
+    known = {variant.name for variant in variants}
+    strange = sorted(set(names or ()) - known)
+    if strange:
+        sys.exit(f"--only names {strange[0]!r}, of which there is none: {', '.join(sorted(known))}")
+    wanted = known if names is None else {REFERENCE, PROFILED, *names}
+    return sorted((v for v in variants if v.name in wanted), key=lambda v: v.name != REFERENCE)
 
 
 def run(given: argparse.Namespace) -> list[Row]:
@@ -77,14 +90,12 @@ def run(given: argparse.Namespace) -> list[Row]:
     analysis = analyze_statistics(stats)
     unsplit = load_policy("forcing-kv").unsplit
     samples = [
-        Sample(prompt, FIRST_SEED + number * given.seeds + seed)
+        Sample(prompt, given.first_seed + number * given.seeds + seed)
         for number, prompt in enumerate(others[: given.prompts])
         for seed in range(given.seeds)
     ]
     studio = Studio(spec, weights, samples, given.chunks, given.folder / "videos")
-    variants = read_variants()[: given.variants]
-    # The reference is first: all others are measured against it.
-    variants.sort(key=lambda variant: variant.name != REFERENCE)
+    variants = chosen_variants(given.only)
     measured: list[Measured] = []
     references = None
     for number, variant in enumerate(variants, 1):
@@ -115,13 +126,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="videos of each prompt")
     parser.add_argument("--chunks", type=int, default=7, help="of each video")
     parser.add_argument("--samples", type=int, default=16, help="videos that heads are measured on")
-    parser.add_argument("--variants", type=int, help="only the first so many")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the first video")
+    parser.add_argument("--only", nargs="+", help="names of variants")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
     parser.add_argument("--folder", type=Path, default=Path("build/ablations"), help="of what is finished")
     given = parser.parse_args()
-    if given.variants is not None and given.variants < 2:
-        parser.error(f"--variants is {given.variants}: the first 2 are what others are compared with")
     rows = run(given)
     command = " ".join(["python benchmarks/ablations.py", *_other_than_default(parser, given)])
     about = (
@@ -139,9 +149,13 @@ def main() -> None:
 
 def _other_than_default(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
     """The options that say what is measured, where they are not the default."""
-    named = ("prompts", "seeds", "chunks", "samples", "variants")
-    changed = [name for name in named if getattr(given, name) != parser.get_default(name)]
-    return [f"--{name} {getattr(given, name)}" for name in changed]
+    said = []
+    for name in ("prompts", "seeds", "chunks", "samples", "first_seed", "only"):
+        value = getattr(given, name)
+        if value != parser.get_default(name):
+            values = value if isinstance(value, list) else [str(value)]
+            said.append(shlex.join([f"--{name.replace('_', '-')}", *values]))
+    return said
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/step_against_torch.py [--geometry 480p] [--layers 1] [--policies full,forcing-kv]
 
 Typical layers of `self-forcing` with random weights, in float32, in the last phase. Both take turns in one
-process. A turn of ONNX Runtime is a clean pass of a session, which makes all outputs, as torch does; denoising
-passes make no next caches and are shorter. Prints JSON: medians over rounds, the ratio of each round's times,
-and the least and most of it.
+process. A turn of ONNX Runtime is a clean pass of a session, which makes all outputs, as torch does;
+denoising passes make no next caches and are shorter. Prints JSON: medians over rounds, the ratio of each
+round's times, and the least and most of it.
 """
 
 from __future__ import annotations

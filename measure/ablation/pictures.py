@@ -27,6 +27,8 @@ Colour = tuple[float, float, float]
 
 WIDE = 1.3
 """Bytes up to this factor of those of forcing-kv are in the wide panel."""
+LABELLED = ("policy", "head map")
+"""Families whose points have labels; of others those on the frontier have."""
 NEAR_TICKS, FAR_TICKS = (2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4), (5, 7, 10, 14)
 """MB."""
 NEAR = 1.02
@@ -79,7 +81,11 @@ def _draw_pareto(figure: Figure, rows: Sequence[Row]) -> None:
             axes.step(*zip(*[*line, end], strict=True), where="post", color=SOFT, linewidth=1.2,
                       linestyle="--", zorder=0)  # fmt: skip
             _scale(axes, ends[:2] if near else ends[1:], near)
-            said = [(_said(row), x, y, row.name in best, families[row.family]) for row, x, y in here]
+            said = [
+                (_said(row), x, y, row.name in best, families[row.family])
+                for row, x, y in here
+                if row.name in best or row.family in LABELLED
+            ]
             labels.append((axes, said))
         pair[0].set_ylabel(axis.title)
     figure.supxlabel("keys and values in the last phase (MB, log scale)", fontsize=10)

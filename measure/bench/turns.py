@@ -15,8 +15,8 @@ from forcingkv.runtime.memory import give_back
 __all__ = ["Measured", "Turn", "decode_seconds", "take_turn", "take_turns"]
 
 SHORT = 10.0
-"""Seconds: a pass that takes less is run once before it is timed, and the clean pass is timed too. One that takes
-more has long forgotten how it began; before it a pass of the first chunk takes what memory it can."""
+"""Seconds: a pass that takes less is run once before it is timed, and the clean pass is timed too. One that
+takes more has long forgotten how it began; before it a pass of the first chunk takes what memory it can."""
 LEAST = 0.5
 """Seconds of passes that a turn times at least."""
 

@@ -31,9 +31,8 @@ def test_a_run_writes_everything_and_goes_on_from_what_is_there(
     out.mkdir()
     page = out / "ablations.md"
     page.write_text(f"# Before\n\n{driver.BEGIN}\nan old table\n{driver.END}\n\nAfter\n")
-    words = (
-        f"ablations.py --prompts 2 --samples 1 --chunks 3 --variants 2 --out {out} --folder {tmp_path}/done"
-    )
+    words = "ablations.py --prompts 2 --samples 1 --chunks 3 --only forcing-kv"
+    words += f" --out {out} --folder {tmp_path}/done"
     monkeypatch.setattr("sys.argv", words.split())
     driver.main()
     first = (out / "ablations.csv").read_bytes()
@@ -44,7 +43,7 @@ def test_a_run_writes_everything_and_goes_on_from_what_is_there(
     assert text.startswith("# Before\n")
     assert text.endswith(f"{driver.END}\n\nAfter\n")
     assert "an old table" not in text
-    command = "`python benchmarks/ablations.py --prompts 2 --chunks 3 --samples 1 --variants 2`"
+    command = "`python benchmarks/ablations.py --prompts 2 --chunks 3 --samples 1 --only forcing-kv`"
     assert command in text
     assert (out / "pictures" / "ablations.png").is_file()
     assert (out / "pictures" / "ablation-differences.png").is_file()
@@ -64,7 +63,6 @@ def test_too_many_prompts_are_refused(driver: ModuleType, monkeypatch: pytest.Mo
         driver.main()
 
 
-def test_the_first_two_variants_are_needed(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["ablations.py", "--variants", "1"])
-    with pytest.raises(SystemExit):
-        driver.main()
+def test_a_variant_that_there_is_not_is_refused(driver: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"'best', of which there is none: .*uniform"):
+        driver.chosen_variants(["best"])
