@@ -2,7 +2,8 @@
 
 A tensor lives from the node that makes it to the last one that reads it. ONNX Runtime 1.31 does so too if it
 is told to order nodes by their place in the file, and neither to keep buffers for later tensors nor to lay
-them out ahead (docs/decisions/0014); it runs every node of a graph, whatever outputs are asked for.
+them out ahead (docs/decisions/0014). It runs every node of a graph, whatever outputs are asked for, but those
+of branches that are not taken.
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ class PixelDecodeModule(nn.Module):
 class StreamDecodeModule(nn.Module):
     """Latents and feature caches -> frames, the pixels they are rounded from, and the next caches.
 
-    Pixels are there to be compared with torch. ONNX Runtime computes what is asked for; TensorRT computes
-    every output, so its graph has none.
+    Pixels are there to be compared with torch. They take time and memory in every call, so graphs for
+    TensorRT have none.
     """
 
     def __init__(self, decoder: StreamingDecoder, state: list[str], pixels: bool) -> None:

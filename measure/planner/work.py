@@ -74,8 +74,8 @@ PassWork = dict[str, Work]
 def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat16") -> PassWork:
     """The work of one pass of a chunk; None: of a chunk of the last phase.
 
-    The clean pass does the same work as a denoising pass: every backend computes all outputs of the step
-    graph in every pass, the next caches too (docs/decisions/0004).
+    The clean pass does the same work as a denoising pass: engines compute all outputs of the step graph in
+    every pass, the next caches too (docs/decisions/0004).
     """
     spec, size = plan.spec, ELEMENT_BYTES[dtype]
     at = plan.phases[-1].first_chunk if chunk is None else chunk

@@ -114,8 +114,8 @@ class Program(Protocol):
             phase: index of the cache's phase, whose static shapes the tensors have; 0 for graphs that
                 have but one.
             inputs: all of the graph's inputs.
-            outputs: where outputs go. All that are given may be written to: every pass computes all
-                outputs, whether they are needed or not. Those that are left out go nowhere.
+            outputs: where outputs go. All that are given may be written to: a pass computes all that
+                its inputs call for, whether they are needed or not. Those that are left out go nowhere.
         """
 
 

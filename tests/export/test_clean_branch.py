@@ -20,6 +20,7 @@ from forcingkv.export.activations import make_caches_early
 from forcingkv.export.clean_branch import branch_on_clean, taken_branches
 from forcingkv.export.graphs import step_graph
 from forcingkv.export.onnx_writer import write_onnx
+from forcingkv.export.prune_op import split_prune
 from forcingkv.export.rewriting import graphs
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.runtime import Bundle, Session
@@ -212,6 +213,21 @@ def test_a_pass_needs_the_memory_that_it_did(pair: Pair) -> None:
     new, old = (bundle.manifest.graphs["step"] for bundle in (pair.branched, pair.plain))
     assert new.activation_bytes == pytest.approx(old.activation_bytes, rel=0.01)
     assert new.weight_bytes == old.weight_bytes
+
+
+@pytest.mark.parametrize("pair", ["forcing-kv"], indirect=True)
+def test_nodes_in_branches_are_split_into_one_kernel_each(pair: Pair) -> None:
+    """As in the float32 graph that an export with kernels in its engines is verified by."""
+    whole, split = pair.branched.graph("step"), pair.branched.path / "split.onnx"
+    model = onnx.load(whole, load_external_data=False)
+    split_prune(model)
+    onnx.save_model(model, split)
+    kinds = {node.op_type for graph in graphs(model) for node in graph.node if node.domain == "forcingkv"}
+    assert kinds == {function.name for function in model.functions}
+    assert "SelectSegments" in kinds
+    assert "DynamicPrune" not in kinds
+    inputs = random_inputs(pair.branched, pair.branched.plan.phases[-1])
+    assert_equal(run(loaded(split), inputs, clean=True), run(loaded(whole), inputs, clean=True))
 
 
 @pytest.mark.parametrize("pair", ["forcing-kv"], indirect=True)
