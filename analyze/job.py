@@ -53,6 +53,12 @@ class Job:
     def plan(self) -> CachePlan:
         """The cache plan. Raises InputError where policy, map and model do not fit."""
         policy = load_policy(self.policy)
+        if policy.retain and not policy.retain.shared:
+            raise InputError(
+                "its layers choose segments each for itself",
+                where=f"policy {policy.name}",
+                expected="retain.shared = true: of retained segments one choice a chunk is recorded",
+            )
         return build_plan(self.spec, self.spec.geometry(self.resolution), policy, self.headmap)
 
     @cached_property

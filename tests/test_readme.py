@@ -23,7 +23,7 @@ def blocks() -> list[tuple[str, str]]:
 def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
     tools = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    assert len(blocks()) == 5
+    assert len(blocks()) == 6
     for kind, body in blocks():
         command = ["bash", "-euc", body] if kind == "bash" else [sys.executable, "-c", body]
         done = subprocess.run(
