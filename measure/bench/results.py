@@ -6,14 +6,15 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from forcingkv.measure.bench.turns import Measured, decode_seconds
+from forcingkv.measure.bench.turns import Measured, Setup, decode_seconds
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.footprint import footprint
 
-__all__ = ["Row", "baseline", "machine", "rows"]
+__all__ = ["Row", "baseline", "machine", "report", "rows"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,22 @@ class Row:
     """Of a whole chunk, decoding included."""
 
 
+def report(measured: Sequence[Measured], setup: Setup) -> dict[str, Any]:
+    """All that was measured and where, for JSON."""
+    bundles = {one.case.name: one.case.bundle for one in measured}
+    plan = next(iter(bundles.values())).plan
+    return {
+        "machine": machine(setup.threads),
+        "backend": setup.backend,
+        "model": plan.spec.name,
+        "layers": plan.spec.layers,
+        "geometry": f"{plan.geometry.width}x{plan.geometry.height}",
+        "rounds": len(measured[0].turns),
+        "heads": {name: bundle.headmap.counts() for name, bundle in bundles.items() if bundle.headmap},
+        "rows": [asdict(row) for row in rows(measured)],
+    }
+
+
 def rows(measured: Sequence[Measured], chunk: int | None = None) -> list[Row]:
     """A row a policy, in the order they were given."""
     against, decoding = baseline(measured), decode_seconds(measured)
@@ -62,7 +79,7 @@ def baseline(measured: Sequence[Measured]) -> Measured:
     return max(measured, key=lambda one: one.case.bundle.plan.kv_bytes())
 
 
-def machine(threads: int | None) -> dict[str, object]:
+def machine(threads: int | None) -> dict[str, Any]:
     """Where it was measured."""
     import onnxruntime
 

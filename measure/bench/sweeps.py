@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from forcingkv.measure.bench.cases import Case
 from forcingkv.measure.bench.results import rows
-from forcingkv.measure.bench.turns import Measured, decode_seconds, take_turns
+from forcingkv.measure.bench.turns import Measured, Setup, decode_seconds, take_turns
 from forcingkv.runtime.cost import pass_flops
 
 __all__ = ["CHUNKS", "LengthPoint", "ResolutionPoint", "lengths", "resolutions"]
@@ -51,24 +51,20 @@ class ResolutionPoint:
 
 def lengths(
     cases: Sequence[Case],
+    setup: Setup,
     *,
-    rounds: int = 3,
     chunks: int = CHUNKS,
-    decode: bool = True,
-    backend: str = "onnxruntime",
-    threads: int | None = None,
     say: Callable[[str], None] = lambda doing: None,
 ) -> list[LengthPoint]:
     """What each chunk costs. A pass is timed in each phase: chunks of a phase run the same shapes."""
     points = []
     begins = {phase.first_chunk for case in cases for phase in case.bundle.plan.phases}
     took: dict[tuple[str, int], Measured] = {}
-    for _ in range(rounds):
+    once = replace(setup, rounds=1)
+    for _ in range(setup.rounds):
         for chunk in sorted(begins):
             at = [case for case in cases if any(p.first_chunk == chunk for p in case.bundle.plan.phases)]
-            for one in take_turns(
-                at, 1, backend=backend, threads=threads, chunk=chunk, decode=decode, say=say
-            ):
+            for one in take_turns(at, once, chunk=chunk, say=say):
                 took.setdefault((one.case.name, chunk), Measured(one.case, [])).turns.extend(one.turns)
     decoding = decode_seconds(took.values())
     for case in cases:

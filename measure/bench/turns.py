@@ -12,7 +12,7 @@ from forcingkv.measure.process import watched
 from forcingkv.runtime import Session
 from forcingkv.runtime.memory import give_back
 
-__all__ = ["Measured", "Turn", "decode_seconds", "take_turn", "take_turns"]
+__all__ = ["Measured", "Setup", "Turn", "decode_seconds", "take_turn", "take_turns"]
 
 SHORT = 10.0
 """Seconds: a pass that takes less is run once before it is timed, and the clean pass is timed too. One that
@@ -60,14 +60,25 @@ class Measured:
         )
 
 
+@dataclass(frozen=True)
+class Setup:
+    """How turns are taken."""
+
+    rounds: int = 3
+    """Turns of each case."""
+    backend: str = "onnxruntime"
+    """As of `Session.open`."""
+    threads: int | None = None
+    """As of `Session.open`."""
+    decode: bool = True
+    """Whether to time decoding too: in one turn of each round, since it is the same under every policy."""
+
+
 def take_turns(
     cases: Sequence[Case],
-    rounds: int,
+    setup: Setup,
     *,
-    backend: str = "onnxruntime",
-    threads: int | None = None,
     chunk: int | None = None,
-    decode: bool = True,
     seconds: float | None = None,
     say: Callable[[str], None] = lambda doing: None,
 ) -> list[Measured]:
@@ -75,28 +86,24 @@ def take_turns(
 
     Args:
         cases: what is timed.
-        rounds: turns of each case.
-        backend: as of `Session.open`.
-        threads: as of `Session.open`.
+        setup: how.
         chunk: index of the chunk whose passes are timed; None: the first of the last phase, whose caches are
             as long as they get.
-        decode: whether to time decoding too: in one turn of each round, since it is the same under every
-            policy.
         seconds: no round begins that would end after so many, if it takes as long as the one before.
             The first always runs.
         say: told what is being done.
     """
     made = [Measured(case, []) for case in cases]
     began, last = time.perf_counter(), 0.0
-    for number in range(rounds):
+    for number in range(setup.rounds):
         opened = time.perf_counter()
         if number and seconds is not None and opened - began + last > seconds:
-            say(f"left out {rounds - number} of {rounds} rounds: there was no time for them")
+            say(f"left out {setup.rounds - number} of {setup.rounds} rounds: there was no time for them")
             break
         for place, one in enumerate(made):
-            say(f"round {number + 1} of {rounds}: {one.case.name}")
-            decoding = decode and place == number % len(made)
-            one.turns.append(take_turn(one.case, backend, threads, chunk, decoding))
+            say(f"round {number + 1} of {setup.rounds}: {one.case.name}")
+            decoding = setup.decode and place == number % len(made)
+            one.turns.append(take_turn(one.case, setup, chunk, decode=decoding))
         last = time.perf_counter() - opened
     return made
 
@@ -108,11 +115,11 @@ def decode_seconds(measured: Iterable[Measured]) -> float | None:
     return statistics.median(seen) if seen else None
 
 
-def take_turn(case: Case, backend: str, threads: int | None, chunk: int | None, decode: bool) -> Turn:
-    """One turn of one case."""
+def take_turn(case: Case, setup: Setup, chunk: int | None, *, decode: bool) -> Turn:
+    """One turn of one case, with or without decoding."""
     index = case.bundle.plan.phases[-1].first_chunk if chunk is None else chunk
     give_back()  # or what an earlier turn left would be taken again, and not counted
-    with watched() as memory, Session.open(case.bundle, backend=backend, threads=threads) as session:
+    with watched() as memory, _open(case, setup) as session:
         session.rehearse(0).denoise()
         rehearsal = session.rehearse(index)
         seconds = list(_passes(rehearsal.denoise))
@@ -120,6 +127,10 @@ def take_turn(case: Case, backend: str, threads: int | None, chunk: int | None, 
         decoding = rehearsal.decode() if decode else None
         held = rehearsal.cache_bytes
     return Turn(statistics.median(seconds), clean, decoding, held, memory.grown)
+
+
+def _open(case: Case, setup: Setup) -> Session:
+    return Session.open(case.bundle, backend=setup.backend, threads=setup.threads)
 
 
 def _passes(run: Callable[[], float]) -> Iterator[float]:

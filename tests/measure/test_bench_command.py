@@ -60,6 +60,7 @@ def test_a_preset_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_pa
         (["--model", "demo", "--layers", "99"], "expected 1 to"),
         (["--model", "demo", "--decoder", "taehv"], "pixels"),
         (["--model", "self-forcing", "--geometry", "481p"], "481p"),
+        (["--model", "self-forcing", "--geometry", "480p,481p"], "481p"),
     ],
 )
 def test_wrong_input_is_named(run: Run, words: list[str], told: str) -> None:

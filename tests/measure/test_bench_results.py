@@ -13,7 +13,7 @@ from forcingkv.measure.bench.cases import Case, bundle_cases
 from forcingkv.measure.bench.pictures import write_lengths, write_resolutions
 from forcingkv.measure.bench.results import baseline, rows
 from forcingkv.measure.bench.sweeps import lengths, resolutions
-from forcingkv.measure.bench.turns import Measured, Turn, take_turns
+from forcingkv.measure.bench.turns import Measured, Setup, Turn, take_turns
 from forcingkv.runtime import Session
 from forcingkv.runtime.cost import pass_flops
 
@@ -56,7 +56,7 @@ def test_without_decoding_there_is_no_speedup_with_it(cases: list[Case]) -> None
 
 def test_policies_take_turns(cases: list[Case]) -> None:
     said: list[str] = []
-    measured = take_turns(cases, 2, threads=1, say=said.append)
+    measured = take_turns(cases, Setup(2, threads=1), say=said.append)
     assert said == [f"round {n} of 2: {name}" for n in (1, 2) for name in ("forcing-kv", "full")]
     for one in measured:
         assert len(one.turns) == 2
@@ -67,7 +67,7 @@ def test_policies_take_turns(cases: list[Case]) -> None:
 
 def test_rounds_that_there_is_no_time_for_are_left_out_and_said(cases: list[Case]) -> None:
     said: list[str] = []
-    measured = take_turns(cases, 3, threads=1, seconds=0.0, say=said.append)
+    measured = take_turns(cases, Setup(3, threads=1), seconds=0.0, say=said.append)
     assert [len(one.turns) for one in measured] == [1, 1]
     assert said[-1] == "left out 2 of 3 rounds: there was no time for them"
 
@@ -95,7 +95,7 @@ def test_a_rehearsal_ends_the_video_there_was(bundles: Bundles) -> None:
 
 @pytest.mark.slow
 def test_lengths_grow_until_the_last_phase_and_are_written(cases: list[Case], tmp_path: Path) -> None:
-    points = lengths(cases, rounds=1, chunks=12, threads=1)
+    points = lengths(cases, Setup(1, threads=1), chunks=12)
     written = write_lengths(tmp_path / "new", points, "a title")
     assert [path.name for path in written] == ["lengths.csv", "lengths.png"]
     with written[0].open(newline="") as file:

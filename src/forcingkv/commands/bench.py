@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,7 @@ from forcingkv.headmaps.errors import InputError
 
 if TYPE_CHECKING:
     from forcingkv.measure.bench.cases import Case
+    from forcingkv.measure.bench.turns import Measured, Setup
 
 __all__ = ["bench"]
 
@@ -67,8 +67,8 @@ def bench(
 
     Example: forcingkv bench --model self-forcing --layers 1 --geometry 480p --policies full,forcing-kv
     """
-    from forcingkv.measure.bench.results import machine, rows
-    from forcingkv.measure.bench.turns import take_turns
+    from forcingkv.measure.bench.results import report
+    from forcingkv.measure.bench.turns import Setup, take_turns
 
     if (model is None) == (not bundle):
         raise InputError(
@@ -76,47 +76,55 @@ def bench(
         )
     if sweep:
         need("analyze", "matplotlib")
-    threads, sizes = threads or _cores(), _listed(geometry, "--geometry") if geometry else [None]
+    setup, sizes = Setup(rounds, backend, threads or _cores(), decode), _geometries(model, geometry)
     results, across = [], []
     with _shown() as say:
         for size in sizes:
             with _cases(bundle, model, layers, size, policies, headmap, decoder) as cases:
-                measured = take_turns(
-                    cases, rounds,
-                    backend=backend, threads=threads, decode=decode, seconds=minutes * 60, say=say,
-                )  # fmt: skip
-                plan = cases[0].bundle.plan
-                result: dict[str, Any] = {
-                    "machine": machine(threads),
-                    "backend": backend,
-                    "model": plan.spec.name,
-                    "layers": plan.spec.layers,
-                    "geometry": f"{plan.geometry.width}x{plan.geometry.height}",
-                    "rounds": len(measured[0].turns),
-                    "heads": {c.name: c.bundle.headmap.counts() for c in cases if c.bundle.headmap},
-                    "rows": [asdict(row) for row in rows(measured)],
-                }
-                results.append(result)
-                across.append((size or result["geometry"], measured))
+                measured = take_turns(cases, setup, seconds=minutes * 60, say=say)
+                results.append(report(measured, setup))
+                across.append((size or results[0]["geometry"], measured))
                 if sweep and len(sizes) == 1:
-                    from forcingkv.measure.bench.pictures import write_lengths
-                    from forcingkv.measure.bench.sweeps import lengths
-
-                    points = lengths(
-                        cases, rounds=rounds, decode=decode, backend=backend, threads=threads, say=say
-                    )
-                    result["written"] = [str(path) for path in write_lengths(sweep, points, _title(result))]
+                    results[0]["written"] = _write_lengths(sweep, cases, setup, results[0], say)
     if sweep and len(sizes) > 1:
-        from forcingkv.measure.bench.pictures import write_resolutions
-        from forcingkv.measure.bench.sweeps import resolutions
-
-        written = write_resolutions(sweep, resolutions(across), _title(results[0], resolution=False))
-        results[-1]["written"] = [str(path) for path in written]
+        results[-1]["written"] = _write_resolutions(sweep, across, results[0])
     if as_json:
         emit(results[0] if len(results) == 1 else results)
         return
     for result in results:
         _print(result)
+
+
+def _geometries(model: str | None, geometry: str | None) -> Sequence[str | None]:
+    """Those asked for, all of them known to the model; None for its own, or a bundle's."""
+    if not geometry:
+        return [None]
+    sizes = _listed(geometry, "--geometry")
+    if model:
+        from forcingkv.models.presets import load_spec
+
+        for size in sizes:  # or the last would be refused when the first has been timed
+            load_spec(model).geometry(size)
+    return sizes
+
+
+def _write_lengths(
+    folder: Path, cases: Sequence[Case], setup: Setup, result: Mapping[str, Any], say: Callable[[str], None]
+) -> list[str]:
+    from forcingkv.measure.bench.pictures import write_lengths
+    from forcingkv.measure.bench.sweeps import lengths
+
+    return [str(path) for path in write_lengths(folder, lengths(cases, setup, say=say), _title(result))]
+
+
+def _write_resolutions(
+    folder: Path, across: Sequence[tuple[str, Sequence[Measured]]], result: Mapping[str, Any]
+) -> list[str]:
+    from forcingkv.measure.bench.pictures import write_resolutions
+    from forcingkv.measure.bench.sweeps import resolutions
+
+    title = _title(result, resolution=False)
+    return [str(path) for path in write_resolutions(folder, resolutions(across), title)]
 
 
 @contextmanager
