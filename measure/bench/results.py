@@ -30,6 +30,9 @@ class Row:
     """Median over rounds of the baseline's seconds through this policy's, of the same round."""
     speedup_least: float
     speedup_most: float
+    speedup_undisturbed: float
+    """Of the least seconds of each: nearest to a machine that does nothing else, where other work came and
+    went within rounds."""
     flop_limit: float
     """The baseline's operations through this policy's: the speed-up if all operations took equal time."""
     share_of_limit: float
@@ -39,9 +42,10 @@ class Row:
     cache_bytes: int
     """The session's buffers for keys and values: the sink once, the rest twice, no current chunk."""
     needed_bytes: int
-    """What the session was to take, from the footprint; without activations where they are not known."""
+    """What the session was to take, decoding included, from the footprint; without activations where they are
+    not known."""
     grown_bytes: int
-    """How much the process grew at most."""
+    """How much the process grew at most by opening the session and its passes, without decoding."""
     gflops: float
     """Operations a second, in thousands of millions."""
     seconds_per_chunk: float
@@ -108,6 +112,7 @@ def _row(one: Measured, against: Measured, decoding: float | None, chunk: int | 
         speedup=speedup,
         speedup_least=min(ratios),
         speedup_most=max(ratios),
+        speedup_undisturbed=min(turn.pass_seconds for turn in against.turns) / min(taken),
         flop_limit=limit,
         share_of_limit=speedup / limit,
         kv_bytes=plan.kv_bytes(),

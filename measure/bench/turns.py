@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from forcingkv.measure.bench.cases import Case
@@ -34,7 +35,8 @@ class Turn:
     cache_bytes: int
     """All buffers for keys and values."""
     grown_bytes: int
-    """How much memory of its own the process took at most, while the session was open."""
+    """How much memory of its own the process took at most, from opening the session to its last pass.
+    Decoding, which not every turn does, comes after."""
 
 
 @dataclass
@@ -119,14 +121,15 @@ def take_turn(case: Case, setup: Setup, chunk: int | None, *, decode: bool) -> T
     """One turn of one case, with or without decoding."""
     index = case.bundle.plan.phases[-1].first_chunk if chunk is None else chunk
     give_back()  # or what an earlier turn left would be taken again, and not counted
-    with watched() as memory, _open(case, setup) as session:
-        session.rehearse(0).denoise()
-        rehearsal = session.rehearse(index)
-        seconds = list(_passes(rehearsal.denoise))
-        clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < SHORT else None
+    with ExitStack() as stack:
+        with watched() as memory:
+            session = stack.enter_context(_open(case, setup))
+            session.rehearse(0).denoise()
+            rehearsal = session.rehearse(index)
+            seconds = list(_passes(rehearsal.denoise))
+            clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < SHORT else None
         decoding = rehearsal.decode() if decode else None
-        held = rehearsal.cache_bytes
-    return Turn(statistics.median(seconds), clean, decoding, held, memory.grown)
+        return Turn(statistics.median(seconds), clean, decoding, rehearsal.cache_bytes, memory.grown)
 
 
 def _open(case: Case, setup: Setup) -> Session:

@@ -39,6 +39,7 @@ def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[Case]) ->
     row, against = rows(measured)
     assert (row.speedup, row.speedup_least, row.speedup_most) == (3.0, 2.0, 5.0)
     assert (row.seconds, row.seconds_least, row.seconds_most) == (2.0, 1.0, 4.0)
+    assert row.speedup_undisturbed == 3.0
     limit = pass_flops(full.bundle.plan).total / pass_flops(ours.bundle.plan).total
     assert row.flop_limit == pytest.approx(limit)
     assert row.share_of_limit == pytest.approx(3.0 / limit)

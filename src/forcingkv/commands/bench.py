@@ -189,7 +189,7 @@ def _title(result: Mapping[str, Any], *, resolution: bool = True) -> str:
 
 def _print(result: Mapping[str, Any]) -> None:
     table = Table(title=f"{_title(result)}: a pass, median of {result['rounds']} rounds (least to most)")
-    for name in ("policy", "s/pass", "speed-up", "FLOP limit", "share", "with decoding", "KV read", "KV held",
+    for name in ("policy", "s/pass", "speed-up", "undisturbed", "FLOP limit", "share", "with decoding", "KV read", "KV held",
                  "memory", "GFLOP/s"):  # fmt: skip
         table.add_column(name, justify="left" if name == "policy" else "right")
     for row in result["rows"]:
@@ -198,6 +198,7 @@ def _print(result: Mapping[str, Any]) -> None:
             row["policy"],
             f"{row['seconds']:.3g} ({row['seconds_least']:.3g} to {row['seconds_most']:.3g})",
             f"{row['speedup']:.2f} ({row['speedup_least']:.2f} to {row['speedup_most']:.2f})",
+            f"{row['speedup_undisturbed']:.2f}",
             f"{row['flop_limit']:.2f}",
             f"{row['share_of_limit']:.2f}",
             "-" if whole is None else f"{whole:.2f}",
@@ -206,6 +207,6 @@ def _print(result: Mapping[str, Any]) -> None:
             f"{row['grown_bytes'] / 1e6:.0f} MB",
             f"{row['gflops']:.0f}",
         )
-    type(console)(width=150).print(table)
+    type(console)(width=160).print(table)
     for path in result.get("written", ()):
         print(f"written: {path}")
