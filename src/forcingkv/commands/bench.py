@@ -189,8 +189,8 @@ def _title(result: Mapping[str, Any], *, resolution: bool = True) -> str:
 
 def _print(result: Mapping[str, Any]) -> None:
     table = Table(title=f"{_title(result)}: a pass, median of {result['rounds']} rounds (least to most)")
-    for name in ("policy", "s/pass", "speed-up", "undisturbed", "FLOP limit", "share", "with decoding", "KV read", "KV held",
-                 "memory", "GFLOP/s"):  # fmt: skip
+    for name in ("policy", "s/pass", "speed-up", "undisturbed", "FLOP limit", "share", "with decoding",
+                 "KV read", "KV held", "memory", "GFLOP/s"):  # fmt: skip
         table.add_column(name, justify="left" if name == "policy" else "right")
     for row in result["rows"]:
         whole = row["speedup_with_decoding"]
