@@ -45,6 +45,8 @@ class ResolutionPoint:
     seconds: float
     """All passes of a chunk."""
     speedup: float
+    speedup_undisturbed: float
+    """Of the least times (`results.Row`)."""
     flop_limit: float
     kv_bytes: int
 
@@ -89,7 +91,7 @@ def resolutions(found: Sequence[tuple[str, Sequence[Measured]]]) -> list[Resolut
             points.append(
                 ResolutionPoint(
                     row.policy, resolution, one.case.bundle.plan.chunk_tokens, row.seconds_per_chunk,
-                    row.speedup, row.flop_limit, row.kv_bytes,
+                    row.speedup, row.speedup_undisturbed, row.flop_limit, row.kv_bytes,
                 )
             )  # fmt: skip
     return points
