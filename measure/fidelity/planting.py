@@ -7,6 +7,7 @@ frames inside a chunk fit together as before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -62,7 +63,7 @@ def burst(video: Frames, layout: ChunkLayout, columns: int) -> Frames:
     """
     moved = video.copy()
     ends = [*layout.boundaries(len(video)), len(video) - 1]
-    for start, end in list(zip([-1, *ends], ends, strict=False))[::2]:
+    for start, end in list(pairwise([-1, *ends]))[::2]:
         middle = (start + 1 + end) // 2
         moved[middle] = np.roll(video[middle], columns, 1)
     return moved

@@ -59,7 +59,7 @@ def test_labels_stand_in_the_order_of_the_policy() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 16), st.lists(st.integers(0, 400), min_size=1, max_size=9))
 def test_heads_are_shared_out_as_evenly_as_can_be(layers: int, heads: int, numbers: list[int]) -> None:
-    counts = dict(zip(LABELS, numbers, strict=False))
+    counts = dict(zip(LABELS[: len(numbers)], numbers, strict=True))
     if not sum(numbers):
         numbers[0] = counts[LABELS[0]] = 1
     headmap = map_with_counts(sized(layers, heads), list(counts), counts)
