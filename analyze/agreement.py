@@ -11,8 +11,6 @@ from sklearn.metrics import adjusted_rand_score, cohen_kappa_score
 
 from forcingkv.headmaps import HeadMap, InputError
 
-__all__ = ["Agreement", "Change", "ScoreDifference", "agree", "changes", "pairwise", "score_difference"]
-
 Bools = npt.NDArray[np.bool_]
 
 

@@ -17,8 +17,6 @@ from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import Budget
 
-__all__ = ["COMPARED_RULES", "SINK_FRAMES", "Analysis", "Labelling", "analyze_statistics"]
-
 SINK_FRAMES = 1
 """Frames left out of the score's denominator: as many as `forcing-kv` keeps as its sink."""
 
@@ -100,9 +98,18 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
     if asked.rule == "budget":
         alternatives["budget"] = labels_of_rule(decision, observations, recording.model)
     return Analysis(
-        recorded, asked, observations, headmap, decision, stability, judged,
-        variance_split(observations), divergence(recorded), alternatives, missing,
-    )  # fmt: skip
+        recorded,
+        asked,
+        observations,
+        headmap,
+        decision,
+        stability,
+        judged,
+        variance_split(observations),
+        divergence(recorded),
+        alternatives,
+        missing,
+    )
 
 
 def _decide(observations: Observations, recorded: Recorded, asked: Labelling) -> Decision:

@@ -20,8 +20,6 @@ from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["decide_budget", "plan_for"]
-
 Array = npt.NDArray[np.float64]
 
 
@@ -77,7 +75,7 @@ def _target(spec: ModelSpec, budget: Budget) -> tuple[Callable[[CachePlan], floa
             "names no target, or two",
             where="budget",
             expected="bytes of KV or a share of the time under full",
-            mend="Give one of --target-kv and --target-time.",
+            hint="Give one of --target-kv and --target-time.",
         )
     if budget.kv_bytes is not None:
         return (lambda plan: plan.kv_bytes(spec.element_bytes)), budget.kv_bytes, "bytes"

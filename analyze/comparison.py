@@ -25,16 +25,6 @@ from matplotlib.patches import Patch
 from forcingkv.analyze.agreement import Agreement, Change, agree, changes
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError, read_headmap
 
-__all__ = [
-    "Pair",
-    "common_letters",
-    "comparison_picture",
-    "moves",
-    "read_map_or_run",
-    "short_names",
-    "undecided_among",
-]
-
 Pair = tuple[str, str]
 """A head's labels in the first and in the second map."""
 
@@ -183,9 +173,13 @@ def _draw_cells(axes: Axes, a: HeadMap, b: HeadMap, kinds: list[_Kind]) -> None:
         ]
     )
     axes.pcolormesh(
-        cells, cmap=ListedColormap([kind.colour for kind in kinds]), vmin=-0.5, vmax=len(kinds) - 0.5,
-        edgecolors="white", linewidth=0.8 if max(cells.shape) <= 50 else 0.0,
-    )  # fmt: skip
+        cells,
+        cmap=ListedColormap([kind.colour for kind in kinds]),
+        vmin=-0.5,
+        vmax=len(kinds) - 0.5,
+        edgecolors="white",
+        linewidth=0.8 if max(cells.shape) <= 50 else 0.0,
+    )
     axes.set_aspect("equal", anchor="NW")
     axes.invert_yaxis()
     axes.tick_params(length=0)
@@ -197,9 +191,15 @@ def _draw_letters(axes: Axes, changed: Sequence[Change], letters: Mapping[str, s
     for change in changed:
         text = "".join(letters[label] for label in change.labels)
         axes.text(
-            change.head + 0.5, change.layer + 0.54, text, color="white", fontsize=min(9.0, cell * 26),
-            ha="center", va="center", fontweight="bold",
-        )  # fmt: skip
+            change.head + 0.5,
+            change.layer + 0.54,
+            text,
+            color="white",
+            fontsize=min(9.0, cell * 26),
+            ha="center",
+            va="center",
+            fontweight="bold",
+        )
 
 
 def _draw_undecided(axes: Axes, changed: Sequence[Change], cell: float) -> Line2D | None:
@@ -209,9 +209,16 @@ def _draw_undecided(axes: Axes, changed: Sequence[Change], cell: float) -> Line2
         return None
     rows, columns = [c.layer + 0.18 for c in found], [c.head + 0.82 for c in found]
     (drawn,) = axes.plot(
-        columns, rows, "o", markersize=cell * 11, markerfacecolor="white", markeredgecolor="black",
-        markeredgewidth=cell * 2, linestyle="none", label=f"undecided in A or B ({len(found)})",
-    )  # fmt: skip
+        columns,
+        rows,
+        "o",
+        markersize=cell * 11,
+        markerfacecolor="white",
+        markeredgecolor="black",
+        markeredgewidth=cell * 2,
+        linestyle="none",
+        label=f"undecided in A or B ({len(found)})",
+    )
     return drawn
 
 
@@ -219,9 +226,14 @@ def _draw_legend(axes: Axes, kinds: list[_Kind], ring: Line2D | None) -> None:
     """To the right of the grid."""
     handles: list[Patch | Line2D] = [Patch(color=kind.colour, label=kind.text) for kind in kinds]
     axes.legend(
-        handles=handles + ([ring] if ring else []), loc="upper left", bbox_to_anchor=(1.01, 1.0),
-        frameon=False, handlelength=1.0, handleheight=1.0, borderaxespad=0.0,
-    )  # fmt: skip
+        handles=handles + ([ring] if ring else []),
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        frameon=False,
+        handlelength=1.0,
+        handleheight=1.0,
+        borderaxespad=0.0,
+    )
 
 
 def _number(axes: Axes, layers: int, heads: int, cell: float) -> None:

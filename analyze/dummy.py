@@ -16,8 +16,6 @@ from forcingkv.analyze.storage import Recorded
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule, Statistics
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["CLASSES", "context_mass", "label_dummies"]
-
 CLASSES = ("sink", "neighbour", "dummy")
 SINK_FRAMES = 1
 

@@ -22,8 +22,6 @@ from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Device", "Job", "SampleRecorder", "choose_device"]
-
 Device = Literal["cpu", "cuda"]
 
 
@@ -105,14 +103,21 @@ class SampleRecorder:
         self.model = build_model(job.spec, self._ordered(), job.device, self.dtype)
 
     def record(
-        self, sample: int, text: npt.NDArray[np.float32], say: Callable[[int], None] = lambda chunk: None
+        self, sample: int, text: npt.NDArray[np.float32], progress: Callable[[int], None] = lambda chunk: None
     ) -> pl.DataFrame:
         """The rows of a sample with that text. Raises InputError where attention is not a number."""
         placed = torch.tensor(text, dtype=self.dtype, device=self.job.device)
         return record_sample(
-            self.model, self.plan, placed, self.job.seed + sample, sample, self.recording.chunks,
-            rows=self.recording.rows, orders=self.orders, say=say,
-        )  # fmt: skip
+            self.model,
+            self.plan,
+            placed,
+            self.job.seed + sample,
+            sample,
+            self.recording.chunks,
+            rows=self.recording.rows,
+            orders=self.orders,
+            progress=progress,
+        )
 
     def _ordered(self) -> Weights:
         """The weights with heads as the plan groups them; as they are where it does not."""
@@ -134,6 +139,6 @@ def choose_device(name: str | None) -> Device:
             "torch sees no GPU",
             where="device",
             expected="a CUDA build of torch, and a GPU",
-            mend="Use --device cpu.",
+            hint="Use --device cpu.",
         )
     return device

@@ -21,8 +21,6 @@ from forcingkv.headmaps import DYNAMIC, STATIC, Rule
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 
-__all__ = ["ALPHA", "Decision", "RuleName", "decide", "label_rows", "least_static", "rule_name"]
-
 RuleName = Literal["auto", "threshold", "quota", "kmeans", "mixture", "budget", "dummy"]
 
 ALPHA = 0.8

@@ -13,16 +13,6 @@ from forcingkv.analyze.scores import Observations
 from forcingkv.analyze.stability import CONFIDENCE, Stability
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Statistics
 
-__all__ = [
-    "FIXED_COUNT",
-    "Undecided",
-    "Verdict",
-    "headmap_of",
-    "labels_of_rule",
-    "undecided_choice",
-    "verdict",
-]
-
 Undecided = Literal["kept", "dynamic"]
 
 FIXED_COUNT = ("quota", "budget", "dummy")
@@ -45,7 +35,7 @@ def undecided_choice(rule: str, asked: Undecided | None) -> Undecided:
                 f"the rule {rule} fixes how many heads are static",
                 where="undecided",
                 expected="kept",
-                mend="Choose another rule to make undecided heads dynamic.",
+                hint="Choose another rule to make undecided heads dynamic.",
             )
         return "kept"
     return asked or "dynamic"

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionStatistics", "KeyRun", "attention_statistics"]
-
 KEY_BLOCK = 2048
 """Keys looked at together."""
 LOGITS = 2**20

@@ -19,8 +19,6 @@ from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime.plan import CachePlan, HeadGroup
 
-__all__ = ["Recorder", "record_sample"]
-
 CURRENT = "current"
 LEAST_ROWS = 2
 """Rows of a frame; fewer give no standard error."""
@@ -158,7 +156,7 @@ class Recorder:
                 f"the attention of layer {part.layer} is not a number",
                 where=f"sample {self.sample}, chunk {part.chunk}, step {part.step}",
                 expected="finite queries and keys",
-                mend="Check the checkpoint for NaN weights.",
+                hint="Check the checkpoint for NaN weights.",
             )
         mass, entropy, same, mass_error, entropy_error, same_error = arrays
         heads, frames, _ = mass.shape
@@ -207,14 +205,14 @@ def record_sample(
     *,
     rows: int | None = None,
     orders: Sequence[Sequence[int]] | None = None,
-    say: Callable[[int], None] = lambda chunk: None,
+    progress: Callable[[int], None] = lambda chunk: None,
 ) -> pl.DataFrame:
     """Generate one video and return its statistics, in the columns of `analyze.recording`.
 
-    `say` is called with the number of chunks done. Raises InputError where attention is not a number.
+    `progress` is called with the number of chunks done. Raises InputError where attention is not a number.
     """
     recorder = Recorder(plan, sample, seed, rows, orders)
     for made in generate(model, plan, text, seeded_noise(plan, seed), chunks, recorder.watch):
         recorder.chosen(made.index, made.indices)
-        say(made.index + 1)
+        progress(made.index + 1)
     return recorder.frame()

@@ -37,8 +37,6 @@ from forcingkv.headmaps import InputError, ModelIdentity, Statistics
 from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
-__all__ = ["COLUMNS", "METADATA_KEY", "SCHEMA", "RecordedDtype", "Recording", "text_digest"]
-
 Schema = Literal["forcingkv.statistics/1"]
 
 RecordedDtype = Literal["float32", "bfloat16"]
@@ -143,7 +141,7 @@ class Recording:
                 f"has the schema {found!r}",
                 where=where,
                 expected=repr(SCHEMA),
-                mend="Record it anew with this version: forcingkv analyze heads --restart",
+                hint="Record it anew with this version: forcingkv analyze heads --restart",
             )
         return from_data(cls, data, where)
 

@@ -12,10 +12,7 @@ from forcingkv.analyze.report import report_html
 from forcingkv.analyze.storage import Storage, check_same
 from forcingkv.analyze.summary import summary_json
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.headmap import write_text
-from forcingkv.runtime.files import unwritable
-
-__all__ = ["Say", "analyze_heads", "record_samples", "write_analysis"]
+from forcingkv.headmaps.files import write_text
 
 STATS = "stats"
 
@@ -34,7 +31,7 @@ def analyze_heads(
     cluster: str | None = None,
     workers: int | None = None,
     command: Sequence[str] = (),
-    say: Say = lambda done, chunk: None,
+    progress: Say = lambda done, chunk: None,
 ) -> Analysis:
     """Measure every head over `samples` videos, and write `out`: headmap.json, stability.json, report.html.
 
@@ -48,14 +45,16 @@ def analyze_heads(
         cluster: None: in this process; `local`, or the address of a Ray cluster: see `analyze.workers`.
         workers: Ray workers at a time; None: as many as the cluster has GPUs or cores for.
         command: what a person would run to repeat it, for the report.
-        say: told of progress.
+        progress: told of progress.
 
     Raises:
         InputError: there are no prompts, too few chunks, recordings of another run, or the rule
             cannot be applied.
     """
     place = stats or out / STATS
-    record_samples(job, place, samples=samples, restart=restart, cluster=cluster, workers=workers, say=say)
+    record_samples(
+        job, place, samples=samples, restart=restart, cluster=cluster, workers=workers, progress=progress
+    )
     analysis = analyze_statistics(place, labelling)
     write_analysis(analysis, out, command)
     return analysis
@@ -69,7 +68,7 @@ def record_samples(
     restart: bool = False,
     cluster: str | None = None,
     workers: int | None = None,
-    say: Say = lambda done, chunk: None,
+    progress: Say = lambda done, chunk: None,
 ) -> list[int]:
     """Record samples 0 to `samples` - 1 that are not there yet. Returns those recorded now.
 
@@ -81,20 +80,20 @@ def record_samples(
     if restart:  # not before what is asked for is known to be possible
         storage.remove(storage.samples())
     missing = _missing(job, storage, samples)
-    say(samples - len(missing), 0)
+    progress(samples - len(missing), 0)
     if not missing:
         return []
     if cluster:
         from forcingkv.analyze.workers import record_with_ray
 
-        record_with_ray(job, storage, missing, cluster, workers, lambda left: say(samples - left, 0))
+        record_with_ray(job, storage, missing, cluster, workers, lambda left: progress(samples - left, 0))
         return missing
     recorder = SampleRecorder(job, recording)
     for done, sample in enumerate(missing, samples - len(missing)):
         text = job.text(sample)
-        rows = recorder.record(sample, text, lambda chunk, done=done: say(done, chunk))  # type: ignore[misc]
+        rows = recorder.record(sample, text, lambda chunk, done=done: progress(done, chunk))  # type: ignore[misc]
         storage.write(rows, recording.of(sample, text))
-        say(done + 1, 0)
+        progress(done + 1, 0)
     return missing
 
 
@@ -104,12 +103,9 @@ def write_analysis(analysis: Analysis, out: Path, command: Sequence[str] = ()) -
     Raises InputError where they cannot be written.
     """
     page = report_html(analysis, command)
-    try:
-        write_text(out / "stability.json", json.dumps(summary_json(analysis), indent=1) + "\n")
-        write_text(out / "report.html", page)
-        analysis.headmap.write(out / "headmap.json")
-    except OSError as error:
-        raise unwritable(out, error) from error
+    write_text(out / "stability.json", json.dumps(summary_json(analysis), indent=1) + "\n")
+    write_text(out / "report.html", page)
+    analysis.headmap.write(out / "headmap.json")
 
 
 def _missing(job: Job, storage: Storage, samples: int) -> list[int]:
@@ -120,7 +116,7 @@ def _missing(job: Job, storage: Storage, samples: int) -> list[int]:
             f"holds sample {there[-1]}, and {samples} {'is' if samples == 1 else 'are'} asked for",
             where=storage.place,
             expected=f"samples 0 to {samples - 1}",
-            mend=f"Ask for --samples {there[-1] + 1}, choose another folder, or measure anew with --restart.",
+            hint=f"Ask for --samples {there[-1] + 1}, choose another folder, or measure anew with --restart.",
         )
     for sample in there:
         wanted = recording.of(sample, job.text(sample))

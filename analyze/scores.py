@@ -11,8 +11,6 @@ import polars as pl
 from forcingkv.analyze.storage import Recorded, collect
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["FEATURES", "FrameMass", "Observations", "frame_mass", "observe"]
-
 FEATURES = ("score", "current", "transition")
 """The last axis of `Observations.values`: the recency score, and the log-ratios of the mass on the
 current chunk and on the transition frame to that on the history (additive log-ratios)."""
@@ -150,5 +148,5 @@ def _check_mass(total: Array, recorded: Recorded) -> None:
             f" {len(broken)} such heads and passes)",
             where=recorded.place,
             expected="1",
-            mend="Delete the file of that sample, and run the analysis again.",
+            hint="Delete the file of that sample, and run the analysis again.",
         )

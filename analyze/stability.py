@@ -14,8 +14,6 @@ import numpy.typing as npt
 from forcingkv.analyze.labels import Decision
 from forcingkv.analyze.scores import Observations
 
-__all__ = ["CONFIDENCE", "REASONS", "Interval", "Stability", "judge_stability", "samples_needed"]
-
 CONFIDENCE = 0.95
 """Of intervals, and the share of samples in which a head should keep its label."""
 RESAMPLES = 2000

@@ -19,9 +19,7 @@ from polars.exceptions import PolarsError
 
 from forcingkv.analyze.recording import COLUMNS, METADATA_KEY, Recording
 from forcingkv.headmaps import InputError
-from forcingkv.runtime.files import unwritable
-
-__all__ = ["Recorded", "Storage", "check_same", "collect", "read_statistics"]
+from forcingkv.headmaps.files import unwritable
 
 _NAME = re.compile(r"^sample-(\d{4,})\.parquet$")
 
@@ -97,7 +95,7 @@ class Storage:
                 "does not say what it holds",
                 where=where,
                 expected="statistics that this version of forcingkv recorded",
-                mend="Record it anew: forcingkv analyze heads --restart",
+                hint="Record it anew: forcingkv analyze heads --restart",
             )
         recording = Recording.from_text(metadata[METADATA_KEY], where)
         if columns != COLUMNS:
@@ -150,7 +148,7 @@ def read_statistics(place: str | Path) -> Recorded:
             "holds no statistics",
             where=storage.place,
             expected="files sample-NNNN.parquet",
-            mend="Record them with: forcingkv analyze heads",
+            hint="Record them with: forcingkv analyze heads",
         )
     first = storage.recording(samples[0]).common()
     for sample in samples[1:]:
@@ -169,7 +167,7 @@ def check_same(found: Recording, wanted: Recording, where: str) -> None:
         f"is of another run: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}{of_model}",
         where=where,
         expected=f"{name} {_shown(getattr(wanted, name))}, not {_shown(getattr(found, name))}",
-        mend="Choose another folder, or measure everything anew with --restart.",
+        hint="Choose another folder, or measure everything anew with --restart.",
     )
 
 
@@ -187,7 +185,7 @@ def _damaged(where: str, error: Exception) -> InputError:
         f"cannot be read ({reason[0][:200]})",
         where=where,
         expected="a whole Parquet file",
-        mend="Delete it, and run the analysis again: that sample is then recorded anew.",
+        hint="Delete it, and run the analysis again: that sample is then recorded anew.",
     )
 
 

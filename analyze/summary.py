@@ -12,8 +12,6 @@ from forcingkv.analyze.analysis import Analysis
 from forcingkv.analyze.stability import samples_needed
 from forcingkv.headmaps.fields import to_data
 
-__all__ = ["HALF_WIDTHS", "needed", "summary_json", "summary_lines"]
-
 HALF_WIDTHS = (0.01, 0.02, 0.05)
 """Half-widths of a score's interval for which the samples needed are said."""
 
@@ -40,14 +38,20 @@ def summary_json(analysis: Analysis) -> dict[str, Any]:
         "samples_needed": needed(stability.spread),
         "rules": {
             "agreement": [
-                {"a": a, "b": b, "share": _round(found.share), "kappa": _round(found.kappa),
-                 "rand": _round(found.rand)}
-                for (a, b), found in rules.items() if a < b
+                {
+                    "a": a,
+                    "b": b,
+                    "share": _round(found.share),
+                    "kappa": _round(found.kappa),
+                    "rand": _round(found.rand),
+                }
+                for (a, b), found in rules.items()
+                if a < b
             ],
             "not_applied": analysis.missing,
         },
         "heads": _heads(analysis),
-    }  # fmt: skip
+    }
 
 
 def summary_lines(analysis: Analysis) -> list[tuple[str, str]]:

@@ -11,8 +11,6 @@ import polars as pl
 from forcingkv.analyze.scores import Observations
 from forcingkv.analyze.storage import Recorded, collect
 
-__all__ = ["Divergence", "divergence", "variance_split"]
-
 SOURCES = ("layer", "head", "sample", "step", "chunk", "head x sample", "head x step", "head x chunk", "rest")
 """What scores may vary with, in the order in which it is told."""
 

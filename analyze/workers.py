@@ -25,8 +25,6 @@ from forcingkv.analyze.recording import Recording
 from forcingkv.analyze.storage import Storage
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
-__all__ = ["RETRIES", "record_with_ray"]
-
 Text = npt.NDArray[np.float32]
 
 LOCAL = "local"
@@ -53,7 +51,7 @@ def record_with_ray(
     samples: Sequence[int],
     cluster: str,
     workers: int | None = None,
-    say: Callable[[int], None] = lambda left: None,
+    progress: Callable[[int], None] = lambda left: None,
 ) -> None:
     """Record those samples on Ray workers.
 
@@ -64,7 +62,7 @@ def record_with_ray(
         cluster: `local`, for workers on this machine, or the address of a running cluster.
         workers: how many at a time; each takes one GPU where the job runs on GPUs. None: as many as
             there are GPUs or cores for.
-        say: told how many samples are left.
+        progress: told how many samples are left.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -88,7 +86,7 @@ def record_with_ray(
         found = pool.map_unordered(lambda a, sample: a.record.remote(sample, job.text(sample)), samples)
         try:
             for done, _ in enumerate(found, 1):
-                say(len(samples) - done)
+                progress(len(samples) - done)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, InputError):
                 raise error.cause from None
@@ -98,7 +96,7 @@ def record_with_ray(
                 f"a worker died more than {RETRIES} times, or never came up ({_first_line(error)})",
                 where="ray",
                 expected="workers that live (too little memory is the usual cause)",
-                mend="What was recorded is kept: run the same command again, with fewer --workers.",
+                hint="What was recorded is kept: run the same command again, with fewer --workers.",
             ) from error
     absent = sorted(set(samples) - set(storage.samples()))
     if absent:
@@ -106,7 +104,7 @@ def record_with_ray(
             f"lacks {len(absent)} samples that workers recorded",
             where=storage.place,
             expected="a place that all workers share",
-            mend="Give one with --stats, for example an s3:// URL.",
+            hint="Give one with --stats, for example an s3:// URL.",
         )
 
 

@@ -42,9 +42,15 @@ def graph(layers: int, target: Target, folder: Path) -> Path:
     out = folder / f"{target}-{layers}"
     if not out.exists():
         export_bundle(
-            spec, random_weights(spec), load_policy("forcing-kv"), out,
-            headmap=headmap, target=target, sms=() if target == "onnx" else (89,), verify=False,
-        )  # fmt: skip
+            spec,
+            random_weights(spec),
+            load_policy("forcing-kv"),
+            out,
+            headmap=headmap,
+            target=target,
+            sms=() if target == "onnx" else (89,),
+            verify=False,
+        )
     return out / "step.onnx"
 
 

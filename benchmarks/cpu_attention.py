@@ -124,8 +124,14 @@ def query_blocks(queries: int, keys: int, heads: int, width: int) -> str:
 
 
 WAYS: list[Callable[[int, int, int, int], str]] = [
-    standard, heads_as_batch, transposed, keys_of_rank_4, head_by_head, grouped, query_blocks,
-]  # fmt: skip
+    standard,
+    heads_as_batch,
+    transposed,
+    keys_of_rank_4,
+    head_by_head,
+    grouped,
+    query_blocks,
+]
 
 
 def model(way: Callable[[int, int, int, int], str], shape: Shape) -> onnx.ModelProto:

@@ -64,11 +64,20 @@ def row(manifest: dict[str, Any], seconds: float, peak: int) -> str:
     sizes = " / ".join(f"{manifest['files'][e['file']]['bytes'] / 1e9:.2f}" for e in steps)
     built = " / ".join(f"{e['seconds']:.0f}" for e in steps)
     cells = [
-        f"{width}x{height}", manifest["policy"]["name"], " + ".join(map(str, sms)), f"{seconds:.0f}",
-        f"{peak / 1e9:.1f}", built, sizes, f"{max(e['activation_bytes'] for e in steps) / 1e9:.2f}",
-        f"{decode / 1e9:.2f}", f"{manifest['plan']['kv_bytes'] / 1e9:.2f}", step["layers"],
-        step["plugin_layers"], step["phases"],
-    ]  # fmt: skip
+        f"{width}x{height}",
+        manifest["policy"]["name"],
+        " + ".join(map(str, sms)),
+        f"{seconds:.0f}",
+        f"{peak / 1e9:.1f}",
+        built,
+        sizes,
+        f"{max(e['activation_bytes'] for e in steps) / 1e9:.2f}",
+        f"{decode / 1e9:.2f}",
+        f"{manifest['plan']['kv_bytes'] / 1e9:.2f}",
+        step["layers"],
+        step["plugin_layers"],
+        step["phases"],
+    ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -92,11 +101,24 @@ def main() -> None:
         for policy in given.policies.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 words = [
-                    "forcingkv", "export", "--model", given.model, "--random-weights",
-                    "--headmap", str(given.headmap), "--resolution", resolution, "--policy", policy,
-                    "--target", "tensorrt-rtx", *(w for sm in given.sms.split(",") for w in ("--sm", sm)),
-                    "--out", f"{folder}/bundle", "--json",
-                ]  # fmt: skip
+                    "forcingkv",
+                    "export",
+                    "--model",
+                    given.model,
+                    "--random-weights",
+                    "--headmap",
+                    str(given.headmap),
+                    "--resolution",
+                    resolution,
+                    "--policy",
+                    policy,
+                    "--target",
+                    "tensorrt-rtx",
+                    *(w for sm in given.sms.split(",") for w in ("--sm", sm)),
+                    "--out",
+                    f"{folder}/bundle",
+                    "--json",
+                ]
                 out, seconds, peak = watched(words)
             print(row(json.loads(out), seconds, peak), flush=True)
 

@@ -48,8 +48,12 @@ def switched(session: Session, prompts: list[str], recache: bool, before: int, a
                     video.switch(new, recache=recache)
                 elif chunk.index >= before:
                     read = judge.read(grey(chunk.frames))
-                    row.append([[seen == digit for seen, (digit, _) in zip(read, moves_of(text), strict=True)]
-                                for text in (new, old)])  # fmt: skip
+                    row.append(
+                        [
+                            [seen == digit for seen, (digit, _) in zip(read, moves_of(text), strict=True)]
+                            for text in (new, old)
+                        ]
+                    )
             rows.append(row)
             shown.advance(task)
     found = np.array(rows)  # (prompts, chunks, new or old, halves)
@@ -81,13 +85,19 @@ def main() -> None:
             policy, bundle = load_policy(name), Path(room) / name
             print(f"exporting {name}", file=sys.stderr)
             export_bundle(
-                spec, load_weights(spec), policy, bundle, headmap=headmap if policy.needs_headmap else None,
+                spec,
+                load_weights(spec),
+                policy,
+                bundle,
+                headmap=headmap if policy.needs_headmap else None,
                 verify=False,
-            )  # fmt: skip
+            )
             with Session.open(bundle) as session:
                 prompts = default_prompts("demo")[: given.prompts]
-                rows += [switched(session, prompts, recache, given.before, given.after)
-                         for recache in (True, False)]  # fmt: skip
+                rows += [
+                    switched(session, prompts, recache, given.before, given.after)
+                    for recache in (True, False)
+                ]
     print(json.dumps(rows, indent=1))
 
 

@@ -134,9 +134,12 @@ def main() -> None:
         "own_memory_mb": {f"{n * plan.frame_tokens} keys": round(b / 1e6, 1) for n, b in memory.items()},
         "memory_ratio": round(memory[2 * given.frames] / memory[given.frames], 3),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "added": {name: round(value / seconds["without"] - 1, 4)
-                  for name, value in seconds.items() if name != "without"},
-    }  # fmt: skip
+        "added": {
+            name: round(value / seconds["without"] - 1, 4)
+            for name, value in seconds.items()
+            if name != "without"
+        },
+    }
     print(json.dumps(result, indent=1))
 
 

@@ -44,9 +44,14 @@ def main() -> None:
     given = parser.parse_args()
     sns.set_theme(style="ticks")
     figure, axes = plt.subplots(
-        len(given.videos), 1, figsize=(9, 1.7 * len(given.videos) + 0.5), sharex=True, sharey=True,
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+        len(given.videos),
+        1,
+        figsize=(9, 1.7 * len(given.videos) + 0.5),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     for place, path in zip(axes[:, 0], given.videos, strict=True):
         draw(place, path, ChunkLayout(given.first_chunk_frames, given.chunk_frames))
     axes[-1, 0].set_xlabel("pair of frames; red: chunk boundary, dark: other crossing between latent frames")

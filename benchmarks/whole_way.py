@@ -82,9 +82,20 @@ def walk(given: argparse.Namespace, out: Path) -> dict[str, Any]:
         if load_policy(policy).needs_headmap:
             heads = out / f"heads-{policy}"
             row["analyze"] = command(
-                "analyze", "heads", *common, "--embeds", out / "embeds.safetensors", "--samples", 1,
-                "--chunks", given.chunks, "--rule", RULES[policy], "--out", heads,
-            )  # fmt: skip
+                "analyze",
+                "heads",
+                *common,
+                "--embeds",
+                out / "embeds.safetensors",
+                "--samples",
+                1,
+                "--chunks",
+                given.chunks,
+                "--rule",
+                RULES[policy],
+                "--out",
+                heads,
+            )
             row["heads"] = command("headmap", "show", heads / "headmap.json")["result"]["counts"]
             headmap = ["--headmap", heads / "headmap.json"]
         bundle = out / f"bundle-{policy}"
@@ -96,10 +107,17 @@ def walk(given: argparse.Namespace, out: Path) -> dict[str, Any]:
             "verification": exported["result"]["verification"],
             "export": exported,
             "generate": command(
-                "generate", "--bundle", bundle, "--embeds", out / "embeds.safetensors",
-                "--seconds", seconds, "--out", out / f"{policy}.mp4",
+                "generate",
+                "--bundle",
+                bundle,
+                "--embeds",
+                out / "embeds.safetensors",
+                "--seconds",
+                seconds,
+                "--out",
+                out / f"{policy}.mp4",
             ),
-        }  # fmt: skip
+        }
         row["generated"] = row["generate"]["result"]
         for stage in ("analyze", "export", "generate"):
             row.get(stage, {}).pop("result", None)

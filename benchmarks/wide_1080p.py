@@ -47,9 +47,16 @@ def export(out: Path, policy: str, layers: int, resolution: str, headmap: Path) 
         confidence=heads.confidence and heads.confidence[:layers],
     )
     export_bundle(
-        spec, random_weights(spec), chosen, out, headmap=heads if chosen.needs_headmap else None,
-        resolution=resolution, decoder=decoder, dtype="float32", verify=False,
-    )  # fmt: skip
+        spec,
+        random_weights(spec),
+        chosen,
+        out,
+        headmap=heads if chosen.needs_headmap else None,
+        resolution=resolution,
+        decoder=decoder,
+        dtype="float32",
+        verify=False,
+    )
 
 
 def stream(bundle: Path, chunks: int, video: Path) -> dict[str, Any]:
@@ -125,8 +132,18 @@ def main() -> None:
             print(json.dumps(stream(bundle, chunks, given.out / f"{policy}.mp4")))
         return
     with tempfile.TemporaryDirectory() as room:
-        options = ["--headmap", given.headmap, "--layers", given.layers, "--resolution", given.resolution,
-                   "--chunks", given.chunks, "--out", given.out or Path(room)]  # fmt: skip
+        options = [
+            "--headmap",
+            given.headmap,
+            "--layers",
+            given.layers,
+            "--resolution",
+            given.resolution,
+            "--chunks",
+            given.chunks,
+            "--out",
+            given.out or Path(room),
+        ]
         rows = []
         for policy in POLICIES:
             child(["export", policy], options)

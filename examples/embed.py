@@ -27,9 +27,12 @@ def main() -> int:
         with Session.open(options.bundle) as session:
             for chunk in session.generate(options.prompt, seed=options.seed, chunks=options.chunks):
                 frames, took = chunk.frames, chunk.timing  # uint8 (frames, height, width, 3), and seconds
-                print(f"chunk {chunk.index}: {frames.shape}, mean {frames.mean():.1f},"
-                      f" {took.total:.3f} s: denoise {took.denoise:.3f}, clean {took.clean:.3f},"
-                      f" decode {took.decode:.3f}", flush=True)  # fmt: skip
+                print(
+                    f"chunk {chunk.index}: {frames.shape}, mean {frames.mean():.1f},"
+                    f" {took.total:.3f} s: denoise {took.denoise:.3f}, clean {took.clean:.3f},"
+                    f" decode {took.decode:.3f}",
+                    flush=True,
+                )
     except InputError as error:  # the bundle or the prompt, or too little memory: the message says what to do
         print(f"error: {error}", file=sys.stderr)
         return 2

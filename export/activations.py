@@ -21,8 +21,6 @@ from forcingkv.export.clean_branch import taken_branches
 from forcingkv.export.prune_op import DOMAIN
 from forcingkv.export.rewriting import makers, read_by
 
-__all__ = ["activation_bytes", "make_caches_early", "weight_bytes"]
-
 Shape = tuple[int, ...]
 
 MOVES_NOTHING = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}

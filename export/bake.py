@@ -22,8 +22,6 @@ from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import StoredTensor, TensorWriter
 
-__all__ = ["bake_weights", "baked_bytes", "baked_model", "store_tensors"]
-
 Planned = dict[str, tuple[ExportDtype, tuple[int, ...]]]
 """Name -> what a tensor is to be stored as, and its shape."""
 
@@ -34,7 +32,7 @@ def bake_weights(
     orders: Sequence[Sequence[int]],
     path: Path,
     precision: Precision,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, StoredTensor]:
     """Reorder the heads of every layer and write the file; matrices lie as (in, out).
 
@@ -46,7 +44,7 @@ def bake_weights(
         orders: for each layer the old index of the head at each new place.
         path: the safetensors file.
         precision: what each tensor is stored as.
-        say: told what is being done.
+        progress: told what is being done.
 
     Returns:
         Name -> where each tensor lies in the file.
@@ -56,7 +54,7 @@ def bake_weights(
     codes: dict[str, Tensor] = {}  # of the weight whose scales were written last
 
     def permuted(name: str) -> Tensor:
-        say(f"baking {name}")
+        progress(f"baking {name}")
         return permute_tensor(name, weights[name], spec, orders)
 
     def baked(name: str) -> Tensor:

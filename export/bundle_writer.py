@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from forcingkv.export.bake import bake_weights, baked_bytes, baked_model, store_tensors
 from forcingkv.export.calibrate import CalibrationTexts, calibrate, check_calibration
-from forcingkv.export.engines import EngineError, build_engine
+from forcingkv.export.engines import build_engine
 from forcingkv.export.fp8 import rounded_inputs
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.export.onnx_writer import write_onnx
@@ -26,6 +26,7 @@ from forcingkv.export.records import file_records, graph_record, versions
 from forcingkv.export.targets import EngineTarget, check_disk, check_plugin, engine_target, warnings_of
 from forcingkv.export.verify import check_memory, fp8_differences, graph_difference
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import new_folder
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
@@ -40,14 +41,11 @@ from forcingkv.runtime.bundle import (
     PlanRecord,
 )
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.files import new_folder
 from forcingkv.runtime.kernels import KernelRecord
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import StoredTensor
-
-__all__ = ["TOLERANCE", "EngineError", "VerificationError", "export_bundle"]
 
 WEIGHTS, DECODER = "weights.safetensors", "decoder.safetensors"
 """Files that the graphs point into."""
@@ -81,7 +79,7 @@ def export_bundle(
     aot: bool = False,
     verify: bool | None = None,
     calibration: CalibrationTexts | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Bake the head map into the weights, trace the graphs, verify them, and write the bundle.
 
@@ -101,7 +99,7 @@ def export_bundle(
         verify: whether to run every graph in float32 and compare it with torch; needs the memory of
             the model. None: for ONNX Runtime only.
         calibration: what fp8 is calibrated with, which needs the memory of the model. For fp8 only.
-        say: told what is being done.
+        progress: told what is being done.
 
     Raises:
         InputError: something does not fit; see `build_plan`, `prune_op.check_choice`, `precision_of`,
@@ -132,7 +130,7 @@ def export_bundle(
         check_plugin(plan)
     check_disk(out, baked_bytes(spec, precision), len(engines.sms) if engines else 0)
     with new_folder(out, MANIFEST) as folder:
-        bundle = _Writer(folder, plan, decoder, precision, engines, verify, say)
+        bundle = _Writer(folder, plan, decoder, precision, engines, verify, progress)
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
         if calibration:
             bundle.calibrate(calibration)
@@ -143,7 +141,7 @@ def export_bundle(
         if headmap:
             headmap.write(folder / HEADMAP)
             bundle.written.append(folder / HEADMAP)
-        say("computing digests")
+        progress("computing digests")
         manifest = Manifest(
             schema="forcingkv.bundle/1",
             model=spec,
@@ -176,10 +174,10 @@ class _Writer:
         precision: Precision,
         target: EngineTarget | None,
         verify: bool,
-        say: Callable[[str], None],
+        progress: Callable[[str], None],
     ) -> None:
         self.folder, self.plan, self.decoder, self.target = folder, plan, decoder, target
-        self.precision, self.verify, self.say = precision, verify, say
+        self.precision, self.verify, self.progress = precision, verify, progress
         self.written: list[Path] = []
         self.records: dict[str, GraphRecord] = {}
         self.differences: dict[str, float] = {}
@@ -193,7 +191,7 @@ class _Writer:
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder."""
         spec, path = self.plan.spec, self.folder / WEIGHTS
-        self._stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.say)
+        self._stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.progress)
         self.written.append(path)
         if self.decoder:
             # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
@@ -207,12 +205,12 @@ class _Writer:
     def calibrate(self, texts: CalibrationTexts) -> None:
         """Find the scales of the inputs of linear layers in FP8."""
         model = baked_model(self.plan.spec, self.folder / WEIGHTS)
-        self._scales, self.calibration = calibrate(model, self.plan, self.precision, texts, self.say)
+        self._scales, self.calibration = calibrate(model, self.plan, self.precision, texts, self.progress)
         self._model = model if self.verify else None
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
-        self.say(f"tracing {name}")
+        self.progress(f"tracing {name}")
         path, precision = self.folder / f"{name}.onnx", self.precision
         traced = self._trace(name, path, precision)
         self.written.append(path)
@@ -222,7 +220,7 @@ class _Writer:
             phases = shapes if name == "step" else [{}]
         self.records[name] = graph_record(path, traced, self._weights_of(name), phases)
         if self.verify:
-            self.say(f"verifying {name}")
+            self.progress(f"verifying {name}")
             if precision.compute == "float32":
                 self._compare(name, path)
             else:
@@ -237,7 +235,7 @@ class _Writer:
         if self.plan.score_layer is not None and not target.aot:
             from forcingkv.export.cubins import compile_kernels  # needs Triton, which only this does
 
-            self.say("compiling kernels")
+            self.progress("compiling kernels")
             head_dim = self.plan.spec.head_dim
             self.kernels += compile_kernels(self.folder, self.precision.compute, head_dim)
             self.written += [self.folder / record.file for record in self.kernels]
@@ -245,7 +243,7 @@ class _Writer:
         folder.mkdir()
         for sm in target.sms:
             for name in GRAPHS:
-                self.say(f"building the engine of {name} for sm_{sm}")
+                self.progress(f"building the engine of {name} for sm_{sm}")
                 file = folder / f"{name}-{target.flavour.name}-sm{sm}.engine"
                 graph = self.folder / f"{name}.onnx"
                 self.engines.append(build_engine(graph, name, self.plan, target, sm, file))

@@ -30,8 +30,6 @@ from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["CalibrationTexts", "calibrate", "calibration_plan", "check_calibration", "random_texts"]
-
 FRAME_TOKENS = 400
 """The most tokens of a frame in calibration: 416x240 pixels where a model is made for 832x480."""
 
@@ -69,7 +67,7 @@ def calibrate(
     plan: CachePlan,
     precision: Precision,
     texts: CalibrationTexts,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, float], CalibrationRecord]:
     """Find the scale of the input of each linear layer that is quantized.
 
@@ -80,7 +78,7 @@ def calibrate(
         plan: the bundle's cache plan; a smaller geometry is derived from it (`calibration_plan`).
         precision: says which layers are quantized.
         texts: what to generate for.
-        say: told what is being done.
+        progress: told what is being done.
 
     Returns:
         Name of each layer -> the scale of its input; and what it was found with, for the manifest.
@@ -88,7 +86,7 @@ def calibrate(
     small = calibration_plan(plan)
     chunks = min(CHUNKS, small.phases[-1].first_chunk + 1)
     layers = [n.removesuffix(".weight") for n in weight_shapes(plan.spec) if precision.quantizes(n)]
-    largest = _largest_inputs(model, small, layers, texts.arrays, chunks, say)
+    largest = _largest_inputs(model, small, layers, texts.arrays, chunks, progress)
     record = CalibrationRecord(
         texts=texts.kind,
         prompts=texts.prompts,
@@ -106,7 +104,7 @@ def _largest_inputs(
     layers: Sequence[str],
     texts: Sequence[npt.NDArray[np.float32]],
     chunks: int,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> dict[str, float]:
     """Name of each layer -> the largest absolute value that it takes; InputError where one is not finite."""
     seen: dict[str, float] = defaultdict(float)
@@ -117,7 +115,9 @@ def _largest_inputs(
         for place, text in enumerate(texts):
             made = generate(model, plan, torch.from_numpy(text), seeded_noise(plan, SEED + place), chunks)
             for chunk in made:
-                say(f"calibrating: text {place + 1} of {len(texts)}, chunk {chunk.index + 1} of {chunks}")
+                progress(
+                    f"calibrating: text {place + 1} of {len(texts)}, chunk {chunk.index + 1} of {chunks}"
+                )
     finally:
         for hook in hooks:
             hook.remove()
@@ -130,7 +130,7 @@ def _see(seen: dict[str, float], name: str, layer: nn.Module, inputs: tuple[Any,
         raise InputError(
             f"{name} takes values that are not finite",
             where="calibration",
-            mend="Look at the checkpoint and the embeddings: the model does not run with them.",
+            hint="Look at the checkpoint and the embeddings: the model does not run with them.",
         )
     seen[name] = max(seen[name], value)
 
@@ -165,5 +165,5 @@ def check_calibration(plan: CachePlan) -> None:
         "weights": 4.0 * numbers,
         "caches": 3.0 * small.kv_bytes(),
     }
-    mend = "Export with --dtype bfloat16, or on a larger machine."
-    require_memory(f"calibrating {plan.spec.name} for FP8", parts, mend)
+    hint = "Export with --dtype bfloat16, or on a larger machine."
+    require_memory(f"calibrating {plan.spec.name} for FP8", parts, hint)

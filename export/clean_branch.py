@@ -16,8 +16,6 @@ import onnx_ir as ir
 from forcingkv.export.rewriting import makers
 from forcingkv.runtime.bundle import CLEAN
 
-__all__ = ["branch_on_clean", "taken_branches"]
-
 THEN, ELSE = "then_branch", "else_branch"
 
 

@@ -14,8 +14,6 @@ import onnx_ir as ir
 
 from forcingkv.export.rewriting import constant, replace_node
 
-__all__ = ["LARGE_SCORES", "attend_in_blocks"]
-
 DOMAIN, VERSION = "com.microsoft", 1
 LARGE_SCORES = 1 << 24
 """Bytes of scores from which attention goes over blocks. The standard operator is faster below 9 MB, and

@@ -9,7 +9,6 @@ and spills.
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from forcingkv.headmaps.errors import MissingExtraError
-from forcingkv.runtime.files import unwritable
+from forcingkv.headmaps.files import unwritable, write_bytes
 from forcingkv.runtime.kernels import (
     COMPACT_BLOCK,
     COSINE_BLOCK,
@@ -30,18 +29,6 @@ from forcingkv.runtime.kernels import (
     KernelRecord,
 )
 from forcingkv.runtime.spec import Dtype
-
-__all__ = [
-    "FOLDER",
-    "SMS",
-    "WARPS",
-    "Signature",
-    "assemble",
-    "compile_for",
-    "compile_kernels",
-    "kernel_module",
-    "signature_of",
-]
 
 SMS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are compiled for by default: every GPU since Ampere runs one of them."""
@@ -69,7 +56,7 @@ def compile_kernels(
     dtype: Dtype,
     width: int,
     sms: Sequence[int] = SMS,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> list[KernelRecord]:
     """Compile all kernels into `folder/kernels`.
 
@@ -81,7 +68,7 @@ def compile_kernels(
         dtype: of keys and values.
         width: of a head.
         sms: compute capabilities, 89 for 8.9.
-        say: told what is being done.
+        progress: told what is being done.
 
     Returns:
         Their records, by compute capability, then kernel.
@@ -97,21 +84,28 @@ def compile_kernels(
         raise unwritable(folder, error) from error
     records = []
     for sm in sms:
-        say(f"compiling kernels for sm_{sm}")
+        progress(f"compiling kernels for sm_{sm}")
         for name in KERNELS:
             file = f"{FOLDER}/{name}-{dtype}-sm{sm}.cubin"
             compiled = compile_for(getattr(kernels, name), signature_of(name, dtype, width), sm, WARPS[name])
             cubin, registers, spilled = assemble(compiled.asm["ptx"], sm)
             if spilled:
                 raise RuntimeError(f"{name} for sm_{sm} spills {spilled} bytes a thread (width {width})")
-            _write(folder / file, cubin)
+            write_bytes(folder / file, cubin)
             records.append(
                 KernelRecord(
-                    name, dtype, width, sm, file,
-                    symbol=compiled.metadata.name, warps=compiled.metadata.num_warps,
-                    shared_bytes=compiled.metadata.shared, registers=registers, spill_bytes=spilled,
+                    name,
+                    dtype,
+                    width,
+                    sm,
+                    file,
+                    symbol=compiled.metadata.name,
+                    warps=compiled.metadata.num_warps,
+                    shared_bytes=compiled.metadata.shared,
+                    registers=registers,
+                    spill_bytes=spilled,
                 )
-            )  # fmt: skip
+            )
     return records
 
 
@@ -185,13 +179,3 @@ def assemble(ptx: str, sm: int) -> tuple[bytes, int, int]:
         if spills is None or registers is None:
             raise RuntimeError(f"ptxas reports no registers: {done.stderr.strip()}")
         return cubin.read_bytes(), int(registers[1]), sum(map(int, spills.groups()))
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise unwritable(path, error) from error

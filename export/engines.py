@@ -22,8 +22,6 @@ from forcingkv.runtime.flavour import Flavour
 from forcingkv.runtime.memory import available_bytes
 from forcingkv.runtime.plan import CachePlan
 
-__all__ = ["EngineError", "build_engine", "parse_report"]
-
 CHILD = Path(__file__).with_name("engine_child.py")
 MEMORY_SHARE = 0.9
 """Of the memory that is available, what a build may take."""
@@ -65,9 +63,14 @@ def build_engine(
     record = {key: report[key] for key in EngineRecord.__dataclass_fields__ if key in report}
     file = f"{engine.parent.name}/{engine.name}"
     return EngineRecord(
-        graph=name, flavour=target.flavour.name, sm=sm, file=file, phases=len(phases) or 1,
-        needs_plugin=prunes and not target.aot, **record,
-    )  # fmt: skip
+        graph=name,
+        flavour=target.flavour.name,
+        sm=sm,
+        file=file,
+        phases=len(phases) or 1,
+        needs_plugin=prunes and not target.aot,
+        **record,
+    )
 
 
 def parse_report(graph: Path, flavour: Flavour, *, plugins: bool) -> dict[str, Any]:

@@ -23,17 +23,6 @@ from torch import Tensor, nn
 
 from forcingkv.export.precision import scale_name
 
-__all__ = [
-    "LARGEST",
-    "dequantize",
-    "input_scale",
-    "quantize",
-    "quantize_linears",
-    "rounded_inputs",
-    "weight_scales",
-    "without_rounding",
-]
-
 LARGEST = 448.0
 """The largest E4M3 number."""
 

@@ -18,8 +18,6 @@ from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.plan import CachePlan
 
-__all__ = ["Graph", "decode_graph", "prompt_graph", "step_graph"]
-
 
 @dataclass(frozen=True)
 class Graph:

@@ -17,8 +17,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["compact_segments", "select_segments", "token_cosines"]
-
 
 @triton.jit
 def token_cosines(

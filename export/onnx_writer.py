@@ -38,8 +38,6 @@ from forcingkv.export.tensorrt_passes import (
 )
 from forcingkv.runtime.tensors import StoredTensor
 
-__all__ = ["write_onnx"]
-
 _IR_DTYPES = {
     "F32": ir.DataType.FLOAT,
     "BF16": ir.DataType.BFLOAT16,

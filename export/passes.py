@@ -12,8 +12,6 @@ import onnx_ir as ir
 
 from forcingkv.export.rewriting import constant, replace_node
 
-__all__ = ["scale_attention", "use_transposed"]
-
 
 def scale_attention(graph: ir.Graph) -> None:
     """Attention says its scale, which TensorRT else computes from a shape, in ten layers.

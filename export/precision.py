@@ -12,8 +12,6 @@ import torch
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.spec import Dtype
 
-__all__ = ["DTYPES", "ExportDtype", "Precision", "Target", "is_matrix", "precision_of", "scale_name"]
-
 Target: TypeAlias = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 
 ExportDtype: TypeAlias = Literal[Dtype, "fp8"]
@@ -83,7 +81,7 @@ def precision_of(dtype: ExportDtype, target: Target, sms: Sequence[int] = ()) ->
                 f"{', '.join(f'sm_{sm}' for sm in old)} cannot multiply in FP8",
                 where="--dtype fp8",
                 expected=f"GPUs from sm_{FP8_FROM} on",
-                mend="Leave --dtype out for these GPUs: bfloat16 is the default.",
+                hint="Leave --dtype out for these GPUs: bfloat16 is the default.",
             )
         return Precision("float32" if target == "onnx" else "bfloat16", "bfloat16", dtype)
     if target == "onnx":
@@ -93,7 +91,7 @@ def precision_of(dtype: ExportDtype, target: Target, sms: Sequence[int] = ()) ->
             "TensorRT has no attention kernel in float32",
             where=f"--dtype float32 --target {target}",
             expected="bfloat16, float16 or fp8",
-            mend="Leave --dtype out: bfloat16 is the default.",
+            hint="Leave --dtype out: bfloat16 is the default.",
         )
     return Precision(dtype, dtype)
 

@@ -26,17 +26,6 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE
 
-__all__ = [
-    "DOMAIN",
-    "OPSET",
-    "PLUGIN_NAMESPACE",
-    "check_choice",
-    "functions_for",
-    "prune_functions",
-    "split_prune",
-    "translation_table",
-]
-
 DOMAIN, VERSION = "forcingkv", 1
 OPSET = 23
 
@@ -128,7 +117,7 @@ def check_choice(policy: Policy) -> None:
         f"retains segments by choose = {retain.choose!r}, shared = {str(retain.shared).lower()}",
         where=f"policy {policy.name}",
         expected="choose = 'least-similar', shared = true",
-        mend="Other choices run in torch only (models/generate.py): they are there to be compared with.",
+        hint="Other choices run in torch only (models/generate.py): they are there to be compared with.",
     )
 
 
@@ -198,9 +187,14 @@ def _one_kernel_each(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
     def make(name: str, inputs: list[str], outputs: list[str], **sizes: Any) -> onnx.NodeProto:
         return helper.make_node(
-            name, inputs, outputs, f"{node.name}.{name}",
-            domain=DOMAIN, plugin_namespace=PLUGIN_NAMESPACE, **sizes,
-        )  # fmt: skip
+            name,
+            inputs,
+            outputs,
+            f"{node.name}.{name}",
+            domain=DOMAIN,
+            plugin_namespace=PLUGIN_NAMESPACE,
+            **sizes,
+        )
 
     keys, _, new_keys, _ = tensors = list(node.input)
     return [
@@ -227,9 +221,15 @@ def translation_table() -> dict[Any, Any]:
 
     def score(tk: Any, tv: Any, nk: Any, nv: Any, frame_tokens: int, segments: int, kept: int) -> Any:
         return opset.DynamicPrune(
-            tk, tv, nk, nv,
-            frame_tokens=frame_tokens, segments=segments, kept=kept, plugin_namespace=PLUGIN_NAMESPACE,
-        )  # fmt: skip
+            tk,
+            tv,
+            nk,
+            nv,
+            frame_tokens=frame_tokens,
+            segments=segments,
+            kept=kept,
+            plugin_namespace=PLUGIN_NAMESPACE,
+        )
 
     def follow(tk: Any, tv: Any, nk: Any, nv: Any, indices: Any, segment_tokens: int) -> Any:
         return opset.DynamicPruneFollow(

@@ -28,8 +28,6 @@ from forcingkv.runtime.kernels import KernelName, check_candidates, compact_grid
 from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE, PLUGIN_VERSION
 from forcingkv.runtime.spec import Dtype
 
-__all__ = ["QUICK_PLUGINS", "KernelText", "QuickPlugin", "kernel_text", "register_quick_plugins"]
-
 Size: TypeAlias = Any
 """A number, or TensorRT's expression of one, which is computed with like a number."""
 Sizes: TypeAlias = dict[str, int]
@@ -201,8 +199,10 @@ def _signed(function: Callable[..., Any], parameters: dict[str, Any], result: An
 def _keys_of(inputs: Tensors) -> tuple[Dtype, int]:
     """Type and width of the keys; cosines have none, and need none."""
     dtypes: dict[Any, Dtype] = {
-        trt.DataType.BF16: "bfloat16", trt.DataType.HALF: "float16", trt.DataType.FLOAT: "float32",
-    }  # fmt: skip
+        trt.DataType.BF16: "bfloat16",
+        trt.DataType.HALF: "float16",
+        trt.DataType.FLOAT: "float32",
+    }
     shape = inputs[0].shape
     return dtypes[inputs[0].dtype], shape[3] if len(shape) == 4 else 1
 
@@ -232,8 +232,10 @@ def kernel_text(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: 
     pointers = sum(kind.startswith("*") for kind in types)
     places = list(range(len(types)))
     inputs, results, numbers = (
-        places[: pointers - outputs], places[pointers - outputs : pointers], places[pointers:]
-    )  # fmt: skip
+        places[: pointers - outputs],
+        places[pointers - outputs : pointers],
+        places[pointers:],
+    )
     # As in the cubins: code for the capability and its successors, not for this one chip.
     ptx = compiled.asm["ptx"].replace(f".target sm_{sm}a", f".target sm_{sm}")
     return KernelText(

@@ -11,10 +11,8 @@ import torch
 
 import forcingkv
 from forcingkv.export.activations import activation_bytes, weight_bytes
+from forcingkv.headmaps.files import FileRecord, record_file
 from forcingkv.runtime.bundle import GraphRecord, TensorRecord
-from forcingkv.runtime.files import FileRecord, record_file
-
-__all__ = ["file_records", "graph_record", "versions"]
 
 
 def graph_record(

@@ -9,8 +9,6 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-__all__ = ["constant", "graphs", "makers", "read_by", "replace_node"]
-
 
 def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
     """The graph of a model, and those of the branches in it."""

@@ -15,8 +15,6 @@ from forcingkv.runtime.kernels import check_candidates
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
-__all__ = ["EngineTarget", "check_disk", "check_plugin", "engine_target", "most_keys", "warnings_of"]
-
 FUSED_KEYS = 65_504
 """Keys past which fused attention in float16 may overflow: float16's largest number."""
 
@@ -52,7 +50,7 @@ def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = Fal
             f"{name} has no plugins that are compiled into engines",
             where="--aot",
             expected="--target tensorrt",
-            mend="Leave --aot out: its engines take the plugin from forcingkv when they are loaded.",
+            hint="Leave --aot out: its engines take the plugin from forcingkv when they are loaded.",
         )
     for sm in sms:
         if flavour.sms and sm not in flavour.sms:
@@ -60,7 +58,7 @@ def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = Fal
                 f"{name} makes no engines for sm_{sm}",
                 where="--sm",
                 expected=f"one of {', '.join(map(str, flavour.sms))}",
-                mend="For other GPUs build with --target tensorrt, on a machine that has one.",
+                hint="For other GPUs build with --target tensorrt, on a machine that has one.",
             )
     require(name)
     if not flavour.sms and set(sms) - {here}:
@@ -68,14 +66,14 @@ def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = Fal
         raise InputError(
             f"{name} builds for the GPU of the machine it runs on, and {there}",
             where=f"--sm {' '.join(map(str, sms))}",
-            mend="Export on a machine with that GPU, or use --target tensorrt-rtx for GPUs it serves:"
+            hint="Export on a machine with that GPU, or use --target tensorrt-rtx for GPUs it serves:"
             f" {', '.join(map(str, FLAVOURS['tensorrt-rtx'].sms))}.",
         )
     if not sms and here is None:
-        mend = (
+        hint = (
             "Name the GPU to build for, such as --sm 89." if flavour.sms else "Export on the GPU's machine."
         )
-        raise InputError("no GPU was found to build for", where=f"--target {name}", mend=mend)
+        raise InputError("no GPU was found to build for", where=f"--target {name}", hint=hint)
     return EngineTarget(flavour, tuple(dict.fromkeys(sms)) or (here or 0,), aot)
 
 
@@ -96,7 +94,7 @@ def check_plugin(plan: CachePlan) -> None:
             f"has heads of width {plan.spec.head_dim}",
             where=plan.spec.name,
             expected=f"at most {MAX_WIDTH}: the registers of a GPU do not suffice for more",
-            mend="Use a policy that retains no segments, such as window.",
+            hint="Use a policy that retains no segments, such as window.",
         )
 
 
@@ -136,5 +134,5 @@ def check_disk(out: Path, weights: int, engines: int) -> None:
             f"the bundle needs about {needed / 1e9:.1f} GB (weights {weights / 1e9:.1f} GB, and as much"
             f" again in the engines for each of {engines} GPUs), and {free / 1e9:.1f} GB are free",
             where=str(place),
-            mend="Choose another disk, or build for fewer GPUs at a time.",
+            hint="Choose another disk, or build for fewer GPUs at a time.",
         )

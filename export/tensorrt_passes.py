@@ -14,8 +14,6 @@ import onnx_ir as ir
 
 from forcingkv.export.rewriting import constant, replace_node
 
-__all__ = ["align_parameters", "fold_modulation", "narrow_indices", "pair_lone_heads", "split_slices"]
-
 Range = tuple[int, int]
 
 

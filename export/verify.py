@@ -24,8 +24,6 @@ from forcingkv.runtime.faults import DeviceError
 from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.plan import CachePlan
 
-__all__ = ["check_memory", "fp8_differences", "graph_difference"]
-
 Arrays = dict[str, npt.NDArray[Any]]
 SEED = 0
 PROGRAM_BYTES = 2e9

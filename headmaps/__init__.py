@@ -1,8 +1,16 @@
 """Head maps: which attention heads are static and which dynamic."""
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.evidence import Budget, ModelIdentity, Rule, Source, Statistics
-from forcingkv.headmaps.headmap import DYNAMIC, STATIC, HeadMap
+from forcingkv.headmaps.headmap import (
+    DYNAMIC,
+    STATIC,
+    Budget,
+    HeadMap,
+    ModelIdentity,
+    Rule,
+    Source,
+    Statistics,
+)
 from forcingkv.headmaps.readers import Choices, read_headmap
 
 __all__ = [

@@ -7,14 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["InputError", "MissingExtraError"]
+PREDICATES = frozenset(
+    (
+        "is",
+        "are",
+        "was",
+        "has",
+        "have",
+        "holds",
+        "names",
+        "lacks",
+        "needs",
+        "takes",
+        "gives",
+        "does",
+        "cannot",
+    )
+)
+"""Words with which a `what` goes on with the sentence that `where` begins."""
 
 
 class InputError(ValueError):
     """Something a user gave is wrong: the command line ends with exit code 2 and this message.
 
-    `where` names the file, option or field; `expected` says what would have been right; `mend`
-    says what to do. The parts are kept as attributes, so that `--json` and callers can use them.
+    `where` names the file, option or field, `expected` what would have been right, `hint` what to do. `what`
+    is a sentence of its own, or the rest of one that `where` begins: InputError("is -1", where="seconds").
+    The parts are kept as attributes, so that `--json` and callers can use them.
     """
 
     def __init__(
@@ -23,15 +41,17 @@ class InputError(ValueError):
         *,
         where: str | None = None,
         expected: str | None = None,
-        mend: str | None = None,
+        hint: str | None = None,
     ) -> None:
-        self.what, self.where, self.expected, self.mend = what, where, expected, mend
-        message = f"{where}: {what}" if where else what
+        self.what, self.where, self.expected, self.hint = what, where, expected, hint
+        message = what
+        if where:
+            message = f"{where} {what}" if what.split(" ", 1)[0] in PREDICATES else f"{where}: {what}"
         if expected:
             message += f"; expected {expected}"
         message += "."
-        if mend:
-            message += f" {mend}"
+        if hint:
+            message += f" {hint}"
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Callable[..., InputError], tuple[object, ...]]:
@@ -52,5 +72,5 @@ class MissingExtraError(InputError):
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(
             f"this needs {module}, which is not installed",
-            mend=f"Install it with: pip install 'forcingkv[{extra}]'",
+            hint=f"Install it with: pip install 'forcingkv[{extra}]'",
         )

@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["LEFT_OUT_IF_NONE", "from_data", "no_twins", "one_of", "to_data"]
-
 T = TypeVar("T")
 
 LEFT_OUT_IF_NONE = {"left out if None": True}

@@ -1,41 +1,106 @@
-"""The head map: which heads of a model are static and which dynamic, and how that was found."""
+"""The head map: which heads of a model are static and which dynamic, how that was found, and of what."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.evidence import Budget, ModelIdentity, Rule, Source, Statistics
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
-
-__all__ = [
-    "DYNAMIC",
-    "SCHEMA",
-    "STATIC",
-    "Budget",
-    "HeadMap",
-    "ModelIdentity",
-    "Rule",
-    "Source",
-    "Statistics",
-    "labels_of",
-    "uniform",
-    "write_bytes",
-    "write_text",
-]
+from forcingkv.headmaps.files import write_text
 
 SCHEMA = "forcingkv.headmap/1"
 STATIC, DYNAMIC = "static", "dynamic"
 
 Scores = tuple[tuple[float, ...], ...]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model a map was made for."""
+
+    name: str
+    layers: int
+    heads: int
+    weights: str | None = None
+    """SHA-256 of the weights file, where known."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A target that the number of dynamic heads was chosen for."""
+
+    policy: str
+    resolution: str
+    kv_bytes: int | None = None
+    """Bytes of keys and values in the last phase, at most."""
+    time_ratio: float | None = None
+    """Predicted time of a chunk in the last phase over that under the policy `full`, at most."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How labels followed from scores. What a source does not say is None: unknown."""
+
+    name: str
+    reason: str | None = None
+    """Why this rule, where a person or a program chose it."""
+    alpha: float | None = None
+    """Score from which a head is static, for the rule `threshold`."""
+    static_per_layer: int | None = None
+    """Heads made static in each layer, for the rule `quota`."""
+    sink_frames: int | None = None
+    """Frames whose mass is left out of the score's denominator (METHOD.md section 2)."""
+    retrieval_threshold: float | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Retrieval score from which a head is dynamic, for the rule `retrieval` (DuoAttention)."""
+    dummy_heads: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Heads of the model made dummies, for the rule `dummy` (Dummy Forcing)."""
+    static_center: tuple[float, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Mean log-ratios of the static cluster, for the rules `kmeans` and `mixture` (`analyze.labels`)."""
+    dynamic_center: tuple[float, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Those of the dynamic cluster."""
+    boundary: tuple[float, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Weights of the log-ratios, then the constant: a head is static where the sum is at least 0."""
+    budget: Budget | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What the rule `budget` had to meet."""
+    undecided: Literal["kept", "dynamic"] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What became of undecided heads: they kept their label, or were made dynamic."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file of another project that a map was read from, so that nothing it said is lost."""
+
+    format: str
+    """The reader's name of the format: `forcing-kv-json`, `pyramid-forcing-csv`, `duo-attention-tsv`."""
+    sha256: str
+    """SHA-256 of the file."""
+    fields: Mapping[str, Any] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What the file says beside the layers, verbatim (Forcing-KV: format, profile, description, ...)."""
+    layers: tuple[Mapping[str, Any], ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Its layers, verbatim, where the labels alone would not give them back: other names, another order."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured."""
+
+    samples: int
+    chunks: int
+    """Chunks of each sample that were scored."""
+    steps: int
+    seed: int
+    policy: str
+    rows: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Query rows measured of each pass; None: all."""
+    resolution: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Pixels, WIDTHxHEIGHT."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +220,7 @@ class HeadMap:
         return data
 
     def write(self, path: Path) -> None:
-        """Write the file: under a temporary name, then renamed."""
+        """Write the file, whole or not at all. Raises InputError where it cannot be written."""
         write_text(path, self.to_text())
 
     def to_text(self) -> str:
@@ -191,7 +256,7 @@ class HeadMap:
                 f"is for {self.model.layers} layers of {self.model.heads} heads ({self.model.name})",
                 where="head map",
                 expected=f"{layers} layers of {heads} heads",
-                mend="Use the map made for this model, or analyze it: forcingkv analyze heads",
+                hint="Use the map made for this model, or analyze it: forcingkv analyze heads",
             )
         strange = sorted(set(self._used) - labels)
         if strange:
@@ -234,25 +299,6 @@ def labels_of(number: int, groups: Mapping[str, Sequence[int]], heads: int, wher
             expected="each head exactly once",
         )
     return tuple(found[head] for head in range(heads))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file of text, as `write_bytes` does."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file: under a temporary name, then renamed. Makes the folder.
-
-    Raises OSError; nothing is left behind then.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _all_or_none(rows: Sequence[tuple[T, ...] | None]) -> tuple[tuple[T, ...], ...] | None:

@@ -15,8 +15,6 @@ from forcingkv.headmaps.fields import from_data
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["heads_in_words", "known_map", "map_with_counts", "nominal_map", "published_counts"]
-
 ANY_MODEL = "*"
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of it, each less its whole part, never come to lie close together."""
@@ -45,7 +43,7 @@ def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
             f"no head map of {spec.name} for the policy {policy.name} is published",
             where="headmap",
             expected=f"one of {', '.join(models) or 'the shipped policies'}, or a map",
-            mend="Give one: --headmap FILE (forcingkv analyze heads makes it).",
+            hint="Give one: --headmap FILE (forcingkv analyze heads makes it).",
         )
     return known[0]
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Watched", "resident", "watched"]
-
 STATUS = Path("/proc/self/status")
 
 

@@ -13,8 +13,6 @@ from forcingkv.models.prune import choose_ahead, prune_follow, prune_score
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime.plan import CachePlan, HeadGroup
 
-__all__ = ["Cache", "GroupCache", "advance", "attend_cache", "empty_cache"]
-
 GroupCache: TypeAlias = dict[str, KeysValues]
 """Role -> its keys and values, for the roles the group caches."""
 

@@ -21,8 +21,6 @@ from forcingkv.models.tensor_files import open_tensors
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Weights", "build_model", "load_weights", "random_weights", "weight_shapes"]
-
 
 class Weights(Mapping[str, Tensor]):
     """The tensors of a model by Wan name. A tensor is read when it is asked for, and not kept.
@@ -154,7 +152,7 @@ def _shipped(spec: ModelSpec) -> Path:
         raise InputError(
             f"no weights ship with {spec.name}",
             where="checkpoint",
-            mend=f"Give them with --checkpoint{place}, or use --random-weights.",
+            hint=f"Give them with --checkpoint{place}, or use --random-weights.",
         )
     return path
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["check_fit", "listed"]
-
 Shapes = Mapping[str, Sequence[int]]
 
 

@@ -16,16 +16,6 @@ from forcingkv.runtime.noise import chunk_noise
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import Renoise
 
-__all__ = [
-    "GeneratedChunk",
-    "Noise",
-    "Watch",
-    "generate",
-    "latent_shape",
-    "next_latents",
-    "seeded_noise",
-]
-
 Noise = Callable[[int, int], Tensor]
 """(chunk, step) -> noise shaped as the chunk's latents."""
 

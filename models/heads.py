@@ -17,8 +17,6 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["head_orders", "permute_heads", "permute_tensor"]
-
 _SELF_ATTENTION = re.compile(r"^blocks\.(?P<layer>\d+)\.self_attn\.(?P<part>.+)$")
 _AXES = {
     **{f"{layer}.{leaf}": 0 for layer in ("q", "k", "v") for leaf in ("weight", "bias")},

@@ -11,8 +11,6 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.tensor_files import INDEX
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Found", "is_hub_id", "locate"]
-
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -71,7 +69,7 @@ def _in_folder(spec: ModelSpec, folder: Path) -> Found:
                 f"holds {len(files)} safetensors files: {', '.join(file.name for file in files)}",
                 where=str(place),
                 expected="one, or an index of shards",
-                mend="Name the file.",
+                hint="Name the file.",
             )
     own = f"{spec.source.file}, " if spec.source else ""
     raise InputError(
@@ -88,7 +86,7 @@ def _lora(spec: ModelSpec, folder: Path) -> Path | None:
         raise InputError(
             f"holds {spec.source.file} but not {spec.source.lora}, which {spec.name} adds to it",
             where=str(folder),
-            mend="Fetch it too, or name the one file to use it alone.",
+            hint="Fetch it too, or name the one file to use it alone.",
         )
     return path
 
@@ -108,5 +106,5 @@ def _downloaded(spec: ModelSpec, repository: str) -> Path:
         raise InputError(
             f"is no file or folder here, and cannot be fetched from the hub ({first})",
             where=repository,
-            mend="Check the name, the network and the access rights, or fetch it by other means.",
+            hint="Check the name, the network and the access rights, or fetch it by other means.",
         ) from error

@@ -13,8 +13,6 @@ from forcingkv.models.fit import listed
 from forcingkv.models.naming import wan_names
 from forcingkv.models.tensor_files import TensorFiles
 
-__all__ = ["KEY", "Lora", "read_lora"]
-
 KEY = "generator_lora"
 """Entry of a `.pt` file that LongLive keeps its LoRA under."""
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["is_diffusers", "to_diffusers", "to_wan", "wan_names"]
-
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """What FSDP, activation checkpointing and torch.compile put into names, at any depth."""
 PREFIXES = ("base_model.model.", "model.")

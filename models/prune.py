@@ -13,8 +13,6 @@ from torch import Tensor
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.policies import Retain
 
-__all__ = ["choose_ahead", "prune_follow", "prune_score"]
-
 
 def segment_similarity(frames: Tensor, segments: int) -> Tensor:
     """Similarity of each candidate segment to the same place one frame later.

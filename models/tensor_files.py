@@ -20,9 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.files import inside
-
-__all__ = ["KEYS", "TensorFiles", "open_tensors"]
+from forcingkv.headmaps.files import inside
 
 KEYS = ("generator_ema", "generator", "model")
 """Entries of a `.pt` file that are tried, in this order, where none is asked for by name."""
@@ -79,7 +77,7 @@ def open_tensors(path: Path, key: str | None = None, preferred: str | None = Non
         return _Torch(path, key, (preferred, *KEYS) if preferred else KEYS)
     if key is not None:
         raise InputError(
-            f"has no entry {key!r}: a safetensors file is flat", where=str(path), mend="Leave --key away."
+            f"has no entry {key!r}: a safetensors file is flat", where=str(path), hint="Leave --key away."
         )
     return opened
 
@@ -163,7 +161,7 @@ class _Torch(TensorFiles):
                 f" ({_first_line(error)})",
                 where=where,
                 expected="tensors only (torch.load with weights_only=True)",
-                mend="Save its state dict alone, best as .safetensors.",
+                hint="Save its state dict alone, best as .safetensors.",
             ) from error
         except Exception as error:  # the unpickler raises whatever a damaged file leads it to
             raise InputError(
@@ -204,7 +202,7 @@ def _tensors(state: Any, where: str) -> Mapping[str, Tensor]:
             f"holds what is not a tensor: {', '.join(sorted(others)[:20])}",
             where=where,
             expected=f"tensors, flat or under one of {', '.join(KEYS)}",
-            mend="Name the entry with --key.",
+            hint="Name the entry with --key.",
         )
     return {str(name): tensor.detach() for name, tensor in state.items()}
 

@@ -18,8 +18,6 @@ from forcingkv.models.fit import check_fit
 from forcingkv.models.locate import is_hub_id
 from forcingkv.models.tensor_files import TensorFiles, open_tensors
 
-__all__ = ["PromptEncoder", "clean_prompt", "load_prompt_encoder"]
-
 WAN_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 WAN_TOKENIZER = "google/umt5-xxl"
 EXTRA = "text"
@@ -126,7 +124,7 @@ def _pretrained(kind: str, place: str | Path, **options: str) -> Any:
         raise InputError(
             f"cannot be read by transformers' {kind} ({lines[0] if lines else type(error).__name__})",
             where=str(place),
-            mend="Name the folder with --text-encoder and, if it lies elsewhere, --tokenizer.",
+            hint="Name the folder with --text-encoder and, if it lies elsewhere, --tokenizer.",
         ) from error
 
 
@@ -145,10 +143,16 @@ def _wan_encoder(files: TensorFiles) -> Any:
         raise InputError("is not the text encoder of Wan", where=where, expected=WAN_ENCODER) from error
     layers = 1 + max(int(match[1]) for name in shapes if (match := _IN_BLOCK.match(name)))
     config = transformers.UMT5Config(
-        vocab_size=vocabulary, d_model=width, d_kv=inner // heads, d_ff=hidden, num_layers=layers,
-        num_heads=heads, relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu",
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=inner // heads,
+        d_ff=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = transformers.UMT5EncoderModel(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Attend", "KeysValues", "WanModel", "attend_current", "rotate"]
-
 
 class KeysValues(NamedTuple):
     """Keys (after RoPE) and values of some heads: each (batch, heads, tokens, head_dim)."""
@@ -61,6 +59,8 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Attention of the video to itself; `attend` decides which keys a query meets."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.heads = spec.heads
@@ -99,6 +99,8 @@ class CrossAttention(SelfAttention):
 
 
 class Block(nn.Module):
+    """One layer: self-attention, attention to the prompt, feed-forward, each modulated by the timestep."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.epsilon = spec.epsilon
@@ -131,6 +133,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
+    """Tokens to the pixels of their patch."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.epsilon = spec.epsilon
@@ -144,6 +148,7 @@ class Head(nn.Module):
 
 
 def normed(x: Tensor, epsilon: float) -> Tensor:
+    """LayerNorm without parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=epsilon)
 
 

@@ -10,25 +10,13 @@ from typing import Any, Literal
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
+from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_file
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.files import FileRecord, inside, record_file, verify_file
 from forcingkv.runtime.kernels import KernelRecord
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
-
-__all__ = [
-    "CLEAN",
-    "GRAPHS",
-    "SCHEMA",
-    "Bundle",
-    "CalibrationRecord",
-    "GraphRecord",
-    "Manifest",
-    "PlanRecord",
-    "TensorRecord",
-]
 
 SCHEMA = "forcingkv.bundle/1"
 MANIFEST, HEADMAP = "manifest.json", "headmap.json"
@@ -164,7 +152,7 @@ class Bundle:
             raise InputError(
                 "its cache plan does not follow from its model, policy and head map",
                 where=str(folder / MANIFEST),
-                mend="Export the bundle again with this version of forcingkv.",
+                hint="Export the bundle again with this version of forcingkv.",
             )
         cached = {entry.name for entry in bundle.plan.entries} | set(bundle.plan.sink_rows.values())
         absent = sorted(cached - set(manifest.graphs["step"].inputs))
@@ -173,7 +161,7 @@ class Bundle:
                 f"its step graph has no input {absent[0]}",
                 where=str(folder / MANIFEST),
                 expected="the inputs of its cache plan",
-                mend="It was made by another version of forcingkv: export the bundle again.",
+                hint="It was made by another version of forcingkv: export the bundle again.",
             )
         _ = bundle.digest  # of what was opened, though the folder may be exported anew
         return bundle
@@ -202,7 +190,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise InputError(
             "is not a bundle: it has no manifest.json",
             where=str(folder),
-            mend="Make one with: forcingkv export",
+            hint="Make one with: forcingkv export",
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

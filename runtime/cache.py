@@ -10,8 +10,6 @@ import numpy as np
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.plan import CacheEntry, CachePlan
 
-__all__ = ["CacheBuffers"]
-
 
 class CacheBuffers:
     """Two buffers for each cached tensor: passes read one, the clean pass writes the other.

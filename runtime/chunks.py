@@ -23,8 +23,6 @@ from forcingkv.runtime.decoding import ChunkDecoder
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.results import Chunk, FramesOn, Timing
 
-__all__ = ["CLEAN_PASS", "Begun", "ChunkMaker", "NoiseSource"]
-
 Floats = npt.NDArray[np.float32]
 NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
 """(chunk, step, shape) -> standard normal noise: step 0 starts a chunk, step i + 1 renews it in pass i (the

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from forcingkv.runtime.plan import CachePlan
 
-__all__ = ["PassFlops", "chunk_flops", "pass_flops"]
-
 
 @dataclass(frozen=True)
 class PassFlops:

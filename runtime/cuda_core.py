@@ -7,8 +7,6 @@ from typing import Any
 
 from forcingkv.headmaps.errors import MissingExtraError
 
-__all__ = ["cuda_core"]
-
 
 def cuda_core() -> Any:
     """The module `cuda.core`. Raises MissingExtraError where it is not installed."""

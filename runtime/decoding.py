@@ -9,8 +9,6 @@ from forcingkv.runtime.backends import Lane, Pass, Tensor
 from forcingkv.runtime.bundle import GraphRecord
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["FIRST", "ChunkDecoder"]
-
 FIRST = "first"
 """Input that is 1 in a video's first call and 0 in the others, of graphs with caches."""
 NEXT = "next."

@@ -20,10 +20,8 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import TensorWriter, read_arrays, read_header
 
-__all__ = ["SCHEMA", "Embeds", "read_embeds", "write_embeds"]
-
 SCHEMA = "forcingkv.embeds/1"
-MEND = "Make the file with: forcingkv encode --prompts prompts.txt --out embeds.safetensors"
+HINT = "Make the file with: forcingkv encode --prompts prompts.txt --out embeds.safetensors"
 
 Array = npt.NDArray[np.float32]
 
@@ -53,7 +51,7 @@ class Embeds:
                 f"has embeddings of width {width}",
                 where=self.where,
                 expected=f"{spec.text_width}, as {spec.name} takes",
-                mend="Encode the prompts with the text encoder of this model.",
+                hint="Encode the prompts with the text encoder of this model.",
             )
         if tokens > spec.text_length:
             raise InputError(
@@ -82,7 +80,7 @@ class Embeds:
             f"has no embedding of {_short(prompt)}",
             where=self.where,
             expected=f"one of {self._listed()}",
-            mend=MEND,
+            hint=HINT,
         )
 
     def _listed(self) -> str:
@@ -100,14 +98,14 @@ def read_embeds(path: Path | str) -> Embeds:
     tensors, metadata = read_header(path)
     if metadata.get("schema") != SCHEMA:
         raise InputError(
-            f"has the schema {metadata.get('schema')!r}", where=where, expected=repr(SCHEMA), mend=MEND
+            f"has the schema {metadata.get('schema')!r}", where=where, expected=repr(SCHEMA), hint=HINT
         )
     try:
         prompts = json.loads(metadata.get("prompts", ""))
     except (ValueError, RecursionError):
         prompts = None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise InputError("its metadata has no list of prompts", where=where, mend=MEND)
+        raise InputError("its metadata has no list of prompts", where=where, hint=HINT)
     names = [f"embeds.{place}" for place in range(len(prompts))]
     if set(tensors) != set(names):
         raise InputError(

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import inside
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.engines import device_sm, find_engine
-from forcingkv.runtime.files import inside
 from forcingkv.runtime.flavour import FlavourName, choose, trt
 from forcingkv.runtime.kernels import KernelLauncher
 from forcingkv.runtime.prune_plugin import register_plugins
 from forcingkv.runtime.trt_log import make_log
-
-__all__ = ["last_words", "load_engine"]
 
 _runtimes: list[Any] = []
 """The process's TensorRT runtime, which engines need as long as they live; and what it said last."""
@@ -39,7 +37,7 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
         raise InputError(
             "no GPU was found to run engines on",
             where=flavour,
-            mend="On a CPU use a bundle exported with --target onnx. If there is a GPU, see that cuda-core is"
+            hint="On a CPU use a bundle exported with --target onnx. If there is a GPU, see that cuda-core is"
             f" installed: pip install 'forcingkv[{flavour}]'",
         )
     manifest = bundle.manifest
@@ -56,7 +54,7 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
         raise InputError(
             f"is not taken by {flavour} {trt.__version__} on sm_{sm} ({why})",
             where=str(path),
-            mend="Export the bundle again with this version.",
+            hint="Export the bundle again with this version.",
         )
     loaded: trt.ICudaEngine = engine
     return loaded

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.flavour import FlavourName
 
-__all__ = ["EngineRecord", "device_sm", "find_engine"]
-
 
 @dataclass(frozen=True)
 class EngineRecord:
@@ -54,14 +52,14 @@ def find_engine(
         raise InputError(
             f"has no engine of the graph {graph}",
             where=where,
-            mend=f"Build it with: forcingkv export ... --target {flavour}",
+            hint=f"Build it with: forcingkv export ... --target {flavour}",
         )
     there = sorted({f"{engine.flavour} {engine.version} for sm_{engine.sm}" for engine in built})
     raise InputError(
         f"its engines of {graph} are made by {', '.join(there)}",
         where=where,
         expected=f"{flavour} {version} for sm_{sm}, which is what is here",
-        mend="An engine runs with the version and on the GPU it was built for: export again for these.",
+        hint="An engine runs with the version and on the GPU it was built for: export again for these.",
     )
 
 

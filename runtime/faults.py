@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["DeviceError", "MemoryShortError", "NotFiniteError", "SessionError"]
-
 
 class SessionError(RuntimeError):
     """A video could not go on. The session can begin another."""

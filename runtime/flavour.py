@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
-__all__ = ["FLAVOURS", "Flavour", "FlavourName", "choose", "chosen", "require", "trt"]
+__all__ = [
+    "FLAVOURS",
+    "Flavour",
+    "FlavourName",
+    "choose",
+    "chosen",
+    "require",
+    "trt",
+]  # trt is no name of its own
 
 FlavourName: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -55,7 +63,7 @@ def choose(name: FlavourName) -> Flavour:
             f"this process already uses {_chosen[0][0].name}",
             where=name,
             expected="one flavour of TensorRT a process",
-            mend="Use the other in a process of its own.",
+            hint="Use the other in a process of its own.",
         )
     return flavour
 

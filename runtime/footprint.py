@@ -20,8 +20,6 @@ from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.plan import ROLES, CachePlan
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype
 
-__all__ = ["PARTS", "EngineSet", "alike", "engine_sets", "footprint", "kv_parts", "named", "readable"]
-
 PARTS: dict[str, str] = {
     "weights": "of all graphs: they stay loaded",
     "activations": "of a pass, and of decoding beside it",

@@ -21,9 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.runtime.files import unwritable
-
-__all__ = ["FrameFile", "PngWriter", "RawWriter", "ReaderGoneError", "need_av", "write_all"]
+from forcingkv.headmaps.files import unwritable, write_bytes
 
 Frames = npt.NDArray[np.uint8]
 
@@ -216,7 +214,7 @@ class PngWriter(FrameFile):
             raise InputError(
                 f"holds other files than an earlier result ({lacks})",
                 where=str(self.path),
-                mend="Choose a new or empty folder: this one would be replaced.",
+                hint="Choose a new or empty folder: this one would be replaced.",
             )
         if not os.access(self.path, os.W_OK):
             raise _fault(errno.EACCES)
@@ -231,7 +229,7 @@ class PngWriter(FrameFile):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             picture.pts = self._count
             data = b"".join(bytes(packet) for packet in self._encoder.encode(picture))
-            _put(self.path / f"frame-{self._count + 1:06d}.png", data)
+            write_bytes(self.path / f"frame-{self._count + 1:06d}.png", data)
             self._count += 1
 
     def _clear(self) -> None:
@@ -257,10 +255,14 @@ class PngWriter(FrameFile):
             return
         height, width = self._size or (0, 0)
         record = {
-            "schema": SCHEMA, "fps": self.fps, "count": self._count,
-            "width": width * self.enlarge, "height": height * self.enlarge, "metadata": self.metadata,
-        }  # fmt: skip
-        _put(self.path / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+            "schema": SCHEMA,
+            "fps": self.fps,
+            "count": self._count,
+            "width": width * self.enlarge,
+            "height": height * self.enlarge,
+            "metadata": self.metadata,
+        }
+        write_bytes(self.path / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def need_av() -> None:
@@ -280,17 +282,6 @@ def write_all(file: FileIO, data: bytes | memoryview) -> None:
 
 def _fault(number: int) -> OSError:
     return OSError(number, os.strerror(number))
-
-
-def _put(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _is_record(path: Path) -> bool:

@@ -14,26 +14,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import inside
 from forcingkv.runtime.cuda_core import cuda_core
-from forcingkv.runtime.files import inside
 from forcingkv.runtime.spec import Dtype
-
-__all__ = [
-    "COMPACT_BLOCK",
-    "COSINE_BLOCK",
-    "KERNELS",
-    "MAX_CANDIDATES",
-    "SELECT_BLOCK",
-    "KernelLauncher",
-    "KernelName",
-    "KernelRecord",
-    "best_sm",
-    "check_candidates",
-    "compact_grid",
-    "cosine_grid",
-    "select_grid",
-    "workspace_bytes",
-]
 
 KernelName: TypeAlias = Literal["token_cosines", "select_segments", "compact_segments"]
 Grid: TypeAlias = tuple[int, int, int]
@@ -101,7 +84,7 @@ def check_candidates(candidates: int) -> None:
             f"{candidates} segments are candidates for being retained",
             where="policy",
             expected=f"at most {MAX_CANDIDATES}",
-            mend="Split frames in fewer segments.",
+            hint="Split frames in fewer segments.",
         )
 
 
@@ -143,7 +126,7 @@ class KernelLauncher:
                 f"holds no kernels that run on sm_{sm}",
                 where=str(folder),
                 expected=f"a GPU that runs those for {there}" if there else "a bundle with kernels",
-                mend="Export the bundle again for this GPU.",
+                hint="Export the bundle again for this GPU.",
             )
         self._records = {record.kernel: record for record in records if record.sm == chosen}
         kinds = {(record.dtype, record.width) for record in records}
@@ -175,15 +158,23 @@ class KernelLauncher:
         """
         candidate_tokens = transition_tokens + new_tokens - frame_tokens
         self.cosines(
-            transition_keys, new_keys, cosines,
-            heads=heads, transition_tokens=transition_tokens, new_tokens=new_tokens,
-            frame_tokens=frame_tokens, stream=stream,
-        )  # fmt: skip
-        self.select(
-            cosines, indices,
-            segment_tokens=segment_tokens, candidates=candidate_tokens // segment_tokens, kept=kept,
+            transition_keys,
+            new_keys,
+            cosines,
+            heads=heads,
+            transition_tokens=transition_tokens,
+            new_tokens=new_tokens,
+            frame_tokens=frame_tokens,
             stream=stream,
-        )  # fmt: skip
+        )
+        self.select(
+            cosines,
+            indices,
+            segment_tokens=segment_tokens,
+            candidates=candidate_tokens // segment_tokens,
+            kept=kept,
+            stream=stream,
+        )
 
     def cosines(
         self,
@@ -232,16 +223,21 @@ class KernelLauncher:
         """Copy the chosen segments to retained keys and values (batch, heads, kept * tokens, width)."""
         grid = compact_grid(batch, heads, segment_tokens, kept)
         pointers = (
-            transition_keys, transition_values, new_keys, new_values, indices,
-            retained_keys, retained_values,
-        )  # fmt: skip
+            transition_keys,
+            transition_values,
+            new_keys,
+            new_values,
+            indices,
+            retained_keys,
+            retained_values,
+        )
         sizes = (transition_tokens, new_tokens, segment_tokens, kept)
         self._launch("compact_segments", grid, pointers, sizes, stream)
 
     def _load(self, folder: Path, record: KernelRecord) -> Any:
         path = inside(folder, record.file)
         if not path.is_file():
-            raise InputError("is missing", where=str(path), mend="Export the bundle again.")
+            raise InputError("is missing", where=str(path), hint="Export the bundle again.")
         return self._cuda.ObjectCode.from_cubin(path.read_bytes()).get_kernel(record.symbol)
 
     def _launch(

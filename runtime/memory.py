@@ -11,9 +11,6 @@ from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
-__all__ = ["available_bytes", "device_free_bytes", "give_back", "require_memory"]
-
-
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container finds its own limit."""
 
@@ -43,13 +40,13 @@ def _container_bytes() -> float:
         return math.inf  # no such limit is known here
 
 
-def require_memory(doing: str, parts: Mapping[str, float], mend: str) -> None:
+def require_memory(doing: str, parts: Mapping[str, float], hint: str) -> None:
     """Raise InputError, with what is needed by part, unless that many bytes are available.
 
     Args:
         doing: what needs them, as the subject of a sentence.
         parts: bytes by part.
-        mend: what to do where there are too few.
+        hint: what to do where there are too few.
     """
     needed, available = sum(parts.values()), available_bytes()
     if needed > available:
@@ -57,7 +54,7 @@ def require_memory(doing: str, parts: Mapping[str, float], mend: str) -> None:
         raise InputError(
             f"{doing} needs about {needed / 1e9:.1f} GB ({told}), and {available / 1e9:.1f} GB are available",
             where="memory",
-            mend=mend,
+            hint=hint,
         )
 
 
@@ -82,6 +79,6 @@ def device_free_bytes() -> int:
     status, free, _ = runtime.cudaMemGetInfo()
     if int(status):
         raise InputError(
-            f"the GPU's memory is not told ({status})", where="memory", mend="See that nvidia-smi works."
+            f"the GPU's memory is not told ({status})", where="memory", hint="See that nvidia-smi works."
         )
     return int(free)

@@ -14,8 +14,6 @@ import numpy as np
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.frame_files import FrameFile, Frames, need_av, write_all
 
-__all__ = ["Mp4Writer"]
-
 _ENCODER = {"tune": "zerolatency", "preset": "faster", "crf": "20"}
 """zerolatency: a frame that goes in comes out at once; the encoder looks at none to come and makes no
 B-frames. On clips of LongLive and Self Forcing at 480P that takes 1.5 and 1.7 times the bytes of the same

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["chunk_noise"]
-
 
 def chunk_noise(seed: int, chunk: int, step: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Standard normal noise that starts (step 0) or renews (step i, before pass i) a chunk's latents."""

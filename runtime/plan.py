@@ -15,8 +15,6 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.policies import ALL, Policy, Roles
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
-__all__ = ["ROLES", "CacheEntry", "CachePlan", "HeadGroup", "Phase", "build_plan"]
-
 ROLES = ("sink", "retained", "recent")
 """The roles a cached token can have, in the order in which attention sees them."""
 
@@ -148,8 +146,9 @@ class CachePlan:
         shapes: dict[str, tuple[int, ...]] = {
             entry.name: self.entry_shape(entry, phase.first_chunk) for entry in self.entries
         }
-        return shapes | {name: (self.sink_tokens(label, phase.first_chunk),)
-                         for label, name in self.sink_rows.items()}  # fmt: skip
+        return shapes | {
+            name: (self.sink_tokens(label, phase.first_chunk),) for label, name in self.sink_rows.items()
+        }
 
     @cached_property
     def sink_rows(self) -> dict[str, str]:
@@ -245,7 +244,7 @@ def build_plan(
             raise InputError(
                 f"the policy {policy.name} needs a head map",
                 where="headmap",
-                mend="Make one with: forcingkv analyze heads",
+                hint="Make one with: forcingkv analyze heads",
             )
         headmap.check_model(spec.layers, spec.heads, set(policy.groups))
     _check(spec, geometry, policy)

@@ -13,8 +13,6 @@ import numpy.typing as npt
 
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
-__all__ = ["rotary", "time_features"]
-
 Floats = npt.NDArray[np.float32]
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.evidence import ModelIdentity
-from forcingkv.headmaps.headmap import HeadMap, uniform
+from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
 from forcingkv.runtime.flavour import FLAVOURS, choose, trt
@@ -15,8 +14,6 @@ from forcingkv.runtime.footprint import footprint, kv_parts, readable
 from forcingkv.runtime.memory import available_bytes, device_free_bytes
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy, load_policy, policy_names
-
-__all__ = ["Fit", "check_memory", "needed_memory", "what_fits"]
 
 SIZED_BY_TOKENS = ("activations", "decoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""
@@ -61,7 +58,7 @@ def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
         f"a session of {bundle.plan.policy.name} at {width}x{height} needs {readable(needed)} ({told}),"
         f" and {readable(available)} are available" + (" on the GPU" if on_device else ""),
         where=str(bundle.path),
-        mend=f"What fits: {'; '.join(fits)}. Export the model so."
+        hint=f"What fits: {'; '.join(fits)}. Export the model so."
         if fits
         else "No policy or resolution of this model fits: free memory, or use a larger machine.",
     )

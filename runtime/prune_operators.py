@@ -8,8 +8,6 @@ from typing import ClassVar, TypeAlias
 from forcingkv.runtime.flavour import trt
 from forcingkv.runtime.kernels import KernelLauncher, check_candidates, workspace_bytes
 
-__all__ = ["OPERATORS", "Follow", "Operator", "Score", "Shape"]
-
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -63,22 +61,40 @@ class Score:
             raise ValueError(f"{self.kept} segments are to be kept, of {candidates}")
         check_candidates(candidates)
 
-    def run(self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int,
-            stream: int) -> None:  # fmt: skip
+    def run(
+        self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int, stream: int
+    ) -> None:
         """Launch the kernels; `pointers` are those of the inputs, then of the outputs."""
         keys, values, new_keys, new_values, retained_keys, retained_values, indices = pointers
         batch, heads, new_tokens, _ = shapes[2]
         tokens = {"transition_tokens": shapes[0][2], "new_tokens": new_tokens}
         launcher.score(
-            keys, new_keys, workspace, indices,
-            heads=heads, **tokens, frame_tokens=self.frame_tokens, segment_tokens=self.segment_tokens,
-            kept=self.kept, stream=stream,
-        )  # fmt: skip
-        launcher.collect(
-            keys, values, new_keys, new_values, indices, retained_keys, retained_values,
-            batch=batch, heads=heads, **tokens, segment_tokens=self.segment_tokens, kept=self.kept,
+            keys,
+            new_keys,
+            workspace,
+            indices,
+            heads=heads,
+            **tokens,
+            frame_tokens=self.frame_tokens,
+            segment_tokens=self.segment_tokens,
+            kept=self.kept,
             stream=stream,
-        )  # fmt: skip
+        )
+        launcher.collect(
+            keys,
+            values,
+            new_keys,
+            new_values,
+            indices,
+            retained_keys,
+            retained_values,
+            batch=batch,
+            heads=heads,
+            **tokens,
+            segment_tokens=self.segment_tokens,
+            kept=self.kept,
+            stream=stream,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,16 +127,28 @@ class Follow:
             if shape[2] % self.segment_tokens:
                 raise ValueError(f"{name} keys hold {shape[2]} tokens, no multiple of {self.segment_tokens}")
 
-    def run(self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int,
-            stream: int) -> None:  # fmt: skip
+    def run(
+        self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int, stream: int
+    ) -> None:
         """Launch the kernel; `pointers` are those of the inputs, then of the outputs."""
         keys, values, new_keys, new_values, indices, retained_keys, retained_values = pointers
         batch, heads, new_tokens, _ = shapes[2]
         launcher.collect(
-            keys, values, new_keys, new_values, indices, retained_keys, retained_values,
-            batch=batch, heads=heads, transition_tokens=shapes[0][2], new_tokens=new_tokens,
-            segment_tokens=self.segment_tokens, kept=shapes[4][0], stream=stream,
-        )  # fmt: skip
+            keys,
+            values,
+            new_keys,
+            new_values,
+            indices,
+            retained_keys,
+            retained_values,
+            batch=batch,
+            heads=heads,
+            transition_tokens=shapes[0][2],
+            new_tokens=new_tokens,
+            segment_tokens=self.segment_tokens,
+            kept=shapes[4][0],
+            stream=stream,
+        )
 
 
 Operator: TypeAlias = Score | Follow

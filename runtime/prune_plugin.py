@@ -22,14 +22,6 @@ from forcingkv.runtime.kernels import KernelLauncher
 from forcingkv.runtime.prune_operators import OPERATORS, Operator, Shape
 from forcingkv.runtime.spec import Dtype
 
-__all__ = [
-    "PLUGIN_NAMESPACE",
-    "PLUGIN_VERSION",
-    "raise_plugin_error",
-    "register_plugins",
-    "unregister_plugins",
-]
-
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "forcingkv", "1"
 
 P = ParamSpec("P")
@@ -110,9 +102,7 @@ def _shapes(descriptions: list[trt.PluginTensorDesc]) -> list[Shape]:
 def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
     """The plugin; a class of its own in each process, as it inherits from the chosen flavour's."""
 
-    class PrunePlugin(
-        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
-    ):  # fmt: skip
+    class PrunePlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         """What the two operators have in common."""
 
         def __init__(self, operator: Operator) -> None:
@@ -186,9 +176,14 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
 
         @_kept
         def enqueue(
-            self, input_desc: list[trt.PluginTensorDesc], output_desc: list[trt.PluginTensorDesc],
-            inputs: list[int], outputs: list[int], workspace: int, stream: int,
-        ) -> None:  # fmt: skip
+            self,
+            input_desc: list[trt.PluginTensorDesc],
+            output_desc: list[trt.PluginTensorDesc],
+            inputs: list[int],
+            outputs: list[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
             keys = input_desc[0]
             launcher = _launchers.get((_dtypes()[keys.type], keys.dims[3]))
             if launcher is None:

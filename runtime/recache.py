@@ -7,8 +7,6 @@ import numpy.typing as npt
 
 from forcingkv.runtime.plan import CachePlan
 
-__all__ = ["LatentHistory", "replayed"]
-
 Floats = npt.NDArray[np.float32]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from forcingkv.runtime.chunks import CLEAN_PASS, ChunkMaker
 
-__all__ = ["Rehearsal"]
-
 
 class Rehearsal:
     """A session that stands before a chunk, with empty contents in caches of that chunk's lengths.

@@ -8,8 +8,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Chunk", "FramesOn", "Timing"]
-
 FramesOn: TypeAlias = Literal["host", "device"]
 
 

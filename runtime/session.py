@@ -20,8 +20,6 @@ from forcingkv.runtime.snapshot import read_snapshot
 from forcingkv.runtime.streaming import Video
 from forcingkv.runtime.text import Prompt, prompt_input
 
-__all__ = ["Session"]
-
 
 class Session:
     """Generates videos from a bundle. Open it with `Session.open`, close it when done.

@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
 
-__all__ = ["read_named", "shipped_names"]
-
 T = TypeVar("T")
 BASE = "base"
 

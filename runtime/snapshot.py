@@ -20,16 +20,13 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data, to_data
-from forcingkv.headmaps.headmap import write_text
+from forcingkv.headmaps.files import FileRecord, inside, record_file, unwritable, write_text
 from forcingkv.runtime.backends import Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker
-from forcingkv.runtime.files import FileRecord, inside, record_file, unwritable
 from forcingkv.runtime.recache import replayed
 from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.tensors import TensorWriter, read_arrays
-
-__all__ = ["SavedState", "Snapshot", "read_snapshot", "write_snapshot"]
 
 STATE = "state.json"
 TENSORS = re.compile(r"\.?state-\d{6,}(-\d+)?\.safetensors(\.partial)?")
@@ -118,10 +115,7 @@ def write_snapshot(
         tensors=name,
         record=record_file(folder / name),
     )
-    try:
-        write_text(folder / STATE, json.dumps(to_data(whole), indent=1) + "\n")
-    except OSError as error:
-        raise unwritable(folder / STATE, error) from error
+    write_text(folder / STATE, json.dumps(to_data(whole), indent=1) + "\n")
     for file in earlier - {name}:
         with suppress(OSError):
             (folder / file).unlink()
@@ -137,7 +131,7 @@ def read_snapshot(folder: Path, bundle: Bundle) -> SavedState:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"holds no saved state ({error.strerror})", where=str(path), mend="Save one with Video.save."
+            f"holds no saved state ({error.strerror})", where=str(path), hint="Save one with Video.save."
         ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON ({error})", where=str(path)) from error
@@ -147,7 +141,7 @@ def read_snapshot(folder: Path, bundle: Bundle) -> SavedState:
             f"was saved of the bundle {snapshot.bundle[:12]}...",
             where=str(path),
             expected=f"{bundle.digest[:12]}..., which {bundle.path} is",
-            mend="Restore it with the bundle that it was saved of.",
+            hint="Restore it with the bundle that it was saved of.",
         )
     _check_counts(snapshot, bundle, path)
     arrays = read_arrays(_checked(folder, snapshot))
@@ -180,7 +174,7 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
             f"its numbers do not go together (index {state.index}, {len(ready)} ready, made {state.made},"
             f" passes {state.passes}, decoder_calls {state.decoder_calls})",
             where=str(path),
-            mend="The file was changed: save the state again.",
+            hint="The file was changed: save the state again.",
         )
 
 
@@ -192,7 +186,7 @@ def _checked(folder: Path, state: Snapshot) -> Path:
             "is missing, or not the file that was saved",
             where=str(path),
             expected=f"{state.record.bytes} bytes of the digest {state.record.sha256[:12]}...",
-            mend="Save the state again.",
+            hint="Save the state again.",
         )
     return path
 
@@ -210,7 +204,7 @@ def _earlier(folder: Path) -> set[str]:
         raise InputError(
             f"holds other files than a saved state ({sorted(strange)[0]})",
             where=str(folder),
-            mend="Choose a new or empty folder.",
+            hint="Choose a new or empty folder.",
         )
     return ours
 

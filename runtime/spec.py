@@ -14,18 +14,6 @@ from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = [
-    "ELEMENT_BYTES",
-    "Decoder",
-    "Dtype",
-    "Geometry",
-    "ModelSpec",
-    "PublicWeights",
-    "Renoise",
-    "Schedule",
-    "TextEncoder",
-]
-
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 ELEMENT_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -162,8 +150,18 @@ class ModelSpec:
     """Named pixel sizes, (width, height)."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "head_dim", "ffn_width", "latent_channels", "patch",
-                     "text_width", "text_length", "time_width", "frames_per_chunk"):  # fmt: skip
+        for name in (
+            "layers",
+            "heads",
+            "head_dim",
+            "ffn_width",
+            "latent_channels",
+            "patch",
+            "text_width",
+            "text_length",
+            "time_width",
+            "frames_per_chunk",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(
                     f"{name} is {getattr(self, name)}", where=f"model {self.name}", expected="at least 1"
@@ -231,7 +229,7 @@ class ModelSpec:
                 f"{width}x{height} does not divide into tokens of {cell}x{cell} pixels",
                 where="resolution",
                 expected=f"width and height that are multiples of {cell}",
-                mend=f"The nearest that fits is {_nearest(width, cell)}x{_nearest(height, cell)}.",
+                hint=f"The nearest that fits is {_nearest(width, cell)}x{_nearest(height, cell)}.",
             )
         if self.position_table and (width, height) != (self.width, self.height):
             raise InputError(

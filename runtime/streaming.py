@@ -21,8 +21,6 @@ from forcingkv.runtime.results import Chunk
 from forcingkv.runtime.snapshot import SavedState, Snapshot, write_snapshot
 from forcingkv.runtime.text import Prompt, prompt_input
 
-__all__ = ["Video"]
-
 
 class Video:
     """A video on its way. Iterate over it for its chunks; `Session.generate` and `Session.restore` make it.

@@ -23,19 +23,41 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import no_twins
-from forcingkv.runtime.files import unwritable
-
-__all__ = ["StoredTensor", "TensorWriter", "read_arrays", "read_header"]
+from forcingkv.headmaps.files import unwritable
 
 ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+}
 ARRAYS = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2",
-    "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
-}  # fmt: skip
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "F16": "<f2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "F32": "<f4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
+}
 """The numpy type of each dtype that has one of its own."""
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
@@ -89,7 +111,7 @@ def read_header(path: Path | str) -> tuple[dict[str, StoredTensor], dict[str, st
             f"has {size} bytes",
             where=where,
             expected=f"{end}, as its header says",
-            mend="The file was cut short: copy it again." if size < end else None,
+            hint="The file was cut short: copy it again." if size < end else None,
         )
     return tensors, metadata
 
@@ -232,7 +254,7 @@ def _header_text(file: BinaryIO, size: int, where: str) -> tuple[int, bytes]:
         raise InputError(
             f"has {size} bytes, fewer than its header of {length}",
             where=where,
-            mend="The file was cut short, or is not safetensors.",
+            hint="The file was cut short, or is not safetensors.",
         )
     return 8 + length, file.read(length)
 

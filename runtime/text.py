@@ -10,8 +10,6 @@ import numpy.typing as npt
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Prompt", "encode_words", "prompt_input"]
-
 Prompt: TypeAlias = str | npt.NDArray[np.float32]
 """Words, or text embeddings (1, text_length, text_width) for models whose text encoder does not live here."""
 
@@ -48,7 +46,7 @@ def encode_words(spec: ModelSpec, prompt: str) -> npt.NDArray[np.float32]:
             f"{spec.name} takes text embeddings, not words",
             where="prompt",
             expected=f"an array (1, {spec.text_length}, {spec.text_width}), or a file of them",
-            mend="Make them with: forcingkv encode --prompts prompts.txt --out embeds.safetensors,"
+            hint="Make them with: forcingkv encode --prompts prompts.txt --out embeds.safetensors,"
             " and give them with --embeds",
         )
     vocabulary = spec.text.vocabulary

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from forcingkv.runtime.flavour import trt
 
-__all__ = ["make_log"]
-
 
 def make_log(hear: Callable[[str, str], None]) -> trt.ILogger:
     """A logger of the chosen flavour.

@@ -24,8 +24,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a head map of the demo model and a bundle made by the command line."""
     folder = tmp_path_factory.mktemp("made")
     headmap_of(load_spec("demo"), [[0, 1]] * 6).write(folder / "headmap.json")
-    words = ["export", "--model", "demo", "--headmap", str(folder / "headmap.json"),
-             "--target", "onnx", "--out", str(folder / "bundle")]  # fmt: skip
+    words = [
+        "export",
+        "--model",
+        "demo",
+        "--headmap",
+        str(folder / "headmap.json"),
+        "--target",
+        "onnx",
+        "--out",
+        str(folder / "bundle"),
+    ]
     app(words, standalone_mode=False)
     return folder
 
@@ -58,7 +67,7 @@ RTX = ["--target", "tensorrt-rtx", "--sm"]
         (for_other_model, "is for 5 layers of 4 heads (demo); expected 6 layers of 4 heads"),
         (lambda d: first(d)["heads"]["dynamic"].append(0), "layer 0 gives head 0 twice"),
         (lambda d: first(d)["heads"]["dynamic"].remove(2), "layer 0 leaves out head 2"),
-        (lambda d: first(d).update(scores=[float("nan")] * 4), "scores[0]: is nan"),
+        (lambda d: first(d).update(scores=[float("nan")] * 4), "scores[0] is nan"),
     ],
     ids=["another model", "overlapping", "missing", "NaN"],
 )
@@ -95,8 +104,8 @@ def test_a_faulty_head_map(
         ),
         ([*EXPORT, "MAP", "--resolution", "96x64", "--out", "OUT"], "runs at 48x32 only"),
         ([*EXPORT, "MAP", "--policy", "nosuch", "--out", "OUT"], "there is no policy 'nosuch'"),
-        ([*EXPORT, "MAP", "--out", "FILE/bundle"], "bundle: cannot be written"),
-        ([*EXPORT, "nosuch.json", "--out", "OUT"], "nosuch.json: cannot be read"),
+        ([*EXPORT, "MAP", "--out", "FILE/bundle"], "bundle cannot be written"),
+        ([*EXPORT, "nosuch.json", "--out", "OUT"], "nosuch.json cannot be read"),
         ([*EXPORT, "MAP", "--checkpoint", "FILE", "--out", "OUT"], "cannot be read as a torch file"),
         (
             ["export", "--model", "demo", "--target", "cuda", "--out", "OUT"],
@@ -153,7 +162,7 @@ def test_a_faulty_head_map(
             ["generate", "--bundle", "BUNDLE", "--prompt", PROMPT, "--out", "FILE/a.mp4"],
             "cannot be written",
         ),
-        (["headmap", "validate", "nosuch.json"], "nosuch.json: cannot be read"),
+        (["headmap", "validate", "nosuch.json"], "nosuch.json cannot be read"),
         (["inspect", "nosuch"], "is not a bundle"),
     ],
 )
@@ -186,7 +195,7 @@ def test_a_changed_byte_and_a_path_that_leaves_the_bundle(
             lambda data: data["files"].update({"../x": data["files"]["step.onnx"]}),
             "'../x', which is not inside",
         ),
-        (None, "weights.safetensors: has the digest"),
+        (None, "weights.safetensors has the digest"),
     ]:
         shutil.rmtree(bundle, ignore_errors=True)
         shutil.copytree(made / "bundle", bundle)
@@ -205,8 +214,20 @@ def test_a_changed_byte_and_a_path_that_leaves_the_bundle(
 
 def test_generate_writes_a_video_that_plays(made: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
     path = tmp_path / "a.mp4"
-    ran = run("generate", "--bundle", made / "bundle", "--prompt", PROMPT, "--seconds", 1.5,
-              "--enlarge", 4, "--out", path, "--json")  # fmt: skip
+    ran = run(
+        "generate",
+        "--bundle",
+        made / "bundle",
+        "--prompt",
+        PROMPT,
+        "--seconds",
+        1.5,
+        "--enlarge",
+        4,
+        "--out",
+        path,
+        "--json",
+    )
     assert ran.code == 0, ran.err
     result = json.loads(ran.out)
     assert (result["frames"], result["chunks"]) == (12, 4)

@@ -16,8 +16,19 @@ PROMPTS = 24
 @pytest.mark.slow
 def test_the_demo_walks_the_whole_way(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "forcingkv", "demo", "--json", "--samples", "2",
-               "--prompts", str(PROMPTS), "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "forcingkv",
+        "demo",
+        "--json",
+        "--samples",
+        "2",
+        "--prompts",
+        str(PROMPTS),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -72,7 +72,7 @@ def test_embed(bundle: Path, chunks: list[Chunk]) -> None:
     ("words", "message"),
     [
         (["--prompt", "a cat"], "error: prompt: the model small does not know the word 'cat'"),
-        (["--bundle", "nowhere"], "error: nowhere: is not a bundle"),
+        (["--bundle", "nowhere"], "error: nowhere is not a bundle"),
     ],
 )
 def test_embed_says_what_is_wrong(words: list[str], message: str, bundle: Path) -> None:
@@ -108,8 +108,18 @@ def test_pipe_to_another_program(bundle: Path, chunks: list[Chunk], tmp_path: Pa
 
 
 def resumed(bundle: Path, folder: Path, chunks: int) -> list[str]:
-    return command("resume.py", bundle, "--state", folder / "state", "--out", folder / "frames.rgb",
-                   "--every", 5, "--chunks", chunks)  # fmt: skip
+    return command(
+        "resume.py",
+        bundle,
+        "--state",
+        folder / "state",
+        "--out",
+        folder / "frames.rgb",
+        "--every",
+        5,
+        "--chunks",
+        chunks,
+    )
 
 
 def test_resume_goes_on_after_it_was_killed(bundle: Path, tmp_path: Path) -> None:

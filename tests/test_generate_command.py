@@ -169,7 +169,7 @@ def test_wrong_input_leaves_an_earlier_file_alone(
 def test_a_wrong_place_is_refused_before_the_bundle_is_read(tmp_path: Path, run: Callable[..., Ran]) -> None:
     ran = run(*words(tmp_path / "nosuch", tmp_path / "a.avi"))
     assert ran.code == 2
-    assert "a.avi: is not an mp4 file or another place for frames; expected a name ending in .mp4" in ran.err
+    assert "a.avi is not an mp4 file or another place for frames; expected a name ending in .mp4" in ran.err
 
 
 def test_without_pyav_bytes_alone_can_be_written(

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from forcingkv.export import export_bundle
+from forcingkv.headmaps.files import record_file
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.files import record_file
 from forcingkv.runtime.kernels import KERNELS, KernelRecord
 from forcingkv.runtime.policies import load_policy
 from tests.conftest import Ran, headmap_of, random_model, small_spec
@@ -50,21 +50,40 @@ def built(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             files[file] = record_file(out / file)
             engines.append(
                 EngineRecord(
-                    graph=graph, flavour="tensorrt-rtx", version="1.7.1", sm=sm, file=file,
-                    layers=1000 * number, plugin_layers=number, needs_plugin=False, phases=number,
+                    graph=graph,
+                    flavour="tensorrt-rtx",
+                    version="1.7.1",
+                    sm=sm,
+                    file=file,
+                    layers=1000 * number,
+                    plugin_layers=number,
+                    needs_plugin=False,
+                    phases=number,
                     weight_bytes=number * 10**9,
-                    activation_bytes=number * 10**8, scratch_bytes=number * 10**7, seconds=number / 2,
+                    activation_bytes=number * 10**8,
+                    scratch_bytes=number * 10**7,
+                    seconds=number / 2,
                     peak_bytes=number * 10**10,
                 )
-            )  # fmt: skip
+            )
     for name in KERNELS:
         file = f"{name}.cubin"
         (out / file).write_bytes(name.encode())
         files[file] = record_file(out / file)
         kernels.append(
-            KernelRecord(name, "float32", 12, 80, file, name, warps=4, shared_bytes=0,
-                         registers=30 + len(name), spill_bytes=0)
-        )  # fmt: skip
+            KernelRecord(
+                name,
+                "float32",
+                12,
+                80,
+                file,
+                name,
+                warps=4,
+                shared_bytes=0,
+                registers=30 + len(name),
+                spill_bytes=0,
+            )
+        )
     whole = replace(
         manifest, engines=tuple(engines), kernels=tuple(kernels), files=files, warnings=(WARNING,)
     )
@@ -157,7 +176,7 @@ def test_the_picture_is_a_png_and_json_stays_json(
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("file/a.png", "a.png: cannot be written"), ("a.svg", "a.svg: is not a png file")],
+    [("file/a.png", "a.png cannot be written"), ("a.svg", "a.svg is not a png file")],
 )
 def test_a_picture_that_cannot_be_written(
     name: str, message: str, plain: Path, tmp_path: Path, run: Callable[..., Ran]

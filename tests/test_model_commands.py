@@ -59,8 +59,23 @@ def test_from_a_public_checkpoint_to_a_video(
 ) -> None:
     rule = "dummy" if policy == "dummy-forcing" else "quota"
     given = options(place, "model", "checkpoint")
-    ran = run("analyze", "heads", *given, *options(place, "embeds"), "--samples", 2, "--chunks", 3,
-              "--key", "generator", "--rule", rule, "--out", tmp_path / "heads", "--json")  # fmt: skip
+    ran = run(
+        "analyze",
+        "heads",
+        *given,
+        *options(place, "embeds"),
+        "--samples",
+        2,
+        "--chunks",
+        3,
+        "--key",
+        "generator",
+        "--rule",
+        rule,
+        "--out",
+        tmp_path / "heads",
+        "--json",
+    )
     assert ran.code == 0, ran.err
     headmap = tmp_path / "heads" / "headmap.json"
     assert json.loads(ran.out)["headmap"]["model"]["weights"]
@@ -74,8 +89,19 @@ def test_from_a_public_checkpoint_to_a_video(
     manifest = json.loads(ran.out)
     assert manifest["model"]["decoder"]["kind"] == "taehv"
     assert set(manifest["files"]) > {"weights.safetensors", "decoder.safetensors"}
-    ran = run("generate", "--bundle", tmp_path / "b", *options(place, "embeds"), "--prompt", PROMPTS[1],
-              "--seconds", 1, "--out", tmp_path / "video.mp4", "--json")  # fmt: skip
+    ran = run(
+        "generate",
+        "--bundle",
+        tmp_path / "b",
+        *options(place, "embeds"),
+        "--prompt",
+        PROMPTS[1],
+        "--seconds",
+        1,
+        "--out",
+        tmp_path / "video.mp4",
+        "--json",
+    )
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["frames"] == 21
     with av.open(str(tmp_path / "video.mp4")) as video:
@@ -87,8 +113,15 @@ def test_from_a_public_checkpoint_to_a_video(
         (["--prompt", "a green car"], "has no embedding of 'a green car'; expected one of 'a red kite'"),
         ([], "has 2 prompts, and none was asked for"),
     ]:
-        ran = run("generate", "--bundle", tmp_path / "b", *options(place, "embeds"), *words,
-                  "--out", tmp_path / "other.mp4")  # fmt: skip
+        ran = run(
+            "generate",
+            "--bundle",
+            tmp_path / "b",
+            *options(place, "embeds"),
+            *words,
+            "--out",
+            tmp_path / "other.mp4",
+        )
         assert (ran.code, message in ran.err) == (2, True), ran.err
     ran = run("generate", "--bundle", tmp_path / "b", "--prompt", "a kite", "--out", tmp_path / "other.mp4")
     assert (ran.code, "narrow takes text embeddings, not words" in ran.err) == (2, True), ran.err
@@ -113,11 +146,11 @@ EXPORT = ["export", "--policy", "full", "--out", "OUT"]
         ([*EXPORT, "--model", "SPEC", "--checkpoint", "PT", "--key", "ema"], "has no entry 'ema'"),
         (
             [*EXPORT, "--model", "longlive", "--checkpoint", "PT"],
-            "self_forcing_dmd.pt: does not fit the model longlive",
+            "self_forcing_dmd.pt does not fit the model longlive",
         ),
         (
             [*EXPORT, "--model", "SPEC", "--checkpoint", "PT", "--lora", "PT"],
-            "self_forcing_dmd.pt: is not a LoRA of this model: unexpected",
+            "self_forcing_dmd.pt is not a LoRA of this model: unexpected",
         ),
         ([*EXPORT, "--model", "SPEC", "--random-weights", "--dtype", "float8"], "no dtype 'float8'"),
         ([*EXPORT, "--model", "demo", "--decoder", "taehv"], "the latents of demo are pixels"),
@@ -139,7 +172,7 @@ EXPORT = ["export", "--policy", "full", "--out", "OUT"]
         ),
         (
             ["encode", "--prompts", "SPEC", "--text-encoder", "no/such/folder", "--out", "OUT"],
-            "no/such/folder: cannot be read: there is no such file or folder",
+            "no/such/folder cannot be read: there is no such file or folder",
         ),
     ],
 )
@@ -159,8 +192,19 @@ def test_a_model_too_large_to_verify_is_refused_with_what_it_needs(
     place: Path, tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
-    words = ["export", *options(place, "model"), "--random-weights", "--decoder", "taehv", "--policy", "full",
-             "--resolution", "32x32", "--out", tmp_path / "b"]  # fmt: skip
+    words = [
+        "export",
+        *options(place, "model"),
+        "--random-weights",
+        "--decoder",
+        "taehv",
+        "--policy",
+        "full",
+        "--resolution",
+        "32x32",
+        "--out",
+        tmp_path / "b",
+    ]
     ran = run(*words)
     assert ran.code == 2
     assert "verifying narrow at 32x32 needs about" in ran.err

@@ -17,8 +17,6 @@ from forcingkv.analyze.stability import Stability
 from forcingkv.analyze.storage import Recorded, collect
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Example", "FrameAttention", "attention_pictures", "examples", "frame_attention"]
-
 NUMBERED = 12
 """Key frames up to which each is numbered; of more, the first of each chunk."""
 
@@ -93,12 +91,16 @@ def frame_attention(
     return {
         ((layer, head), (chunk, step)): FrameAttention(
             frames[chunk],
-            _mass(rows.filter(layer=layer, head=head, chunk=chunk, step=step), frames[chunk], spec,
-                  len(recorded.samples)),
+            _mass(
+                rows.filter(layer=layer, head=head, chunk=chunk, step=step),
+                frames[chunk],
+                spec,
+                len(recorded.samples),
+            ),
         )
         for layer, head in heads
         for chunk, step in passes
-    }  # fmt: skip
+    }
 
 
 def attention_pictures(analysis: Analysis) -> list[tuple[Example, Picture]]:

@@ -13,8 +13,6 @@ from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Cost", "cost_table", "costs", "full_costs", "policy_of", "resolutions"]
-
 FULL = "full"
 BYTES = ("B", "KiB", "MiB", "GiB")
 OPERATIONS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")

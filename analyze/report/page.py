@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-__all__ = ["DARK", "LIGHT", "Markup", "Picture", "Theme", "drawn", "figure", "node", "page", "pairs", "table"]
-
 
 @dataclass(frozen=True)
 class Theme:
@@ -44,15 +42,27 @@ class Theme:
 
 
 LIGHT = Theme(
-    paper="#ffffff", ink="#1b1f24", soft="#57606a", line="#d0d7de", shade="#f3f5f8", accent="#c3262f",
+    paper="#ffffff",
+    ink="#1b1f24",
+    soft="#57606a",
+    line="#d0d7de",
+    shade="#f3f5f8",
+    accent="#c3262f",
     levels=("#1a7f37", "#885a00", "#c3262f", "#57606a"),
-    labels=("#0b6fb8", "#c2510c", "#2a7d4f", "#8250df"), mass="magma_r",
-)  # fmt: skip
+    labels=("#0b6fb8", "#c2510c", "#2a7d4f", "#8250df"),
+    mass="magma_r",
+)
 DARK = Theme(
-    paper="#15191f", ink="#e6e9ee", soft="#a9b3be", line="#3a424d", shade="#1f252d", accent="#ff6b63",
+    paper="#15191f",
+    ink="#e6e9ee",
+    soft="#a9b3be",
+    line="#3a424d",
+    shade="#1f252d",
+    accent="#ff6b63",
     levels=("#3fb950", "#d9a22b", "#ff6b63", "#a9b3be"),
-    labels=("#58b0f0", "#f29a52", "#56c596", "#b392f0"), mass="magma",
-)  # fmt: skip
+    labels=("#58b0f0", "#f29a52", "#56c596", "#b392f0"),
+    mass="magma",
+)
 
 DPI = 160
 COLOURS = 256
@@ -142,14 +152,23 @@ def page(title: str, level: str, head: Sequence[str], sections: Sequence[tuple[s
     """
     contents = [node("li", node("a", name, href=f"#{anchor}")) for anchor, name, _ in sections]
     parts = [
-        node("section", node("h2", name, id=f"{anchor}-title"), content, id=anchor,
-             aria_labelledby=f"{anchor}-title")
+        node(
+            "section",
+            node("h2", name, id=f"{anchor}-title"),
+            content,
+            id=anchor,
+            aria_labelledby=f"{anchor}-title",
+        )
         for anchor, name, content in sections
-    ]  # fmt: skip
+    ]
     body = node(
-        "main", node("h1", title), *head,
-        node("nav", node("ul", *contents), aria_label="Contents"), *parts, klass=level,
-    )  # fmt: skip
+        "main",
+        node("h1", title),
+        *head,
+        node("nav", node("ul", *contents), aria_label="Contents"),
+        *parts,
+        klass=level,
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -201,10 +220,18 @@ def _png(
 def _rc(theme: Theme) -> dict[Any, Any]:
     soft = dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), theme.soft)
     return {
-        **soft, "font.size": 11, "axes.titlesize": 11, "axes.titlecolor": theme.soft, "text.color": theme.ink,
-        "axes.edgecolor": theme.line, "figure.facecolor": theme.paper, "axes.facecolor": theme.paper,
-        "savefig.facecolor": theme.paper, "axes.spines.top": False, "axes.spines.right": False,
-    }  # fmt: skip
+        **soft,
+        "font.size": 11,
+        "axes.titlesize": 11,
+        "axes.titlecolor": theme.soft,
+        "text.color": theme.ink,
+        "axes.edgecolor": theme.line,
+        "figure.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "savefig.facecolor": theme.paper,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
 
 
 def _variables(theme: Theme) -> str:

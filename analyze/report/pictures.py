@@ -18,9 +18,16 @@ from forcingkv.analyze.report.page import Picture, Theme, drawn
 from forcingkv.headmaps import HeadMap
 
 __all__ = [
-    "headmap_drawing", "headmap_picture", "histogram", "intervals", "kappa_matrix", "kept_labels",
-    "roles", "undecided_heads", "variance_bars",
-]  # fmt: skip
+    "headmap_drawing",
+    "headmap_picture",
+    "histogram",
+    "intervals",
+    "kappa_matrix",
+    "kept_labels",
+    "roles",
+    "undecided_heads",
+    "variance_bars",
+]
 
 WIDTH = 4.6
 """Inches, of 100 pixels of the page: on a phone little is lost."""
@@ -92,9 +99,15 @@ def histogram(headmap: HeadMap, scores: Array) -> Picture:
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         axes.hist(
-            parts, bins=20, range=(0, 1), stacked=True, label=labels,
-            color=[colour for _, colour in theme.coloured(labels)], edgecolor=theme.paper, linewidth=0.8,
-        )  # fmt: skip
+            parts,
+            bins=20,
+            range=(0, 1),
+            stacked=True,
+            label=labels,
+            color=[colour for _, colour in theme.coloured(labels)],
+            edgecolor=theme.paper,
+            linewidth=0.8,
+        )
         axes.set(xlabel="mean recency score", ylabel="heads", xlim=(0, 1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axes)
@@ -200,8 +213,15 @@ def roles(analysis: Analysis, reason: str) -> Picture:
                 axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
                 axes.plot(places, band.mean(1), "o-", color=colour, markersize=4, linewidth=2, label=name)
         for (layer, head), style in zip(flipping[:FOLLOWED], DASHES[: len(flipping)], strict=True):
-            axes.plot(places, scores[:, layer, head], linestyle=style, marker=".", color=theme.accent,
-                      linewidth=1.4, label=f"L{layer} H{head}")  # fmt: skip
+            axes.plot(
+                places,
+                scores[:, layer, head],
+                linestyle=style,
+                marker=".",
+                color=theme.accent,
+                linewidth=1.4,
+                label=f"L{layer} H{head}",
+            )
         every = -(-len(ticks) // 10)
         axes.set_xticks(places[::every], ticks[::every])
         axes.set(ylabel="mean recency score", ylim=(0, 1))
@@ -255,8 +275,15 @@ def kappa_matrix(names: list[str], kappas: Array) -> Picture:
     return drawn(f"Cohen's kappa between maps: {said}", WIDTH, 3.6, draw)
 
 
-def _heatmap(axes: Axes, values: Array, colours: object, scale: tuple[float, float], name: str, theme: Theme,
-             texts: list[list[str]] | None) -> None:  # fmt: skip
+def _heatmap(
+    axes: Axes,
+    values: Array,
+    colours: object,
+    scale: tuple[float, float],
+    name: str,
+    theme: Theme,
+    texts: list[list[str]] | None,
+) -> None:
     import seaborn as sns
 
     figure = axes.get_figure(root=True)
@@ -264,10 +291,20 @@ def _heatmap(axes: Axes, values: Array, colours: object, scale: tuple[float, flo
     every = 1 if texts else 5
     figure.set_layout_engine("none")  # seaborn draws, and need not lay out what is not whole yet
     sns.heatmap(
-        values, annot=None if texts is None else np.array(texts), fmt="", vmin=scale[0], vmax=scale[1],
-        cmap=colours, linewidths=0.5 if texts else 0, linecolor=theme.paper, ax=axes, cbar=False,
-        annot_kws={"fontsize": 9}, xticklabels=every, yticklabels=every,
-    )  # fmt: skip
+        values,
+        annot=None if texts is None else np.array(texts),
+        fmt="",
+        vmin=scale[0],
+        vmax=scale[1],
+        cmap=colours,
+        linewidths=0.5 if texts else 0,
+        linecolor=theme.paper,
+        ax=axes,
+        cbar=False,
+        annot_kws={"fontsize": 9},
+        xticklabels=every,
+        yticklabels=every,
+    )
     figure.set_layout_engine("constrained")
     slim = 20 * max(1.0, figure.get_figheight() / 3.5)
     figure.colorbar(axes.collections[0], ax=axes, label=name, aspect=slim).outline.set_visible(False)
@@ -295,6 +332,12 @@ def _legend(axes: Axes, handles: list[Line2D] | None = None) -> None:
     """Above the axes, where it hides nothing."""
     given = handles if handles is not None else axes.get_legend_handles_labels()[0]
     axes.legend(
-        handles=given, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if len(given) > 4 else 3,
-        frameon=False, fontsize=10, columnspacing=1.2, handletextpad=0.5,
-    )  # fmt: skip
+        handles=given,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=2 if len(given) > 4 else 3,
+        frameon=False,
+        fontsize=10,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )

@@ -28,8 +28,6 @@ from forcingkv.analyze.report.pictures import (
 from forcingkv.analyze.stability import CONFIDENCE, REASONS
 from forcingkv.analyze.summary import needed, summary_lines
 
-__all__ = ["report_html"]
-
 LISTED = 40
 """Undecided heads listed; the others are counted."""
 SHOWN = "this map"
@@ -39,21 +37,36 @@ FROM_SAMPLES = frozenset(("sample", "head x sample"))
 VERSIONED = ("torch", "polars", "scikit-learn")
 
 DEFINITIONS = (
-    ("recency score", "Attention mass on the transition frame and the current chunk, over the total mass less"
-     " that on the sink frames; mean over query frames, then over samples, chunks and denoising steps"
-     " (METHOD.md section 2; Forcing-KV, arXiv 2605.09681). A static head attends to what is recent, a"
-     " dynamic head to the history."),
-    ("undecided", "The statistics do not settle the head's label, for one of the reasons listed under"
-     " Stability. Samples stand for videos yet to be made, so a map has to hold across them."),
-    ("interval", f"Percentile bootstrap over samples, {CONFIDENCE:.0%}: samples are drawn with replacement,"
-     " steps and chunks stay as they are."),
+    (
+        "recency score",
+        "Attention mass on the transition frame and the current chunk, over the total mass less"
+        " that on the sink frames; mean over query frames, then over samples, chunks and denoising steps"
+        " (METHOD.md section 2; Forcing-KV, arXiv 2605.09681). A static head attends to what is recent, a"
+        " dynamic head to the history.",
+    ),
+    (
+        "undecided",
+        "The statistics do not settle the head's label, for one of the reasons listed under"
+        " Stability. Samples stand for videos yet to be made, so a map has to hold across them.",
+    ),
+    (
+        "interval",
+        f"Percentile bootstrap over samples, {CONFIDENCE:.0%}: samples are drawn with replacement,"
+        " steps and chunks stay as they are.",
+    ),
     ("margin", "Signed distance from the rule's boundary in the rule's own units; static from 0 on."),
-    ("divergence", "Of the frame-wise attention in the last chunk: the share of the squared distances from"
-     " the common mean that lies within heads (over samples and steps), and the share between the heads'"
-     " means. The paper reports 0.16 and 0.83."),
-    ("kappa", "Cohen's kappa: agreement beyond chance; 1 is full agreement, 0 what chance gives. The"
-     " adjusted Rand index does not ask which group has which name."),
-)  # fmt: skip
+    (
+        "divergence",
+        "Of the frame-wise attention in the last chunk: the share of the squared distances from"
+        " the common mean that lies within heads (over samples and steps), and the share between the heads'"
+        " means. The paper reports 0.16 and 0.83.",
+    ),
+    (
+        "kappa",
+        "Cohen's kappa: agreement beyond chance; 1 is full agreement, 0 what chance gives. The"
+        " adjusted Rand index does not ask which group has which name.",
+    ),
+)
 
 
 def report_html(analysis: Analysis, command: Sequence[str]) -> str:
@@ -91,9 +104,11 @@ def _map(analysis: Analysis) -> str:
 
 def _scores(analysis: Analysis) -> str:
     stability = analysis.stability
-    one = "Intervals are unknown: one sample was measured." if stability.samples < 2 else (
-        "Bars: 95% bootstrap intervals over samples."
-    )  # fmt: skip
+    one = (
+        "Intervals are unknown: one sample was measured."
+        if stability.samples < 2
+        else ("Bars: 95% bootstrap intervals over samples.")
+    )
     cuts = analysis.decision.cuts
     name = analysis.decision.rule.name
     cut = f" The rule {name} does not cut the score at one value, so no cut is drawn."
@@ -102,23 +117,39 @@ def _scores(analysis: Analysis) -> str:
     return node(
         "div",
         figure(intervals(analysis), one + cut, title="Score of each head"),
-        figure(histogram(analysis.headmap, stability.score), "Each head once, by its label in the map.",
-               title="Distribution"),
+        figure(
+            histogram(analysis.headmap, stability.score),
+            "Each head once, by its label in the map.",
+            title="Distribution",
+        ),
         klass="figures",
-    )  # fmt: skip
+    )
 
 
 def _stability(analysis: Analysis) -> str:
     several = analysis.stability.samples > 1
     figures = [
-        *([figure(kept_labels(analysis), "How often a sample, judged by itself, gives the head the label that"
-                  " all samples together give it.", title="Labels kept over samples")] if several else []),
-        figure(variance_bars(analysis.variance, frozenset() if several else FROM_SAMPLES),
-               "Red: interactions with the head, which endanger a fixed label. The other sources move all"
-               " heads alike, or set heads apart for good.", title="Where the variance of scores comes from"),
+        *(
+            [
+                figure(
+                    kept_labels(analysis),
+                    "How often a sample, judged by itself, gives the head the label that"
+                    " all samples together give it.",
+                    title="Labels kept over samples",
+                )
+            ]
+            if several
+            else []
+        ),
+        figure(
+            variance_bars(analysis.variance, frozenset() if several else FROM_SAMPLES),
+            "Red: interactions with the head, which endanger a fixed label. The other sources move all"
+            " heads alike, or set heads apart for good.",
+            title="Where the variance of scores comes from",
+        ),
         figure(roles(analysis, "steps"), _band("step", analysis), title="By denoising step"),
         figure(roles(analysis, "chunks"), _band("chunk", analysis), title="By chunk"),
-    ]  # fmt: skip
+    ]
     return Markup(
         (node("p", _other_rule(analysis)) if _is_other_rule(analysis) else "")
         + (
@@ -227,13 +258,15 @@ def _rules(analysis: Analysis) -> str:
     rows = []
     for name, found in maps.items():
         with_shown, comparable = agreement[SHOWN, name], bool(kinds[SHOWN] & kinds[name])
-        rows.append([
-            f"{SHOWN} ({found.rule.name})" if name == SHOWN else name,
-            ", ".join(f"{count} {label}" for label, count in found.counts().items()),
-            f"{with_shown.share:.0%}" if comparable else "–",
-            f"{with_shown.kappa:.2f}" if comparable else "–",
-            f"{with_shown.rand:.2f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{SHOWN} ({found.rule.name})" if name == SHOWN else name,
+                ", ".join(f"{count} {label}" for label, count in found.counts().items()),
+                f"{with_shown.share:.0%}" if comparable else "–",
+                f"{with_shown.kappa:.2f}" if comparable else "–",
+                f"{with_shown.rand:.2f}",
+            ]
+        )
     for name, why in analysis.missing.items():
         rows.append([name, node("td", f"not applied: {why}", colspan=4, klass="words")])
     head = [("rule", "labels", "heads labelled as in this map", "kappa", "adjusted Rand")]
@@ -242,12 +275,17 @@ def _rules(analysis: Analysis) -> str:
         note = "In this map undecided heads are dynamic; in those of the rules they keep the rule's label."
     if _is_other_rule(analysis):
         note = "Where two maps have no label in common, only the adjusted Rand index says how alike they are."
-    matrix = figure(kappa_matrix(list(maps), kappas), "1: the same labels. 0: no more alike than by chance.",
-                    title="Agreement of the rules")  # fmt: skip
+    matrix = figure(
+        kappa_matrix(list(maps), kappas),
+        "1: the same labels. 0: no more alike than by chance.",
+        title="Agreement of the rules",
+    )
     return Markup(
-        node("p", note) + table("Labels, and how far they agree with this map", head, rows)
-        + node("div", matrix, klass="figures") + cost_table(analysis.recorded.recording.spec, maps)
-    )  # fmt: skip
+        node("p", note)
+        + table("Labels, and how far they agree with this map", head, rows)
+        + node("div", matrix, klass="figures")
+        + cost_table(analysis.recorded.recording.spec, maps)
+    )
 
 
 def _making(analysis: Analysis, command: Sequence[str]) -> str:
@@ -262,8 +300,11 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
         ("weights, SHA-256", node("code", model.weights or UNKNOWN)),
         ("policy", recording.policy),
         ("samples", f"{len(analysis.recorded.samples)}, seeds from {recording.seed} on"),
-        ("chunks", f"{recording.chunks} of {recording.spec.frames_per_chunk} latent frames, scored from"
-         f" {recording.first_chunk} on"),
+        (
+            "chunks",
+            f"{recording.chunks} of {recording.spec.frames_per_chunk} latent frames, scored from"
+            f" {recording.first_chunk} on",
+        ),
         ("query rows", "all" if recording.rows is None else f"{recording.rows} a pass"),
         ("dtype", recording.dtype),
         ("resolution", f"{recording.width}x{recording.height}"),
@@ -271,7 +312,7 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
         ("sink frames left out", str(analysis.observations.sink_frames)),
         ("head map, SHA-256", node("code", analysis.headmap.digest)),
         ("versions", ", ".join(versions)),
-    ]  # fmt: skip
+    ]
     if recording.headmap:
         lines.insert(4, ("grouped by, SHA-256", node("code", recording.headmap)))
     return Markup(pairs(lines) + node("h3", "What the words mean") + pairs(DEFINITIONS))

@@ -63,7 +63,7 @@ def read_headmap(path: Path | str, choices: Choices | None = None) -> HeadMap:
             f"is for {model.layers} layers of {model.heads} heads",
             where=where,
             expected=f"{wanted[0]} layers of {wanted[1]} heads",
-            mend="Use the map made for this model, or analyze it: forcingkv analyze heads",
+            hint="Use the map made for this model, or analyze it: forcingkv analyze heads",
         )
     return headmap if given == pyramid_csv.FORMAT else _relabel(headmap, choices.labels, where)
 

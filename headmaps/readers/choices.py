@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["Choices", "relabelled", "size_limit"]
-
 MOST = 4096
 """More layers or heads than any model has: a damaged number must not take the memory."""
 

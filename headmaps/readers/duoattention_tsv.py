@@ -17,8 +17,6 @@ from forcingkv.headmaps.headmap import DYNAMIC, STATIC, HeadMap, ModelIdentity, 
 from forcingkv.headmaps.readers.choices import Choices
 from forcingkv.headmaps.readers.grid import read_grid
 
-__all__ = ["FORMAT", "THRESHOLD", "from_text"]
-
 FORMAT = "duo-attention-tsv"
 THRESHOLD = 0.5
 """DuoAttention's own default."""
@@ -61,6 +59,6 @@ def _gate(cell: str, place: str, where: str) -> float:
             f"{place} is {cell!r}",
             where=where,
             expected="a retrieval score from 0 to 1",
-            mend="If these are classes, write them with commas, as Pyramid Forcing does.",
+            hint="If these are classes, write them with commas, as Pyramid Forcing does.",
         )
     return gate

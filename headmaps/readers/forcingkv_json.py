@@ -26,8 +26,6 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import DYNAMIC, STATIC, HeadMap, ModelIdentity, Rule, Source, labels_of
 from forcingkv.headmaps.readers.choices import Choices, size_limit
 
-__all__ = ["FORMAT", "from_data", "to_data", "to_text"]
-
 FORMAT = "forcing-kv-json"
 NAMES = {
     STATIC: ("static_head", "static_heads", "local_head", "local_heads", "spatial_head", "spatial_heads"),
@@ -61,7 +59,7 @@ def from_data(data: Any, sha256: str, where: str, choices: Choices) -> HeadMap:
             f"leaves out layer {_listed(missing)} of {total}",
             where=where,
             expected="each layer once",
-            mend="Say what their heads are (Forcing-KV's own code takes them as dynamic): "
+            hint="Say what their heads are (Forcing-KV's own code takes them as dynamic): "
             "forcingkv headmap convert --missing-layers dynamic",
         )
     heads = _count(fields, "num_heads", where) or choices.heads or _common_heads(given, where)
@@ -103,7 +101,7 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
             f"uses the label {', '.join(map(repr, strange))}",
             where="head map",
             expected="only static and dynamic in a Forcing-KV file",
-            mend=f"Say which is which: forcingkv headmap convert --labels {strange[0]}=dynamic",
+            hint=f"Say which is which: forcingkv headmap convert --labels {strange[0]}=dynamic",
         )
     layers: list[Any] = _layers(headmap.labels)
     source = headmap.source if headmap.source and headmap.source.format == FORMAT else None
@@ -220,20 +218,20 @@ def _count(fields: Mapping[str, Any] | None, name: str, where: str) -> int | Non
 
 def _common_heads(given: Mapping[int, Groups], where: str) -> int:
     """The number of heads, where the lists of all layers cover the same 0..n-1."""
-    mend = "Say how many heads a layer has: forcingkv headmap convert --heads N"
+    hint = "Say how many heads a layer has: forcingkv headmap convert --heads N"
     sizes: dict[int, int] = {}
     for number, groups in given.items():
         if len(groups) == 1:
             raise InputError(
                 f"layer {number} gives only its {next(iter(groups))} heads, and the file no num_heads",
                 where=where,
-                mend=mend,
+                hint=hint,
             )
         sizes.setdefault(1 + max((head for heads in groups.values() for head in heads), default=-1), number)
     if len(sizes) > 1:
         shown = ", ".join(f"0 to {size - 1} in layer {number}" for size, number in sorted(sizes.items()))
         raise InputError(
-            f"has no num_heads, and its layers name different heads: {shown}", where=where, mend=mend
+            f"has no num_heads, and its layers name different heads: {shown}", where=where, hint=hint
         )
     return size_limit(next(iter(sizes)), "the number of heads", where)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.readers.choices import size_limit
 
-__all__ = ["read_grid"]
-
 
 def read_grid(text: str, separator: str, where: str) -> list[list[str]]:
     """The cells, [layer][head], without the blanks around them.

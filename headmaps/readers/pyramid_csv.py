@@ -18,8 +18,6 @@ from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, Rule, Source
 from forcingkv.headmaps.readers.choices import Choices, relabelled
 from forcingkv.headmaps.readers.grid import read_grid
 
-__all__ = ["CLASSES", "FORMAT", "from_text"]
-
 FORMAT = "pyramid-forcing-csv"
 CLASSES = {"-1": "wave", "1": "anchor", "2": "veil"}
 
@@ -40,7 +38,7 @@ def from_text(text: str, sha256: str, where: str, choices: Choices) -> HeadMap:
                     f"layer {layer}, head {head} is {code!r}",
                     where=where,
                     expected="a class: " + ", ".join(f"{code} ({name})" for code, name in CLASSES.items()),
-                    mend=f"Name a class of your own: forcingkv headmap convert --labels {code}=static",
+                    hint=f"Name a class of your own: forcingkv headmap convert --labels {code}=static",
                 )
     used = {code for row in rows for code in row}
     strange = sorted(set(given) - set(CLASSES) - set(CLASSES.values()) - used)

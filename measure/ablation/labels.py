@@ -12,13 +12,20 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
-__all__ = ["place_labels"]
-
 REACH = (10, 18, 28, 40, 54, 70, 88, 108, 130, 155)
 """Distances from the point that are tried, in points."""
 WAYS = (
-    (1, 0.3), (1, -0.3), (-1, 0.3), (-1, -0.3), (0.7, 1), (0.7, -1), (-0.7, 1), (-0.7, -1), (0, 1), (0, -1),
-)  # fmt: skip
+    (1, 0.3),
+    (1, -0.3),
+    (-1, 0.3),
+    (-1, -0.3),
+    (0.7, 1),
+    (0.7, -1),
+    (-0.7, 1),
+    (-0.7, -1),
+    (0, 1),
+    (0, -1),
+)
 """Directions that are tried at each distance."""
 ROOM = 5
 """Pixels around a point that no label covers."""
@@ -43,11 +50,17 @@ def place_labels(axes: Axes, labels: Sequence[tuple[str, float, float, bool, Any
     # Those that stand out choose first.
     for text, x, y, bold, colour in sorted(labels, key=lambda label: not label[3]):
         note = axes.annotate(
-            text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=SIZE,
-            fontweight="bold" if bold else "normal", ha="center", va="center",
+            text,
+            (x, y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=SIZE,
+            fontweight="bold" if bold else "normal",
+            ha="center",
+            va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 3},
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
-        )  # fmt: skip
+        )
         half = _extent(note, renderer).width / 2 * 72 / figure.dpi
         for reach, (right, up) in itertools.product(REACH, WAYS):
             side = (right > 0) - (right < 0)

@@ -11,8 +11,6 @@ from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, Rule
 from forcingkv.headmaps.headmap import uniform
 from forcingkv.measure.ablation.variants import MapWanted
 
-__all__ = ["control_map"]
-
 Labels = list[list[str]]
 
 

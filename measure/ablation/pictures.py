@@ -19,8 +19,6 @@ from forcingkv.measure.ablation.scores import Measure, Row, frontier
 from forcingkv.measure.ablation.variants import PROFILED, REFERENCE
 from forcingkv.measure.fidelity.intervals import Estimate
 
-__all__ = ["difference_picture", "pareto_picture"]
-
 DPI = 110
 INK, SOFT = "#1b1f24", "#57606a"
 Colour = tuple[float, float, float]
@@ -78,8 +76,14 @@ def _draw_pareto(figure: Figure, rows: Sequence[Row]) -> None:
             _draw_points(axes, here, axis, families)
             # A step: what a point buys holds until the next one.
             end = (ends[-1], line[-1][1])
-            axes.step(*zip(*[*line, end], strict=True), where="post", color=SOFT, linewidth=1.2,
-                      linestyle="--", zorder=0)  # fmt: skip
+            axes.step(
+                *zip(*[*line, end], strict=True),
+                where="post",
+                color=SOFT,
+                linewidth=1.2,
+                linestyle="--",
+                zorder=0,
+            )
             _scale(axes, ends[:2] if near else ends[1:], near)
             said = [
                 (_said(row), x, y, row.name in best, families[row.family])
@@ -110,10 +114,16 @@ def _draw_points(
     for row, x, y in points:
         stands_out = row.name in (REFERENCE, PROFILED)
         axes.errorbar(
-            x, y, yerr=_error(row.means[axis.measure], axis.scale), fmt="o", elinewidth=0.9, alpha=0.85,
-            color=families[row.family], markersize=8 if stands_out else 5.5,
+            x,
+            y,
+            yerr=_error(row.means[axis.measure], axis.scale),
+            fmt="o",
+            elinewidth=0.9,
+            alpha=0.85,
+            color=families[row.family],
+            markersize=8 if stands_out else 5.5,
             markeredgecolor=INK if stands_out else "none",
-        )  # fmt: skip
+        )
 
 
 def _scale(axes: Axes, ends: tuple[float, ...], near: bool) -> None:
@@ -139,10 +149,16 @@ def _draw_differences(figure: Figure, rows: Sequence[Row]) -> None:
             if found.mean is None:
                 continue
             axes.errorbar(
-                axis.scale * found.mean, place, xerr=_error(found, axis.scale), fmt="o", capsize=2,
-                color=families[row.family], markersize=5, elinewidth=1.4,
+                axis.scale * found.mean,
+                place,
+                xerr=_error(found, axis.scale),
+                fmt="o",
+                capsize=2,
+                color=families[row.family],
+                markersize=5,
+                elinewidth=1.4,
                 markerfacecolor=families[row.family] if found.excludes_zero else "white",
-            )  # fmt: skip
+            )
         axes.set(xlabel=title)
         axes.grid(axis="y", color="#eef1f4", linewidth=0.8)
         axes.set_axisbelow(True)

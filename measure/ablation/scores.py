@@ -17,8 +17,6 @@ from forcingkv.measure.fidelity.pairs import grey, psnr, squared_error, ssim
 from forcingkv.models.demo.data import moves_of
 from forcingkv.models.demo.judge import Judge, verdict
 
-__all__ = ["MEASURES", "Measure", "Measured", "Row", "frontier", "measure_videos", "rows_of"]
-
 Measure = Literal["digits", "directions", "digits_at", "directions_at", "psnr", "ssim"]
 
 MEASURES: dict[Measure, str] = {

@@ -11,8 +11,6 @@ from forcingkv.measure.ablation.variants import PROFILED, REFERENCE
 from forcingkv.measure.fidelity.digits import READ_CHUNK
 from forcingkv.measure.fidelity.intervals import Estimate
 
-__all__ = ["csv_text", "markdown_table"]
-
 Format = Callable[[float], str]
 
 
@@ -30,10 +28,19 @@ def csv_text(rows: Sequence[Row]) -> str:
 def markdown_table(rows: Sequence[Row]) -> str:
     """A row a variant: means with 95% intervals over prompts; of draws also the least and largest mean."""
     head = [
-        "varied", "variant", "KV MB", "digits read, all chunks", f"in chunk {READ_CHUNK}",
-        "direction right, all chunks", "PSNR to full, dB", "SSIM to full", f"digits − {REFERENCE}",
-        f"digits − {PROFILED}", f"PSNR − {PROFILED}", "frontier",
-    ]  # fmt: skip
+        "varied",
+        "variant",
+        "KV MB",
+        "digits read, all chunks",
+        f"in chunk {READ_CHUNK}",
+        "direction right, all chunks",
+        "PSNR to full, dB",
+        "SSIM to full",
+        f"digits − {REFERENCE}",
+        f"digits − {PROFILED}",
+        f"PSNR − {PROFILED}",
+        "frontier",
+    ]
     on: dict[str, list[str]] = {}
     words: dict[Measure, str] = {"digits": "digits", "psnr": "PSNR"}
     for measure, word in words.items():
@@ -65,8 +72,10 @@ def _fields(row: Row) -> Iterator[tuple[str, str]]:
     yield "videos", str(row.means["digits"].videos)
     yield "prompts", str(row.means["digits"].prompts)
     kinds: dict[str, Mapping[Measure, Estimate]] = {
-        "": row.means, "_minus_full": row.to_full, "_minus_profiled": row.to_profiled,
-    }  # fmt: skip
+        "": row.means,
+        "_minus_full": row.to_full,
+        "_minus_profiled": row.to_profiled,
+    }
     for measure in MEASURES:
         for kind, estimates in kinds.items():
             found = estimates[measure]

@@ -13,8 +13,6 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.runtime.policies import Policy, load_policy
 
-__all__ = ["PROFILED", "REFERENCE", "MapKind", "MapWanted", "Sweep", "Variant", "changed", "read_variants"]
-
 REFERENCE, PROFILED = "full", "forcing-kv"
 """The variants that the others are compared with; they are in every study."""
 

@@ -16,7 +16,7 @@ import torch
 from forcingkv.export.graphs import to_frames
 from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.headmap import write_bytes
+from forcingkv.headmaps.files import write_bytes
 from forcingkv.measure.ablation.variants import Variant
 from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.generate import generate, seeded_noise
@@ -24,8 +24,6 @@ from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
-
-__all__ = ["Sample", "Studio", "Videos"]
 
 Videos = npt.NDArray[np.uint8]
 """(samples, frames, height, width, 3)."""
@@ -55,13 +53,13 @@ class Studio:
         return build_plan(self.spec, self.spec.geometry(), variant.policy, headmap)
 
     def videos(
-        self, variant: Variant, headmap: HeadMap, say: Callable[[int], None] = lambda done: None
+        self, variant: Variant, headmap: HeadMap, progress: Callable[[int], None] = lambda done: None
     ) -> Videos:
         """The videos of all samples, in order: from the folder, if they are there, else made and kept."""
         file = self.folder / f"{self.digest(variant, headmap)}.npy"
         if file.is_file():
             return _coloured(np.load(file, allow_pickle=False))
-        grey = self._made(variant, headmap, say)
+        grey = self._made(variant, headmap, progress)
         content = io.BytesIO()
         np.save(content, grey, allow_pickle=False)
         write_bytes(file, content.getvalue())
@@ -78,7 +76,9 @@ class Studio:
         made_from = [to_data(self.spec), self.weights.digest, policy, labels, samples, self.chunks]
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
-    def _made(self, variant: Variant, headmap: HeadMap, say: Callable[[int], None]) -> npt.NDArray[np.uint8]:
+    def _made(
+        self, variant: Variant, headmap: HeadMap, progress: Callable[[int], None]
+    ) -> npt.NDArray[np.uint8]:
         plan = self.plan(variant, headmap)
         orders = head_orders(self.spec, variant.policy, headmap)
         model = build_model(self.spec, permute_heads(self.weights, self.spec, orders))
@@ -89,7 +89,7 @@ class Studio:
             made = generate(model, plan, text, seeded_noise(plan, sample.seed), self.chunks)
             frames = torch.cat([to_frames(chunk.latents) for chunk in made])
             videos.append(frames[..., 0].numpy())
-            say(done)
+            progress(done)
         return np.stack(videos)
 
 

@@ -15,8 +15,6 @@ from forcingkv.runtime import Bundle
 from forcingkv.runtime.policies import Policy, load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Case", "bundle_cases", "preset_cases", "typical_layers"]
-
 
 @dataclass(frozen=True)
 class Case:
@@ -78,9 +76,15 @@ def preset_cases(
             part, policy, heads = typical_layers(spec, policy, heads, layers or spec.layers)
             out = Path(folder) / str(place)
             export_bundle(
-                part, random_weights(part), policy, out,
-                headmap=heads, resolution=resolution, decoder=made, verify=False,
-            )  # fmt: skip
+                part,
+                random_weights(part),
+                policy,
+                out,
+                headmap=heads,
+                resolution=resolution,
+                decoder=made,
+                verify=False,
+            )
             cases.append(Case(policy.name, Bundle.open(out)))
         yield cases
 

@@ -10,14 +10,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from forcingkv.headmaps.headmap import write_bytes
+from forcingkv.headmaps.files import write_bytes
 from forcingkv.measure.bench.sweeps import LengthPoint, ResolutionPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["write_lengths", "write_resolutions"]
 
 Point = TypeVar("Point", LengthPoint, ResolutionPoint)
 DPI = 130

@@ -14,8 +14,6 @@ from forcingkv.measure.bench.turns import Measured, Setup, decode_seconds
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.footprint import footprint
 
-__all__ = ["Row", "baseline", "machine", "report", "rows"]
-
 
 @dataclass(frozen=True)
 class Row:

@@ -10,8 +10,6 @@ from forcingkv.measure.bench.results import rows
 from forcingkv.measure.bench.turns import Measured, Setup, decode_seconds, take_turns
 from forcingkv.runtime.cost import pass_flops
 
-__all__ = ["CHUNKS", "LengthPoint", "ResolutionPoint", "lengths", "resolutions"]
-
 CHUNKS = 40
 """Of a video of 30 seconds at 16 frames a second."""
 
@@ -56,7 +54,7 @@ def lengths(
     setup: Setup,
     *,
     chunks: int = CHUNKS,
-    say: Callable[[str], None] = lambda doing: None,
+    progress: Callable[[str], None] = lambda doing: None,
 ) -> list[LengthPoint]:
     """What each chunk costs. A pass is timed in each phase: chunks of a phase run the same shapes."""
     points = []
@@ -66,7 +64,7 @@ def lengths(
     for _ in range(setup.rounds):
         for chunk in sorted(begins):
             at = [case for case in cases if any(p.first_chunk == chunk for p in case.bundle.plan.phases)]
-            for one in take_turns(at, once, chunk=chunk, say=say):
+            for one in take_turns(at, once, chunk=chunk, progress=progress):
                 took.setdefault((one.case.name, chunk), Measured(one.case, [])).turns.extend(one.turns)
     decoding = decode_seconds(took.values())
     for case in cases:
@@ -76,10 +74,15 @@ def lengths(
             total += seconds
             points.append(
                 LengthPoint(
-                    case.name, chunk + 1, seconds, total, decoding,
-                    plan.kv_bytes(chunk=chunk), pass_flops(plan, chunk).total,
+                    case.name,
+                    chunk + 1,
+                    seconds,
+                    total,
+                    decoding,
+                    plan.kv_bytes(chunk=chunk),
+                    pass_flops(plan, chunk).total,
                 )
-            )  # fmt: skip
+            )
     return points
 
 
@@ -90,8 +93,14 @@ def resolutions(found: Sequence[tuple[str, Sequence[Measured]]]) -> list[Resolut
         for one, row in zip(measured, rows(measured), strict=True):
             points.append(
                 ResolutionPoint(
-                    row.policy, resolution, one.case.bundle.plan.chunk_tokens, row.seconds_per_chunk,
-                    row.speedup, row.speedup_undisturbed, row.flop_limit, row.kv_bytes,
+                    row.policy,
+                    resolution,
+                    one.case.bundle.plan.chunk_tokens,
+                    row.seconds_per_chunk,
+                    row.speedup,
+                    row.speedup_undisturbed,
+                    row.flop_limit,
+                    row.kv_bytes,
                 )
-            )  # fmt: skip
+            )
     return points

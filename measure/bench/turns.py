@@ -13,8 +13,6 @@ from forcingkv.measure.process import watched
 from forcingkv.runtime import Session
 from forcingkv.runtime.memory import give_back
 
-__all__ = ["Measured", "Setup", "Turn", "decode_seconds", "take_turn", "take_turns"]
-
 SHORT = 10.0
 """Seconds: a pass that takes less is run once before it is timed, and the clean pass is timed too. One that
 takes more has long forgotten how it began; before it a pass of the first chunk takes what memory it can."""
@@ -82,7 +80,7 @@ def take_turns(
     *,
     chunk: int | None = None,
     seconds: float | None = None,
-    say: Callable[[str], None] = lambda doing: None,
+    progress: Callable[[str], None] = lambda doing: None,
 ) -> list[Measured]:
     """Time a pass of every case, A B C A B C: what slows the machine down for a while meets all alike.
 
@@ -93,17 +91,17 @@ def take_turns(
             as long as they get.
         seconds: no round begins that would end after so many, if it takes as long as the one before.
             The first always runs.
-        say: told what is being done.
+        progress: told what is being done.
     """
     made = [Measured(case, []) for case in cases]
     began, last = time.perf_counter(), 0.0
     for number in range(setup.rounds):
         opened = time.perf_counter()
         if number and seconds is not None and opened - began + last > seconds:
-            say(f"left out {setup.rounds - number} of {setup.rounds} rounds: there was no time for them")
+            progress(f"left out {setup.rounds - number} of {setup.rounds} rounds: there was no time for them")
             break
         for place, one in enumerate(made):
-            say(f"round {number + 1} of {setup.rounds}: {one.case.name}")
+            progress(f"round {number + 1} of {setup.rounds}: {one.case.name}")
             decoding = setup.decode and place == number % len(made)
             one.turns.append(take_turn(one.case, setup, chunk, decode=decoding))
         last = time.perf_counter() - opened

@@ -9,8 +9,6 @@ from forcingkv.measure.fidelity.pairs import grey
 from forcingkv.models.demo.data import moves_of
 from forcingkv.models.demo.judge import Judge, verdict
 
-__all__ = ["READ_CHUNK", "read_digits"]
-
 READ_CHUNK = 5
 """Chunk index whose digits are read, as in `forcingkv demo`: the caches have been pruned several times."""
 

@@ -17,8 +17,6 @@ import numpy.typing as npt
 from forcingkv.measure.fidelity.layout import ChunkLayout
 from forcingkv.measure.fidelity.motion import Motion
 
-__all__ = ["FLOOR_LEVELS", "FLOOR_PIXELS", "Seams", "chunk_discontinuity", "seam", "seam_ratios", "seams"]
-
 Floats = npt.NDArray[np.float64]
 
 FLOOR_PIXELS = 0.05

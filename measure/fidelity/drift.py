@@ -11,8 +11,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Drift", "Look", "drift", "histogram_distance", "look_of"]
-
 Frame = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 

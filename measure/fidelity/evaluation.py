@@ -21,8 +21,6 @@ from forcingkv.measure.fidelity.video import measure_pair, measure_video
 from forcingkv.runtime import Session
 from forcingkv.runtime.text import Prompt
 
-__all__ = ["Result", "Sample", "Summary", "VideoRow", "evaluate_sessions", "samples_of", "summarize"]
-
 Frames = npt.NDArray[np.uint8]
 
 
@@ -80,7 +78,7 @@ def samples_of(prompts: Sequence[tuple[str, Prompt]], seeds: int, seed: int) -> 
             f"are {distinct}",
             where="prompts",
             expected="two different ones or more, since intervals come from how prompts differ",
-            mend=f"Give more with --prompts and --samples; {FEW} are enough for intervals to hold.",
+            hint=f"Give more with --prompts and --samples; {FEW} are enough for intervals to hold.",
         )
     return [
         Sample(prompt, text, seed + number * seeds + turn)
@@ -94,7 +92,7 @@ def evaluate_sessions(
     samples: Iterable[Sample],
     chunks: int,
     reference: str | None,
-    say: Callable[[], None] = lambda: None,
+    progress: Callable[[], None] = lambda: None,
 ) -> list[VideoRow]:
     """Generate each sample with every session in turn, and measure each video.
 
@@ -105,7 +103,7 @@ def evaluate_sessions(
         samples: prompts and seeds.
         chunks: length of the videos.
         reference: a name of `sessions`; None: nothing is compared frame by frame.
-        say: called after each video.
+        progress: called after each video.
 
     Raises:
         InputError: the sessions make videos of different kinds, or a prompt cannot be used.
@@ -121,7 +119,7 @@ def evaluate_sessions(
             if name == reference:
                 kept = video
             rows.append(_measured(name, sessions[name], sample, video, None if name == reference else kept))
-            say()
+            progress()
     return rows
 
 

@@ -13,8 +13,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PRESET", "FlowMeter", "PairFlow", "enlargement"]
-
 Frame = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 

@@ -15,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import bootstrap
 
-__all__ = ["CONFIDENCE", "FEW", "Estimate", "estimate"]
-
 CONFIDENCE = 0.95
 FEW = 32
 """Videos below which intervals are known to be too narrow, and a result warns."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["ChunkLayout"]
-
 
 @dataclass(frozen=True)
 class ChunkLayout:

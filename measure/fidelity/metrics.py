@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["METRICS", "Metric", "Values"]
-
 Values = dict[str, float | None]
 """Metric -> its value for one video; None where it has none."""
 
@@ -37,5 +35,5 @@ METRICS = {
     "colour_drift": Metric("colour drift", "dE", "between mean colours of first and last second"),
     "colour_drift_most": Metric("colour drift, most", "dE", "from the first second to any other"),
     "histogram_drift": Metric("histogram drift", "L*a*b*", "between colours of first and last second"),
-}  # fmt: skip
+}
 """Those of a video alone and those against a reference; the order is that of tables."""

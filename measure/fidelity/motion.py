@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from forcingkv.measure.fidelity.flow import FlowMeter, PairFlow
 
-__all__ = ["SAMPLED_FPS", "Motion", "MotionMeter", "moves"]
-
 Frame = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 

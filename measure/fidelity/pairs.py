@@ -13,8 +13,6 @@ from scipy.ndimage import gaussian_filter
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["WINDOW", "grey", "luma", "mean_psnr", "psnr", "squared_error", "ssim"]
-
 Frames = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 

@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from forcingkv.measure.fidelity.layout import ChunkLayout
 
-__all__ = ["SEAMS", "brighten", "burst", "plant", "shift", "soften", "stall", "tint"]
-
 Frames = npt.NDArray[np.uint8]
 
 

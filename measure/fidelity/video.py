@@ -17,8 +17,6 @@ from forcingkv.measure.fidelity.metrics import Values
 from forcingkv.measure.fidelity.motion import MotionMeter
 from forcingkv.measure.fidelity.pairs import psnr, squared_error, ssim
 
-__all__ = ["PairMeasures", "VideoMeasures", "measure_pair", "measure_video"]
-
 Frames = Iterable[npt.NDArray[np.uint8]]
 
 
@@ -126,5 +124,5 @@ def _other_length(found: str, expected: str, where: str) -> InputError:
         f"has {found} frames",
         where=where,
         expected=f"{expected}, as the reference has",
-        mend="Compare videos of one prompt, seed and length.",
+        hint="Compare videos of one prompt, seed and length.",
     )

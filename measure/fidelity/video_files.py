@@ -13,8 +13,6 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 
-__all__ = ["VideoFile", "open_video"]
-
 
 @dataclass(frozen=True)
 class VideoFile:

@@ -10,8 +10,6 @@ from importlib import resources
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
 
-__all__ = ["DecoderCosts", "decoder_costs"]
-
 
 @dataclass(frozen=True)
 class DecoderCosts:

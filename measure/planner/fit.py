@@ -15,8 +15,6 @@ from forcingkv.measure.planner.gpus import Gpu, gpu_classes
 from forcingkv.measure.planner.published import Case, Row, published_rows
 from forcingkv.measure.planner.roofline import pass_seconds
 
-__all__ = ["BOUND", "Efficiency", "Outcome", "basis", "efficiencies", "fit_efficiency", "hold", "outcomes"]
-
 BOUND = 0.15
 """Relative error from which a row has to say why."""
 STEPS = 60

@@ -14,8 +14,6 @@ from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.policies import load_policy, policy_names
 from forcingkv.runtime.spec import Dtype
 
-__all__ = ["Fit", "what_fits"]
-
 
 @dataclass(frozen=True)
 class Fit:

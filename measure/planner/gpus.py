@@ -11,8 +11,6 @@ from importlib import resources
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
 
-__all__ = ["Gpu", "GpuClass", "gpu_classes", "gpu_names", "load_gpu"]
-
 
 @dataclass(frozen=True)
 class GpuClass:
@@ -85,7 +83,12 @@ def load_gpu(key: str) -> Gpu:
     if entry is None:
         raise InputError(f"there is no GPU {key!r}", where="gpu", expected=f"one of {', '.join(gpu_names())}")
     return Gpu(
-        key=key.lower(), name=entry.name, family=entry.family, sm=entry.sm,
-        memory_bytes=entry.memory_mib << 20, peak_flops=entry.bf16_tflops * 1e12,
-        bandwidth=entry.bandwidth_gbs * 1e9, source=entry.source,
-    )  # fmt: skip
+        key=key.lower(),
+        name=entry.name,
+        family=entry.family,
+        sm=entry.sm,
+        memory_bytes=entry.memory_mib << 20,
+        peak_flops=entry.bf16_tflops * 1e12,
+        bandwidth=entry.bandwidth_gbs * 1e9,
+        source=entry.source,
+    )

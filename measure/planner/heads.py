@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.evidence import ModelIdentity
-from forcingkv.headmaps.headmap import HeadMap, uniform
+from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
 from forcingkv.measure.nominal import heads_in_words, known_map, map_with_counts
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import Geometry, ModelSpec
-
-__all__ = ["Given", "parse_counts", "plan_for", "spread"]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from forcingkv.runtime.footprint import kv_parts
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
 
-__all__ = ["RESERVE_BYTES", "Memory", "activation_bytes", "parameters", "session_memory"]
-
 RESERVE_BYTES = 1 << 30
 """Left free for what no derivation knows: CUDA's own context, the code of kernels, rounding by allocators. An
 assumption: it has not been measured."""
@@ -95,8 +93,10 @@ def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> Memory:
         # Latents, noise, next latents, those being decoded; cosines and sines.
         "latents": wide * (4 * chunk + plan.chunk_tokens * spec.head_dim),
     }
-    unknown = ["CUDA's own context and what allocators round up: a reserve is kept for them",
-               "the text encoder: prompts are encoded ahead, or it is loaded beside"]  # fmt: skip
+    unknown = [
+        "CUDA's own context and what allocators round up: a reserve is kept for them",
+        "the text encoder: prompts are encoded ahead, or it is loaded beside",
+    ]
     if decoder.activation_bytes is None:
         unknown.append(f"activations of the decoder {spec.decoder.kind}: never built")
     return Memory(parts, tuple(unknown))

@@ -11,8 +11,6 @@ from forcingkv.measure.planner.work import PassWork, pass_work
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
-__all__ = ["Prediction", "VideoWork", "predict", "video_work"]
-
 
 @dataclass(frozen=True)
 class VideoWork:

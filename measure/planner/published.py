@@ -17,8 +17,6 @@ from forcingkv.runtime.footprint import kv_parts
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.policies import load_policy
 
-__all__ = ["Case", "Measure", "Row", "published_rows", "rows_from"]
-
 Measure = Literal["fps", "speedup", "attention_share", "kv_bytes"]
 
 

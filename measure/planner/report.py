@@ -17,8 +17,6 @@ from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.policies import Policy, load_policy
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
 
-__all__ = ["Request", "plan_report"]
-
 
 @dataclass(frozen=True)
 class Request:

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from forcingkv.measure.planner.gpus import Gpu
 from forcingkv.measure.planner.work import PassWork, Work
 
-__all__ = ["pass_seconds", "work_seconds"]
-
 
 def work_seconds(work: Work, gpu: Gpu, efficiency: float) -> float:
     """Seconds of one kind of work. `efficiency` is the share of the peak that is reached, above 0."""

@@ -9,8 +9,6 @@ from typing import Any
 from forcingkv.measure.planner.fit import BOUND, Efficiency, Outcome
 from forcingkv.runtime.footprint import readable
 
-__all__ = ["plan_lines", "published_lines"]
-
 WIDTH = 80
 BESIDE = 4
 """Policies side by side in the table of memory."""
@@ -120,8 +118,16 @@ def published_lines(outcomes: Sequence[Outcome], constants: dict[str, Efficiency
             else f"fitted to {', '.join(constant.rows)}"
         )
         yield f"- efficiency of class `{name}`: {constant.value:.4f}, {origin}"
-    columns = ("setting", "measure", "published", "predicted", "error", "efficiency needed",
-               "frames needed, policy", "frames needed, full")  # fmt: skip
+    columns = (
+        "setting",
+        "measure",
+        "published",
+        "predicted",
+        "error",
+        "efficiency needed",
+        "frames needed, policy",
+        "frames needed, full",
+    )
     yield from ("", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
     yield from map(_published_row, outcomes)
     yield from ("", f"Off by more than {BOUND:.0%}, and why:", "")

@@ -13,17 +13,6 @@ from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype
 
-__all__ = [
-    "FLOAT_TRIPS",
-    "HIDDEN_TRIPS",
-    "KINDS",
-    "MODEL_TRIPS",
-    "PassWork",
-    "Work",
-    "elementwise_bytes",
-    "pass_work",
-]
-
 KINDS: dict[str, str] = {
     "linear": "projections and feed-forward: weights, inputs and outputs of each product",
     "attention": "self-attention: queries, keys, values, result",

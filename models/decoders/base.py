@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-__all__ = ["StreamingDecoder"]
-
 
 class StreamingDecoder(nn.Module, ABC):
     """Turns latents into pixels, any number of latent frames a call.

@@ -9,8 +9,6 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.models.decoders import KINDS, StreamingDecoder, load_decoder
 from forcingkv.runtime.spec import Decoder, ModelSpec
 
-__all__ = ["decoder_for"]
-
 
 def decoder_for(
     spec: ModelSpec, kind: str | None, path: Path | None, *, random: bool = False
@@ -38,7 +36,7 @@ def decoder_for(
         raise InputError(
             f"the weights of the decoder {kind} are not given",
             where="decoder",
-            mend="Name them: --vae Wan2.1_VAE.pth, or --decoder taehv --vae taew2_1.pth.",
+            hint="Name them: --vae Wan2.1_VAE.pth, or --decoder taehv --vae taew2_1.pth.",
         )
     decoder = load_decoder(kind, path)
     name = next(known for known in KINDS if known == kind)

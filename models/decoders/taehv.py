@@ -17,8 +17,6 @@ from forcingkv.models.decoders.base import StreamingDecoder
 from forcingkv.models.fit import check_fit
 from forcingkv.models.tensor_files import open_tensors
 
-__all__ = ["TaehvDecoder", "load_taehv", "random_taehv"]
-
 WIDTHS = (256, 128, 64, 64)
 LATENT_CHANNELS = 16
 GROWTH = (1, 2, 2)

@@ -19,8 +19,6 @@ from torch.nn import functional as F
 
 from forcingkv.models.decoders.base import StreamingDecoder
 
-__all__ = ["WanVaeDecoder"]
-
 PAST = 2
 """Frames that a temporal kernel of 3 looks back."""
 

@@ -17,8 +17,6 @@ from forcingkv.models.decoders.wan_vae import WanVaeDecoder
 from forcingkv.models.fit import check_fit
 from forcingkv.models.tensor_files import open_tensors
 
-__all__ = ["load_wan_vae", "random_wan_vae"]
-
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 WAN_NAMES = ("decoder.middle.", "decoder.upsamples.")
 """How names start that only files in Wan's own naming have."""
@@ -105,7 +103,7 @@ def _empty(config: dict[str, Any], where: str) -> AutoencoderKLWan:
         raise InputError(
             f"makes no {AutoencoderKLWan.__name__} ({error})",
             where=where,
-            mend="A field that is not known may need a newer diffusers.",
+            hint="A field that is not known may need a newer diffusers.",
         ) from error
     if not all(map(math.isfinite, mean_std)):
         raise InputError("latents_mean or latents_std is not finite", where=where)
@@ -114,7 +112,7 @@ def _empty(config: dict[str, Any], where: str) -> AutoencoderKLWan:
         raise InputError(
             f"is not of Wan 2.1's kind: {', '.join(wrong)}",
             where=where,
-            mend="Take the VAE of Wan 2.1. That of Wan 2.2's 5B model is another.",
+            hint="Take the VAE of Wan 2.1. That of Wan 2.2's 5B model is another.",
         )
     return vae
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import polars as pl
 from matplotlib import pyplot as plt
 
-__all__ = ["draw_curve"]
-
 WINDOW = 25
 """Steps averaged into a point."""
 

@@ -30,7 +30,7 @@ __all__ = [
     "make_clip",
     "moves_of",
     "prompt_of",
-]  # fmt: skip
+]
 
 Floats = npt.NDArray[np.float32]
 Split = Literal["train", "held-out"]

@@ -19,8 +19,6 @@ from sklearn.svm import SVC
 
 from forcingkv.models.demo.data import DIRECTIONS, HALF, Moves, Split, make_clip
 
-__all__ = ["Judge", "Verdict", "accuracy_on_real_clips", "verdict"]
-
 Frames = npt.NDArray[np.floating]
 
 CROP = 12

@@ -22,8 +22,6 @@ from forcingkv.runtime import positions
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 
-__all__ = ["FIRST_CHUNK_WEIGHT", "Loss", "TeacherForcing", "loss_function", "make_batch"]
-
 FIRST_CHUNK_WEIGHT = 2.0
 Loss = Callable[[dict[str, Tensor]], Tensor]
 """A batch -> each chunk's weighted share of the loss, (chunks,)."""

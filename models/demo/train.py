@@ -27,8 +27,6 @@ from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["Trainer", "place", "train"]
-
 SEED = 20261122
 SAVE_EVERY = 100
 WARM_UP = 100

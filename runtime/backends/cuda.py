@@ -17,8 +17,6 @@ from forcingkv.runtime.cuda_core import cuda_core
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError
 from forcingkv.runtime.footprint import readable
 
-__all__ = ["CudaGraph", "CudaMark", "CudaQueue", "Gpu", "close_all", "fault"]
-
 SHORT = ("out_of_memory", "out of memory", "outofmemory", "memoryallocation")
 """What messages of the driver, CUDA and TensorRT hold, in small letters, where memory is short."""
 

@@ -14,8 +14,6 @@ from forcingkv.runtime.backends import Array, Queue
 from forcingkv.runtime.backends.cuda import CudaQueue, Gpu, close_all
 from forcingkv.runtime.faults import DeviceError
 
-__all__ = ["CudaFetch", "CudaMemory", "CudaTensor"]
-
 LEAST = 16
 """Bytes of the smallest allocation: an empty tensor needs an address too."""
 PAGE = 4096

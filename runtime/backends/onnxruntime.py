@@ -23,8 +23,6 @@ from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.memory import available_bytes, give_back
 
-__all__ = ["HostTensor", "OnnxGraph", "OnnxRuntimeBackend"]
-
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 LARGE_ACTIVATIONS = 256_000_000
 """Bytes of a pass up to which its memory is always kept for the next one: pages that are taken anew each time
@@ -213,7 +211,7 @@ class OnnxRuntimeBackend:
                 f"its graphs compute in {compute}, for TensorRT",
                 where=str(bundle.path),
                 expected="float32, for ONNX Runtime",
-                mend="Export the model with --target onnx, or choose --backend tensorrt or tensorrt-rtx.",
+                hint="Export the model with --target onnx, or choose --backend tensorrt or tensorrt-rtx.",
             )
         self.provider = CUDA if CUDA in ort.get_available_providers() else CPU
         ample = available_bytes() >= AMPLE * sum(footprint(bundle.manifest, bundle.plan).values())

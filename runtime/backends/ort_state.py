@@ -11,8 +11,6 @@ from forcingkv.runtime.backends import Array, Queue
 from forcingkv.runtime.backends.onnxruntime import Fetched
 from forcingkv.runtime.faults import DeviceError, MemoryShortError
 
-__all__ = ["OrtStateTensor"]
-
 
 class OrtStateTensor:
     """A view of an OrtValue's start. Reading and writing copy the whole OrtValue."""

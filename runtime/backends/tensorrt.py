@@ -22,8 +22,6 @@ from forcingkv.runtime.engines import device_sm
 from forcingkv.runtime.faults import DeviceError
 from forcingkv.runtime.flavour import FlavourName, trt
 
-__all__ = ["TensorRTBackend"]
-
 ALIGNMENT = 256
 """Bytes that TensorRT wants the address of an input or output to be a multiple of."""
 

@@ -12,8 +12,6 @@ from forcingkv.runtime.faults import DeviceError, SessionError
 from forcingkv.runtime.flavour import trt
 from forcingkv.runtime.prune_plugin import raise_plugin_error
 
-__all__ = ["PhaseContext", "Shape"]
-
 Shape = tuple[int, ...]
 
 

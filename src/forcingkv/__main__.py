@@ -8,8 +8,6 @@ from forcingkv.commands import app
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.faults import SessionError
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Run a command.

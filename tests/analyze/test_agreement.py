@@ -163,8 +163,12 @@ def test_pairwise() -> None:
     found = pairwise(maps)
     assert len(found) == 9
     assert {pair for pair, agreement in found.items() if agreement.share == 1} == {
-        ("a", "a"), ("b", "b"), ("c", "c"), ("a", "c"), ("c", "a"),
-    }  # fmt: skip
+        ("a", "a"),
+        ("b", "b"),
+        ("c", "c"),
+        ("a", "c"),
+        ("c", "a"),
+    }
 
 
 def test_score_difference() -> None:

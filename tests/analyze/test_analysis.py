@@ -102,10 +102,10 @@ def test_an_interrupted_run_goes_on_and_counts_nothing_twice(recorded: Path, tmp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        record_samples(JOB, tmp_path, samples=3, say=interrupt)
+        record_samples(JOB, tmp_path, samples=3, progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["sample-0000.parquet"]
     told: list[tuple[int, int]] = []
-    assert record_samples(JOB, tmp_path, samples=3, say=lambda *at: told.append(at)) == [1, 2]
+    assert record_samples(JOB, tmp_path, samples=3, progress=lambda *at: told.append(at)) == [1, 2]
     assert told[0] == (1, 0)
     assert contents(tmp_path) == contents(recorded / "stats")
     assert record_samples(JOB, tmp_path, samples=3) == []
@@ -139,10 +139,12 @@ def test_statistics_can_lie_anywhere_that_fsspec_reaches(recorded: Path, tmp_pat
         ({"rows": 9}, "rows differs; expected rows 9, not None"),
         ({"policy": "window"}, "policy differs; expected policy 'window', not 'full'"),
         ({"texts": TEXTS[::-1]}, "text differs"),
-        ({"spec": small_spec(name="other"), "weights": random_weights(small_spec(name="other"))},
-         r"model, spec differ \(the model small\)"),
+        (
+            {"spec": small_spec(name="other"), "weights": random_weights(small_spec(name="other"))},
+            r"model, spec differ \(the model small\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_recordings_of_another_run_are_not_mixed_in(
     recorded: Path, changes: dict[str, object], message: str
 ) -> None:
@@ -197,17 +199,17 @@ def spoil(stats: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated", r"sample-0001.parquet: cannot be read .*expected a whole Parquet file"),
+        ("truncated", r"sample-0001.parquet cannot be read .*expected a whole Parquet file"),
         ("damaged", "cannot be read .*expected a whole Parquet file"),
-        ("empty", r"sample-0001.parquet: cannot be read"),
-        ("unknown", r"sample-0001.parquet: does not say what it holds"),
-        ("version", r"sample-0001.parquet: has the schema 'forcingkv.statistics/9'"),
-        ("model", r"sample-0001.parquet: is of another run: model differs \(the model other\)"),
-        ("columns", r"sample-0001.parquet: has the columns"),
+        ("empty", r"sample-0001.parquet cannot be read"),
+        ("unknown", r"sample-0001.parquet does not say what it holds"),
+        ("version", r"sample-0001.parquet has the schema 'forcingkv.statistics/9'"),
+        ("model", r"sample-0001.parquet is of another run: model differs \(the model other\)"),
+        ("columns", r"sample-0001.parquet has the columns"),
         ("nan", r"the mass of sample 1 sums to nan \(chunk 2, step 0, layer 1, head 2"),
         ("short", "sample 1 has 143 scored rows; expected 144"),
         ("doubled", "a row is there twice"),
-        ("renamed", r"sample-0001.parquet: holds sample 2; expected sample 1"),
+        ("renamed", r"sample-0001.parquet holds sample 2; expected sample 1"),
         ("gone", r"holds no statistics; expected files sample-NNNN.parquet"),
     ],
 )

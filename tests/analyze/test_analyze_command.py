@@ -30,9 +30,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def heads(place: Path, out: Path, samples: int = 2) -> list[object]:
     return [
-        "analyze", "heads", "--model", place / "spec.toml", "--random-weights", "--chunks", 3,
-        "--prompts", place / "prompts.txt", "--samples", samples, "--out", out,
-    ]  # fmt: skip
+        "analyze",
+        "heads",
+        "--model",
+        place / "spec.toml",
+        "--random-weights",
+        "--chunks",
+        3,
+        "--prompts",
+        place / "prompts.txt",
+        "--samples",
+        samples,
+        "--out",
+        out,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +86,10 @@ def test_json_says_what_the_files_say(made: Path, run: Run, tmp_path: Path) -> N
     assert data["stability"]["rule"]["name"] == "quota"
     assert {head["label"] for head in data["stability"]["heads"]} == {"static", "dynamic"}
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
-        "headmap.json", "report.html", "stability.json",
-    ]  # fmt: skip
+        "headmap.json",
+        "report.html",
+        "stability.json",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +102,7 @@ def test_json_says_what_the_files_say(made: Path, run: Run, tmp_path: Path) -> N
         (["--rule", "budget", "--target-kv", "1.1MB"], {"budget": {**BUDGET, "kv_bytes": 1_100_000}}),
         (["--rule", "budget", "--target-time", 0.9], {"budget": {**BUDGET, "time_ratio": 0.9}}),
     ],
-)  # fmt: skip
+)
 def test_any_rule_can_be_applied_again(
     options: list[object], rule: dict[str, object], made: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -115,8 +128,22 @@ def test_a_run_goes_on_and_can_be_restarted(place: Path, run: Run, tmp_path: Pat
 
 def test_options_of_the_recording_reach_it(place: Path, run: Run, tmp_path: Path) -> None:
     stats = f"file://{tmp_path / 'elsewhere'}"
-    ran = run(*heads(place, tmp_path / "run", 1), "--rows", 30, "--policy", "window", "--dtype", "bfloat16",
-              "--device", "cpu", "--threads", 1, "--stats", stats, "--json")  # fmt: skip
+    ran = run(
+        *heads(place, tmp_path / "run", 1),
+        "--rows",
+        30,
+        "--policy",
+        "window",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+        "--stats",
+        stats,
+        "--json",
+    )
     assert ran.code == 0, ran.err
     measured = json.loads(ran.out)["headmap"]["statistics"]
     assert (measured["rows"], measured["policy"], measured["resolution"]) == (30, "window", "48x32")
@@ -128,7 +155,7 @@ def test_options_of_the_recording_reach_it(place: Path, run: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompts", "LATIN"], "latin.txt: cannot be read"),
+        (["--prompts", "LATIN"], "latin.txt cannot be read"),
         (["--samples", 0], "Invalid value for '--samples'"),
         (["--rule", "budget"], "the rule budget is asked for with 0 targets"),
         (["--rule", "quota", "--target-kv", "1GB"], "the rule quota is asked for with 1 targets"),
@@ -140,7 +167,7 @@ def test_options_of_the_recording_reach_it(place: Path, run: Run, tmp_path: Path
         (["--dtype", "float16"], "there is no dtype 'float16'"),
         (["--policy", "forcing-kv"], "the policy forcing-kv needs a head map"),
         (["--sink-frames", 9], "leaves no history"),
-        (["--stats", "nosuch://x"], "nosuch://x: cannot be reached"),
+        (["--stats", "nosuch://x"], "nosuch://x cannot be reached"),
         (["--ray", "127.0.0.1:1"], "ray 127.0.0.1:1: no cluster answers"),
     ],
 )

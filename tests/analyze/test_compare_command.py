@@ -33,13 +33,17 @@ def map_of(rows: str, **values: object) -> HeadMap:
 def runs(tmp_path: Path) -> tuple[Path, Path]:
     """Two runs: three heads of eight differ; two of those are undecided, one of them in both."""
     a = map_of(
-        "SSDD DDSS", statistics=MEASURED, scores=((0.9, 0.81, 0.1, 0.79), (0.2, 0.3, 0.95, 0.99)),
+        "SSDD DDSS",
+        statistics=MEASURED,
+        scores=((0.9, 0.81, 0.1, 0.79), (0.2, 0.3, 0.95, 0.99)),
         undecided=((1, 3), ()),
-    )  # fmt: skip
+    )
     b = map_of(
-        "SDDS DDSD", statistics=MEASURED, scores=((0.9, 0.79, 0.1, 0.82), (0.2, 0.3, 0.95, 0.5)),
+        "SDDS DDSD",
+        statistics=MEASURED,
+        scores=((0.9, 0.79, 0.1, 0.82), (0.2, 0.3, 0.95, 0.5)),
         undecided=((1,), ()),
-    )  # fmt: skip
+    )
     for name, headmap in (("heads-a", a), ("heads-b", b)):
         headmap.write(tmp_path / name / "headmap.json")
     return tmp_path / "heads-a", tmp_path / "heads-b"
@@ -86,13 +90,18 @@ def test_two_runs_for_machines(runs: tuple[Path, Path], run: Run) -> None:
     assert found["iou"] == pytest.approx({"static": 0.4, "dynamic": 0.5})
     assert (found["heads"], found["changed"], found["changed_undecided"]) == (8, 3, 2)
     assert found["moves"] == [
-        {"labels": ["static", "dynamic"], "heads": 2}, {"labels": ["dynamic", "static"], "heads": 1},
-    ]  # fmt: skip
+        {"labels": ["static", "dynamic"], "heads": 2},
+        {"labels": ["dynamic", "static"], "heads": 1},
+    ]
     assert len(found["changes"]) == 3, "a limit is for people"
     assert found["changes"][0] == {
-        "layer": 1, "head": 3, "labels": ["static", "dynamic"], "scores": [0.99, 0.5],
-        "distances": [pytest.approx(0.19), pytest.approx(0.3)], "undecided": [False, False],
-    }  # fmt: skip
+        "layer": 1,
+        "head": 3,
+        "labels": ["static", "dynamic"],
+        "scores": [0.99, 0.5],
+        "distances": [pytest.approx(0.19), pytest.approx(0.3)],
+        "undecided": [False, False],
+    }
     for side, folder in zip("ab", runs, strict=True):
         assert found[side]["path"] == str(folder)
         assert found[side]["digest"] == HeadMap.read(folder / "headmap.json").digest
@@ -242,13 +251,13 @@ def test_short_names() -> None:
     ("words", "message"),
     [
         (["heads-a", "wide.json"], "2 layers of 4 heads, the other for 1 of 8"),
-        (["heads-a", "nowhere.json"], "nowhere.json: cannot be read (No such file or directory)"),
-        (["empty", "heads-a"], "empty: has no headmap.json; expected a folder that"),
-        (["heads-a", "text.json"], "text.json: is not JSON"),
+        (["heads-a", "nowhere.json"], "nowhere.json cannot be read (No such file or directory)"),
+        (["empty", "heads-a"], "empty has no headmap.json; expected a folder that"),
+        (["heads-a", "text.json"], "text.json is not JSON"),
         (["nothing.json", "nothing.json"], "the maps have no heads"),
         (["heads-a", "heads-b", "--out", "a.jpg"], "a.jpg'; expected a name that ends in .png"),
-        (["heads-a", "heads-b", "--out", "text.json/a.png"], "a.png: cannot be written"),
-        (["heads-a", "heads-b", "--out", "taken.png"], "taken.png: cannot be written"),
+        (["heads-a", "heads-b", "--out", "text.json/a.png"], "a.png cannot be written"),
+        (["heads-a", "heads-b", "--out", "taken.png"], "taken.png cannot be written"),
         (["heads-a", "heads-b", "--min-agreement", "1.5"], "min-agreement: 1.5; expected 0 to 1"),
         (["heads-a", "heads-b", "--min-agreement", "nan"], "min-agreement: nan; expected 0 to 1"),
     ],

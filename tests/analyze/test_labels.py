@@ -60,9 +60,18 @@ def recorded(rows: Iterable[dict[str, object]], samples: int, **changes: object)
     sizes = {"layers": 1, "heads": 2, "frames_per_chunk": 1, "schedule": small_spec().schedule}
     spec = small_spec(**(sizes | changes))
     recording = Recording(
-        SCHEMA, ModelIdentity("small", spec.layers, spec.heads), spec, 12, 8, "full", None, 0, 5, None,
+        SCHEMA,
+        ModelIdentity("small", spec.layers, spec.heads),
+        spec,
+        12,
+        8,
+        "full",
+        None,
+        0,
+        5,
+        None,
         "float32",
-    )  # fmt: skip
+    )
     return Recorded(pl.DataFrame(list(rows)).lazy(), recording, tuple(range(samples)), "stats")
 
 
@@ -72,10 +81,18 @@ def drawn_rows(samples: int = 2, frames: int = 1, seed: int = 0) -> list[dict[st
     rows: list[dict[str, object]] = []
     for sample, chunk, step, head, query in np.ndindex(samples, 5, 2, 2, frames):
         keys = (chunk + 1) * frames
-        rows.append({
-            "sample": sample, "chunk": chunk, "step": step, "layer": 0, "head": head, "query_frame": query,
-            "key_frame": list(range(keys)), "mass": random.dirichlet(np.ones(keys)).tolist(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "sample": sample,
+                "chunk": chunk,
+                "step": step,
+                "layer": 0,
+                "head": head,
+                "query_frame": query,
+                "key_frame": list(range(keys)),
+                "mass": random.dirichlet(np.ones(keys)).tolist(),
+            }
+        )
     return [rows[index] for index in random.permutation(len(rows))]
 
 
@@ -115,10 +132,12 @@ def test_statistics_that_are_not_whole_are_refused() -> None:
         ([row for row in rows if row["sample"] == 0], "sample 1 has 0 scored rows"),
         ([*rows, {**scored, "sample": 7}], "sample 7 has 1 scored rows"),
         ([scored if row["sample"] == 1 and row["chunk"] > 1 else row for row in rows], "sample"),
-        ([{**row, "mass": [0.4] * 4} if row is scored else row for row in rows],
-         r"sums to 1.6 \(chunk 3, step \d, layer 0, head \d; 1 such"),
+        (
+            [{**row, "mass": [0.4] * 4} if row is scored else row for row in rows],
+            r"sums to 1.6 \(chunk 3, step \d, layer 0, head \d; 1 such",
+        ),
         ([{**row, "mass": [np.nan] * 4} if row is scored else row for row in rows], "sums to nan"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(InputError, match=message) as raised:
             observe(recorded(faulty, 2), 1)
         assert raised.value.where == "stats"

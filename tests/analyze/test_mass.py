@@ -72,8 +72,15 @@ def naive(found: Case) -> Naive:
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.integers(1, 40),
-       st.floats(0.1, 3), st.integers(0, 2**31))  # fmt: skip
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.floats(0.1, 3),
+    st.integers(0, 2**31),
+)
 def test_exact_statistics_equal_the_full_softmax(
     heads: int, query_frames: int, key_frames: int, tokens: int, width: int, scale: float, seed: int
 ) -> None:

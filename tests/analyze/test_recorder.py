@@ -93,8 +93,10 @@ def test_what_is_recorded_is_what_attention_did(policy: str) -> None:
                 expected = written_out(queries[local], {r: k[local] for r, k in by_role.items()}, frames)
                 for frame, (mass, entropy) in enumerate(expected):
                     row = indexed[chunk, step, layer, orders[layer][head], frame]
-                    got = {(role, f): m for role, f, m in
-                           zip(row["role"], row["key_frame"], row["mass"], strict=True)}  # fmt: skip
+                    got = {
+                        (role, f): m
+                        for role, f, m in zip(row["role"], row["key_frame"], row["mass"], strict=True)
+                    }
                     assert got.keys() == mass.keys()
                     np.testing.assert_allclose([got[k] for k in mass], list(mass.values()), atol=2e-6)
                     assert abs(row["entropy"] - entropy) < 1e-4

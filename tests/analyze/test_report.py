@@ -39,9 +39,17 @@ from tests.conftest import small_spec
 COMMAND = ["forcingkv", "analyze", "heads", "--prompts", "a file.txt"]
 SECTIONS = ("map", "scores", "stability", "attention", "rules", "making")
 CHROMIUM = shutil.which("chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--enable-logging=stderr", "--dump-dom", "--window-size=500,900",
-]  # fmt: skip
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--enable-logging=stderr",
+    "--dump-dom",
+    "--window-size=500,900",
+]
 
 
 class Made(NamedTuple):

@@ -259,9 +259,16 @@ def test_the_verdict_says_how_many_heads_keep_their_label() -> None:
 
 @pytest.mark.parametrize(
     ("shaky", "dynamic_shaky", "level"),
-    [(0, 0, "safe"), (5, 0, "safe"), (6, 0, "care"), (49, 0, "care"), (50, 0, "unsafe"), (100, 0, "unsafe"),
-     (0, 200, "safe")],
-)  # fmt: skip
+    [
+        (0, 0, "safe"),
+        (5, 0, "safe"),
+        (6, 0, "care"),
+        (49, 0, "care"),
+        (50, 0, "unsafe"),
+        (100, 0, "unsafe"),
+        (0, 200, "safe"),
+    ],
+)
 def test_only_static_heads_endanger_a_map(shaky: int, dynamic_shaky: int, level: str) -> None:
     assert verdict(case(shaky, dynamic_shaky, static=100), "dynamic").level == level
 

@@ -115,10 +115,18 @@ def test_features_other_than_the_score_do_not_matter() -> None:
 def rows_of(features: Array, chunk: int = 4) -> list[dict[str, object]]:
     """Rows of a chunk, from attention (heads, samples, steps, key frames); one query frame, one layer."""
     return [
-        {"sample": sample, "chunk": chunk, "step": step, "layer": 0, "head": head, "query_frame": 0,
-         "key_frame": list(range(features.shape[3])), "mass": features[head, sample, step].tolist()}
+        {
+            "sample": sample,
+            "chunk": chunk,
+            "step": step,
+            "layer": 0,
+            "head": head,
+            "query_frame": 0,
+            "key_frame": list(range(features.shape[3])),
+            "mass": features[head, sample, step].tolist(),
+        }
         for head, sample, step in np.ndindex(features.shape[:3])
-    ]  # fmt: skip
+    ]
 
 
 def apart(features: Array, others: list[dict[str, object]] | None = None) -> tuple[float, float]:

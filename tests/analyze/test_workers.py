@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_two_workers_write_the_same_bytes_as_one_process(alone: Path, tmp_path: Path) -> None:
     told: list[int] = []
     analyze_heads(
-        JOB, tmp_path, samples=SAMPLES, cluster="local", workers=2, say=lambda done, _: told.append(done)
+        JOB, tmp_path, samples=SAMPLES, cluster="local", workers=2, progress=lambda done, _: told.append(done)
     )
     assert contents(tmp_path) == contents(alone)
     assert told == list(range(SAMPLES + 1))
@@ -112,8 +112,11 @@ def test_what_a_worker_finds_wrong_is_said_as_in_one_process(tmp_path: Path) -> 
     with pytest.raises(TypeError, match="nothing says how to open them"):
         record_samples(
             replace(JOB, weights=type(weights)(weights.shapes, weights.__getitem__)),
-            tmp_path, samples=1, cluster="local", workers=1,
-        )  # fmt: skip
+            tmp_path,
+            samples=1,
+            cluster="local",
+            workers=1,
+        )
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the folder should be")
     with pytest.raises(InputError, match="cannot be listed"):

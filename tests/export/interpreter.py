@@ -87,19 +87,35 @@ def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
     candidate_tokens = transition_tokens + new_tokens - sizes.frame_tokens
     cosines = torch.full((candidate_tokens,), torch.nan)
     kernels.token_cosines[cosine_grid(sizes.frame_tokens, candidate_tokens, sizes.cosine_block)](
-        transition_keys, new_keys, cosines, heads, transition_tokens, new_tokens, sizes.frame_tokens,
-        WIDTH=width, BLOCK=sizes.cosine_block,
-    )  # fmt: skip
+        transition_keys,
+        new_keys,
+        cosines,
+        heads,
+        transition_tokens,
+        new_tokens,
+        sizes.frame_tokens,
+        WIDTH=width,
+        BLOCK=sizes.cosine_block,
+    )
     constants = {"CANDIDATES": sizes.candidates, "BLOCK": sizes.select_block}
     indices = torch.from_numpy(_select(cosines.numpy(), sizes.segment_tokens, sizes.kept, constants))
     shape = (batch, heads, sizes.kept * sizes.segment_tokens, width)
     retained = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
     grid = compact_grid(batch, heads, sizes.segment_tokens, sizes.kept, sizes.compact_block)
     kernels.compact_segments[grid](
-        transition_keys, transition_values, new_keys, new_values, indices, *retained,
-        transition_tokens, new_tokens, sizes.segment_tokens, sizes.kept,
-        WIDTH=width, BLOCK=sizes.compact_block,
-    )  # fmt: skip
+        transition_keys,
+        transition_values,
+        new_keys,
+        new_values,
+        indices,
+        *retained,
+        transition_tokens,
+        new_tokens,
+        sizes.segment_tokens,
+        sizes.kept,
+        WIDTH=width,
+        BLOCK=sizes.compact_block,
+    )
     return [cosines.numpy(), indices.numpy(), *(bits(kept).numpy() for kept in retained)]
 
 
@@ -109,8 +125,12 @@ def _select(cosines: Bits, segment_tokens: int, kept: int, constants: Mapping[st
     # One place more than is asked for: a kernel that writes past its output shows.
     indices = torch.full((kept + 1,), -1)
     kernels.select_segments[select_grid()](
-        torch.from_numpy(cosines), indices, segment_tokens, len(cosines) // segment_tokens, kept,
+        torch.from_numpy(cosines),
+        indices,
+        segment_tokens,
+        len(cosines) // segment_tokens,
+        kept,
         **{"CANDIDATES": 64, "BLOCK": 64} | constants,
-    )  # fmt: skip
+    )
     assert indices[-1] == -1
     return np.asarray(indices[:-1])

@@ -220,9 +220,13 @@ class Real:
         values = {name: part.expr.value for name, part in vars(launch).items()}
         assert (values["block_y"], values["block_z"]) == (1, 1)
         return Kernel(
-            symbol, ptx.decode(), [values[f"grid_{axis}"] for axis in "xyz"], values["block_x"],
-            values["shared_mem"], [numbers[place].expr.value for place in sorted(numbers)],
-        )  # fmt: skip
+            symbol,
+            ptx.decode(),
+            [values[f"grid_{axis}"] for axis in "xyz"],
+            values["block_x"],
+            values["shared_mem"],
+            [numbers[place].expr.value for place in sorted(numbers)],
+        )
 
     def made(self, plugin: QuickPlugin) -> Any:
         """As the parser makes it: integers of 32 bits, and no wish for one kind of implementation."""

@@ -142,9 +142,13 @@ def test_keys_of_a_layer_do_not_wait_for_the_others(tmp_path: Path) -> None:
         spec = small_spec(layers=layers)
         headmap = headmap_of(spec, [[0], [1, 2], [], [], [], []][:layers])
         manifest = export_bundle(
-            spec, random_model(spec).state_dict(), load_policy("forcing-kv"), tmp_path / str(layers),
-            headmap=headmap, verify=False,
-        )  # fmt: skip
+            spec,
+            random_model(spec).state_dict(),
+            load_policy("forcing-kv"),
+            tmp_path / str(layers),
+            headmap=headmap,
+            verify=False,
+        )
         record = manifest.graphs["step"]
         needs.append(record.activation_bytes)
     assert needs[1] == pytest.approx(needs[0], rel=0.05), "keys and values of a layer are a tenth"
@@ -153,13 +157,27 @@ def test_keys_of_a_layer_do_not_wait_for_the_others(tmp_path: Path) -> None:
 def test_a_pass_takes_what_is_said(tmp_path: Path) -> None:
     """Resident memory of a process that runs two layers of 2,304 queries and a wide feed-forward."""
     spec = replace(
-        load_spec("self-forcing"), layers=2, heads=3, head_dim=128, ffn_width=20_000, text_width=64,
-        latent_channels=3, decoder=Decoder("pixels"), width=48, height=64, resolutions={},
-    )  # fmt: skip
+        load_spec("self-forcing"),
+        layers=2,
+        heads=3,
+        head_dim=128,
+        ffn_width=20_000,
+        text_width=64,
+        latent_channels=3,
+        decoder=Decoder("pixels"),
+        width=48,
+        height=64,
+        resolutions={},
+    )
     export_bundle(
-        spec, random_weights(spec), load_policy("forcing-kv"), tmp_path / "b", headmap=mixed_map(spec),
-        verify=False, dtype="float32",
-    )  # fmt: skip
+        spec,
+        random_weights(spec),
+        load_policy("forcing-kv"),
+        tmp_path / "b",
+        headmap=mixed_map(spec),
+        verify=False,
+        dtype="float32",
+    )
     bundle = Bundle.open(tmp_path / "b")
     record, phase = bundle.manifest.graphs["step"], bundle.plan.phases[-1]
     assert record.activation_bytes is not None

@@ -122,8 +122,9 @@ def test_bundles_with_and_without_agree_in_every_phase(
         assert max(manifest.verification.values(), default=0) <= 1e-5, "to torch"
         bundles[name] = out / "step.onnx"
     plan = Bundle.open(tmp_path / "blocks").plan
-    counts = {name: operators(onnx.load(path, load_external_data=False).graph)
-              for name, path in bundles.items()}  # fmt: skip
+    counts = {
+        name: operators(onnx.load(path, load_external_data=False).graph) for name, path in bundles.items()
+    }
     nodes = sum(len(groups) + 1 for groups in plan.layers)  # a group each, and the prompt
     assert (counts["standard"]["Attention"], counts["standard"]["MultiHeadAttention"]) == (nodes, 0)
     assert (counts["blocks"]["Attention"], counts["blocks"]["MultiHeadAttention"]) == (0, nodes)
@@ -151,8 +152,9 @@ def test_graphs_for_tensorrt_have_the_standard_operator(
     spec = small_spec(layers=2)
     plan = build_plan(spec, spec.geometry(None), load_policy("forcing-kv"), mixed_map(spec))
     out = tmp_path / "bundle"
-    export_bundle(spec, random_model(spec).state_dict(), plan.policy, out, headmap=mixed_map(spec),
-                  verify=False)  # fmt: skip
+    export_bundle(
+        spec, random_model(spec).state_dict(), plan.policy, out, headmap=mixed_map(spec), verify=False
+    )
     stored, _ = read_header(out / "weights.safetensors")
     model = write_onnx(
         lambda: step_graph(random_model(spec), plan), tmp_path / "step.onnx", stored, "weights", tensorrt=True

@@ -43,9 +43,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's bundle with engines for two GPUs."""
     spec, out = load_spec("demo"), tmp_path_factory.mktemp("bundles") / "demo"
     export_bundle(
-        spec, load_weights(spec), load_policy("forcing-kv"), out,
-        headmap=read_headmap(MAP), target="tensorrt-rtx", sms=SMS,
-    )  # fmt: skip
+        spec,
+        load_weights(spec),
+        load_policy("forcing-kv"),
+        out,
+        headmap=read_headmap(MAP),
+        target="tensorrt-rtx",
+        sms=SMS,
+    )
     return out
 
 
@@ -125,9 +130,14 @@ def parsed_layers(layers: int, folder: Path) -> dict[str, int]:
     """Layers of the step graph of a model of 1.3B width, as parsed."""
     spec = small_spec(layers=layers, heads=6, head_dim=16)
     export_bundle(
-        spec, random_model(spec).state_dict(), load_policy("forcing-kv"), folder,
-        headmap=mixed_map(spec), target="tensorrt-rtx", sms=(89,),
-    )  # fmt: skip
+        spec,
+        random_model(spec).state_dict(),
+        load_policy("forcing-kv"),
+        folder,
+        headmap=mixed_map(spec),
+        target="tensorrt-rtx",
+        sms=(89,),
+    )
     report: dict[str, int] = parse_report(folder / "step.onnx", RTX, plugins=True)
     return report
 
@@ -150,9 +160,16 @@ def test_two_layers_of_public_width_build_at_480p(tmp_path: Path) -> None:
     base = replace(load_spec("self-forcing"), layers=2)
     spec, decoder = decoder_for(base, "taehv", None, random=True)
     manifest = export_bundle(
-        spec, random_weights(spec), load_policy("forcing-kv"), tmp_path / "b",
-        headmap=mixed_map(spec), resolution="480p", decoder=decoder, target="tensorrt-rtx", sms=(89,),
-    )  # fmt: skip
+        spec,
+        random_weights(spec),
+        load_policy("forcing-kv"),
+        tmp_path / "b",
+        headmap=mixed_map(spec),
+        resolution="480p",
+        decoder=decoder,
+        target="tensorrt-rtx",
+        sms=(89,),
+    )
     step = next(engine for engine in manifest.engines if engine.graph == "step")
     assert (step.plugin_layers, step.phases) == (1, 3)
     assert step.activation_bytes < 1e9, "scores written out would be more"
@@ -166,9 +183,15 @@ def test_two_layers_of_public_width_build_at_480p(tmp_path: Path) -> None:
 def test_engine_bundles_can_be_verified_in_float32(tmp_path: Path) -> None:
     spec = small_spec(layers=2, heads=4, head_dim=16)
     manifest: Manifest = export_bundle(
-        spec, random_model(spec).state_dict(), load_policy("full"), tmp_path / "b",
-        target="tensorrt-rtx", sms=(89,), dtype="float16", verify=True,
-    )  # fmt: skip
+        spec,
+        random_model(spec).state_dict(),
+        load_policy("full"),
+        tmp_path / "b",
+        target="tensorrt-rtx",
+        sms=(89,),
+        dtype="float16",
+        verify=True,
+    )
     assert set(manifest.verification) == {"prompt", "step", "decode"}
     assert max(manifest.verification.values()) <= 1e-5
     assert manifest.compute == "float16"
@@ -187,19 +210,35 @@ def test_ahead_of_time_the_graph_has_nodes_of_one_kernel_each(
         asked.append(target)
         file.write_bytes(b"an engine")
         return EngineRecord(
-            graph=name, flavour="tensorrt", version="11", sm=sm, file=f"engines/{file.name}", layers=1,
-            plugin_layers=1, needs_plugin=False, phases=1, weight_bytes=1, activation_bytes=1,
-            scratch_bytes=1, seconds=1.0, peak_bytes=1,
-        )  # fmt: skip
+            graph=name,
+            flavour="tensorrt",
+            version="11",
+            sm=sm,
+            file=f"engines/{file.name}",
+            layers=1,
+            plugin_layers=1,
+            needs_plugin=False,
+            phases=1,
+            weight_bytes=1,
+            activation_bytes=1,
+            scratch_bytes=1,
+            seconds=1.0,
+            peak_bytes=1,
+        )
 
     target = EngineTarget(FLAVOURS["tensorrt"], (90,), aot=True)
     monkeypatch.setattr(bundle_writer, "engine_target", lambda name, sms, aot: target)
     monkeypatch.setattr(bundle_writer, "build_engine", build)
     spec = small_spec(layers=3, heads=4, head_dim=16)
     manifest = export_bundle(
-        spec, random_model(spec).state_dict(), load_policy("forcing-kv"), tmp_path / "b",
-        headmap=mixed_map(spec), target="tensorrt", aot=True,
-    )  # fmt: skip
+        spec,
+        random_model(spec).state_dict(),
+        load_policy("forcing-kv"),
+        tmp_path / "b",
+        headmap=mixed_map(spec),
+        target="tensorrt",
+        aot=True,
+    )
     assert asked == [target] * 3
     assert manifest.kernels == (), "they are in the engines"
     nodes = Counter(node.op_type for node in onnx.load(tmp_path / "b" / "step.onnx").graph.node)

@@ -127,9 +127,20 @@ def test_gpus_without_fp8_are_refused(run: Callable[..., Ran], monkeypatch: pyte
         precision_of("fp8", "tensorrt-rtx", (80, 86, 89))
     monkeypatch.setattr(targets, "require", lambda name: None)
     done = run(
-        "export", "--model", "demo", "--policy", "full", "--dtype", "fp8", "--out", "unused",
-        "--target", "tensorrt-rtx", "--sm", 86,
-    )  # fmt: skip
+        "export",
+        "--model",
+        "demo",
+        "--policy",
+        "full",
+        "--dtype",
+        "fp8",
+        "--out",
+        "unused",
+        "--target",
+        "tensorrt-rtx",
+        "--sm",
+        86,
+    )
     assert done.code == 2
     assert "--dtype fp8: sm_86 cannot multiply in FP8" in done.err
 
@@ -189,8 +200,9 @@ def test_the_file_holds_codes_and_scales(tmp_path: Path) -> None:
         assert torch.equal(found[name].view(torch.uint8), codes.t().view(torch.uint8)), name
         assert codes.float().abs().amax(1).eq(LARGEST).sum() >= len(codes) - 1, "each channel is used whole"
     assert {t.dtype for name, t in found.items() if name not in scales.values() and "norm_" not in name} == {
-        torch.bfloat16, torch.float32,
-    }  # fmt: skip
+        torch.bfloat16,
+        torch.float32,
+    }
     assert sum(tensor.nbytes for tensor in found.values()) == baked_bytes(spec, FP8)
     model = baked_model(spec, path).state_dict()
     for name, tensor in model.items():
@@ -226,8 +238,13 @@ def test_inputs_are_rounded_once_for_all_that_take_them() -> None:
     assert [value.name for value in added] == ["a_weight_scale", "b_weight_scale", "c_weight_scale"]
     counts = Counter(node.op_type for node in model.graph)
     assert counts == {
-        "Neg": 1, "MatMul": 4, "QuantizeLinear": 2, "DequantizeLinear": 2, "Cast": 3, "Mul": 3,
-    }  # fmt: skip
+        "Neg": 1,
+        "MatMul": 4,
+        "QuantizeLinear": 2,
+        "DequantizeLinear": 2,
+        "Cast": 3,
+        "Mul": 3,
+    }
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     found = computed(proto, rounding=True)

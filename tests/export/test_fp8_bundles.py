@@ -56,9 +56,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec, weights, headmap = small()
     out = tmp_path_factory.mktemp("bundles") / "small"
     export_bundle(
-        spec, weights, load_policy("forcing-kv"), out,
-        headmap=headmap, dtype="fp8", calibration=prompts(spec, "a b", "b a d"),
-    )  # fmt: skip
+        spec,
+        weights,
+        load_policy("forcing-kv"),
+        out,
+        headmap=headmap,
+        dtype="fp8",
+        calibration=prompts(spec, "a b", "b a d"),
+    )
     return out
 
 
@@ -154,9 +159,13 @@ def test_a_graph_that_rounds_otherwise_is_not_written(
     monkeypatch.setattr(bundle_writer, "write_onnx", write)
     with pytest.raises(VerificationError, match=r"graph step\.fp8 differs from torch by .* at most 2e\+00"):
         export_bundle(
-            spec, weights, load_policy("full"), tmp_path / "b",
-            dtype="fp8", calibration=prompts(spec, "a"),
-        )  # fmt: skip
+            spec,
+            weights,
+            load_policy("full"),
+            tmp_path / "b",
+            dtype="fp8",
+            calibration=prompts(spec, "a"),
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,9 +237,14 @@ def test_the_demo_model_draws_the_same_video_in_fp8(tmp_path: Path) -> None:
     spec = load_spec("demo")
     weights = load_weights(spec)
     export_bundle(
-        spec, weights, NEAR, tmp_path / "b", dtype="fp8", verify=False,
+        spec,
+        weights,
+        NEAR,
+        tmp_path / "b",
+        dtype="fp8",
+        verify=False,
         calibration=prompts(spec, default_prompts("demo")[0]),
-    )  # fmt: skip
+    )
     model, errors = build_model(spec, weights), []
     with Session.open(tmp_path / "b") as session:
         for seed, prompt in enumerate(default_prompts("demo")[20:22]):
@@ -251,9 +265,15 @@ def test_the_demo_model_draws_the_same_video_in_fp8(tmp_path: Path) -> None:
 def test_tensorrt_builds_the_demo_bundle_for_both_gpus(tmp_path: Path) -> None:
     spec = load_spec("demo")
     manifest = export_bundle(
-        spec, load_weights(spec), NEAR, tmp_path / "b", dtype="fp8",
-        target="tensorrt-rtx", sms=(89, 120), calibration=prompts(spec, default_prompts("demo")[0]),
-    )  # fmt: skip
+        spec,
+        load_weights(spec),
+        NEAR,
+        tmp_path / "b",
+        dtype="fp8",
+        target="tensorrt-rtx",
+        sms=(89, 120),
+        calibration=prompts(spec, default_prompts("demo")[0]),
+    )
     assert (manifest.compute, manifest.verification) == ("bfloat16", {})
     assert manifest.calibration is not None
     matrices = sum(shape[0] * shape[1] for name, shape in weight_shapes(spec).items() if FP8.quantizes(name))

@@ -41,9 +41,15 @@ def pool() -> Iterator[Executor]:
 def session(kind: int, frame_tokens: int, segments: int, kept: int) -> ort.InferenceSession:
     """A model of one DynamicPrune, whose body ONNX Runtime runs."""
     node = helper.make_node(
-        "DynamicPrune", KV, ["keys", "values", "indices"], domain=DOMAIN, kept=kept,
-        frame_tokens=frame_tokens, segments=segments, plugin_namespace=PLUGIN_NAMESPACE,
-    )  # fmt: skip
+        "DynamicPrune",
+        KV,
+        ["keys", "values", "indices"],
+        domain=DOMAIN,
+        kept=kept,
+        frame_tokens=frame_tokens,
+        segments=segments,
+        plugin_namespace=PLUGIN_NAMESPACE,
+    )
     inputs = [helper.make_tensor_value_info(name, kind, [None] * 4) for name in KV]
     outputs = [helper.make_tensor_value_info(name, kind, [None] * 4) for name in ("keys", "values")]
     outputs.append(helper.make_tensor_value_info("indices", TensorProto.INT64, [None]))

@@ -59,8 +59,9 @@ def test_slices_become_splits_and_gathers(size: int, bounds: list[tuple[int, int
     outputs = ", ".join(
         f"float[2, {len(range(size)[slice(*pair)])}, 3] y{n}" for n, pair in enumerate(bounds)
     )
-    constants = ", ".join(f"int64[1] s{n} = {{{a}}}, int64[1] e{n} = {{{b}}}"
-                          for n, (a, b) in enumerate(bounds))  # fmt: skip
+    constants = ", ".join(
+        f"int64[1] s{n} = {{{a}}}, int64[1] e{n} = {{{b}}}" for n, (a, b) in enumerate(bounds)
+    )
     nodes = "\n".join(f"y{n} = Slice(x, s{n}, e{n}, axis, step)" for n in range(len(bounds)))
     model = graph_of(
         f"g (float[2, {size}, 3] data) => ({outputs})"

@@ -37,8 +37,9 @@ def naive(keys: list[Array], segments: int, kept: int) -> list[int]:
         for segment in range(segments):
             cosines = []
             for token in range(segment * size, (segment + 1) * size):
-                a, b = (np.concatenate([head[token] for head in f]).astype(np.float64)
-                        for f in (frame, following))  # fmt: skip
+                a, b = (
+                    np.concatenate([head[token] for head in f]).astype(np.float64) for f in (frame, following)
+                )
                 cosines.append(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
             similarity.append(np.mean(cosines))
     least = sorted(range(len(similarity)), key=lambda i: (similarity[i], i))[:kept]
@@ -64,14 +65,24 @@ def body_session(segments: int, frame_tokens: int, kept: int, *, parts: bool = F
     kv = ["transition_keys", "transition_values", "new_keys", "new_values"]
     nodes = [
         helper.make_node(
-            "DynamicPrune", kv, ["keys", "values", "indices"], domain=DOMAIN,
-            frame_tokens=frame_tokens, segments=segments, kept=kept, plugin_namespace=PLUGIN_NAMESPACE,
+            "DynamicPrune",
+            kv,
+            ["keys", "values", "indices"],
+            domain=DOMAIN,
+            frame_tokens=frame_tokens,
+            segments=segments,
+            kept=kept,
+            plugin_namespace=PLUGIN_NAMESPACE,
         ),
         helper.make_node(
-            "DynamicPruneFollow", [*kv, "indices"], ["keys2", "values2"], domain=DOMAIN,
-            segment_tokens=frame_tokens // segments, plugin_namespace=PLUGIN_NAMESPACE,
+            "DynamicPruneFollow",
+            [*kv, "indices"],
+            ["keys2", "values2"],
+            domain=DOMAIN,
+            segment_tokens=frame_tokens // segments,
+            plugin_namespace=PLUGIN_NAMESPACE,
         ),
-    ]  # fmt: skip
+    ]
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 4) for n in kv]
     floats = ["keys", "values", "keys2", "values2"]
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 4) for n in floats]

@@ -49,14 +49,26 @@ def model() -> onnx.ModelProto:
     """A scoring and a following node in bfloat16, the transition frame's length left open."""
     nodes = [
         helper.make_node(
-            "DynamicPrune", KV, ["keys", "values", "indices"], "score", domain=DOMAIN, kept=KEPT,
-            frame_tokens=FRAME, segments=SEGMENTS, plugin_namespace=PLUGIN_NAMESPACE,
+            "DynamicPrune",
+            KV,
+            ["keys", "values", "indices"],
+            "score",
+            domain=DOMAIN,
+            kept=KEPT,
+            frame_tokens=FRAME,
+            segments=SEGMENTS,
+            plugin_namespace=PLUGIN_NAMESPACE,
         ),
         helper.make_node(
-            "DynamicPruneFollow", [*KV, "indices"], ["keys2", "values2"], "follow", domain=DOMAIN,
-            segment_tokens=FRAME // SEGMENTS, plugin_namespace=PLUGIN_NAMESPACE,
+            "DynamicPruneFollow",
+            [*KV, "indices"],
+            ["keys2", "values2"],
+            "follow",
+            domain=DOMAIN,
+            segment_tokens=FRAME // SEGMENTS,
+            plugin_namespace=PLUGIN_NAMESPACE,
         ),
-    ]  # fmt: skip
+    ]
     tokens: dict[str, str | int] = {"transition": "cached", "new": 3 * FRAME}
     inputs = [
         helper.make_tensor_value_info(
@@ -88,8 +100,11 @@ def test_a_network_is_built_with_no_transition_frame_and_with_one(tmp_path: Path
     onnx.save_model(made, path)
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(path), str(HEADS), str(WIDTH), str(FRAME)],
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     retained = [1, HEADS, KEPT * FRAME // SEGMENTS, WIDTH]

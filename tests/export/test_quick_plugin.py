@@ -90,8 +90,10 @@ def test_what_is_launched_is_what_the_runtime_launches(
     for plugin, kernel in zip(QUICK_PLUGINS, kernels, strict=True):
         text = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, SM)
         assert (kernel.ptx, kernel.threads, kernel.shared_bytes) == (
-            text.ptx, 32 * text.warps, text.shared_bytes,
-        )  # fmt: skip
+            text.ptx,
+            32 * text.warps,
+            text.shared_bytes,
+        )
 
 
 ORDER: dict[KernelName, list[int]] = {
@@ -112,8 +114,10 @@ def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin,
     assert [int(place) for _, place in taken] == ORDER[plugin.kernel]
     sizes = len(ORDER[plugin.kernel]) - len(plugin.inputs) - len(plugin.outputs)
     assert [kind for kind, _ in taken] == [
-        *[".u64"] * len(plugin.inputs), *[".u32"] * sizes, *[".u64"] * len(plugin.outputs),
-    ]  # fmt: skip
+        *[".u64"] * len(plugin.inputs),
+        *[".u32"] * sizes,
+        *[".u64"] * len(plugin.outputs),
+    ]
     assert f".target sm_{sm}\n" in text.ptx
     assert "/" not in "".join(re.findall(r'\.file.*"(.*)"', text.ptx))
     cubin, _, spilled = cubins.assemble(text.ptx, sm)
@@ -250,8 +254,10 @@ def test_an_engine_runs_the_kernels_where_no_plugin_is_known(transition: int, tm
     retained, indices = prune_score(
         KeysValues(exact["transition_keys"], exact["transition_values"]),
         KeysValues(exact["new_keys"], exact["new_values"]),
-        SIZE, SEGMENTS, KEPT,
-    )  # fmt: skip
+        SIZE,
+        SEGMENTS,
+        KEPT,
+    )
     assert outputs["indices"].tolist() == indices.tolist()
     for names in (("keys", "values"), ("keys2", "values2")):
         for name, wanted in zip(names, retained, strict=True):

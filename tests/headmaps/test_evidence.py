@@ -46,9 +46,15 @@ rules = st.builds(
     undecided=st.sampled_from([None, "kept", "dynamic"]),
 )
 statistics = st.builds(
-    Statistics, st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(), st.just("full"),
-    rows=st.none() | st.integers(1, 999), resolution=st.none() | st.text(),
-)  # fmt: skip
+    Statistics,
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(),
+    st.just("full"),
+    rows=st.none() | st.integers(1, 999),
+    resolution=st.none() | st.text(),
+)
 
 
 @st.composite
@@ -93,8 +99,11 @@ def test_evidence_is_written_where_it_belongs() -> None:
     assert [layer["undecided"] for layer in data["layers"]] == [[1], []]
     assert data["rule"]["undecided"] == "kept"
     assert data["rule"]["budget"] == {
-        "policy": "forcing-kv", "resolution": "480p", "kv_bytes": 9, "time_ratio": None,
-    }  # fmt: skip
+        "policy": "forcing-kv",
+        "resolution": "480p",
+        "kv_bytes": 9,
+        "time_ratio": None,
+    }
     assert (data["statistics"]["rows"], data["statistics"]["resolution"]) == (64, "832x480")
 
 
@@ -123,13 +132,17 @@ def test_a_file_from_before_there_was_evidence_keeps_its_text() -> None:
         "schema": "forcingkv.headmap/1",
         "model": {"name": "demo", "layers": 1, "heads": 2, "weights": None},
         "rule": {
-            "name": "clusters", "reason": None, "alpha": 0.5, "static_per_layer": None, "sink_frames": 1,
+            "name": "clusters",
+            "reason": None,
+            "alpha": 0.5,
+            "static_per_layer": None,
+            "sink_frames": 1,
         },
         "layers": [
             {"layer": 0, "heads": {"static": [1], "dynamic": [0]}, "scores": [0.2, 0.9], "confidence": None}
         ],
         "statistics": {"samples": 2, "chunks": 5, "steps": 4, "seed": 0, "policy": "full"},
-    }  # fmt: skip
+    }
     headmap = HeadMap.from_json(copy.deepcopy(old))
     assert headmap.margins is headmap.undecided is headmap.rule.undecided is headmap.rule.budget is None
     assert headmap.statistics is not None
@@ -161,8 +174,8 @@ def test_evidence_that_only_some_layers_have_counts_as_none() -> None:
         (lambda d: d["rule"].update(undecided="open"), "expected 'kept' or 'dynamic'"),
         (lambda d: d["rule"]["budget"].pop("policy"), "budget: the field 'policy' is missing"),
         (lambda d: d["rule"]["budget"].update(watts=3), "budget: unknown field 'watts'"),
-        (lambda d: d["rule"].update(static_center="far"), "static_center: is 'far'; expected a list"),
-        (lambda d: d["statistics"].update(rows="all"), "statistics: rows: is 'all'"),
+        (lambda d: d["rule"].update(static_center="far"), "static_center is 'far'; expected a list"),
+        (lambda d: d["statistics"].update(rows="all"), "statistics: rows is 'all'"),
     ],
 )
 def test_faulty_evidence_is_refused(spoil: Callable[[dict[str, Any]], object], message: str) -> None:
@@ -185,13 +198,13 @@ texts = st.none() | st.text()
 
 @given(st.text(), texts, texts, texts)
 def test_an_error_comes_back_from_another_process_whole(
-    what: str, where: str | None, expected: str | None, mend: str | None
+    what: str, where: str | None, expected: str | None, hint: str | None
 ) -> None:
-    error = InputError(what, where=where, expected=expected, mend=mend)
+    error = InputError(what, where=where, expected=expected, hint=hint)
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is InputError
         assert str(again) == str(error)
-        assert (again.what, again.where, again.expected, again.mend) == (what, where, expected, mend)
+        assert (again.what, again.where, again.expected, again.hint) == (what, where, expected, hint)
 
 
 def test_an_error_of_a_missing_extra_comes_back_whole() -> None:

@@ -135,7 +135,7 @@ def test_layers_that_are_absent_must_be_said_to_be_something() -> None:
     assert isinstance(filled, dict)
     assert [layer["layer_idx"] for layer in filled["layers"]] == [0, 1, 2, 3]
     assert len(from_json(data["layers"], layers=3, missing_layers="static").labels) == 3
-    with pytest.raises(InputError, match="missing layers: is 'both'; expected static or dynamic"):
+    with pytest.raises(InputError, match="missing layers is 'both'; expected static or dynamic"):
         from_json(data, missing_layers="both")
 
 

@@ -21,8 +21,11 @@ def test_show_json(model: str, static: int, dynamic: int, data: Path, run: Calla
     ran = run("headmap", "show", path, "--json")
     shown = json.loads(ran.out)
     assert {name: shown[name] for name in ("layers", "heads", "static", "dynamic")} == {
-        "layers": 30, "heads": 12, "static": static, "dynamic": dynamic,
-    }  # fmt: skip
+        "layers": 30,
+        "heads": 12,
+        "static": static,
+        "dynamic": dynamic,
+    }
     headmap = read_headmap(path)
     assert shown["digest"] == headmap.digest
     assert shown["labels"] == [list(row) for row in headmap.labels]
@@ -73,8 +76,10 @@ def test_validate(data: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
         in run("headmap", "validate", tmp_path / "a.csv").out
     )
     assert json.loads(run("headmap", "validate", tmp_path / "a.csv", "--json").out)["counts"] == {
-        "wave": 2, "veil": 1, "anchor": 3,
-    }  # fmt: skip
+        "wave": 2,
+        "veil": 1,
+        "anchor": 3,
+    }
     (tmp_path / "b.json").write_text('[{"layer_idx": 1, "static_head": [0], "dynamic_head": [1]}]')
     ran = run("headmap", "validate", tmp_path / "b.json")
     assert (ran.code, ran.out) == (2, "")
@@ -122,7 +127,7 @@ def test_convert_takes_what_a_file_leaves_open(tmp_path: Path, run: Callable[...
         (["--model", "demo"], "is for 2 layers of 3 heads; expected 6 layers of 4 heads"),
         (["--model", "demo", "--heads", 3], "heads: 3; expected 4, as demo has"),
         (["--threshold", 0.5], "has no use for --threshold"),
-        (["--out", "FOLDER/a.csv/out.json"], "out.json: cannot be written"),
+        (["--out", "FOLDER/a.csv/out.json"], "out.json cannot be written"),
     ],
 )
 def test_convert_refuses(words: list[str], message: str, tmp_path: Path, run: Callable[..., Ran]) -> None:

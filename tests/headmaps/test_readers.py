@@ -68,7 +68,7 @@ def test_the_gates_of_duo_attention(tmp_path: Path) -> None:
     assert high.labels == (("streaming",) * 2, ("dynamic", "streaming"))
     assert high.rule.retrieval_threshold == 0.75
     for threshold in (-0.1, 1.1, float("nan")):
-        with pytest.raises(InputError, match=r"threshold: is .*; expected 0 to 1"):
+        with pytest.raises(InputError, match=r"threshold is .*; expected 0 to 1"):
             read_headmap(path, Choices(threshold=threshold))
 
 
@@ -122,7 +122,7 @@ def test_any_table_is_read_cell_by_cell(data: st.DataObject) -> None:
         ('{"layers": [{"static_head": [0], "static_head": [1]}]}', "'static_head' is given twice"),
         ("{}", "has neither a schema nor layers"),
         ('{"schema": "x", "layers": [{"layer_idx": 0}]}', "has a schema as forcingkv's maps and layer_idx"),
-        ('{"schema": "x", "layers": []}', "schema: is 'x'; expected 'forcingkv.headmap/1'"),
+        ('{"schema": "x", "layers": []}', "schema is 'x'; expected 'forcingkv.headmap/1'"),
     ],
 )
 def test_a_file_of_no_or_two_formats_is_refused(text: str | bytes, message: str, tmp_path: Path) -> None:

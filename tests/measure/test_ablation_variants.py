@@ -101,8 +101,11 @@ def test_what_holds_for_random_maps(static: list[list[int]], draw: int) -> None:
 def test_inverting_twice_gives_the_map_back(static: list[list[int]]) -> None:
     profiled = headmap_of(small_spec(), static)
     inverted = control_map(MapWanted("inverted"), profiled, (0,))
-    assert all(a != b for rows in zip(inverted.labels[1:], profiled.labels[1:], strict=True)
-               for a, b in zip(*rows, strict=True))  # fmt: skip
+    assert all(
+        a != b
+        for rows in zip(inverted.labels[1:], profiled.labels[1:], strict=True)
+        for a, b in zip(*rows, strict=True)
+    )
     assert control_map(MapWanted("inverted"), inverted, (0,)).labels == profiled.labels
 
 

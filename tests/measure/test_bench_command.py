@@ -17,8 +17,18 @@ PROMISED = ("policy", "seconds", "speedup", "flop_limit", "share_of_limit", "kv_
 
 
 def test_bundles_are_timed_and_told_as_json(run: Run, bundles: Bundles) -> None:
-    made = run("bench", "--bundle", bundles("full"), "--bundle", bundles("forcing-kv"), "--rounds", 2,
-               "--threads", 1, "--json")  # fmt: skip
+    made = run(
+        "bench",
+        "--bundle",
+        bundles("full"),
+        "--bundle",
+        bundles("forcing-kv"),
+        "--rounds",
+        2,
+        "--threads",
+        1,
+        "--json",
+    )
     assert made.code == 0
     result = json.loads(made.out)
     assert [row["policy"] for row in result["rows"]] == ["full", "forcing-kv"]
@@ -36,9 +46,22 @@ def test_a_table_for_people(run: Run, bundles: Bundles) -> None:
 
 @pytest.mark.slow
 def test_a_preset_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_path: Path) -> None:
-    made = run("bench", "--model", "self-forcing", "--layers", 1, "--geometry", "96x96,192x96",
-               "--policies", "full,forcing-kv", "--rounds", 1, "--sweep", tmp_path,
-               "--json")  # fmt: skip
+    made = run(
+        "bench",
+        "--model",
+        "self-forcing",
+        "--layers",
+        1,
+        "--geometry",
+        "96x96,192x96",
+        "--policies",
+        "full,forcing-kv",
+        "--rounds",
+        1,
+        "--sweep",
+        tmp_path,
+        "--json",
+    )
     assert made.code == 0, made.err
     small, large = json.loads(made.out)
     assert [result["geometry"] for result in (small, large)] == ["96x96", "192x96"]

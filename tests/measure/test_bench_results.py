@@ -57,7 +57,7 @@ def test_without_decoding_there_is_no_speedup_with_it(cases: list[Case]) -> None
 
 def test_policies_take_turns(cases: list[Case]) -> None:
     said: list[str] = []
-    measured = take_turns(cases, Setup(2, threads=1), say=said.append)
+    measured = take_turns(cases, Setup(2, threads=1), progress=said.append)
     assert said == [f"round {n} of 2: {name}" for n in (1, 2) for name in ("forcing-kv", "full")]
     for one in measured:
         assert len(one.turns) == 2
@@ -68,7 +68,7 @@ def test_policies_take_turns(cases: list[Case]) -> None:
 
 def test_rounds_that_there_is_no_time_for_are_left_out_and_said(cases: list[Case]) -> None:
     said: list[str] = []
-    measured = take_turns(cases, Setup(3, threads=1), seconds=0.0, say=said.append)
+    measured = take_turns(cases, Setup(3, threads=1), seconds=0.0, progress=said.append)
     assert [len(one.turns) for one in measured] == [1, 1]
     assert said[-1] == "left out 2 of 3 rounds: there was no time for them"
 
@@ -116,8 +116,9 @@ def test_resolutions_are_written(cases: list[Case], tmp_path: Path) -> None:
     measured = [Measured(case, [turn(1.0)]) for case in cases]
     points = resolutions([("small", measured)])
     assert [(p.policy, p.resolution, p.speedup) for p in points] == [
-        ("forcing-kv", "small", 1.0), ("full", "small", 1.0),
-    ]  # fmt: skip
+        ("forcing-kv", "small", 1.0),
+        ("full", "small", 1.0),
+    ]
     table, picture = write_resolutions(tmp_path, points, "a title")
     assert table.read_text().count("\n") == 3
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -71,8 +71,10 @@ def test_bundles_are_compared_pair_by_pair(bundles: Path, tmp_path: Path, run: C
     full, window = (videos_of(bundles / name, 2) for name in ("full", "window"))
     assert found["window"]["psnr"]["mean"] == pytest.approx(mean_psnr(window, full))
     assert "psnr" not in found["full"]
-    values = {name: [measure_video(video, ChunkLayout(3, 3), 16.0).values["motion"] or 0.0 for video in made]
-              for name, made in (("full", full), ("window", window))}  # fmt: skip
+    values = {
+        name: [measure_video(video, ChunkLayout(3, 3), 16.0).values["motion"] or 0.0 for video in made]
+        for name, made in (("full", full), ("window", window))
+    }
     prompts = np.repeat(PROMPTS, 2).tolist()
     difference = estimate(np.subtract(values["window"], values["full"]).tolist(), prompts)
     shown = found["window"]["motion"]
@@ -138,11 +140,11 @@ def test_wrong_bundles_and_prompts(bundles: Path, tmp_path: Path, run: Callable[
         ([], "--bundle and --video are both missing; expected one of the two"),
         ([*full, "--video", "a.mp4"], "--bundle and --video are both given"),
         ([*full, *prompts, "--top", 3], "--reference-video and --top go with --video"),
-        ([*full, *prompts, "--out", "all.xlsx"], "all.xlsx: is not a csv file"),
+        ([*full, *prompts, "--out", "all.xlsx"], "all.xlsx is not a csv file"),
         ([*full, *prompts, "--reference", "window"], "there is no bundle 'window'; expected one of full"),
         ([*full, *full, *prompts], "'full' is given twice"),
         ([*full, *prompts, "--samples", 4], "4 are asked for, of 3. Give a file with more prompts"),
-        ([*full, "--prompts", tmp_path / "one.txt"], "prompts: are 1; expected two different ones or more"),
+        ([*full, "--prompts", tmp_path / "one.txt"], "prompts are 1; expected two different ones or more"),
         ([*full], "no prompts ship with small"),
         (["--bundle", tmp_path, *prompts], "is not a bundle"),
     ]:
@@ -206,17 +208,17 @@ def test_wrong_video_files(tmp_path: Path, run: Callable[..., Ran]) -> None:
 
     for given, message in [
         (["--video", tmp_path / "nosuch.mp4"], "nosuch.mp4: there is no such file"),
-        (["--video", text], "text.mp4: cannot be read as a video ("),
-        (["--video", one], "one.mp4: has 1 frame; expected two or more"),
-        (with_reference(short), "short.mp4: has 20 frames; expected more than 20"),
-        (with_reference(small), "small.mp4: has frames of 96x32; expected 96x64"),
+        (["--video", text], "text.mp4 cannot be read as a video ("),
+        (["--video", one], "one.mp4 has 1 frame; expected two or more"),
+        (with_reference(short), "short.mp4 has 20 frames; expected more than 20"),
+        (with_reference(small), "small.mp4 has frames of 96x32; expected 96x64"),
         (
             ["--video", whole, *with_reference(whole)],
             "--video: 2 and --reference-video 1; expected a reference",
         ),
         (
             ["--video", whole, "--chunk-frames", 13],
-            "frames a chunk: are 9 in the first chunk and 13 in later",
+            "frames a chunk are 9 in the first chunk and 13 in later",
         ),
         (["--video", whole, "--top", 21], "has 20 pairs of frames, and the 21 with most motion"),
     ]:
@@ -263,4 +265,4 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, run: Callable[..., Ran])
     video = write(tmp_path / "a.mp4", moving(10))
     ran = run("evaluate", "--video", video, "--out", video / "all.csv")
     assert ran.code == 2
-    assert "all.csv: cannot be written" in ran.err
+    assert "all.csv cannot be written" in ran.err

@@ -56,8 +56,12 @@ def test_brightness_that_jumps_is_residual_and_not_motion() -> None:
 
 def test_only_tiny_frames_are_enlarged() -> None:
     assert [enlargement(*size) for size in [(16, 24), (32, 48), (100, 300), (128, 200), (480, 832)]] == [
-        8, 4, 2, 1, 1,
-    ]  # fmt: skip
+        8,
+        4,
+        2,
+        1,
+        1,
+    ]
 
 
 def test_threads_change_nothing() -> None:

@@ -78,7 +78,7 @@ def test_heads_are_shared_out_as_evenly_as_can_be(layers: int, heads: int, numbe
     "counts", [{}, {"static": 0, "dynamic": 0}, {"fast": 3}, {"static": -1, "dynamic": 3}]
 )
 def test_counts_that_share_nothing_out_are_refused(counts: dict[str, int]) -> None:
-    with pytest.raises(InputError, match=r"heads: are .*expected some of the labels static, dynamic"):
+    with pytest.raises(InputError, match=r"heads are .*expected some of the labels static, dynamic"):
         map_with_counts(small_spec(), ["static", "dynamic"], counts)
 
 

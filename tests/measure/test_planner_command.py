@@ -129,7 +129,7 @@ def test_a_tiny_decoder_takes_less(run: Callable[..., Ran]) -> None:
         (("--policy", "half"), "there is no policy 'half'"),
         (("--dtype", "float32"), "TensorRT has no fused attention"),
         (("--dtype", "int8"), "there is no dtype 'int8'"),
-        (("--seconds", "0"), "seconds: is 0"),
+        (("--seconds", "0"), "seconds is 0"),
         (("--resolution", "99x99"), "does not divide into tokens"),
         (("--decoder", "none"), "there is no decoder 'none'"),
         (("--heads", "static=1"), "expected 360 in all"),
@@ -148,7 +148,7 @@ def test_wrong_input_is_named(words: tuple[str, ...], message: str, run: Callabl
 def test_a_model_is_needed(run: Callable[..., Ran]) -> None:
     ran = run("plan")
     assert ran.code == 2
-    assert "--model: is not given" in ran.err
+    assert "--model is not given" in ran.err
 
 
 @pytest.mark.parametrize(

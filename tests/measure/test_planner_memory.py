@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import HeadMap, read_headmap
-from forcingkv.headmaps.evidence import ModelIdentity, Rule
+from forcingkv.headmaps.headmap import ModelIdentity, Rule
 from forcingkv.measure.planner.decoders import decoder_costs
 from forcingkv.measure.planner.gpus import gpu_names, load_gpu
 from forcingkv.measure.planner.heads import Given, plan_for

@@ -131,9 +131,15 @@ def test_the_documentation_has_the_gpus_of_the_file() -> None:
     text = DOCS.read_text(encoding="utf-8")
     for gpu in map(load_gpu, gpu_names()):
         cells = (
-            f"`{gpu.key}`", gpu.name, str(gpu.sm), f"{gpu.memory_bytes >> 20:,}",
-            f"{gpu.peak_flops / 1e12:g}", f"{gpu.bandwidth / 1e9:g}", f"`{gpu.family}`", gpu.source,
-        )  # fmt: skip
+            f"`{gpu.key}`",
+            gpu.name,
+            str(gpu.sm),
+            f"{gpu.memory_bytes >> 20:,}",
+            f"{gpu.peak_flops / 1e12:g}",
+            f"{gpu.bandwidth / 1e9:g}",
+            f"`{gpu.family}`",
+            gpu.source,
+        )
         assert f"| {' | '.join(cells)} |" in text
 
 

@@ -30,8 +30,23 @@ from forcingkv.runtime.spec import ModelSpec
 
 HEADS = Given(counts={"static": 134, "dynamic": 226})
 PRODUCTS = {"addmm", "mm"}
-VIEWS = {"_unsafe_view", "alias", "detach", "expand", "permute", "select", "slice", "split",
-         "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view"}  # fmt: skip
+VIEWS = {
+    "_unsafe_view",
+    "alias",
+    "detach",
+    "expand",
+    "permute",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unsqueeze",
+    "view",
+}
 
 
 def plan_of(policy: str, resolution: str = "480p", model: str = "self-forcing") -> CachePlan:
@@ -71,8 +86,10 @@ def test_operations_are_those_of_the_cost_model() -> None:
         for chunk in (0, 1, 2, 3, 9):
             cost, work = pass_flops(plan, chunk), pass_work(plan, chunk)
             assert (work["linear"].flops, work["attention"].flops, work["cross"].flops) == (
-                cost.linear, cost.attention, cost.cross,
-            )  # fmt: skip
+                cost.linear,
+                cost.attention,
+                cost.cross,
+            )
 
 
 def test_bytes_count_where_there_are_more_of_them() -> None:
@@ -144,9 +161,13 @@ def test_a_video_is_its_chunks_one_after_another() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(["full", "window", "forcing-kv"]), st.integers(1, 12), st.integers(0, 12),
-    st.sampled_from(gpu_names()), st.floats(0.05, 0.95), st.integers(1, 40),
-)  # fmt: skip
+    st.sampled_from(["full", "window", "forcing-kv"]),
+    st.integers(1, 12),
+    st.integers(0, 12),
+    st.sampled_from(gpu_names()),
+    st.floats(0.05, 0.95),
+    st.integers(1, 40),
+)
 def test_time_grows_with_resolution_and_length_and_falls_with_efficiency(
     policy: str, size: int, more: int, gpu: str, efficiency: float, chunks: int
 ) -> None:

@@ -279,14 +279,19 @@ def test_a_lora_is_merged_as_peft_merges_it(tmp_path: Path) -> None:
     [
         (lambda d: d.pop("base_model.model.blocks.0.self_attn.q.lora_A.weight"), "q.weight has only"),
         (lambda d: d.update({"blocks.0.norm3.weight": torch.ones(36)}), "unexpected blocks.0.norm3.weight"),
-        (lambda d: d.update({"blocks.0.x.lora_A.weight": torch.ones(4, 36),
-                             "blocks.0.x.lora_B.weight": torch.ones(36, 4)}),
-         "the model has no blocks.0.x.weight"),
-        (lambda d: d.update({"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.ones(5, 36)}),
-         r"A \(5, 36\) and B \(36, 4\) do not make blocks.0.self_attn.q.weight \(36, 36\)"),
+        (
+            lambda d: d.update(
+                {"blocks.0.x.lora_A.weight": torch.ones(4, 36), "blocks.0.x.lora_B.weight": torch.ones(36, 4)}
+            ),
+            "the model has no blocks.0.x.weight",
+        ),
+        (
+            lambda d: d.update({"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.ones(5, 36)}),
+            r"A \(5, 36\) and B \(36, 4\) do not make blocks.0.self_attn.q.weight \(36, 36\)",
+        ),
         (lambda d: d.clear(), "no lora_A and lora_B"),
     ],
-)  # fmt: skip
+)
 def test_a_spoilt_lora_is_refused(change: Callable[[State], object], message: str, tmp_path: Path) -> None:
     _, lora = with_lora(tmp_path)
     change(lora)
@@ -338,7 +343,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("Repository Not Found\nfor url")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(InputError, match=r"a/b: is no file.* fetched from the hub \(Repository Not Found\)"):
+    with pytest.raises(InputError, match=r"a/b is no file.* fetched from the hub \(Repository Not Found\)"):
         load_weights(small_spec(), "a/b")
 
 

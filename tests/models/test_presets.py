@@ -135,7 +135,7 @@ def test_a_spec_may_be_based_on_a_preset(tmp_path: Path) -> None:
         ("base = 3", "its base is 3; expected a name"),
         ('base = "SELF"', "is based on itself"),
         ('base = "longlive"\ncolour = "red"', "unknown field 'colour'"),
-        ('base = "longlive"\n[decoder]\nkind = "jpeg"', "decoder: kind: is 'jpeg'; expected 'pixels' or"),
+        ('base = "longlive"\n[decoder]\nkind = "jpeg"', "decoder: kind is 'jpeg'; expected 'pixels' or"),
         ("base = ", "is not TOML"),
     ],
 )

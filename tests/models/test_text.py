@@ -38,9 +38,16 @@ def write_tokenizer(folder: Path) -> None:
 def encoder() -> Any:
     torch.manual_seed(0)
     config = transformers.UMT5Config(
-        vocab_size=len(WORDS), d_model=WIDTH, d_kv=5, d_ff=36, num_layers=3, num_heads=4,
-        relative_attention_num_buckets=8, feed_forward_proj="gated-gelu", tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        d_model=WIDTH,
+        d_kv=5,
+        d_ff=36,
+        num_layers=3,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=True,
+    )
     model = transformers.UMT5EncoderModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

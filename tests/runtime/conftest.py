@@ -35,9 +35,14 @@ def export_small(name: str, out: Path) -> None:
 
         decoder = small_taehv()
     export_bundle(
-        spec, random_model(spec).state_dict(), policy, out, verify=False, decoder=decoder,
+        spec,
+        random_model(spec).state_dict(),
+        policy,
+        out,
+        verify=False,
+        decoder=decoder,
         headmap=headmap if policy.needs_headmap else None,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")

@@ -57,12 +57,23 @@ def _opened(folder: Path) -> tuple[Bundle, dict[str, Runner]]:
     opened = Bundle.open(folder)
     engines = tuple(
         EngineRecord(
-            graph=graph, flavour="tensorrt-rtx", version="1.7.1", sm=89, file=f"engines/{graph}.engine",
-            layers=9, plugin_layers=0, needs_plugin=False, phases=1, weight_bytes=1, activation_bytes=1,
-            scratch_bytes=1, seconds=1.0, peak_bytes=1,
+            graph=graph,
+            flavour="tensorrt-rtx",
+            version="1.7.1",
+            sm=89,
+            file=f"engines/{graph}.engine",
+            layers=9,
+            plugin_layers=0,
+            needs_plugin=False,
+            phases=1,
+            weight_bytes=1,
+            activation_bytes=1,
+            scratch_bytes=1,
+            seconds=1.0,
+            peak_bytes=1,
         )
         for graph in GRAPHS
-    )  # fmt: skip
+    )
     graphs = {name: untold(record) for name, record in opened.manifest.graphs.items()}
     manifest = replace(opened.manifest, engines=engines, graphs=graphs)
     return Bundle(folder, manifest, opened.headmap), runners_of(opened)

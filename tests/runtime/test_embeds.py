@@ -69,7 +69,7 @@ def test_prompts_and_models_that_do_not_fit() -> None:
     with pytest.raises(InputError) as raised:
         embeds.get("a dog", SPEC)
     message = str(raised.value)
-    assert "e.safetensors: has no embedding of 'a dog'; expected one of 'a cat', '0 long long" in message
+    assert "e.safetensors has no embedding of 'a dog'; expected one of 'a cat', '0 long long" in message
     assert "...' and 3 more. Make the file with: forcingkv encode" in message
     assert len(message) < 400
     with pytest.raises(InputError, match=r"has 8 prompts, and none was asked for; expected one of 'a cat'"):

@@ -15,10 +15,21 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.engines import EngineRecord
 
 ENGINE = EngineRecord(
-    graph="step", flavour="tensorrt-rtx", version="1.7.1", sm=89, file="engines/step.engine", layers=100,
-    plugin_layers=2, needs_plugin=True, phases=3, weight_bytes=1, activation_bytes=2, scratch_bytes=1,
-    seconds=1.0, peak_bytes=1,
-)  # fmt: skip
+    graph="step",
+    flavour="tensorrt-rtx",
+    version="1.7.1",
+    sm=89,
+    file="engines/step.engine",
+    layers=100,
+    plugin_layers=2,
+    needs_plugin=True,
+    phases=3,
+    weight_bytes=1,
+    activation_bytes=2,
+    scratch_bytes=1,
+    seconds=1.0,
+    peak_bytes=1,
+)
 
 
 class Fakes:
@@ -92,7 +103,7 @@ def test_an_engine_for_something_else_is_refused_before_it_is_loaded(
 
 def test_a_file_that_tensorrt_does_not_take(fakes: Fakes) -> None:
     fakes.loads = False
-    with pytest.raises(InputError, match=r"step\.engine: is not taken by .*\(the plan is of another day\)"):
+    with pytest.raises(InputError, match=r"step\.engine is not taken by .*\(the plan is of another day\)"):
         engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
 
 

@@ -13,10 +13,21 @@ from forcingkv.runtime import flavour
 from forcingkv.runtime.engines import EngineRecord, find_engine
 
 ENGINE = EngineRecord(
-    graph="step", flavour="tensorrt-rtx", version="1.7.1", sm=89, file="engines/step.engine", layers=100,
-    plugin_layers=2, needs_plugin=True, phases=4,
-    weight_bytes=1, activation_bytes=2, scratch_bytes=1, seconds=1.0, peak_bytes=1,
-)  # fmt: skip
+    graph="step",
+    flavour="tensorrt-rtx",
+    version="1.7.1",
+    sm=89,
+    file="engines/step.engine",
+    layers=100,
+    plugin_layers=2,
+    needs_plugin=True,
+    phases=4,
+    weight_bytes=1,
+    activation_bytes=2,
+    scratch_bytes=1,
+    seconds=1.0,
+    peak_bytes=1,
+)
 ENGINES = [ENGINE, replace(ENGINE, sm=120)]
 
 
@@ -33,8 +44,9 @@ def test_the_engine_of_this_gpu_is_found() -> None:
         (("decode", "tensorrt-rtx", "1.7.1", 89), "has no engine of the graph decode"),
     ],
 )
-def test_an_engine_of_another_version_or_gpu_is_refused(asked: tuple[str, flavour.FlavourName, str, int],
-                                                        words: str) -> None:  # fmt: skip
+def test_an_engine_of_another_version_or_gpu_is_refused(
+    asked: tuple[str, flavour.FlavourName, str, int], words: str
+) -> None:
     with pytest.raises(InputError, match="bundle: ") as raised:
         find_engine(ENGINES, *asked, "bundle")
     assert words in str(raised.value)

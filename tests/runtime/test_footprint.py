@@ -23,11 +23,21 @@ from tests.conftest import headmap_of, random_model, small_spec
 
 def engine(graph: str, weights: int, activations: int, sm: int = 89) -> EngineRecord:
     return EngineRecord(
-        graph=graph, flavour="tensorrt-rtx", version="1.7.1", sm=sm, file=f"engines/{graph}-{sm}.engine",
-        layers=9, plugin_layers=0, needs_plugin=False, phases=1,
-        weight_bytes=weights, activation_bytes=activations,
-        scratch_bytes=activations, seconds=1.0, peak_bytes=1,
-    )  # fmt: skip
+        graph=graph,
+        flavour="tensorrt-rtx",
+        version="1.7.1",
+        sm=sm,
+        file=f"engines/{graph}-{sm}.engine",
+        layers=9,
+        plugin_layers=0,
+        needs_plugin=False,
+        phases=1,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        scratch_bytes=activations,
+        seconds=1.0,
+        peak_bytes=1,
+    )
 
 
 ENGINES = (engine("prompt", 10, 7), engine("step", 200, 50), engine("decode", 3000, 600))
@@ -162,10 +172,17 @@ def test_engines_come_by_flavour_version_and_gpu_in_the_order_of_graphs(bundle: 
 @pytest.mark.parametrize(
     ("size", "said"),
     [
-        (0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (999_499, "999 kB"), (999_500, "1.00 MB"),
-        (9_994_999, "9.99 MB"), (9_996_000, "10.0 MB"), (118_304_768, "118 MB"), (35_400_000_000, "35.4 GB"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (9_994_999, "9.99 MB"),
+        (9_996_000, "10.0 MB"),
+        (118_304_768, "118 MB"),
+        (35_400_000_000, "35.4 GB"),
     ],
-)  # fmt: skip
+)
 def test_sizes_have_three_digits(size: int, said: str) -> None:
     assert readable(size) == said
 

@@ -14,8 +14,22 @@ from forcingkv.runtime.policies import load_policy
 from tests.conftest import headmap_of, random_model, small_spec
 
 ROOT = Path(__file__).parents[2]
-BLOCKED = ("torch", "polars", "sklearn", "seaborn", "onnx", "onnxscript", "scipy", "safetensors",
-           "diffusers", "transformers", "matplotlib", "typer", "rich", "av")  # fmt: skip
+BLOCKED = (
+    "torch",
+    "polars",
+    "sklearn",
+    "seaborn",
+    "onnx",
+    "onnxscript",
+    "scipy",
+    "safetensors",
+    "diffusers",
+    "transformers",
+    "matplotlib",
+    "typer",
+    "rich",
+    "av",
+)
 
 RUN = """
 import sys

@@ -19,9 +19,14 @@ RESOLUTIONS = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1088)}
 
 def wan(layers: int = 30, heads: int = 12) -> ModelSpec:
     return small_spec(
-        layers=layers, heads=heads, head_dim=128, patch=2, attended_frames=21,
-        decoder=Decoder("wan-vae", 8, 4), resolutions=RESOLUTIONS,
-    )  # fmt: skip
+        layers=layers,
+        heads=heads,
+        head_dim=128,
+        patch=2,
+        attended_frames=21,
+        decoder=Decoder("wan-vae", 8, 4),
+        resolutions=RESOLUTIONS,
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,10 +43,12 @@ def test_forcing_kv_keeps_five_and_six_frames() -> None:
     spec = small_spec()
     plan = build_plan(spec, spec.geometry(), load_policy("forcing-kv"), headmap_of(spec, [[0]] * 4))
     frames = {
-        label: [sum(n for name, _, n in phase.tokens if name == label) / plan.frame_tokens + 3
-                for phase in plan.phases]
+        label: [
+            sum(n for name, _, n in phase.tokens if name == label) / plan.frame_tokens + 3
+            for phase in plan.phases
+        ]
         for label in ("static", "dynamic")
-    }  # fmt: skip
+    }
     assert frames == {"static": [3, 5, 5], "dynamic": [3, 5, 6]}
     assert [phase.first_chunk for phase in plan.phases] == [0, 1, spec.ar_start + 2]
     assert [group.label for group in plan.layers[0]] == ["static"], "layer 0 is not split"
@@ -66,9 +73,11 @@ def test_a_sink_of_a_whole_chunk_is_not_attended_twice() -> None:
 def policies() -> st.SearchStrategy[Policy]:
     def make(sink: int, recent: int, segments: int) -> Policy:
         return Policy(
-            "any", "", {"static": Roles(sink, recent), "dynamic": Roles(sink, recent, retained=True)},
+            "any",
+            "",
+            {"static": Roles(sink, recent), "dynamic": Roles(sink, recent, retained=True)},
             retain=Retain(segments, 0.34, 1),
-        )  # fmt: skip
+        )
 
     return st.builds(make, st.integers(0, 3), st.integers(1, 7), st.sampled_from([1, 2, 3, 4, 6]))
 

@@ -52,9 +52,9 @@ def test_a_file_says_how_to_choose(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ('choose = "best"', "retain: choose: is 'best'; expected 'least-similar' or 'uniform' or 'random'"),
+        ('choose = "best"', "retain: choose is 'best'; expected 'least-similar' or 'uniform' or 'random'"),
         ("seed = -1", "seed is -1; expected 0 or more"),
-        ("shared = 1", "retain: shared: is 1; expected a value of type bool"),
+        ("shared = 1", "retain: shared is 1; expected a value of type bool"),
     ],
 )
 def test_a_wrong_knob_is_named(tmp_path: Path, more: str, message: str) -> None:

@@ -121,10 +121,21 @@ def test_the_bundles_own_head_map_is_counted_with(bundles: Bundles) -> None:
 
 def engine(graph: str, sm: int) -> EngineRecord:
     return EngineRecord(
-        graph=graph, flavour="tensorrt-rtx", version="1.7.1", sm=sm, file=f"{graph}.engine", layers=9,
-        plugin_layers=0, needs_plugin=False, phases=1, weight_bytes=2_000_000, activation_bytes=700_000,
-        scratch_bytes=1, seconds=1.0, peak_bytes=1,
-    )  # fmt: skip
+        graph=graph,
+        flavour="tensorrt-rtx",
+        version="1.7.1",
+        sm=sm,
+        file=f"{graph}.engine",
+        layers=9,
+        plugin_layers=0,
+        needs_plugin=False,
+        phases=1,
+        weight_bytes=2_000_000,
+        activation_bytes=700_000,
+        scratch_bytes=1,
+        seconds=1.0,
+        peak_bytes=1,
+    )
 
 
 def test_engines_are_counted_against_the_gpus_memory(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

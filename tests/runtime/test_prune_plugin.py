@@ -74,8 +74,15 @@ def test_following_only_collects(transition: int) -> None:
     operator.check([keys, keys, new, new, (KEPT,)])
     launcher = cast(KernelLauncher, recorder)
     operator.run(launcher, [keys, keys, new, new, (KEPT,)], [1, 2, 3, 4, 5, 6, 7], 0, 9)
-    sizes = {"batch": 1, "heads": HEADS, "transition_tokens": transition, "new_tokens": NEW,
-             "segment_tokens": SIZE, "kept": KEPT, "stream": 9}  # fmt: skip
+    sizes = {
+        "batch": 1,
+        "heads": HEADS,
+        "transition_tokens": transition,
+        "new_tokens": NEW,
+        "segment_tokens": SIZE,
+        "kept": KEPT,
+        "stream": 9,
+    }
     assert recorder.calls == [("collect", [1, 2, 3, 4, 5, 6, 7], sizes)]
 
 
@@ -105,14 +112,24 @@ def model(segments: int = SEGMENTS) -> bytes:
     kv = ["transition_keys", "transition_values", "new_keys", "new_values"]
     nodes = [
         helper.make_node(
-            "DynamicPrune", kv, ["keys", "values", "indices"], domain=prune_op.DOMAIN, kept=KEPT,
-            frame_tokens=FRAME, segments=segments, plugin_namespace=prune_op.PLUGIN_NAMESPACE,
+            "DynamicPrune",
+            kv,
+            ["keys", "values", "indices"],
+            domain=prune_op.DOMAIN,
+            kept=KEPT,
+            frame_tokens=FRAME,
+            segments=segments,
+            plugin_namespace=prune_op.PLUGIN_NAMESPACE,
         ),
         helper.make_node(
-            "DynamicPruneFollow", [*kv, "indices"], ["keys2", "values2"], domain=prune_op.DOMAIN,
-            segment_tokens=SIZE, plugin_namespace=prune_op.PLUGIN_NAMESPACE,
+            "DynamicPruneFollow",
+            [*kv, "indices"],
+            ["keys2", "values2"],
+            domain=prune_op.DOMAIN,
+            segment_tokens=SIZE,
+            plugin_namespace=prune_op.PLUGIN_NAMESPACE,
         ),
-    ]  # fmt: skip
+    ]
     lengths: dict[str, int | str] = {"transition": "cached", "new": NEW}
     bf16 = TensorProto.BFLOAT16
     inputs = [
@@ -271,8 +288,13 @@ def child(folder: Path) -> dict[str, Any]:
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *map(str, models)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report
@@ -319,8 +341,10 @@ def test_what_a_callback_raises_is_not_lost(report: dict[str, Any]) -> None:
 def test_running_launches_the_kernels_on_tensorrts_pointers(report: dict[str, Any]) -> None:
     assert [name for name, _, _ in report["calls"]] == ["score", "collect", "collect"]
     assert [pointers for _, pointers, _ in report["calls"]] == [
-        [1, 3, 8, 7], [1, 2, 3, 4, 7, 5, 6], [1, 2, 3, 4, 5, 6, 7],
-    ]  # fmt: skip
+        [1, 3, 8, 7],
+        [1, 2, 3, 4, 7, 5, 6],
+        [1, 2, 3, 4, 5, 6, 7],
+    ]
     for _, _, sizes in report["calls"]:
         assert sizes["transition_tokens"] == 0
         assert (sizes["heads"], sizes["new_tokens"], sizes["stream"]) == (HEADS, NEW, 9)

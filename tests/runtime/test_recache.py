@@ -37,9 +37,11 @@ def plans(draw: st.DrawFn) -> CachePlan:
 
     retained = draw(st.booleans())
     policy = Policy(
-        "any", "", {"static": roles(False), "dynamic": roles(retained)},
+        "any",
+        "",
+        {"static": roles(False), "dynamic": roles(retained)},
         retain=Retain(2, 0.34, 1) if retained else None,
-    )  # fmt: skip
+    )
     spec = small_spec(ar_start=draw(st.integers(0, 3)), frames_per_chunk=3)
     static = draw(st.lists(st.lists(st.integers(0, 2)), min_size=4, max_size=4))
     return build_plan(spec, spec.geometry(), policy, headmap_of(spec, static))

@@ -80,7 +80,7 @@ def test_what_cannot_be_generated_leaves_the_running_video_alone(bundles: Bundle
             session.generate("a f", seed=1)
         with pytest.raises(InputError, match="'f'"):
             running.switch("a f")
-        with pytest.raises(InputError, match="seed: is -1; expected 0 or more"):
+        with pytest.raises(InputError, match="seed is -1; expected 0 or more"):
             session.generate(PROMPT, seed=-1)
         assert_same([*found, *running], wanted)
 

@@ -229,7 +229,7 @@ READY = {"index": 3, "timing": {"denoise": 0.0, "clean": 0.0, "decode": 0.0, "to
         (edit(schema="forcingkv.snapshot/2"), "expected 'forcingkv.snapshot/1'"),
         (edit(extra=1), "unknown field 'extra'"),
         (edit(seed=None), "expected a value of type int"),
-        (edit(seed=-1), "seed: is -1"),
+        (edit(seed=-1), "seed is -1"),
         (edit(index=2), "do not go together"),
         (edit(index=-1, made=-1), "do not go together"),
         (edit(index=4, made=4, decoder_calls=4), "has no tensor latents/3"),
@@ -284,8 +284,9 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_state(bundles: Bundles, 
         for _ in range(4):
             with subprocess.Popen(
                 [sys.executable, "-c", SAVE_ON, str(bundles("forcing-kv")), str(tmp_path / "state"), PROMPT],
-                stdout=subprocess.PIPE, text=True,
-            ) as process:  # fmt: skip
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as process:
                 assert process.stdout
                 for _ in range(chance.randint(1, 6)):
                     process.stdout.readline()

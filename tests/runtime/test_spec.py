@@ -96,15 +96,15 @@ def test_a_spec_file_names_its_faulty_field(tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "models" / "presets" / "demo.toml"
     text = source.read_text()
     for old, new, message in [
-        ("layers = 6", "layers = '6'", r"layers: is '6'; expected a value of type int"),
+        ("layers = 6", "layers = '6'", r"layers is '6'; expected a value of type int"),
         ("layers = 6", "", "'layers' is missing"),
         ("layers = 6", "layers = 6\nlayer = 6", "unknown field 'layer'"),
         (
             'renoise = "fresh"',
             'renoise = "new"',
-            "schedule: renoise: is 'new'; expected 'fresh' or 'predicted'",
+            "schedule: renoise is 'new'; expected 'fresh' or 'predicted'",
         ),
-        ("fps = 8.0", "fps = nan", "fps: is nan; expected a finite number"),
+        ("fps = 8.0", "fps = nan", "fps is nan; expected a finite number"),
         ("layers = 6", "layers 6", "is not TOML"),
     ]:
         assert old in text

@@ -77,10 +77,17 @@ def test_a_closed_lane_gives_all_back_and_refuses_everything(world: World) -> No
     lane.close()
     lane.close()
     uses: list[Callable[[], object]] = [
-        run, main.mark, fetch.array, partial(lane.tensor, (2,), "float32"), partial(tensor.fetch, main),
-        partial(tensor.write, np.zeros(2, np.float32), main), partial(tensor.clear, main),
-        partial(program.bind, 0, {}, {}), partial(lane.program, "decode"), backend.lane,
-    ]  # fmt: skip
+        run,
+        main.mark,
+        fetch.array,
+        partial(lane.tensor, (2,), "float32"),
+        partial(tensor.fetch, main),
+        partial(tensor.write, np.zeros(2, np.float32), main),
+        partial(tensor.clear, main),
+        partial(program.bind, 0, {}, {}),
+        partial(lane.program, "decode"),
+        backend.lane,
+    ]
     assert world.cuda.left == {}, "all is closed, whoever still holds it"
     for use in uses:
         with pytest.raises(DeviceError, match="closed"):

@@ -210,9 +210,13 @@ def test_a_folder_of_pictures_equals_the_frames(tmp_path: Path) -> None:
     for name, frame in zip(names, frames, strict=True):
         assert np.array_equal(read(out / name)[0], frame.repeat(2, 0).repeat(2, 1))
     assert json.loads((out / "frames.json").read_text()) == {
-        "schema": "forcingkv.frames/1", "fps": 12.5, "count": 5, "width": 18, "height": 14,
+        "schema": "forcingkv.frames/1",
+        "fps": 12.5,
+        "count": 5,
+        "width": 18,
+        "height": 14,
         "metadata": {"forcingkv.seed": "7"},
-    }  # fmt: skip
+    }
 
 
 def test_an_earlier_folder_is_replaced_and_others_are_refused(tmp_path: Path) -> None:
@@ -287,9 +291,9 @@ def other_size(writer: FrameWriter) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (wrong_kind, r"frames: are float32 \(1, 32, 48, 3\); expected uint8"),
-        (one_frame, r"frames: are uint8 \(32, 48, 3\); expected uint8 \(n, height, width, 3\)"),
-        (other_size, "frames: are 50x32; expected 48x32, as the first"),
+        (wrong_kind, r"frames are float32 \(1, 32, 48, 3\); expected uint8"),
+        (one_frame, r"frames are uint8 \(32, 48, 3\); expected uint8 \(n, height, width, 3\)"),
+        (other_size, "frames are 50x32; expected 48x32, as the first"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.mp4", "a.rgb", "a"])
@@ -302,14 +306,14 @@ def test_other_frames_are_refused(wrong: Any, message: str, name: str, tmp_path:
 @pytest.mark.parametrize(
     ("out", "fps", "message"),
     [
-        ("a.avi", 8.0, r"a\.avi: is not an mp4 file.*expected a name ending in \.mp4, .*folder.* or -"),
-        ("a.mp4", 0.0, "fps: is 0.0; expected frames a second"),
-        ("a.mp4", float("nan"), "fps: is nan"),
-        ("a", float("inf"), "fps: is inf"),
-        ("file/a.mp4", 8.0, r"a\.mp4: cannot be written \(Not a directory\)"),
-        ("file/a/b", 8.0, r"b: cannot be written \(Not a directory\)"),
-        ("file", 8.0, r"file: cannot be written \(Not a directory\)"),
-        ("folder.mp4", 8.0, r"folder\.mp4: cannot be written \(Is a directory\)"),
+        ("a.avi", 8.0, r"a\.avi is not an mp4 file.*expected a name ending in \.mp4, .*folder.* or -"),
+        ("a.mp4", 0.0, "fps is 0.0; expected frames a second"),
+        ("a.mp4", float("nan"), "fps is nan"),
+        ("a", float("inf"), "fps is inf"),
+        ("file/a.mp4", 8.0, r"a\.mp4 cannot be written \(Not a directory\)"),
+        ("file/a/b", 8.0, r"b cannot be written \(Not a directory\)"),
+        ("file", 8.0, r"file cannot be written \(Not a directory\)"),
+        ("folder.mp4", 8.0, r"folder\.mp4 cannot be written \(Is a directory\)"),
         ("x" * 300 + ".rgb", 8.0, r"cannot be written \(File name too long\)"),
     ],
 )

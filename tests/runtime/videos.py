@@ -111,7 +111,10 @@ def python(script: str, *words: object, **variables: str) -> str:
     """What a process of its own prints, with those variables in its environment. It must end well."""
     ran = subprocess.run(
         [sys.executable, "-c", script, *map(str, words)],
-        capture_output=True, text=True, check=False, env=os.environ | variables,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | variables,
+    )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

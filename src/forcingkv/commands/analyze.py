@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import console, emit, need, progress, read_prompts
+from forcingkv.commands.console import console, emit, need, progress_bar, read_prompts
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.labelling import (
     Alpha,
@@ -42,7 +42,6 @@ from forcingkv.runtime.spec import Geometry
 if TYPE_CHECKING:
     from forcingkv.analyze import Analysis
 
-__all__ = ["app"]
 
 app = typer.Typer(help="Record attention statistics, label heads, judge and compare.", no_args_is_help=True)
 app.command("compare")(compare)
@@ -113,9 +112,15 @@ def heads(
 
     spec = load_spec(model)
     asked = labelling(
-        rule, alpha, static_per_layer, sink_frames, undecided, target_kv, target_time,
+        rule,
+        alpha,
+        static_per_layer,
+        sink_frames,
+        undecided,
+        target_kv,
+        target_time,
         target_resolution or _pixels(spec.geometry(resolution)),
-    )  # fmt: skip
+    )
     texts = text_inputs(spec, read_prompts(prompts) if prompts else None, embeds)
     job = Job(
         spec=spec,
@@ -132,13 +137,20 @@ def heads(
         threads=threads,
     )
     length = job.recording.chunks
-    with progress() as shown:
+    with progress_bar() as shown:
         task = shown.add_task("measuring (chunks)", total=samples * length)
         analysis = analyze_heads(
-            job, out, samples=samples, labelling=asked, stats=stats, restart=restart, cluster=ray,
-            workers=workers, command=["forcingkv", *sys.argv[1:]],
-            say=lambda done, chunk: shown.update(task, completed=done * length + chunk),
-        )  # fmt: skip
+            job,
+            out,
+            samples=samples,
+            labelling=asked,
+            stats=stats,
+            restart=restart,
+            cluster=ray,
+            workers=workers,
+            command=["forcingkv", *sys.argv[1:]],
+            progress=lambda done, chunk: shown.update(task, completed=done * length + chunk),
+        )
     _show(analysis, out, as_json)
 
 
@@ -168,9 +180,15 @@ def report(
     place = stats or str(folder / "stats")
     default = _pixels(read_statistics(place).recording.geometry)
     asked = labelling(
-        rule, alpha, static_per_layer, sink_frames, undecided, target_kv, target_time,
+        rule,
+        alpha,
+        static_per_layer,
+        sink_frames,
+        undecided,
+        target_kv,
+        target_time,
         target_resolution or default,
-    )  # fmt: skip
+    )
     with console.status("labelling, judging, drawing"):
         analysis = analyze_statistics(place, asked)
         write_analysis(analysis, out or folder, ["forcingkv", *sys.argv[1:]])
@@ -187,8 +205,14 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
 
     headmap = analysis.headmap
     if as_json:
-        emit({"out": str(out), "headmap": headmap.to_json(), "digest": headmap.digest,
-              "stability": summary_json(analysis)})  # fmt: skip
+        emit(
+            {
+                "out": str(out),
+                "headmap": headmap.to_json(),
+                "digest": headmap.digest,
+                "stability": summary_json(analysis),
+            }
+        )
         return
     screen = Console(highlight=False)
     style = STYLES[analysis.verdict.level]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from forcingkv.commands.console import console, emit, need, progress
+from forcingkv.commands.console import console, emit, need, progress_bar
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from forcingkv.measure.bench.cases import Case
     from forcingkv.measure.bench.turns import Measured, Setup
 
-__all__ = ["bench"]
 
 POLICIES = "full,window,dummy-forcing,forcing-kv"
 
@@ -78,14 +77,14 @@ def bench(
         need("analyze", "matplotlib")
     setup, sizes = Setup(rounds, backend, threads or _cores(), decode), _geometries(model, geometry)
     results, across = [], []
-    with _shown() as say:
+    with _shown() as progress:
         for size in sizes:
             with _cases(bundle, model, layers, size, policies, headmap, decoder) as cases:
-                measured = take_turns(cases, setup, seconds=minutes * 60, say=say)
+                measured = take_turns(cases, setup, seconds=minutes * 60, progress=progress)
                 results.append(report(measured, setup))
                 across.append((size or results[0]["geometry"], measured))
                 if sweep and len(sizes) == 1:
-                    results[0]["written"] = _write_lengths(sweep, cases, setup, results[0], say)
+                    results[0]["written"] = _write_lengths(sweep, cases, setup, results[0], progress)
     if sweep and len(sizes) > 1:
         results[-1]["written"] = _write_resolutions(sweep, across, results[0])
     if as_json:
@@ -109,12 +108,18 @@ def _geometries(model: str | None, geometry: str | None) -> Sequence[str | None]
 
 
 def _write_lengths(
-    folder: Path, cases: Sequence[Case], setup: Setup, result: Mapping[str, Any], say: Callable[[str], None]
+    folder: Path,
+    cases: Sequence[Case],
+    setup: Setup,
+    result: Mapping[str, Any],
+    progress: Callable[[str], None],
 ) -> list[str]:
     from forcingkv.measure.bench.pictures import write_lengths
     from forcingkv.measure.bench.sweeps import lengths
 
-    return [str(path) for path in write_lengths(folder, lengths(cases, setup, say=say), _title(result))]
+    return [
+        str(path) for path in write_lengths(folder, lengths(cases, setup, progress=progress), _title(result))
+    ]
 
 
 def _write_resolutions(
@@ -129,9 +134,14 @@ def _write_resolutions(
 
 @contextmanager
 def _cases(
-    bundles: Sequence[Path] | None, model: str | None, layers: int | None, geometry: str | None,
-    policies: str, headmap: Path | None, decoder: str | None,
-) -> Iterator[list[Case]]:  # fmt: skip
+    bundles: Sequence[Path] | None,
+    model: str | None,
+    layers: int | None,
+    geometry: str | None,
+    policies: str,
+    headmap: Path | None,
+    decoder: str | None,
+) -> Iterator[list[Case]]:
     from forcingkv.measure.bench.cases import bundle_cases, preset_cases
 
     if bundles:
@@ -139,7 +149,7 @@ def _cases(
             raise InputError(
                 "a bundle has its layers, geometry, head map and decoder",
                 where="--bundle",
-                mend="Leave --layers, --geometry, --headmap and --decoder out.",
+                hint="Leave --layers, --geometry, --headmap and --decoder out.",
             )
         yield bundle_cases(bundles)
         return
@@ -160,7 +170,7 @@ def _cases(
 @contextmanager
 def _shown() -> Iterator[Callable[[str], None]]:
     """What is being done, beside a clock."""
-    with progress() as shown:
+    with progress_bar() as shown:
         task = shown.add_task("exporting", total=None)
         yield lambda doing: shown.update(task, description=doing)
 
@@ -189,8 +199,19 @@ def _title(result: Mapping[str, Any], *, resolution: bool = True) -> str:
 
 def _print(result: Mapping[str, Any]) -> None:
     table = Table(title=f"{_title(result)}: a pass, median of {result['rounds']} rounds (least to most)")
-    for name in ("policy", "s/pass", "speed-up", "undisturbed", "FLOP limit", "share", "with decoding",
-                 "KV read", "KV held", "memory", "GFLOP/s"):  # fmt: skip
+    for name in (
+        "policy",
+        "s/pass",
+        "speed-up",
+        "undisturbed",
+        "FLOP limit",
+        "share",
+        "with decoding",
+        "KV read",
+        "KV held",
+        "memory",
+        "GFLOP/s",
+    ):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for row in result["rows"]:
         whole = row["speedup_with_decoding"]

@@ -14,22 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from forcingkv.headmaps.headmap import write_bytes
+from forcingkv.headmaps.files import write_bytes
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.files import unwritable
 from forcingkv.runtime.footprint import EngineSet, alike, engine_sets, footprint, named, readable
 from forcingkv.runtime.spec import ELEMENT_BYTES
-
-__all__ = ["write_bytes_picture"]
 
 INK, SOFT = "#1b1f24", "#57606a"
 KEYS = {"sink": "#0a3d66", "retained": "#0b6fb8", "recent": "#58a6dd", "current": "#b9d9f0"}
 """Keys and values are blue, by role."""
 COLOURS = {
-    "weights": "#57606a", "activations": "#c2510c", "decoder_caches": "#2a7d4f", "frames": "#8250df",
-    "text": "#a98be8", "latents": "#cdbcf3", **{f"kv_{role}": colour for role, colour in KEYS.items()},
-}  # fmt: skip
+    "weights": "#57606a",
+    "activations": "#c2510c",
+    "decoder_caches": "#2a7d4f",
+    "frames": "#8250df",
+    "text": "#a98be8",
+    "latents": "#cdbcf3",
+    **{f"kv_{role}": colour for role, colour in KEYS.items()},
+}
 NAMES = {"decoder_caches": "decoder caches", **{f"kv_{role}": f"KV {role}" for role in KEYS}}
 WIDTH, MARGIN = 9.6, 0.15
 """Inches, as all that follow: of the picture, and around it."""
@@ -60,10 +62,7 @@ def write_bytes_picture(bundle: Bundle, path: Path) -> None:
     panels = [(_title(group), _memory(bundle, group)) for group in groups]
     first = bundle.plan.phases[-1].first_chunk
     panels.append((f"Keys and values that a pass attends to, from chunk {first} on", _attended(bundle)))
-    try:
-        write_bytes(path, _drawn(_headline(bundle), panels, REMARK if groups[0] else ""))
-    except OSError as error:
-        raise unwritable(path, error) from error
+    write_bytes(path, _drawn(_headline(bundle), panels, REMARK if groups[0] else ""))
 
 
 def _headline(bundle: Bundle) -> str:

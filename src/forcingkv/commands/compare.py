@@ -14,8 +14,6 @@ from forcingkv.models.demo.data import Moves, prompt_of
 from forcingkv.models.demo.judge import Judge, verdict
 from forcingkv.runtime import Session, Timing
 
-__all__ = ["PolicyRun", "compare_policies", "results"]
-
 Frames = npt.NDArray[np.uint8]
 
 
@@ -32,7 +30,7 @@ def compare_policies(
     prompts: Sequence[Moves],
     chunks: int,
     seed: int,
-    say: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, PolicyRun]:
     """Generate every prompt with every policy; policies take turns, so that drift hits all alike."""
     runs = {name: PolicyRun() for name in sessions}
@@ -41,7 +39,7 @@ def compare_policies(
             made = list(session.generate(prompt_of(moves), seed=seed + number, chunks=chunks))
             runs[name].videos.append(np.concatenate([chunk.frames for chunk in made]))
             runs[name].timings.append([chunk.timing for chunk in made])
-        say(number + 1)
+        progress(number + 1)
     return runs
 
 

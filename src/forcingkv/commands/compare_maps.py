@@ -15,13 +15,11 @@ from rich.text import Text
 from forcingkv.commands.console import emit, need
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.headmap import write_bytes
-from forcingkv.runtime.files import unwritable
+from forcingkv.headmaps.files import write_bytes
 
 if TYPE_CHECKING:
     from forcingkv.analyze.agreement import Agreement, Change
 
-__all__ = ["compare"]
 
 STYLES = {STATIC: "reverse bold cyan", DYNAMIC: "reverse bold magenta"}
 OTHER = "reverse bold yellow"
@@ -53,11 +51,7 @@ def compare(
     first, second = read_map_or_run(a), read_map_or_run(b)
     agreement, changed = agree(first, second), changes(first, second)
     if out:
-        picture = comparison_picture(first, second, short_names(a, b))
-        try:
-            write_bytes(out, picture)
-        except OSError as error:
-            raise unwritable(out, error) from error
+        write_bytes(out, comparison_picture(first, second, short_names(a, b)))
     if as_json:
         emit(_as_json((a, b), (first, second), agreement, changed) | {"picture": str(out) if out else None})
     else:

@@ -14,8 +14,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
-__all__ = ["console", "default_prompts", "emit", "need", "progress", "read_prompts"]
-
 console = Console(stderr=True)
 """Messages for people go to standard error; results go to standard output."""
 
@@ -26,7 +24,7 @@ def emit(data: Any) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
+def progress_bar() -> Iterator[Progress]:
     """A progress display on standard error."""
     columns = (
         SpinnerColumn(),
@@ -56,8 +54,12 @@ def read_prompts(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read ({error})", where=str(path)) from error
     if path.suffix == ".jsonl":
-        lines = [prompt for number, line in enumerate(lines, 1) if line.strip()
-                 for prompt in _interactive(line, f"{path}, line {number}")]  # fmt: skip
+        lines = [
+            prompt
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+            for prompt in _interactive(line, f"{path}, line {number}")
+        ]
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError("has no prompts", where=str(path), expected="one prompt a line")
@@ -81,5 +83,5 @@ def default_prompts(model: str) -> list[str]:
 
     path = Path(str(resources.files("forcingkv.models"))) / model / "prompts.txt"
     if not path.is_file():
-        raise InputError(f"no prompts ship with {model}", where="prompts", mend="Give a file with --prompts.")
+        raise InputError(f"no prompts ship with {model}", where="prompts", hint="Give a file with --prompts.")
     return read_prompts(path)

@@ -11,10 +11,8 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from forcingkv.commands.console import console, default_prompts, emit, need, progress
+from forcingkv.commands.console import console, default_prompts, emit, need, progress_bar
 from forcingkv.headmaps import DYNAMIC, STATIC
-
-__all__ = ["demo"]
 
 MODEL = "demo"
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
@@ -55,13 +53,17 @@ def demo(
     weights = load_weights(spec)
     texts = default_prompts(MODEL)
     moves = [moves_of(texts[i % len(texts)]) for i in range(prompts)]
-    with progress() as shown:
+    with progress_bar() as shown:
         task = shown.add_task("1/3 measuring heads (samples)", total=samples)
         job = Job(spec, weights, text_inputs(spec, texts[::-1], None), seed, threads=threads)
         analysis = analyze_heads(
-            job, out / "analysis", samples=samples, restart=True, command=["forcingkv", "demo"],
-            say=lambda done, _: shown.update(task, completed=done),
-        )  # fmt: skip
+            job,
+            out / "analysis",
+            samples=samples,
+            restart=True,
+            command=["forcingkv", "demo"],
+            progress=lambda done, _: shown.update(task, completed=done),
+        )
         headmap = analysis.headmap
         dummies = analyze_statistics(out / "analysis" / "stats", Labelling(rule="dummy")).headmap
         maps = {"dummy-forcing": dummies, "forcing-kv": headmap}

@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from forcingkv.commands.console import emit, need, progress, read_prompts
+from forcingkv.commands.console import emit, need, progress_bar, read_prompts
 from forcingkv.commands.models import Model
 from forcingkv.headmaps.errors import InputError
-
-__all__ = ["encode"]
 
 
 def encode(
@@ -44,7 +42,7 @@ def encode(
         )
     texts = list(dict.fromkeys(read_prompts(prompts)))
     arrays = []
-    with progress() as shown:
+    with progress_bar() as shown:
         task = shown.add_task("loading the text encoder", total=len(texts))
         encoder = load_prompt_encoder(text_encoder, tokenizer)
         if encoder.width != spec.text_width:

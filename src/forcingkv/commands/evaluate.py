@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forcingkv.commands.console import default_prompts, emit, need, progress, read_prompts
+from forcingkv.commands.console import default_prompts, emit, need, progress_bar, read_prompts
 from forcingkv.headmaps.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from forcingkv.runtime.spec import ModelSpec
     from forcingkv.runtime.text import Prompt
 
-__all__ = ["evaluate"]
 
 SAMPLES = 32
 """Prompts, where there are as many and no other number is asked for."""
@@ -57,12 +56,14 @@ def evaluate(
     first_chunk_frames: Annotated[int, typer.Option(min=1, help="Of --video: of the first chunk.")] = 9,
     top: Annotated[
         int | None,
-        typer.Option(min=1, help="Of --video: pairs that the published chunk discontinuity takes; default:"
-                     " one a boundary."),
+        typer.Option(
+            min=1,
+            help="Of --video: pairs that the published chunk discontinuity takes; default: one a boundary.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write a row a video to this file (.csv).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Measure generated video: against full KV, at the seams of chunks, drift over time.
 
     With --bundle: generates the same prompts and seeds with each bundle in turn, and gives means with 95%
@@ -95,7 +96,7 @@ def evaluate(
             write_csv([{"video": file["video"]} | file["values"] for file in files], out)
         emit({"videos": files}) if as_json else print_files(files)
         return
-    with _sessions(bundle or (), backend, threads) as sessions, progress() as shown:
+    with _sessions(bundle or (), backend, threads) as sessions, progress_bar() as shown:
         compared = _reference(list(sessions), reference)
         spec = next(iter(sessions.values())).spec
         chosen = samples_of(_prompts(spec, prompts, embeds, samples), seeds, seed)
@@ -155,7 +156,7 @@ def _prompts(
         raise InputError(
             f"{samples} are asked for, of {len(texts)}",
             where="samples",
-            mend="Give a file with more prompts (--prompts), or make more videos of each (--seeds).",
+            hint="Give a file with more prompts (--prompts), or make more videos of each (--seeds).",
         )
     texts = texts[: samples or SAMPLES]
     return [(text, known.get(text, spec) if known else text) for text in texts]
@@ -177,7 +178,7 @@ def _measured(path: Path, reference: Path | None, layout: ChunkLayout, top: int 
     from forcingkv.measure.fidelity.video import measure_pair, measure_video
     from forcingkv.measure.fidelity.video_files import open_video
 
-    with progress() as shown:
+    with progress_bar() as shown:
         shown.add_task(path.name, total=None)
         with open_video(path) as file:
             fps, own = file.fps, measure_video(file.frames, layout, file.fps, top=top, where=str(path))

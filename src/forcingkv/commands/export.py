@@ -28,7 +28,6 @@ from forcingkv.runtime.text import encode_words
 if TYPE_CHECKING:
     from forcingkv.export.calibrate import CalibrationTexts
 
-__all__ = ["export", "texts_for"]
 
 PROMPTS = 4
 """How many of the prompts that ship with a model fp8 is calibrated with."""
@@ -100,10 +99,21 @@ def export(
     try:
         with console.status("exporting") as status:
             manifest = export_bundle(
-                spec, weights, chosen, out, headmap=given, resolution=resolution, decoder=pixels,
-                dtype=precision, target=wanted, sms=sm or (), aot=aot, verify=verify, calibration=texts,
-                say=status.update,
-            )  # fmt: skip
+                spec,
+                weights,
+                chosen,
+                out,
+                headmap=given,
+                resolution=resolution,
+                decoder=pixels,
+                dtype=precision,
+                target=wanted,
+                sms=sm or (),
+                aot=aot,
+                verify=verify,
+                calibration=texts,
+                progress=status.update,
+            )
     except (VerificationError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -112,8 +122,10 @@ def export(
         return
     size = sum(record.bytes for record in manifest.files.values())
     print(f"{out}: {spec.name}, policy {chosen.name}, {size / 1e6:.1f} MB")
-    print(f"KV cache {manifest.plan.kv_bytes / 1e6:.2f} MB, phases at chunk "
-          + ", ".join(str(phase["first_chunk"]) for phase in manifest.plan.phases))  # fmt: skip
+    print(
+        f"KV cache {manifest.plan.kv_bytes / 1e6:.2f} MB, phases at chunk "
+        + ", ".join(str(phase["first_chunk"]) for phase in manifest.plan.phases)
+    )
     if record := manifest.calibration:
         width, height = record.resolution
         of = f"{len(record.prompts)} {record.texts}" if record.prompts else "random embeddings: no real texts"
@@ -152,5 +164,5 @@ def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTe
         f"{spec.name} is calibrated with texts, and none ship with it",
         where="--dtype fp8",
         expected="--calibration FILE with text embeddings",
-        mend="Make the file with: forcingkv encode --prompts prompts.txt --out embeds.safetensors",
+        hint="Make the file with: forcingkv encode --prompts prompts.txt --out embeds.safetensors",
     )

@@ -11,13 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from forcingkv.headmaps.headmap import write_text
+from forcingkv.headmaps.files import write_text
 from forcingkv.measure.fidelity.evaluation import Summary
 from forcingkv.measure.fidelity.intervals import CONFIDENCE, Estimate
 from forcingkv.measure.fidelity.metrics import METRICS
-from forcingkv.runtime.files import unwritable
-
-__all__ = ["print_files", "print_policies", "summary_data", "write_csv"]
 
 COLUMN = 24
 """Characters of a policy's or a video's column."""
@@ -90,10 +87,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    try:
-        write_text(path, text.getvalue())
-    except OSError as error:
-        raise unwritable(path, error) from error
+    write_text(path, text.getvalue())
 
 
 def _table(

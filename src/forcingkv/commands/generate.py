@@ -17,7 +17,7 @@ import numpy as np
 import typer
 
 from forcingkv import __version__
-from forcingkv.commands.console import emit, progress
+from forcingkv.commands.console import emit, progress_bar
 from forcingkv.commands.models import text_input
 from forcingkv.commands.prompt_changes import prompt_changes
 from forcingkv.headmaps.errors import InputError
@@ -25,8 +25,6 @@ from forcingkv.headmaps.errors import InputError
 if TYPE_CHECKING:
     from forcingkv.runtime import Chunk, Session, Video
     from forcingkv.runtime.spec import ModelSpec
-
-__all__ = ["generate"]
 
 
 def generate(
@@ -101,7 +99,7 @@ def generate(
                 print(f"rgb24, {width}x{height}, {rate:g} frames a second", file=sys.stderr)
             with (
                 open_writer(out, fps=rate, enlarge=enlarge, metadata=about) as writer,
-                progress() as shown,
+                progress_bar() as shown,
             ):
                 task = shown.add_task("generating chunks", total=chunks, completed=made.index)
                 for chunk, waited in _timed(made):
@@ -120,7 +118,7 @@ def generate(
     except ReaderGoneError as error:
         raise typer.Exit(128 + signal.SIGPIPE) from error  # what a shell sees of others in a pipe
     if not timings:
-        raise InputError("the saved video is complete", where=str(restore), mend="Make it longer: --seconds.")
+        raise InputError("the saved video is complete", where=str(restore), hint="Make it longer: --seconds.")
     total, denoising = np.sum(timings, axis=0).tolist()
     result = {
         "out": out,

@@ -13,10 +13,8 @@ from rich.text import Text
 from forcingkv.commands.console import emit
 from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, read_headmap
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.headmap import write_text
+from forcingkv.headmaps.files import write_text
 from forcingkv.headmaps.readers import forcingkv_json
-
-__all__ = ["app", "print_map"]
 
 app = typer.Typer(help="Look at, check and convert head maps.", no_args_is_help=True)
 
@@ -79,8 +77,10 @@ def validate(
     print(f"{file}: {headmap.model.layers} layers x {headmap.model.heads} heads, each labelled once")
     others = sorted(set(headmap.counts()) - {STATIC, DYNAMIC})
     if others:
-        print(f"labels {', '.join(others)}: the policy forcing-kv knows static and dynamic only. To say "
-              f"which is which: forcingkv headmap convert --labels {others[0]}=dynamic,...")  # fmt: skip
+        print(
+            f"labels {', '.join(others)}: the policy forcing-kv knows static and dynamic only. To say "
+            f"which is which: forcingkv headmap convert --labels {others[0]}=dynamic,..."
+        )
 
 
 @app.command()
@@ -119,13 +119,7 @@ def convert(
             missing_layers=missing_layers,
         ),
     )
-    text = WRITERS[to](headmap)
-    try:
-        write_text(out, text)
-    except OSError as error:
-        from forcingkv.runtime.files import unwritable
-
-        raise unwritable(out, error) from error
+    write_text(out, WRITERS[to](headmap))
     if as_json:
         emit({"out": str(out), "to": to, **_summary(headmap)})
         return

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from forcingkv.runtime import Bundle
     from forcingkv.runtime.footprint import EngineSet
 
-__all__ = ["inspect"]
 
 WIDTH = 80
 """Columns that lines keep to: also where the output is piped."""

@@ -14,18 +14,6 @@ from forcingkv.headmaps.headmap import Budget
 if TYPE_CHECKING:
     from forcingkv.analyze import Labelling
 
-__all__ = [
-    "Alpha",
-    "RuleOption",
-    "SinkFrames",
-    "StaticPerLayer",
-    "TargetKv",
-    "TargetResolution",
-    "TargetTime",
-    "UndecidedOption",
-    "bytes_of",
-    "labelling",
-]
 
 RuleOption: TypeAlias = Annotated[
     str, typer.Option(help="auto, threshold, quota, kmeans, mixture, budget or dummy.")

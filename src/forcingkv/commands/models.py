@@ -19,17 +19,6 @@ from forcingkv.runtime.text import encode_words
 if TYPE_CHECKING:
     from forcingkv.models.checkpoint import Weights
 
-__all__ = [
-    "Checkpoint",
-    "Key",
-    "Lora",
-    "Model",
-    "RandomWeights",
-    "Resolution",
-    "text_input",
-    "text_inputs",
-    "weights_for",
-]
 
 Model: TypeAlias = Annotated[str, typer.Option(help="Preset or spec file (.toml).")]
 Checkpoint: TypeAlias = Annotated[

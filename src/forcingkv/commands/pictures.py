@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
-__all__ = ["write_sheet"]
-
 FRAMES = (0, 5, 10, 15, 20)
 
 

@@ -14,8 +14,6 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.spec import Dtype, ModelSpec
 
-__all__ = ["plan"]
-
 
 def plan(
     context: typer.Context,

@@ -13,8 +13,6 @@ from forcingkv.commands.models import text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.spec import ModelSpec
 
-__all__ = ["PromptChange", "prompt_changes"]
-
 
 @dataclass(frozen=True)
 class PromptChange:

@@ -1,10 +1,10 @@
 """Digests of what the product makes of the demo model: proof that a change of the code changes nothing else.
 
-    python tools/digests.py --out before.json          # before the change
-    python tools/digests.py --against before.json      # after it: lists every difference, exit code 1 if any
+    python studies/digests.py --out before.json          # before the change
+    python studies/digests.py --against before.json      # after it: lists what differs; exit code 1 if any
 
 Everything goes through the command line, in a folder of its own: statistics and head maps, the graphs and
-weights of a bundle for each policy, the frames of one seeded video with a switch of prompts, and the engines of
+weights of a bundle for each policy, the frames of one seeded video with a switch of prompts, and engines for
 one GPU. Digests compare on one machine with one set of versions only: other versions of torch or ONNX Runtime
 round differently.
 """
@@ -25,7 +25,9 @@ PROMPT, OTHER = "a 3 moving left and a 7 moving up", "a 1 moving up and a 4 movi
 
 def forcingkv(*words: object) -> None:
     """Run a command of the product; its words are shown if it fails."""
-    done = subprocess.run([sys.executable, "-m", "forcingkv", *map(str, words)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "forcingkv", *map(str, words)], capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"forcingkv {' '.join(map(str, words))}\n{done.stdout}{done.stderr}")
 
@@ -45,20 +47,48 @@ def make(folder: Path) -> None:
         headmap = (dummy if policy == "dummy-forcing" else heads) / "headmap.json"
         bundle = folder / policy
         forcingkv("export", "--model", "demo", "--headmap", headmap, "--policy", policy, "--out", bundle)
-        forcingkv("generate", "--bundle", bundle, "--prompt", PROMPT, "--switch", f"2.5:{OTHER}",
-                  "--seconds", 5, "--seed", 7, "--out", folder / f"{policy}.rgb")  # fmt: skip
-    forcingkv("export", "--model", "demo", "--headmap", heads / "headmap.json", "--target", "tensorrt-rtx",
-              "--sm", 89, "--out", folder / "engines")  # fmt: skip
+        forcingkv(
+            "generate",
+            "--bundle",
+            bundle,
+            "--prompt",
+            PROMPT,
+            "--switch",
+            f"2.5:{OTHER}",
+            "--seconds",
+            5,
+            "--seed",
+            7,
+            "--out",
+            folder / f"{policy}.rgb",
+        )
+    forcingkv(
+        "export",
+        "--model",
+        "demo",
+        "--headmap",
+        heads / "headmap.json",
+        "--target",
+        "tensorrt-rtx",
+        "--sm",
+        89,
+        "--out",
+        folder / "engines",
+    )
 
 
 def digests(folder: Path) -> dict[str, str]:
     """Digest of every file, by its path within the folder; of frames that are in no file, none."""
-    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def main() -> None:
     """Make, digest, and compare or write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="where to write the digests, as JSON")
     parser.add_argument("--against", type=Path, help="digests to compare with")
     parser.add_argument("--keep", type=Path, help="make the files here and keep them")

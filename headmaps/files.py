@@ -1,4 +1,4 @@
-"""Files of a bundle: names that stay inside it, digests, and writing that is all or nothing."""
+"""Files: names that stay inside a folder, digests, and writing that is all or nothing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from forcingkv.headmaps.errors import InputError
-
-__all__ = ["FileRecord", "inside", "new_folder", "record_file", "unwritable", "verify_file"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,14 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
     """The path of a file, once it is known to be what its record says. Raises InputError otherwise."""
     path = inside(folder, name)
     if not path.is_file():
-        raise InputError("is missing", where=str(path), mend="Export the bundle again.")
+        raise InputError("is missing", where=str(path), hint="Export the bundle again.")
     size = path.stat().st_size
     if size != record.bytes:
         raise InputError(
             f"has {size} bytes",
             where=str(path),
             expected=f"{record.bytes}, as its manifest says",
-            mend="The file was changed or cut short: export or copy the bundle again.",
+            hint="The file was changed or cut short: export or copy the bundle again.",
         )
     found = record_file(path).sha256
     if found != record.sha256:
@@ -66,7 +64,7 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
             f"has the digest {found[:12]}...",
             where=str(path),
             expected=f"{record.sha256[:12]}..., as its manifest says",
-            mend="The file was changed: export or copy the bundle again.",
+            hint="The file was changed: export or copy the bundle again.",
         )
     return path
 
@@ -76,8 +74,37 @@ def unwritable(path: Path, error: OSError) -> InputError:
     return InputError(
         f"cannot be written ({error.strerror})",
         where=str(path),
-        mend="Choose a place that you may write to.",
+        hint="Choose a place that you may write to.",
     )
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block ends well; nothing is left behind when it does not.
+
+    Makes the folder. Raises InputError where the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises InputError where it cannot be written."""
+    with new_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text whole or not at all, in UTF-8. Raises InputError as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 @contextmanager
@@ -92,7 +119,7 @@ def new_folder(path: Path, mark: str) -> Iterator[Path]:
         raise InputError(
             f"holds other files than an earlier result (it has no {mark})",
             where=str(path),
-            mend="Choose a new or empty folder: this one would be replaced.",
+            hint="Choose a new or empty folder: this one would be replaced.",
         )
     partial = path.with_name(f".{path.name}.partial")
     try:
