@@ -78,7 +78,7 @@ def _target(spec: ModelSpec, budget: Budget) -> tuple[Callable[[CachePlan], floa
             hint="Give one of --target-kv and --target-time.",
         )
     if budget.kv_bytes is not None:
-        return (lambda plan: plan.kv_bytes(spec.element_bytes)), budget.kv_bytes, "bytes"
+        return (lambda plan: plan.kv_bytes(spec.dtype)), budget.kv_bytes, "bytes"
     assert budget.time_ratio is not None
     full = chunk_flops(build_plan(spec, spec.geometry(budget.resolution), load_policy("full")))
     return (lambda plan: chunk_flops(plan) / full), budget.time_ratio, "of the time under full"

@@ -51,13 +51,14 @@ class Job:
     def plan(self) -> CachePlan:
         """The cache plan. Raises InputError where policy, map and model do not fit."""
         policy = load_policy(self.policy)
-        if policy.retain and not policy.retain.shared:
+        plan = build_plan(self.spec, self.spec.geometry(self.resolution), policy, self.headmap)
+        if plan.choice and not plan.choice.role.shared:
             raise InputError(
-                "its layers choose segments each for itself",
+                "lets every layer choose segments for itself",
                 where=f"policy {policy.name}",
-                expected="retain.shared = true: of retained segments one choice a chunk is recorded",
+                expected="shared = true: one choice of retained segments a chunk is recorded",
             )
-        return build_plan(self.spec, self.spec.geometry(self.resolution), policy, self.headmap)
+        return plan
 
     @cached_property
     def recording(self) -> Recording:

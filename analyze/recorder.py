@@ -18,6 +18,7 @@ from forcingkv.models.cache import Cache, GroupCache
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime.plan import CachePlan, HeadGroup
+from forcingkv.runtime.roles import whole_frames
 
 CURRENT = "current"
 LEAST_ROWS = 2
@@ -64,7 +65,7 @@ class Recorder:
         share = max(LEAST_ROWS, -(-rows // frames)) if rows else plan.frame_tokens
         self._rows = min(plan.frame_tokens, share)
         self._orders = orders or [range(plan.spec.heads)] * plan.spec.layers
-        self._retained: list[tuple[int, int]] = []
+        self._chosen: list[int] | None = None
         self._parts: list[_Part] = []
 
     def watch(self, chunk: int, step: int, cache: Cache, attend: Attend) -> Attend:
@@ -82,14 +83,10 @@ class Recorder:
 
         return recorded
 
-    def chosen(self, chunk: int, indices: Tensor | None) -> None:
-        """Note which segments the clean pass of a chunk retained, if any."""
-        retain = self.plan.policy.retain
-        if indices is not None and retain is not None:
-            oldest = chunk * self.plan.spec.frames_per_chunk - 1
-            self._retained = [
-                (oldest + index // retain.segments, index % retain.segments) for index in indices.tolist()
-            ]
+    def chosen(self, indices: Tensor | None) -> None:
+        """Note which segments a clean pass chose, if any."""
+        if indices is not None:
+            self._chosen = indices.tolist()
 
     def frame(self) -> pl.DataFrame:
         """All rows noted so far, in the columns of `analyze.recording`.
@@ -118,35 +115,29 @@ class Recorder:
         current: Tensor,
         places: Tensor,
     ) -> None:
-        runs, slots = self._runs(chunk, held, current)
+        runs, slots = self._runs(chunk, group, held, current)
         found = attention_statistics(queries, runs, places, len(slots), self.plan.frame_tokens)
         heads = self._orders[layer][group.start : group.stop]
         keys = sum(run.keys.shape[1] for run in runs)
         self._parts.append(_Part(chunk, step, layer, heads, keys, slots, tuple(found)))
 
     def _runs(
-        self, chunk: int, held: GroupCache, current: Tensor
+        self, chunk: int, group: HeadGroup, held: GroupCache, current: Tensor
     ) -> tuple[list[KeyRun], list[tuple[str, int]]]:
         """The keys a group meets, and for each slot its role and latent frame."""
-        size, first = self.plan.frame_tokens, chunk * self.plan.spec.frames_per_chunk
+        plan = self.plan
+        own = whole_frames(plan, chunk * plan.spec.frames_per_chunk, plan.chunk_tokens)
+        seen = [
+            (role.name, held[role.name].keys[0], role.spans(plan, group, chunk, self._chosen))
+            for role in group.roles
+        ]
         slots: list[tuple[str, int]] = []
         runs: list[KeyRun] = []
-
-        def add(role: str, frame: int, keys: Tensor, offset: int = 0) -> None:
-            if (role, frame) not in slots:
-                slots.append((role, frame))
-            runs.append(KeyRun(keys, slots.index((role, frame)), offset))
-
-        for role, keys in [*((role, kv.keys[0]) for role, kv in held.items()), (CURRENT, current)]:
-            if role == "retained":
-                for number, (frame, segment) in enumerate(self._retained if keys.shape[1] else ()):
-                    length = self.plan.segment_tokens
-                    add(role, frame, keys[:, number * length : (number + 1) * length], segment * length)
-                continue
-            count = keys.shape[1] // size
-            oldest = {"sink": 0, "recent": first - count, CURRENT: first}[role]
-            for number in range(count):
-                add(role, oldest + number, keys[:, number * size : (number + 1) * size])
+        for role, keys, spans in [*seen, (CURRENT, current, own)]:
+            for span, part in zip(spans, keys.split([span.tokens for span in spans], 1), strict=True):
+                if (role, span.frame) not in slots:
+                    slots.append((role, span.frame))
+                runs.append(KeyRun(part, slots.index((role, span.frame)), span.offset))
         return runs, slots
 
     def _rows_of(self, part: _Part) -> pl.DataFrame:
@@ -213,6 +204,6 @@ def record_sample(
     """
     recorder = Recorder(plan, sample, seed, rows, orders)
     for made in generate(model, plan, text, seeded_noise(plan, seed), chunks, recorder.watch):
-        recorder.chosen(made.index, made.indices)
+        recorder.chosen(made.indices)
         progress(made.index + 1)
     return recorder.frame()

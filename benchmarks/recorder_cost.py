@@ -33,6 +33,7 @@ from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime import positions
 from forcingkv.runtime.plan import CachePlan, HeadGroup, build_plan
 from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.roles import Role
 
 
 def own_memory(plan: CachePlan) -> int:
@@ -51,12 +52,13 @@ def own_memory(plan: CachePlan) -> int:
 def random_cache(plan: CachePlan, chunk: int) -> Cache:
     """A cache of that chunk with random keys and values."""
 
-    def entry(group: HeadGroup, role: str) -> KeysValues:
+    def entry(group: HeadGroup, role: Role) -> KeysValues:
         shape = (1, group.heads, plan.tokens(group, role, chunk), plan.spec.head_dim)
         return KeysValues(torch.randn(shape), torch.randn(shape))
 
     return [
-        [{role: entry(group, role) for role in group.roles} for group in groups] for groups in plan.layers
+        [{role.name: entry(group, role) for role in group.roles} for group in groups]
+        for groups in plan.layers
     ]
 
 

@@ -116,7 +116,7 @@ def export_bundle(
     )
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
-    check_choice(policy)
+    check_choice(plan)
     if (decoder is None) != (spec.decoder.kind == "pixels"):
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
     verify = engines is None if verify is None else verify
@@ -232,7 +232,7 @@ class _Writer:
 
     def write_engines(self, target: EngineTarget) -> None:
         """Compile the plugin's kernels, and build an engine of every graph for every GPU."""
-        if self.plan.score_layer is not None and not target.aot:
+        if self.plan.choice and not target.aot:
             from forcingkv.export.cubins import compile_kernels  # needs Triton, which only this does
 
             self.progress("compiling kernels")

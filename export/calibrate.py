@@ -141,7 +141,7 @@ def calibration_plan(plan: CachePlan) -> CachePlan:
     already, where there is no such number, and for models that run at one resolution only.
     """
     spec, (rows, columns) = plan.spec, plan.geometry.grid
-    segments = plan.policy.retain.segments if plan.policy.retain else 1
+    segments = plan.choice.role.segments if plan.choice else 1
     if spec.position_table:
         return plan
     cell = spec.decoder.spatial_stride * spec.patch

@@ -48,7 +48,7 @@ def build_engine(
         EngineError: TensorRT refused the graph, aborted, or took more memory than there is.
     """
     phases = _phases(name, plan)
-    prunes = name == "step" and plan.score_layer is not None
+    prunes = name == "step" and plan.choice is not None
     report = _run(
         {
             "graph": str(graph),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forcingkv.models.cache import Cache, advance, attend_cache
+from forcingkv.models.cache import Cache, advance, attend_cache, cached_dtype
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.generate import latent_shape, next_latents
 from forcingkv.models.wan import KeysValues, WanModel
@@ -71,8 +71,8 @@ class StepModule(nn.Module):
         flow, new = self.model(latents.to(kind), inputs["time"].to(kind), rotary, prompt, attend)
         flow = flow.to(latents)
         # Every output is there in every phase; the session takes those the phase calls for.
-        rows = {label: inputs[name] for label, name in plan.sink_rows.items()}
-        following, indices = advance(plan, cache, new, sink_rows=rows, retain=True)
+        rows = {each.name: inputs[each.name] for each in plan.rows_inputs}
+        following, indices = advance(plan, cache, new, rows=rows, choose=True)
         x0 = latents - sigma * flow
         following_latents = next_latents(
             plan.spec.schedule.renoise, latents, flow, sigma, inputs["sigma_next"], inputs.get("noise")
@@ -126,14 +126,15 @@ def unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
     pairs = zip(plan.entries[::2], tensors[::2], tensors[1::2], strict=True)
     for entry, keys, values in pairs:
         place = plan.layers[entry.layer].index(entry.group)
-        cache[entry.layer][place][entry.role] = KeysValues(keys, values)
+        cache[entry.layer][place][entry.role.name] = KeysValues(keys, values)
     return cache
 
 
 def flatten_cache(plan: CachePlan, cache: Cache) -> list[Tensor]:
     """A cache as tensors in the order of `plan.entries`."""
     return [
-        getattr(cache[e.layer][plan.layers[e.layer].index(e.group)][e.role], e.part) for e in plan.entries
+        getattr(cache[e.layer][plan.layers[e.layer].index(e.group)][e.role.name], e.part)
+        for e in plan.entries
     ]
 
 
@@ -164,18 +165,21 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         "sines": sines,
         # One tensor each: the tracer would take one object given twice for one input.
         **{name: torch.zeros(cross, dtype=kind) for name in _cross_names(spec.layers)},
-        **{e.name: torch.zeros(plan.entry_shape(e, last), dtype=kind) for e in plan.entries},
+        **{
+            e.name: torch.zeros(plan.entry_shape(e, last), dtype=cached_dtype(e.role, kind))
+            for e in plan.entries
+        },
         # In the steady phase no token goes to the sink; the tracer wants a length of at least 2.
-        **{name: torch.arange(2, dtype=torch.int32) for name in plan.sink_rows.values()},
+        **{each.name: torch.arange(2, dtype=torch.int32) for each in plan.rows_inputs},
     }
     outputs = ("next_latents", "x0", *(f"next.{entry.name}" for entry in plan.entries))
-    if plan.score_layer is not None:
+    if plan.choice:
         outputs += ("retained_indices",)
     by_layer = [[f"next.{e.name}" for e in plan.entries if e.layer == layer] for layer in range(spec.layers)]
-    if plan.score_layer is not None:
-        by_layer[plan.score_layer].append("retained_indices")
-    dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role}_tokens") for entry in plan.entries}
-    dynamic |= {name: (0, f"sink_rows_{label}") for label, name in plan.sink_rows.items()}
+    if plan.choice:
+        by_layer[plan.choice.layer].append("retained_indices")
+    dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role.name}_tokens") for entry in plan.entries}
+    dynamic |= {each.name: (0, each.name.replace(".", "_")) for each in plan.rows_inputs}
     clean = tuple(tuple(names) for names in by_layer if names)
     return Graph("step", StepModule(model, plan), inputs, outputs, dynamic, clean)
 

@@ -23,7 +23,7 @@ from onnxscript import values
 import forcingkv.models.prune  # noqa: F401  (registers the torch operators)
 from forcingkv.export.rewriting import graphs
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.policies import Policy
+from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE
 
 DOMAIN, VERSION = "forcingkv", 1
@@ -108,14 +108,16 @@ _COLLECT = """
 """
 
 
-def check_choice(policy: Policy) -> None:
-    """Raise InputError unless the operators choose segments as the policy says: scored once, and shared."""
-    retain = policy.retain
-    if retain is None or (retain.choose == "least-similar" and retain.shared):
+def check_choice(plan: CachePlan) -> None:
+    """Raise InputError unless the operators choose segments as the plan says: scored once, and shared."""
+    if plan.choice is None:
+        return
+    role = plan.choice.role
+    if role.choose == "least-similar" and role.shared:
         return
     raise InputError(
-        f"retains segments by choose = {retain.choose!r}, shared = {str(retain.shared).lower()}",
-        where=f"policy {policy.name}",
+        f"chooses segments by choose = {role.choose!r}, shared = {str(role.shared).lower()}",
+        where=f"policy {plan.policy.name}",
         expected="choose = 'least-similar', shared = true",
         hint="Other choices run in torch only (models/generate.py): they are there to be compared with.",
     )

@@ -84,11 +84,11 @@ def check_plugin(plan: CachePlan) -> None:
         MissingExtraError: Triton is not installed.
         InputError: more segments to choose from, or wider heads, than the kernels take.
     """
-    if plan.policy.retain is None or plan.score_layer is None:
+    if plan.choice is None:
         return
     if find_spec("triton") is None:
         raise MissingExtraError("triton", "engines")
-    check_candidates(plan.policy.retain.segments * plan.spec.frames_per_chunk)
+    check_candidates(plan.choice.candidates)
     if plan.spec.head_dim > MAX_WIDTH:
         raise InputError(
             f"has heads of width {plan.spec.head_dim}",
@@ -114,8 +114,7 @@ def most_keys(plan: CachePlan) -> int:
     return max(
         plan.chunk_tokens + sum(plan.tokens(group, role, phase.first_chunk) for role in group.roles)
         for phase in plan.phases
-        for groups in plan.layers
-        for group in groups
+        for group in plan.groups
     )
 
 

@@ -13,11 +13,21 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 
 T = TypeVar("T")
+
+
+class Tagged:
+    """Base of dataclasses that one field of the data tells apart: `TAG` names it, `KINDS` its values."""
+
+    TAG: ClassVar[str]
+    KINDS: ClassVar[dict[str, type]]
+    name: ClassVar[str]
+    """The value that stands for the class."""
+
 
 LEFT_OUT_IF_NONE = {"left out if None": True}
 """Metadata of a field that came later: absent data stays absent, so texts and digests of old files hold."""
@@ -26,10 +36,23 @@ LEFT_OUT_IF_NONE = {"left out if None": True}
 def from_data(kind: type[T], data: Any, where: str) -> T:
     """Build the dataclass `kind` from a mapping with exactly its fields (those with a default may lack).
 
+    A class may refuse data by a class method `check_data(data, where)`, which is called first.
+
     Raises InputError for an unknown, missing or wrongly typed field, named by its dotted path.
     """
     if not isinstance(data, Mapping):
         raise InputError(f"is {_shown(data)}", where=where, expected="a table of fields")
+    check = getattr(kind, "check_data", None)
+    if check:
+        check(data, where)
+    if issubclass(kind, Tagged):
+        data = dict(data)
+        name, known = data.pop(kind.TAG, None), kind.KINDS
+        if name not in known:
+            raise InputError(
+                f"has the {kind.TAG} {_shown(name)}", where=where, expected=f"one of {', '.join(known)}"
+            )
+        kind = known[name]
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields))
     if unknown:
@@ -52,7 +75,8 @@ def to_data(value: Any) -> Any:
     """The plain lists, dicts and scalars of a dataclass, ready for JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = [(f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
-        return {
+        tag = {value.TAG: value.name} if isinstance(value, Tagged) else {}
+        return tag | {
             f.name: to_data(item)
             for f, item in items
             if item is not None or "left out if None" not in f.metadata
@@ -99,7 +123,7 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         if not isinstance(data, Mapping):
             raise InputError(f"is {_shown(data)}", where=where, expected="a table")
         return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in data.items()}
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Tagged)):
         return from_data(typing.cast("type[Any]", hint), data, where)
     return _scalar(hint, data, where)
 

@@ -1,9 +1,14 @@
-"""The KV cache in torch, laid out by a `CachePlan`: made empty, attended to, and advanced."""
+"""The KV cache in torch, laid out by a `CachePlan`: made empty, attended to, and advanced by clean passes.
+
+Each role of `runtime.roles` has its torch half here: how its keys and values follow from a clean pass, and
+how they are read. `docs/extending.md` shows how a role is added.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,23 +16,140 @@ from torch.nn import functional as F
 
 from forcingkv.models.prune import choose_ahead, prune_follow, prune_score
 from forcingkv.models.wan import Attend, KeysValues
-from forcingkv.runtime.plan import CachePlan, HeadGroup
+from forcingkv.runtime.plan import CachePlan, HeadGroup, rows_name
+from forcingkv.runtime.roles import Choice, Recent, Retained, Role, Sink
+from forcingkv.runtime.spec import Dtype
 
 GroupCache: TypeAlias = dict[str, KeysValues]
-"""Role -> its keys and values, for the roles the group caches."""
+"""Name of a role -> its keys and values, for the roles the group caches."""
 
 Cache: TypeAlias = Sequence[Sequence[GroupCache]]
 """[layer][group of that layer]."""
 
 
+@dataclass(frozen=True)
+class CleanPass:
+    """What a clean pass gives a head group, and what it knows."""
+
+    plan: CachePlan
+    layer: int
+    group: HeadGroup
+    held: GroupCache
+    """The cache that the pass read."""
+    new: KeysValues
+    """Keys and values of the chunk, of the group's heads."""
+    rows: Mapping[str, Tensor] | None
+    """Which of the chunk's tokens roles take, by `RowsInput.name`; None: those that follow from the cache."""
+    choice: Choice | None
+    """What is chosen in this pass; None: nothing, and what was chosen before stays."""
+    chunk: int | None
+    """Index of the chunk, where it is known: in a graph it is not."""
+    chosen: list[Tensor]
+    """Indices of the segments that were chosen in this pass, in any layer so far."""
+
+
+class TorchRole:
+    """The torch half of a role; subclasses say of which by `of`."""
+
+    of: ClassVar[type[Role]]
+
+    def read(self, role: Any, held: KeysValues, like: Tensor) -> KeysValues:
+        """What heads attend to, in the dtype of `like`, of what is cached."""
+        return held
+
+    def advance(self, role: Any, done: CleanPass) -> KeysValues:
+        """What is cached of the role after a clean pass."""
+        raise NotImplementedError
+
+
+HALVES: dict[str, TorchRole] = {}
+"""Name of a role -> its torch half."""
+
+
+def torch_half(kind: type[TorchRole]) -> type[TorchRole]:
+    """Register the torch half of a role."""
+    HALVES[kind.of.name] = kind()
+    return kind
+
+
+@torch_half
+class _TorchSink(TorchRole):
+    of = Sink
+
+    def advance(self, role: Sink, done: CleanPass) -> KeysValues:
+        held = done.held[role.name]
+        if done.rows is not None:
+            rows = done.rows[rows_name(done.group, role)]
+            return KeysValues(*(part.index_select(2, rows) for part in done.new))
+        if held.keys.shape[2]:
+            return held
+        return _tokens(done.new, slice(role.steady_tokens(done.plan, done.group)))
+
+
+@torch_half
+class _TorchRecent(TorchRole):
+    of = Recent
+
+    def advance(self, role: Recent, done: CleanPass) -> KeysValues:
+        plan, new = done.plan, done.new
+        kept = role.steady_tokens(plan, done.group)
+        opening = [other for other in done.group.roles if other.opening_frames(plan.spec)]
+        opening_tokens = sum(other.steady_tokens(plan, done.group) for other in opening)
+        newest = slice(-kept, None)
+        if kept <= plan.chunk_tokens - opening_tokens:
+            # The chunk's own frames are enough, even of the first chunk, which gives some to the sink.
+            return _tokens(new, newest)
+        if opening:
+            # Frames of the first chunk go to the sink. It is the first chunk if the sink is still empty; in
+            # any other this slice begins at 0. So one graph serves all chunks, without a branch.
+            filled = sum(done.held[other.name].keys.shape[2] for other in opening)
+            new = _tokens(new, slice(opening_tokens - filled, None))
+        joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(done.held[role.name], new, strict=True)))
+        return _tokens(joined, newest)
+
+
+@torch_half
+class _TorchRetained(TorchRole):
+    of = Retained
+
+    def advance(self, role: Retained, done: CleanPass) -> KeysValues:
+        choice = done.choice
+        if choice is None:
+            return done.held[role.name]
+        transition = done.held[Recent.name]
+        if Recent(frames=1) not in done.group.roles:
+            transition = _tokens(transition, slice(-done.plan.frame_tokens, None))
+        indices = done.chosen[0] if done.chosen and role.shared else self._ahead(role, done, choice)
+        if indices is None:
+            kept, indices = prune_score(
+                transition, done.new, choice.segment_tokens, role.segments, choice.kept
+            )
+        else:
+            kept = prune_follow(transition, done.new, indices, choice.segment_tokens)
+        done.chosen.append(indices)
+        return kept
+
+    def _ahead(self, role: Retained, done: CleanPass, choice: Choice) -> Tensor | None:
+        """The indices of a choice that looks at no keys; None where keys have to be scored."""
+        indices = choose_ahead(role, choice.candidates, choice.kept, done.layer, done.chunk)
+        return None if indices is None else torch.tensor(indices, device=done.new.keys.device)
+
+
 def empty_cache(plan: CachePlan, like: Tensor, batch: int = 1) -> Cache:
-    """The cache before the first chunk: every role of length 0, dtype and device of `like`."""
+    """The cache before the first chunk: all roles of length 0, on the device of `like`, for its dtype."""
 
-    def entry(group: HeadGroup) -> KeysValues:
-        shape = (batch, group.heads, 0, plan.spec.head_dim)
-        return KeysValues(like.new_empty(shape), like.new_empty(shape))
+    def entry(group: HeadGroup, role: Role) -> KeysValues:
+        shape, dtype = (batch, group.heads, 0, plan.spec.head_dim), cached_dtype(role, like.dtype)
+        return KeysValues(like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype))
 
-    return [[{role: entry(g) for role in g.roles} for g in groups] for groups in plan.layers]
+    return [[{role.name: entry(g, role) for role in g.roles} for g in groups] for groups in plan.layers]
+
+
+def cached_dtype(role: Role, compute: torch.dtype) -> torch.dtype:
+    """What a role caches keys and values in, in a model that computes in `compute`."""
+    name: Dtype = str(compute).removeprefix("torch.")  # type: ignore[assignment]
+    dtype: torch.dtype = getattr(torch, role.dtype(name))
+    return dtype
 
 
 def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
@@ -37,8 +159,9 @@ def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
         out = []
         for group, held in zip(plan.layers[layer], cache[layer], strict=True):
             own = _heads(current, group)
-            keys = torch.cat([*(kv.keys for kv in held.values()), own.keys], 2)
-            values = torch.cat([*(kv.values for kv in held.values()), own.values], 2)
+            read = [HALVES[r.name].read(r, held[r.name], own.keys) for r in group.roles]
+            keys = torch.cat([*(kv.keys for kv in read), own.keys], 2)
+            values = torch.cat([*(kv.values for kv in read), own.values], 2)
             mine = queries[:, group.start : group.stop]
             out.append(F.scaled_dot_product_attention(mine, keys, values))
         return out[0] if len(out) == 1 else torch.cat(out, 1)
@@ -51,8 +174,8 @@ def advance(
     cache: Cache,
     new: Sequence[KeysValues],
     *,
-    sink_rows: Mapping[str, Tensor] | None,
-    retain: bool,
+    rows: Mapping[str, Tensor] | None,
+    choose: bool,
     chunk: int | None = None,
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
@@ -61,36 +184,32 @@ def advance(
         plan: the cache plan.
         cache: the cache the pass read.
         new: each layer's keys and values of the pass.
-        sink_rows: group label -> which of the chunk's tokens become the sink. None: those of its first
-            frames, if the group's sink is empty; the sink stays as it is afterwards.
-        retain: whether segments are chosen; without, the retained ones stay as they are.
+        rows: which of the chunk's tokens roles take, by `RowsInput.name`. None: those that follow from what
+            the cache holds; of the sink, those of the first frames while it is empty.
+        choose: whether segments are chosen (`CachePlan.chooses`); if not, those retained before stay.
         chunk: index of the chunk; needed where the policy draws segments at random.
 
     Returns:
         The next cache, and the indices of the retained segments where they were chosen: (kept,), or
         (layers that retain, kept) where each layer chooses for itself.
     """
-    choices: list[Tensor] = []
-    shared = plan.policy.retain is None or plan.policy.retain.shared
+    chosen: list[Tensor] = []
+    choice = plan.choice if choose else None
     following = []
     for layer, groups in enumerate(plan.layers):
         row = []
         for group, held in zip(groups, cache[layer], strict=True):
-            own = _heads(new[layer], group)
-            kept = dict(held)
-            if group.sink_frames:
-                kept["sink"] = _sink(plan, group, held, own, sink_rows)
-            if group.recent_frames:
-                kept["recent"] = _recent(plan, group, held, own)
-            if group.retained_segments and retain:
-                given = choices[0] if choices and shared else _ahead(plan, group, own, layer, chunk)
-                kept["retained"], indices = _retained(plan, group, held, own, given)
-                choices.append(indices)
-            row.append(kept)
+            done = CleanPass(plan, layer, group, held, _heads(new[layer], group), rows, choice, chunk, chosen)
+            # What is chosen comes last, the order of nodes in the graphs of bundles so far.
+            made = {
+                role.name: HALVES[role.name].advance(role, done)
+                for role in sorted(group.roles, key=lambda role: role.chooses)
+            }
+            row.append({role.name: made[role.name] for role in group.roles})
         following.append(row)
-    if not choices:
+    if choice is None or not chosen:
         return following, None
-    return following, choices[0] if shared else torch.stack(choices)
+    return following, chosen[0] if choice.role.shared else torch.stack(chosen)
 
 
 def _heads(kv: KeysValues, group: HeadGroup) -> KeysValues:
@@ -101,55 +220,3 @@ def _heads(kv: KeysValues, group: HeadGroup) -> KeysValues:
 
 def _tokens(kv: KeysValues, part: slice) -> KeysValues:
     return KeysValues(kv.keys[:, :, part], kv.values[:, :, part])
-
-
-def _sink(
-    plan: CachePlan,
-    group: HeadGroup,
-    held: GroupCache,
-    new: KeysValues,
-    rows: Mapping[str, Tensor] | None,
-) -> KeysValues:
-    if rows is not None:
-        return KeysValues(*(part.index_select(2, rows[group.label]) for part in new))
-    if held["sink"].keys.shape[2]:
-        return held["sink"]
-    return _tokens(new, slice(group.sink_frames * plan.frame_tokens))
-
-
-def _recent(plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues) -> KeysValues:
-    """The newest frames that are not in the sink."""
-    newest = slice(-group.recent_frames * plan.frame_tokens, None)
-    if group.recent_frames <= plan.spec.frames_per_chunk - group.sink_frames:
-        return _tokens(new, newest)
-    if group.sink_frames:
-        # Frames of the first chunk go to the sink; an empty sink means this is the first chunk.
-        to_sink = group.sink_frames * plan.frame_tokens - held["sink"].keys.shape[2]
-        new = _tokens(new, slice(to_sink, None))
-    joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(held["recent"], new, strict=True)))
-    return _tokens(joined, newest)
-
-
-def _ahead(
-    plan: CachePlan, group: HeadGroup, new: KeysValues, layer: int, chunk: int | None
-) -> Tensor | None:
-    """The indices of a choice that looks at no keys; None where keys have to be scored."""
-    retain = plan.policy.retain
-    assert retain is not None
-    candidates = retain.segments * plan.spec.frames_per_chunk
-    chosen = choose_ahead(retain, candidates, group.retained_segments, layer, chunk)
-    return None if chosen is None else torch.tensor(chosen, device=new.keys.device)
-
-
-def _retained(
-    plan: CachePlan, group: HeadGroup, held: GroupCache, new: KeysValues, indices: Tensor | None
-) -> tuple[KeysValues, Tensor]:
-    """Retained segments: those of `indices`, where there is a choice already, else scored here."""
-    assert plan.policy.retain is not None
-    segments = plan.policy.retain.segments
-    transition = held["recent"]
-    if group.recent_frames > 1:
-        transition = _tokens(transition, slice(-plan.frame_tokens, None))
-    if indices is None:
-        return prune_score(transition, new, plan.segment_tokens, segments, group.retained_segments)
-    return prune_follow(transition, new, indices, plan.segment_tokens), indices

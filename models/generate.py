@@ -97,8 +97,8 @@ def generate(
             sigma, following = schedule.sigmas[step : step + 2]
             latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
         _, new = run(latents, schedule.context_timestep, attend)
-        retain = chunk + 1 >= plan.retains_from
-        cache, indices = advance(plan, cache, new, sink_rows=None, retain=retain, chunk=chunk)
+        choose = plan.chooses(chunk)
+        cache, indices = advance(plan, cache, new, rows=None, choose=choose, chunk=chunk)
         yield GeneratedChunk(chunk, latents, indices)
 
 

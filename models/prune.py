@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.models.wan import KeysValues
-from forcingkv.runtime.policies import Retain
+from forcingkv.runtime.roles import Retained
 
 
 def segment_similarity(frames: Tensor, segments: int) -> Tensor:
@@ -132,12 +132,12 @@ def prune_follow(transition: KeysValues, new: KeysValues, indices: Tensor, segme
 
 
 def choose_ahead(
-    retain: Retain, candidates: int, kept: int, layer: int, chunk: int | None
+    role: Retained, candidates: int, kept: int, layer: int, chunk: int | None
 ) -> list[int] | None:
     """The segments to keep where the choice looks at no keys; None where they have to be scored.
 
     Args:
-        retain: how segments are chosen.
+        role: how segments are chosen.
         candidates: how many there are.
         kept: how many are kept.
         layer: the layer that chooses.
@@ -145,11 +145,11 @@ def choose_ahead(
 
     Raises ValueError where `random` is not told the chunk.
     """
-    if retain.choose == "least-similar":
+    if role.choose == "least-similar":
         return None
-    if retain.choose == "uniform":
+    if role.choose == "uniform":
         return [(2 * place + 1) * candidates // (2 * kept) for place in range(kept)]
     if chunk is None:
         raise ValueError("segments drawn at random need the index of the chunk")
-    drawn = np.random.default_rng((retain.seed, chunk, layer)).choice(candidates, kept, replace=False)
+    drawn = np.random.default_rng((role.seed, chunk, layer)).choice(candidates, kept, replace=False)
     return sorted(drawn.tolist())

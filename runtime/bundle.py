@@ -16,7 +16,7 @@ from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.kernels import KernelRecord
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
-from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
+from forcingkv.runtime.spec import Dtype, ModelSpec
 
 SCHEMA = "forcingkv.bundle/1"
 MANIFEST, HEADMAP = "manifest.json", "headmap.json"
@@ -67,7 +67,7 @@ class PlanRecord:
     def of(cls, plan: CachePlan, compute: Dtype = "float32") -> PlanRecord:
         """The record of a plan whose graphs compute in that dtype."""
         return cls(
-            kv_bytes=plan.kv_bytes(ELEMENT_BYTES[compute]),
+            kv_bytes=plan.kv_bytes(compute),
             phases=tuple(
                 {"first_chunk": phase.first_chunk} | {f"{label}.{role}": n for label, role, n in phase.tokens}
                 for phase in plan.phases
@@ -154,7 +154,9 @@ class Bundle:
                 where=str(folder / MANIFEST),
                 hint="Export the bundle again with this version of forcingkv.",
             )
-        cached = {entry.name for entry in bundle.plan.entries} | set(bundle.plan.sink_rows.values())
+        cached = {entry.name for entry in bundle.plan.entries} | {
+            each.name for each in bundle.plan.rows_inputs
+        }
         absent = sorted(cached - set(manifest.graphs["step"].inputs))
         if absent:
             raise InputError(

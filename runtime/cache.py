@@ -5,40 +5,37 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 
-import numpy as np
-
 from forcingkv.runtime.backends import Lane, Tensor
-from forcingkv.runtime.plan import CacheEntry, CachePlan
+from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.spec import Dtype
 
 
 class CacheBuffers:
     """Two buffers for each cached tensor: passes read one, the clean pass writes the other.
 
-    The sink has one buffer: it is written by the first clean pass, which does not read it, and never
-    copied. A tensor of a phase is a view of its buffer's start.
+    A role that is written once has one buffer for both. A tensor of a phase is a view of its buffer's start.
 
     Attributes:
         passes: clean passes whose keys and values the cache holds, or has held. In a video that was never
             rebuilt this is the index of the chunk that comes next.
     """
 
-    def __init__(self, plan: CachePlan, lane: Lane, dtype: str) -> None:
-        """Take the memory; `dtype` is that of keys and values."""
+    def __init__(self, plan: CachePlan, lane: Lane, dtype: Dtype) -> None:
+        """Take the memory; `dtype` is what the graphs compute in."""
         self.plan, self.passes = plan, 0
-        last = plan.phases[-1].first_chunk
         self._begins = [phase.first_chunk for phase in plan.phases]
         self._sides: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for entry in plan.entries:
-            size = (math.prod(plan.entry_shape(entry, last)),)
-            first = lane.tensor(size, dtype, state=True)
-            second = first if entry.role == "sink" else lane.tensor(size, dtype, state=True)
-            for side, buffer in zip(self._sides, (first, second), strict=True):
-                side[entry.name] = buffer
-        self._rows: dict[str, Tensor] = {}
-        for label, name in plan.sink_rows.items():
-            rows = np.arange(plan.sink_tokens(label, 0), dtype=np.int32)
-            self._rows[name] = lane.tensor(rows.shape, "int32")
-            self._rows[name].write(rows, lane.main)
+            size, cached = (math.prod(plan.steady_shape(entry)),), entry.role.dtype(dtype)
+            buffers = [lane.tensor(size, cached, state=True) for _ in range(entry.role.buffers)]
+            for number, side in enumerate(self._sides):
+                side[entry.name] = buffers[number % len(buffers)]
+        self._rows: list[dict[str, Tensor]] = []  # for each phase
+        for begin in self._begins:
+            rows = {each.name: each.rows(plan, begin) for each in plan.rows_inputs}
+            self._rows.append({name: lane.tensor(tokens.shape, "int32") for name, tokens in rows.items()})
+            for name, tokens in rows.items():
+                self._rows[-1][name].write(tokens, lane.main)
 
     @property
     def nbytes(self) -> int:
@@ -67,29 +64,16 @@ class CacheBuffers:
 
     def inputs(self) -> dict[str, Tensor]:
         """What passes read, by input name."""
-        rows = {
-            name: self._rows[name].first((self.plan.sink_tokens(label, self.passes),))
-            for label, name in self.plan.sink_rows.items()
-        }
-        return self.held() | rows
+        return self.held() | self._rows[self.phase]
 
     def outputs(self) -> dict[str, Tensor]:
         """Where a pass may write the next cache, by output name. Nothing that passes read is among it."""
         side = self._sides[1 - self.passes % 2]
-        return {f"next.{e.name}": side[e.name].first(self._next_shape(e)) for e in self.plan.entries}
+        return {
+            f"next.{e.name}": side[e.name].first(self.plan.next_shape(e, self.passes))
+            for e in self.plan.entries
+        }
 
     def swap(self) -> None:
         """Make what the clean pass wrote the cache."""
         self.passes += 1
-
-    def _next_shape(self, entry: CacheEntry) -> tuple[int, ...]:
-        """As the graph gives it, whether the next chunk sees it or not.
-
-        Its sink is empty after the first pass; its retained segments are always all there.
-        """
-        plan = self.plan
-        if entry.role == "sink" and self.passes:
-            shape = plan.entry_shape(entry, 0)
-            return shape[0], shape[1], 0, shape[3]
-        steady = plan.phases[-1].first_chunk
-        return plan.entry_shape(entry, steady if entry.role == "retained" else self.passes + 1)

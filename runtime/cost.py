@@ -43,8 +43,7 @@ def pass_flops(plan: CachePlan, chunk: int | None = None) -> PassFlops:
     linear = 2 * tokens * (spec.layers * block + 2 * cell * spec.dim)
     keys = sum(
         group.heads * (tokens + sum(plan.tokens(group, role, at) for role in group.roles))
-        for groups in plan.layers
-        for group in groups
+        for group in plan.groups
     )
     return PassFlops(
         linear=linear,

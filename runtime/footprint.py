@@ -17,7 +17,7 @@ import numpy as np
 from forcingkv.runtime.bundle import GRAPHS, GraphRecord, Manifest, TensorRecord
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.flavour import FlavourName
-from forcingkv.runtime.plan import ROLES, CachePlan
+from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype
 
 PARTS: dict[str, str] = {
@@ -128,8 +128,7 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
 
 def kv_parts(plan: CachePlan, compute: Dtype) -> dict[str, int]:
     """Bytes of cached keys and values by role, as `footprint` has them."""
-    held = plan.kv_bytes_by_role(ELEMENT_BYTES[compute])
-    return {f"kv_{role}": held[role] * (1 if role == "sink" else 2) for role in ROLES}
+    return {f"kv_{role}": size for role, size in plan.buffer_bytes_by_role(compute).items()}
 
 
 def readable(size: int) -> str:

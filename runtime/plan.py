@@ -1,46 +1,37 @@
 """The cache plan: for each layer its head groups, for each group the cached tokens it sees.
 
-Everything about sizes - shapes, phases, bytes - is derived here and asked for by export, runtime,
-analysis and benchmarks alike.
+Everything about sizes - shapes, phases, bytes - is asked of the roles (`runtime.roles`) here, for export,
+runtime, analysis and benchmarks alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap
-from forcingkv.runtime.policies import ALL, Policy, Roles
-from forcingkv.runtime.spec import Geometry, ModelSpec
-
-ROLES = ("sink", "retained", "recent")
-"""The roles a cached token can have, in the order in which attention sees them."""
+from forcingkv.runtime.policies import ALL, Policy
+from forcingkv.runtime.roles import Choice, Retained, Role, Rows
+from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, Geometry, ModelSpec
 
 PARTS = ("keys", "values")
 
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """Heads `start` .. `start + heads - 1` of a layer (after baking), and the most each role holds."""
+    """Heads `start` .. `start + heads - 1` of a layer (after baking), and the roles they see."""
 
     label: str
     start: int
     heads: int
-    sink_frames: int
-    recent_frames: int
-    retained_segments: int
+    roles: tuple[Role, ...]
+    """Fitted to the model, in the order in which attention sees them; without those that hold nothing."""
 
     @property
     def stop(self) -> int:
         return self.start + self.heads
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The roles this group caches at all."""
-        held = (self.sink_frames, self.retained_segments, self.recent_frames)
-        return tuple(role for role, size in zip(ROLES, held, strict=True) if size)
 
 
 @dataclass(frozen=True)
@@ -49,13 +40,34 @@ class CacheEntry:
 
     layer: int
     group: HeadGroup
-    role: str
+    role: Role
     part: str
 
     @property
     def name(self) -> str:
         """Its name as an input of the step graph; the output that replaces it is `next.` + name."""
-        return f"cache.{self.layer}.{self.group.label}.{self.role}.{self.part}"
+        return f"cache.{self.layer}.{self.group.label}.{self.role.name}.{self.part}"
+
+
+@dataclass(frozen=True)
+class RowsInput:
+    """An input of the step graph: which tokens of the chunk a role of a group takes, in all layers."""
+
+    group: HeadGroup
+    role: Role
+
+    @property
+    def name(self) -> str:
+        return rows_name(self.group, self.role)
+
+    def rows(self, plan: CachePlan, chunk: int) -> Rows:
+        """The tokens that the role takes of a chunk; the same in all chunks of a phase."""
+        return self.role.rows(plan, self.group, chunk)
+
+
+def rows_name(group: HeadGroup, role: Role) -> str:
+    """Name of the input that says which tokens of the chunk the role takes."""
+    return f"{role.name}_rows.{group.label}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Phase:
 
     first_chunk: int
     tokens: tuple[tuple[str, str, int], ...]
-    """(group label, role, cached tokens), for every role of every group."""
+    """(group label, role name, cached tokens), for every role of every group."""
 
     def length(self, label: str, role: str) -> int:
         """Cached tokens of a role of a group."""
@@ -88,20 +100,35 @@ class CachePlan:
     def chunk_tokens(self) -> int:
         return self.frame_tokens * self.spec.frames_per_chunk
 
-    @property
-    def segment_tokens(self) -> int:
-        """Tokens of a segment; raises ValueError for a policy that retains nothing."""
-        if self.policy.retain is None:
-            raise ValueError(f"the policy {self.policy.name} has no segments")
-        return self.frame_tokens // self.policy.retain.segments
+    @cached_property
+    def choice(self) -> Choice | None:
+        """What the first layer that chooses segments chooses, for itself and all later ones; or None."""
+        for layer, groups in enumerate(self.layers):
+            for role in (role for group in groups for role in group.roles):
+                if isinstance(role, Retained):
+                    return role.choice(self, layer)
+        return None
+
+    def chooses(self, chunk: int) -> bool:
+        """Whether the clean pass of the chunk chooses segments, which the chunk after it sees."""
+        return self._first_choice is not None and chunk >= self._first_choice
 
     @cached_property
-    def score_layer(self) -> int | None:
-        """The layer that chooses the retained segments for itself and all later ones."""
-        for layer, groups in enumerate(self.layers):
-            if any(group.retained_segments for group in groups):
-                return layer
-        return None
+    def _first_choice(self) -> int | None:
+        """The first chunk after the split (index above `ar_start`) that finds a transition frame cached."""
+        if self.choice is None:
+            return None
+        chunk = self.spec.ar_start + 1
+        for group in self.groups:
+            for role in group.roles:
+                while isinstance(role, Retained) and not role.can_choose(self, group, chunk):
+                    chunk += 1
+        return chunk
+
+    @cached_property
+    def groups(self) -> tuple[HeadGroup, ...]:
+        """The head groups of all layers."""
+        return tuple(group for groups in self.layers for group in groups)
 
     @cached_property
     def entries(self) -> tuple[CacheEntry, ...]:
@@ -115,56 +142,42 @@ class CachePlan:
         )
 
     @cached_property
-    def retains_from(self) -> int:
-        """The first chunk that sees retained segments.
+    def rows_inputs(self) -> tuple[RowsInput, ...]:
+        """Inputs of the step graph that say which tokens of the chunk a role takes: one a label and role.
 
-        They are chosen at the clean pass of a chunk after the split (index above `ar_start`) that
-        finds a transition frame in the cache, and seen by the chunk after it.
+        For the sink: all tokens of its frames in the first chunk, none in the others. So the output that
+        makes the sink is empty once it is made, and nothing copies it, though every pass makes all outputs.
         """
-        chosen_at = self.spec.ar_start + 1
-        for groups in self.layers:
-            for group in groups:
-                while group.retained_segments and not self._recent(group, chosen_at):
-                    chosen_at += 1
-        return chosen_at + 1
+        inputs = [RowsInput(group, role) for group in self.groups for role in group.roles if role.takes_rows]
+        by_name = {each.name: each for each in reversed(inputs)}
+        return tuple(by_name[name] for name in sorted(by_name))
 
-    def tokens(self, group: HeadGroup, role: str, chunk: int) -> int:
+    def tokens(self, group: HeadGroup, role: Role, chunk: int) -> int:
         """Cached tokens of that role which the chunk of that index sees."""
-        if role == "sink":
-            return self.frame_tokens * self._sink(group, chunk)
-        if role == "recent":
-            return self.frame_tokens * self._recent(group, chunk)
-        kept = group.retained_segments if chunk >= self.retains_from else 0
-        return self.segment_tokens * kept if kept else 0
+        return role.tokens(self, group, chunk)
 
     def entry_shape(self, entry: CacheEntry, chunk: int) -> tuple[int, int, int, int]:
         """(batch 1, heads, tokens, head_dim) of a cached tensor as the chunk of that index sees it."""
-        return 1, entry.group.heads, self.tokens(entry.group, entry.role, chunk), self.spec.head_dim
+        return self._shape(entry, entry.role.tokens(self, entry.group, chunk))
+
+    def next_shape(self, entry: CacheEntry, chunk: int) -> tuple[int, int, int, int]:
+        """Shape of the output that replaces a cached tensor, as a pass of that chunk gives it."""
+        return self._shape(entry, entry.role.next_tokens(self, entry.group, chunk))
+
+    def steady_shape(self, entry: CacheEntry) -> tuple[int, int, int, int]:
+        """The largest shape of a cached tensor, which it has in the last phase."""
+        return self._shape(entry, entry.role.steady_tokens(self, entry.group))
+
+    def _shape(self, entry: CacheEntry, tokens: int) -> tuple[int, int, int, int]:
+        return 1, entry.group.heads, tokens, self.spec.head_dim
 
     def phase_shapes(self, phase: Phase) -> dict[str, tuple[int, ...]]:
         """The shape of every input of the step graph that varies by phase."""
+        chunk = phase.first_chunk
         shapes: dict[str, tuple[int, ...]] = {
-            entry.name: self.entry_shape(entry, phase.first_chunk) for entry in self.entries
+            entry.name: self.entry_shape(entry, chunk) for entry in self.entries
         }
-        return shapes | {
-            name: (self.sink_tokens(label, phase.first_chunk),) for label, name in self.sink_rows.items()
-        }
-
-    @cached_property
-    def sink_rows(self) -> dict[str, str]:
-        """Group label -> the step graph's input that says which tokens of the chunk become the sink.
-
-        All tokens of the sink's frames for the first chunk, none for the others: so the output that
-        makes the sink is empty once it is made, and nothing copies it, even where every output is
-        computed in every pass.
-        """
-        labels = {group.label for groups in self.layers for group in groups if group.sink_frames}
-        return {label: f"sink_rows.{label}" for label in sorted(labels)}
-
-    def sink_tokens(self, label: str, chunk: int) -> int:
-        """How many of a chunk's tokens become the sink of a group."""
-        frames = next(g.sink_frames for groups in self.layers for g in groups if g.label == label)
-        return 0 if chunk else frames * self.frame_tokens
+        return shapes | {each.name: each.rows(self, chunk).shape for each in self.rows_inputs}
 
     def phase(self, chunk: int) -> Phase:
         """The phase a chunk belongs to."""
@@ -173,66 +186,51 @@ class CachePlan:
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
         """All phases, in order; the last one never ends."""
-        groups = {group.label: group for groups in self.layers for group in groups}
+        roles = [
+            (group, role) for group in {g.label: g for g in self.groups}.values() for role in group.roles
+        ]
+        steady = [role.steady_tokens(self, group) for group, role in roles]
         phases: list[Phase] = []
-        chunk = 0
-        while not phases or not self._steady(chunk - 1):
-            tokens = tuple(
-                (label, role, self.tokens(group, role, chunk))
-                for label, group in groups.items()
-                for role in group.roles
-            )
+        chunk, lengths = 0, None
+        while lengths != steady:
+            lengths = [role.tokens(self, group, chunk) for group, role in roles]
+            tokens = tuple((g.label, role.name, n) for (g, role), n in zip(roles, lengths, strict=True))
             if not phases or phases[-1].tokens != tokens:
                 phases.append(Phase(chunk, tokens))
             chunk += 1
         return tuple(phases)
 
-    def kv_bytes(self, element_bytes: int = 4, batch: int = 1, chunk: int | None = None) -> int:
+    def kv_bytes(self, dtype: Dtype = "float32", batch: int = 1, chunk: int | None = None) -> int:
         """Bytes of all keys and values attention reads, current chunk included.
 
-        In the chunk of that index; None: in the last phase.
+        In the chunk of that index (None: in the last phase), for a model that computes in `dtype`.
         """
-        return sum(self.kv_bytes_by_role(element_bytes, batch, chunk).values())
+        return sum(self.kv_bytes_by_role(dtype, batch, chunk).values())
 
     def kv_bytes_by_role(
-        self, element_bytes: int = 4, batch: int = 1, chunk: int | None = None
+        self, dtype: Dtype = "float32", batch: int = 1, chunk: int | None = None
     ) -> dict[str, int]:
         """`kv_bytes`, split by role; the current chunk is the role `current`."""
         at = self.phases[-1].first_chunk if chunk is None else chunk
-        token_bytes = batch * self.spec.head_dim * element_bytes * len(PARTS)
-        total = {
-            role: token_bytes * sum(heads * n for heads, kind, n in self._held(at) if kind == role)
-            for role in ROLES
-        }
-        total["current"] = token_bytes * self.chunk_tokens * self.spec.heads * self.spec.layers
+        total = self._bytes_by_role(lambda group, role: role.tokens(self, group, at), dtype)
+        total["current"] = self.chunk_tokens * self.spec.heads * self.spec.layers * self._token_bytes(dtype)
+        return {role: batch * size for role, size in total.items()}
+
+    def buffer_bytes_by_role(self, dtype: Dtype) -> dict[str, int]:
+        """Bytes of a session's buffers for cached keys and values, by role."""
+        return self._bytes_by_role(lambda group, role: role.buffers * role.steady_tokens(self, group), dtype)
+
+    def _bytes_by_role(self, tokens: Callable[[HeadGroup, Role], int], compute: Dtype) -> dict[str, int]:
+        total = dict.fromkeys(Role.KINDS, 0)
+        for group in self.groups:
+            for role in group.roles:
+                size = group.heads * self._token_bytes(role.dtype(compute))
+                total[role.name] += size * tokens(group, role)
         return total
 
-    def _held(self, chunk: int) -> Iterator[tuple[int, str, int]]:
-        for groups in self.layers:
-            for group in groups:
-                for role in group.roles:
-                    yield group.heads, role, self.tokens(group, role, chunk)
-
-    def _sink(self, group: HeadGroup, chunk: int) -> int:
-        return min(group.sink_frames, chunk * self.spec.frames_per_chunk)
-
-    def _recent(self, group: HeadGroup, chunk: int) -> int:
-        past = chunk * self.spec.frames_per_chunk
-        return min(group.recent_frames, past - self._sink(group, chunk))
-
-    def _steady(self, chunk: int) -> bool:
-        groups = [group for groups in self.layers for group in groups]
-        return all(
-            self.tokens(group, role, chunk) == self._most(group, role)
-            for group in groups
-            for role in group.roles
-        )
-
-    def _most(self, group: HeadGroup, role: str) -> int:
-        if role == "retained":
-            return self.segment_tokens * group.retained_segments
-        frames = group.sink_frames if role == "sink" else group.recent_frames
-        return self.frame_tokens * frames
+    def _token_bytes(self, dtype: Dtype) -> int:
+        """Of a token's key and value in one head."""
+        return len(PARTS) * self.spec.head_dim * ELEMENT_BYTES[dtype]
 
 
 def build_plan(
@@ -247,13 +245,11 @@ def build_plan(
                 hint="Make one with: forcingkv analyze heads",
             )
         headmap.check_model(spec.layers, spec.heads, set(policy.groups))
-    _check(spec, geometry, policy)
-    return CachePlan(
-        spec,
-        geometry,
-        policy,
-        tuple(_groups(spec, policy, headmap, layer) for layer in range(spec.layers)),
-    )
+    for label, roles in policy.groups.items():
+        for role in roles:
+            role.check(spec, geometry, roles, f"policy {policy.name}: groups.{label}")
+    layers = tuple(_groups(spec, policy, headmap, layer) for layer in range(spec.layers))
+    return CachePlan(spec, geometry, policy, layers)
 
 
 def _groups(spec: ModelSpec, policy: Policy, headmap: HeadMap | None, layer: int) -> tuple[HeadGroup, ...]:
@@ -267,48 +263,8 @@ def _groups(spec: ModelSpec, policy: Policy, headmap: HeadMap | None, layer: int
     groups, start = [], 0
     for label, heads in counts.items():
         if heads:
-            groups.append(_group(spec, policy, label, start, heads, layer))
+            roles = policy.groups[label]
+            fitted = (role.fitted(spec, layer, roles) for role in roles)
+            groups.append(HeadGroup(label, start, heads, tuple(role for role in fitted if role)))
         start += heads
     return tuple(groups)
-
-
-def _group(spec: ModelSpec, policy: Policy, label: str, start: int, heads: int, layer: int) -> HeadGroup:
-    roles: Roles = policy.groups[label]
-    kept = 0
-    if roles.retained and policy.retain and layer >= policy.retain.score_layer:
-        kept = policy.retain.kept(spec.frames_per_chunk)
-    sink = spec.sink_frames if roles.sink_frames is None else roles.sink_frames
-    recent = roles.recent_frames
-    if recent is None:
-        recent = spec.attended_frames - spec.frames_per_chunk - sink
-    return HeadGroup(label, start, heads, sink, recent, kept)
-
-
-def _check(spec: ModelSpec, geometry: Geometry, policy: Policy) -> None:
-    where = f"policy {policy.name}"
-    for label, roles in policy.groups.items():
-        if roles.sink_frames is not None and not 0 <= roles.sink_frames <= spec.frames_per_chunk:
-            raise InputError(
-                f"the group {label} has sink_frames {roles.sink_frames}",
-                where=where,
-                expected=f"0 to {spec.frames_per_chunk}, the frames of the first chunk",
-            )
-        if roles.retained and roles.recent_frames == 0:
-            raise InputError(
-                f"the group {label} retains segments without a transition frame",
-                where=where,
-                expected="recent_frames of at least 1",
-            )
-    retain = policy.retain
-    if retain and (retain.segments < 1 or geometry.frame_tokens % retain.segments):
-        raise InputError(
-            f"{retain.segments} segments do not divide the {geometry.frame_tokens} tokens of a frame"
-            f" at {geometry.width}x{geometry.height}",
-            where=where,
-            expected=f"a divisor of {geometry.frame_tokens}",
-        )
-    if retain and not retain.kept(spec.frames_per_chunk) >= 1:
-        raise InputError(
-            f"ratio {retain.ratio} of {retain.segments * spec.frames_per_chunk} segments keeps none",
-            where=where,
-        )

@@ -42,7 +42,6 @@ class LatentHistory:
 
 def _kept(plan: CachePlan) -> tuple[int, int]:
     """Chunks at the video's start, and newest chunks, that fill the cache as it is in the last phase."""
-    groups = [group for groups in plan.layers for group in groups]
-    opening = 1 if any(group.sink_frames for group in groups) else 0
-    recent = max(-(-group.recent_frames // plan.spec.frames_per_chunk) for group in groups)
-    return opening, max(plan.phases[-1].first_chunk - opening, recent)
+    needed = [(0, 0), *(role.rebuilt_from(plan.spec) for group in plan.groups for role in group.roles)]
+    opening, newest = (max(chunks) for chunks in zip(*needed, strict=True))
+    return opening, max(plan.phases[-1].first_chunk - opening, newest)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch
 from forcingkv import __main__ as command_line
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.models.wan import WanModel
+from forcingkv.runtime.policies import Policy
+from forcingkv.runtime.roles import Recent, Retained, Role, Sink
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -72,6 +76,30 @@ def headmap_of(spec: ModelSpec, static: list[list[int]]) -> HeadMap:
 def mixed_map(spec: ModelSpec) -> HeadMap:
     """Half of each layer's heads static."""
     return headmap_of(spec, [list(range(spec.heads // 2))] * spec.layers)
+
+
+def roles(sink: int | None, recent: int | None, retained: Retained | None = None) -> tuple[Role, ...]:
+    """The roles of a group, in the order of the shipped policies; 0 frames: not that role."""
+    held: list[Role | None] = [
+        None if sink == 0 else Sink(sink),
+        retained,
+        None if recent == 0 else Recent(recent),
+    ]
+    return tuple(role for role in held if role)
+
+
+def retained_in(policy: Policy) -> Retained:
+    """The role of retained segments in a policy that has one."""
+    return next(role for roles in policy.groups.values() for role in roles if isinstance(role, Retained))
+
+
+def choosing(policy: Policy, **changes: Any) -> Policy:
+    """A policy with other parameters of its retained segments."""
+    groups = {
+        label: tuple(replace(role, **changes) if isinstance(role, Retained) else role for role in roles)
+        for label, roles in policy.groups.items()
+    }
+    return replace(policy, groups=groups)
 
 
 class Ran:

@@ -64,7 +64,7 @@ def _cost(spec: ModelSpec, resolution: str, policy: str, headmap: HeadMap | None
         plan: CachePlan = build_plan(spec, spec.geometry(resolution), load_policy(policy), headmap)
     except InputError as error:
         return error.what
-    return Cost(plan.kv_bytes(spec.element_bytes), chunk_flops(plan))
+    return Cost(plan.kv_bytes(spec.dtype), chunk_flops(plan))
 
 
 def _beside(cost: Cost | str, full: Cost | str) -> Cost | str:

@@ -106,9 +106,11 @@ def typical_layers(
     if layers == spec.layers:
         return spec, policy, headmap
     part = replace(spec, layers=layers)
-    retain = policy.retain and replace(policy.retain, score_layer=0)
-    split = replace(policy, unsplit=None, retain=retain)
-    return part, split, headmap and map_with_counts(part, policy.groups, _split_counts(policy, headmap))
+    return (
+        part,
+        policy.in_any_layer(),
+        headmap and map_with_counts(part, policy.groups, _split_counts(policy, headmap)),
+    )
 
 
 def _split_counts(policy: Policy, headmap: HeadMap) -> Mapping[str, int]:

@@ -15,7 +15,7 @@ from forcingkv.measure.planner.memory import RESERVE_BYTES, Memory, session_memo
 from forcingkv.measure.planner.prediction import VideoWork, predict, video_work
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.policies import Policy, load_policy
-from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
+from forcingkv.runtime.spec import Dtype, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _policy(
     return {
         "policy": plan.policy.name,
         "heads": heads,
-        "kv_attended_bytes": plan.kv_bytes(ELEMENT_BYTES[request.dtype]),
+        "kv_attended_bytes": plan.kv_bytes(request.dtype),
         "memory": {"parts": memory.parts, "total": memory.total, "not_counted": list(memory.unknown)},
         "pass": {kind: asdict(work) for kind, work in video.steady.items()},
         "gpus": [_on(request, gpu, plan, memory, video, full) for gpu in request.gpus],

@@ -7,6 +7,7 @@ An engine that fuses neighbours moves less; how much less has not been measured.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from forcingkv.runtime.cost import pass_flops
@@ -102,35 +103,21 @@ def _linear_bytes(plan: CachePlan, size: int) -> int:
 
 def _held_bytes(plan: CachePlan, chunk: int, size: int) -> int:
     """Keys and values in the cache, of all layers."""
-    return sum(
-        2 * size * group.heads * plan.spec.head_dim * plan.tokens(group, role, chunk)
-        for groups in plan.layers
-        for group in groups
-        for role in group.roles
-    )
+    return size * sum(math.prod(plan.entry_shape(entry, chunk)) for entry in plan.entries)
 
 
 def _joined_bytes(plan: CachePlan, chunk: int, size: int) -> int:
     """Read and written where the cache's keys and values are laid before those of the chunk."""
     own = 2 * size * plan.chunk_tokens * plan.spec.head_dim
     total = 0
-    for groups in plan.layers:
-        for group in groups:
-            cached = sum(plan.tokens(group, role, chunk) for role in group.roles)
-            held = 2 * size * group.heads * plan.spec.head_dim * cached
-            total += 2 * (held + own * group.heads) if cached else 0
+    for group in plan.groups:
+        cached = sum(plan.tokens(group, role, chunk) for role in group.roles)
+        held = 2 * size * group.heads * plan.spec.head_dim * cached
+        total += 2 * (held + own * group.heads) if cached else 0
     return total
 
 
 def _next_bytes(plan: CachePlan, chunk: int, size: int) -> int:
     """The next cache as the graph gives it (`CacheBuffers`): segments whether the next chunk sees them or
     not, the sink in the first chunk alone."""
-    steady, total = plan.phases[-1].first_chunk, 0
-    for groups in plan.layers:
-        for group in groups:
-            for role in group.roles:
-                written = plan.tokens(group, role, steady if role == "retained" else chunk + 1)
-                if role == "sink" and chunk:
-                    written = 0
-                total += 2 * size * group.heads * plan.spec.head_dim * written
-    return total
+    return size * sum(math.prod(plan.next_shape(entry, chunk)) for entry in plan.entries)

@@ -1,59 +1,23 @@
 """Cache policies as data: one TOML file each, read into a `Policy`.
 
-A policy names groups of heads by their label in the head map, and says which roles of cached frames
-each group sees. The group name `all` stands for every head and needs no head map.
+A policy names groups of heads by their label in the head map, and lists for each the roles of cached tokens
+that it sees beside the current chunk, in the order in which attention sees them. The group name `all` stands
+for every head and needs no head map.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.roles import Role
 from forcingkv.runtime.shipped import read_named, shipped_names
-
-__all__ = ["ALL", "Choice", "Policy", "Retain", "Roles", "Unsplit", "load_policy", "policy_names"]
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
-
-Choice = Literal["least-similar", "uniform", "random"]
-"""Which of the candidate segments are kept: those least similar to the same place one frame later; evenly
-spaced ones, the same at every chunk; or ones drawn anew at every chunk."""
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What the heads of a group see beside the current chunk."""
-
-    sink_frames: int | None = None
-    """The video's first frames, kept for ever; None: as many as the model was made for."""
-    recent_frames: int | None = None
-    """The newest frames; None: as many as the model attends to (`attended_frames`)."""
-    retained: bool = False
-    """Whether segments chosen by `Retain` are kept too."""
-
-
-@dataclass(frozen=True)
-class Retain:
-    """How segments are retained (METHOD.md section 3)."""
-
-    segments: int
-    """Equal runs a frame's tokens are split into."""
-    ratio: float
-    """Share of the candidate segments that is kept (the retention ratio)."""
-    score_layer: int
-    """First layer whose dynamic heads may score; later layers use its choice."""
-    choose: Choice = "least-similar"
-    shared: bool = True
-    """Whether later layers use the first one's choice. False: every layer chooses for itself."""
-    seed: int = 0
-    """What `random` draws from, with the index of the chunk."""
-
-    def kept(self, frames_per_chunk: int) -> int:
-        """Segments kept of those of a chunk's worth of frames."""
-        return round(self.segments * frames_per_chunk * self.ratio)
 
 
 @dataclass(frozen=True)
@@ -66,26 +30,34 @@ class Unsplit:
 
 @dataclass(frozen=True)
 class Policy:
-    """Which cached frames each group of heads sees."""
+    """Which cached tokens each group of heads sees."""
 
     name: str
     summary: str
-    groups: Mapping[str, Roles]
+    groups: Mapping[str, tuple[Role, ...]]
     unsplit: Unsplit | None = None
-    retain: Retain | None = None
 
     def __post_init__(self) -> None:
         where = f"policy {self.name}"
         if not self.groups or (ALL in self.groups and len(self.groups) > 1):
             raise InputError(
-                f"groups are {sorted(self.groups)}", where=where, expected=f"{ALL!r} alone, or labels"
+                f"its groups are {sorted(self.groups)}", where=where, expected=f"{ALL!r} alone, or labels"
             )
-        if any(roles.retained for roles in self.groups.values()) and self.retain is None:
-            raise InputError("a group retains segments but [retain] is missing", where=where)
-        if self.retain and self.retain.seed < 0:
-            raise InputError(f"retain.seed is {self.retain.seed}", where=where, expected="0 or more")
-        if self.retain and self.retain.ratio > 1:
-            raise InputError(f"retain.ratio is {self.retain.ratio}", where=where, expected="at most 1")
+        for label, roles in self.groups.items():
+            names = [role.name for role in roles]
+            if len(set(names)) < len(names):
+                raise InputError(
+                    f"the group {label} has a role twice ({', '.join(names)})",
+                    where=where,
+                    expected="each role once in a group",
+                )
+        choosing = {role for roles in self.groups.values() for role in roles if role.chooses}
+        if len(choosing) > 1:
+            raise InputError(
+                "its groups choose segments in different ways",
+                where=where,
+                expected="the same parameters in every group, since there is one choice for all",
+            )
         if self.unsplit and self.unsplit.group not in self.groups:
             raise InputError(
                 f"unsplit.group is {self.unsplit.group!r}",
@@ -93,9 +65,25 @@ class Policy:
                 expected=f"one of its groups: {', '.join(self.groups)}",
             )
 
+    @classmethod
+    def check_data(cls, data: Mapping[str, Any], where: str) -> None:
+        """Refuse a policy as it was written before roles were listed, and show how it is written now."""
+        groups = data.get("groups")
+        if isinstance(groups, Mapping) and any(isinstance(group, Mapping) for group in groups.values()):
+            raise InputError(
+                "is written as policies were before each group listed its roles",
+                where=where,
+                expected=f"the form:\n{_in_new_form(data)}\n",
+            )
+
     @property
     def needs_headmap(self) -> bool:
         return ALL not in self.groups
+
+    def in_any_layer(self) -> Policy:
+        """The policy with no layer treated apart, for a few layers that stand for a whole model."""
+        groups = {label: tuple(role.in_any_layer() for role in roles) for label, roles in self.groups.items()}
+        return replace(self, groups=groups, unsplit=None)
 
 
 def policy_names() -> list[str]:
@@ -106,3 +94,24 @@ def policy_names() -> list[str]:
 def load_policy(name: str) -> Policy:
     """The policy of that name, or of a TOML file. Raises InputError naming the fault."""
     return read_named(Policy, "policy", name, __name__)
+
+
+def _in_new_form(data: Mapping[str, Any]) -> str:
+    """The groups of an old policy (sink_frames, recent_frames, retained and one [retain]) as TOML."""
+    lines = ["[groups]"]
+    for label, group in data["groups"].items():
+        old = group if isinstance(group, Mapping) else {}
+        roles = []
+        for role, field in (("sink", "sink_frames"), ("retained", "retained"), ("recent", "recent_frames")):
+            value = old.get(field)
+            if role == "retained" and value:
+                roles.append(_toml({"role": role} | dict(data.get("retain") or {})))
+            elif role != "retained" and value != 0:
+                roles.append(_toml({"role": role} | ({} if value is None else {"frames": value})))
+        lines.append(f"{label} = [{', '.join(roles)}]")
+    return "\n".join(lines)
+
+
+def _toml(table: Mapping[str, Any]) -> str:
+    """An inline table. JSON writes strings, numbers and booleans as TOML does."""
+    return "{ " + ", ".join(f"{name} = {json.dumps(value)}" for name, value in table.items()) + " }"

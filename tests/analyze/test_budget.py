@@ -44,7 +44,7 @@ def plan_of(static: Bools) -> CachePlan:
 
 
 def kv_bytes(static: Bools) -> int:
-    return plan_of(static).kv_bytes(4)
+    return plan_of(static).kv_bytes()
 
 
 def time_ratio(static: Bools) -> float:
@@ -151,7 +151,7 @@ def test_the_least_that_is_named_can_be_asked_for(kind: str) -> None:
 def test_half_precision_models_are_counted_in_half_precision() -> None:
     spec = load_spec("self-forcing")
     static = np.ones((spec.layers, spec.heads), bool)
-    frames = plan_for(spec, static, Budget("forcing-kv", "480p")).kv_bytes(1) / (1560 * 128 * 2 * 360)
+    frames = plan_for(spec, static, Budget("forcing-kv", "480p")).kv_bytes() / (4 * 1560 * 128 * 2 * 360)
     assert frames == 5, "sink, transition frame and chunk"
     with pytest.raises(InputError) as raised:
         decide_budget(static * 0.5, spec, Budget("forcing-kv", "480p", kv_bytes=1), 1)

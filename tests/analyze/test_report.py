@@ -190,7 +190,7 @@ def test_costs_are_those_of_the_plans(made: Callable[..., Made]) -> None:
         assert isinstance(before, Cost) and isinstance(after, Cost)  # noqa: PT018
         assert round(before.kv_bytes / 2**30, 1) == gibibytes
         plan = build_plan(spec, spec.geometry(name), load_policy("forcing-kv"), headmap)
-        assert (after.kv_bytes, after.flops) == (plan.kv_bytes(2), chunk_flops(plan))
+        assert (after.kv_bytes, after.flops) == (plan.kv_bytes("bfloat16"), chunk_flops(plan))
         assert after.kv_share == after.kv_bytes / before.kv_bytes
         assert after.flops_share == after.flops / before.flops
     dummies = HeadMap(model, (("sink", "dummy") * 6,) * 30, Rule("dummy"))

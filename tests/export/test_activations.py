@@ -186,10 +186,12 @@ def test_a_pass_takes_what_is_said(tmp_path: Path) -> None:
     shapes |= {name: list(shape) for name, shape in bundle.plan.phase_shapes(phase).items()}
     for entry in bundle.plan.entries:
         following = list(bundle.plan.entry_shape(entry, phase.first_chunk))
-        following[2] *= entry.role != "sink"
+        following[2] *= entry.role.name != "sink"
         shapes[f"next.{entry.name}"] = following
-        if entry.role == "retained":
-            shapes["retained_indices"] = [entry.group.retained_segments]
+        if entry.role.name == "retained":
+            shapes["retained_indices"] = [
+                role.kept(spec.frames_per_chunk) for role in entry.group.roles if role.chooses
+            ]
     words = [sys.executable, "-c", CHILD, str(bundle.graph("step")), json.dumps(shapes)]
     # A heap keeps what it was given back; above 1 MB each block is the system's own.
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}

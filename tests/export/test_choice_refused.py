@@ -12,20 +12,18 @@ from forcingkv.export import export_bundle
 from forcingkv.export.prune_op import check_choice
 from forcingkv.headmaps import InputError
 from forcingkv.runtime.policies import Policy, load_policy, policy_names
-from tests.conftest import mixed_map, random_model, small_spec
+from tests.conftest import choosing, mixed_map, random_model, small_spec
 
 
 def changed(**changes: Any) -> Policy:
-    policy = load_policy("forcing-kv")
-    assert policy.retain is not None
-    return replace(policy, name="tried", retain=replace(policy.retain, **changes))
+    return replace(choosing(load_policy("forcing-kv"), **changes), name="tried")
 
 
 @pytest.mark.parametrize("changes", [{"choose": "uniform"}, {"choose": "random"}, {"shared": False}])
 def test_a_choice_that_only_torch_knows_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     spec = small_spec()
     weights, out = random_model(spec).state_dict(), tmp_path / "bundle"
-    with pytest.raises(InputError, match=r"policy tried: retains segments by .* run in torch only"):
+    with pytest.raises(InputError, match=r"policy tried: chooses segments by .* run in torch only"):
         export_bundle(spec, weights, changed(**changes), out, headmap=mixed_map(spec))
     assert not out.exists()
 

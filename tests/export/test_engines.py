@@ -67,7 +67,7 @@ def rebuilt(bundle: Path, graph: str, sm: int, out: Path, *, plugins: bool = Tru
 class _WithoutPlugins(CachePlan):
     """The same plan, of which the builder is told that nothing is pruned."""
 
-    score_layer = None
+    choice = None
 
     def __init__(self, plan: CachePlan) -> None:
         super().__init__(plan.spec, plan.geometry, plan.policy, plan.layers)
@@ -110,7 +110,7 @@ def test_the_plugin_is_in_the_network_where_it_is_registered_and_the_body_where_
     demo: Path, tmp_path: Path
 ) -> None:
     graph, plan = Bundle.open(demo).graph("step"), Bundle.open(demo).plan
-    pruning = sum(any(group.retained_segments for group in groups) for groups in plan.layers)
+    pruning = sum(any(role.chooses for group in groups for role in group.roles) for groups in plan.layers)
     assert parse_report(graph, RTX, plugins=True)["plugin_layers"] == pruning
     without = parse_report(graph, RTX, plugins=False)
     assert without["plugin_layers"] == 0
@@ -174,7 +174,7 @@ def test_two_layers_of_public_width_build_at_480p(tmp_path: Path) -> None:
     assert (step.plugin_layers, step.phases) == (1, 3)
     assert step.activation_bytes < 1e9, "scores written out would be more"
     assert step.peak_bytes < 4e9
-    assert manifest.plan.kv_bytes == Bundle.open(tmp_path / "b").plan.kv_bytes(2)
+    assert manifest.plan.kv_bytes == Bundle.open(tmp_path / "b").plan.kv_bytes("bfloat16")
     assert not manifest.verification
 
 

@@ -31,7 +31,8 @@ from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle, Session, memory
 from forcingkv.runtime.embeds import write_embeds
 from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy, Roles, load_policy
+from forcingkv.runtime.policies import Policy, load_policy
+from forcingkv.runtime.roles import Recent
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 from tests.conftest import Ran, headmap_of, random_model, small_spec
@@ -78,7 +79,8 @@ def test_calibration_runs_at_a_smaller_resolution() -> None:
         smaller = calibration_plan(plan)
         pixels[name] = (smaller.geometry.width, smaller.geometry.height)
         assert smaller.frame_tokens <= calibrate.FRAME_TOKENS
-        assert smaller.segment_tokens * 6 == smaller.frame_tokens
+        assert smaller.choice is not None
+        assert smaller.choice.segment_tokens * 6 == smaller.frame_tokens
         assert smaller.layers == plan.layers
         assert smaller.phases[-1].first_chunk + 1 == calibrate.CHUNKS, "every phase is seen"
     assert pixels == {"480p": (416, 240), "720p": (416, 240), "1080p": (384, 208)}
@@ -226,7 +228,7 @@ def test_a_model_without_texts_at_hand_needs_a_file() -> None:
         texts_for(spec, None, random=False)
 
 
-NEAR = Policy("near", "every head sees the chunk before", {"all": Roles(sink_frames=0, recent_frames=3)})
+NEAR = Policy("near", "every head sees the chunk before", {"all": (Recent(3),)})
 """Two phases only."""
 
 

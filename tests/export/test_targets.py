@@ -101,9 +101,7 @@ def test_what_the_plugin_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match="has heads of width 264; expected at most 256"):
         check_plugin(wide)
     check_plugin(plan("window", head_dim=264))
-    retain = wide.policy.retain
-    assert retain is not None
-    many = replace(wide, policy=replace(wide.policy, retain=replace(retain, segments=22)))
+    many = replace(wide, spec=replace(wide.spec, frames_per_chunk=11))
     with pytest.raises(InputError, match="66 segments are candidates"):
         check_plugin(many)
     monkeypatch.setattr(targets, "find_spec", lambda name: None)

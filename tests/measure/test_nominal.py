@@ -14,7 +14,7 @@ from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.measure.nominal import known_map, map_with_counts, nominal_map, published_counts
 from forcingkv.models.presets import load_spec, preset_names
 from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import Roles, load_policy
+from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 from tests.conftest import small_spec
 
@@ -135,7 +135,7 @@ def test_of_an_unknown_model_it_is_said_which_are_known() -> None:
 
 
 def test_a_policy_with_other_groups_under_a_known_name_is_unknown() -> None:
-    policy = replace(load_policy("dummy-forcing"), groups={"sink": Roles(), "other": Roles()})
+    policy = replace(load_policy("dummy-forcing"), groups={"sink": (), "other": ()})
     assert published_counts(load_spec("self-forcing"), policy) is None
 
 

@@ -108,7 +108,7 @@ def test_bytes_are_those_of_the_plan(run: Callable[..., Ran]) -> None:
     plan = build_plan(spec, spec.geometry("720p"), load_policy("window"))
     words = ("plan", "--model", "longlive", "--resolution", "720p", "--policy", "window", "--gpu", "b200")
     [policy] = json.loads(run(*words, "--json").out)["policies"]
-    assert policy["kv_attended_bytes"] == plan.kv_bytes(2)
+    assert policy["kv_attended_bytes"] == plan.kv_bytes("bfloat16")
 
 
 def test_a_tiny_decoder_takes_less(run: Callable[..., Ran]) -> None:

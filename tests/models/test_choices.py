@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,19 +15,18 @@ from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.prune import choose_ahead
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Retain, load_policy
-from tests.conftest import headmap_of, random_model, small_spec
+from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.roles import Retained
+from tests.conftest import choosing, headmap_of, random_model, retained_in, small_spec
 
 STATIC = [[0], [1, 2], [], [0]]
 """Heads of each layer; layer 0 is not split, so layers 1 to 3 retain."""
 
 
 def plan_with(**changes: Any) -> CachePlan:
-    """forcing-kv on the small model, with other values in [retain]."""
+    """forcing-kv on the small model, with other parameters of its retained segments."""
     spec, policy = small_spec(), load_policy("forcing-kv")
-    assert policy.retain is not None
-    changed = replace(policy, retain=replace(policy.retain, **changes))
-    return build_plan(spec, spec.geometry(), changed, headmap_of(spec, STATIC))
+    return build_plan(spec, spec.geometry(), choosing(policy, **changes), headmap_of(spec, STATIC))
 
 
 def chunk_of_keys(plan: CachePlan, seed: int) -> list[KeysValues]:
@@ -47,8 +45,8 @@ def advanced(plan: CachePlan, chunks: int = 4) -> tuple[Cache, Cache, list[KeysV
     before: Cache = empty_cache(plan, torch.zeros(1))
     for chunk in range(chunks):
         new = chunk_of_keys(plan, chunk)
-        retain = chunk + 1 >= plan.retains_from
-        after, indices = advance(plan, before, new, sink_rows=None, retain=retain, chunk=chunk)
+        choose = plan.chooses(chunk)
+        after, indices = advance(plan, before, new, rows=None, choose=choose, chunk=chunk)
         if chunk + 1 == chunks:
             assert indices is not None
             return before, after, new, indices
@@ -68,8 +66,7 @@ def candidate_frames(plan: CachePlan, before: Cache, new: list[KeysValues], laye
 def scored(plan: CachePlan, before: Cache, new: list[KeysValues], layer: int) -> list[int]:
     """The k least similar segments by METHOD.md section 3, a token at a time."""
     keys = candidate_frames(plan, before, new, layer, "keys")
-    retain = plan.policy.retain
-    assert retain is not None
+    retain = retained_in(plan.policy)
     size, found = plan.frame_tokens // retain.segments, []
     for segment in range(retain.segments * plan.spec.frames_per_chunk):
         frame, place = divmod(segment, retain.segments)
@@ -86,8 +83,7 @@ def collected(
 ) -> Tensor:
     """The chosen segments, cut out one by one."""
     frames = candidate_frames(plan, before, new, layer, part)
-    retain = plan.policy.retain
-    assert retain is not None
+    retain = retained_in(plan.policy)
     size, cut = plan.frame_tokens // retain.segments, []
     for segment in chosen:
         frame, place = divmod(segment, retain.segments)
@@ -114,8 +110,7 @@ def retained(plan: CachePlan, after: Cache) -> dict[int, KeysValues]:
 def test_each_layer_holds_the_segments_of_its_choice(changes: dict[str, Any]) -> None:
     plan = plan_with(**changes)
     before, after, new, indices = advanced(plan)
-    retain = plan.policy.retain
-    assert retain is not None
+    retain = retained_in(plan.policy)
     layers = [1, 2, 3]
     rows = [indices.tolist()] * 3 if retain.shared else indices.tolist()
     for layer, row in zip(layers, rows, strict=True):
@@ -130,13 +125,13 @@ def test_each_layer_holds_the_segments_of_its_choice(changes: dict[str, Any]) ->
 
 def test_the_default_is_what_the_policy_did_before_it_could_choose() -> None:
     policy = load_policy("forcing-kv")
-    assert policy.retain == Retain(6, 0.33, 1)
-    assert policy.retain == Retain(6, 0.33, 1, choose="least-similar", shared=True, seed=0)
+    assert retained_in(policy) == Retained(6, 0.33, 1)
+    assert retained_in(policy) == Retained(6, 0.33, 1, choose="least-similar", shared=True, seed=0)
     given_chunk, plan = advanced(plan_with())[1], plan_with()
     cache: Cache = empty_cache(plan, torch.zeros(1))
     for chunk in range(4):
         new = chunk_of_keys(plan, chunk)
-        cache, _ = advance(plan, cache, new, sink_rows=None, retain=chunk + 1 >= plan.retains_from)
+        cache, _ = advance(plan, cache, new, rows=None, choose=plan.chooses(chunk))
     for mine, other in zip(cache, given_chunk, strict=True):
         for held, same in zip(mine, other, strict=True):
             for role, kv in held.items():
@@ -154,7 +149,7 @@ def test_what_holds_for_choices_made_ahead(
     choose: Any, sizes: tuple[int, int], seed: int, chunk: int
 ) -> None:
     candidates, kept = sizes
-    retain = Retain(1, 0.5, 1, choose=choose, seed=seed)
+    retain = Retained(1, 0.5, 1, choose=choose, seed=seed)
     chosen = choose_ahead(retain, candidates, kept, 1, chunk)
     assert chosen is not None
     assert len(chosen) == len(set(chosen)) == kept
@@ -174,14 +169,16 @@ def test_what_holds_for_choices_made_ahead(
     ],
 )
 def test_uniform_takes_the_middle_of_equal_parts(candidates: int, kept: int, expected: list[int]) -> None:
-    assert choose_ahead(Retain(6, 0.33, 1, choose="uniform"), candidates, kept, 1, None) == expected
+    assert choose_ahead(Retained(6, 0.33, 1, choose="uniform"), candidates, kept, 1, None) == expected
     middles = [int((place + 0.5) * candidates / kept) for place in range(kept)]
     assert expected == middles
 
 
 def test_random_draws_anew_for_each_chunk_and_seed_and_evenly() -> None:
     def draw(seed: int, chunk: int, layer: int = 1) -> tuple[int, ...]:
-        return tuple(choose_ahead(Retain(6, 0.33, 1, choose="random", seed=seed), 18, 6, layer, chunk) or ())
+        return tuple(
+            choose_ahead(Retained(6, 0.33, 1, choose="random", seed=seed), 18, 6, layer, chunk) or ()
+        )
 
     assert len({draw(0, chunk) for chunk in range(50)}) > 45
     assert len({draw(seed, 3) for seed in range(50)}) > 45
@@ -193,7 +190,7 @@ def test_random_draws_anew_for_each_chunk_and_seed_and_evenly() -> None:
 
 def test_random_is_refused_without_the_chunk() -> None:
     with pytest.raises(ValueError, match="index of the chunk"):
-        choose_ahead(Retain(6, 0.33, 1, choose="random"), 18, 6, 1, None)
+        choose_ahead(Retained(6, 0.33, 1, choose="random"), 18, 6, 1, None)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -216,11 +213,10 @@ def test_choices_are_generated_with_and_reproducible(changes: dict[str, Any]) ->
     default = list(generate(model, plan_with(), text, seeded_noise(plan, 3), 5))
     for one, again, usual in zip(*runs, default, strict=True):
         assert torch.equal(one.latents, again.latents)
-        if one.index < plan.retains_from:
+        if not plan.chooses(one.index - 1):
             assert torch.equal(one.latents, usual.latents), "nothing is retained yet"
     assert not torch.equal(runs[0][-1].latents, default[-1].latents)
-    retain = plan.policy.retain
-    assert retain is not None
+    retain = retained_in(plan.policy)
     for chunk in runs[0]:
         if chunk.indices is not None and retain.choose != "least-similar":
             assert chunk.indices.tolist() == choose_ahead(retain, 18, 6, 1, chunk.index)

@@ -17,8 +17,8 @@ from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.wan import KeysValues, WanModel, rotate
 from forcingkv.runtime import positions
 from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import Policy, Roles, load_policy
-from tests.conftest import headmap_of, random_model, small_spec
+from forcingkv.runtime.policies import Policy, load_policy
+from tests.conftest import headmap_of, random_model, roles, small_spec
 
 CHUNKS = 4
 
@@ -54,16 +54,16 @@ def test_a_full_cache_equals_one_block_causal_pass() -> None:
         attend = attend_cache(plan, cache)
         flow, new = model(latents, times(model, [0.0]), rotary, prompt, attend)
         torch.testing.assert_close(flow, whole.split(frames, 2)[chunk], atol=1e-5, rtol=0)
-        cache, _ = advance(plan, cache, new, sink_rows=None, retain=False)
+        cache, _ = advance(plan, cache, new, rows=None, choose=False)
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=4, max_size=4))
 def test_a_baked_model_computes_what_the_original_does(static: list[list[bool]]) -> None:
     """Both groups see the same frames, so only the order of heads differs from one group of all."""
-    roles = Roles(sink_frames=1, recent_frames=2)
-    split = Policy("split", "", {"static": roles, "dynamic": roles})
-    whole = Policy("whole", "", {"all": roles})
+    seen = roles(sink=1, recent=2)
+    split = Policy("split", "", {"static": seen, "dynamic": seen})
+    whole = Policy("whole", "", {"all": seen})
     spec = small_spec()
     headmap = headmap_of(spec, [[h for h, s in enumerate(row) if s] for row in static])
     model = random_model(spec)

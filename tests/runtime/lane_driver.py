@@ -35,13 +35,15 @@ class Driver:
         self._cross = self._like(records["prompt"].outputs)
         sizes = {e: (math.prod(bundle.plan.entry_shape(e, last)),) for e in bundle.plan.entries}
         self._sides = [{e: lane.tensor(s, "float32", state=True) for e, s in sizes.items()} for _ in range(2)]
-        varied = {entry.name for entry in bundle.plan.entries} | set(bundle.plan.sink_rows.values())
+        varied = {entry.name for entry in bundle.plan.entries} | {
+            each.name for each in bundle.plan.rows_inputs
+        }
         self._clean = self._told() if records["step"].skips_caches else {}
         known = varied | set(self._cross) | set(self._clean)
         step = {n: r for n, r in records["step"].inputs.items() if n not in known}
         self._given = self._like(step)
         self._rows = {
-            n: lane.tensor((bundle.plan.chunk_tokens,), "int32") for n in bundle.plan.sink_rows.values()
+            each.name: lane.tensor((bundle.plan.chunk_tokens,), "int32") for each in bundle.plan.rows_inputs
         }
         self._spare = self._like({"latents": step["latents"]})["latents"]
         self._decoded = self._like({**records["decode"].inputs, **records["decode"].outputs})
@@ -100,8 +102,8 @@ class Driver:
         if key not in self._passes:
             held = {entry.name: tensor for entry, tensor in self._views(number).items()}
             rows = {
-                name: self._rows[name].first((self._plan.sink_tokens(label, number),))
-                for label, name in self._plan.sink_rows.items()
+                each.name: self._rows[each.name].first(each.rows(self._plan, number).shape)
+                for each in self._plan.rows_inputs
             }
             following = {f"next.{e.name}": self._next(e, number) for e in self._plan.entries}
             if self._clean and kind == "noisy":
@@ -123,13 +125,13 @@ class Driver:
 
     def _next(self, entry: CacheEntry, number: int) -> Tensor:
         steady = self._plan.phases[-1].first_chunk
-        shape = self._plan.entry_shape(entry, steady if entry.role == "retained" else number + 1)
-        if entry.role == "sink" and number:
+        shape = self._plan.entry_shape(entry, steady if entry.role.name == "retained" else number + 1)
+        if entry.role.name == "sink" and number:
             shape = (*shape[:2], 0, shape[3])
         return self._side(entry, number + 1)[entry].first(shape)
 
     def _side(self, entry: CacheEntry, number: int) -> dict[CacheEntry, Tensor]:
-        return self._sides[0 if entry.role == "sink" else number % 2]
+        return self._sides[0 if entry.role.name == "sink" else number % 2]
 
     def _like(self, records: dict[str, Any]) -> dict[str, Tensor]:
         return {name: self._lane.tensor(r.shape, r.dtype) for name, r in records.items()}

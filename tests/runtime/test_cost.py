@@ -47,7 +47,7 @@ def steady_cache(plan: CachePlan, like: torch.Tensor) -> Cache:
         return KeysValues(like.new_zeros(shape), like.new_zeros(shape))
 
     return [
-        [{role: held(g.heads, plan.tokens(g, role, chunk)) for role in g.roles} for g in groups]
+        [{role.name: held(g.heads, plan.tokens(g, role, chunk)) for role in g.roles} for g in groups]
         for groups in plan.layers
     ]
 

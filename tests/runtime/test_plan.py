@@ -10,9 +10,10 @@ from forcingkv.headmaps import InputError
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy, Retain, Roles, load_policy
+from forcingkv.runtime.policies import Policy, load_policy
+from forcingkv.runtime.roles import Retained
 from forcingkv.runtime.spec import Decoder, ModelSpec
-from tests.conftest import headmap_of, small_spec
+from tests.conftest import headmap_of, roles, small_spec
 
 RESOLUTIONS = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1088)}
 
@@ -36,7 +37,7 @@ def test_the_full_cache_has_the_published_size(resolution: str, tokens: int, gib
     spec = wan()
     plan = build_plan(spec, spec.geometry(resolution), load_policy("full"))
     assert plan.frame_tokens == tokens
-    assert round(plan.kv_bytes(element_bytes=2) / 2**30, 1) == gib
+    assert round(plan.kv_bytes("bfloat16") / 2**30, 1) == gib
 
 
 def test_forcing_kv_keeps_five_and_six_frames() -> None:
@@ -52,7 +53,8 @@ def test_forcing_kv_keeps_five_and_six_frames() -> None:
     assert frames == {"static": [3, 5, 5], "dynamic": [3, 5, 6]}
     assert [phase.first_chunk for phase in plan.phases] == [0, 1, spec.ar_start + 2]
     assert [group.label for group in plan.layers[0]] == ["static"], "layer 0 is not split"
-    assert plan.score_layer == 1
+    assert plan.choice is not None
+    assert plan.choice.layer == 1
 
 
 def test_a_sink_of_a_whole_chunk_is_not_attended_twice() -> None:
@@ -60,24 +62,21 @@ def test_a_sink_of_a_whole_chunk_is_not_attended_twice() -> None:
     spec = small_spec()
     plan = build_plan(spec, spec.geometry(), load_policy("window"))
     group = plan.layers[0][0]
-    assert [plan.tokens(group, "recent", chunk) // plan.frame_tokens for chunk in range(5)] == [
+    sink, recent = group.roles
+    assert [plan.tokens(group, recent, chunk) // plan.frame_tokens for chunk in range(5)] == [
         0,
         0,
         3,
         6,
         6,
     ]
-    assert [plan.tokens(group, "sink", chunk) // plan.frame_tokens for chunk in range(3)] == [0, 3, 3]
+    assert [plan.tokens(group, sink, chunk) // plan.frame_tokens for chunk in range(3)] == [0, 3, 3]
 
 
 def policies() -> st.SearchStrategy[Policy]:
     def make(sink: int, recent: int, segments: int) -> Policy:
-        return Policy(
-            "any",
-            "",
-            {"static": Roles(sink, recent), "dynamic": Roles(sink, recent, retained=True)},
-            retain=Retain(segments, 0.34, 1),
-        )
+        dynamic = roles(sink, recent, Retained(segments, 0.34, 1))
+        return Policy("any", "", {"static": roles(sink, recent), "dynamic": dynamic})
 
     return st.builds(make, st.integers(0, 3), st.integers(1, 7), st.sampled_from([1, 2, 3, 4, 6]))
 
@@ -104,7 +103,7 @@ def check_lengths(plan: CachePlan, label: str, chunk: int) -> None:
     for groups in plan.layers:
         for group in groups:
             if group.label == label:
-                lengths = {role: plan.tokens(group, role, chunk) for role in group.roles}
+                lengths = {role.name: plan.tokens(group, role, chunk) for role in group.roles}
                 frames = lengths.get("sink", 0) + lengths.get("recent", 0)
                 assert frames <= chunk * plan.chunk_tokens
                 assert all(phase.length(label, role) == n for role, n in lengths.items())
@@ -113,16 +112,10 @@ def check_lengths(plan: CachePlan, label: str, chunk: int) -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (Policy("p", "", {"all": Roles(4, 1)}), "sink_frames 4"),
-        (
-            Policy("p", "", {"all": Roles(1, 1, True)}, retain=Retain(7, 0.33, 1)),
-            "7 segments do not divide",
-        ),
-        (Policy("p", "", {"all": Roles(1, 1, True)}, retain=Retain(6, 0.0, 1)), "keeps none"),
-        (
-            Policy("p", "", {"all": Roles(1, 0, True)}, retain=Retain(6, 0.3, 1)),
-            "without a transition frame",
-        ),
+        (Policy("p", "", {"all": roles(4, 1)}), "groups.all: the sink has 4 frames; expected 0 to 3"),
+        (Policy("p", "", {"all": roles(1, 1, Retained(7, 0.33, 1))}), "7 segments do not divide"),
+        (Policy("p", "", {"all": roles(1, 1, Retained(6, 0.0, 1))}), "keeps none"),
+        (Policy("p", "", {"all": roles(1, 0, Retained(6, 0.3, 1))}), "without a transition frame"),
         (load_policy("forcing-kv"), "needs a head map"),
     ],
 )

@@ -20,11 +20,12 @@ from forcingkv.models.wan import KeysValues
 from forcingkv.runtime import Bundle, Session, positions
 from forcingkv.runtime.noise import chunk_noise
 from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy, Retain, Roles
+from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.recache import LatentHistory, replayed
+from forcingkv.runtime.roles import Retained, Role
 from forcingkv.runtime.spec import Schedule
 from forcingkv.runtime.text import encode_words
-from tests.conftest import headmap_of, random_model, small_spec
+from tests.conftest import headmap_of, random_model, roles, small_spec
 from tests.runtime.videos import BUNDLES, OTHER, PROMPT, assert_same, differ, video_of
 
 Bundles = Callable[[str], Path]
@@ -32,16 +33,12 @@ Bundles = Callable[[str], Path]
 
 @st.composite
 def plans(draw: st.DrawFn) -> CachePlan:
-    def roles(retained: bool) -> Roles:
-        return Roles(draw(st.integers(0, 3)), draw(st.integers(int(retained), 8)), retained)
+    retained = Retained(2, 0.34, 1) if draw(st.booleans()) else None
 
-    retained = draw(st.booleans())
-    policy = Policy(
-        "any",
-        "",
-        {"static": roles(False), "dynamic": roles(retained)},
-        retain=Retain(2, 0.34, 1) if retained else None,
-    )
+    def group(retained: Retained | None) -> tuple[Role, ...]:
+        return roles(draw(st.integers(0, 3)), draw(st.integers(1 if retained else 0, 8)), retained)
+
+    policy = Policy("any", "", {"static": group(None), "dynamic": group(retained)})
     spec = small_spec(ar_start=draw(st.integers(0, 3)), frames_per_chunk=3)
     static = draw(st.lists(st.lists(st.integers(0, 2)), min_size=4, max_size=4))
     return build_plan(spec, spec.geometry(), policy, headmap_of(spec, static))
@@ -51,17 +48,16 @@ def plans(draw: st.DrawFn) -> CachePlan:
 def test_what_is_replayed_for_any_plan(plan: CachePlan, made: int) -> None:
     chunks, frames = replayed(plan, made), plan.spec.frames_per_chunk
     assert list(chunks) == sorted(set(chunks)), "each once, in their order"
-    if any(entry.role != "sink" for entry in plan.entries):
+    if any(entry.role.name != "sink" for entry in plan.entries):
         assert not made or chunks[-1] == made - 1, "up to the newest, where anything of it is kept"
     if made <= plan.phases[-1].first_chunk:
         assert chunks == tuple(range(made)), "all, while the cache still fills"
     known = [chunk * frames + frame for chunk in chunks for frame in range(frames)]
     for entry in plan.entries:
-        group = entry.group
         assert plan.entry_shape(entry, len(chunks)) == plan.entry_shape(entry, made), "the phase that comes"
-        assert known[: group.sink_frames] == list(range(made * frames))[: group.sink_frames]
-        recent = plan.tokens(group, "recent", made) // plan.frame_tokens
-        assert known[len(known) - recent :] == list(range(made * frames))[made * frames - recent :]
+        if entry.role.name != "retained":
+            held, again = (entry.role.spans(plan, entry.group, n, None) for n in (made, len(chunks)))
+            assert [known[span.frame] for span in again] == [span.frame for span in held], "the same frames"
 
 
 @given(plans())
@@ -122,7 +118,7 @@ def in_torch(session: Session, at: int, old: list[np.ndarray], chunks: int) -> l
                 latents = next_latents("fresh", latents, flow, sigma, following, noise[step + 1])
             made.append(latents.numpy())
         _, new = run(latents, schedule.context_timestep)
-        cache, _ = advance(plan, cache, new, sink_rows=None, retain=chunk + 1 >= plan.retains_from)
+        cache, _ = advance(plan, cache, new, rows=None, choose=plan.chooses(chunk))
     return made
 
 

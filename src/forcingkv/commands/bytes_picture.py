@@ -18,7 +18,6 @@ from forcingkv.headmaps.files import write_bytes
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import EngineSet, alike, engine_sets, footprint, named, readable
-from forcingkv.runtime.spec import ELEMENT_BYTES
 
 INK, SOFT = "#1b1f24", "#57606a"
 KEYS = {"sink": "#0a3d66", "retained": "#0b6fb8", "recent": "#58a6dd", "current": "#b9d9f0"}
@@ -93,7 +92,7 @@ def _memory(bundle: Bundle, group: Sequence[EngineSet]) -> list[_Part]:
 
 
 def _attended(bundle: Bundle) -> list[_Part]:
-    roles = bundle.plan.kv_bytes_by_role(ELEMENT_BYTES[bundle.manifest.compute])
+    roles = bundle.plan.kv_bytes_by_role(bundle.manifest.compute)
     notes = {"current": "within activations, a layer at a time"}
     return [_Part(role, size, KEYS[role], notes.get(role, "")) for role, size in roles.items() if size]
 

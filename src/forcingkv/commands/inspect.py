@@ -113,10 +113,9 @@ def _kernels(opened: Bundle) -> str:
 def _attention(opened: Bundle) -> Iterator[str]:
     """Keys and values by role: what attention reads, not how often it is held."""
     from forcingkv.runtime.footprint import readable
-    from forcingkv.runtime.spec import ELEMENT_BYTES
 
     plan, dtype = opened.plan, opened.manifest.compute
-    roles = plan.kv_bytes_by_role(ELEMENT_BYTES[dtype])
+    roles = plan.kv_bytes_by_role(dtype)
     total = sum(roles.values())
     yield f"keys and values that a pass attends to, from chunk {plan.phases[-1].first_chunk} on, in {dtype}"
     for role, size in roles.items():

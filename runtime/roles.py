@@ -1,0 +1,325 @@
+"""Roles: what a cached token is to a head. A policy gives each group of heads an ordered list of them.
+
+A role is one class here and one in `models/cache.py`. This one knows, without looking at keys: how many
+tokens it caches in any chunk, which latent frame each of them is of, what memory it takes, and what it needs
+when the cache is made anew under another prompt. The other one knows how its keys and values follow from a
+pass. The cache plan, the session's buffers, the footprint, the recorder, the exporter, the planner and the
+pictures ask; none of them knows a role by its name.
+
+`docs/extending.md` shows how a role is added.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import Tagged
+from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
+
+if TYPE_CHECKING:
+    from forcingkv.runtime.plan import CachePlan, HeadGroup
+
+
+Rows = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Cached tokens that lie side by side in one latent frame."""
+
+    frame: int
+    """Index of the latent frame in the video."""
+    tokens: int
+    offset: int = 0
+    """Tokens of the frame before them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen of the frames that leave the cache, and kept: segments of them.
+
+    Candidates are the segments of the old transition frame and of all frames of the finished chunk but its
+    last; `layer` is the first layer that chooses.
+    """
+
+    role: Retained
+    layer: int
+    candidates: int
+    kept: int
+    segment_tokens: int
+
+
+class Role(Tagged, ABC):
+    """One kind of cached tokens of a group of heads. The fields of a role are its parameters in policy files.
+
+    Methods are given the plan and the head group they are asked for; `chunk` is the index of a chunk. Lengths
+    are in tokens of one head.
+    """
+
+    TAG: ClassVar[str] = "role"
+    KINDS: ClassVar[dict[str, type]] = {}
+
+    buffers: ClassVar[int] = 2
+    """2: read and written in turn. 1: no pass that reads it writes it."""
+    takes_rows: ClassVar[bool] = False
+    """Whether the step graph has an input that says which tokens of the chunk it takes (see `rows`)."""
+    chooses: ClassVar[bool] = False
+    """Whether it keeps what a `Choice` says."""
+
+    @abstractmethod
+    def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        """Cached tokens that the chunk sees."""
+
+    @abstractmethod
+    def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        """The most it ever caches. Once `tokens` is there it stays there."""
+
+    @abstractmethod
+    def spans(
+        self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
+    ) -> list[Span]:
+        """Which frames the tokens that the chunk sees are of, in the order in which they are cached.
+
+        `chosen` are the indices of the segments that the clean pass before the chunk chose, if it did.
+        """
+
+    def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        """Tokens that a pass of the chunk writes: what the next chunk sees, unless a role says otherwise."""
+        return self.tokens(plan, group, chunk + 1)
+
+    def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
+        """The chunk's tokens that it takes, for graphs that are told (`takes_rows`); equal within a phase."""
+        return np.arange(0, dtype=np.int32)
+
+    def opening_frames(self, spec: ModelSpec) -> int:
+        """Frames at the video's start that it keeps for ever, and that no other role of the group holds."""
+        return 0
+
+    def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
+        """(chunks at the video's start, newest chunks) whose clean passes make its tokens anew."""
+        return 0, 0
+
+    def dtype(self, compute: Dtype) -> Dtype:
+        """What its keys and values are cached in, in graphs that compute in `compute`."""
+        return compute
+
+    def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
+        """The role in a layer of a model, beside the others of its group; None where it holds nothing."""
+        return self
+
+    def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
+        """Raise InputError where it does not fit a model, a frame size or the other roles of its group."""
+
+    def in_any_layer(self) -> Self:
+        """The role with no layer treated apart, for a few layers that stand for a whole model."""
+        return self
+
+
+@dataclass(frozen=True)
+class Sink(Role):
+    """The video's first frames, kept for ever: heads lean on them (StreamingLLM's attention sink)."""
+
+    frames: int | None = None
+    """None: as many as the model was made for (`ModelSpec.sink_frames`)."""
+
+    name: ClassVar[str] = "sink"
+    buffers: ClassVar[int] = 1  # the first clean pass writes it and reads none of it; no later one writes it
+    takes_rows: ClassVar[bool] = True
+
+    def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        return plan.frame_tokens * min(self._count, chunk * plan.spec.frames_per_chunk)
+
+    def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        return plan.frame_tokens * self._count
+
+    def spans(
+        self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
+    ) -> list[Span]:
+        return whole_frames(plan, 0, self.tokens(plan, group, chunk))
+
+    def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        # A graph computes all its outputs in every pass: after the first chunk this one is empty.
+        return 0 if chunk else self.tokens(plan, group, 1)
+
+    def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
+        return np.arange(0 if chunk else self.steady_tokens(plan, group), dtype=np.int32)
+
+    def opening_frames(self, spec: ModelSpec) -> int:
+        return spec.sink_frames if self.frames is None else self.frames
+
+    def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
+        return 1, 0
+
+    def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
+        frames = self.opening_frames(spec)
+        return replace(self, frames=frames) if frames else None
+
+    def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
+        if self.frames is not None and not 0 <= self.frames <= spec.frames_per_chunk:
+            raise InputError(
+                f"the sink has {self.frames} frames",
+                where=where,
+                expected=f"0 to {spec.frames_per_chunk}, the frames of the first chunk",
+            )
+
+    @property
+    def _count(self) -> int:
+        assert self.frames is not None, "asked of a role that was not fitted to a model"
+        return self.frames
+
+
+@dataclass(frozen=True)
+class Recent(Role):
+    """The newest frames that are not in the sink: a rolling window. With 1 frame: the transition frame."""
+
+    frames: int | None = None
+    """None: as many as the model attends to (`ModelSpec.attended_frames`), less sink and current chunk."""
+
+    name: ClassVar[str] = "recent"
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.frames < 0:
+            raise InputError(f"has {self.frames} frames", where="the role recent", expected="0 or more")
+
+    def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        past = chunk * plan.spec.frames_per_chunk
+        opening = sum(role.opening_frames(plan.spec) for role in group.roles)
+        return plan.frame_tokens * min(self._count, past - min(opening, past))
+
+    def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        return plan.frame_tokens * self._count
+
+    def spans(
+        self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
+    ) -> list[Span]:
+        tokens = self.tokens(plan, group, chunk)
+        return whole_frames(plan, chunk * plan.spec.frames_per_chunk - tokens // plan.frame_tokens, tokens)
+
+    def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
+        return 0, -(-self._count // spec.frames_per_chunk)
+
+    def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
+        frames = self.frames
+        if frames is None:
+            opening = sum(role.opening_frames(spec) for role in roles)
+            frames = spec.attended_frames - spec.frames_per_chunk - opening
+        return replace(self, frames=frames) if frames else None
+
+    @property
+    def _count(self) -> int:
+        assert self.frames is not None, "asked of a role that was not fitted to a model"
+        return self.frames
+
+
+Choose = Literal["least-similar", "uniform", "random"]
+"""Which candidate segments are kept: those least similar to the same place one frame later; evenly spaced
+ones, the same at every chunk; or ones drawn anew at every chunk."""
+
+
+@dataclass(frozen=True)
+class Retained(Role):
+    """Segments of the frames that leave the cache, chosen anew at every clean pass after the split.
+
+    docs/method.md, "Segment similarity and retention".
+    """
+
+    segments: int
+    """Equal runs that a frame's tokens are split into."""
+    ratio: float
+    """Share of the candidate segments that is kept (the retention ratio)."""
+    score_layer: int = 0
+    """First layer that retains and chooses; later layers use its choice."""
+    choose: Choose = "least-similar"
+    shared: bool = True
+    """Whether later layers use the first one's choice. False: every layer chooses for itself."""
+    seed: int = 0
+    """What `random` draws from, with the index of the chunk."""
+
+    name: ClassVar[str] = "retained"
+    chooses: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise InputError(f"has the seed {self.seed}", where="the role retained", expected="0 or more")
+        if self.ratio > 1:
+            raise InputError(f"has the ratio {self.ratio}", where="the role retained", expected="at most 1")
+
+    def choice(self, plan: CachePlan, layer: int) -> Choice:
+        """What is chosen in a plan whose first layer with this role is `layer`."""
+        return Choice(
+            role=self,
+            layer=layer,
+            candidates=self.segments * plan.spec.frames_per_chunk,
+            kept=self.kept(plan.spec.frames_per_chunk),
+            segment_tokens=plan.frame_tokens // self.segments,
+        )
+
+    def can_choose(self, plan: CachePlan, group: HeadGroup, chunk: int) -> bool:
+        """Whether the chunk finds a transition frame in the cache of the group."""
+        return any(isinstance(role, Recent) and role.tokens(plan, group, chunk) for role in group.roles)
+
+    def kept(self, frames_per_chunk: int) -> int:
+        """Segments kept of those of a chunk's worth of frames."""
+        return round(self.segments * frames_per_chunk * self.ratio)
+
+    def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        return self.steady_tokens(plan, group) if plan.chooses(chunk - 1) else 0
+
+    def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        return plan.frame_tokens // self.segments * self.kept(plan.spec.frames_per_chunk)
+
+    def spans(
+        self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
+    ) -> list[Span]:
+        if not self.tokens(plan, group, chunk):
+            return []
+        assert chosen is not None, "the clean pass before this chunk chose segments"
+        size = plan.frame_tokens // self.segments
+        # Candidate frames begin with the transition frame of the chunk that was then current.
+        oldest = (chunk - 1) * plan.spec.frames_per_chunk - 1
+        return [Span(oldest + i // self.segments, size, i % self.segments * size) for i in chosen]
+
+    def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        return self.steady_tokens(
+            plan, group
+        )  # in the graph in every phase; the session takes it when it is due
+
+    def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
+        return self if layer >= self.score_layer else None
+
+    def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
+        if not any(isinstance(role, Recent) and role.frames != 0 for role in roles):
+            raise InputError(
+                "segments are retained without a transition frame",
+                where=where,
+                expected="the role recent, with at least 1 frame, in the same group",
+            )
+        if self.segments < 1 or geometry.frame_tokens % self.segments:
+            raise InputError(
+                f"{self.segments} segments do not divide the {geometry.frame_tokens} tokens of a frame"
+                f" at {geometry.width}x{geometry.height}",
+                where=where,
+                expected=f"a divisor of {geometry.frame_tokens}",
+            )
+        if not self.kept(spec.frames_per_chunk) >= 1:
+            candidates = self.segments * spec.frames_per_chunk
+            raise InputError(f"ratio {self.ratio} of {candidates} segments keeps none", where=where)
+
+    def in_any_layer(self) -> Self:
+        return replace(self, score_layer=0)
+
+
+Role.KINDS.update({kind.name: kind for kind in (Sink, Retained, Recent)})
+
+
+def whole_frames(plan: CachePlan, first: int, tokens: int) -> list[Span]:
+    """Spans of whole frames, one after the other from the frame `first` on."""
+    return [Span(first + n, plan.frame_tokens) for n in range(math.ceil(tokens / plan.frame_tokens))]

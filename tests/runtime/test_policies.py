@@ -1,0 +1,132 @@
+"""Policy files: groups that list their roles, what is refused, and how old files are shown the new form."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from forcingkv.headmaps import InputError
+from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.runtime.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.roles import Recent, Retained, Sink
+from tests.conftest import roles
+
+POLICY = """
+name = "tried"
+summary = "a policy to try"
+
+[groups]
+dynamic = [
+    { role = "sink", frames = 1 },
+    { role = "retained", segments = 6, ratio = 0.33, score_layer = 1 },
+    { role = "recent", frames = 1 },
+]
+"""
+
+
+def read(tmp_path: Path, text: str = POLICY) -> Policy:
+    file = tmp_path / "tried.toml"
+    file.write_text(text)
+    return load_policy(str(file))
+
+
+def test_a_group_lists_its_roles_in_the_order_of_attention(tmp_path: Path) -> None:
+    assert read(tmp_path).groups == {"dynamic": (Sink(1), Retained(6, 0.33, 1), Recent(1))}
+
+
+def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
+    found = read(tmp_path, POLICY.replace("score_layer = 1", 'choose = "random", shared = false, seed = 3'))
+    assert found.groups["dynamic"][1] == Retained(6, 0.33, 0, "random", shared=False, seed=3)
+    plain = read(tmp_path, 'name = "a"\nsummary = ""\n[groups]\nall = [{ role = "recent" }]\n')
+    assert plain.groups == {"all": (Recent(None),)}
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_a_policy_survives_a_manifest(name: str) -> None:
+    policy = load_policy(name)
+    assert from_data(Policy, to_data(policy), "manifest") == policy
+
+
+def test_the_shipped_policies_are_those_of_the_methods() -> None:
+    forcing, dummy = load_policy("forcing-kv"), load_policy("dummy-forcing")
+    assert forcing.groups == {"static": roles(1, 1), "dynamic": roles(1, 1, Retained(6, 0.33, 1))}
+    assert dummy.groups == {"sink": roles(1, 0), "neighbour": roles(0, 1), "dummy": ()}
+    assert load_policy("full").groups == {"all": roles(None, None)}
+    assert load_policy("window").groups == {"all": roles(3, 6)}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'role = "sink"',
+            'role = "sunk"',
+            r"has the role 'sunk'; expected one of sink, retained",
+        ),
+        (
+            '{ role = "sink", frames = 1 }',
+            "{ frames = 1 }",
+            r"has the role None; expected one of",
+        ),
+        ("frames = 1 }", "frames = 1, size = 2 }", r"dynamic\[0\]: unknown field 'size'"),
+        ("score_layer = 1", 'choose = "best"', r"choose is 'best'; expected 'least-similar' or 'uniform'"),
+        ("score_layer = 1", "shared = 1", r"shared is 1; expected a value of type bool"),
+        ("score_layer = 1", "seed = -1", r"has the seed -1; expected 0 or more"),
+        ("0.33", "1.2", r"has the ratio 1.2; expected at most 1"),
+        ('"recent", frames = 1', '"recent", frames = -1', r"has -1 frames; expected 0 or more"),
+        (
+            'role = "recent", frames = 1',
+            'role = "sink"',
+            r"dynamic has a role twice \(sink, retained, sink\)",
+        ),
+        (
+            "[groups]",
+            '[groups]\nstatic = [{ role = "retained", segments = 4, ratio = 0.5 }]',
+            "different ways",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, POLICY.replace(old, new, 1))
+
+
+OLD = """
+name = "old"
+summary = "as policies were written before"
+
+[groups.static]
+sink_frames = 1
+recent_frames = 0
+
+[groups.dynamic]
+recent_frames = 2
+retained = true
+
+[retain]
+segments = 6
+ratio = 0.33
+score_layer = 1
+choose = "uniform"
+shared = true
+"""
+
+
+def test_an_old_file_is_refused_and_shown_in_the_new_form(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="before each group listed its roles") as refused:
+        read(tmp_path, OLD)
+    shown = refused.value.expected or ""
+    groups = tomllib.loads(shown[shown.index("[groups]") :])
+    found = from_data(Policy, {"name": "old", "summary": ""} | groups, "shown")
+    assert found.groups == {
+        "static": (Sink(1),),
+        "dynamic": (Sink(None), Retained(6, 0.33, 1, "uniform"), Recent(2)),
+    }
+
+
+def test_so_is_an_old_manifest() -> None:
+    data = {"name": "old", "summary": "", "groups": {"all": {"sink_frames": 3, "recent_frames": 6}}}
+    with pytest.raises(InputError, match=r'all = \[\{ role = "sink", frames = 3 \}, \{ role = "recent"'):
+        from_data(Policy, data, "manifest.json: policy")
