@@ -18,33 +18,36 @@ from forcingkv.runtime.bundle import GRAPHS, GraphRecord, Manifest, TensorRecord
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.roles import Role
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype
 
-PARTS: dict[str, str] = {
-    "weights": "of all graphs: they stay loaded",
-    "activations": "of a pass, and of decoding beside it",
-    "kv_sink": "one buffer: written once",
-    "kv_retained": "two buffers: read and written in turn",
-    "kv_recent": "two buffers: read and written in turn",
-    "decoder_caches": "two buffers: read and written in turn",
-    "frames": "of a chunk, or of two if they overlap",
-    "text": "of the prompt, with its keys and values",
-    "latents": "with noise, positions and noise levels",
-}
-"""The parts, and why each has its size.
 
-weights: sum of the engines' `weight_bytes`, from the builder's log; on ONNX Runtime of the graphs'.
-activations: of engines the largest of `prompt` and `step`, which run one after another in one block, and
-    `decode`, which has its own: `activation_bytes` from the builder's log. The keys and values of the current
-    chunk are in it, a layer at a time. On ONNX Runtime the largest of the graphs', which export derives from
-    the graph (`export/activations.py`): memory is given back as soon as a tensor was read.
-kv_sink, kv_retained, kv_recent: from the cache plan, in its last phase, which is the largest, in the dtype
-    that the graphs compute in.
-decoder_caches: shapes of the inputs of `decode` that have an output `next.` + name.
-frames: those of all calls of `decode` for a chunk.
-text: shapes of the inputs and outputs of `prompt`; the latter are inputs of `step`.
-latents: shapes of all else that goes into `step` and `decode`, and of the next latents.
-"""
+def part_notes() -> dict[str, str]:
+    """The parts of a session's memory, and why each has its size.
+
+    weights: sum of the engines' `weight_bytes`, from the builder's log; on ONNX Runtime of the graphs'.
+    activations: of engines the larger of `prompt` and `step`, which run one after another in one block, and
+        `decode`, which has its own: `activation_bytes` from the builder's log. The keys and values of the
+        current chunk are among them, a layer at a time. On ONNX Runtime the largest of the graphs', which
+        export derives from the graph (`export/activations.py`): it gives memory back as soon as a tensor was
+        read.
+    kv_...: a part for each role, from the cache plan: its buffers are as large as it ever needs.
+    decoder_caches: shapes of the inputs of `decode` that have an output `next.` + name.
+    frames: those of all calls of `decode` for a chunk.
+    text: shapes of the inputs and outputs of `prompt`; the latter are inputs of `step`.
+    latents: shapes of all else that goes into `step` and `decode`, and of the next latents.
+    """
+    buffers = {1: "one buffer: written once", 2: "two buffers: read and written in turn"}
+    return {
+        "weights": "of all graphs: they stay loaded",
+        "activations": "of a pass, and of decoding beside it",
+        **{f"kv_{name}": buffers[role.buffers] for name, role in Role.KINDS.items()},
+        "decoder_caches": buffers[2],
+        "frames": "of a chunk, or of two if they overlap",
+        "text": "of the prompt, with its keys and values",
+        "latents": "with noise, positions and noise levels",
+    }
+
 
 NEXT = "next."
 """What begins the name of an output that replaces the input of the same name."""
@@ -69,8 +72,8 @@ def engine_sets(manifest: Manifest) -> tuple[EngineSet, ...]:
     return tuple(EngineSet(*key, tuple(engines)) for key, engines in sorted(sets.items()))
 
 
-def alike(sets: Iterable[EngineSet]) -> tuple[tuple[EngineSet, ...], ...]:
-    """The sets that need the same memory, together: one report is enough for them."""
+def grouped_by_need(sets: Iterable[EngineSet]) -> tuple[tuple[EngineSet, ...], ...]:
+    """The sets grouped by the memory that they need: one report serves a group."""
     groups: dict[tuple[tuple[str, int, int], ...], list[EngineSet]] = {}
     for one in sets:
         needs = tuple((e.graph, e.weight_bytes, e.activation_bytes) for e in one.engines)
@@ -87,7 +90,7 @@ def named(sets: Iterable[EngineSet]) -> str:
 
 
 def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecord] = ()) -> dict[str, int]:
-    """Bytes of memory that a session holds, by part (see `PARTS`).
+    """Bytes of memory that a session holds, by part (see `part_notes`).
 
     Args:
         manifest: of the bundle.

@@ -15,7 +15,7 @@ from forcingkv.runtime.bundle import GraphRecord, Manifest, TensorRecord
 from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.decoding import ChunkDecoder
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.footprint import PARTS, alike, engine_sets, footprint, named, readable
+from forcingkv.runtime.footprint import engine_sets, footprint, grouped_by_need, named, part_notes, readable
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ELEMENT_BYTES
 from tests.conftest import headmap_of, random_model, small_spec
@@ -93,7 +93,7 @@ def test_every_part_as_counted_by_hand(bundle: Bundle) -> None:
 
 
 def test_every_part_is_explained(bundle: Bundle) -> None:
-    assert list(footprint(bundle.manifest, bundle.plan, ENGINES)) == list(PARTS)
+    assert list(footprint(bundle.manifest, bundle.plan, ENGINES)) == list(part_notes())
 
 
 def test_on_onnx_runtime_the_graphs_say_what_they_need(bundle: Bundle) -> None:
@@ -127,7 +127,7 @@ def test_keys_and_values_take_what_the_session_allocates(bundle: Bundle) -> None
 def test_keys_and_values_are_in_the_dtype_that_the_graphs_compute_in(bundle: Bundle) -> None:
     half = footprint(replace(bundle.manifest, compute="bfloat16"), bundle.plan)
     whole = footprint(bundle.manifest, bundle.plan)
-    assert {name for name in PARTS if half.get(name) != whole.get(name)} == {
+    assert {name for name in part_notes() if half.get(name) != whole.get(name)} == {
         "kv_sink",
         "kv_retained",
         "kv_recent",
@@ -162,7 +162,7 @@ def test_engines_come_by_flavour_version_and_gpu_in_the_order_of_graphs(bundle: 
     assert [(one.sm, [e.graph for e in one.engines]) for one in sets] == [
         (sm, ["prompt", "step", "decode"]) for sm in (86, 89, 120)
     ]
-    assert [named(group) for group in alike(sets)] == [
+    assert [named(group) for group in grouped_by_need(sets)] == [
         "tensorrt-rtx 1.7.1 for sm_86",
         "tensorrt-rtx 1.7.1 for sm_89, sm_120",
     ]

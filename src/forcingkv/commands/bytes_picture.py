@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from forcingkv.headmaps.files import write_bytes
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.footprint import EngineSet, alike, engine_sets, footprint, named, readable
+from forcingkv.runtime.footprint import EngineSet, engine_sets, footprint, grouped_by_need, named, readable
+from forcingkv.runtime.roles import Role
 
 INK, SOFT = "#1b1f24", "#57606a"
-KEYS = {"sink": "#0a3d66", "retained": "#0b6fb8", "recent": "#58a6dd", "current": "#b9d9f0"}
-"""Keys and values are blue, by role."""
+BLUES, PALEST = ("#0a3d66", "#0b6fb8", "#58a6dd"), "#b9d9f0"
+"""Keys and values are blue, a shade for each role; the current chunk's are the palest."""
 COLOURS = {
     "weights": "#57606a",
     "activations": "#c2510c",
@@ -29,9 +30,7 @@ COLOURS = {
     "frames": "#8250df",
     "text": "#a98be8",
     "latents": "#cdbcf3",
-    **{f"kv_{role}": colour for role, colour in KEYS.items()},
 }
-NAMES = {"decoder_caches": "decoder caches", **{f"kv_{role}": f"KV {role}" for role in KEYS}}
 WIDTH, MARGIN = 9.6, 0.15
 """Inches, as all that follow: of the picture, and around it."""
 ROW, LINE, GAP = 0.26, 0.22, 0.3
@@ -57,7 +56,7 @@ def write_bytes_picture(bundle: Bundle, path: Path) -> None:
 
     Raises InputError where it cannot be written; nothing is left behind then.
     """
-    groups = alike(engine_sets(bundle.manifest)) or ((),)
+    groups = grouped_by_need(engine_sets(bundle.manifest)) or ((),)
     panels = [(_title(group), _memory(bundle, group)) for group in groups]
     first = bundle.plan.phases[-1].first_chunk
     panels.append((f"Keys and values that a pass attends to, from chunk {first} on", _attended(bundle)))
@@ -79,13 +78,13 @@ def _title(group: Sequence[EngineSet]) -> str:
 def _memory(bundle: Bundle, group: Sequence[EngineSet]) -> list[_Part]:
     engines = group[0].engines if group else ()
     parts = footprint(bundle.manifest, bundle.plan, engines)
-    notes = dict.fromkeys(("kv_retained", "kv_recent", "decoder_caches"), "two buffers, in turn")
-    notes["kv_sink"] = "one buffer, written once"
+    notes = dict.fromkeys(("decoder_caches", *(f"kv_{n}" for n in Role.KINDS)), "two buffers, in turn")
+    notes |= {f"kv_{n}": "one buffer, written once" for n, role in Role.KINDS.items() if role.buffers == 1}
     if engines:
         notes["weights"] = _each([(engine.graph, engine.weight_bytes) for engine in engines])
         notes["activations"] = _largest(engines)
     return [
-        _Part(NAMES.get(name, name), size, COLOURS[name], notes.get(name, ""))
+        _Part(_shown(name), size, COLOURS.get(name) or _blue(name.removeprefix("kv_")), notes.get(name, ""))
         for name, size in parts.items()
         if size
     ]
@@ -94,7 +93,16 @@ def _memory(bundle: Bundle, group: Sequence[EngineSet]) -> list[_Part]:
 def _attended(bundle: Bundle) -> list[_Part]:
     roles = bundle.plan.kv_bytes_by_role(bundle.manifest.compute)
     notes = {"current": "within activations, a layer at a time"}
-    return [_Part(role, size, KEYS[role], notes.get(role, "")) for role, size in roles.items() if size]
+    return [_Part(role, size, _blue(role), notes.get(role, "")) for role, size in roles.items() if size]
+
+
+def _blue(role: str) -> str:
+    known = list(Role.KINDS)
+    return BLUES[known.index(role) % len(BLUES)] if role in known else PALEST
+
+
+def _shown(part: str) -> str:
+    return part.replace("kv_", "KV ").replace("_", " ")
 
 
 def _each(sizes: list[tuple[str, int]]) -> str:

@@ -66,7 +66,7 @@ def _footprints(opened: Bundle) -> list[dict[str, Any]]:
 
 
 def _sections(opened: Bundle) -> Iterator[list[str]]:
-    from forcingkv.runtime.footprint import alike, engine_sets
+    from forcingkv.runtime.footprint import engine_sets, grouped_by_need
 
     sets = engine_sets(opened.manifest)
     yield list(_model(opened))
@@ -74,7 +74,7 @@ def _sections(opened: Bundle) -> Iterator[list[str]]:
     yield list(_phases(opened))
     for one in sets:
         yield list(_engines(opened, one))
-    for group in alike(sets) or ((),):
+    for group in grouped_by_need(sets) or ((),):
         yield list(_memory(opened, group))
     yield ["warnings", *(list(_wrapped("  ", *opened.manifest.warnings)) or ["  none"])]
     yield ["files", *_files(opened)]
@@ -156,7 +156,7 @@ def _engines(opened: Bundle, one: EngineSet) -> Iterator[str]:
 
 def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
     """What a session holds: of sets that need the same, or without engines."""
-    from forcingkv.runtime.footprint import PARTS, footprint, named, readable
+    from forcingkv.runtime.footprint import footprint, named, part_notes, readable
 
     manifest, plan = opened.manifest, opened.plan
     engines = group[0].engines if group else ()
@@ -172,7 +172,7 @@ def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
         yield "buffers of a session, without weights and activations: there are no engines"
     for name, size in parts.items():
         if size:
-            yield f"  {name:<16}{readable(size):>9}{size / total:>7.1%}  {PARTS[name]}"
+            yield f"  {name:<16}{readable(size):>9}{size / total:>7.1%}  {part_notes()[name]}"
     yield f"  {'total':<16}{readable(total):>9}"
     if group:
         yield from _wrapped(
