@@ -72,7 +72,7 @@ class StepModule(nn.Module):
         flow = flow.to(latents)
         # Every output is there in every phase; the session takes those the phase calls for.
         rows = {each.name: inputs[each.name] for each in plan.rows_inputs}
-        following, indices = advance(plan, cache, new, rows=rows, choose=True)
+        following, indices = advance(plan, cache, new, chunk=None, rows=rows)
         x0 = latents - sigma * flow
         following_latents = next_latents(
             plan.spec.schedule.renoise, latents, flow, sigma, inputs["sigma_next"], inputs.get("noise")

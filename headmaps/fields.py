@@ -24,7 +24,7 @@ class Tagged:
     """Base of dataclasses that one field of the data tells apart: `TAG` names it, `KINDS` its values."""
 
     TAG: ClassVar[str]
-    KINDS: ClassVar[dict[str, type]]
+    KINDS: ClassVar[dict[str, Any]]
     name: ClassVar[str]
     """The value that stands for the class."""
 

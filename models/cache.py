@@ -39,13 +39,20 @@ class CleanPass:
     new: KeysValues
     """Keys and values of the chunk, of the group's heads."""
     rows: Mapping[str, Tensor] | None
-    """Which of the chunk's tokens roles take, by `RowsInput.name`; None: those that follow from the cache."""
+    """Which of the chunk's tokens roles take, by `RowsInput.name`; None: what the roles say for the chunk."""
     choice: Choice | None
     """What is chosen in this pass; None: nothing, and what was chosen before stays."""
     chunk: int | None
     """Index of the chunk, where it is known: in a graph it is not."""
     chosen: list[Tensor]
     """Indices of the segments that were chosen in this pass, in any layer so far."""
+
+    def rows_of(self, role: Role) -> Tensor:
+        """Which of the chunk's tokens a role takes (`Role.rows`): (tokens,)."""
+        if self.rows is not None:
+            return self.rows[rows_name(self.group, role)]
+        assert self.chunk is not None, "which tokens a role takes depends on the chunk"
+        return torch.from_numpy(role.rows(self.plan, self.group, self.chunk)).to(self.new.keys.device)
 
 
 class TorchRole:
@@ -78,12 +85,11 @@ class _TorchSink(TorchRole):
 
     def advance(self, role: Sink, done: CleanPass) -> KeysValues:
         held = done.held[role.name]
-        if done.rows is not None:
-            rows = done.rows[rows_name(done.group, role)]
-            return KeysValues(*(part.index_select(2, rows) for part in done.new))
-        if held.keys.shape[2]:
+        if done.rows is None and held.keys.shape[2]:
             return held
-        return _tokens(done.new, slice(role.steady_tokens(done.plan, done.group)))
+        # In a graph this is empty after the first chunk, and the session keeps the sink that it has.
+        rows = done.rows_of(role)
+        return KeysValues(*(part.index_select(2, rows) for part in done.new))
 
 
 @torch_half
@@ -174,9 +180,8 @@ def advance(
     cache: Cache,
     new: Sequence[KeysValues],
     *,
-    rows: Mapping[str, Tensor] | None,
-    choose: bool,
-    chunk: int | None = None,
+    chunk: int | None,
+    rows: Mapping[str, Tensor] | None = None,
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
 
@@ -184,17 +189,15 @@ def advance(
         plan: the cache plan.
         cache: the cache the pass read.
         new: each layer's keys and values of the pass.
-        rows: which of the chunk's tokens roles take, by `RowsInput.name`. None: those that follow from what
-            the cache holds; of the sink, those of the first frames while it is empty.
-        choose: whether segments are chosen (`CachePlan.chooses`); if not, those retained before stay.
-        chunk: index of the chunk; needed where the policy draws segments at random.
+        chunk: index of the chunk. None in a graph, which chooses segments in every pass.
+        rows: which of the chunk's tokens roles take, by `RowsInput.name`. None: what the roles say.
 
     Returns:
         The next cache, and the indices of the retained segments where they were chosen: (kept,), or
         (layers that retain, kept) where each layer chooses for itself.
     """
     chosen: list[Tensor] = []
-    choice = plan.choice if choose else None
+    choice = plan.choice if chunk is None or plan.chooses(chunk) else None
     following = []
     for layer, groups in enumerate(plan.layers):
         row = []

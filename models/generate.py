@@ -97,8 +97,7 @@ def generate(
             sigma, following = schedule.sigmas[step : step + 2]
             latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
         _, new = run(latents, schedule.context_timestep, attend)
-        choose = plan.chooses(chunk)
-        cache, indices = advance(plan, cache, new, rows=None, choose=choose, chunk=chunk)
+        cache, indices = advance(plan, cache, new, chunk=chunk)
         yield GeneratedChunk(chunk, latents, indices)
 
 

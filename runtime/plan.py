@@ -33,6 +33,10 @@ class HeadGroup:
     def stop(self) -> int:
         return self.start + self.heads
 
+    def opening_frames(self, spec: ModelSpec) -> int:
+        """Frames at the video's start that a role keeps for ever: no other role holds them."""
+        return sum(role.opening_frames(spec) for role in self.roles)
+
 
 @dataclass(frozen=True)
 class CacheEntry:

@@ -65,7 +65,7 @@ class Role(Tagged, ABC):
     """
 
     TAG: ClassVar[str] = "role"
-    KINDS: ClassVar[dict[str, type]] = {}
+    KINDS: ClassVar[dict[str, type[Role]]] = {}
 
     buffers: ClassVar[int] = 2
     """2: read and written in turn. 1: no pass that reads it writes it."""
@@ -191,8 +191,7 @@ class Recent(Role):
 
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         past = chunk * plan.spec.frames_per_chunk
-        opening = sum(role.opening_frames(plan.spec) for role in group.roles)
-        return plan.frame_tokens * min(self._count, past - min(opening, past))
+        return plan.frame_tokens * min(self._count, past - min(group.opening_frames(plan.spec), past))
 
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
         return plan.frame_tokens * self._count

@@ -45,8 +45,7 @@ def advanced(plan: CachePlan, chunks: int = 4) -> tuple[Cache, Cache, list[KeysV
     before: Cache = empty_cache(plan, torch.zeros(1))
     for chunk in range(chunks):
         new = chunk_of_keys(plan, chunk)
-        choose = plan.chooses(chunk)
-        after, indices = advance(plan, before, new, rows=None, choose=choose, chunk=chunk)
+        after, indices = advance(plan, before, new, chunk=chunk)
         if chunk + 1 == chunks:
             assert indices is not None
             return before, after, new, indices
@@ -131,7 +130,7 @@ def test_the_default_is_what_the_policy_did_before_it_could_choose() -> None:
     cache: Cache = empty_cache(plan, torch.zeros(1))
     for chunk in range(4):
         new = chunk_of_keys(plan, chunk)
-        cache, _ = advance(plan, cache, new, rows=None, choose=plan.chooses(chunk))
+        cache, _ = advance(plan, cache, new, chunk=chunk)
     for mine, other in zip(cache, given_chunk, strict=True):
         for held, same in zip(mine, other, strict=True):
             for role, kv in held.items():

@@ -122,7 +122,7 @@ def test_chunks_with_caches_equal_diffusers_in_one_block_causal_pass() -> None:
             cosines, sines = (torch.from_numpy(table) for table in tables)
             flow, new = ours(latents, time, (cosines, sines), prompt, attend_cache(plan, cache))
             torch.testing.assert_close(flow, expected[chunk], atol=TOLERANCE, rtol=0)
-            cache, _ = advance(plan, cache, new, rows=None, choose=False)
+            cache, _ = advance(plan, cache, new, chunk=chunk)
 
 
 def test_every_name_has_its_counterpart_in_diffusers() -> None:

@@ -81,7 +81,7 @@ def test_every_pass_equals_the_public_implementation(golden: dict[str, Any], pol
                 attend = attend_cache(plan, cache)
                 flow, new = model(inputs[chunk, step], time, rotary, prompt, attend)
                 differences.append(float((flow - expected[chunk, step]).abs().max()))
-            cache, chosen = advance(plan, cache, new, rows=None, choose=plan.chooses(chunk))
+            cache, chosen = advance(plan, cache, new, chunk=chunk)
             indices.append([-1] * 6 if chosen is None else chosen.tolist())
 
     assert max(differences) <= TOLERANCE, [f"{d:.1e}" for d in differences]

@@ -54,7 +54,7 @@ def test_a_full_cache_equals_one_block_causal_pass() -> None:
         attend = attend_cache(plan, cache)
         flow, new = model(latents, times(model, [0.0]), rotary, prompt, attend)
         torch.testing.assert_close(flow, whole.split(frames, 2)[chunk], atol=1e-5, rtol=0)
-        cache, _ = advance(plan, cache, new, rows=None, choose=False)
+        cache, _ = advance(plan, cache, new, chunk=chunk)
 
 
 @settings(deadline=None, max_examples=20)

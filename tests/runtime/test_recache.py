@@ -118,7 +118,7 @@ def in_torch(session: Session, at: int, old: list[np.ndarray], chunks: int) -> l
                 latents = next_latents("fresh", latents, flow, sigma, following, noise[step + 1])
             made.append(latents.numpy())
         _, new = run(latents, schedule.context_timestep)
-        cache, _ = advance(plan, cache, new, rows=None, choose=plan.chooses(chunk))
+        cache, _ = advance(plan, cache, new, chunk=chunk)
     return made
 
 
