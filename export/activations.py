@@ -13,12 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from forcingkv.export.clean_branch import taken_branches
-from forcingkv.export.rewriting import makers, read_by
+from forcingkv.export.onnxruntime_passes import taken_branches
 from forcingkv.prune.onnx_operators import DOMAIN
 
 Shape = tuple[int, ...]
@@ -27,26 +25,6 @@ MOVES_NOTHING = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
 """Operators whose output is their first input's memory."""
 IN_PLACE = {"Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Tanh"}
 """Operators that may write over an operand of the output's size that nothing else reads."""
-
-
-def make_caches_early(graph: ir.Graph) -> None:
-    """Nodes that only outputs need are moved to where what they read is made.
-
-    A trace makes next caches last, and keys and values of all layers would wait for it.
-
-    Ensures: the same nodes, in an order in which those that the first output does not need come right after
-    the last that makes their inputs.
-    """
-    needed = makers(graph.outputs[:1])
-    after: dict[ir.Node, int] = {}
-    for number, node in enumerate(graph):
-        # What is made inside a branch has no place of its own.
-        places = [after.get(maker) for value in read_by(node) if (maker := value.producer())]
-        earliest = max((place for place in places if place is not None), default=-1)
-        after[node] = number if node in needed else earliest
-    order = sorted(graph, key=after.__getitem__)  # stable: of those that may stand there, as they stood
-    graph.remove(order)
-    graph.extend(order)
 
 
 def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape]]) -> int:

@@ -1,4 +1,4 @@
-"""The program that builds one engine, in a process of its own (see `export.engines`).
+"""The program that builds one engine, in a process of its own (see `engine_builder`).
 
 It imports neither torch nor the rest of `export`: what it holds in memory is TensorRT and the network. The
 request is JSON on standard input, the report JSON on standard output, TensorRT's log standard error.

@@ -52,8 +52,7 @@ class DynamicPrune:
 
     def sizes(self, inputs: list[Shape]) -> LaunchSizes:
         """What the kernels are to work on."""
-        size = self.frame_tokens // self.segments
-        return LaunchSizes(*inputs[2][:2], inputs[0][2], inputs[2][2], size, self.kept, self.frame_tokens)
+        return _sizes(inputs, self.frame_tokens // self.segments, self.kept, self.frame_tokens)
 
     def output_shapes(self, inputs: list[trt.DimsExprs], build: trt.IExprBuilder) -> list[trt.DimsExprs]:
         """Shapes of the outputs."""
@@ -98,7 +97,7 @@ class DynamicPruneFollow:
 
     def sizes(self, inputs: list[Shape]) -> LaunchSizes:
         """What the kernel is to work on."""
-        return LaunchSizes(*inputs[2][:2], inputs[0][2], inputs[2][2], self.segment_tokens, kept=inputs[4][0])
+        return _sizes(inputs, self.segment_tokens, inputs[4][0])
 
     def output_shapes(self, inputs: list[trt.DimsExprs], build: trt.IExprBuilder) -> list[trt.DimsExprs]:
         """Shapes of the outputs."""
@@ -127,6 +126,11 @@ OPERATORS: tuple[type[Operator], ...] = (DynamicPrune, DynamicPruneFollow)
 def _retained(inputs: list[trt.DimsExprs], tokens: trt.IDimensionExpr) -> list[trt.DimsExprs]:
     """Shapes of retained keys and values: that of the new keys, with another number of tokens."""
     return [trt.DimsExprs([inputs[2][0], inputs[2][1], tokens, inputs[2][3]]) for _ in range(2)]
+
+
+def _sizes(inputs: list[Shape], segment_tokens: int, kept: int, frame_tokens: int = 0) -> LaunchSizes:
+    batch, heads, new_tokens, _ = inputs[2]
+    return LaunchSizes(batch, heads, inputs[0][2], new_tokens, segment_tokens, kept, frame_tokens)
 
 
 def _check_multiples(inputs: list[Shape], tokens: int) -> None:

@@ -26,7 +26,7 @@ from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 
 if TYPE_CHECKING:
-    from forcingkv.export.calibrate import CalibrationTexts
+    from forcingkv.export.fp8 import CalibrationTexts
 
 
 PROMPTS = 4
@@ -92,7 +92,7 @@ def export(
     given = read_headmap(headmap) if headmap else None
     precision = one_of(ExportDtype, dtype, "dtype") if dtype else None
     if calibration and precision != "fp8":
-        raise InputError("goes with fp8 alone", where="--calibration", expected="--dtype fp8")
+        raise InputError("is for fp8 only", where="--calibration", expected="--dtype fp8")
     texts = texts_for(spec, calibration, random_weights) if precision == "fp8" else None
     weights = weights_for(spec, checkpoint, key, lora, random_weights)
     spec, pixels = decoder_for(spec, decoder, vae, random=random_weights)
@@ -147,7 +147,7 @@ def export(
 
 def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTexts:
     """What to calibrate with. Raises InputError where nothing is given and no prompts ship with the model."""
-    from forcingkv.export.calibrate import CalibrationTexts, random_texts
+    from forcingkv.export.fp8 import CalibrationTexts, random_texts
 
     if spec.text.kind == "words" and (file is None or file.suffix != ".safetensors"):
         prompts = read_prompts(file) if file else default_prompts(spec.name)[:PROMPTS]
