@@ -116,7 +116,8 @@ def export_bundle(
     """
     engines = engine_target(target, sms, aot=aot) if target != "onnx" else None
     if (sms or aot) and engines is None:
-        raise InputError("goes with engines", where="--aot" if aot else "--sm", expected="--target tensorrt")
+        where = "--aot" if aot else "--sm"
+        raise InputError("is for engines only", where=where, expected="--target tensorrt or tensorrt-rtx")
     precision = precision_of(
         dtype or ("bfloat16" if engines else spec.dtype), target, engines.sms if engines else ()
     )
@@ -234,10 +235,10 @@ class _Writer:
                 self._compare(name, path)
             else:
                 # ONNX Runtime has no kernels for less on a CPU: the same graph is compared in float32.
-                twin = self.folder / f"{name}.float32.onnx"
-                self._trace(name, twin, replace(precision, compute="float32"))
-                self._compare(name, twin)
-                twin.unlink()
+                in_float32 = self.folder / f"{name}.float32.onnx"
+                self._trace(name, in_float32, replace(precision, compute="float32"))
+                self._compare(name, in_float32)
+                in_float32.unlink()
 
     def write_engines(self, target: EngineTarget) -> None:
         """Compile the plugin's kernels, and build an engine of every graph for every GPU."""
@@ -354,7 +355,7 @@ def _tensor_record(value: onnx.ValueInfoProto) -> TensorRecord:
 
 
 def _versions() -> dict[str, str]:
-    """What made the bundle."""
+    """The versions of the programs that made the bundle."""
     return {
         "forcingkv": forcingkv.__version__,
         "python": platform.python_version(),

@@ -93,7 +93,7 @@ def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = Fal
         raise InputError(
             f"{name} builds for the GPU of the machine it runs on, and {there}",
             where=f"--sm {' '.join(map(str, sms))}",
-            hint="Export on a machine with that GPU, or use --target tensorrt-rtx for GPUs it serves:"
+            hint="Export on a machine with that GPU, or use --target tensorrt-rtx for the GPUs it builds for:"
             f" {', '.join(map(str, FLAVOURS['tensorrt-rtx'].sms))}.",
         )
     assert here is not None
@@ -158,7 +158,7 @@ def build_engine(
     Raises:
         EngineError: TensorRT refused the graph, aborted, or took more memory than there is.
     """
-    phases = _phases(name, plan)
+    phases = [dict(plan.phase_shapes(phase)) for phase in plan.phases] if name == "step" else []
     prunes = name == "step" and plan.score_layer is not None
     report = _run(
         {
@@ -172,12 +172,11 @@ def build_engine(
         target.flavour,
     )
     record = {key: report[key] for key in EngineRecord.__dataclass_fields__ if key in report}
-    file = f"{engine.parent.name}/{engine.name}"
     return EngineRecord(
         graph=name,
         flavour=target.flavour.name,
         sm=sm,
-        file=file,
+        file=f"{engine.parent.name}/{engine.name}",
         phases=len(phases) or 1,
         needs_plugin=prunes and not target.aot,
         **record,
@@ -189,12 +188,6 @@ def parse_report(graph: Path, flavour: Flavour, *, plugins: bool) -> dict[str, A
     chosen = "python" if plugins else None
     request = {"graph": str(graph), "flavour": flavour.name, "plugins": chosen}
     return _run(request | {"sm": None, "phases": [], "engine": None}, flavour)
-
-
-def _phases(name: str, plan: CachePlan) -> list[dict[str, Sequence[int]]]:
-    if name != "step":
-        return []
-    return [dict(plan.phase_shapes(phase)) for phase in plan.phases]
 
 
 def _run(request: dict[str, Any], flavour: Flavour) -> dict[str, Any]:
@@ -231,12 +224,12 @@ def _environment(flavour: Flavour, links: Path) -> dict[str, str]:
 
 
 def _fault(done: subprocess.CompletedProcess[str], request: dict[str, Any]) -> str:
-    """What went wrong, in the words of the log."""
-    said = [line[4:] for line in done.stderr.splitlines() if line.startswith("[E] ")]
-    if not said:
-        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("[I]")]
+    """What went wrong, as the log has it."""
+    errors = [line[4:] for line in done.stderr.splitlines() if line.startswith("[E] ")]
+    if not errors:
+        errors = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("[I]")]
     how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else "failed"
-    lines = "\n  ".join(line[:500] for line in said[-5:]) or "it reported nothing"
+    lines = "\n  ".join(line[:500] for line in errors[-5:]) or "it reported nothing"
     return (
         f"{request['flavour']} {how} on {Path(request['graph']).name}"
         f" (memory bound {request['memory_limit'] / 1e9:.1f} GB):\n  {lines}"

@@ -24,7 +24,7 @@ MEMORY = {
     "weight_bytes": "Total Weights Memory",
     "scratch_bytes": "Max Scratch Memory",
 }
-"""What the builder says of memory in its log only."""
+"""What the builder reports of memory, in its log only."""
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _for_capability(config: Any, sm: int) -> None:
 
 
 def _hear(figures: dict[str, int], severity: str, message: str) -> None:
-    """Write what TensorRT says, and keep the figures that it says nowhere else."""
+    """Write TensorRT's messages to standard error, and keep the figures that are nowhere else."""
     for name, words in MEMORY.items():
         found = re.search(rf"{words}: (\d+) bytes", message)
         if found:

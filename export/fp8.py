@@ -250,7 +250,7 @@ def calibrate(
     Args:
         model: the baked model, in float32, weights rounded to FP8 already.
         plan: the bundle's cache plan; a smaller geometry is derived from it (`calibration_plan`).
-        precision: says which layers are quantized.
+        precision: gives the layers that are quantized.
         texts: what to generate for.
         progress: called with a line on what is done next.
 

@@ -68,7 +68,7 @@ def make(
 
 
 def constant(graph: ir.Graph, name: str, content: npt.NDArray[Any]) -> ir.Value:
-    """The initializer of that name, which says what it holds; made if it is not there yet."""
+    """The initializer of that name, which stands for its content; made if it is not there yet."""
     if name not in graph.initializers:
         tensor = ir.tensor(content)
         graph.initializers[name] = ir.Value(

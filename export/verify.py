@@ -49,7 +49,7 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
         runnable.run(_given(graph, inputs), found)
         for name, array in expected.items():
             worst = max(worst, _difference(array, found[name], scaled=name.startswith(FEATURES)))
-        if graph.clean_outputs and not _denoises_alike(graph, runnable, inputs, found):
+        if graph.clean_outputs and not _denoising_pass_is_equal(graph, runnable, inputs, found):
             return math.inf
     return worst
 
@@ -61,7 +61,7 @@ def fp8_differences(
 
     A sum in another order moves a few numbers across the boundary between two FP8 numbers, which are up to
     an eighth apart; each moves what follows, and after a few layers all roundings differ. So a difference of
-    1e-7 ends at that of two independent roundings, and a bound on the outputs would say little. Instead:
+    1e-7 ends at that of two independent roundings, and a bound on the outputs would show little. Instead:
 
     1. without the rounding of inputs the graph is compared as any other, by `graph_difference`;
     2. with it, x0 is compared by root mean square in units of what rounding changes. Independent roundings
@@ -92,11 +92,11 @@ def fp8_differences(
 
 
 def _given(graph: Graph, inputs: Arrays, *, clean: bool = True) -> Arrays:
-    """What the file takes: torch makes all outputs in every pass, and is not told which is the clean one."""
+    """The inputs of the file, which unlike the torch module has one for whether the pass is the clean one."""
     return inputs | ({CLEAN: np.array([clean])} if graph.clean_outputs else {})
 
 
-def _denoises_alike(graph: Graph, runnable: OnnxGraph, inputs: Arrays, of_clean: Arrays) -> bool:
+def _denoising_pass_is_equal(graph: Graph, runnable: OnnxGraph, inputs: Arrays, of_clean: Arrays) -> bool:
     """Whether a denoising pass gives what the clean one does, to the bit, and no next caches.
 
     These get no room, and ONNX Runtime refuses to write more than there is room for.

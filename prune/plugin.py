@@ -170,8 +170,8 @@ def unregister_plugins() -> None:
 def raise_plugin_error() -> None:
     """Raise the first error of a callback since the last call, if there was one.
 
-    Ask after every parse, build and run: after some errors TensorRT goes on, and makes an engine that has
-    no workspace, say.
+    Ask after every parse, build and run: after some errors TensorRT goes on, and for example makes an engine
+    without a workspace.
     """
     errors, _errors[:] = _errors[:], []
     if errors:
