@@ -48,8 +48,8 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="What weights are stored as and TensorRT computes in: float32, bfloat16, float16, or fp8 for"
-            " linear layers, with bfloat16; default: the model's, bfloat16 for TensorRT."
+            help="What weights are stored as and TensorRT computes in: float32, bfloat16, float16, or fp8"
+            " (linear layers in FP8, all else in bfloat16); default: the model's, for TensorRT bfloat16."
         ),
     ] = None,
     calibration: Annotated[
@@ -62,13 +62,14 @@ def export(
     verify: Annotated[
         bool | None,
         typer.Option(
-            "--verify/--no-verify", help="Run every graph against torch in float32; default: for onnx."
+            "--verify/--no-verify",
+            help="Compare every graph with torch, in float32; default: only with --target onnx.",
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="onnx, or onnx and engines: tensorrt-rtx, tensorrt.")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx; tensorrt-rtx or tensorrt for engines too.")] = "onnx",
     sm: Annotated[
         list[int] | None,
-        typer.Option(help="GPU to build for, such as 89 for 8.9; may be given several times."),
+        typer.Option(help="GPU to build for, such as 89 for 8.9; may be given again. Default: the one here."),
     ] = None,
     aot: Annotated[
         bool, typer.Option("--aot", help="Compile the plugin into the engines: tensorrt only.")
@@ -161,7 +162,7 @@ def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTe
     if random:
         return random_texts(spec)
     raise InputError(
-        f"{spec.name} is calibrated with texts, and none ship with it",
+        f"needs texts to calibrate {spec.name} with, and none ship with it",
         where="--dtype fp8",
         expected="--calibration FILE with text embeddings",
         hint="Make the file with: forcingkv encode --prompts prompts.txt --out embeds.safetensors",
