@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -87,8 +87,7 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale.float()
 
 
-@contextmanager
-def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[None]:
+def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> AbstractContextManager[None]:
     """While this is open, linear layers of a model in float32 round their inputs to FP8 and back.
 
     With weights that are dequantized, they then compute what a graph does after `quantize_linears`.
@@ -97,15 +96,20 @@ def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[No
         model: the model.
         scales: name of a linear layer -> the scale of its input.
     """
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(_round_input, torch.tensor(scale)))
-        for name, scale in scales.items()
-    ]
+    return _hooked(
+        model, {name: partial(_round_input, torch.tensor(scale)) for name, scale in scales.items()}
+    )
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """While this is open, each named layer's hook is called with the layer and its inputs before it runs."""
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _round_input(scale: Tensor, linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
@@ -282,19 +286,13 @@ def _largest_inputs(
 ) -> dict[str, float]:
     """Name of each layer -> the largest absolute value that it takes; InputError where one is not finite."""
     seen: dict[str, float] = defaultdict(float)
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(_see, seen, name)) for name in layers
-    ]
-    try:
+    with _hooked(model, {name: partial(_see, seen, name) for name in layers}):
         for place, text in enumerate(texts):
             made = generate(model, plan, torch.from_numpy(text), seeded_noise(plan, SEED + place), chunks)
             for chunk in made:
                 progress(
                     f"calibrating: text {place + 1} of {len(texts)}, chunk {chunk.index + 1} of {chunks}"
                 )
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: seen[name] for name in layers}
 
 

@@ -36,7 +36,7 @@ def rewrite(
 ) -> list[ir.Value]:
     """Run all passes for a target.
 
-    In this order; where it matters, the reason is given. What each requires and ensures in full: there.
+    In this order, with the reason where it matters. Each docstring has what a pass requires and ensures.
 
     1. `use_transposed`: matrices become (in, out). First, while they have the shapes they were made with.
     2. `scale_attention`: every Attention has its scale.
@@ -59,7 +59,7 @@ def rewrite(
         graph: to be changed. Its parameters are inputs, whose contents lie elsewhere.
         matrices: the parameters that are stored as (in, out).
         parameters: all of them.
-        tensorrt: for TensorRT, or for ONNX Runtime.
+        tensorrt: whether the target is TensorRT, or ONNX Runtime.
         lengths: symbol of each dimension that varies -> its largest size.
         clean_outputs: groups of outputs that only a clean pass is asked for.
         quantized: name of each linear layer in FP8 -> its weight, a parameter.

@@ -241,7 +241,7 @@ def _fits(node: ir.Node, value: ir.Value) -> bool:
 
 def _raise_rank(value: ir.Value) -> None:
     shape = shape_of(value)
-    value.shape = ir.Shape([1] * (3 - len(shape)) + shape)
+    value.shape = ir.Shape([*[1] * (3 - len(shape)), *shape])
     for node in value.consumers():
         if node.op_type == "Cast":
             _raise_rank(node.outputs[0])
