@@ -1,4 +1,4 @@
-"""The program that builds one engine, in a process of its own (see `export.engines`).
+"""The program that builds one engine, in a process of its own (see `engine_builder`).
 
 It imports neither torch nor the rest of `export`: what it holds in memory is TensorRT and the network. The
 request is JSON on standard input, the report JSON on standard output, TensorRT's log standard error.
@@ -17,15 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forcingkv.runtime.flavour import FLAVOURS, choose, trt
-from forcingkv.runtime.trt_log import make_log
+from forcingkv.runtime.flavour import FLAVOURS, choose, make_log, trt
 
 MEMORY = {
     "activation_bytes": "Total Activation Memory",
     "weight_bytes": "Total Weights Memory",
     "scratch_bytes": "Max Scratch Memory",
 }
-"""What the builder says of memory in its log only."""
+"""What the builder reports of memory, in its log only."""
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
@@ -89,12 +88,12 @@ def _plugins(kind: str | None, sm: int) -> Callable[[], None]:
     Returns a check that raises what a callback raised: TensorRT goes on after most of them.
     """
     if kind == "compiled":
-        from forcingkv.export.quick_plugin import register_quick_plugins
+        from forcingkv.prune.quick_plugin import register_quick_plugins
 
         register_quick_plugins(sm)
     if kind != "python":
         return lambda: None
-    from forcingkv.runtime.prune_plugin import raise_plugin_error, register_plugins
+    from forcingkv.prune.plugin import raise_plugin_error, register_plugins
 
     register_plugins(None)
     return raise_plugin_error
@@ -107,7 +106,7 @@ def _for_capability(config: Any, sm: int) -> None:
 
 
 def _hear(figures: dict[str, int], severity: str, message: str) -> None:
-    """Write what TensorRT says, and keep the figures that it says nowhere else."""
+    """Write TensorRT's messages to standard error, and keep the figures that are nowhere else."""
     for name, words in MEMORY.items():
         found = re.search(rf"{words}: (\d+) bytes", message)
         if found:

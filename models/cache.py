@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forcingkv.models.prune import choose_ahead, prune_follow, prune_score
 from forcingkv.models.wan import Attend, KeysValues
+from forcingkv.prune.reference import prune_follow, prune_score
 from forcingkv.runtime.plan import CachePlan, HeadGroup, rows_name
 from forcingkv.runtime.roles import Choice, Recent, Retained, Role, Sink
 from forcingkv.runtime.spec import Dtype
@@ -133,12 +134,36 @@ class _TorchRetained(TorchRole):
         else:
             kept = prune_follow(transition, done.new, indices, choice.segment_tokens)
         done.chosen.append(indices)
-        return kept
+        return KeysValues(*kept)
 
     def _ahead(self, role: Retained, done: CleanPass, choice: Choice) -> Tensor | None:
         """The indices of a choice that looks at no keys; None where keys have to be scored."""
         indices = choose_ahead(role, choice.candidates, choice.kept, done.layer, done.chunk)
         return None if indices is None else torch.tensor(indices, device=done.new.keys.device)
+
+
+def choose_ahead(
+    role: Retained, candidates: int, kept: int, layer: int, chunk: int | None
+) -> list[int] | None:
+    """The segments to keep where the choice looks at no keys; None where they have to be scored.
+
+    Args:
+        role: how segments are chosen.
+        candidates: how many there are.
+        kept: how many are kept.
+        layer: the layer that chooses.
+        chunk: the chunk whose clean pass this is; `random` draws anew for each.
+
+    Raises ValueError where `random` is not told the chunk.
+    """
+    if role.choose == "least-similar":
+        return None
+    if role.choose == "uniform":
+        return [(2 * place + 1) * candidates // (2 * kept) for place in range(kept)]
+    if chunk is None:
+        raise ValueError("segments drawn at random need the index of the chunk")
+    drawn = np.random.default_rng((role.seed, chunk, layer)).choice(candidates, kept, replace=False)
+    return sorted(drawn.tolist())
 
 
 def empty_cache(plan: CachePlan, like: Tensor, batch: int = 1) -> Cache:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from forcingkv.prune.plugin import raise_plugin_error
 from forcingkv.runtime.backends.cuda import CudaQueue, Gpu, fault
 from forcingkv.runtime.backends.cuda_memory import CudaTensor
 from forcingkv.runtime.engine_loader import last_words
 from forcingkv.runtime.faults import DeviceError, SessionError
 from forcingkv.runtime.flavour import trt
-from forcingkv.runtime.prune_plugin import raise_plugin_error
 
 Shape = tuple[int, ...]
 

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forcingkv.models.cache import Cache, advance, empty_cache
+from forcingkv.models.cache import Cache, advance, choose_ahead, empty_cache
 from forcingkv.models.generate import generate, seeded_noise
-from forcingkv.models.prune import choose_ahead
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import load_policy

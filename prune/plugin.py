@@ -11,21 +11,136 @@ is kept here for `raise_plugin_error`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeAlias, TypeVar, cast
 
 import numpy as np
 
+from forcingkv.prune.launcher import KernelLauncher, LaunchSizes, check_candidates
+from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.flavour import trt
-from forcingkv.runtime.kernels import KernelLauncher
-from forcingkv.runtime.prune_operators import OPERATORS, Operator, Shape
 from forcingkv.runtime.spec import Dtype
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "forcingkv", "1"
 
+Shape: TypeAlias = tuple[int, ...]
+if TYPE_CHECKING:  # there is no `trt` before a flavour is chosen
+    Exprs: TypeAlias = list[trt.DimsExprs]
+    Tensors: TypeAlias = list[trt.PluginTensorDesc]
+    Bounds: TypeAlias = list[trt.DynamicPluginTensorDesc]
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class DynamicPrune:
+    """Score the segments, choose the least similar, collect them.
+
+    The fields are the node's attributes. Inputs: transition keys and values, new keys and values (batch,
+    heads, tokens, head_dim). Outputs: retained keys and values, indices.
+    """
+
+    frame_tokens: int
+    segments: int
+    kept: int
+
+    name: ClassVar[str] = "DynamicPrune"
+    outputs: ClassVar[int] = 3
+    indices_place: ClassVar[int] = 6
+    """Place of the indices among inputs and outputs."""
+
+    def __post_init__(self) -> None:
+        if min(self.frame_tokens, self.segments, self.kept) < 1 or self.frame_tokens % self.segments:
+            raise ValueError(f"no segments of equal size: {self}")
+
+    def sizes(self, inputs: list[Shape]) -> LaunchSizes:
+        """What the kernels are to work on."""
+        return _sizes(inputs, self.frame_tokens // self.segments, self.kept, self.frame_tokens)
+
+    def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
+        """Shapes of the outputs."""
+        tokens = build.constant(self.kept * (self.frame_tokens // self.segments))
+        return [*_retained(inputs, tokens), trt.DimsExprs([build.constant(self.kept)])]
+
+    def workspace_bytes(self, inputs: list[Shape]) -> int:
+        """Bytes for the cosines."""
+        return self.sizes(inputs).workspace_bytes
+
+    def check(self, inputs: list[Shape]) -> None:
+        """Raises an error if frames are not whole, or their segments too few or too many to choose from."""
+        _check_multiples(inputs, self.frame_tokens)
+        candidates = self.sizes(inputs).candidates
+        if candidates < self.kept:
+            raise ValueError(f"{self.kept} segments are to be kept, of {candidates}")
+        check_candidates(candidates)
+
+    def run(
+        self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int, stream: int
+    ) -> None:
+        """Launch the kernels; `pointers` are those of the inputs, then of the outputs."""
+        *inputs, retained_keys, retained_values, indices = pointers
+        sizes = self.sizes(shapes)
+        launcher.score(inputs[0], inputs[2], workspace, indices, sizes, stream)
+        launcher.collect([*inputs, indices, retained_keys, retained_values], sizes, stream)
+
+
+@dataclass(frozen=True)
+class DynamicPruneFollow:
+    """Collect the segments that the scoring layer chose.
+
+    The field is the node's attribute. Inputs: those of DynamicPrune, and the indices. Outputs: retained keys
+    and values.
+    """
+
+    segment_tokens: int
+
+    name: ClassVar[str] = "DynamicPruneFollow"
+    outputs: ClassVar[int] = 2
+    indices_place: ClassVar[int] = 4
+
+    def sizes(self, inputs: list[Shape]) -> LaunchSizes:
+        """What the kernel is to work on."""
+        return _sizes(inputs, self.segment_tokens, inputs[4][0])
+
+    def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
+        """Shapes of the outputs."""
+        size = build.constant(self.segment_tokens)
+        return _retained(inputs, build.operation(trt.DimensionOperation.PROD, inputs[4][0], size))
+
+    def workspace_bytes(self, inputs: list[Shape]) -> int:
+        """None."""
+        return 0
+
+    def check(self, inputs: list[Shape]) -> None:
+        """Raises ValueError if keys do not hold whole segments."""
+        _check_multiples(inputs, self.segment_tokens)
+
+    def run(
+        self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int, stream: int
+    ) -> None:
+        """Launch the kernel; `pointers` are those of the inputs, then of the outputs."""
+        launcher.collect(pointers, self.sizes(shapes), stream)
+
+
+Operator: TypeAlias = DynamicPrune | DynamicPruneFollow
+OPERATORS: tuple[type[Operator], ...] = (DynamicPrune, DynamicPruneFollow)
+
+
+def _retained(inputs: Exprs, tokens: trt.IDimensionExpr) -> Exprs:
+    """Shapes of retained keys and values: that of the new keys, with another number of tokens."""
+    return [trt.DimsExprs([inputs[2][0], inputs[2][1], tokens, inputs[2][3]]) for _ in range(2)]
+
+
+def _sizes(inputs: list[Shape], segment_tokens: int, kept: int, frame_tokens: int = 0) -> LaunchSizes:
+    batch, heads, new_tokens, _ = inputs[2]
+    return LaunchSizes(batch, heads, inputs[0][2], new_tokens, segment_tokens, kept, frame_tokens)
+
+
+def _check_multiples(inputs: list[Shape], tokens: int) -> None:
+    for name, shape in zip(("transition", "new"), (inputs[0], inputs[2]), strict=True):
+        if shape[2] % tokens:
+            raise ValueError(f"{name} keys hold {shape[2]} tokens, which is no multiple of {tokens}")
 
 
 def register_plugins(launcher: KernelLauncher | None) -> None:
@@ -59,8 +174,8 @@ def unregister_plugins() -> None:
 def raise_plugin_error() -> None:
     """Raise the first error of a callback since the last call, if there was one.
 
-    Ask after every parse, build and run: after some errors TensorRT goes on, and makes an engine that has
-    no workspace, say.
+    Ask after every parse, build and run: after some errors TensorRT goes on, and for example makes an engine
+    without a workspace.
     """
     errors, _errors[:] = _errors[:], []
     if errors:
@@ -89,12 +204,13 @@ def _kept(callback: Callable[P, R]) -> Callable[P, R]:
 
 
 @cache
-def _dtypes() -> dict[trt.DataType, Dtype]:
-    """What keys and values may be."""
-    return {trt.DataType.BF16: "bfloat16", trt.DataType.HALF: "float16", trt.DataType.FLOAT: "float32"}
+def key_types() -> dict[trt.DataType, Dtype]:
+    """What keys and values may be: TensorRT's type -> the dtype."""
+    known = {getattr(trt.DataType, r.tensorrt): r.name for r in DTYPES.values() if r.tensorrt}
+    return cast("dict[trt.DataType, Dtype]", known)
 
 
-def _shapes(descriptions: list[trt.PluginTensorDesc]) -> list[Shape]:
+def _shapes(descriptions: Tensors) -> list[Shape]:
     return [description.dims[:] for description in descriptions]
 
 
@@ -137,38 +253,27 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
 
         @_kept
         def get_output_shapes(
-            self,
-            inputs: list[trt.DimsExprs],
-            shape_inputs: list[trt.DimsExprs],
-            expr_builder: trt.IExprBuilder,
-        ) -> list[trt.DimsExprs]:
+            self, inputs: Exprs, shape_inputs: Exprs, expr_builder: trt.IExprBuilder
+        ) -> Exprs:
             return self.operator.output_shapes(inputs, expr_builder)
 
         @_kept
-        def supports_format_combination(
-            self, pos: int, in_out: list[trt.DynamicPluginTensorDesc], num_inputs: int
-        ) -> bool:
+        def supports_format_combination(self, pos: int, in_out: Bounds, num_inputs: int) -> bool:
             if in_out[pos].desc.format != trt.TensorFormat.LINEAR:
                 return False
             if pos == self.operator.indices_place:
                 return in_out[pos].desc.type == trt.DataType.INT64
-            return in_out[pos].desc.type == in_out[0].desc.type and in_out[0].desc.type in _dtypes()
+            return in_out[pos].desc.type == in_out[0].desc.type and in_out[0].desc.type in key_types()
 
-        def configure_plugin(
-            self, inputs: list[trt.DynamicPluginTensorDesc], out: list[trt.DynamicPluginTensorDesc]
-        ) -> None:
+        def configure_plugin(self, inputs: Bounds, out: Bounds) -> None:
             pass
 
         @_kept
-        def get_workspace_size(
-            self, inputs: list[trt.DynamicPluginTensorDesc], out: list[trt.DynamicPluginTensorDesc]
-        ) -> int:
+        def get_workspace_size(self, inputs: Bounds, out: Bounds) -> int:
             return self.operator.workspace_bytes([description.max[:] for description in inputs])
 
         @_kept
-        def on_shape_change(
-            self, inputs: list[trt.PluginTensorDesc], out: list[trt.PluginTensorDesc]
-        ) -> None:
+        def on_shape_change(self, inputs: Tensors, out: Tensors) -> None:
             self.operator.check(_shapes(inputs))
 
         def set_tactic(self, tactic: int) -> None:
@@ -177,18 +282,18 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
         @_kept
         def enqueue(
             self,
-            input_desc: list[trt.PluginTensorDesc],
-            output_desc: list[trt.PluginTensorDesc],
+            input_desc: Tensors,
+            output_desc: Tensors,
             inputs: list[int],
             outputs: list[int],
             workspace: int,
             stream: int,
         ) -> None:
             keys = input_desc[0]
-            launcher = _launchers.get((_dtypes()[keys.type], keys.dims[3]))
+            launcher = _launchers.get((key_types()[keys.type], keys.dims[3]))
             if launcher is None:
                 raise RuntimeError(
-                    f"{self.operator.name} has no kernels for {_dtypes()[keys.type]} keys of width"
+                    f"{self.operator.name} has no kernels for {key_types()[keys.type]} keys of width"
                     f" {keys.dims[3]}: give register_plugins the bundle's KernelLauncher before running"
                 )
             self.operator.run(launcher, _shapes(input_desc), [*inputs, *outputs], workspace, stream)
