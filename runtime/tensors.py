@@ -12,7 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,42 +23,28 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import no_twins
-from forcingkv.headmaps.files import unwritable
+from forcingkv.headmaps.files import new_file
 
-ITEM_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "C64": 8,
+DTYPES: dict[str, tuple[int, str | None]] = {
+    "BOOL": (1, "?"),
+    "U8": (1, "u1"),
+    "I8": (1, "i1"),
+    "F8_E4M3": (1, None),
+    "F8_E5M2": (1, None),
+    "F8_E8M0": (1, None),
+    "U16": (2, "<u2"),
+    "I16": (2, "<i2"),
+    "F16": (2, "<f2"),
+    "BF16": (2, None),
+    "U32": (4, "<u4"),
+    "I32": (4, "<i4"),
+    "F32": (4, "<f4"),
+    "U64": (8, "<u8"),
+    "I64": (8, "<i8"),
+    "F64": (8, "<f8"),
+    "C64": (8, None),
 }
-ARRAYS = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "U16": "<u2",
-    "I16": "<i2",
-    "F16": "<f2",
-    "U32": "<u4",
-    "I32": "<i4",
-    "F32": "<f4",
-    "U64": "<u8",
-    "I64": "<i8",
-    "F64": "<f8",
-}
-"""The numpy type of each dtype that has one of its own."""
+"""Bytes of an element of each dtype, by the format's name, and the numpy type where arrays have one."""
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 METADATA = "__metadata__"
@@ -135,9 +121,9 @@ def read_arrays(path: Path | str, names: Iterable[str] | None = None) -> dict[st
     with Path(path).open("rb") as file:
         for name in wanted:
             tensor = tensors[name]
-            if tensor.dtype != "BF16" and tensor.dtype not in ARRAYS:
+            kind = "<u2" if tensor.dtype == "BF16" else DTYPES[tensor.dtype][1]
+            if kind is None:
                 raise InputError(f"the tensor {name!r} is {tensor.dtype}, which numpy lacks", where=str(path))
-            kind = np.dtype(ARRAYS.get(tensor.dtype, "<u2"))
             file.seek(tensor.offset)
             array: npt.NDArray[Any] = np.fromfile(file, kind, math.prod(tensor.shape)).reshape(tensor.shape)
             if tensor.dtype == "BF16":  # the upper half of a float32
@@ -168,35 +154,33 @@ class TensorWriter:
         header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
         end = 0
         for name, (dtype, shape) in planned.items():
-            if dtype not in ITEM_BYTES or name == METADATA:
+            if dtype not in DTYPES or name == METADATA:
                 raise ValueError(f"a tensor {name!r} of dtype {dtype!r} cannot be stored")
-            begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+            begin, end = end, end + math.prod(shape) * DTYPES[dtype][0]
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
         self._start = struct.pack("<Q", len(text)) + text
         base = len(self._start)
         self.tensors = {name: _stored(name, header[name], base, str(path)) for name in planned}
-        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
-        self._left = list(planned)
+        self._path, self._left = path, list(planned)
+        self._open = ExitStack()
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("wb")
+        with ExitStack() as opening:
+            partial = opening.enter_context(new_file(self._path))
+            self._file = opening.enter_context(partial.open("wb"))
             self._file.write(self._start)
-        except OSError as error:
-            self._discard()
-            raise unwritable(self._path, error) from error
+            self._open = opening.pop_all()
         return self
 
     def write(self, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
         """Write the next tensor.
 
         An array must have the planned shape and dtype (BF16 and 8-bit floats: their bits, as unsigned
-        integers). Raises ValueError for a tensor out of order or of another size, InputError where the
-        disk does not take it.
+        integers). Raises ValueError for a tensor out of order or of another size. An OSError of the disk ends
+        the block with InputError.
         """
         if self._file is None or self._left[:1] != [name]:
             raise ValueError(
@@ -204,43 +188,24 @@ class TensorWriter:
             )
         planned = self.tensors[name]
         if isinstance(data, np.ndarray):
-            kind = np.dtype(ARRAYS.get(planned.dtype, f"<u{ITEM_BYTES[planned.dtype]}"))
+            size, native = DTYPES[planned.dtype]
+            kind = np.dtype(native or f"<u{size}")
             if data.shape != planned.shape or data.dtype != kind:
                 raise ValueError(f"{name!r} is {data.dtype} {data.shape}, expected {kind} {planned.shape}")
             data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         given = memoryview(data).nbytes
         if given != planned.bytes:
             raise ValueError(f"{name!r} has {given} bytes, expected {planned.bytes}")
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise unwritable(self._path, error) from error
+        self._file.write(data)
         del self._left[0]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                if self._left:
-                    raise ValueError(f"{', '.join(self._left)} was not written")
-                self._close()
-                os.replace(self._partial, self._path)
-        except OSError as failure:
-            raise unwritable(self._path, failure) from failure
-        finally:
-            self._discard()
-
-    def _close(self) -> None:
-        file, self._file = self._file, None
-        if file:
-            file.close()
-
-    def _discard(self) -> None:
-        with suppress(OSError):  # what went wrong before is what is to be told
-            self._close()
-        with suppress(OSError):
-            self._partial.unlink()
+        if kind is None and self._left:
+            with self._open:
+                raise ValueError(f"{', '.join(self._left)} was not written")
+        self._open.__exit__(kind, error, trace)
 
 
 def _header_text(file: BinaryIO, size: int, where: str) -> tuple[int, bytes]:
@@ -263,16 +228,16 @@ def _stored(name: str, entry: Any, start: int, where: str) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _no_safetensors(where, f"the tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(
             f"the tensor {name!r} has the dtype {dtype!r}",
             where=where,
-            expected=f"one of {', '.join(ITEM_BYTES)}",
+            expected=f"one of {', '.join(DTYPES)}",
         )
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:
         raise _no_safetensors(where, f"the tensor {name!r} has a faulty shape or data_offsets")
     begin, end = offsets
-    needed = math.prod(shape) * ITEM_BYTES[dtype]
+    needed = math.prod(shape) * DTYPES[dtype][0]
     if end - begin != needed:
         raise InputError(
             f"the tensor {name!r} has {end - begin} bytes",

@@ -12,7 +12,7 @@ import pytest
 
 from forcingkv.runtime import engine_loader, prune_plugin
 from forcingkv.runtime.backends import Lane
-from forcingkv.runtime.backends.tensorrt import TensorRTBackend
+from forcingkv.runtime.backends.tensorrt import open_lane
 from forcingkv.runtime.faults import DeviceError, MemoryShortError
 from tests.runtime.engine_world import World
 from tests.runtime.fake_streams import FakeCudaError
@@ -41,8 +41,8 @@ def test_too_little_memory_is_told_with_the_bytes(world: World) -> None:
 
 def decode_pass(lane: Lane) -> Callable[[], None]:
     latents, frames = lane.tensor((1, 3, 3, 8, 12), "float32"), lane.tensor((3, 8, 12, 3), "uint8")
-    bound = lane.program("decode").bind(0, {"latents": latents}, {"frames": frames})
-    return lambda: bound.run(lane.side)
+    bound = lane.bind("decode", 0, {"latents": latents}, {"frames": frames})
+    return lambda: bound.run()
 
 
 def test_a_refusal_tells_graph_and_phase_and_what_tensorrt_said(world: World) -> None:
@@ -69,11 +69,9 @@ def test_what_the_plugin_raised_comes_first(world: World, refused: bool) -> None
 
 def test_a_closed_lane_gives_all_back_and_refuses_everything(world: World) -> None:
     room = world.cuda.room
-    backend = TensorRTBackend(world.bundle, "tensorrt-rtx")
-    lane = backend.lane()
-    run, tensor, program = decode_pass(lane), lane.tensor((2,), "float32"), lane.program("decode")
+    lane = world.lane()
+    run, tensor = decode_pass(lane), lane.tensor((2,), "float32")
     main, fetch, mark = lane.main, tensor.fetch(lane.main), lane.main.mark()
-    backend.close()
     lane.close()
     lane.close()
     uses: list[Callable[[], object]] = [
@@ -84,41 +82,36 @@ def test_a_closed_lane_gives_all_back_and_refuses_everything(world: World) -> No
         partial(tensor.fetch, main),
         partial(tensor.write, np.zeros(2, np.float32), main),
         partial(tensor.clear, main),
-        partial(program.bind, 0, {}, {}),
-        partial(lane.program, "decode"),
-        backend.lane,
+        partial(lane.bind, "decode", 0, {}, {}),
+        lane.sibling,
     ]
     assert world.cuda.left == {}, "all is closed, whoever still holds it"
     for use in uses:
         with pytest.raises(DeviceError, match="closed"):
             use()
-    del run, tensor, program, fetch, mark, use, uses
+    del run, tensor, fetch, mark, use, uses
     assert world.cuda.room == room
     assert world.left == {}
 
 
 def short_run(world: World) -> None:
     """A lane from its opening to its end: every kind of call, and CUDA graphs."""
-    backend = TensorRTBackend(world.bundle, "tensorrt-rtx", cuda_graphs=True)
-    lane = backend.lane()
+    lane = open_lane(world.bundle, "tensorrt-rtx", cuda_graphs=True)
     try:
         driver = Driver(lane, world.bundle)
         driver.start()
-        driver._pass(0, "noisy").run(lane.main)
+        driver._pass(0, "noisy").run()
         started = lane.side.mark()
         driver._decoded["latents"].clear(lane.side)
         for _ in range(3):
-            driver._decode.run(lane.side)
+            driver._decode.run()
         driver._decoded["frames"].shared()
         lane.main.wait(lane.side.mark())
         for _ in range(2):
             driver._decoded["frames"].fetch(lane.main).array()
         lane.main.mark().since(started)
     finally:
-        try:
-            lane.close()
-        finally:
-            backend.close()
+        lane.close()
 
 
 @pytest.fixture
