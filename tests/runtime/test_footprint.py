@@ -10,10 +10,10 @@ import pytest
 
 from forcingkv.export import export_bundle
 from forcingkv.runtime import Bundle
-from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane
+from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.bundle import GraphRecord, Manifest, TensorRecord
 from forcingkv.runtime.cache import CacheBuffers
-from forcingkv.runtime.decoding import ChunkDecoder
+from forcingkv.runtime.chunks import ChunkDecoder
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import PARTS, alike, engine_sets, footprint, named, readable
 from forcingkv.runtime.policies import load_policy
@@ -52,12 +52,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         spec, random_model(spec).state_dict(), load_policy("forcing-kv"), out, headmap=headmap, verify=False
     )
     return Bundle.open(out)
-
-
-class Never(OnnxGraph):
-    """A graph that nothing runs."""
-
-    def __init__(self) -> None: ...
 
 
 def with_caches(manifest: Manifest) -> Manifest:
@@ -149,7 +143,7 @@ def test_the_decoder_takes_what_is_said(bundle: Bundle) -> None:
 
     parts = footprint(manifest, bundle.plan)
     latents = np.empty(decode.inputs["latents"].shape, np.float32).nbytes
-    made = ChunkDecoder(OnnxLane({"decode": Never()}, "cpu"), whole, bundle.manifest.model)
+    made = ChunkDecoder(OnnxLane({}, "cpu"), whole, bundle.manifest.model)
     first = 2 * 4  # one for each of its values
     assert made.nbytes == parts["decoder_caches"] + parts["frames"] + latents + first
 
