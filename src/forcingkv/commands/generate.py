@@ -21,7 +21,7 @@ from forcingkv import __version__
 from forcingkv.commands.console import emit, progress_bar
 from forcingkv.commands.models import Backend, text_input
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import Chunk, Prompt, Session, Video
+from forcingkv.runtime import Prompt, Session, Video
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.video import FrameWriter, ReaderGoneError, open_writer
 
@@ -122,8 +122,8 @@ class Written:
     """Seconds of the passes of each chunk."""
 
 
-def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[Chunk]:
-    """Write each chunk, show progress, and count what is written."""
+def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[None]:
+    """Write each chunk, show progress, and count what is written; between chunks the caller may act."""
     with progress_bar() as shown:
         task = shown.add_task("generating chunks", total=video.chunks, completed=video.index)
         asked = time.perf_counter()
@@ -133,7 +133,7 @@ def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[Chun
             writer.write(chunk.frames)
             written.frames += len(chunk.frames)
             shown.update(task, completed=video.index)
-            yield chunk
+            yield
             asked = time.perf_counter()
 
 
