@@ -184,6 +184,10 @@ class ChunkMaker:
         parts = {"cache": self.cache.held(), "cross": self._cross, "decoder": self.decoder.held()}
         return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
+    def queue_of(self, name: str) -> Queue:
+        """The queue that reads and writes a tensor of the state."""
+        return self.lane.side if name.startswith("decoder/") else self.lane.main
+
     def restore(self, passes: int, decoder_calls: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take what `state` held after that many clean passes and calls of the decoder.
 
@@ -201,9 +205,7 @@ class ChunkMaker:
                 )
         for name, tensor in state.items():
             array = arrays[name]
-            tensor.write(_as_bits(array) if tensor.dtype == "bfloat16" else array, self.lane.main)
-        # Decoder caches are among it, which the other queue reads.
-        self.lane.side.wait(self.lane.main.mark())
+            tensor.write(_as_bits(array) if tensor.dtype == "bfloat16" else array, self.queue_of(name))
 
     def _renewing_noise(self, noise: NoiseSource, index: int, first: int, offset: int) -> dict[int, Floats]:
         """The new noise of the passes from `first` on: that of pass i is of the step `offset` + i + 1.
@@ -257,9 +259,11 @@ class ChunkMaker:
     def _noise_levels(self, record: GraphRecord) -> dict[int, dict[str, Tensor]]:
         """For each step its time features, noise levels and whether it is the clean pass, written once."""
         schedule = self._schedule
-        steps = [(i, at, *schedule.sigmas[i : i + 2]) for i, at in enumerate(schedule.timesteps)]
         levels: dict[int, dict[str, Tensor]] = {}
-        for step, timestep, sigma, next_sigma in [*steps, (CLEAN_PASS, schedule.context_timestep, 0.0, 0.0)]:
+        sigmas = schedule.sigmas
+        steps = [(step, at, sigmas[step], sigmas[step + 1]) for step, at in enumerate(schedule.timesteps)]
+        steps.append((CLEAN_PASS, schedule.context_timestep, 0.0, 0.0))
+        for step, timestep, sigma, next_sigma in steps:
             values = {
                 "time": positions.time_features(self._spec, np.array([[timestep]])),
                 "sigma": np.array([sigma], np.float32),
@@ -297,15 +301,9 @@ class ChunkDecoder:
         if carried:
             for value in (False, True):
                 self._first[value] = lane.tensor((1,), "float32")
-                self._first[value].write(np.array([value], np.float32), lane.main)
+                self._first[value].write(np.array([value], np.float32), lane.side)
         self._dropped = spec.decoder.temporal_stride - 1
         self._passes: dict[tuple[bool, int, int, int], Pass] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all memory."""
-        caches = [tensor for side in self._caches for tensor in side.values()]
-        return sum(t.nbytes for t in (self._latents, *self._frames, *self._first.values(), *caches))
 
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
@@ -356,10 +354,12 @@ class PassTimer:
 
     def __init__(self, maker: ChunkMaker, chunk: int) -> None:
         """For `Session.pass_timer`."""
-        self._maker, self._chunk, main = maker, chunk, maker.lane.main
+        self._maker, self._chunk = maker, chunk
         maker.cache.passes = maker.decoder.called = chunk
-        for tensor in (*maker.state().values(), *maker._latents):
-            tensor.clear(main)
+        for name, tensor in maker.state().items():
+            tensor.clear(maker.queue_of(name))
+        for tensor in maker._latents:
+            tensor.clear(maker.lane.main)
         maker._write_positions(chunk)
 
     @property

@@ -104,11 +104,12 @@ def write_snapshot(
             f"ready/{chunk.index}/frames": _frames(chunk),
             f"ready/{chunk.index}/latents": chunk.latents,
         }
-    main = maker.lane.main
     planned = {key: (STORED[str(value.dtype)], tuple(value.shape)) for key, value in stored.items()}
     with TensorWriter(folder / name, planned) as writer:
         for key, value in stored.items():
-            writer.write(key, value if isinstance(value, np.ndarray) else value.fetch(main).array())
+            if not isinstance(value, np.ndarray):
+                value = value.fetch(maker.queue_of(key)).array()
+            writer.write(key, value)
     whole = replace(
         snapshot,
         ready=tuple(ReadyChunk(chunk.index, chunk.timing) for chunk in ready),

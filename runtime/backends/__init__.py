@@ -36,13 +36,10 @@ class Mark(Protocol):
 
 
 class Queue(Protocol):
-    """Work that is done in order."""
+    """Work that is done in order. Queues know nothing of each other: the host hands over what goes between."""
 
     def mark(self) -> Mark:
         """Mark this place."""
-
-    def wait(self, mark: Mark) -> None:
-        """Do nothing that comes later before the other queue has come to that mark."""
 
 
 class Fetch(Protocol):

@@ -141,11 +141,6 @@ class CudaQueue:
         self._marks.add(mark)
         return mark
 
-    def wait(self, mark: Mark) -> None:
-        assert isinstance(mark, CudaMark)
-        with self._gpu.asked("let a stream wait"):
-            self.stream.wait(mark.event)
-
     def sync(self) -> None:
         """Wait for all that was put in."""
         with self._gpu.asked("finish the work that was asked for"):

@@ -131,7 +131,8 @@ class OnnxLane:
     def __init__(self, graphs: Mapping[str, OnnxGraph], state_device: str) -> None:
         self._graphs, self._state_device = graphs, state_device
         self.main: Queue = HostQueue()
-        self.side, self.lookahead = self.main, 0
+        self.side: Queue = self.main
+        self.lookahead = 0
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
         if state and self._state_device != "cpu":
@@ -178,9 +179,6 @@ class HostQueue:
 
     def mark(self) -> HostMark:
         return HostMark(time.perf_counter())
-
-    def wait(self, mark: Mark) -> None:
-        pass
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ An engine computes all of its outputs in every pass. Those that a pass has no us
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from forcingkv.runtime.backends import Lane, Pass, Queue, Tensor
 from forcingkv.runtime.backends.cuda import CudaGraph, CudaQueue, Gpu, close_all, fault
 from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
-from forcingkv.runtime.bundle import GRAPHS, Bundle, GraphRecord
+from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engine_loader import last_words, load_engine
 from forcingkv.runtime.engines import device_sm
 from forcingkv.runtime.faults import DeviceError, SessionError
@@ -72,22 +73,23 @@ class TensorRTLane:
         self._gpu, self._bundle, self._engines = gpu, bundle, engines
         self._queues: list[CudaQueue] = []
         self._graphs: list[CudaGraph] = []
-        self._programs: dict[str, TensorRTProgram] = {}
+        self._contexts: dict[str, list[PhaseContext]] = {name: [] for name in GRAPHS}
+        self._scratch: dict[tuple[str, str], CudaTensor] = {}
         self._memory: CudaMemory | None = None
         try:
-            main, side = self._queue(), self._queue()
+            for _ in range(2):
+                self._queues.append(CudaQueue(gpu))
+            main, side = self._queues
             self._memory = CudaMemory(gpu, main)
             blocks = {
                 main: self._block(engines["prompt"], engines["step"]),
                 side: self._block(engines["decode"]),
             }
             for graph in GRAPHS:
-                queue = side if graph == "decode" else main
-                program = TensorRTProgram(self, graph, bundle.manifest.graphs[graph], queue)
-                self._programs[graph] = program
+                queue = self._queue_of(graph)
                 for phase, shapes in enumerate(_phases(graph, bundle)):
                     context = PhaseContext(gpu, engines[graph], f"{graph} in phase {phase}")
-                    program.contexts.append(context)
+                    self._contexts[graph].append(context)
                     context.prepare(phase, shapes, blocks[queue], queue)
         except BaseException:
             with suppress(Exception):  # the first error is the one to show
@@ -109,9 +111,33 @@ class TensorRTLane:
         self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> Pass:
         """Raises ValueError for names, shapes or dtypes that are not the graph's in that phase."""
-        if not self._programs:
+        if not self._contexts:
             raise DeviceError("the lane is closed")
-        return self._programs[graph].bind(phase, inputs, outputs)
+        record, context = self._bundle.manifest.graphs[graph], self._contexts[graph][phase]
+        if set(inputs) != set(record.inputs) or not set(outputs) <= set(record.outputs):
+            raise ValueError(
+                f"{graph} takes {sorted(record.inputs)} and gives {sorted(record.outputs)}; bound were"
+                f" {sorted(inputs)} and {sorted(outputs)}"
+            )
+        bound = TensorRTPass(self, context, self._queue_of(graph))
+        given = {**inputs, **outputs}
+        for name, planned in {**record.inputs, **record.outputs}.items():
+            tensor, shape, dtype = given.get(name), context.shape(name), planned.dtype
+            if tensor is None:
+                place = self._scratch_for(graph, name, dtype).first(shape)
+            elif not isinstance(tensor, CudaTensor) or (tensor.shape, tensor.dtype) != (shape, dtype):
+                found = f"{tensor.dtype} {tensor.shape}"
+                raise ValueError(f"{name} of {context.what} is {dtype} {shape} on the GPU, not {found}")
+            elif tensor.address % ALIGNMENT == 0:
+                place = tensor
+            else:  # copied from and to where TensorRT takes it
+                place = self._scratch_for(graph, name, dtype).first(shape)
+                if name in inputs:
+                    bound.before.append((place, tensor))
+                else:
+                    bound.after.append((tensor, place))
+            bound.addresses[name] = place.address
+        return bound
 
     def sibling(self) -> Lane:
         """Raises MemoryShortError for want of memory, DeviceError where TensorRT or CUDA refuses."""
@@ -127,10 +153,8 @@ class TensorRTLane:
         """
         self._engines = {}
         queues, graphs, memory = self._queues, self._graphs, self._memory
-        contexts = [context for program in self._programs.values() for context in program.contexts]
-        for program in self._programs.values():
-            program.contexts = []
-        self._queues, self._graphs, self._memory, self._programs = [], [], None, {}
+        contexts = [context for of_graph in self._contexts.values() for context in of_graph]
+        self._queues, self._graphs, self._memory, self._contexts = [], [], None, {}
         close_all(
             "close the lane",
             [
@@ -148,10 +172,16 @@ class TensorRTLane:
         self._graphs.append(graph)
         return graph
 
-    def _queue(self) -> CudaQueue:
-        queue = CudaQueue(self._gpu)
-        self._queues.append(queue)
-        return queue
+    def _queue_of(self, graph: str) -> CudaQueue:
+        main, side = self._queues
+        return side if graph == "decode" else main
+
+    def _scratch_for(self, graph: str, name: str, dtype: str) -> CudaTensor:
+        """Memory of the largest phase. All passes of the graph use it, which run one after the other."""
+        if (graph, name) not in self._scratch:
+            shape = max((context.shape(name) for context in self._contexts[graph]), key=math.prod)
+            self._scratch[graph, name] = self.tensor(shape, dtype)
+        return self._scratch[graph, name]
 
     def _block(self, *engines: trt.ICudaEngine) -> CudaTensor:
         """Activation memory for contexts of these engines that run one after another, in any profile."""
@@ -160,88 +190,37 @@ class TensorRTLane:
         return self.tensor((nbytes,), "uint8")
 
 
-class TensorRTProgram:
-    """A graph of a lane.
-
-    Attributes:
-        contexts: one for each phase.
-    """
-
-    def __init__(self, lane: TensorRTLane, graph: str, record: GraphRecord, queue: CudaQueue) -> None:
-        self._lane, self._graph, self._record, self._queue = lane, graph, record, queue
-        self._tensors = {**record.inputs, **record.outputs}
-        self._scratch: dict[str, CudaTensor] = {}
-        self.contexts: list[PhaseContext] = []
-
-    def bind(self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Pass:
-        """Raises ValueError for names, shapes or dtypes that are not the graph's in that phase."""
-        known, given = self._record, set(outputs)
-        if set(inputs) != set(known.inputs) or not given <= set(known.outputs):
-            raise ValueError(
-                f"{self._graph} takes {sorted(known.inputs)} and gives {sorted(known.outputs)}; bound were"
-                f" {sorted(inputs)} and {sorted(given)}"
-            )
-        context = self.contexts[phase]
-        tensors = {name: self._fitting(context, name, t) for name, t in {**inputs, **outputs}.items()}
-        bound = {n: self._place(n, context.shape(n), tensors.get(n)) for n in self._tensors}
-        moved = {name: t for name, t in tensors.items() if t.address != bound[name].address}
-        before = [(bound[name], tensor) for name, tensor in moved.items() if name in known.inputs]
-        after = [(tensor, bound[name]) for name, tensor in moved.items() if name in known.outputs]
-        addresses = {name: tensor.address for name, tensor in bound.items()}
-        return TensorRTPass(self._lane, context, self._queue, addresses, before, after)
-
-    def _fitting(self, context: PhaseContext, name: str, tensor: Tensor) -> CudaTensor:
-        shape, dtype = context.shape(name), self._tensors[name].dtype
-        if not isinstance(tensor, CudaTensor) or (tensor.shape, tensor.dtype) != (shape, dtype):
-            given = f"{tensor.dtype} {tensor.shape}"
-            raise ValueError(f"{name} of {context.what} is {dtype} {shape} on the GPU, not {given}")
-        return tensor
-
-    def _place(self, name: str, shape: Shape, tensor: CudaTensor | None) -> CudaTensor:
-        """Where TensorRT reads or writes: the tensor, or scratch memory where there is none or its address
-        will not do. Scratch is used by all passes of the graph, which run one after the other."""
-        if tensor is not None and tensor.address % ALIGNMENT == 0:
-            return tensor
-        if name not in self._scratch:
-            largest = max((context.shape(name) for context in self.contexts), key=math.prod)
-            self._scratch[name] = self._lane.tensor(largest, self._tensors[name].dtype)
-        return self._scratch[name].first(shape)
-
-
+@dataclass
 class TensorRTPass:
     """An execution on fixed addresses. With `cuda_graphs` the second run captures it, later ones replay."""
 
-    def __init__(
-        self,
-        lane: TensorRTLane,
-        context: PhaseContext,
-        queue: CudaQueue,
-        addresses: Mapping[str, int],
-        before: Collection[tuple[CudaTensor, CudaTensor]],
-        after: Collection[tuple[CudaTensor, CudaTensor]],
-    ) -> None:
-        self._lane, self._context, self._queue = lane, context, queue
-        self._addresses, self._before, self._after = addresses, before, after
-        self._warm = False
-        self._graph: CudaGraph | None = None
+    lane: TensorRTLane
+    context: PhaseContext
+    queue: CudaQueue
+    addresses: dict[str, int] = field(default_factory=dict)
+    before: list[tuple[CudaTensor, CudaTensor]] = field(default_factory=list)
+    """Copies (target, source) to make before it runs, and after."""
+    after: list[tuple[CudaTensor, CudaTensor]] = field(default_factory=list)
+    ran: bool = False
+    graph: CudaGraph | None = None
 
     def run(self) -> None:
         """Raises DeviceError or MemoryShortError with what TensorRT said."""
-        if self._warm and self._lane.cuda_graphs:
-            if self._graph is None:
-                self._graph = self._lane.captured(self._enqueue, self._queue, self._context.what)
-            self._graph.launch(self._queue)
+        if self.ran and self.lane.cuda_graphs:
+            if self.graph is None:
+                self.graph = self.lane.captured(self._enqueue, self.queue, self.context.what)
+            self.graph.launch(self.queue)
         else:
             self._enqueue()
-            self._warm = True
+            self.ran = True
 
     def _enqueue(self) -> None:
+        for target, source in self.before:
+            target.copy_from(source, self.queue)
         # Addresses each time: another pass may have used the context since.
-        for target, source in self._before:
-            target.copy_from(source, self._queue)
-        self._context.enqueue(self._addresses, self._queue)
-        for target, source in self._after:
-            target.copy_from(source, self._queue)
+        self.context.enqueue(self.addresses, self.queue)
+        for target, source in self.after:
+            target.copy_from(source, self.queue)
 
 
 class PhaseContext:

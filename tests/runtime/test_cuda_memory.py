@@ -114,12 +114,10 @@ def test_a_fetch_is_the_callers_own(lane: Lane) -> None:
     assert array.tolist() == [2, 3]
 
 
-def test_marks_wait_order_and_take_time(lane: Lane) -> None:
+def test_marks_take_time(lane: Lane) -> None:
     tensor = lane.tensor((1,), "float32")
     started = lane.main.mark()
     tensor.write(np.ones(1, np.float32), lane.main)
     written = lane.main.mark()
-    lane.side.wait(written)
-    assert tensor.fetch(lane.side).array().tolist() == [1], "the side queue waited, the host did not"
     assert written.since(started) == pytest.approx(0.003), "a copy between two events, a millisecond each"
     written.wait()

@@ -106,7 +106,6 @@ def short_run(world: World) -> None:
         for _ in range(3):
             driver._decode.run()
         driver._decoded["frames"].shared()
-        lane.main.wait(lane.side.mark())
         for _ in range(2):
             driver._decoded["frames"].fetch(lane.main).array()
         lane.main.mark().since(started)
