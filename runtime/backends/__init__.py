@@ -36,7 +36,7 @@ class Mark(Protocol):
 
 
 class Queue(Protocol):
-    """Work that is done in order. Queues know nothing of each other: the host hands over what goes between."""
+    """Work that is done in order. Queues know nothing of each other: the host hands on what goes between."""
 
     def mark(self) -> Mark:
         """Mark this place."""

@@ -43,7 +43,7 @@ def generate(
         list[str] | None,
         typer.Option(help='Another prompt from that second on: "2.5:a 1 moving up ..."; may be repeated.'),
     ] = None,
-    recache: Annotated[bool, typer.Option(help="Make the caches anew when the prompt is switched.")] = True,
+    recache: Annotated[bool, typer.Option(help="Rebuild the caches when the prompt is switched.")] = True,
     save: Annotated[
         Path | None, typer.Option(help="Folder to save the state to, every --save-every chunks.")
     ] = None,
@@ -60,7 +60,7 @@ def generate(
         bool, typer.Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    enlarge: Annotated[int, typer.Option(min=1, help="Repeat each pixel this often.")] = 1,
+    enlarge: Annotated[int, typer.Option(min=1, help="Repeat each pixel this many times.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Generate a video from a bundle, chunk by chunk.
@@ -182,7 +182,7 @@ def _prompt_changes(
             seconds = 0.0
         if not colon or not seconds > 0:
             raise InputError(
-                f"{option!r} does not say from which second on", where="--switch", expected='"SECONDS:PROMPT"'
+                f"has no time above 0 in {option!r}", where="--switch", expected='"SECONDS:PROMPT"'
             )
         changes.append(PromptChange(chunks_for(seconds), text_input(spec, prompt.strip(), embeds)))
     return sorted(changes, key=lambda change: change.chunk)
