@@ -123,11 +123,11 @@ def take_turn(case: Case, setup: Setup, chunk: int | None, *, decode: bool) -> T
         with watched() as memory:
             session = stack.enter_context(_open(case, setup))
             session.pass_timer(0).denoise()
-            timer = session.pass_timer(index)
-            seconds = list(_passes(timer.denoise))
-            clean = statistics.median(_passes(timer.clean)) if seconds[-1] < SHORT else None
-        decoding = timer.decode() if decode else None
-        return Turn(statistics.median(seconds), clean, decoding, timer.cache_bytes, memory.grown)
+            rehearsal = session.pass_timer(index)
+            seconds = list(_passes(rehearsal.denoise))
+            clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < SHORT else None
+        decoding = rehearsal.decode() if decode else None
+        return Turn(statistics.median(seconds), clean, decoding, rehearsal.cache_bytes, memory.grown)
 
 
 def _open(case: Case, setup: Setup) -> Session:

@@ -73,19 +73,19 @@ def test_rounds_that_there_is_no_time_for_are_left_out_and_said(cases: list[Case
     assert said[-1] == "left out 2 of 3 rounds: there was no time for them"
 
 
-def test_a_timed_pass_has_the_shapes_of_its_chunk_and_changes_no_video(bundles: Bundles) -> None:
+def test_a_rehearsal_runs_the_shapes_of_its_chunk_and_changes_no_video(bundles: Bundles) -> None:
     with Session.open(bundles("forcing-kv"), threads=1) as session:
         before = [chunk.latents.tobytes() for chunk in session.generate("a b c", seed=3, chunks=4)]
         for chunk in (0, 1, 5, 6, 99):
-            timer = session.pass_timer(chunk)
-            assert timer.denoise() > 0
-            assert timer.clean() > 0
-            assert timer.decode() > 0
+            rehearsal = session.pass_timer(chunk)
+            assert rehearsal.denoise() > 0
+            assert rehearsal.clean() > 0
+            assert rehearsal.decode() > 0
         after = [chunk.latents.tobytes() for chunk in session.generate("a b c", seed=3, chunks=4)]
     assert before == after
 
 
-def test_timing_passes_ends_the_video_there_was(bundles: Bundles) -> None:
+def test_a_rehearsal_ends_the_video_there_was(bundles: Bundles) -> None:
     with Session.open(bundles("full")) as session:
         video = session.generate("a b c", seed=3, chunks=4)
         next(video)
