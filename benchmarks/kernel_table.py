@@ -2,8 +2,8 @@
 
     python benchmarks/kernel_table.py [dtype] [head width]
 
-Compiles them (bfloat16 and 128 unless told otherwise) for every compute capability of `export.cubins`; needs
-Triton, and no GPU.
+Compiles them (default: bfloat16, 128) for every compute capability of `prune.triton_kernels`; needs Triton,
+and no GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
-from forcingkv.export.cubins import compile_kernels
-from forcingkv.runtime.kernels import KERNELS, KernelRecord
+from forcingkv.prune.launcher import KERNELS
+from forcingkv.prune.triton_kernels import compile_kernels
+from forcingkv.runtime.engines import KernelRecord
 from forcingkv.runtime.spec import Dtype
 
 COLUMNS = ("kernel", "sm", "warps", "registers", "shared bytes", "spilled bytes", "cubin bytes")

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from forcingkv.export.clean_branch import taken_branches
-from forcingkv.export.prune_op import DOMAIN
 from forcingkv.export.rewriting import makers, read_by
+from forcingkv.prune.onnx_operators import DOMAIN
 
 Shape = tuple[int, ...]
 

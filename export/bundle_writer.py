@@ -21,7 +21,6 @@ from forcingkv.export.fp8 import rounded_inputs
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.export.precision import DTYPES, ExportDtype, Precision, Target, precision_of
-from forcingkv.export.prune_op import check_choice
 from forcingkv.export.records import file_records, graph_record, versions
 from forcingkv.export.targets import EngineTarget, check_disk, check_plugin, engine_target, warnings_of
 from forcingkv.export.verify import check_memory, fp8_differences, graph_difference
@@ -31,6 +30,7 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
 from forcingkv.models.wan import WanModel
+from forcingkv.prune.onnx_operators import check_choice
 from forcingkv.runtime.bundle import (
     GRAPHS,
     HEADMAP,
@@ -40,8 +40,7 @@ from forcingkv.runtime.bundle import (
     Manifest,
     PlanRecord,
 )
-from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.kernels import KernelRecord
+from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
@@ -233,7 +232,7 @@ class _Writer:
     def write_engines(self, target: EngineTarget) -> None:
         """Compile the plugin's kernels, and build an engine of every graph for every GPU."""
         if self.plan.score_layer is not None and not target.aot:
-            from forcingkv.export.cubins import compile_kernels  # needs Triton, which only this does
+            from forcingkv.prune.triton_kernels import compile_kernels  # needs Triton, which only this does
 
             self.progress("compiling kernels")
             head_dim = self.plan.spec.head_dim

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forcingkv.runtime.flavour import FLAVOURS, choose, trt
-from forcingkv.runtime.trt_log import make_log
+from forcingkv.runtime.flavour import FLAVOURS, choose, make_log, trt
 
 MEMORY = {
     "activation_bytes": "Total Activation Memory",
@@ -89,12 +88,12 @@ def _plugins(kind: str | None, sm: int) -> Callable[[], None]:
     Returns a check that raises what a callback raised: TensorRT goes on after most of them.
     """
     if kind == "compiled":
-        from forcingkv.export.quick_plugin import register_quick_plugins
+        from forcingkv.prune.quick_plugin import register_quick_plugins
 
         register_quick_plugins(sm)
     if kind != "python":
         return lambda: None
-    from forcingkv.runtime.prune_plugin import raise_plugin_error, register_plugins
+    from forcingkv.prune.plugin import raise_plugin_error, register_plugins
 
     register_plugins(None)
     return raise_plugin_error

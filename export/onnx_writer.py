@@ -27,8 +27,6 @@ from forcingkv.export.fp8 import quantize_linears
 from forcingkv.export.graphs import Graph
 from forcingkv.export.passes import scale_attention, use_transposed
 from forcingkv.export.precision import is_matrix
-from forcingkv.export.prune_op import OPSET, functions_for, split_prune, translation_table
-from forcingkv.export.rewriting import graphs
 from forcingkv.export.tensorrt_passes import (
     align_parameters,
     fold_modulation,
@@ -36,6 +34,7 @@ from forcingkv.export.tensorrt_passes import (
     pair_lone_heads,
     split_slices,
 )
+from forcingkv.prune.onnx_operators import OPSET, functions_for, graphs, split_prune, translation_table
 from forcingkv.runtime.tensors import StoredTensor
 
 _IR_DTYPES = {
@@ -114,7 +113,7 @@ def write_onnx(
     for value in parameters:
         _point(traced, value, weights[_bare(value.name)], file)
     model = ir.to_proto(program.model)
-    model.functions.extend(functions_for({node.op_type for one in graphs(model) for node in one.node}))
+    model.functions.extend(functions_for(model))
     if single_kernels:
         split_prune(model)
     _strip(model)

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Set
 from typing import Any
 
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
-
-
-def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The graph of a model, and those of the branches in it."""
-    waiting = [model.graph]
-    while waiting:
-        graph = waiting.pop(0)
-        yield graph
-        waiting += [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
 
 
 def read_by(node: ir.Node) -> list[ir.Value]:

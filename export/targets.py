@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.prune.launcher import check_candidates
 from forcingkv.runtime.engines import device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, FlavourName, require
-from forcingkv.runtime.kernels import check_candidates
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forcingkv.models.prune import choose_ahead, prune_follow, prune_score
+from forcingkv.models.prune import choose_ahead
 from forcingkv.models.wan import Attend, KeysValues
+from forcingkv.prune.reference import prune_follow, prune_score
 from forcingkv.runtime.plan import CachePlan, HeadGroup
 
 GroupCache: TypeAlias = dict[str, KeysValues]
@@ -151,5 +152,7 @@ def _retained(
     if group.recent_frames > 1:
         transition = _tokens(transition, slice(-plan.frame_tokens, None))
     if indices is None:
-        return prune_score(transition, new, plan.segment_tokens, segments, group.retained_segments)
-    return prune_follow(transition, new, indices, plan.segment_tokens), indices
+        kept, indices = prune_score(transition, new, plan.segment_tokens, segments, group.retained_segments)
+    else:
+        kept = prune_follow(transition, new, indices, plan.segment_tokens)
+    return KeysValues(*kept), indices

@@ -6,16 +6,16 @@ from typing import Any
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import inside
+from forcingkv.prune.launcher import KernelLauncher
+from forcingkv.prune.plugin import register_plugins
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.engines import device_sm, find_engine
-from forcingkv.runtime.flavour import FlavourName, choose, trt
-from forcingkv.runtime.kernels import KernelLauncher
-from forcingkv.runtime.prune_plugin import register_plugins
-from forcingkv.runtime.trt_log import make_log
+from forcingkv.runtime.flavour import FlavourName, choose, make_log, trt
 
 _runtimes: list[Any] = []
-"""The process's TensorRT runtime, which engines need as long as they live; and what it said last."""
+"""The process's TensorRT runtime, which engines need as long as they live."""
 _said: list[str] = []
+"""What it has reported as errors and was not asked for yet."""
 
 
 def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEngine:
@@ -29,16 +29,16 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
     Raises:
         MissingExtraError: the flavour, or cuda-core for the plugin, is not installed.
         InputError: there is no GPU, the bundle has no engine for it and for this version of TensorRT, or
-            TensorRT does not take the file.
+            TensorRT does not load the file.
     """
     choose(flavour)
     sm = device_sm()
     if sm is None:
         raise InputError(
-            "no GPU was found to run engines on",
+            "needs a GPU to run engines on, and no GPU was found",
             where=flavour,
-            hint="On a CPU use a bundle exported with --target onnx. If there is a GPU, see that cuda-core is"
-            f" installed: pip install 'forcingkv[{flavour}]'",
+            hint="On a CPU use a bundle exported with --target onnx. If there is a GPU, see whether cuda-core"
+            f" is installed: pip install 'forcingkv[{flavour}]'",
         )
     manifest = bundle.manifest
     record = find_engine(manifest.engines, graph, flavour, trt.__version__, sm, str(bundle.path))
@@ -50,9 +50,10 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
     _said.clear()
     engine = _runtimes[0].deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        why = last_words() or "it does not say why"
+        why = last_words()
         raise InputError(
-            f"is not taken by {flavour} {trt.__version__} on sm_{sm} ({why})",
+            f"cannot be loaded with {flavour} {trt.__version__} on sm_{sm}"
+            + (f": TensorRT says {why!r}" if why else ", and TensorRT gives no reason"),
             where=str(path),
             hint="Export the bundle again with this version.",
         )
@@ -61,7 +62,7 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
 
 
 def last_words() -> str:
-    """What TensorRT has said of failures since this was last asked, or since an engine was last loaded."""
+    """The errors that TensorRT reported since the last call, or since an engine was last loaded."""
     said, _said[:] = "; ".join(_said), []
     return said
 

@@ -1,12 +1,17 @@
-"""TensorRT engines of a bundle: what is recorded of them, and which one a machine may load."""
+"""What a bundle records of its engines and kernels, this machine's GPU, and which engine it may load."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
-from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.flavour import FlavourName
+from forcingkv.runtime.spec import Dtype
+
+KernelName: TypeAlias = Literal["token_cosines", "select_segments", "compact_segments"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class EngineRecord:
     """Of the network, as parsed."""
     plugin_layers: int
     needs_plugin: bool
-    """Whether `runtime.prune_plugin` has to be registered before it is loaded."""
+    """Whether the plugins (`prune/plugin.py`) have to be registered before it is loaded."""
     phases: int
     """Optimization profiles, one for each phase of the cache."""
     weight_bytes: int
@@ -37,12 +42,34 @@ class EngineRecord:
     """Host memory of the process that built it."""
 
 
+@dataclass(frozen=True)
+class KernelRecord:
+    """One compiled kernel of a bundle (`prune/triton_kernels.py`)."""
+
+    kernel: KernelName
+    dtype: Dtype
+    """Of keys and values."""
+    width: int
+    """Of a head: the size of a key."""
+    sm: int
+    """Compute capability it was compiled for, 89 for 8.9."""
+    file: str
+    """The cubin, named relative to the bundle."""
+    symbol: str
+    """The kernel's name in it."""
+    warps: int
+    shared_bytes: int
+    registers: int
+    spill_bytes: int
+    """Local memory a thread spills to; 0, since export refuses to write a kernel that spills."""
+
+
 def find_engine(
     engines: Sequence[EngineRecord], graph: str, flavour: FlavourName, version: str, sm: int, where: str
 ) -> EngineRecord:
     """The engine of a graph that this TensorRT can run on this GPU.
 
-    Raises InputError where the bundle has none: for another flavour, version or GPU only, or at all.
+    Raises InputError where the bundle `where` has none, or only for another flavour, version or GPU.
     """
     built = [engine for engine in engines if engine.graph == graph]
     for engine in built:
@@ -56,21 +83,42 @@ def find_engine(
         )
     there = sorted({f"{engine.flavour} {engine.version} for sm_{engine.sm}" for engine in built})
     raise InputError(
-        f"its engines of {graph} are made by {', '.join(there)}",
+        f"has engines of the graph {graph} made by {', '.join(there)}",
         where=where,
-        expected=f"{flavour} {version} for sm_{sm}, which is what is here",
-        hint="An engine runs with the version and on the GPU it was built for: export again for these.",
+        expected=f"one made by {flavour} {version} for sm_{sm}, as on this machine",
+        hint="An engine runs only with the version and on the GPU it was built for: export the bundle again.",
     )
 
 
+def cuda_core() -> Any:
+    """The module `cuda.core`, imported when it is first needed. Raises MissingExtraError without it."""
+    try:
+        return importlib.import_module("cuda.core")
+    except ImportError as error:
+        raise MissingExtraError("cuda-core", "tensorrt-rtx") from error
+
+
+# What cuda-core raises where there is no GPU: no device, a driver that counts none, and no driver at all
+# (cuda-bindings 13, and 12). Its error types are several and not documented, so the messages are compared.
+NO_GPU = ("CUDA_ERROR_NO_DEVICE", "within [0, 0)", "NVIDIA driver library", "Failed to dlopen")
+
+
 def device_sm() -> int | None:
-    """Compute capability of this machine's first GPU (89 for 8.9), or None where there is none."""
+    """Compute capability of this machine's first GPU: 89 for 8.9.
+
+    None where cuda-core is not installed, or there is no driver or no GPU. Raises InputError where there is
+    a driver that fails.
+    """
     try:
-        from cuda.core import Device
-    except ImportError:
+        major, minor = cuda_core().Device(0).compute_capability
+    except MissingExtraError:
         return None
-    try:
-        major, minor = Device(0).compute_capability
-    except Exception:  # cuda-core raises whatever the missing driver raised
-        return None
+    except Exception as error:
+        if any(words in str(error) for words in NO_GPU):
+            return None
+        raise InputError(
+            f"the GPU cannot be used: its driver answers {str(error) or type(error).__name__!r}",
+            hint="See whether nvidia-smi works, and whether the driver is new enough for the cuda-core"
+            " that is installed.",
+        ) from error
     return int(major) * 10 + int(minor)

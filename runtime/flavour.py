@@ -9,33 +9,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
-__all__ = [
-    "FLAVOURS",
-    "Flavour",
-    "FlavourName",
-    "choose",
-    "chosen",
-    "require",
-    "trt",
-]  # trt is no name of its own
+# Because of `trt`, which type checkers would else take for an import of this module's own.
+__all__ = ["FLAVOURS", "Flavour", "FlavourName", "choose", "chosen", "make_log", "require", "trt"]
 
 FlavourName: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """What tells the flavours apart."""
+    """In what the flavours differ."""
 
     name: FlavourName
     module: str
     sms: tuple[int, ...]
-    """Compute capabilities that engines can be built for without such a GPU; none: needs the GPU."""
+    """Compute capabilities that engines can be built for without such a GPU. Empty: it needs the GPU."""
     libraries: str | None
     """The package that holds the shared libraries, where the build needs links beside them."""
 
@@ -60,10 +54,9 @@ def choose(name: FlavourName) -> Flavour:
         _chosen.append((flavour, importlib.import_module(flavour.module)))
     elif _chosen[0][0] is not flavour:
         raise InputError(
-            f"this process already uses {_chosen[0][0].name}",
+            f"cannot be used: this process already uses {_chosen[0][0].name}",
             where=name,
-            expected="one flavour of TensorRT a process",
-            hint="Use the other in a process of its own.",
+            hint="Use each flavour of TensorRT in a process of its own.",
         )
     return flavour
 
@@ -96,3 +89,22 @@ if TYPE_CHECKING:
     import tensorrt as trt
 else:
     trt = _Chosen("trt")
+
+
+def make_log(hear: Callable[[str, str], None]) -> trt.ILogger:
+    """A logger of the chosen flavour that passes on every message of TensorRT.
+
+    The first one given to a builder or a runtime stays the process's logger, so keep one.
+
+    Args:
+        hear: takes the severity (`ERROR`, `WARNING`, `INFO`, ...) and the text.
+    """
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: trt.ILogger.Severity, message: str) -> None:
+            hear(severity.name, message)
+
+    return Log()

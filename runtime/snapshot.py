@@ -24,14 +24,13 @@ from forcingkv.headmaps.files import FileRecord, inside, record_file, unwritable
 from forcingkv.runtime.backends import Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
+from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.recache import replayed
 from forcingkv.runtime.tensors import TensorWriter, read_arrays
 
 STATE = "state.json"
 TENSORS = re.compile(r"\.?state-\d{6,}(-\d+)?\.safetensors(\.partial)?")
 """Files of tensors, with those that a process left half written."""
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint8": "U8"}
-"""The format's name of each dtype that a state has."""
 
 Array = npt.NDArray[Any]
 
@@ -104,7 +103,7 @@ def write_snapshot(
             f"ready/{chunk.index}/frames": _frames(chunk),
             f"ready/{chunk.index}/latents": chunk.latents,
         }
-    planned = {key: (STORED[str(value.dtype)], tuple(value.shape)) for key, value in stored.items()}
+    planned = {key: (DTYPES[str(value.dtype)].code, tuple(value.shape)) for key, value in stored.items()}
     with TensorWriter(folder / name, planned) as writer:
         for key, value in stored.items():
             if not isinstance(value, np.ndarray):

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.dtypes import DTYPES
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-ELEMENT_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+ELEMENT_BYTES: dict[Dtype, int] = {name: DTYPES[name].bytes for name in get_args(Dtype)}
 """Bytes of a number."""
 Renoise = Literal["fresh", "predicted"]
 

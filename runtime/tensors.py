@@ -24,27 +24,8 @@ import numpy.typing as npt
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import no_twins
 from forcingkv.headmaps.files import new_file
+from forcingkv.runtime.dtypes import STORED_AS
 
-DTYPES: dict[str, tuple[int, str | None]] = {
-    "BOOL": (1, "?"),
-    "U8": (1, "u1"),
-    "I8": (1, "i1"),
-    "F8_E4M3": (1, None),
-    "F8_E5M2": (1, None),
-    "F8_E8M0": (1, None),
-    "U16": (2, "<u2"),
-    "I16": (2, "<i2"),
-    "F16": (2, "<f2"),
-    "BF16": (2, None),
-    "U32": (4, "<u4"),
-    "I32": (4, "<i4"),
-    "F32": (4, "<f4"),
-    "U64": (8, "<u8"),
-    "I64": (8, "<i8"),
-    "F64": (8, "<f8"),
-    "C64": (8, None),
-}
-"""Bytes of an element of each dtype, by the format's name, and the numpy type where arrays have one."""
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 METADATA = "__metadata__"
@@ -121,11 +102,13 @@ def read_arrays(path: Path | str, names: Iterable[str] | None = None) -> dict[st
     with Path(path).open("rb") as file:
         for name in wanted:
             tensor = tensors[name]
-            kind = "<u2" if tensor.dtype == "BF16" else DTYPES[tensor.dtype][1]
-            if kind is None:
+            dtype = STORED_AS[tensor.dtype]
+            if tensor.dtype != "BF16" and dtype.array is None:
                 raise InputError(f"the tensor {name!r} is {tensor.dtype}, which numpy lacks", where=str(path))
             file.seek(tensor.offset)
-            array: npt.NDArray[Any] = np.fromfile(file, kind, math.prod(tensor.shape)).reshape(tensor.shape)
+            array: npt.NDArray[Any] = np.fromfile(file, dtype.bits, math.prod(tensor.shape)).reshape(
+                tensor.shape
+            )
             if tensor.dtype == "BF16":  # the upper half of a float32
                 array = (array.astype("<u4") << 16).view("<f4")
             arrays[name] = array
@@ -154,9 +137,9 @@ class TensorWriter:
         header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
         end = 0
         for name, (dtype, shape) in planned.items():
-            if dtype not in DTYPES or name == METADATA:
+            if dtype not in STORED_AS or name == METADATA:
                 raise ValueError(f"a tensor {name!r} of dtype {dtype!r} cannot be stored")
-            begin, end = end, end + math.prod(shape) * DTYPES[dtype][0]
+            begin, end = end, end + math.prod(shape) * STORED_AS[dtype].bytes
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
@@ -188,8 +171,7 @@ class TensorWriter:
             )
         planned = self.tensors[name]
         if isinstance(data, np.ndarray):
-            size, native = DTYPES[planned.dtype]
-            kind = np.dtype(native or f"<u{size}")
+            kind = np.dtype(STORED_AS[planned.dtype].bits)
             if data.shape != planned.shape or data.dtype != kind:
                 raise ValueError(f"{name!r} is {data.dtype} {data.shape}, expected {kind} {planned.shape}")
             data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
@@ -228,16 +210,16 @@ def _stored(name: str, entry: Any, start: int, where: str) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _no_safetensors(where, f"the tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in STORED_AS:
         raise InputError(
             f"the tensor {name!r} has the dtype {dtype!r}",
             where=where,
-            expected=f"one of {', '.join(DTYPES)}",
+            expected=f"one of {', '.join(STORED_AS)}",
         )
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:
         raise _no_safetensors(where, f"the tensor {name!r} has a faulty shape or data_offsets")
     begin, end = offsets
-    needed = math.prod(shape) * DTYPES[dtype][0]
+    needed = math.prod(shape) * STORED_AS[dtype].bytes
     if end - begin != needed:
         raise InputError(
             f"the tensor {name!r} has {end - begin} bytes",

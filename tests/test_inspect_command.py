@@ -12,9 +12,9 @@ from PIL import Image
 
 from forcingkv.export import export_bundle
 from forcingkv.headmaps.files import record_file
+from forcingkv.prune.launcher import KERNELS
 from forcingkv.runtime import Bundle
-from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.kernels import KERNELS, KernelRecord
+from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.policies import load_policy
 from tests.conftest import Ran, headmap_of, random_model, small_spec
 

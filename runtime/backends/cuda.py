@@ -13,7 +13,7 @@ from typing import Any
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import Mark
-from forcingkv.runtime.cuda_core import cuda_core
+from forcingkv.runtime.engines import cuda_core
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import readable
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from forcingkv.runtime.backends import Array, Queue
 from forcingkv.runtime.backends.cuda import CudaQueue, Gpu, close_all
+from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.faults import DeviceError
 
 LEAST = 16
@@ -257,7 +258,7 @@ class Staging:
 
 def host_dtype(dtype: str) -> np.dtype[Any]:
     """What an array of that dtype is on the host: numpy has no bfloat16, so its bits."""
-    return np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(dtype)
+    return np.dtype(DTYPES[dtype].bits)
 
 
 def stream_of(queue: Queue) -> Any:

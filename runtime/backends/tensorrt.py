@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from forcingkv.prune.plugin import raise_plugin_error
 from forcingkv.runtime.backends import Lane, Pass, Queue, Tensor
 from forcingkv.runtime.backends.cuda import CudaGraph, CudaQueue, Gpu, close_all, fault
 from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
@@ -22,7 +23,6 @@ from forcingkv.runtime.engine_loader import last_words, load_engine
 from forcingkv.runtime.engines import device_sm
 from forcingkv.runtime.faults import DeviceError, SessionError
 from forcingkv.runtime.flavour import FlavourName, trt
-from forcingkv.runtime.prune_plugin import raise_plugin_error
 
 Shape = tuple[int, ...]
 ALIGNMENT = 256

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from forcingkv.export import VerificationError, export_bundle
 from forcingkv.export import bundle_writer as writer
-from forcingkv.export.rewriting import graphs
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.models.checkpoint import build_model, load_weights, random_weights
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.presets import load_spec
+from forcingkv.prune.onnx_operators import graphs
 from forcingkv.runtime import Session
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec, Schedule

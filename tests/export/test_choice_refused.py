@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from forcingkv.export import export_bundle
-from forcingkv.export.prune_op import check_choice
 from forcingkv.headmaps import InputError
+from forcingkv.prune.onnx_operators import check_choice
 from forcingkv.runtime.policies import Policy, load_policy, policy_names
 from tests.conftest import mixed_map, random_model, small_spec
 

@@ -20,9 +20,8 @@ from forcingkv.export.activations import make_caches_early
 from forcingkv.export.clean_branch import branch_on_clean, taken_branches
 from forcingkv.export.graphs import step_graph
 from forcingkv.export.onnx_writer import write_onnx
-from forcingkv.export.prune_op import split_prune
-from forcingkv.export.rewriting import graphs
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
+from forcingkv.prune.onnx_operators import graphs, split_prune
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.bundle import CLEAN

@@ -104,7 +104,7 @@ def test_what_the_plugin_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch
     retain = wide.policy.retain
     assert retain is not None
     many = replace(wide, policy=replace(wide.policy, retain=replace(retain, segments=22)))
-    with pytest.raises(InputError, match="66 segments are candidates"):
+    with pytest.raises(InputError, match="has 66 segments to choose"):
         check_plugin(many)
     monkeypatch.setattr(targets, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[engines\]'"):

@@ -86,9 +86,9 @@ def test_an_engine_that_needs_no_plugin_gets_none(fakes: Fakes) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"version": "1.6.0"}, "expected tensorrt-rtx 1.7.1 for sm_89"),
-        ({"sm": 120}, "expected tensorrt-rtx 1.7.1 for sm_89"),
-        ({"flavour": "tensorrt"}, "expected tensorrt-rtx 1.7.1 for sm_89"),
+        ({"version": "1.6.0"}, "expected one made by tensorrt-rtx 1.7.1 for sm_89"),
+        ({"sm": 120}, "expected one made by tensorrt-rtx 1.7.1 for sm_89"),
+        ({"flavour": "tensorrt"}, "expected one made by tensorrt-rtx 1.7.1 for sm_89"),
         ({"graph": "decode"}, "has no engine of the graph step"),
     ],
 )
@@ -103,11 +103,11 @@ def test_an_engine_for_something_else_is_refused_before_it_is_loaded(
 
 def test_a_file_that_tensorrt_does_not_take(fakes: Fakes) -> None:
     fakes.loads = False
-    with pytest.raises(InputError, match=r"step\.engine is not taken by .*\(the plan is of another day\)"):
+    with pytest.raises(InputError, match=r"step\.engine cannot be loaded .* 'the plan is of another day'"):
         engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
 
 
 def test_without_a_gpu_the_way_out_is_named(fakes: Fakes) -> None:
     fakes.sm = None  # type: ignore[assignment]
-    with pytest.raises(InputError, match=r"no GPU was found .* --target onnx"):
+    with pytest.raises(InputError, match=r"needs a GPU .* no GPU was found.* --target onnx"):
         engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")

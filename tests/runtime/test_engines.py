@@ -10,7 +10,7 @@ import pytest
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime import flavour
-from forcingkv.runtime.engines import EngineRecord, find_engine
+from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
 
 ENGINE = EngineRecord(
     graph="step",
@@ -38,20 +38,72 @@ def test_the_engine_of_this_gpu_is_found() -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (("step", "tensorrt-rtx", "1.8.0", 89), "expected tensorrt-rtx 1.8.0 for sm_89"),
-        (("step", "tensorrt-rtx", "1.7.1", 86), "expected tensorrt-rtx 1.7.1 for sm_86"),
-        (("step", "tensorrt", "1.7.1", 89), "expected tensorrt 1.7.1 for sm_89"),
+        (("step", "tensorrt-rtx", "1.8.0", 89), "expected one made by tensorrt-rtx 1.8.0 for sm_89"),
+        (("step", "tensorrt-rtx", "1.7.1", 86), "expected one made by tensorrt-rtx 1.7.1 for sm_86"),
+        (("step", "tensorrt", "1.7.1", 89), "expected one made by tensorrt 1.7.1 for sm_89"),
         (("decode", "tensorrt-rtx", "1.7.1", 89), "has no engine of the graph decode"),
     ],
 )
 def test_an_engine_of_another_version_or_gpu_is_refused(
     asked: tuple[str, flavour.FlavourName, str, int], words: str
 ) -> None:
-    with pytest.raises(InputError, match="bundle: ") as raised:
+    with pytest.raises(InputError, match="bundle has ") as raised:
         find_engine(ENGINES, *asked, "bundle")
     assert words in str(raised.value)
     if asked[0] == "step":
         assert "tensorrt-rtx 1.7.1 for sm_120, tensorrt-rtx 1.7.1 for sm_89" in str(raised.value)
+
+
+class Core:
+    """cuda.core whose driver answers as given."""
+
+    def __init__(self, answer: tuple[int, int] | Exception) -> None:
+        self.answer = answer
+
+    def Device(self, number: int) -> Core:  # noqa: N802
+        assert number == 0
+        return self
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def test_the_gpu_is_asked_for_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", Core((12, 0)))
+    assert device_sm() == 120
+
+
+# What cuda-core 1.2 with cuda-bindings 13.5 raises where there is no driver, no device, and none that counts;
+# and cuda-bindings 12 without a driver.
+NO_GPU = [
+    RuntimeError('"cuda" is an NVIDIA driver library and can only be found via system search.'),
+    Exception("CUDA_ERROR_NO_DEVICE: This indicates that no CUDA-capable devices were detected"),
+    ValueError("device_id must be within [0, 0), got 0"),
+    RuntimeError("Failed to dlopen libcuda.so.1"),
+]
+
+
+@pytest.mark.parametrize("error", NO_GPU, ids=str)
+def test_without_a_driver_or_a_device_there_is_no_gpu(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", Core(error))
+    assert device_sm() is None
+
+
+def test_without_cuda_core_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    assert device_sm() is None
+
+
+def test_a_driver_that_fails_is_not_taken_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Exception("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: the versions of the drivers differ")
+    monkeypatch.setitem(sys.modules, "cuda.core", Core(broken))
+    with pytest.raises(InputError, match=r"its driver answers 'CUDA_ERROR_SYSTEM.*nvidia-smi"):
+        device_sm()
 
 
 def test_a_flavour_that_is_not_installed_is_named_with_its_install_command(
@@ -104,4 +156,4 @@ def test_a_process_uses_one_flavour() -> None:
     first, second, third = done.stdout.splitlines()
     assert first == "no flavour of TensorRT was chosen: call choose() first"
     assert second == "tensorrt-rtx Builder"
-    assert third.startswith("tensorrt: this process already uses tensorrt-rtx")
+    assert third.startswith("tensorrt cannot be used: this process already uses tensorrt-rtx")

@@ -59,32 +59,52 @@ def test_the_runtime_runs_a_bundle_with_nothing_but_numpy_and_onnxruntime(tmp_pa
 
 MAY_IMPORT = {
     "headmaps": set(),
-    "runtime": {"headmaps"},
-    "models": {"headmaps", "runtime"},
+    "runtime": {"headmaps", "prune.launcher", "prune.plugin"},
+    "prune": {"headmaps", "runtime"},
+    "models": {"headmaps", "runtime", "prune.reference"},
     "analyze": {"headmaps", "runtime", "models"},
-    "export": {"headmaps", "runtime", "models"},
+    "export": {"headmaps", "runtime", "prune", "models"},
     "measure": {"headmaps", "runtime", "models", "export"},
 }
+"""Folder -> the folders, and the single modules of `prune`, that its files may import."""
 
 
 def imported(file: Path) -> set[str]:
-    """Folders of forcingkv that a file imports, anywhere in it."""
+    """What a file imports of forcingkv, anywhere in it: folders, and modules of `prune`."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        found |= {name.split(".")[1] for name in names if name.startswith("forcingkv.")}
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        parts = [name.split(".")[1:] for name in names if name.startswith("forcingkv.")]
+        found |= {".".join(part[:2]) if part[0] == "prune" else part[0] for part in parts}
     return found
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_folders_import_only_whom_they_may(folder: str) -> None:
-    strangers = {
-        str(file.relative_to(ROOT)): sorted(imported(file) - MAY_IMPORT[folder] - {folder})
+def test_folders_import_only_what_they_may(folder: str) -> None:
+    allowed = MAY_IMPORT[folder] | {folder}
+    others = {
+        str(file.relative_to(ROOT)): sorted(
+            name for name in imported(file) if not {name, name.split(".")[0]} & allowed
+        )
         for file in (ROOT / folder).rglob("*.py")
     }
-    assert {file: names for file, names in strangers.items() if names} == {}
+    assert {file: names for file, names in others.items() if names} == {}
+
+
+def test_what_the_runtime_loads_of_prune_loads_no_torch_triton_or_onnx() -> None:
+    heavy = ("torch", "triton", "onnx", "onnxscript", "onnxruntime")
+    code = "import sys, forcingkv.prune.launcher, forcingkv.prune.plugin, forcingkv.runtime.engine_loader\n"
+    code += f"print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_runtime_loads_prune_only_for_engines() -> None:
+    code = "import sys, forcingkv.runtime; print([name for name in sys.modules if 'prune' in name])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_every_folder_is_linked_into_the_package() -> None:

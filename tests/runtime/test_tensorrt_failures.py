@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forcingkv.runtime import engine_loader, prune_plugin
+from forcingkv.prune import plugin
+from forcingkv.runtime import engine_loader
 from forcingkv.runtime.backends import Lane
 from forcingkv.runtime.backends.tensorrt import open_lane
 from forcingkv.runtime.faults import DeviceError, MemoryShortError
@@ -61,10 +62,10 @@ def test_a_refusal_tells_graph_and_phase_and_what_tensorrt_said(world: World) ->
 def test_what_the_plugin_raised_comes_first(world: World, refused: bool) -> None:
     run = decode_pass(world.lane())
     world.tensorrt.refuse_at = world.tensorrt.refusable + 2 if refused else None
-    prune_plugin._errors.append(RuntimeError("DynamicPrune has no kernels"))
+    plugin._errors.append(RuntimeError("DynamicPrune has no kernels"))
     with pytest.raises(DeviceError, match=r"decode in phase 0 \(RuntimeError: DynamicPrune has no kernels\)"):
         run()
-    assert prune_plugin._errors == []
+    assert plugin._errors == []
 
 
 def test_a_closed_lane_gives_all_back_and_refuses_everything(world: World) -> None:

@@ -2,7 +2,7 @@
 
 TensorRT's quick plugins take a kernel as PTX, with its launch as expressions of the shapes, into the engine:
 one kernel a node, no workspace, and no Python where the engine is loaded. So they are the nodes that
-`prune_op.split_prune` puts in the place of DynamicPrune. TensorRT-RTX has no quick plugins.
+`onnx_operators.split_prune` puts in the place of DynamicPrune. TensorRT-RTX has no quick plugins.
 
 TensorRT passes a kernel its input pointers, then its 32-bit sizes, then its output pointers. Triton's kernels
 take them in the order of their signature, and two pointers more, which these do not use: the PTX is made to
@@ -21,11 +21,12 @@ from functools import cache
 from types import GenericAlias
 from typing import Any, ClassVar, TypeAlias
 
-from forcingkv.export import cubins
 from forcingkv.headmaps.errors import InputError
+from forcingkv.prune.launcher import check_candidates, compact_grid, cosine_grid, select_grid
+from forcingkv.prune.plugin import PLUGIN_NAMESPACE, PLUGIN_VERSION, key_types
+from forcingkv.prune.triton_kernels import argument_types, compile_for
+from forcingkv.runtime.engines import KernelName
 from forcingkv.runtime.flavour import chosen, trt
-from forcingkv.runtime.kernels import KernelName, check_candidates, compact_grid, cosine_grid, select_grid
-from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE, PLUGIN_VERSION
 from forcingkv.runtime.spec import Dtype
 
 Size: TypeAlias = Any
@@ -133,7 +134,7 @@ _sm: list[int] = []
 def register_quick_plugins(sm: int) -> None:
     """Make the three plugins known to TensorRT, for graphs that are parsed from now on.
 
-    May be called again, for another GPU. The plugins of `runtime.prune_plugin` share a name with these, so a
+    May be called again, for another GPU. The plugins of `prune.plugin` share a name with these, so a
     process registers one or the other.
 
     Args:
@@ -146,9 +147,9 @@ def register_quick_plugins(sm: int) -> None:
     flavour = chosen()
     if flavour is None or flavour.name != "tensorrt" or not hasattr(trt, "QuickPluginCreationRequest"):
         raise InputError(
-            "this TensorRT has no plugins that are compiled into engines",
-            where=flavour.name if flavour else "no flavour chosen",
-            expected="tensorrt 10.9 or newer",
+            "has no plugins that are compiled into engines",
+            where=flavour.name if flavour else "a process without TensorRT",
+            expected="tensorrt 10.15 or newer",
         )
     if not _sm:
         trtp = importlib.import_module(f"{flavour.module}.plugin")
@@ -171,8 +172,9 @@ def _register(trtp: Any, plugin: QuickPlugin) -> None:
     def implement(*values: Any) -> tuple[str, str, Any, Any]:
         # TensorRT passes inputs, attributes, outputs and a tactic, of which there is one.
         inputs, sizes = values[:count], dict(zip(plugin.sizes, values[count:-2], strict=True))
-        dtype, width = _keys_of(inputs)
-        text = kernel_text(plugin.kernel, len(plugin.outputs), dtype, width, _sm[0])
+        shape = inputs[0].shape
+        width = shape[3] if len(shape) == 4 else 1  # cosines have no width, and need none
+        text = kernel_text(plugin.kernel, len(plugin.outputs), key_types()[inputs[0].dtype], width, _sm[0])
         grid, numbers = plugin.launch(inputs, sizes)
         launch = trtp.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.grid_z = grid
@@ -196,17 +198,6 @@ def _signed(function: Callable[..., Any], parameters: dict[str, Any], result: An
     return function
 
 
-def _keys_of(inputs: Tensors) -> tuple[Dtype, int]:
-    """Type and width of the keys; cosines have none, and need none."""
-    dtypes: dict[Any, Dtype] = {
-        trt.DataType.BF16: "bfloat16",
-        trt.DataType.HALF: "float16",
-        trt.DataType.FLOAT: "float32",
-    }
-    shape = inputs[0].shape
-    return dtypes[inputs[0].dtype], shape[3] if len(shape) == 4 else 1
-
-
 @cache
 def kernel_text(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: int) -> KernelText:
     """A kernel as TensorRT launches it: inputs, sizes, outputs.
@@ -219,28 +210,20 @@ def kernel_text(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: 
         sm: compute capability, 90 for 9.0.
 
     Raises:
-        MissingExtraError: Triton is not installed.
         RuntimeError: the kernel cannot be launched that way.
     """
-    signature = cubins.signature_of(kernel, dtype, width)
-    compiled = cubins.compile_for(
-        getattr(cubins.kernel_module(), kernel), signature, sm, cubins.WARPS[kernel]
-    )
+    compiled = compile_for(kernel, dtype, width, sm)
     if compiled.metadata.shared > STATIC_SHARED_BYTES:
         raise RuntimeError(f"{kernel} needs {compiled.metadata.shared} bytes of shared memory")
-    types = [kind for kind in signature.types.values() if kind != "constexpr"]
+    types = [kind for kind in argument_types(kernel, dtype).values() if kind != "constexpr"]
     pointers = sum(kind.startswith("*") for kind in types)
     places = list(range(len(types)))
-    inputs, results, numbers = (
-        places[: pointers - outputs],
-        places[pointers - outputs : pointers],
-        places[pointers:],
-    )
+    inputs, results = places[: pointers - outputs], places[pointers - outputs : pointers]
     # As in the cubins: code for the capability and its successors, not for this one chip.
     ptx = compiled.asm["ptx"].replace(f".target sm_{sm}a", f".target sm_{sm}")
     return KernelText(
         compiled.metadata.name,
-        _arranged(ptx, [*inputs, *numbers, *results]),
+        _arranged(ptx, [*inputs, *places[pointers:], *results]),
         compiled.metadata.num_warps,
         compiled.metadata.shared,
     )

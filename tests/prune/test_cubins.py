@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from forcingkv.export import cubins
-from forcingkv.export.cubins import SMS, compile_kernels
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import from_data
-from forcingkv.runtime.kernels import KERNELS, KernelRecord
+from forcingkv.prune import triton_kernels
+from forcingkv.prune.launcher import KERNELS
+from forcingkv.prune.triton_kernels import SMS, compile_kernels
+from forcingkv.runtime.engines import KernelRecord
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +97,7 @@ def test_a_kernel_that_would_spill_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fresh")
 def test_what_ptxas_says_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ptxas fails for sm_80"):
-        cubins.assemble("no PTX", 80)
+        triton_kernels.assemble("no PTX", 80)
     taken = tmp_path / "bundle"
     taken.write_text("a file", encoding="ascii")
     with pytest.raises(InputError, match="cannot be written"):

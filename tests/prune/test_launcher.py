@@ -15,20 +15,19 @@ import torch
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import from_data
-from forcingkv.models.prune import prune_score
 from forcingkv.models.wan import KeysValues
-from forcingkv.runtime.kernels import (
+from forcingkv.prune.launcher import (
     KERNELS,
     MAX_CANDIDATES,
     KernelLauncher,
-    KernelRecord,
+    LaunchSizes,
     best_sm,
-    check_candidates,
     compact_grid,
     cosine_grid,
     select_grid,
-    workspace_bytes,
 )
+from forcingkv.prune.reference import prune_score
+from forcingkv.runtime.engines import KernelRecord
 
 WARPS = {"token_cosines": 4, "select_segments": 8, "compact_segments": 2}
 SHARED = {"token_cosines": 64, "select_segments": 512, "compact_segments": 0}
@@ -67,14 +66,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-SIZES: dict[str, Any] = {
-    "heads": 7,
-    "transition_tokens": 1560,
-    "new_tokens": 4680,
-    "segment_tokens": 260,
-    "kept": 6,
-    "stream": 9,
-}
+SIZES = LaunchSizes(
+    batch=1,
+    heads=7,
+    transition_tokens=1560,
+    new_tokens=4680,
+    segment_tokens=260,
+    kept=6,
+    frame_tokens=1560,
+)
 P = [16 * n for n in range(1, 8)]
 """Pointers."""
 
@@ -86,7 +86,7 @@ def launch_of(name: str, grid: tuple[int, int, int], *arguments: int, sm: int = 
 
 def test_scoring_launches_two_kernels(tmp_path: Path, launched: list[tuple[Any, ...]]) -> None:
     launcher = KernelLauncher(tmp_path, write_bundle(tmp_path), 90)
-    launcher.score(*P[:4], **SIZES, frame_tokens=1560)
+    launcher.score(*P[:4], SIZES, 9)
     assert launched == [
         launch_of("token_cosines", (98, 3, 1), *P[:3], 7, 1560, 4680, 1560),
         launch_of("select_segments", (1, 1, 1), P[2], P[3], 260, 18, 6),
@@ -99,9 +99,9 @@ def test_scoring_launches_two_kernels(tmp_path: Path, launched: list[tuple[Any, 
 
 def test_no_transition_frame_is_a_null_pointer(tmp_path: Path, launched: list[tuple[Any, ...]]) -> None:
     launcher = KernelLauncher(tmp_path, write_bundle(tmp_path), 90)
-    sizes = SIZES | {"transition_tokens": 0}
-    launcher.score(0, *P[1:4], **sizes, frame_tokens=1560)
-    launcher.collect(0, 0, *P[2:], batch=2, **sizes)
+    sizes = replace(SIZES, batch=2, transition_tokens=0)
+    launcher.score(0, *P[1:4], sizes, 9)
+    launcher.collect([0, 0, *P[2:]], sizes, 9)
     assert launched == [
         launch_of("token_cosines", (98, 2, 1), 0, *P[1:3], 7, 0, 4680, 1560),
         launch_of("select_segments", (1, 1, 1), P[2], P[3], 260, 12, 6),
@@ -111,7 +111,7 @@ def test_no_transition_frame_is_a_null_pointer(tmp_path: Path, launched: list[tu
 
 def test_collecting_launches_one(tmp_path: Path, launched: list[tuple[Any, ...]]) -> None:
     launcher = KernelLauncher(tmp_path, write_bundle(tmp_path), 90)
-    launcher.collect(*P, batch=1, **SIZES)
+    launcher.collect(P, SIZES, 9)
     assert launched == [launch_of("compact_segments", (54, 7, 2), *P, 1560, 4680, 260, 6)]
 
 
@@ -120,7 +120,7 @@ def test_grids_cover_what_is_left_over() -> None:
     assert cosine_grid(16, 32, 16) == (1, 2, 1)
     assert compact_grid(2, 3, 33, 5, 32) == (10, 6, 2)
     assert select_grid() == (1, 1, 1)
-    assert workspace_bytes(4680) == 18720
+    assert SIZES.workspace_bytes == 4 * 4680
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_the_best_that_the_gpu_runs_is_loaded(
         with pytest.raises(InputError, match=rf"sm_{device}; expected .* sm_80, sm_86, sm_90, sm_120\."):
             KernelLauncher(tmp_path, records, device)
         return
-    KernelLauncher(tmp_path, records, device).collect(*P, batch=1, **SIZES)
+    KernelLauncher(tmp_path, records, device).collect(P, SIZES, 9)
     assert launched == [launch_of("compact_segments", (54, 7, 2), *P, 1560, 4680, 260, 6, sm=chosen)]
 
 
@@ -159,14 +159,15 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
 def test_what_would_fault_on_the_gpu_is_refused(tmp_path: Path, launched: list[tuple[Any, ...]]) -> None:
     launcher = KernelLauncher(tmp_path, write_bundle(tmp_path), 90)
     with pytest.raises(ValueError, match="compact_segments: not all pointers are multiples of 16"):
-        launcher.collect(*P[:6], P[6] + 8, batch=1, **SIZES)
-    sizes = {"segment_tokens": 1, "kept": 6, "stream": 9}
-    with pytest.raises(InputError, match=f"{MAX_CANDIDATES + 1} segments are candidates"):
-        launcher.select(*P[:2], candidates=MAX_CANDIDATES + 1, **sizes)
+        launcher.collect([*P[:6], P[6] + 8], SIZES, 9)
+    many = replace(
+        SIZES, transition_tokens=1, new_tokens=MAX_CANDIDATES + 1, segment_tokens=1, frame_tokens=1
+    )
+    with pytest.raises(InputError, match=f"the policy has {MAX_CANDIDATES + 1} segments to choose"):
+        launcher.score(*P[:4], many, 9)
     assert launched == []
-    check_candidates(MAX_CANDIDATES)
-    launcher.select(*P[:2], candidates=MAX_CANDIDATES, **sizes)
-    assert len(launched) == 1
+    launcher.score(*P[:4], replace(many, transition_tokens=0), 9)
+    assert len(launched) == 2
 
 
 def test_without_cuda_core_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,7 @@ def test_the_gpu_chooses_and_collects_as_torch_does(
     pytest.importorskip("cuda.core", reason="cuda-core is not installed", exc_type=ImportError)
     from cuda.core import Device
 
-    from forcingkv.export.cubins import compile_kernels
+    from forcingkv.prune.triton_kernels import compile_kernels
 
     sm = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     Device().set_current()
@@ -208,22 +209,14 @@ def test_the_gpu_chooses_and_collects_as_torch_does(
         return KeysValues(*(torch.randn(shape, device="cuda").to(kind) for _ in range(2)))
 
     transition, new = draw(transition_frames), draw(3)
-    candidate_tokens = transition.keys.shape[2] + 2 * frame
-    cosines = torch.empty(workspace_bytes(candidate_tokens) // 4, device="cuda")
+    sizes = LaunchSizes(batch, heads, transition.keys.shape[2], new.keys.shape[2], size, kept, frame)
+    cosines = torch.empty(sizes.workspace_bytes // 4, device="cuda")
     indices = torch.empty(kept, dtype=torch.int64, device="cuda")
     retained = [new.keys.new_empty(batch, heads, kept * size, width) for _ in range(2)]
-    sizes: dict[str, Any] = {
-        "heads": heads,
-        "transition_tokens": transition.keys.shape[2],
-        "new_tokens": new.keys.shape[2],
-        "segment_tokens": size,
-        "kept": kept,
-        "stream": torch.cuda.current_stream().cuda_stream,
-    }
-    keys, values, new_keys, new_values = (tensor.data_ptr() for tensor in (*transition, *new))
-    out = [tensor.data_ptr() for tensor in retained]
-    launcher.score(keys, new_keys, cosines.data_ptr(), indices.data_ptr(), frame_tokens=frame, **sizes)
-    launcher.collect(keys, values, new_keys, new_values, indices.data_ptr(), *out, batch=batch, **sizes)
+    pointers = [tensor.data_ptr() for tensor in (*transition, *new, indices, *retained)]
+    stream = torch.cuda.current_stream().cuda_stream
+    launcher.score(pointers[0], pointers[2], cosines.data_ptr(), pointers[4], sizes, stream)
+    launcher.collect(pointers, sizes, stream)
     torch.cuda.synchronize()
 
     expected, chosen = prune_score(transition, new, size, segments, kept)

@@ -19,15 +19,16 @@ import onnx
 import pytest
 import torch
 
-from forcingkv.export import cubins, prune_op, quick_plugin
-from forcingkv.export.quick_plugin import QUICK_PLUGINS, QuickPlugin, kernel_text, register_quick_plugins
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.prune import prune_score
 from forcingkv.models.wan import KeysValues
+from forcingkv.prune import onnx_operators, quick_plugin, triton_kernels
+from forcingkv.prune.launcher import KernelLauncher, LaunchSizes
+from forcingkv.prune.quick_plugin import QUICK_PLUGINS, QuickPlugin, kernel_text, register_quick_plugins
+from forcingkv.prune.reference import prune_score
 from forcingkv.runtime import flavour
-from forcingkv.runtime.kernels import KernelLauncher, KernelName
-from tests.export.quick_framework import DataType, Framework, Imitated, Real, TensorRT
-from tests.runtime.test_prune_plugin import model
+from forcingkv.runtime.engines import KernelName
+from tests.prune.quick_framework import DataType, Framework, Imitated, Real, TensorRT
+from tests.prune.test_plugin import model
 
 BATCH, HEADS, WIDTH, FRAME, SEGMENTS, KEPT = 1, 2, 16, 12, 6, 6
 NEW, SIZE = 3 * FRAME, FRAME // SEGMENTS
@@ -80,10 +81,9 @@ def test_what_is_launched_is_what_the_runtime_launches(
 
     monkeypatch.setattr(KernelLauncher, "_launch", note)
     launcher = KernelLauncher.__new__(KernelLauncher)
-    tokens = {"transition_tokens": transition, "new_tokens": NEW}
-    common = {"heads": HEADS, **tokens, "segment_tokens": SIZE, "kept": KEPT, "stream": 0}
-    launcher.score(0, 0, 0, 0, frame_tokens=FRAME, **common)
-    launcher.collect(*[0] * 7, batch=BATCH, **common)
+    sizes = LaunchSizes(BATCH, HEADS, transition, NEW, SIZE, KEPT, FRAME)
+    launcher.score(0, 0, 0, 0, sizes, 0)
+    launcher.collect([0] * 7, sizes, 0)
 
     kernels = [framework.kernel(plugin, nodes(transition)[plugin.name]) for plugin in QUICK_PLUGINS]
     assert [(kernel.symbol, kernel.grid, kernel.numbers) for kernel in kernels] == launched
@@ -105,7 +105,7 @@ ORDER: dict[KernelName, list[int]] = {
 
 
 @pytest.mark.parametrize("plugin", QUICK_PLUGINS, ids=lambda plugin: plugin.name)
-@pytest.mark.parametrize("sm", cubins.SMS)
+@pytest.mark.parametrize("sm", triton_kernels.SMS)
 def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin, sm: int) -> None:
     text = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, sm)
     entry = re.search(rf"\.entry {text.symbol}\(\n(.*?)\n\)", text.ptx, re.DOTALL)
@@ -120,7 +120,7 @@ def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin,
     ]
     assert f".target sm_{sm}\n" in text.ptx
     assert "/" not in "".join(re.findall(r'\.file.*"(.*)"', text.ptx))
-    cubin, _, spilled = cubins.assemble(text.ptx, sm)
+    cubin, _, spilled = triton_kernels.assemble(text.ptx, sm)
     assert cubin
     assert spilled == 0
 
@@ -134,7 +134,7 @@ def test_a_kernel_that_reads_more_than_it_is_passed_is_refused() -> None:
 
 
 def test_the_plugins_are_the_operators_that_export_writes() -> None:
-    functions = {f.name: f for f in prune_op.prune_functions()}
+    functions = {f.name: f for f in onnx_operators.prune_functions()}
     for plugin in QUICK_PLUGINS:
         function = functions[plugin.name]
         assert tuple(function.input) == plugin.inputs
@@ -145,7 +145,7 @@ def test_the_plugins_are_the_operators_that_export_writes() -> None:
 def test_more_candidates_than_the_kernel_takes_are_refused(framework: Framework) -> None:
     select = QUICK_PLUGINS[1]
     assert framework.kernel(select, [((64 * SIZE,), DataType.FLOAT)]).numbers == [SIZE, 64, KEPT]
-    with pytest.raises(InputError, match="65 segments are candidates"):
+    with pytest.raises(InputError, match="has 65 segments to choose"):
         framework.kernel(select, [((65 * SIZE,), DataType.FLOAT)])
 
 
@@ -157,10 +157,10 @@ def test_registering_again_only_names_another_gpu(framework: Framework) -> None:
 
 def test_registering_needs_a_tensorrt_that_has_such_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flavour, "_chosen", [])
-    with pytest.raises(InputError, match=r"no flavour chosen: .* expected tensorrt 10\.9 or newer"):
+    with pytest.raises(InputError, match=r"without TensorRT has no plugins .* expected tensorrt 10\.15"):
         register_quick_plugins(SM)
     monkeypatch.setattr(flavour, "_chosen", [(flavour.FLAVOURS["tensorrt-rtx"], ModuleType("tensorrt_rtx"))])
-    with pytest.raises(InputError, match="tensorrt-rtx: "):
+    with pytest.raises(InputError, match="tensorrt-rtx has no plugins"):
         register_quick_plugins(SM)
 
 
@@ -231,7 +231,7 @@ def run_on_gpu(folder: str) -> None:
 @pytest.mark.parametrize("transition", [0, FRAME])
 def test_an_engine_runs_the_kernels_where_no_plugin_is_known(transition: int, tmp_path: Path) -> None:
     split = onnx.load_from_string(model())
-    prune_op.split_prune(split)
+    onnx_operators.split_prune(split)
     onnx.save(split, tmp_path / "model.onnx")
     generator = torch.Generator().manual_seed(0)
     lengths = {"transition": transition, "new": NEW}

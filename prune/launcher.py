@@ -1,7 +1,7 @@
-"""Launching the DynamicPrune kernels: compiled ahead of time (`export/cubins.py`), so without Triton.
+"""Launching the kernels of a bundle: they are compiled ahead of time, so this needs no Triton.
 
-Here is also what launches have in common with the compilation and the tests of the kernels: how much one
-program does, and how many programs there are.
+How much one program of a kernel does, and how many programs there are, stands here too: launches have it in
+common with the compilation, the quick plugins and the tests.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import inside
-from forcingkv.runtime.cuda_core import cuda_core
-from forcingkv.runtime.spec import Dtype
+from forcingkv.runtime.engines import KernelName, KernelRecord, cuda_core
 
-KernelName: TypeAlias = Literal["token_cosines", "select_segments", "compact_segments"]
 Grid: TypeAlias = tuple[int, int, int]
 
 KERNELS: tuple[KernelName, ...] = get_args(KernelName)
@@ -36,25 +34,33 @@ ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class KernelRecord:
-    """One compiled kernel of a bundle."""
+class LaunchSizes:
+    """The sizes of one layer's keys and values (batch, heads, tokens, width) and of the choice."""
 
-    kernel: KernelName
-    dtype: Dtype
-    """Of keys and values."""
-    width: int
-    """Of a head: the size of a key."""
-    sm: int
-    """Compute capability it was compiled for, 89 for 8.9."""
-    file: str
-    """The cubin, named relative to the bundle."""
-    symbol: str
-    """The kernel's name in it."""
-    warps: int
-    shared_bytes: int
-    registers: int
-    spill_bytes: int
-    """Local memory a thread spills to; 0, as `export/cubins.py` refuses to write others."""
+    batch: int
+    heads: int
+    transition_tokens: int
+    """0 without a transition frame, whose pointers are then null."""
+    new_tokens: int
+    segment_tokens: int
+    kept: int
+    frame_tokens: int = 0
+    """Only scoring needs it."""
+
+    @property
+    def candidate_tokens(self) -> int:
+        """Tokens of all frames but the last: those that have one a frame later to be compared with."""
+        return self.transition_tokens + self.new_tokens - self.frame_tokens
+
+    @property
+    def candidates(self) -> int:
+        """Segments to choose from."""
+        return self.candidate_tokens // self.segment_tokens
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that scoring needs for its cosines."""
+        return self.candidate_tokens * np.dtype(np.float32).itemsize
 
 
 def cosine_grid(frame_tokens: int, candidate_tokens: int, block: int = COSINE_BLOCK) -> Grid:
@@ -72,19 +78,14 @@ def compact_grid(batch: int, heads: int, segment_tokens: int, kept: int, block: 
     return kept * -(-segment_tokens // block), batch * heads, 2
 
 
-def workspace_bytes(candidate_tokens: int) -> int:
-    """Bytes for the cosines of that many tokens."""
-    return candidate_tokens * np.dtype(np.float32).itemsize
-
-
 def check_candidates(candidates: int) -> None:
     """Raises InputError if there are more segments to choose from than the kernel can take."""
     if candidates > MAX_CANDIDATES:
         raise InputError(
-            f"{candidates} segments are candidates for being retained",
-            where="policy",
+            f"has {candidates} segments to choose the retained ones from",
+            where="the policy",
             expected=f"at most {MAX_CANDIDATES}",
-            hint="Split frames in fewer segments.",
+            hint="Split frames into fewer segments.",
         )
 
 
@@ -142,97 +143,42 @@ class KernelLauncher:
         new_keys: int,
         cosines: int,
         indices: int,
-        *,
-        heads: int,
-        transition_tokens: int,
-        new_tokens: int,
-        frame_tokens: int,
-        segment_tokens: int,
-        kept: int,
+        sizes: LaunchSizes,
         stream: int,
     ) -> None:
         """Choose the `kept` least similar segments: their indices (kept,) int64, ascending.
 
-        `cosines` points to `workspace_bytes` of workspace. Sizes are those of keys (batch, heads, tokens,
-        width); batch item 0 decides.
+        `cosines` points to `sizes.workspace_bytes` of workspace. Batch item 0 decides. Raises InputError for
+        more candidates than the kernel takes.
         """
-        candidate_tokens = transition_tokens + new_tokens - frame_tokens
-        self.cosines(
-            transition_keys,
-            new_keys,
-            cosines,
-            heads=heads,
-            transition_tokens=transition_tokens,
-            new_tokens=new_tokens,
-            frame_tokens=frame_tokens,
-            stream=stream,
+        check_candidates(sizes.candidates)
+        self._launch(
+            "token_cosines",
+            cosine_grid(sizes.frame_tokens, sizes.candidate_tokens),
+            (transition_keys, new_keys, cosines),
+            (sizes.heads, sizes.transition_tokens, sizes.new_tokens, sizes.frame_tokens),
+            stream,
         )
-        self.select(
-            cosines,
-            indices,
-            segment_tokens=segment_tokens,
-            candidates=candidate_tokens // segment_tokens,
-            kept=kept,
-            stream=stream,
+        self._launch(
+            "select_segments",
+            select_grid(),
+            (cosines, indices),
+            (sizes.segment_tokens, sizes.candidates, sizes.kept),
+            stream,
         )
 
-    def cosines(
-        self,
-        transition_keys: int,
-        new_keys: int,
-        cosines: int,
-        *,
-        heads: int,
-        transition_tokens: int,
-        new_tokens: int,
-        frame_tokens: int,
-        stream: int,
-    ) -> None:
-        """The first half of `score`: float32 cosines of the candidates' tokens."""
-        grid = cosine_grid(frame_tokens, transition_tokens + new_tokens - frame_tokens)
-        pointers = (transition_keys, new_keys, cosines)
-        sizes = (heads, transition_tokens, new_tokens, frame_tokens)
-        self._launch("token_cosines", grid, pointers, sizes, stream)
+    def collect(self, pointers: Sequence[int], sizes: LaunchSizes, stream: int) -> None:
+        """Copy the chosen segments to retained keys and values (batch, heads, kept * tokens, width).
 
-    def select(
-        self, cosines: int, indices: int, *, segment_tokens: int, candidates: int, kept: int, stream: int
-    ) -> None:
-        """The second half of `score`: indices from cosines."""
-        check_candidates(candidates)
-        sizes = (segment_tokens, candidates, kept)
-        self._launch("select_segments", select_grid(), (cosines, indices), sizes, stream)
-
-    def collect(
-        self,
-        transition_keys: int,
-        transition_values: int,
-        new_keys: int,
-        new_values: int,
-        indices: int,
-        retained_keys: int,
-        retained_values: int,
-        *,
-        batch: int,
-        heads: int,
-        transition_tokens: int,
-        new_tokens: int,
-        segment_tokens: int,
-        kept: int,
-        stream: int,
-    ) -> None:
-        """Copy the chosen segments to retained keys and values (batch, heads, kept * tokens, width)."""
-        grid = compact_grid(batch, heads, segment_tokens, kept)
-        pointers = (
-            transition_keys,
-            transition_values,
-            new_keys,
-            new_values,
-            indices,
-            retained_keys,
-            retained_values,
+        `pointers`: transition keys and values, new keys and values, indices, retained keys and values.
+        """
+        self._launch(
+            "compact_segments",
+            compact_grid(sizes.batch, sizes.heads, sizes.segment_tokens, sizes.kept),
+            pointers,
+            (sizes.transition_tokens, sizes.new_tokens, sizes.segment_tokens, sizes.kept),
+            stream,
         )
-        sizes = (transition_tokens, new_tokens, segment_tokens, kept)
-        self._launch("compact_segments", grid, pointers, sizes, stream)
 
     def _load(self, folder: Path, record: KernelRecord) -> Any:
         path = inside(folder, record.file)

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pytest
 
-from forcingkv.export.quick_plugin import QuickPlugin
-from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE, PLUGIN_VERSION
+from forcingkv.prune.plugin import PLUGIN_NAMESPACE, PLUGIN_VERSION
+from forcingkv.prune.quick_plugin import QuickPlugin
 
 __all__ = ["DataType", "Framework", "Imitated", "Kernel", "Real", "TensorRT"]
 

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +19,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from forcingkv.export import prune_op
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import prune_plugin
-from forcingkv.runtime.kernels import KernelLauncher
-from forcingkv.runtime.prune_operators import OPERATORS, Follow, Score
+from forcingkv.prune import onnx_operators, plugin
+from forcingkv.prune.launcher import KernelLauncher, LaunchSizes
+from forcingkv.prune.plugin import OPERATORS, DynamicPrune, DynamicPruneFollow
 
 ROOT = Path(__file__).parents[2]
 HEADS, WIDTH, FRAME, SEGMENTS, KEPT = 2, 16, 12, 6, 6
@@ -40,28 +39,28 @@ class Recorder:
     dtype, width = "bfloat16", WIDTH
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, list[int], dict[str, int]]] = []
+        self.calls: list[tuple[str, list[int], dict[str, int], int]] = []
 
-    def score(self, *pointers: int, **sizes: int) -> None:
-        self.calls.append(("score", list(pointers), sizes))
+    def score(self, *given: Any) -> None:
+        *pointers, sizes, stream = given
+        self.calls.append(("score", pointers, asdict(sizes), stream))
 
-    def collect(self, *pointers: int, **sizes: int) -> None:
-        self.calls.append(("collect", list(pointers), sizes))
+    def collect(self, pointers: list[int], sizes: LaunchSizes, stream: int) -> None:
+        self.calls.append(("collect", pointers, asdict(sizes), stream))
 
 
 @pytest.mark.parametrize("transition", [0, FRAME])
 def test_scoring_launches_scores_then_collects(transition: int) -> None:
     recorder = Recorder()
     keys, new = (2, HEADS, transition, WIDTH), (2, HEADS, NEW, WIDTH)
-    operator = Score(frame_tokens=FRAME, segments=SEGMENTS, kept=KEPT)
+    operator = DynamicPrune(frame_tokens=FRAME, segments=SEGMENTS, kept=KEPT)
     operator.check([keys, keys, new, new])
     launcher = cast(KernelLauncher, recorder)
     operator.run(launcher, [keys, keys, new, new], [1, 2, 3, 4, 5, 6, 7], 8, 9)
-    tokens = {"transition_tokens": transition, "new_tokens": NEW}
-    common = {"heads": HEADS, **tokens, "segment_tokens": SIZE, "kept": KEPT, "stream": 9}
+    sizes = asdict(LaunchSizes(2, HEADS, transition, NEW, SIZE, KEPT, FRAME))
     assert recorder.calls == [
-        ("score", [1, 3, 8, 7], common | {"frame_tokens": FRAME}),
-        ("collect", [1, 2, 3, 4, 7, 5, 6], common | {"batch": 2}),
+        ("score", [1, 3, 8, 7], sizes, 9),
+        ("collect", [1, 2, 3, 4, 7, 5, 6], sizes, 9),
     ]
     assert operator.workspace_bytes([keys, keys, new, new]) == 4 * (transition + 2 * FRAME)
 
@@ -70,39 +69,33 @@ def test_scoring_launches_scores_then_collects(transition: int) -> None:
 def test_following_only_collects(transition: int) -> None:
     recorder = Recorder()
     keys, new = (1, HEADS, transition, WIDTH), (1, HEADS, NEW, WIDTH)
-    operator = Follow(segment_tokens=SIZE)
+    operator = DynamicPruneFollow(segment_tokens=SIZE)
     operator.check([keys, keys, new, new, (KEPT,)])
     launcher = cast(KernelLauncher, recorder)
     operator.run(launcher, [keys, keys, new, new, (KEPT,)], [1, 2, 3, 4, 5, 6, 7], 0, 9)
-    sizes = {
-        "batch": 1,
-        "heads": HEADS,
-        "transition_tokens": transition,
-        "new_tokens": NEW,
-        "segment_tokens": SIZE,
-        "kept": KEPT,
-        "stream": 9,
-    }
-    assert recorder.calls == [("collect", [1, 2, 3, 4, 5, 6, 7], sizes)]
+    sizes = asdict(LaunchSizes(1, HEADS, transition, NEW, SIZE, KEPT))
+    assert recorder.calls == [("collect", [1, 2, 3, 4, 5, 6, 7], sizes, 9)]
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="no segments of equal size"):
-        Score(frame_tokens=FRAME, segments=5, kept=KEPT)
+        DynamicPrune(frame_tokens=FRAME, segments=5, kept=KEPT)
     one_frame, part = (1, HEADS, FRAME, WIDTH), (1, HEADS, FRAME + 1, WIDTH)
-    with pytest.raises(ValueError, match="new keys hold 13 tokens, no multiple of 12"):
-        Score(FRAME, SEGMENTS, KEPT).check([one_frame, one_frame, part, part])
+    with pytest.raises(ValueError, match="new keys hold 13 tokens, which is no multiple of 12"):
+        DynamicPrune(FRAME, SEGMENTS, KEPT).check([one_frame, one_frame, part, part])
     with pytest.raises(ValueError, match="7 segments are to be kept, of 6"):
-        Score(FRAME, SEGMENTS, 7).check([one_frame] * 4)
-    with pytest.raises(InputError, match="66 segments are candidates"):
-        Score(FRAME, SEGMENTS, KEPT).check([one_frame, one_frame, *[(1, HEADS, 11 * FRAME, WIDTH)] * 2])
-    with pytest.raises(ValueError, match="transition keys hold 13 tokens, no multiple of 2"):
-        Follow(SIZE).check([part, part, one_frame, one_frame, (KEPT,)])
+        DynamicPrune(FRAME, SEGMENTS, 7).check([one_frame] * 4)
+    with pytest.raises(InputError, match="has 66 segments to choose"):
+        DynamicPrune(FRAME, SEGMENTS, KEPT).check(
+            [one_frame, one_frame, *[(1, HEADS, 11 * FRAME, WIDTH)] * 2]
+        )
+    with pytest.raises(ValueError, match="transition keys hold 13 tokens, which is no multiple of 2"):
+        DynamicPruneFollow(SIZE).check([part, part, one_frame, one_frame, (KEPT,)])
 
 
 def test_the_plugins_are_the_operators_that_export_writes() -> None:
-    assert prune_plugin.PLUGIN_NAMESPACE == prune_op.PLUGIN_NAMESPACE
-    attributes = {f.name: set(f.attribute) - {"plugin_namespace"} for f in prune_op.prune_functions()}
+    assert plugin.PLUGIN_NAMESPACE == onnx_operators.PLUGIN_NAMESPACE
+    attributes = {f.name: set(f.attribute) - {"plugin_namespace"} for f in onnx_operators.prune_functions()}
     for kind in OPERATORS:
         assert attributes[kind.name] == {field.name for field in fields(kind)}
 
@@ -115,19 +108,19 @@ def model(segments: int = SEGMENTS) -> bytes:
             "DynamicPrune",
             kv,
             ["keys", "values", "indices"],
-            domain=prune_op.DOMAIN,
+            domain=onnx_operators.DOMAIN,
             kept=KEPT,
             frame_tokens=FRAME,
             segments=segments,
-            plugin_namespace=prune_op.PLUGIN_NAMESPACE,
+            plugin_namespace=onnx_operators.PLUGIN_NAMESPACE,
         ),
         helper.make_node(
             "DynamicPruneFollow",
             [*kv, "indices"],
             ["keys2", "values2"],
-            domain=prune_op.DOMAIN,
+            domain=onnx_operators.DOMAIN,
             segment_tokens=SIZE,
-            plugin_namespace=prune_op.PLUGIN_NAMESPACE,
+            plugin_namespace=onnx_operators.PLUGIN_NAMESPACE,
         ),
     ]
     lengths: dict[str, int | str] = {"transition": "cached", "new": NEW}
@@ -141,10 +134,10 @@ def model(segments: int = SEGMENTS) -> bytes:
         for name in ("keys", "values", "keys2", "values2")
     ]
     outputs.append(helper.make_tensor_value_info("indices", TensorProto.INT64, [KEPT]))
-    opsets = [helper.make_opsetid("", prune_op.OPSET), helper.make_opsetid(prune_op.DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", onnx_operators.OPSET), helper.make_opsetid(onnx_operators.DOMAIN, 1)]
     graph = helper.make_graph(nodes, "prune", inputs, outputs)
     made = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    made.functions.extend(prune_op.prune_functions())
+    made.functions.extend(onnx_operators.prune_functions())
     onnx.checker.check_model(made)
     return bytes(made.SerializeToString())
 
@@ -154,8 +147,8 @@ import hashlib, json, sys
 from pathlib import Path
 import numpy as np
 from forcingkv.runtime.flavour import choose, trt
-from forcingkv.runtime.prune_plugin import raise_plugin_error, register_plugins, unregister_plugins
-from tests.runtime.test_prune_plugin import FRAME, HEADS, KEPT, NEW, WIDTH, Recorder
+from forcingkv.prune.plugin import raise_plugin_error, register_plugins, unregister_plugins
+from tests.prune.test_plugin import FRAME, HEADS, KEPT, NEW, WIDTH, Recorder
 
 choose("tensorrt-rtx")
 logger = trt.Logger(trt.Logger.ERROR)
@@ -339,12 +332,12 @@ def test_what_a_callback_raises_is_not_lost(report: dict[str, Any]) -> None:
 
 @needs_tensorrt
 def test_running_launches_the_kernels_on_tensorrts_pointers(report: dict[str, Any]) -> None:
-    assert [name for name, _, _ in report["calls"]] == ["score", "collect", "collect"]
-    assert [pointers for _, pointers, _ in report["calls"]] == [
+    assert [name for name, *_ in report["calls"]] == ["score", "collect", "collect"]
+    assert [pointers for _, pointers, *_ in report["calls"]] == [
         [1, 3, 8, 7],
         [1, 2, 3, 4, 7, 5, 6],
         [1, 2, 3, 4, 5, 6, 7],
     ]
-    for _, _, sizes in report["calls"]:
+    for _, _, sizes, stream in report["calls"]:
         assert sizes["transition_tokens"] == 0
-        assert (sizes["heads"], sizes["new_tokens"], sizes["stream"]) == (HEADS, NEW, 9)
+        assert (sizes["heads"], sizes["new_tokens"], stream) == (HEADS, NEW, 9)

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from forcingkv.export.prune_op import DOMAIN, OPSET, PLUGIN_NAMESPACE, functions_for, split_prune
+from forcingkv.prune.onnx_operators import DOMAIN, OPSET, PLUGIN_NAMESPACE, split_prune
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
@@ -85,7 +85,6 @@ def model() -> onnx.ModelProto:
     return helper.make_model(
         helper.make_graph(nodes, "prune", inputs, outputs),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-        functions=functions_for({"DynamicPrune", "DynamicPruneFollow"}),
         ir_version=10,
     )
 

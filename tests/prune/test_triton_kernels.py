@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from forcingkv.export.prune_op import DOMAIN, OPSET, PLUGIN_NAMESPACE, functions_for
-from forcingkv.models.prune import prune_score
 from forcingkv.models.wan import KeysValues
-from forcingkv.runtime.kernels import COMPACT_BLOCK, COSINE_BLOCK, MAX_CANDIDATES, SELECT_BLOCK
-from tests.export.interpreter import INTEGERS, Sizes, bits, interpreter, prune, select
+from forcingkv.prune.launcher import COMPACT_BLOCK, COSINE_BLOCK, MAX_CANDIDATES, SELECT_BLOCK
+from forcingkv.prune.onnx_operators import DOMAIN, OPSET, PLUGIN_NAMESPACE, functions_for
+from forcingkv.prune.reference import prune_score
+from tests.prune.interpreter import INTEGERS, Sizes, bits, interpreter, prune, select
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -56,9 +56,9 @@ def session(kind: int, frame_tokens: int, segments: int, kept: int) -> ort.Infer
     model = helper.make_model(
         helper.make_graph([node], "prune", inputs, outputs),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-        functions=functions_for({"DynamicPrune"}),
         ir_version=10,
     )
+    model.functions.extend(functions_for(model))
     onnx.checker.check_model(model)
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 

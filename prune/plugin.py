@@ -11,21 +11,128 @@ is kept here for `raise_plugin_error`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeAlias, TypeVar, cast
 
 import numpy as np
 
+from forcingkv.prune.launcher import KernelLauncher, LaunchSizes, check_candidates
+from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.flavour import trt
-from forcingkv.runtime.kernels import KernelLauncher
-from forcingkv.runtime.prune_operators import OPERATORS, Operator, Shape
 from forcingkv.runtime.spec import Dtype
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "forcingkv", "1"
 
+Shape: TypeAlias = tuple[int, ...]
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class DynamicPrune:
+    """Score the segments, choose the least similar, collect them.
+
+    The fields are the node's attributes. Inputs: transition keys and values, new keys and values (batch,
+    heads, tokens, head_dim). Outputs: retained keys and values, indices.
+    """
+
+    frame_tokens: int
+    segments: int
+    kept: int
+
+    name: ClassVar[str] = "DynamicPrune"
+    outputs: ClassVar[int] = 3
+    indices_place: ClassVar[int] = 6
+    """Place of the indices among inputs and outputs."""
+
+    def __post_init__(self) -> None:
+        if min(self.frame_tokens, self.segments, self.kept) < 1 or self.frame_tokens % self.segments:
+            raise ValueError(f"no segments of equal size: {self}")
+
+    def sizes(self, inputs: list[Shape]) -> LaunchSizes:
+        """What the kernels are to work on."""
+        size = self.frame_tokens // self.segments
+        return LaunchSizes(*inputs[2][:2], inputs[0][2], inputs[2][2], size, self.kept, self.frame_tokens)
+
+    def output_shapes(self, inputs: list[trt.DimsExprs], build: trt.IExprBuilder) -> list[trt.DimsExprs]:
+        """Shapes of the outputs."""
+        tokens = build.constant(self.kept * (self.frame_tokens // self.segments))
+        return [*_retained(inputs, tokens), trt.DimsExprs([build.constant(self.kept)])]
+
+    def workspace_bytes(self, inputs: list[Shape]) -> int:
+        """Bytes for the cosines."""
+        return self.sizes(inputs).workspace_bytes
+
+    def check(self, inputs: list[Shape]) -> None:
+        """Raises an error if frames are not whole, or their segments too few or too many to choose from."""
+        _check_multiples(inputs, self.frame_tokens)
+        candidates = self.sizes(inputs).candidates
+        if candidates < self.kept:
+            raise ValueError(f"{self.kept} segments are to be kept, of {candidates}")
+        check_candidates(candidates)
+
+    def run(
+        self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int, stream: int
+    ) -> None:
+        """Launch the kernels; `pointers` are those of the inputs, then of the outputs."""
+        *inputs, retained_keys, retained_values, indices = pointers
+        sizes = self.sizes(shapes)
+        launcher.score(inputs[0], inputs[2], workspace, indices, sizes, stream)
+        launcher.collect([*inputs, indices, retained_keys, retained_values], sizes, stream)
+
+
+@dataclass(frozen=True)
+class DynamicPruneFollow:
+    """Collect the segments that the scoring layer chose.
+
+    The field is the node's attribute. Inputs: those of DynamicPrune, and the indices. Outputs: retained keys
+    and values.
+    """
+
+    segment_tokens: int
+
+    name: ClassVar[str] = "DynamicPruneFollow"
+    outputs: ClassVar[int] = 2
+    indices_place: ClassVar[int] = 4
+
+    def sizes(self, inputs: list[Shape]) -> LaunchSizes:
+        """What the kernel is to work on."""
+        return LaunchSizes(*inputs[2][:2], inputs[0][2], inputs[2][2], self.segment_tokens, kept=inputs[4][0])
+
+    def output_shapes(self, inputs: list[trt.DimsExprs], build: trt.IExprBuilder) -> list[trt.DimsExprs]:
+        """Shapes of the outputs."""
+        size = build.constant(self.segment_tokens)
+        return _retained(inputs, build.operation(trt.DimensionOperation.PROD, inputs[4][0], size))
+
+    def workspace_bytes(self, inputs: list[Shape]) -> int:
+        """None."""
+        return 0
+
+    def check(self, inputs: list[Shape]) -> None:
+        """Raises ValueError if keys do not hold whole segments."""
+        _check_multiples(inputs, self.segment_tokens)
+
+    def run(
+        self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int, stream: int
+    ) -> None:
+        """Launch the kernel; `pointers` are those of the inputs, then of the outputs."""
+        launcher.collect(pointers, self.sizes(shapes), stream)
+
+
+Operator: TypeAlias = DynamicPrune | DynamicPruneFollow
+OPERATORS: tuple[type[Operator], ...] = (DynamicPrune, DynamicPruneFollow)
+
+
+def _retained(inputs: list[trt.DimsExprs], tokens: trt.IDimensionExpr) -> list[trt.DimsExprs]:
+    """Shapes of retained keys and values: that of the new keys, with another number of tokens."""
+    return [trt.DimsExprs([inputs[2][0], inputs[2][1], tokens, inputs[2][3]]) for _ in range(2)]
+
+
+def _check_multiples(inputs: list[Shape], tokens: int) -> None:
+    for name, shape in zip(("transition", "new"), (inputs[0], inputs[2]), strict=True):
+        if shape[2] % tokens:
+            raise ValueError(f"{name} keys hold {shape[2]} tokens, which is no multiple of {tokens}")
 
 
 def register_plugins(launcher: KernelLauncher | None) -> None:
@@ -89,9 +196,10 @@ def _kept(callback: Callable[P, R]) -> Callable[P, R]:
 
 
 @cache
-def _dtypes() -> dict[trt.DataType, Dtype]:
-    """What keys and values may be."""
-    return {trt.DataType.BF16: "bfloat16", trt.DataType.HALF: "float16", trt.DataType.FLOAT: "float32"}
+def key_types() -> dict[trt.DataType, Dtype]:
+    """What keys and values may be: TensorRT's type -> the dtype."""
+    known = {getattr(trt.DataType, r.tensorrt): r.name for r in DTYPES.values() if r.tensorrt}
+    return cast("dict[trt.DataType, Dtype]", known)
 
 
 def _shapes(descriptions: list[trt.PluginTensorDesc]) -> list[Shape]:
@@ -152,7 +260,7 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
                 return False
             if pos == self.operator.indices_place:
                 return in_out[pos].desc.type == trt.DataType.INT64
-            return in_out[pos].desc.type == in_out[0].desc.type and in_out[0].desc.type in _dtypes()
+            return in_out[pos].desc.type == in_out[0].desc.type and in_out[0].desc.type in key_types()
 
         def configure_plugin(
             self, inputs: list[trt.DynamicPluginTensorDesc], out: list[trt.DynamicPluginTensorDesc]
@@ -185,10 +293,10 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
             stream: int,
         ) -> None:
             keys = input_desc[0]
-            launcher = _launchers.get((_dtypes()[keys.type], keys.dims[3]))
+            launcher = _launchers.get((key_types()[keys.type], keys.dims[3]))
             if launcher is None:
                 raise RuntimeError(
-                    f"{self.operator.name} has no kernels for {_dtypes()[keys.type]} keys of width"
+                    f"{self.operator.name} has no kernels for {key_types()[keys.type]} keys of width"
                     f" {keys.dims[3]}: give register_plugins the bundle's KernelLauncher before running"
                 )
             self.operator.run(launcher, _shapes(input_desc), [*inputs, *outputs], workspace, stream)

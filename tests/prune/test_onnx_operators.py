@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from forcingkv.export.prune_op import (
+from forcingkv.models.wan import KeysValues
+from forcingkv.prune.onnx_operators import (
     DOMAIN,
     OPSET,
     PLUGIN_NAMESPACE,
@@ -21,8 +22,7 @@ from forcingkv.export.prune_op import (
     prune_functions,
     split_prune,
 )
-from forcingkv.models.prune import prune_follow, prune_score
-from forcingkv.models.wan import KeysValues
+from forcingkv.prune.reference import prune_follow, prune_score
 
 Array = npt.NDArray[np.float32]
 
@@ -140,6 +140,12 @@ def test_ties_go_to_the_lowest_index() -> None:
 
 
 def test_a_model_gets_the_bodies_of_its_nodes_alone() -> None:
-    assert {f.name for f in functions_for({"DynamicPruneFollow", "Add"})} == {"DynamicPruneFollow"}
+    def bodies(*types: str) -> set[str]:
+        nodes = [helper.make_node(name, ["a"], ["b"], domain=DOMAIN) for name in types]
+        nodes.append(helper.make_node("Add", ["a", "a"], ["c"]))
+        model = helper.make_model(helper.make_graph(nodes, "nodes", [], []))
+        return {function.name for function in functions_for(model)}
+
+    assert bodies("DynamicPruneFollow") == {"DynamicPruneFollow"}
     kernels = {"TokenCosines", "SelectSegments", "DynamicPruneFollow"}
-    assert {f.name for f in functions_for({"DynamicPrune", *kernels})} == {"DynamicPrune", *kernels}
+    assert bodies("DynamicPrune", *kernels) == {"DynamicPrune", *kernels}

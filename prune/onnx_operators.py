@@ -1,17 +1,19 @@
 """The ONNX operators DynamicPrune and DynamicPruneFollow (domain `forcingkv`).
 
 Each is one node with a function body in standard operators: ONNX Runtime runs the body, and TensorRT
-runs the plugin where one is registered under `plugin_namespace` (docs/decisions). The body is the
-reference that plugin and kernels are tested against. Definitions: METHOD.md section 3.
+runs the plugin where one is registered under `plugin_namespace` (docs/decisions/0003). Plugin and kernels
+are tested against the body, and the body against the torch operators, which `translation_table` exports to
+these nodes.
 
-TokenCosines, SelectSegments and DynamicPruneFollow are the kernels of `export/kernels.py` as operators, for
-plugins that hold one kernel each: `split_prune` puts them in DynamicPrune's place. They are no nodes of its
-body, since TensorRT looks for no plugins inside a body and passes attributes down one level only; instead
-the bodies are made of the same text.
+TokenCosines, SelectSegments and DynamicPruneFollow are the three kernels as operators, for plugins that hold
+one kernel each: `split_prune` puts them in DynamicPrune's place. They are not nodes of its body, since
+TensorRT looks for no plugins inside a body and passes attributes down one level only; instead the bodies are
+made of the same text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -20,11 +22,10 @@ import torch
 from onnx import defs, helper, parser
 from onnxscript import values
 
-import forcingkv.models.prune  # noqa: F401  (registers the torch operators)
-from forcingkv.export.rewriting import graphs
+import forcingkv.prune.reference  # noqa: F401  (registers the torch operators)
 from forcingkv.headmaps.errors import InputError
+from forcingkv.prune.plugin import PLUGIN_NAMESPACE
 from forcingkv.runtime.policies import Policy
-from forcingkv.runtime.prune_plugin import PLUGIN_NAMESPACE
 
 DOMAIN, VERSION = "forcingkv", 1
 OPSET = 23
@@ -114,10 +115,10 @@ def check_choice(policy: Policy) -> None:
     if retain is None or (retain.choose == "least-similar" and retain.shared):
         return
     raise InputError(
-        f"retains segments by choose = {retain.choose!r}, shared = {str(retain.shared).lower()}",
+        f"has choose = {retain.choose!r} and shared = {str(retain.shared).lower()} in [retain]",
         where=f"policy {policy.name}",
-        expected="choose = 'least-similar', shared = true",
-        hint="Other choices run in torch only (models/generate.py): they are there to be compared with.",
+        expected="choose = 'least-similar' and shared = true",
+        hint="Other choices can be compared in torch (models/generate.py), but not exported.",
     )
 
 
@@ -155,9 +156,19 @@ def prune_functions() -> list[onnx.FunctionProto]:
     ]
 
 
-def functions_for(used: set[str]) -> list[onnx.FunctionProto]:
-    """The bodies that a model with nodes of those types needs. None contains another."""
-    return [f for f in prune_functions() if f.name in used]
+def functions_for(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
+    """The bodies that a model's nodes need. None contains another."""
+    used = {node.op_type for graph in graphs(model) for node in graph.node if node.domain == DOMAIN}
+    return [function for function in prune_functions() if function.name in used]
+
+
+def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The graph of a model, and those of the branches in it."""
+    waiting = [model.graph]
+    while waiting:
+        graph = waiting.pop(0)
+        yield graph
+        waiting += [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
 
 
 def split_prune(model: onnx.ModelProto) -> None:
@@ -165,17 +176,15 @@ def split_prune(model: onnx.ModelProto) -> None:
 
     The model computes the same; its nodes are then one kernel each.
     """
-    used: set[str] = set()
     for graph in graphs(model):
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
             nodes += _one_kernel_each(node) if node.op_type == "DynamicPrune" else [node]
         del graph.node[:]
         graph.node.extend(nodes)
-        used |= {node.op_type for node in nodes}
     others = [f for f in model.functions if f.domain != DOMAIN]
     del model.functions[:]
-    model.functions.extend([*others, *functions_for(used)])
+    model.functions.extend([*others, *functions_for(model)])
 
 
 def _one_kernel_each(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -241,31 +250,27 @@ def translation_table() -> dict[Any, Any]:
 
 @cache
 def _opset() -> Any:
-    """The operators' schemas, registered with onnx once a process."""
-    tensors = [(name, "T") for name in _TENSORS]
-    kept = [(name, "T") for name in _KEPT]
-    indices = ("indices", "tensor(int64)")
-    _register("DynamicPrune", tensors, [*kept, indices], ["frame_tokens", "segments", "kept"])
-    _register("DynamicPruneFollow", [*tensors, indices], kept, ["segment_tokens"])
-    return values.Opset(DOMAIN, VERSION)
-
-
-def _register(
-    name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str]], numbers: list[str]
-) -> None:
+    """The schemas of the two operators that torch exports to, registered with onnx once a process."""
     formal, attribute = defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
     kinds = defs.OpSchema.AttrType
-    attributes = [attribute(n, kinds.INT, "", required=True) for n in numbers]
-    attributes.append(attribute("plugin_namespace", kinds.STRING, "", required=True))
+
+    def tensors(names: Iterable[str]) -> list[defs.OpSchema.FormalParameter]:
+        return [formal(name, "tensor(int64)" if name == "indices" else "T") for name in names]
+
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-    defs.register_schema(
-        defs.OpSchema(
-            name,
-            DOMAIN,
-            VERSION,
-            inputs=[formal(n, kind) for n, kind in inputs],
-            outputs=[formal(n, kind) for n, kind in outputs],
-            type_constraints=[("T", floats, "keys and values")],
-            attributes=attributes,
+    for function in prune_functions()[:2]:
+        *sizes, namespace = function.attribute
+        attributes = [attribute(name, kinds.INT, "", required=True) for name in sizes]
+        attributes.append(attribute(namespace, kinds.STRING, "", required=True))
+        defs.register_schema(
+            defs.OpSchema(
+                function.name,
+                DOMAIN,
+                VERSION,
+                inputs=tensors(function.input),
+                outputs=tensors(function.output),
+                type_constraints=[("T", floats, "keys and values")],
+                attributes=attributes,
+            )
         )
-    )
+    return values.Opset(DOMAIN, VERSION)

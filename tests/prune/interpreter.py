@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.models.wan import KeysValues
-from forcingkv.runtime.kernels import compact_grid, cosine_grid, select_grid
+from forcingkv.prune.launcher import compact_grid, cosine_grid, select_grid
 
 Bits = npt.NDArray[Any]
 
@@ -77,7 +77,7 @@ def _interpret() -> None:
 
 
 def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
-    from forcingkv.export import kernels
+    from forcingkv.prune import triton_kernels
 
     transition_keys, transition_values, new_keys, new_values = (
         torch.from_numpy(array).view(dtype) for array in tensors
@@ -86,7 +86,7 @@ def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
     transition_tokens = transition_keys.shape[2]
     candidate_tokens = transition_tokens + new_tokens - sizes.frame_tokens
     cosines = torch.full((candidate_tokens,), torch.nan)
-    kernels.token_cosines[cosine_grid(sizes.frame_tokens, candidate_tokens, sizes.cosine_block)](
+    triton_kernels.token_cosines[cosine_grid(sizes.frame_tokens, candidate_tokens, sizes.cosine_block)](
         transition_keys,
         new_keys,
         cosines,
@@ -102,7 +102,7 @@ def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
     shape = (batch, heads, sizes.kept * sizes.segment_tokens, width)
     retained = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
     grid = compact_grid(batch, heads, sizes.segment_tokens, sizes.kept, sizes.compact_block)
-    kernels.compact_segments[grid](
+    triton_kernels.compact_segments[grid](
         transition_keys,
         transition_values,
         new_keys,
@@ -120,11 +120,11 @@ def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
 
 
 def _select(cosines: Bits, segment_tokens: int, kept: int, constants: Mapping[str, int]) -> Bits:
-    from forcingkv.export import kernels
+    from forcingkv.prune import triton_kernels
 
     # One place more than is asked for: a kernel that writes past its output shows.
     indices = torch.full((kept + 1,), -1)
-    kernels.select_segments[select_grid()](
+    triton_kernels.select_segments[select_grid()](
         torch.from_numpy(cosines),
         indices,
         segment_tokens,

@@ -1,0 +1,124 @@
+"""The algorithm of DynamicPrune in torch, and its two operators, which export keeps as one node each.
+
+A layer scores its segments or follows the choice of the layer that did:
+
+    forcingkv::dynamic_prune          chooses segments and collects their keys and values
+    forcingkv::dynamic_prune_follow   collects segments that were chosen elsewhere
+
+Definitions: docs/method.md, "Segment similarity and retention".
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
+"""Keys and values, (batch, heads, tokens, head_dim) each."""
+
+
+def segment_similarity(frames: Tensor, segments: int) -> Tensor:
+    """Similarity of each candidate segment to the same place one frame later.
+
+    Args:
+        frames: keys (heads, frames, frame tokens, head_dim), oldest first.
+        segments: runs a frame is split into.
+
+    Returns:
+        ((frames - 1) * segments,): the mean over a segment's tokens of the cosine between the
+        token's key, all heads side by side, in a frame and in the next. Float32 whatever the keys are,
+        by the formula of the ONNX body (`onnx_operators`).
+    """
+    vectors = frames.permute(1, 2, 0, 3).flatten(2).float()
+    dot = (vectors[:-1] * vectors[1:]).sum(-1)
+    norm = (vectors * vectors).sum(-1).sqrt().clamp_min(1e-8)
+    cosine = dot / (norm[:-1] * norm[1:])
+    return torch.unflatten(cosine, 1, (segments, -1)).mean(-1).flatten()
+
+
+def gather_segments(x: Tensor, indices: Tensor, segment_tokens: int) -> Tensor:
+    """The chosen segments of x (batch, heads, tokens, head_dim), in the order of `indices`."""
+    runs = torch.unflatten(x, 2, (-1, segment_tokens))
+    return runs.index_select(2, indices).flatten(2, 3)
+
+
+def prune_score(
+    transition: KeysAndValues, new: KeysAndValues, segment_tokens: int, segments: int, kept: int
+) -> tuple[KeysAndValues, Tensor]:
+    """Choose and collect the `kept` least similar segments.
+
+    Args:
+        transition: the old transition frame of the layer's dynamic heads.
+        new: the finished chunk of the same heads.
+        segment_tokens: tokens of a segment.
+        segments: segments of a frame.
+        kept: segments to keep.
+
+    Returns:
+        The retained keys and values, and their indices (kept,) int64, ascending. Candidates are the
+        frames [old transition, new 0, new 1, ...] but the last; batch item 0 decides.
+    """
+    keys, values, indices = _score(*transition, *new, segment_tokens * segments, segments, kept)
+    return (keys, values), indices
+
+
+def prune_follow(
+    transition: KeysAndValues, new: KeysAndValues, indices: Tensor, segment_tokens: int
+) -> KeysAndValues:
+    """Collect the segments that the scoring layer chose."""
+    keys, values = _follow(*transition, *new, indices, segment_tokens)
+    return keys, values
+
+
+@torch.library.custom_op("forcingkv::dynamic_prune", mutates_args=())
+def _score(
+    transition_keys: Tensor,
+    transition_values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    frame_tokens: int,
+    segments: int,
+    kept: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys = torch.cat([transition_keys, new_keys], 2)
+    values = torch.cat([transition_values, new_values], 2)
+    similarity = segment_similarity(torch.unflatten(keys[0], 1, (-1, frame_tokens)), segments)
+    # A stable sort breaks ties by the lowest index, as the ONNX body does.
+    chosen = similarity.sort(stable=True).indices[:kept].sort().values
+    size = frame_tokens // segments
+    return gather_segments(keys, chosen, size), gather_segments(values, chosen, size), chosen
+
+
+@torch.library.custom_op("forcingkv::dynamic_prune_follow", mutates_args=())
+def _follow(
+    transition_keys: Tensor,
+    transition_values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    indices: Tensor,
+    segment_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    keys = torch.cat([transition_keys, new_keys], 2)
+    values = torch.cat([transition_values, new_values], 2)
+    return gather_segments(keys, indices, segment_tokens), gather_segments(values, indices, segment_tokens)
+
+
+# Shapes alone, for tracing.
+
+
+@_score.register_fake
+def _(tk: Tensor, tv: Tensor, nk: Tensor, nv: Tensor, frame_tokens: int, segments: int, kept: int) -> object:
+    indices = nk.new_empty((kept,), dtype=torch.int64)
+    return *_retained(nk, kept * (frame_tokens // segments)), indices
+
+
+@_follow.register_fake
+def _(tk: Tensor, tv: Tensor, nk: Tensor, nv: Tensor, indices: Tensor, segment_tokens: int) -> object:
+    return _retained(nk, indices.shape[0] * segment_tokens)
+
+
+def _retained(keys: Tensor, tokens: int) -> KeysAndValues:
+    batch, heads, _, width = keys.shape
+    return keys.new_empty((batch, heads, tokens, width)), keys.new_empty((batch, heads, tokens, width))
