@@ -148,7 +148,7 @@ class Mp4Writer(FrameWriter):
         """One fragment with all of the frames.
 
         A muxer closes a fragment for certain only when it is itself closed. So each fragment has a muxer
-        of its own, in memory, which is told its number and takes its time from the packets
+        of its own, in memory, which is given its number and takes its time from the packets
         (frag_discont); its head, which would be the file's again, is left out.
         """
         import av

@@ -205,7 +205,7 @@ class TensorRTPass:
     graph: CudaGraph | None = None
 
     def run(self) -> None:
-        """Raises DeviceError or MemoryShortError with what TensorRT said."""
+        """Raises DeviceError or MemoryShortError with what TensorRT reported."""
         if self.ran and self.lane.cuda_graphs:
             if self.graph is None:
                 self.graph = self.lane.captured(self._enqueue, self.queue, self.context.what)
