@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +19,10 @@ def world(bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Wo
 
 
 @pytest.fixture
-def lane(world: World) -> Lane:
-    return world.lane()
+def lane(world: World) -> Iterator[Lane]:
+    lane = world.lane()
+    yield lane
+    lane.close()
 
 
 def test_an_array_comes_back_as_it_was_written(lane: Lane) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +42,10 @@ def world(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 @pytest.fixture
-def lane(world: World) -> Lane:
-    return world.lane()
+def lane(world: World) -> Iterator[Lane]:
+    lane = world.lane()
+    yield lane
+    lane.close()
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])

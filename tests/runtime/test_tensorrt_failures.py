@@ -47,7 +47,8 @@ def decode_pass(lane: Lane) -> Callable[[], None]:
 
 
 def test_a_refusal_tells_graph_and_phase_and_what_tensorrt_said(world: World) -> None:
-    run = decode_pass(world.lane())
+    lane = world.lane()
+    run = decode_pass(lane)
     world.tensorrt.refuse_at = world.tensorrt.refusable + 2
     with pytest.raises(DeviceError, match=r"could not run decode in phase 0 \(.*execute_async_v3: as"):
         run()
@@ -56,16 +57,19 @@ def test_a_refusal_tells_graph_and_phase_and_what_tensorrt_said(world: World) ->
     engine_loader._said.append("[resizeAllocator] Requested amount of GPU memory (1 bytes): out of memory")
     with pytest.raises(MemoryShortError, match="could not run decode in phase 0"):
         run()
+    lane.close()
 
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_what_the_plugin_raised_comes_first(world: World, refused: bool) -> None:
-    run = decode_pass(world.lane())
+    lane = world.lane()
+    run = decode_pass(lane)
     world.tensorrt.refuse_at = world.tensorrt.refusable + 2 if refused else None
     plugin._errors.append(RuntimeError("DynamicPrune has no kernels"))
     with pytest.raises(DeviceError, match=r"decode in phase 0 \(RuntimeError: DynamicPrune has no kernels\)"):
         run()
     assert plugin._errors == []
+    lane.close()
 
 
 def test_a_closed_lane_gives_all_back_and_refuses_everything(world: World) -> None:
