@@ -4,7 +4,7 @@
     python benchmarks/host_overhead.py --bundle bundle --chunks 60 --threads 1 --json
 
 For each chunk: the time of everything between asking for the chunk and having it, less the time that ONNX
-Runtime is at work (`OnnxGraph.run_bound`), divided by the chunk's passes, decoding counted as one.
+Runtime is at work (`OnnxPass.run`), divided by the chunk's passes, decoding counted as one.
 Medians over `--chunks` chunks in the last phase of the cache. A goal: at most 2% and less than 1 ms a pass.
 Times of other programs count where they take the CPU from this one; `cpu_ms` is the host's own work on this
 thread, which they do not touch.
@@ -23,7 +23,7 @@ from typing import Any
 from rich.progress import Progress
 
 from forcingkv.runtime import Session
-from forcingkv.runtime.backends.onnxruntime import OnnxGraph
+from forcingkv.runtime.backends.onnxruntime import OnnxPass
 
 
 class Timed:
@@ -32,16 +32,16 @@ class Timed:
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
         self.runs = 0
-        inner = OnnxGraph.run_bound
+        inner = OnnxPass.run
 
-        def run_bound(graph: OnnxGraph, binding: Any) -> None:
+        def run(bound: OnnxPass) -> None:
             wall, cpu = time.perf_counter(), time.thread_time()
-            inner(graph, binding)
+            inner(bound)
             self.wall += time.perf_counter() - wall
             self.cpu += time.thread_time() - cpu
             self.runs += 1
 
-        OnnxGraph.run_bound = run_bound  # type: ignore[method-assign]
+        OnnxPass.run = run  # type: ignore[method-assign]
 
     def take(self) -> tuple[float, float, int]:
         """What was added up since the last time."""

@@ -57,9 +57,9 @@ def compare(case: Case, rounds: int, threads: int) -> dict[str, Any]:
     eager = TorchStep(plan)
     taken: dict[str, list[float]] = {"onnxruntime": [], "torch": []}
     with Session.open(case.bundle, threads=threads) as session:
-        rehearsal = session.rehearse(plan.phases[-1].first_chunk)
+        timer = session.pass_timer(plan.phases[-1].first_chunk)
         for number in range(rounds):
-            for name, run in (("onnxruntime", rehearsal.clean), ("torch", eager.seconds)):
+            for name, run in (("onnxruntime", timer.clean), ("torch", eager.seconds)):
                 passes = [run() for _ in range(PASSES)][1:]
                 taken[name].append(statistics.median(passes))
             print(f"{case.name} {number + 1}/{rounds}", file=sys.stderr, flush=True)

@@ -2,11 +2,9 @@
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.bundle import Bundle
-from forcingkv.runtime.chunks import NoiseSource
+from forcingkv.runtime.chunks import Chunk, NoiseSource, Timing
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, NotFiniteError, SessionError
-from forcingkv.runtime.results import Chunk, Timing
-from forcingkv.runtime.session import Session
-from forcingkv.runtime.streaming import Video
+from forcingkv.runtime.session import Session, Video
 from forcingkv.runtime.text import Prompt
 
 __all__ = [

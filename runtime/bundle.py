@@ -24,6 +24,11 @@ CLEAN = "clean"
 """The input of `step` that says whether a pass is the clean one."""
 
 
+def next_name(name: str) -> str:
+    """The name of the output that replaces the input of that name in the next call."""
+    return f"next.{name}"
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """An input or output of a graph. A dimension that varies by phase has the name of its symbol."""

@@ -1,7 +1,7 @@
 """Making one chunk: the denoising passes, the clean pass, decoding.
 
-`begin` puts a chunk's passes into the queue, `finish` waits for what they gave. On a device the passes of
-the next chunk run while one is decoded; on a CPU `begin` returns when its passes are done.
+`ChunkMaker.begin` puts a chunk's passes into the queue, `finish` waits for what they gave and decodes it. On
+a device the passes of the next chunk run while one is decoded; on a CPU `begin` returns when they are done.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,13 @@ import numpy.typing as npt
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Fetch, Lane, Mark, Pass, Queue, Tensor
-from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord
+from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord, TensorRecord, next_name
 from forcingkv.runtime.cache import CacheBuffers
-from forcingkv.runtime.decoding import ChunkDecoder
 from forcingkv.runtime.faults import NotFiniteError
-from forcingkv.runtime.results import Chunk, FramesOn, Timing
+from forcingkv.runtime.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
+FramesOn: TypeAlias = Literal["host", "device"]
 NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
 """(chunk, step, shape) -> standard normal noise: step 0 starts a chunk, step i + 1 renews it in pass i (the
 last pass leaves none, and asks for none). A switch of prompts that redraws chunks asks for steps past those
@@ -31,10 +31,40 @@ of all passes."""
 
 CLEAN_PASS = -1
 """The step of the clean pass."""
+FIRST = "first"
+"""Input of `decode` that is 1 in a video's first call and 0 in the others, of graphs with caches."""
 
 
 @dataclass(frozen=True)
-class Begun:
+class Timing:
+    """Seconds a chunk took."""
+
+    denoise: float
+    """The denoising passes."""
+    clean: float
+    """The clean pass, which updates the cache."""
+    decode: float
+    total: float
+    """End to end, from the first pass to frames that can be used. Where decoding overlaps the next chunk
+    it is not the sum of the others."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames that were generated together."""
+
+    index: int
+    frames: Any
+    """uint8 (frames, height, width, 3): a numpy array of the caller's own; or, of a session opened with
+    `frames="device"`, something with `__dlpack__` on the session's memory, which later chunks overwrite:
+    use or copy it before asking for the next one."""
+    latents: Floats
+    """(1, channels, latent frames, height, width)."""
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class PendingChunk:
     """A chunk whose passes are in the queue."""
 
     index: int
@@ -43,7 +73,7 @@ class Begun:
     started: Mark
     denoised: Mark
     cleaned: Mark
-    asked: float
+    requested: float
     """When it was begun, by the host's clock."""
 
 
@@ -51,123 +81,112 @@ class ChunkMaker:
     """All memory of a session, and the passes bound to it.
 
     Attributes:
+        lane: what it runs with.
         cache: the KV cache.
         decoder: decodes chunks.
     """
 
     def __init__(self, bundle: Bundle, lane: Lane, frames: FramesOn) -> None:
-        self._plan, self._lane, self._frames_on = bundle.plan, lane, frames
+        self.lane, self._plan, self._frames_on = lane, bundle.plan, frames
         self._spec, self._schedule = bundle.plan.spec, bundle.plan.spec.schedule
-        records = bundle.manifest.graphs
+        prompt, step, decode = (bundle.manifest.graphs[name] for name in ("prompt", "step", "decode"))
         self.cache = CacheBuffers(self._plan, lane, bundle.manifest.compute)
-        self.cross = _tensors(lane, records["prompt"].outputs, state=True)
-        self.decoder = ChunkDecoder(lane, records["decode"], self._spec)
-        self._text = _tensors(lane, records["prompt"].inputs)
-        self._prompt = lane.program("prompt").bind(0, self._text, self.cross)
-        self._step, self._passes = lane.program("step"), dict[tuple[int, int, int], Pass]()
-        self._rotary = {name: _tensor(lane, records["step"], name) for name in ("cosines", "sines")}
-        self._latents = [_tensor(lane, records["step"], "latents") for _ in range(2)]
-        self._noise = _tensor(lane, records["step"], "noise") if self._schedule.renoise == "fresh" else None
+        self._cross = {name: _tensor(lane, r, state=True) for name, r in prompt.outputs.items()}
+        self.decoder = ChunkDecoder(lane, decode, self._spec)
+        self._text = {name: _tensor(lane, record) for name, record in prompt.inputs.items()}
+        self._prompt = lane.bind("prompt", 0, self._text, self._cross)
+        self._passes: dict[tuple[int, int, int], Pass] = {}
+        self._rotary = {name: _tensor(lane, step.inputs[name]) for name in ("cosines", "sines")}
+        # A ring of two: pass i reads latents i % 2 and writes the others, so no pass copies its result back.
+        self._latents = [_tensor(lane, step.inputs["latents"]) for _ in range(2)]
+        self._noise = _tensor(lane, step.inputs["noise"]) if self._schedule.renoise == "fresh" else None
         if self._noise is not None:
             self._noise.clear(lane.main)  # taken times 0, it must be a number
-        self._levels = self._noise_levels(records["step"])
-        self._skips_caches = records["step"].skips_caches
+        self._levels = self._noise_levels(step)
+        self._skips_caches = step.skips_caches
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(1, channels, latent frames, height, width) of a chunk."""
         return self._latents[0].shape
 
+    def restart(self) -> None:
+        """Begin a new video: what came before is forgotten."""
+        self.cache.restart()
+        self.decoder.restart()
+
     def prompt(self, text: Floats) -> None:
         """Let later passes follow a text (1, text_length, text_width)."""
-        self._text["text"].write(text, self._lane.main)
-        self._prompt.run(self._lane.main)
+        self._text["text"].write(text, self.lane.main)
+        self._prompt.run()
 
-    def begin(self, index: int, noise: NoiseSource) -> Begun:
+    def begin(self, index: int, noise: NoiseSource) -> PendingChunk:
         """Put the passes of a chunk into the queue."""
-        queue, shape, asked = self._lane.main, self.latent_shape, time.perf_counter()
+        queue, requested = self.lane.main, time.perf_counter()
         started = queue.mark()
-        self._place(index)
+        self._write_positions(index)
         # All noise at once: drawn between passes, each finds the processor's caches full of weights.
-        drawn = self._draw(noise, index, 0, 0)
-        self._latents[0].write(noise(index, 0, shape), queue)
+        renewing = self._renewing_noise(noise, index, 0, 0)
+        self._latents[0].write(noise(index, 0, self.latent_shape), queue)
         steps = []
         for step in range(len(self._schedule.timesteps)):
-            self._denoise(step, drawn)
+            self._denoise(step, renewing)
             steps.append(self._latents[(step + 1) % 2].fetch(queue))
         denoised = queue.mark()
         self._clean()
-        return Begun(index, tuple(steps), started, denoised, queue.mark(), asked)
+        return PendingChunk(index, tuple(steps), started, denoised, queue.mark(), requested)
 
-    def finish(self, begun: Begun) -> Chunk:
+    def finish(self, pending: PendingChunk) -> Chunk:
         """Wait for a chunk and decode it. Raises NotFiniteError where its latents are not numbers."""
-        for step, fetch in enumerate(begun.steps):
+        for step, fetch in enumerate(pending.steps):
             latents = fetch.array()
             if not np.isfinite(latents).all():
-                raise NotFiniteError(begun.index, step)
-        side = self._lane.side
+                raise NotFiniteError(pending.index, step)
+        side = self.lane.side
         opened = side.mark()
-        frames = self.decoder.decode(latents, begun.index)
+        frames = self.decoder.decode(latents, pending.index)
         shown = frames.shared() if self._frames_on == "device" else frames.fetch(side)
         decoded = side.mark()
         decoded.wait()
         if self._frames_on == "host":
             shown = shown.array()
         timing = Timing(
-            denoise=begun.denoised.since(begun.started),
-            clean=begun.cleaned.since(begun.denoised),
+            denoise=pending.denoised.since(pending.started),
+            clean=pending.cleaned.since(pending.denoised),
             decode=decoded.since(opened),
-            total=time.perf_counter() - begun.asked,
+            total=time.perf_counter() - pending.requested,
         )
-        return Chunk(begun.index, shown, latents, timing)
+        return Chunk(pending.index, shown, latents, timing)
 
     def replay(self, index: int, latents: Floats, noise: NoiseSource, redraw_from: int | None) -> None:
         """The clean pass of a chunk that was made before, as if it came next.
 
         With `redraw_from` its latents are noised as they were before that denoising pass, and drawn from
-        there first. That noise is of steps which no chunk has when it is made.
+        there first: a model that was not trained with switches of prompts follows what it sees in clean
+        latents, and those show the old prompt. That noise is of steps which no chunk has when it is made.
         """
         passes = len(self._schedule.timesteps)
-        self._place(index)
+        self._write_positions(index)
         if redraw_from is None:
-            self._latents[passes % 2].write(latents, self._lane.main)
+            self._latents[passes % 2].write(latents, self.lane.main)
         else:
             sigma = np.float32(self._schedule.sigmas[redraw_from])
-            drawn = self._draw(noise, index, redraw_from, passes + 1)
+            renewing = self._renewing_noise(noise, index, redraw_from, passes + 1)
             fresh = noise(index, passes + 1 + redraw_from, self.latent_shape)
             noised = (1 - sigma) * latents + sigma * fresh
-            self._latents[redraw_from % 2].write(noised, self._lane.main)
+            self._latents[redraw_from % 2].write(noised, self.lane.main)
             for step in range(redraw_from, passes):
-                self._denoise(step, drawn)
+                self._denoise(step, renewing)
         self._clean()
-
-    def stand_before(self, index: int) -> None:
-        """Take that chunk for the next one, with zeros for what the chunks before it would have left."""
-        self.cache.passes = self.decoder.called = index
-        for tensor in (*self.state().values(), *self._latents):
-            tensor.clear(self._lane.main)
-        self._place(index)
-
-    def timed_pass(self, step: int = 0) -> float:
-        """Seconds of the denoising pass of that number, or of the clean one, of the chunk that comes next."""
-        started = self._lane.main.mark()
-        self._pass(step).run(self._lane.main)
-        return _since(started, self._lane.main)
-
-    def timed_decode(self, index: int) -> float:
-        """Seconds of decoding a chunk of zeros."""
-        started = self._lane.side.mark()
-        self.decoder.decode(np.zeros(self.latent_shape, np.float32), index)
-        return _since(started, self._lane.side)
 
     def state(self) -> dict[str, Tensor]:
         """What the next chunk depends on: the KV cache, the prompt's keys and values, decoder caches."""
-        parts = {"cache": self.cache.held(), "cross": self.cross, "decoder": self.decoder.held()}
+        parts = {"cache": self.cache.held(), "cross": self._cross, "decoder": self.decoder.held()}
         return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
-    def fetch(self, tensor: Tensor) -> npt.NDArray[Any]:
-        """What a tensor of the state holds, once all chunks that were begun are finished."""
-        return tensor.fetch(self._lane.main).array()
+    def queue_of(self, name: str) -> Queue:
+        """The queue that reads and writes a tensor of the state."""
+        return self.lane.side if name.startswith("decoder/") else self.lane.main
 
     def restore(self, passes: int, decoder_calls: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take what `state` held after that many clean passes and calls of the decoder.
@@ -182,14 +201,13 @@ class ChunkMaker:
             if shape != tensor.shape:
                 self.cache.passes, self.decoder.called = before
                 raise InputError(
-                    f"has {name} of the shape {shape}", where="state", expected=str(tensor.shape)
+                    f"has {name} of the shape {shape}", where="the saved state", expected=str(tensor.shape)
                 )
         for name, tensor in state.items():
             array = arrays[name]
-            tensor.write(_as_bits(array) if tensor.dtype == "bfloat16" else array, self._lane.main)
-        self._lane.side.wait(self._lane.main.mark())
+            tensor.write(_as_bits(array) if tensor.dtype == "bfloat16" else array, self.queue_of(name))
 
-    def _draw(self, noise: NoiseSource, index: int, first: int, offset: int) -> dict[int, Floats]:
+    def _renewing_noise(self, noise: NoiseSource, index: int, first: int, offset: int) -> dict[int, Floats]:
         """The new noise of the passes from `first` on: that of pass i is of the step `offset` + i + 1.
 
         The last pass leaves no noise: whatever is there is taken times 0.
@@ -200,61 +218,174 @@ class ChunkMaker:
         renewed = [step for step in steps if self._schedule.sigmas[step + 1]]
         return {step: noise(index, offset + step + 1, self.latent_shape) for step in renewed}
 
-    def _denoise(self, step: int, drawn: Mapping[int, Floats]) -> None:
-        if self._noise is not None and step in drawn:
-            self._noise.write(drawn[step], self._lane.main)
-        self._pass(step).run(self._lane.main)
+    def _denoise(self, step: int, renewing: Mapping[int, Floats]) -> None:
+        if self._noise is not None and step in renewing:
+            self._noise.write(renewing[step], self.lane.main)
+        self._pass(step).run()
 
     def _clean(self) -> None:
-        self._pass(CLEAN_PASS).run(self._lane.main)
+        self._pass(CLEAN_PASS).run()
         self.cache.swap()
 
-    def _place(self, index: int) -> None:
+    def _write_positions(self, index: int) -> None:
         frames = self._spec.frames_per_chunk
         tables = positions.rotary(self._spec, self._plan.geometry, index * frames, frames)
-        for name, table in zip(("cosines", "sines"), tables, strict=True):
-            self._rotary[name].write(table, self._lane.main)
+        for tensor, table in zip(self._rotary.values(), tables, strict=True):
+            tensor.write(table, self.lane.main)
 
     def _pass(self, step: int) -> Pass:
-        """The denoising pass of that number, or the clean one, on the cache as it is."""
+        """The denoising pass of that number, or the clean one, on the cache as it is.
+
+        A pass is bound once to every combination that gives it other addresses: the phase (shapes of the
+        cache), the side (which of the cache's two buffers is read), and the step (noise level, and which of
+        the two latents is read). These are few, so after the first chunks of the last phase nothing is bound
+        any more.
+        """
         key = (*self.cache.key, step)
         if key not in self._passes:
+            # The clean pass comes after the last denoising pass, so it reads what that one wrote.
             place = len(self._schedule.timesteps) if step == CLEAN_PASS else step
             current, spare = self._latents[place % 2], self._latents[1 - place % 2]
-            inputs = {"latents": current, **self._rotary, **self._levels[step], **self.cross}
+            inputs = {"latents": current, **self._rotary, **self._levels[step], **self._cross}
             if self._noise is not None:
                 inputs["noise"] = self._noise
             outputs = {"next_latents": spare}
             if step == CLEAN_PASS or not self._skips_caches:
                 outputs |= self.cache.outputs()
-            self._passes[key] = self._step.bind(self.cache.phase, inputs | self.cache.inputs(), outputs)
+            inputs |= self.cache.inputs()
+            self._passes[key] = self.lane.bind("step", self.cache.phase, inputs, outputs)
         return self._passes[key]
 
     def _noise_levels(self, record: GraphRecord) -> dict[int, dict[str, Tensor]]:
         """For each step its time features, noise levels and whether it is the clean pass, written once."""
         schedule = self._schedule
-        steps = [(timestep, *schedule.sigmas[i : i + 2]) for i, timestep in enumerate(schedule.timesteps)]
-        clean, levels = (schedule.context_timestep, 0.0, 0.0), {}
-        for step, level in {**dict(enumerate(steps)), CLEAN_PASS: clean}.items():
-            timestep, sigma, following = level
+        levels: dict[int, dict[str, Tensor]] = {}
+        sigmas = schedule.sigmas
+        steps = [(step, at, sigmas[step], sigmas[step + 1]) for step, at in enumerate(schedule.timesteps)]
+        steps.append((CLEAN_PASS, schedule.context_timestep, 0.0, 0.0))
+        for step, timestep, sigma, next_sigma in steps:
             values = {
                 "time": positions.time_features(self._spec, np.array([[timestep]])),
                 "sigma": np.array([sigma], np.float32),
-                "sigma_next": np.array([following], np.float32),
+                "sigma_next": np.array([next_sigma], np.float32),
             }
             if record.skips_caches:
                 values[CLEAN] = np.array([step == CLEAN_PASS])
-            levels[step] = {name: _tensor(self._lane, record, name) for name in values}
+            levels[step] = {name: _tensor(self.lane, record.inputs[name]) for name in values}
             for name, value in values.items():
-                levels[step][name].write(value, self._lane.main)
+                levels[step][name].write(value, self.lane.main)
         return levels
 
 
-def _since(started: Mark, queue: Queue) -> float:
-    """Seconds of the work that a queue was given since a mark."""
-    done = queue.mark()
-    done.wait()
-    return done.since(started)
+class ChunkDecoder:
+    """Runs the graph `decode` over the latent frames of each chunk, in as many calls as it takes.
+
+    The caches are double buffered, as in `CacheBuffers`. A graph with caches gives `temporal_stride`
+    frames a latent frame; of the video's first one only the last is a frame of the video. All frames of
+    a chunk come to lie in one tensor; there are as many of those as chunks may be on their way.
+
+    Attributes:
+        called: calls since the video began.
+    """
+
+    def __init__(self, lane: Lane, record: GraphRecord, spec: ModelSpec) -> None:
+        self._lane, self.called = lane, 0
+        self._latents = _tensor(lane, record.inputs["latents"])
+        size, shape = self._latents.shape[2], record.outputs["frames"].shape
+        self._calls, self._frames_of_call = spec.frames_per_chunk // size, shape[0]
+        whole = (self._calls * shape[0], *shape[1:])
+        self._frames = [lane.tensor(whole, "uint8") for _ in range(1 + lane.lookahead)]
+        carried = {n: r for n, r in record.inputs.items() if next_name(n) in record.outputs}
+        self._caches = [{n: _tensor(lane, r, state=True) for n, r in carried.items()} for _ in range(2)]
+        self._first = {}
+        if carried:
+            for value in (False, True):
+                self._first[value] = lane.tensor((1,), "float32")
+                self._first[value].write(np.array([value], np.float32), lane.side)
+        self._dropped = spec.decoder.temporal_stride - 1
+        self._passes: dict[tuple[bool, int, int, int], Pass] = {}
+
+    def restart(self) -> None:
+        """Begin a new video: what came before is forgotten."""
+        self.called = 0
+        for tensor in self.held().values():
+            tensor.clear(self._lane.side)
+
+    def held(self) -> dict[str, Tensor]:
+        """The feature caches as they are now."""
+        return self._caches[self.called % 2]
+
+    def decode(self, latents: Floats, chunk: int) -> Tensor:
+        """Frames (frames, height, width, 3) of a chunk's latents (1, C, latent frames, h, w).
+
+        They are there once the lane's side queue has come so far, and stay until as many chunks later as
+        there are tensors for them.
+        """
+        size, opening = self._latents.shape[2], self.called == 0
+        place = chunk % len(self._frames)
+        for call in range(self._calls):
+            self._latents.write(latents[:, :, call * size : (call + 1) * size], self._lane.side)
+            self._pass(opening and call == 0, call, place).run()
+            self.called += 1
+        frames = self._frames[place]
+        return frames.rows(self._dropped if opening else 0, frames.shape[0])
+
+    def _pass(self, opening: bool, call: int, place: int) -> Pass:
+        """Bound once, as those of `ChunkMaker`: addresses follow from the cache's side, call and place."""
+        side = self.called % 2
+        key = (opening, side, call, place)
+        if key not in self._passes:
+            current, spare = self._caches[side], self._caches[1 - side]
+            rows = self._frames[place].rows(call * self._frames_of_call, (call + 1) * self._frames_of_call)
+            inputs, outputs = {"latents": self._latents}, {"frames": rows}
+            if current:
+                inputs |= {FIRST: self._first[opening], **current}
+                outputs |= {next_name(name): tensor for name, tensor in spare.items()}
+            self._passes[key] = self._lane.bind("decode", 0, inputs, outputs)
+        return self._passes[key]
+
+
+class PassTimer:
+    """Times single passes as they are at a chunk, without the video before it.
+
+    How long a pass takes does not depend on what the caches hold, only on how much: they have the lengths of
+    that chunk, and are full of zeros. What comes out means nothing.
+    """
+
+    def __init__(self, maker: ChunkMaker, chunk: int) -> None:
+        """For `Session.pass_timer`."""
+        self._maker, self._chunk = maker, chunk
+        maker.cache.passes = maker.decoder.called = chunk
+        for name, tensor in maker.state().items():
+            tensor.clear(maker.queue_of(name))
+        for tensor in maker._latents:
+            tensor.clear(maker.lane.main)
+        maker._write_positions(chunk)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all buffers for keys and values."""
+        return self._maker.cache.nbytes
+
+    def denoise(self) -> float:
+        """Seconds of a denoising pass."""
+        return self._seconds(self._maker.lane.main, self._maker._pass(0).run)
+
+    def clean(self) -> float:
+        """Seconds of the clean pass, which makes the next caches too. The chunk stays the next one."""
+        return self._seconds(self._maker.lane.main, self._maker._pass(CLEAN_PASS).run)
+
+    def decode(self) -> float:
+        """Seconds of decoding a chunk."""
+        zeros = np.zeros(self._maker.latent_shape, np.float32)
+        return self._seconds(self._maker.lane.side, lambda: self._maker.decoder.decode(zeros, self._chunk))
+
+    def _seconds(self, queue: Queue, work: Callable[[], object]) -> float:
+        started = queue.mark()
+        work()
+        done = queue.mark()
+        done.wait()
+        return done.since(started)
 
 
 def _as_bits(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
@@ -262,10 +393,5 @@ def _as_bits(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def _tensor(lane: Lane, record: GraphRecord, name: str) -> Tensor:
-    shaped = record.inputs[name]
-    return lane.tensor(shaped.shape, shaped.dtype)
-
-
-def _tensors(lane: Lane, records: Mapping[str, Any], *, state: bool = False) -> dict[str, Tensor]:
-    return {name: lane.tensor(r.shape, r.dtype, state=state) for name, r in records.items()}
+def _tensor(lane: Lane, record: TensorRecord, *, state: bool = False) -> Tensor:
+    return lane.tensor(record.shape, record.dtype, state=state)

@@ -38,6 +38,30 @@ class Embeds:
     where: str = "embeds"
     """The file, for messages."""
 
+    def __post_init__(self) -> None:
+        """Raises InputError for arrays that are not one a prompt, not finite, or of different widths."""
+        prompts, arrays = self.prompts, self.arrays
+        if not prompts or len(prompts) != len(arrays):
+            raise InputError(
+                f"has {len(arrays)} embeddings for {len(prompts)} prompts",
+                where=self.where,
+                expected="one for each",
+            )
+        for prompt, array in zip(prompts, arrays, strict=True):
+            if array.ndim != 2:
+                fault = f"{array.ndim} dimensions"
+            elif array.shape[1] != arrays[0].shape[1]:
+                fault = f"the width {array.shape[1]}"
+            elif not np.isfinite(array).all():
+                fault = "values that are not finite"
+            else:
+                continue
+            raise InputError(
+                f"the embedding of {_short(prompt)} has {fault}",
+                where=self.where,
+                expected="finite values of (tokens, text_width), of one width",
+            )
+
     def get(self, prompt: str | None, spec: ModelSpec) -> Array:
         """The embedding of a prompt (None: the only one) as the model takes it, zero-padded.
 
@@ -122,11 +146,8 @@ def read_embeds(path: Path | str) -> Embeds:
             )
     arrays = read_arrays(path, names)
     made = {name: text for name, text in metadata.items() if name not in ("schema", "prompts")}
-    embeds = Embeds(
-        tuple(prompts), tuple(arrays[n].astype(np.float32, copy=False) for n in names), made, where
-    )
-    _check(embeds)
-    return embeds
+    floats = tuple(arrays[name].astype(np.float32, copy=False) for name in names)
+    return Embeds(tuple(prompts), floats, made, where)
 
 
 def write_embeds(
@@ -145,34 +166,12 @@ def write_embeds(
     """
     stored = tuple(np.asarray(array, np.float32) for array in arrays)
     made = {name: str(item) for name, item in model_text.items()}
-    _check(Embeds(tuple(prompts), stored, made, str(path)))
+    embeds = Embeds(tuple(prompts), stored, made, str(path))
     metadata = {"schema": SCHEMA, "prompts": json.dumps(list(prompts)), **made}
-    planned = {f"embeds.{place}": ("F32", array.shape) for place, array in enumerate(stored)}
+    planned = {f"embeds.{place}": ("F32", array.shape) for place, array in enumerate(embeds.arrays)}
     with TensorWriter(path, planned, metadata) as writer:
-        for name, array in zip(planned, stored, strict=True):
+        for name, array in zip(planned, embeds.arrays, strict=True):
             writer.write(name, array)
-
-
-def _check(embeds: Embeds) -> None:
-    prompts, arrays, where = embeds.prompts, embeds.arrays, embeds.where
-    if not prompts or len(prompts) != len(arrays):
-        raise InputError(
-            f"{len(arrays)} embeddings for {len(prompts)} prompts", where=where, expected="one for each"
-        )
-    for prompt, array in zip(prompts, arrays, strict=True):
-        fault = None
-        if array.ndim != 2:
-            fault = f"has {array.ndim} dimensions"
-        elif array.shape[1] != arrays[0].shape[1]:
-            fault = f"has the width {array.shape[1]}"
-        elif not np.isfinite(array).all():
-            fault = "has values that are not finite"
-        if fault:
-            raise InputError(
-                f"the embedding of {_short(prompt)} {fault}",
-                where=where,
-                expected="finite values of (tokens, text_width), of one width",
-            )
 
 
 def _short(prompt: str) -> str:

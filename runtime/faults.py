@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+OUT_OF_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate",
+    "memoryallocation",
+    "out of memory",
+    "out_of_memory",
+    "outofmemory",
+)
+"""What the messages of ONNX Runtime, TensorRT, CUDA and its driver hold, in lower case, if memory ran out."""
+
 
 class SessionError(RuntimeError):
     """A video could not go on. The session can begin another."""
@@ -29,3 +40,9 @@ class NotFiniteError(SessionError):
 
 class DeviceError(SessionError):
     """The device, or what drives it, refused."""
+
+
+def ran_out_of_memory(error: Exception | str) -> bool:
+    """Whether an error, or a message of one, says that there was not enough memory."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)

@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def rotary(spec: ModelSpec, geometry: Geometry, first_frame: int, frames: int) -> tuple[Floats, Floats]:
-    """Cosines and sines of the 3-D rotary embedding (METHOD.md section 5).
+    """Cosines and sines of the 3-D rotary embedding (docs/method.md, "Positions").
 
     Returns two float32 arrays (frames * frame_tokens, head_dim / 2); the pairs of a head are those
     of time, then height, then width; tokens run over frames, rows, columns.

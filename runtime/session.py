@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import threading
+import operator
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.backends import Backend, open_backend
+from forcingkv.runtime.backends import Lane, open_backend
 from forcingkv.runtime.bundle import Bundle
-from forcingkv.runtime.chunks import ChunkMaker, NoiseSource
-from forcingkv.runtime.faults import SessionError
+from forcingkv.runtime.chunks import Chunk, ChunkMaker, FramesOn, NoiseSource, PassTimer, PendingChunk
+from forcingkv.runtime.faults import MemoryShortError, SessionError
+from forcingkv.runtime.noise import chunk_noise
 from forcingkv.runtime.preflight import check_memory
-from forcingkv.runtime.rehearsal import Rehearsal
-from forcingkv.runtime.results import FramesOn
-from forcingkv.runtime.snapshot import read_snapshot
-from forcingkv.runtime.streaming import Video
+from forcingkv.runtime.recache import LatentHistory
+from forcingkv.runtime.snapshot import SavedState, Snapshot, read_snapshot, write_snapshot
 from forcingkv.runtime.text import Prompt, prompt_input
 
 
@@ -33,21 +34,16 @@ class Session:
         spec: the bundle's model.
     """
 
-    def __init__(self, shared: SharedBackend, frames: FramesOn) -> None:
-        """For `open` and `sibling`: takes a share of a backend."""
-        self._shared, self._frames = shared, frames
-        self.bundle, self.plan, self.spec = shared.bundle, shared.bundle.plan, shared.bundle.plan.spec
+    def __init__(self, bundle: Bundle, backend: str, lane: Lane, frames: FramesOn) -> None:
+        """For `open` and `sibling`: takes all memory of the session on a lane, and closes the lane if that
+        fails."""
+        self.bundle, self.plan, self.spec = bundle, bundle.plan, bundle.plan.spec
+        self._backend, self._frames = backend, frames
         self._video: Video | None = None
-        backend = shared.take()
         try:
-            self._lane = backend.lane()
-            try:
-                self._maker: ChunkMaker | None = ChunkMaker(self.bundle, self._lane, frames)
-            except BaseException:
-                self._lane.close()
-                raise
+            self._maker: ChunkMaker | None = ChunkMaker(bundle, lane, frames)
         except BaseException:
-            shared.release()
+            lane.close()
             raise
 
     @classmethod
@@ -74,7 +70,7 @@ class Session:
 
         Raises:
             InputError: the bundle is damaged, was exported for another backend, or needs more memory than
-                there is; or there is no such backend.
+                there is; or there is no such backend, or it is too old.
             MissingExtraError: what the backend runs on is not installed.
             SessionError: the backend could not be started.
         """
@@ -84,28 +80,23 @@ class Session:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if preflight:
             check_memory(opened, backend)
-        loaded = open_backend(backend, opened, threads=threads, cuda_graphs=cuda_graphs)
-        return cls(SharedBackend(opened, backend, loaded), frames)
+        lane = open_backend(backend, opened, threads=threads, cuda_graphs=cuda_graphs)
+        return cls(opened, backend, lane, frames)
 
     def sibling(self, *, preflight: bool = True) -> Self:
         """Another session on the same weights, with caches of its own.
 
         Raises what `open` raises for want of memory, and RuntimeError if this session is closed.
         """
-        self._open_maker()
+        lane = self._memory().lane
         if preflight:
-            check_memory(self.bundle, self._shared.name, weights=False)
-        return type(self)(self._shared, self._frames)
+            check_memory(self.bundle, self._backend, weights=False)
+        return type(self)(self.bundle, self._backend, lane.sibling(), self._frames)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -113,13 +104,10 @@ class Session:
 
         A closed session cannot be used again.
         """
-        if self._maker is None:
-            return
-        self._maker = self._video = None
-        try:
-            self._lane.close()
-        finally:
-            self._shared.release()
+        if self._maker is not None:
+            lane = self._maker.lane
+            self._maker = self._video = None  # first, since the lane gives back what nobody holds
+            lane.close()
 
     def generate(
         self,
@@ -143,69 +131,190 @@ class Session:
             RuntimeError: the session is closed.
             SessionError: as iterating over the video does.
         """
-        self._open_maker()
-        video = Video(
-            self.bundle, self._lane.lookahead, self._maker_of, seed=seed, chunks=chunks, noise=noise
-        )
-        text = prompt_input(self.spec, prompt)
+        maker = self._memory()
+        video, text = Video(self, seed, chunks, noise), prompt_input(self.spec, prompt)
         self._video = video
-        video.start(text)
+        with video._changing():
+            maker.restart()
+            maker.prompt(text)
         return video
 
-    def restore(self, folder: Path | str) -> Video:
+    def restore(self, folder: Path | str, *, chunks: int | None = None) -> Video:
         """Go on with a video that `Video.save` saved, from the chunk after it, to the bit.
+
+        Args:
+            folder: where it was saved.
+            chunks: how many chunks the whole video is to have; None: as many as when it was saved.
 
         Raises InputError for a state that is damaged, or of another bundle (the video before goes on then),
         and SessionError as iterating over a video does.
         """
-        maker = self._open_maker()
+        maker = self._memory()
         saved = read_snapshot(Path(folder), self.bundle)
+        state = saved.snapshot
+        video = Video(self, state.seed, state.chunks if chunks is None else chunks, None, saved)
         try:
-            video = Video.resume(self.bundle, maker, self._lane.lookahead, self._maker_of, saved)
+            maker.restore(state.passes, state.decoder_calls, saved.arrays)
         except SessionError:
             self._video = None  # its caches may be half overwritten
             raise
         self._video = video
         return video
 
-    def rehearse(self, chunk: int) -> Rehearsal:
-        """Stand before a chunk without the video before it, to time its passes. Ends the video there was.
+    def pass_timer(self, chunk: int) -> PassTimer:
+        """Times the passes of a chunk without the video before it. Ends the video there was.
 
         Raises RuntimeError: the session is closed.
         """
-        maker = self._open_maker()
+        maker = self._memory()
         self._video = None
-        return Rehearsal(maker, chunk)
+        return PassTimer(maker, chunk)
 
-    def _open_maker(self) -> ChunkMaker:
-        if self._maker is None:
-            raise RuntimeError("the session is closed: open the bundle again")
-        return self._maker
-
-    def _maker_of(self, video: Video) -> ChunkMaker:
-        """The session's memory. Raises RuntimeError unless that video is the one in it."""
-        if self._maker is None or video is not self._video:
+    def _memory(self, video: Video | None = None) -> ChunkMaker:
+        """All memory of the session. Raises RuntimeError if it is closed, or makes another video by now."""
+        maker = self._maker
+        if video is not None and (maker is None or video is not self._video):
             raise RuntimeError("this video ended when the session was closed or began another")
-        return self._maker
+        if maker is None:
+            raise RuntimeError("the session is closed: open the bundle again")
+        return maker
 
 
-class SharedBackend:
-    """A backend that closes with the last of the sessions on it."""
+class Video:
+    """A video on its way. Iterate over it for its chunks; `Session.generate` and `Session.restore` make it.
 
-    def __init__(self, bundle: Bundle, name: str, backend: Backend) -> None:
-        self.bundle, self.name = bundle, name
-        self._backend, self._sessions, self._lock = backend, 0, threading.Lock()
+    Attributes:
+        seed: of the noise.
+        chunks: how many there will be; None: without end.
+        index: of the chunk that is handed out next.
+    """
 
-    def take(self) -> Backend:
-        """One more session."""
-        with self._lock:
-            self._sessions += 1
-            return self._backend
+    def __init__(
+        self,
+        session: Session,
+        seed: int,
+        chunks: int | None,
+        noise: NoiseSource | None,
+        saved: SavedState | None = None,
+    ) -> None:
+        """For the session. It is asked for its memory each time: a video that has ended keeps none of it."""
+        seed = operator.index(seed)  # numpy's whole numbers would not go into JSON
+        if seed < 0:
+            raise InputError(f"is {seed}", where="seed", expected="0 or more")
+        self.seed, self.chunks = seed, None if chunks is None else operator.index(chunks)
+        self.index = saved.snapshot.index if saved else 0
+        self._session, self._own_noise = session, noise is not None
+        self._noise = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
+        self._begun = saved.snapshot.made if saved else 0
+        """Chunks whose passes were put into the queue."""
+        self._pending: deque[PendingChunk] = deque()
+        self._ready = deque(saved.ready if saved else ())
+        self._history = LatentHistory(session.plan)
+        for index, latents in sorted(saved.latents.items()) if saved else ():
+            self._history.add(index, latents)
+        self._failed = False
 
-    def release(self) -> None:
-        """One session fewer."""
-        with self._lock:
-            self._sessions -= 1
-            last = not self._sessions
-        if last:
-            self._backend.close()
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        """The next chunk, as soon as it is decoded.
+
+        Raises:
+            RuntimeError: the session was closed, or began another video.
+            SessionError: memory ran out, the latents are not finite, or the device failed. The video has
+                ended; the session can begin another.
+        """
+        if self._failed or (self.chunks is not None and self.index >= self.chunks):
+            raise StopIteration
+        with self._changing() as maker:
+            while not self._ready:
+                # On a device the passes of the next chunk are queued before this one is waited for: they run
+                # while it is decoded, copied and shown, and the device never waits for the host.
+                while len(self._pending) <= maker.lane.lookahead and (
+                    self.chunks is None or self._begun < self.chunks
+                ):
+                    self._pending.append(maker.begin(self._begun, self._noise))
+                    self._begun += 1
+                self._finish_one(maker)
+        self.index += 1
+        return self._ready.popleft()
+
+    def switch(self, prompt: Prompt, *, recache: bool = True) -> int:
+        """Follow another prompt from the next chunk that was not yet begun.
+
+        Args:
+            prompt: words or text embeddings, as for `Session.generate`.
+            recache: make the caches anew, from the latents of the last chunks under the new prompt. It
+                takes as many clean passes as chunks fill the cache, and for models that were not trained
+                with switches denoising passes too (`Schedule.redraw_from`). Without it the keys and values
+                of the old prompt go on ruling what is shown.
+
+        Returns the index of the first chunk that follows the new prompt.
+
+        Raises InputError for a prompt that cannot be used (nothing has changed then), RuntimeError for a
+        video that failed, and what `__next__` raises.
+        """
+        text = prompt_input(self._session.spec, prompt)
+        with self._changing() as maker:
+            while self._pending:
+                self._finish_one(maker)
+            maker.prompt(text)
+            if recache:
+                redraw_from = self._session.spec.schedule.redraw_from
+                maker.cache.restart()
+                for index, latents in self._history.get(self._begun).items():
+                    maker.replay(index, latents, self._noise, redraw_from)
+        return self._begun
+
+    def save(self, folder: Path | str) -> None:
+        """Save the whole state to a folder: `Session.restore` goes on from it, to the bit.
+
+        A state saved there before is replaced once this one is whole.
+
+        Raises InputError where the folder cannot be written, or holds anything else, and for a video with
+        a noise source of its own, which cannot be saved; RuntimeError for a video that failed.
+        """
+        with self._changing() as maker:
+            while self._pending:
+                self._finish_one(maker)
+        if self._own_noise:
+            raise InputError(
+                "a video with a noise source of its own cannot be saved",
+                where="noise",
+                expected="noise of a seed",
+            )
+        snapshot = Snapshot(
+            bundle=self._session.bundle.digest,
+            seed=self.seed,
+            chunks=self.chunks,
+            index=self.index,
+            made=self._begun,
+            passes=maker.cache.passes,
+            decoder_calls=maker.decoder.called,
+        )
+        write_snapshot(Path(folder), snapshot, maker, self._history.get(self._begun), tuple(self._ready))
+
+    def _finish_one(self, maker: ChunkMaker) -> None:
+        chunk = maker.finish(self._pending.popleft())
+        self._history.add(chunk.index, chunk.latents)
+        self._ready.append(chunk)
+
+    @contextmanager
+    def _changing(self) -> Iterator[ChunkMaker]:
+        """The session's memory, to change it. Whatever goes wrong ends the video, since its caches may be
+        half written.
+
+        Raises RuntimeError for a video that the session no longer works on, or that failed.
+        """
+        maker = self._session._memory(self)
+        if self._failed:
+            raise RuntimeError("this video ended with an error: begin another")
+        try:
+            yield maker
+        except BaseException as error:
+            self._failed = True
+            self._pending.clear()
+            if isinstance(error, MemoryError):  # of numpy's: noise, or a copy of what is shown
+                raise MemoryShortError(f"memory ran out on the host ({error})") from error
+            raise

@@ -23,10 +23,9 @@ from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.headmaps.files import FileRecord, inside, record_file, unwritable, write_text
 from forcingkv.runtime.backends import Tensor
 from forcingkv.runtime.bundle import Bundle
-from forcingkv.runtime.chunks import ChunkMaker
+from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.recache import replayed
-from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.tensors import TensorWriter, read_arrays
 
 STATE = "state.json"
@@ -107,7 +106,9 @@ def write_snapshot(
     planned = {key: (DTYPES[str(value.dtype)].code, tuple(value.shape)) for key, value in stored.items()}
     with TensorWriter(folder / name, planned) as writer:
         for key, value in stored.items():
-            writer.write(key, value if isinstance(value, np.ndarray) else maker.fetch(value))
+            if not isinstance(value, np.ndarray):
+                value = value.fetch(maker.queue_of(key)).array()
+            writer.write(key, value)
     whole = replace(
         snapshot,
         ready=tuple(ReadyChunk(chunk.index, chunk.timing) for chunk in ready),
@@ -170,8 +171,8 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
         and state.decoder_calls == state.made * calls
     ):
         raise InputError(
-            f"its numbers do not go together (index {state.index}, {len(ready)} ready, made {state.made},"
-            f" passes {state.passes}, decoder_calls {state.decoder_calls})",
+            f"has numbers that do not go together (index {state.index}, {len(ready)} ready,"
+            f" made {state.made}, passes {state.passes}, decoder_calls {state.decoder_calls})",
             where=str(path),
             hint="The file was changed: save the state again.",
         )
@@ -198,10 +199,10 @@ def _earlier(folder: Path) -> set[str]:
     except OSError as error:
         raise unwritable(folder, error) from error
     ours = {name for name in there if TENSORS.fullmatch(name)}
-    strange = there - ours - {STATE, f".{STATE}.partial"}
-    if strange:
+    others = there - ours - {STATE, f".{STATE}.partial"}
+    if others:
         raise InputError(
-            f"holds other files than a saved state ({sorted(strange)[0]})",
+            f"holds other files than a saved state ({min(others)})",
             where=str(folder),
             hint="Choose a new or empty folder.",
         )

@@ -12,7 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import no_twins
-from forcingkv.headmaps.files import unwritable
+from forcingkv.headmaps.files import new_file
 from forcingkv.runtime.dtypes import STORED_AS
 
 MAX_HEADER = 100_000_000
@@ -105,9 +105,10 @@ def read_arrays(path: Path | str, names: Iterable[str] | None = None) -> dict[st
             dtype = STORED_AS[tensor.dtype]
             if tensor.dtype != "BF16" and dtype.array is None:
                 raise InputError(f"the tensor {name!r} is {tensor.dtype}, which numpy lacks", where=str(path))
-            kind = np.dtype(dtype.bits)
             file.seek(tensor.offset)
-            array: npt.NDArray[Any] = np.fromfile(file, kind, math.prod(tensor.shape)).reshape(tensor.shape)
+            array: npt.NDArray[Any] = np.fromfile(file, dtype.bits, math.prod(tensor.shape)).reshape(
+                tensor.shape
+            )
             if tensor.dtype == "BF16":  # the upper half of a float32
                 array = (array.astype("<u4") << 16).view("<f4")
             arrays[name] = array
@@ -145,26 +146,24 @@ class TensorWriter:
         self._start = struct.pack("<Q", len(text)) + text
         base = len(self._start)
         self.tensors = {name: _stored(name, header[name], base, str(path)) for name in planned}
-        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
-        self._left = list(planned)
+        self._path, self._left = path, list(planned)
+        self._open = ExitStack()
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("wb")
+        with ExitStack() as opening:
+            partial = opening.enter_context(new_file(self._path))
+            self._file = opening.enter_context(partial.open("wb"))
             self._file.write(self._start)
-        except OSError as error:
-            self._discard()
-            raise unwritable(self._path, error) from error
+            self._open = opening.pop_all()
         return self
 
     def write(self, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
         """Write the next tensor.
 
         An array must have the planned shape and dtype (BF16 and 8-bit floats: their bits, as unsigned
-        integers). Raises ValueError for a tensor out of order or of another size, InputError where the
-        disk does not take it.
+        integers). Raises ValueError for a tensor out of order or of another size. An OSError of the disk ends
+        the block with InputError.
         """
         if self._file is None or self._left[:1] != [name]:
             raise ValueError(
@@ -179,36 +178,16 @@ class TensorWriter:
         given = memoryview(data).nbytes
         if given != planned.bytes:
             raise ValueError(f"{name!r} has {given} bytes, expected {planned.bytes}")
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise unwritable(self._path, error) from error
+        self._file.write(data)
         del self._left[0]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                if self._left:
-                    raise ValueError(f"{', '.join(self._left)} was not written")
-                self._close()
-                os.replace(self._partial, self._path)
-        except OSError as failure:
-            raise unwritable(self._path, failure) from failure
-        finally:
-            self._discard()
-
-    def _close(self) -> None:
-        file, self._file = self._file, None
-        if file:
-            file.close()
-
-    def _discard(self) -> None:
-        with suppress(OSError):  # what went wrong before is what is to be told
-            self._close()
-        with suppress(OSError):
-            self._partial.unlink()
+        if kind is None and self._left:
+            with self._open:
+                raise ValueError(f"{', '.join(self._left)} was not written")
+        self._open.__exit__(kind, error, trace)
 
 
 def _header_text(file: BinaryIO, size: int, where: str) -> tuple[int, bytes]:

@@ -28,9 +28,9 @@ def prompt_input(spec: ModelSpec, prompt: Prompt) -> npt.NDArray[np.float32]:
             f"is a {type(prompt).__name__}", where="prompt", expected=f"words, or an array {shape}"
         )
     if prompt.shape != shape:
-        raise InputError(f"embeddings have the shape {prompt.shape}", where="prompt", expected=str(shape))
+        raise InputError(f"has the shape {prompt.shape}", where="prompt", expected=str(shape))
     if not np.isfinite(prompt).all():
-        raise InputError("embeddings have values that are not finite", where="prompt")
+        raise InputError("has values that are not finite", where="prompt")
     return np.ascontiguousarray(prompt, np.float32)
 
 

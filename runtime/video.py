@@ -1,48 +1,28 @@
-"""Where the frames of a video go: an mp4 file, a folder of pictures, or another program."""
+"""Where the frames of a video go: an mp4 file that plays while it grows, pictures, or another program."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
+from io import BytesIO, FileIO
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.frame_files import FrameFile, PngWriter, RawWriter, ReaderGoneError
-from forcingkv.runtime.mp4 import Mp4Writer
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.runtime.frames import (
+    Frames,
+    FrameWriter,
+    PngWriter,
+    RawWriter,
+    ReaderGoneError,
+    need_av,
+    write_all,
+)
 
 __all__ = ["FrameWriter", "Mp4Writer", "PngWriter", "RawWriter", "ReaderGoneError", "open_writer"]
-
-
-class FrameWriter(Protocol):
-    """Takes the frames of a video as they are made. A context manager, which closes it.
-
-    What was written before an error or Ctrl-C stays, and is a shorter video.
-    """
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-    def write(self, frames: npt.NDArray[np.uint8]) -> None:
-        """Append frames: uint8 (n, height, width, 3), all of one size.
-
-        Raises:
-            InputError: frames of another kind or size, or the place cannot be written to.
-            ReaderGoneError: the place is a pipe, and its reader has gone.
-            RuntimeError: the writer is closed.
-        """
-
-    def close(self) -> None:
-        """Complete what was written. Raises InputError where that cannot be written."""
 
 
 def open_writer(
@@ -59,11 +39,11 @@ def open_writer(
         metadata: what the file says of itself. Bare bytes say nothing.
 
     Raises:
-        InputError: another name, or a place that cannot be written to, as far as can be told now.
+        InputError: another name, or a place that cannot be written to, as far as can be found out now.
         MissingExtraError: PyAV, which mp4 and PNG need, is not installed.
     """
     path = Path(out)
-    kinds: dict[str, type[FrameFile]] = {".mp4": Mp4Writer, ".rgb": RawWriter, "": PngWriter}
+    kinds: dict[str, type[FrameWriter]] = {".mp4": Mp4Writer, ".rgb": RawWriter, "": PngWriter}
     kind = RawWriter if str(out) == "-" else kinds.get(path.suffix.lower())
     if kind is None and path.is_dir():
         kind = PngWriter
@@ -75,3 +55,141 @@ def open_writer(
             " (bare bytes to standard output)",
         )
     return kind(path, fps, enlarge, metadata)
+
+
+_ENCODER = {"tune": "zerolatency", "preset": "faster", "crf": "20"}
+"""zerolatency: a frame that goes in comes out at once; the encoder looks at none to come and makes no
+B-frames. On clips of LongLive and Self Forcing at 480P that takes 1.5 and 1.7 times the bytes of the same
+preset without it at equal PSNR (39.6 dB; 2.8 and 2.2 Mbit/s)."""
+
+_MUXER = {
+    "movflags": "empty_moov+default_base_moof+frag_custom+frag_discont+skip_trailer+use_metadata_tags",
+    "avoid_negative_ts": "disabled",  # or each fragment's time would be moved to 0
+    "flush_packets": "1",
+}
+_BT709, _LIMITED = 1, 1
+"""ITU-T H.273: code of primaries, transfer and matrix; FFmpeg's code of the range 16 to 235."""
+
+
+class Mp4Writer(FrameWriter):
+    """An mp4 file: H.264, yuv420p, BT.709, fragmented, readable while it is written.
+
+    Each `write` appends one fragment, which holds all of its frames: when it returns they are in the file
+    and play, even if the process is killed then. So the file grows under its own name, not a temporary
+    one: a fragmented file is whole at every moment, and what an interruption leaves is the video so far.
+
+    yuv420p needs even sizes: an odd width or height is made even by repeating the last column or row.
+    All of `metadata` is written, whatever its keys.
+
+    Raises:
+        InputError: the place cannot be written to, or PyAV has no encoder for H.264.
+        MissingExtraError: PyAV is not installed.
+    """
+
+    def __init__(self, path: Path, fps: float, enlarge: int = 1, metadata: Mapping[str, str] = {}) -> None:
+        need_av()
+        import av
+
+        if "libx264" not in av.codecs_available:
+            raise MissingExtraError("PyAV with libx264", "video")
+        if path.suffix.lower() != ".mp4":
+            raise InputError("is not an mp4 file", where=str(path), expected="a name ending in .mp4")
+        super().__init__(path, fps, enlarge, metadata)
+        self._file: FileIO | None = None
+        self._head: Any = None
+        self._stream: Any = None
+        self._reformatter = av.video.reformatter.VideoReformatter()
+        self._fragments = self._frames = self._kept = 0
+
+    def _append(self, frames: Frames) -> None:
+        head = b""
+        if self._head is None:
+            height, width = (size * self.enlarge for size in frames.shape[1:3])
+            head = self._begin(height + height % 2, width + width % 2)
+        data = head + self._fragment(frames)
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = FileIO(self.path, "wb")
+        self._put(self._file, data)
+        self._kept += len(data)
+
+    def _put(self, file: FileIO, data: bytes) -> None:
+        if not file.seekable():
+            write_all(file, data)
+            return
+        # The 8 bytes that open the first box come last. Until then they are zero, which players take for
+        # padding up to the end: a fragment is there as a whole or, if the process is killed now, not at all.
+        write_all(file, bytes(8) + data[8:])
+        file.seek(self._kept)
+        write_all(file, data[:8])
+        file.seek(0, os.SEEK_END)
+
+    def _begin(self, height: int, width: int) -> bytes:
+        """Open the encoder. The head of the file: what it holds, no frames."""
+        import av
+
+        memory = BytesIO()
+        self._head = av.open(memory, "w", format="mp4", options=_MUXER, metadata_errors="backslashreplace")
+        self._head.metadata.update(self.metadata)
+        self._stream = self._head.add_stream("libx264", rate=self.rate, options=_ENCODER)
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        context = self._stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = _LIMITED
+        try:
+            self._head.start_encoding()
+        except av.error.FFmpegError as error:
+            raise InputError(
+                f"are {width}x{height}, which cannot be encoded ({error.strerror})", where="frames"
+            ) from error
+        return memory.getvalue()
+
+    def _fragment(self, frames: Frames) -> bytes:
+        """One fragment with all of the frames.
+
+        A muxer closes a fragment for certain only when it is itself closed. So each fragment has a muxer
+        of its own, in memory, which is given its number and takes its time from the packets
+        (frag_discont); its head, which would be the file's again, is left out.
+        """
+        import av
+
+        self._fragments += 1
+        memory = BytesIO()
+        with av.open(
+            memory, "w", format="mp4", options=_MUXER | {"fragment_index": str(self._fragments)}
+        ) as muxer:
+            stream: Any = muxer.add_stream_from_template(self._stream)
+            stream.time_base = self._stream.time_base
+            muxer.start_encoding()
+            head = memory.tell()
+            for frame in self._enlarged(frames):
+                for packet in self._encoded(frame):
+                    packet.stream = stream
+                    muxer.mux(packet)
+        return memory.getvalue()[head:]
+
+    def _encoded(self, frame: Frames) -> list[Any]:
+        import av
+
+        height, width = frame.shape[:2]
+        if height % 2 or width % 2:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        picture = self._reformatter.reformat(
+            av.VideoFrame.from_ndarray(frame, format="rgb24"),
+            format="yuv420p",
+            dst_colorspace=av.video.reformatter.Colorspace.ITU709,
+            dst_color_range=av.video.reformatter.ColorRange.MPEG,
+        )
+        picture.pts, picture.time_base = self._frames, 1 / self.rate
+        self._frames += 1
+        packets: list[Any] = self._stream.encode(picture)
+        for packet in packets:
+            packet.duration = int(1 / self.rate / packet.time_base)
+        return packets
+
+    def _end(self) -> None:
+        if self._head is not None:
+            self._head.close()
+        if self._file is not None:
+            with self._file, suppress(OSError):  # a FIFO cannot be cut
+                self._file.truncate(self._kept)  # what an error left of a fragment

@@ -122,8 +122,8 @@ def take_turn(case: Case, setup: Setup, chunk: int | None, *, decode: bool) -> T
     with ExitStack() as stack:
         with watched() as memory:
             session = stack.enter_context(_open(case, setup))
-            session.rehearse(0).denoise()
-            rehearsal = session.rehearse(index)
+            session.pass_timer(0).denoise()
+            rehearsal = session.pass_timer(index)
             seconds = list(_passes(rehearsal.denoise))
             clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < SHORT else None
         decoding = rehearsal.decode() if decode else None

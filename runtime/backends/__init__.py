@@ -1,8 +1,8 @@
 """What runs graphs: a small protocol, and one module for each backend.
 
-A `Backend` holds the graphs of a bundle with their weights, and is shared by sessions. Each session has a
-`Lane` of its own: memory, programs bound to it, and queues. Work goes into a queue and is done in the
-queue's order; on a CPU it is done at once. Only `Mark.wait` and `Fetch.array` wait for it.
+A `Lane` is what one session runs with: the graphs of a bundle, memory, and queues of work. Further lanes on
+the same weights are siblings of the first, and the weights go with the last of them. Work goes into a queue
+and is done in the queue's order; on a CPU it is done at once. Only `Mark.wait` and `Fetch.array` wait for it.
 
 A session asks for all its memory when it opens, binds each pass to it once, and then only writes inputs,
 runs passes and fetches what it shows.
@@ -11,31 +11,18 @@ runs passes and fetches what it shows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, get_args
+from importlib import import_module
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.bundle import Bundle
-from forcingkv.runtime.flavour import FLAVOURS
-
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "BackendName",
-    "Fetch",
-    "Lane",
-    "Mark",
-    "Pass",
-    "Program",
-    "Queue",
-    "Tensor",
-    "open_backend",
-]
 
 Array = npt.NDArray[Any]
-BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+BACKENDS = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}
+"""Name of each backend -> the module in this folder that runs it, which has a function
+`open_lane(bundle, name, threads, cuda_graphs)`."""
 
 
 class Mark(Protocol):
@@ -49,13 +36,10 @@ class Mark(Protocol):
 
 
 class Queue(Protocol):
-    """Work that is done in order."""
+    """Work that is done in order. Queues know nothing of each other: the host hands on what goes between."""
 
     def mark(self) -> Mark:
         """Mark this place."""
-
-    def wait(self, mark: Mark) -> None:
-        """Do nothing that comes later before the other queue has come to that mark."""
 
 
 class Fetch(Protocol):
@@ -98,34 +82,19 @@ class Tensor(Protocol):
 
 
 class Pass(Protocol):
-    """A program bound to memory."""
+    """A graph bound to memory."""
 
-    def run(self, queue: Queue) -> None:
-        """Run it, in that queue's order."""
-
-
-class Program(Protocol):
-    """A graph that a lane can run."""
-
-    def bind(self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Pass:
-        """A pass over those tensors.
-
-        Args:
-            phase: index of the cache's phase, whose static shapes the tensors have; 0 for graphs that
-                have but one.
-            inputs: all of the graph's inputs.
-            outputs: where outputs go. All that are given may be written to: a pass computes all that
-                its inputs call for, whether they are needed or not. Those that are left out go nowhere.
-        """
+    def run(self) -> None:
+        """Run it, in the order of its queue."""
 
 
 class Lane(Protocol):
-    """What one session runs with.
+    """What one session runs with. Once it is closed, `bind` and `sibling` raise DeviceError.
 
     Attributes:
-        main: the queue of passes.
-        side: the queue of decoding; the same as `main` where nothing runs at the same time.
-        lookahead: chunks to begin before the frames of the one before are waited for.
+        main: the queue of `prompt` and `step`.
+        side: the queue of `decode`; the same as `main` where nothing runs at the same time.
+        lookahead: how many chunks to begin before the frames of the one before are waited for.
     """
 
     main: Queue
@@ -140,27 +109,29 @@ class Lane(Protocol):
         Raises MemoryShortError where there is not enough.
         """
 
-    def program(self, graph: str) -> Program:
-        """A graph of the bundle: `prompt`, `step` or `decode`."""
+    def bind(
+        self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> Pass:
+        """A pass over those tensors.
+
+        Args:
+            graph: `prompt`, `step` or `decode`.
+            phase: index of the cache's phase, whose static shapes the tensors have; 0 for graphs that have
+                only one.
+            inputs: all of the graph's inputs.
+            outputs: where outputs go. All that are given may be written to, whether they are needed or
+                not. Those that are left out go nowhere.
+        """
+
+    def sibling(self) -> Lane:
+        """Another lane on the same weights, with memory and queues of its own."""
 
     def close(self) -> None:
-        """Wait for the queues and give the memory back."""
+        """Wait for the queues and give the memory back; the weights too, with the last lane on them."""
 
 
-class Backend(Protocol):
-    """The graphs of a bundle, loaded."""
-
-    def lane(self) -> Lane:
-        """Memory and queues for one more session."""
-
-    def close(self) -> None:
-        """Give the weights back. All lanes are closed by then."""
-
-
-def open_backend(
-    name: str, bundle: Bundle, *, threads: int | None = None, cuda_graphs: bool = False
-) -> Backend:
-    """Load the graphs of a bundle.
+def open_backend(name: str, bundle: Bundle, *, threads: int | None = None, cuda_graphs: bool = False) -> Lane:
+    """Load the graphs of a bundle: the first lane on them.
 
     Args:
         name: one of `BACKENDS`.
@@ -171,16 +142,12 @@ def open_backend(
     Raises:
         InputError: there is no such backend, or the bundle was not exported for it.
         MissingExtraError: what it runs on is not installed.
+        SessionError: it could not be started.
     """
-    if name == "onnxruntime":
-        from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend(bundle, threads)
-    for flavour in FLAVOURS:
-        if name == flavour:
-            from forcingkv.runtime.backends.tensorrt import TensorRTBackend
-
-            return TensorRTBackend(bundle, flavour, cuda_graphs=cuda_graphs)
-    raise InputError(
-        f"there is no backend {name!r}", where="backend", expected=f"one of {', '.join(BACKENDS)}"
-    )
+    if name not in BACKENDS:
+        raise InputError(
+            f"there is no backend {name!r}", where="backend", expected=f"one of {', '.join(BACKENDS)}"
+        )
+    module = import_module(f"{__name__}.{BACKENDS[name]}")
+    lane: Lane = module.open_lane(bundle, name, threads, cuda_graphs)
+    return lane

@@ -14,25 +14,22 @@ from typing import Any
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import Mark
 from forcingkv.runtime.engines import cuda_core
-from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError
+from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import readable
 
-SHORT = ("out_of_memory", "out of memory", "outofmemory", "memoryallocation")
-"""What messages of the driver, CUDA and TensorRT hold, in small letters, where memory is short."""
 
-
-def fault(doing: str, said: str, nbytes: int | None = None) -> SessionError:
-    """An error for what could not be done, by what was said of it.
+def fault(doing: str, message: str, nbytes: int | None = None) -> SessionError:
+    """An error for what could not be done.
 
     Args:
         doing: what was tried, after "could not".
-        said: the message of the driver or TensorRT.
+        message: of the driver or TensorRT.
         nbytes: what it needed, where that is known.
     """
-    if any(sign in said.lower() for sign in SHORT):
+    if ran_out_of_memory(message):
         needs = "" if nbytes is None else f" for {readable(nbytes)} more ({nbytes} bytes)"
-        return MemoryShortError(f"could not {doing}: there is not enough memory{needs} ({said})")
-    return DeviceError(f"could not {doing} ({said})")
+        return MemoryShortError(f"could not {doing}: there is not enough memory{needs} ({message})")
+    return DeviceError(f"could not {doing} ({message})")
 
 
 def close_all(doing: str, closes: Iterable[Callable[[], None]]) -> None:
@@ -144,11 +141,6 @@ class CudaQueue:
         self._marks.add(mark)
         return mark
 
-    def wait(self, mark: Mark) -> None:
-        assert isinstance(mark, CudaMark)
-        with self._gpu.asked("let a stream wait"):
-            self.stream.wait(mark.event)
-
     def sync(self) -> None:
         """Wait for all that was put in."""
         with self._gpu.asked("finish the work that was asked for"):
@@ -182,7 +174,7 @@ class CudaGraph:
                 work()
                 self._graph = builder.end_building().complete()
             except BaseException:
-                with suppress(Exception):  # what went wrong before is what is to be told
+                with suppress(Exception):  # the first error is the one to show
                     builder.close()
                 raise
             builder.close()

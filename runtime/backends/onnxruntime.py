@@ -1,37 +1,71 @@
 """ONNX Runtime: on the CPU, or on the GPU where its CUDA provider is installed.
 
 Arrays are numpy's. What a session carries from pass to pass (caches, keys and values of the prompt) lies in
-the GPU's memory where there is one (`ort_state`); the rest goes in and out by ONNX Runtime itself.
+the GPU's memory where there is one (`StateTensor`); the rest goes in and out by ONNX Runtime itself.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.backends import Array, Lane, Mark, Pass, Program, Queue, Tensor
+from forcingkv.runtime.backends import Array, Lane, Mark, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import GRAPHS, Bundle
-from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError
+from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.memory import available_bytes, give_back
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+OLDEST = (1, 24, 1)
+"""Before this version a graph could name any file of the user as its weights: a bundle of a stranger could
+have shown a private file as video."""
 LARGE_ACTIVATIONS = 256_000_000
 """Bytes of a pass up to which its memory is always kept for the next one: pages that are taken anew each time
 cost 17% of the demo model's time (docs/decisions/0014)."""
-AMPLE = 2.0
+AMPLE_ROOM = 2.0
 """Where there is as many times the memory that a session needs, it is kept for larger passes too: that saves
 10% of a pass at 480P, and takes up to 1.7 times the activations (docs/decisions/0017)."""
-SHORT = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "cudaerrormemoryallocation")
-"""What ONNX Runtime's messages hold, in small letters, where memory was short."""
+
+
+def open_lane(
+    bundle: Bundle, name: str = "onnxruntime", threads: int | None = None, cuda_graphs: bool = False
+) -> OnnxLane:
+    """Load the graphs of a bundle, for the CUDA provider where this ONNX Runtime has it, else for the CPU's.
+
+    Raises InputError for a bundle that was made for TensorRT, and for an ONNX Runtime that is too old.
+    """
+    compute = bundle.manifest.compute
+    if compute != "float32":
+        raise InputError(
+            f"has graphs that compute in {compute}, for TensorRT",
+            where=str(bundle.path),
+            expected="float32, for ONNX Runtime",
+            hint="Export the model with --target onnx, or choose --backend tensorrt or tensorrt-rtx.",
+        )
+    if tuple(map(int, re.findall(r"\d+", ort.__version__)[:3])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise InputError(
+            f"has the version {ort.__version__}, in which a bundle can read files outside its folder",
+            where="onnxruntime",
+            expected=f"{oldest} or newer",
+            hint=f"Install it with: pip install 'onnxruntime>={oldest}'",
+        )
+    provider = CUDA if CUDA in ort.get_available_providers() else CPU
+    ample = available_bytes() >= AMPLE_ROOM * sum(footprint(bundle.manifest, bundle.plan).values())
+    graphs = {}
+    for graph in GRAPHS:
+        kept = ample or (bundle.manifest.graphs[graph].activation_bytes or 0) < LARGE_ACTIVATIONS
+        graphs[graph] = OnnxGraph(bundle.graph(graph), threads, provider, arena=kept)
+    return OnnxLane(graphs, "cuda" if provider == CUDA else "cpu")
 
 
 class OnnxGraph:
@@ -63,40 +97,81 @@ class OnnxGraph:
         if self._session.get_providers()[0] != provider:
             raise DeviceError(f"ONNX Runtime has {provider}, but could not start it for {path.name}")
 
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:
-        """The binding of tensors, for `run_bound`."""
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> OnnxPass:
+        """A pass over tensors of this module."""
         binding = self._session.io_binding()
-        for name, tensor in inputs.items():
-            binding.bind_input(name, tensor.device, 0, np.dtype(tensor.dtype), tensor.shape, tensor.address)
-        for name, tensor in outputs.items():
-            binding.bind_output(name, tensor.device, 0, np.dtype(tensor.dtype), tensor.shape, tensor.address)
-        return binding
-
-    def run_bound(self, binding: Any) -> None:
-        """Run on what was bound. Raises MemoryShortError, or DeviceError for any other failure."""
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise _fault("a pass", error) from error
+        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, tensor in tensors.items():
+                bind(name, tensor.device, 0, np.dtype(tensor.dtype), tensor.shape, tensor.address)
+        return OnnxPass(self._session, binding, (inputs, outputs))
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Run on contiguous arrays, writing into `outputs`; outputs not named go nowhere."""
         given, taken = ({n: HostTensor(array) for n, array in arrays.items()} for arrays in (inputs, outputs))
-        self.run_bound(self.bind(given, taken))
+        self.bind(given, taken).run()
 
 
-@dataclass(frozen=True)
-class HostMark:
-    """The time at which work was done."""
+class OnnxPass:
+    """A binding, kept so that nothing is bound in the loop, with the tensors whose addresses it has."""
 
-    seconds: float
+    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding, tensors: object) -> None:
+        self._session, self._binding, self._tensors = session, binding, tensors
+
+    def run(self) -> None:
+        """Raises MemoryShortError, or DeviceError for any other failure."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise _fault("a pass", error) from error
+
+
+class OnnxLane:
+    """The graphs, and memory of one session. All work is done at once, so its two queues are one."""
+
+    def __init__(self, graphs: Mapping[str, OnnxGraph], state_device: str) -> None:
+        self._graphs, self._state_device = graphs, state_device
+        self.main: Queue = HostQueue()
+        self.side: Queue = self.main
+        self.lookahead = 0
+
+    def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
+        if state and self._state_device != "cpu":
+            return StateTensor.make(shape, dtype, self._state_device)
+        try:
+            return HostTensor(np.empty(shape, np.dtype(dtype)))
+        except MemoryError as error:
+            raise MemoryShortError(f"no memory for a tensor of {dtype} {shape}") from error
+
+    def bind(
+        self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> Pass:
+        # ONNX Runtime runs every node, whatever is asked for: an output without a place need not take memory.
+        return self._loaded()[graph].bind(inputs, outputs)
+
+    def sibling(self) -> Lane:
+        return type(self)(self._loaded(), self._state_device)
+
+    def close(self) -> None:
+        """ONNX Runtime gives memory back with its last graph; the C library, where it is asked to."""
+        self._graphs = {}
+        give_back()
+
+    def _loaded(self) -> Mapping[str, OnnxGraph]:
+        graphs = self._graphs  # once: another thread may close the lane
+        if not graphs:
+            raise DeviceError("the lane is closed")
+        return graphs
+
+
+class HostMark(float):
+    """The time in seconds at which work was done."""
 
     def wait(self) -> None:
         pass
 
     def since(self, earlier: Mark) -> float:
         assert isinstance(earlier, HostMark)
-        return self.seconds - earlier.seconds
+        return self - earlier
 
 
 class HostQueue:
@@ -105,18 +180,15 @@ class HostQueue:
     def mark(self) -> HostMark:
         return HostMark(time.perf_counter())
 
-    def wait(self, mark: Mark) -> None:
-        pass
-
 
 @dataclass(frozen=True)
 class Fetched:
     """A copy that was made at once."""
 
-    held: Array
+    copy: Array
 
     def array(self) -> Array:
-        return self.held
+        return self.copy
 
 
 class HostTensor:
@@ -130,7 +202,7 @@ class HostTensor:
         self.address = array.ctypes.data
 
     def first(self, shape: tuple[int, ...]) -> HostTensor:
-        return HostTensor(self._array.reshape(-1)[: int(np.prod(shape))].reshape(shape))
+        return HostTensor(self._array.reshape(-1)[: math.prod(shape)].reshape(shape))
 
     def rows(self, start: int, stop: int) -> HostTensor:
         return HostTensor(self._array[start:stop])
@@ -144,94 +216,57 @@ class HostTensor:
     def fetch(self, queue: Queue) -> Fetched:
         return Fetched(self._array.copy())
 
-    def shared(self) -> npt.NDArray[Any]:
+    def shared(self) -> Array:
         return self._array
 
 
-class OnnxPass:
-    """A binding, kept so that nothing is bound in the loop."""
+class StateTensor:
+    """A view of the start of an OrtValue: memory on the provider's device, which the host seldom touches.
 
-    def __init__(self, graph: OnnxGraph, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        self._graph, self._held = graph, (inputs, outputs)
-        self._binding = graph.bind(inputs, outputs)
-
-    def run(self, queue: Queue) -> None:
-        self._graph.run_bound(self._binding)
-
-
-class OnnxProgram:
-    """A graph as the protocol has it."""
-
-    def __init__(self, graph: OnnxGraph) -> None:
-        self._graph = graph
-
-    def bind(self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Pass:
-        # ONNX Runtime runs every node, whatever is asked for: what has a place need not take memory.
-        return OnnxPass(self._graph, inputs, outputs)
-
-
-class OnnxLane:
-    """Memory of one session."""
-
-    def __init__(self, graphs: Mapping[str, OnnxGraph], state_device: str) -> None:
-        self._graphs, self._state_device = graphs, state_device
-        self.main: Queue = HostQueue()
-        self.side: Queue = self.main
-        self.lookahead = 0
-
-    def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
-        if state and self._state_device != "cpu":
-            from forcingkv.runtime.backends.ort_state import OrtStateTensor
-
-            return OrtStateTensor.make(shape, dtype, self._state_device)
-        try:
-            return HostTensor(np.empty(shape, np.dtype(dtype)))
-        except MemoryError as error:
-            raise MemoryShortError(f"no memory for a tensor of {dtype} {shape}") from error
-
-    def program(self, graph: str) -> Program:
-        return OnnxProgram(self._graphs[graph])
-
-    def close(self) -> None:
-        """Nothing to wait for; arrays go with those that hold them."""
-        self._graphs = {}
-
-
-class OnnxRuntimeBackend:
-    """The graphs of a bundle in ONNX Runtime.
-
-    Attributes:
-        provider: what runs them: the CUDA provider where this ONNX Runtime has it, else the CPU's.
+    Reading and writing copy the whole OrtValue.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        compute = bundle.manifest.compute
-        if compute != "float32":
-            raise InputError(
-                f"its graphs compute in {compute}, for TensorRT",
-                where=str(bundle.path),
-                expected="float32, for ONNX Runtime",
-                hint="Export the model with --target onnx, or choose --backend tensorrt or tensorrt-rtx.",
-            )
-        self.provider = CUDA if CUDA in ort.get_available_providers() else CPU
-        ample = available_bytes() >= AMPLE * sum(footprint(bundle.manifest, bundle.plan).values())
-        self._graphs = {}
-        for name in GRAPHS:
-            kept = ample or (bundle.manifest.graphs[name].activation_bytes or 0) < LARGE_ACTIVATIONS
-            self._graphs[name] = OnnxGraph(bundle.graph(name), threads, self.provider, arena=kept)
+    def __init__(self, value: ort.OrtValue, device: str, shape: tuple[int, ...], dtype: str) -> None:
+        self._value, self.device, self.shape, self.dtype = value, device, shape, dtype
+        self.nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self.address = value.data_ptr()
 
-    def lane(self) -> Lane:
-        return OnnxLane(self._graphs, "cuda" if self.provider == CUDA else "cpu")
+    @classmethod
+    def make(cls, shape: tuple[int, ...], dtype: str, device: str) -> Self:
+        """New memory. Raises MemoryShortError where the device has none left."""
+        try:
+            size = (max(1, math.prod(shape)),)
+            value = ort.OrtValue.ortvalue_from_shape_and_type(size, np.dtype(dtype), device, 0)
+        except Exception as error:  # of ONNX Runtime's many classes
+            raise MemoryShortError(
+                f"no memory on {device} for a tensor of {dtype} {shape} ({error})"
+            ) from error
+        return cls(value, device, shape, dtype)
 
-    def close(self) -> None:
-        """ONNX Runtime gives the memory back with its graphs; the C library, where it is asked to."""
-        self._graphs = {}
-        give_back()
+    def first(self, shape: tuple[int, ...]) -> StateTensor:
+        return StateTensor(self._value, self.device, shape, self.dtype)
+
+    def rows(self, start: int, stop: int) -> StateTensor:
+        raise DeviceError("state is not read by rows")
+
+    def write(self, array: Array, queue: Queue) -> None:
+        whole = self._value.numpy()
+        whole[: array.size] = np.ravel(array)
+        self._value.update_inplace(whole)
+
+    def clear(self, queue: Queue) -> None:
+        self.write(np.zeros(self.shape, np.dtype(self.dtype)), queue)
+
+    def fetch(self, queue: Queue) -> Fetched:
+        return Fetched(self._value.numpy()[: math.prod(self.shape)].reshape(self.shape).copy())
+
+    def shared(self) -> ort.OrtValue:
+        return self._value
 
 
 def _fault(doing: str, error: Exception) -> SessionError:
     """ONNX Runtime's error as one of ours."""
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in SHORT):
+    if ran_out_of_memory(error):
         return MemoryShortError(f"ONNX Runtime ran out of memory in {doing} ({text})")
     return DeviceError(f"ONNX Runtime failed in {doing} ({text})")

@@ -9,58 +9,48 @@ An engine computes all of its outputs in every pass. Those that a pass has no us
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
-from forcingkv.runtime.backends import Lane, Pass, Program, Queue, Tensor
-from forcingkv.runtime.backends.cuda import CudaGraph, CudaQueue, Gpu, close_all
+from forcingkv.prune.plugin import raise_plugin_error
+from forcingkv.runtime.backends import Lane, Pass, Queue, Tensor
+from forcingkv.runtime.backends.cuda import CudaGraph, CudaQueue, Gpu, close_all, fault
 from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
-from forcingkv.runtime.backends.trt_context import PhaseContext, Shape
-from forcingkv.runtime.bundle import GRAPHS, Bundle, GraphRecord
-from forcingkv.runtime.engine_loader import load_engine
+from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.engine_loader import last_words, load_engine
 from forcingkv.runtime.engines import device_sm
-from forcingkv.runtime.faults import DeviceError
+from forcingkv.runtime.faults import DeviceError, SessionError
 from forcingkv.runtime.flavour import FlavourName, trt
 
+Shape = tuple[int, ...]
 ALIGNMENT = 256
 """Bytes that TensorRT wants the address of an input or output to be a multiple of."""
 
 
-class TensorRTBackend:
-    """The engines of a bundle, on this machine's first GPU."""
+def open_lane(
+    bundle: Bundle, flavour: FlavourName, threads: int | None = None, cuda_graphs: bool = False
+) -> TensorRTLane:
+    """Load the engines of a bundle on this machine's first GPU.
 
-    def __init__(self, bundle: Bundle, flavour: FlavourName, *, cuda_graphs: bool = False) -> None:
-        """Load the engines.
+    Args:
+        bundle: an opened bundle.
+        flavour: which TensorRT.
+        threads: of no use here.
+        cuda_graphs: whether a pass is captured when it comes for the second time, and replayed after.
 
-        Args:
-            bundle: an opened bundle.
-            flavour: which TensorRT.
-            cuda_graphs: whether a pass is captured when it comes for the second time, and replayed after.
-
-        Raises:
-            InputError: there is no GPU, or the bundle has no engines for it and for this TensorRT.
-            MissingExtraError: the flavour, or cuda-core, is not installed.
-            SessionError: the GPU could not be used.
-        """
-        self._bundle, self._cuda_graphs = bundle, cuda_graphs
-        if device_sm() is None:
-            load_engine(bundle, GRAPHS[0], flavour)  # raises, and says what to do
-        self._gpu = Gpu()
-        with self._gpu.asked("load the engines"):
-            self._engines = {name: load_engine(bundle, name, flavour) for name in GRAPHS}
-
-    def lane(self) -> Lane:
-        """Contexts, memory and streams for one more session.
-
-        Raises MemoryShortError where there is not enough memory, DeviceError where TensorRT or CUDA refuses.
-        """
-        if not self._engines:
-            raise DeviceError("the backend is closed")
-        return TensorRTLane(self._gpu, self._bundle, self._engines, cuda_graphs=self._cuda_graphs)
-
-    def close(self) -> None:
-        """Let go of the engines: TensorRT frees their weights with the last context on them."""
-        self._engines = {}
+    Raises:
+        InputError: there is no GPU, or the bundle has no engines for it and for this TensorRT.
+        MissingExtraError: the flavour, or cuda-core, is not installed.
+        SessionError: the GPU could not be used, or has too little memory.
+    """
+    if device_sm() is None:
+        load_engine(bundle, GRAPHS[0], flavour)  # raises, and says what to do
+    gpu = Gpu()
+    with gpu.asked("load the engines"):
+        engines = {name: load_engine(bundle, name, flavour) for name in GRAPHS}
+    return TensorRTLane(gpu, bundle, engines, cuda_graphs=cuda_graphs)
 
 
 class TensorRTLane:
@@ -73,33 +63,36 @@ class TensorRTLane:
         main: the queue of passes.
         side: the queue of decoding.
         lookahead: the passes of one chunk are begun while the one before is decoded.
+        cuda_graphs: whether passes that come again are captured.
     """
 
     def __init__(
         self, gpu: Gpu, bundle: Bundle, engines: Mapping[str, trt.ICudaEngine], *, cuda_graphs: bool
     ) -> None:
-        self.lookahead, self._gpu, self._cuda_graphs = 1, gpu, cuda_graphs
+        self.lookahead, self.cuda_graphs = 1, cuda_graphs
+        self._gpu, self._bundle, self._engines = gpu, bundle, engines
         self._queues: list[CudaQueue] = []
         self._graphs: list[CudaGraph] = []
-        self._programs: dict[str, TensorRTProgram] = {}
+        self._contexts: dict[str, list[PhaseContext]] = {name: [] for name in GRAPHS}
+        self._scratch: dict[tuple[str, str], CudaTensor] = {}
         self._memory: CudaMemory | None = None
         try:
-            main, side = self._queue(), self._queue()
+            for _ in range(2):
+                self._queues.append(CudaQueue(gpu))
+            main, side = self._queues
             self._memory = CudaMemory(gpu, main)
             blocks = {
                 main: self._block(engines["prompt"], engines["step"]),
                 side: self._block(engines["decode"]),
             }
             for graph in GRAPHS:
-                queue = side if graph == "decode" else main
-                program = TensorRTProgram(self, graph, bundle.manifest.graphs[graph], queue)
-                self._programs[graph] = program
+                queue = self._queue_of(graph)
                 for phase, shapes in enumerate(_phases(graph, bundle)):
                     context = PhaseContext(gpu, engines[graph], f"{graph} in phase {phase}")
-                    program.contexts.append(context)
+                    self._contexts[graph].append(context)
                     context.prepare(phase, shapes, blocks[queue], queue)
         except BaseException:
-            with suppress(Exception):  # what went wrong first is what is to be told
+            with suppress(Exception):  # the first error is the one to show
                 self.close()
             raise
         self.main: Queue = main
@@ -114,21 +107,54 @@ class TensorRTLane:
             raise DeviceError("the lane is closed")
         return self._memory.tensor(tuple(shape), dtype)
 
-    def program(self, graph: str) -> Program:
-        if not self._programs:
+    def bind(
+        self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> Pass:
+        """Raises ValueError for names, shapes or dtypes that are not the graph's in that phase."""
+        if not self._contexts:
             raise DeviceError("the lane is closed")
-        return self._programs[graph]
+        record, context = self._bundle.manifest.graphs[graph], self._contexts[graph][phase]
+        if set(inputs) != set(record.inputs) or not set(outputs) <= set(record.outputs):
+            raise ValueError(
+                f"{graph} takes {sorted(record.inputs)} and gives {sorted(record.outputs)}; bound were"
+                f" {sorted(inputs)} and {sorted(outputs)}"
+            )
+        bound = TensorRTPass(self, context, self._queue_of(graph))
+        given = {**inputs, **outputs}
+        for name, planned in {**record.inputs, **record.outputs}.items():
+            tensor, shape, dtype = given.get(name), context.shape(name), planned.dtype
+            if tensor is None:
+                place = self._scratch_for(graph, name, dtype).first(shape)
+            elif not isinstance(tensor, CudaTensor) or (tensor.shape, tensor.dtype) != (shape, dtype):
+                found = f"{tensor.dtype} {tensor.shape}"
+                raise ValueError(f"{name} of {context.what} is {dtype} {shape} on the GPU, not {found}")
+            elif tensor.address % ALIGNMENT == 0:
+                place = tensor
+            else:  # copied from and to where TensorRT takes it
+                place = self._scratch_for(graph, name, dtype).first(shape)
+                if name in inputs:
+                    bound.before.append((place, tensor))
+                else:
+                    bound.after.append((tensor, place))
+            bound.addresses[name] = place.address
+        return bound
+
+    def sibling(self) -> Lane:
+        """Raises MemoryShortError for want of memory, DeviceError where TensorRT or CUDA refuses."""
+        engines = self._engines  # once: another thread may close the lane
+        if not engines:
+            raise DeviceError("the lane is closed")
+        return TensorRTLane(self._gpu, self._bundle, engines, cuda_graphs=self.cuda_graphs)
 
     def close(self) -> None:
         """Wait for both streams, then give everything back; what fails does not keep the rest.
 
-        Raises the first error.
+        TensorRT frees the weights with the last lane that has the engines. Raises the first error.
         """
+        self._engines = {}
         queues, graphs, memory = self._queues, self._graphs, self._memory
-        contexts = [context for program in self._programs.values() for context in program.contexts]
-        for program in self._programs.values():
-            program.contexts = []
-        self._queues, self._graphs, self._memory, self._programs = [], [], None, {}
+        contexts = [context for of_graph in self._contexts.values() for context in of_graph]
+        self._queues, self._graphs, self._memory, self._contexts = [], [], None, {}
         close_all(
             "close the lane",
             [
@@ -146,15 +172,16 @@ class TensorRTLane:
         self._graphs.append(graph)
         return graph
 
-    @property
-    def cuda_graphs(self) -> bool:
-        """Whether passes that come again are captured."""
-        return self._cuda_graphs
+    def _queue_of(self, graph: str) -> CudaQueue:
+        main, side = self._queues
+        return side if graph == "decode" else main
 
-    def _queue(self) -> CudaQueue:
-        queue = CudaQueue(self._gpu)
-        self._queues.append(queue)
-        return queue
+    def _scratch_for(self, graph: str, name: str, dtype: str) -> CudaTensor:
+        """Memory of the largest phase. All passes of the graph use it, which run one after the other."""
+        if (graph, name) not in self._scratch:
+            shape = max((context.shape(name) for context in self._contexts[graph]), key=math.prod)
+            self._scratch[graph, name] = self.tensor(shape, dtype)
+        return self._scratch[graph, name]
 
     def _block(self, *engines: trt.ICudaEngine) -> CudaTensor:
         """Activation memory for contexts of these engines that run one after another, in any profile."""
@@ -163,93 +190,116 @@ class TensorRTLane:
         return self.tensor((nbytes,), "uint8")
 
 
-class TensorRTProgram:
-    """A graph of a lane.
-
-    Attributes:
-        contexts: one for each phase.
-    """
-
-    def __init__(self, lane: TensorRTLane, graph: str, record: GraphRecord, queue: CudaQueue) -> None:
-        self._lane, self._graph, self._record, self._queue = lane, graph, record, queue
-        self._tensors = {**record.inputs, **record.outputs}
-        self._scratch: dict[str, CudaTensor] = {}
-        self.contexts: list[PhaseContext] = []
-
-    def bind(self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Pass:
-        """Raises ValueError for names, shapes or dtypes that are not the graph's in that phase."""
-        if not self.contexts:
-            raise DeviceError("the lane is closed")
-        known, given = self._record, set(outputs)
-        if set(inputs) != set(known.inputs) or not given <= set(known.outputs):
-            raise ValueError(
-                f"{self._graph} takes {sorted(known.inputs)} and gives {sorted(known.outputs)}; bound were"
-                f" {sorted(inputs)} and {sorted(given)}"
-            )
-        context = self.contexts[phase]
-        tensors = {name: self._fitting(context, name, t) for name, t in {**inputs, **outputs}.items()}
-        bound = {n: self._place(n, context.shape(n), tensors.get(n)) for n in self._tensors}
-        moved = {name: t for name, t in tensors.items() if t.address != bound[name].address}
-        before = [(bound[name], tensor) for name, tensor in moved.items() if name in known.inputs]
-        after = [(tensor, bound[name]) for name, tensor in moved.items() if name in known.outputs]
-        addresses = {name: tensor.address for name, tensor in bound.items()}
-        return TensorRTPass(self._lane, context, self._queue, addresses, before, after)
-
-    def _fitting(self, context: PhaseContext, name: str, tensor: Tensor) -> CudaTensor:
-        shape, dtype = context.shape(name), self._tensors[name].dtype
-        if not isinstance(tensor, CudaTensor) or (tensor.shape, tensor.dtype) != (shape, dtype):
-            given = f"{tensor.dtype} {tensor.shape}"
-            raise ValueError(f"{name} of {context.what} is {dtype} {shape} on the GPU, not {given}")
-        return tensor
-
-    def _place(self, name: str, shape: Shape, tensor: CudaTensor | None) -> CudaTensor:
-        """Where TensorRT reads or writes: the tensor, or scratch memory where there is none or its address
-        will not do. Scratch is used by all passes of the graph, which run one after the other."""
-        if tensor is not None and tensor.address % ALIGNMENT == 0:
-            return tensor
-        if name not in self._scratch:
-            largest = max((context.shape(name) for context in self.contexts), key=math.prod)
-            self._scratch[name] = self._lane.tensor(largest, self._tensors[name].dtype)
-        return self._scratch[name].first(shape)
-
-
+@dataclass
 class TensorRTPass:
     """An execution on fixed addresses. With `cuda_graphs` the second run captures it, later ones replay."""
 
-    def __init__(
-        self,
-        lane: TensorRTLane,
-        context: PhaseContext,
-        queue: CudaQueue,
-        addresses: Mapping[str, int],
-        before: Collection[tuple[CudaTensor, CudaTensor]],
-        after: Collection[tuple[CudaTensor, CudaTensor]],
-    ) -> None:
-        self._lane, self._context, self._queue = lane, context, queue
-        self._addresses, self._before, self._after = addresses, before, after
-        self._warm = False
-        self._graph: CudaGraph | None = None
+    lane: TensorRTLane
+    context: PhaseContext
+    queue: CudaQueue
+    addresses: dict[str, int] = field(default_factory=dict)
+    before: list[tuple[CudaTensor, CudaTensor]] = field(default_factory=list)
+    """Copies (target, source) to make before it runs, and after."""
+    after: list[tuple[CudaTensor, CudaTensor]] = field(default_factory=list)
+    ran: bool = False
+    graph: CudaGraph | None = None
 
-    def run(self, queue: Queue) -> None:
-        """Raises DeviceError or MemoryShortError with what TensorRT said, and ValueError in another queue
-        than the graph's: passes of one queue share memory."""
-        if queue is not self._queue:
-            raise ValueError(f"{self._context.what} runs in the lane's other queue")
-        if self._warm and self._lane.cuda_graphs:
-            if self._graph is None:
-                self._graph = self._lane.captured(self._enqueue, self._queue, self._context.what)
-            self._graph.launch(self._queue)
+    def run(self) -> None:
+        """Raises DeviceError or MemoryShortError with what TensorRT reported."""
+        if self.ran and self.lane.cuda_graphs:
+            if self.graph is None:
+                self.graph = self.lane.captured(self._enqueue, self.queue, self.context.what)
+            self.graph.launch(self.queue)
         else:
             self._enqueue()
-            self._warm = True
+            self.ran = True
 
     def _enqueue(self) -> None:
+        for target, source in self.before:
+            target.copy_from(source, self.queue)
         # Addresses each time: another pass may have used the context since.
-        for target, source in self._before:
-            target.copy_from(source, self._queue)
-        self._context.enqueue(self._addresses, self._queue)
-        for target, source in self._after:
-            target.copy_from(source, self._queue)
+        self.context.enqueue(self.addresses, self.queue)
+        for target, source in self.after:
+            target.copy_from(source, self.queue)
+
+
+class PhaseContext:
+    """A context that stays in one phase: profile, shapes and activation memory are set once.
+
+    So a CUDA graph that was captured of it stays right.
+
+    Attributes:
+        what: graph and phase, for messages.
+    """
+
+    def __init__(self, gpu: Gpu, engine: trt.ICudaEngine, what: str) -> None:
+        """Raises MemoryShortError or DeviceError, as everything here does."""
+        self.what, self._gpu = what, gpu
+        self._context: trt.IExecutionContext | None = None
+        self._known: dict[str, Shape] = {}
+        with gpu.asked(f"make a context of {what}"):
+            self._context = _new_context(engine)
+            if self._context is None:
+                raise self._refusal("make a context of")
+
+    def prepare(self, phase: int, shapes: Mapping[str, Shape], block: CudaTensor, queue: CudaQueue) -> None:
+        """Choose the profile, the shapes of the inputs that vary by phase, and the activation memory."""
+        with self._gpu.asked(f"prepare {self.what}"):
+            context = self._open
+            if not context.set_optimization_profile_async(phase, queue.handle):
+                raise self._refusal("choose the profile of")
+            queue.sync()
+            for name, shape in shapes.items():
+                if not context.set_input_shape(name, shape):
+                    raise self._refusal(f"set {name} to {shape} for")
+            context.set_device_memory(block.address, block.nbytes)
+            raise_plugin_error()
+
+    def shape(self, name: str) -> Shape:
+        """Of an input or output, in this phase."""
+        if name not in self._known:
+            with self._gpu.asked(f"ask for the shape of {name} of {self.what}"):
+                self._known[name] = tuple(self._open.get_tensor_shape(name)[:])
+        return self._known[name]
+
+    def enqueue(self, addresses: Mapping[str, int], queue: CudaQueue) -> None:
+        """Put one execution, on those addresses of all inputs and outputs, into a queue."""
+        with self._gpu.asked(f"run {self.what}"):
+            context = self._open
+            for name, address in addresses.items():
+                if not context.set_tensor_address(name, address):
+                    raise self._refusal(f"place {name} of")
+            done = context.execute_async_v3(queue.handle)
+            raise_plugin_error()  # after some errors of the plugin TensorRT says that all is well
+            if not done:
+                raise self._refusal("run")
+
+    def close(self) -> None:
+        """Let go of it: TensorRT frees it then."""
+        self._context = None
+
+    @property
+    def _open(self) -> trt.IExecutionContext:
+        if self._context is None:
+            raise DeviceError("the lane is closed")
+        return self._context
+
+    def _refusal(self, doing: str) -> SessionError:
+        """The error for what TensorRT just refused. What the plugin raised meanwhile is raised instead."""
+        raise_plugin_error()
+        return fault(f"{doing} {self.what}", last_words() or "TensorRT does not say why")
+
+
+def _new_context(engine: trt.ICudaEngine) -> trt.IExecutionContext | None:
+    """A context whose activation memory is given to it; None where TensorRT makes none."""
+    config: Any = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    # TensorRT-RTX compiles kernels for shapes as it meets them, and by default swaps them in when they are
+    # ready: the same seed would not give the same video, and a CUDA graph would keep those of the first runs.
+    kinds: Any = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    if kinds is not None:
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
+    return engine.create_execution_context(config)
 
 
 def _phases(graph: str, bundle: Bundle) -> list[dict[str, Shape]]:

@@ -22,7 +22,7 @@ from forcingkv.export.onnxruntime_passes import branch_on_clean, make_caches_ear
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.prune.onnx_operators import graphs, split_prune
 from forcingkv.runtime import Bundle, Session
-from forcingkv.runtime.backends.onnxruntime import OnnxProgram
+from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.bundle import CLEAN
 from forcingkv.runtime.plan import Phase
 from forcingkv.runtime.policies import load_policy
@@ -188,15 +188,17 @@ def test_a_session_makes_the_same_video_and_binds_next_caches_once_a_chunk(
     """Also of a bundle that was exported before there were branches."""
     assert not pair.plain.manifest.graphs["step"].skips_caches
     bound: list[tuple[bool | None, int]] = []
-    bind = OnnxProgram.bind
+    bind = OnnxLane.bind
 
-    def noted(self: Any, phase: int, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:
+    def noted(
+        self: Any, graph: str, phase: int, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> Any:
         if "next_latents" in outputs:
             told = bool(inputs[CLEAN].fetch(None).array()[0]) if CLEAN in inputs else None
             bound.append((told, len(outputs) - 1))
-        return bind(self, phase, inputs, outputs)
+        return bind(self, graph, phase, inputs, outputs)
 
-    monkeypatch.setattr(OnnxProgram, "bind", noted)
+    monkeypatch.setattr(OnnxLane, "bind", noted)
     videos, caches = [], len(pair.plain.plan.entries)
     for bundle in (pair.branched, pair.plain):
         with Session.open(bundle.path, threads=1) as session:

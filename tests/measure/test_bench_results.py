@@ -63,7 +63,7 @@ def test_policies_take_turns(cases: list[Case]) -> None:
         assert len(one.turns) == 2
         assert all(turn.pass_seconds > 0 for turn in one.turns)
         with Session.open(one.case.bundle) as session:
-            assert one.turns[0].cache_bytes == session.rehearse(0).cache_bytes
+            assert one.turns[0].cache_bytes == session.pass_timer(0).cache_bytes
 
 
 def test_rounds_that_there_is_no_time_for_are_left_out_and_said(cases: list[Case]) -> None:
@@ -77,7 +77,7 @@ def test_a_rehearsal_runs_the_shapes_of_its_chunk_and_changes_no_video(bundles: 
     with Session.open(bundles("forcing-kv"), threads=1) as session:
         before = [chunk.latents.tobytes() for chunk in session.generate("a b c", seed=3, chunks=4)]
         for chunk in (0, 1, 5, 6, 99):
-            rehearsal = session.rehearse(chunk)
+            rehearsal = session.pass_timer(chunk)
             assert rehearsal.denoise() > 0
             assert rehearsal.clean() > 0
             assert rehearsal.decode() > 0
@@ -89,7 +89,7 @@ def test_a_rehearsal_ends_the_video_there_was(bundles: Bundles) -> None:
     with Session.open(bundles("full")) as session:
         video = session.generate("a b c", seed=3, chunks=4)
         next(video)
-        session.rehearse(2)
+        session.pass_timer(2)
         with pytest.raises(RuntimeError, match="this video ended"):
             next(video)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from forcingkv.runtime.backends import Lane
-from forcingkv.runtime.backends.tensorrt import TensorRTBackend
+from forcingkv.runtime.backends.tensorrt import open_lane
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import EngineRecord
 from tests.runtime.fake_cuda import FakeCuda
@@ -41,8 +41,8 @@ class World:
         self.tensorrt.install(self._patch)
 
     def lane(self, **options: Any) -> Lane:
-        """A lane of a backend of its own."""
-        return TensorRTBackend(self.bundle, "tensorrt-rtx", **options).lane()
+        """A lane on weights of its own."""
+        return open_lane(self.bundle, "tensorrt-rtx", **options)
 
     @property
     def left(self) -> dict[str, int]:

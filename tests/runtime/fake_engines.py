@@ -22,7 +22,6 @@ import pytest
 
 from forcingkv.runtime import engine_loader
 from forcingkv.runtime.backends import tensorrt as backend
-from forcingkv.runtime.backends import trt_context
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, GraphRecord
 from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_streams import Misuse, Owned
@@ -118,7 +117,7 @@ class FakeTensorRT:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put the fakes where the backend looks for TensorRT and CUDA."""
         monkeypatch.setitem(sys.modules, "cuda.core", self.cuda)
-        monkeypatch.setattr(trt_context, "trt", self)
+        monkeypatch.setattr(backend, "trt", self)
         monkeypatch.setattr(backend, "device_sm", lambda: 89)
         monkeypatch.setattr(backend, "load_engine", self.load_engine)
         monkeypatch.setattr(engine_loader, "_said", [])

@@ -35,10 +35,8 @@ class Driver:
         self._cross = self._like(records["prompt"].outputs)
         sizes = {e: (math.prod(bundle.plan.entry_shape(e, last)),) for e in bundle.plan.entries}
         self._sides = [{e: lane.tensor(s, "float32", state=True) for e, s in sizes.items()} for _ in range(2)]
-        varied = {entry.name for entry in bundle.plan.entries} | {
-            each.name for each in bundle.plan.rows_inputs
-        }
-        self._clean = self._told() if records["step"].skips_caches else {}
+        varied = {entry.name for entry in (*bundle.plan.entries, *bundle.plan.rows_inputs)}
+        self._clean = self._clean_flags() if records["step"].skips_caches else {}
         known = varied | set(self._cross) | set(self._clean)
         step = {n: r for n, r in records["step"].inputs.items() if n not in known}
         self._given = self._like(step)
@@ -49,10 +47,10 @@ class Driver:
         self._decoded = self._like({**records["decode"].inputs, **records["decode"].outputs})
         self._passes: dict[tuple[int, int, str], Pass] = {}
         decoding = [{n: self._decoded[n] for n in which} for which in (records["decode"].inputs, ["frames"])]
-        self._prompt = lane.program("prompt").bind(0, self._text, self._cross)
-        self._decode = lane.program("decode").bind(0, *decoding)
+        self._prompt = lane.bind("prompt", 0, self._text, self._cross)
+        self._decode = lane.bind("decode", 0, *decoding)
 
-    def _told(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def _clean_flags(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The input that says whether a pass is clean: where it is not, and where it is."""
         no, yes = (self._lane.tensor((1,), "bool") for _ in range(2))
         no.write(np.array([False]), self._lane.main)
@@ -62,7 +60,7 @@ class Driver:
     def start(self) -> None:
         """Begin a video with a prompt."""
         self._write(self._text, "text")
-        self._prompt.run(self._lane.main)
+        self._prompt.run()
 
     def chunk(self, number: int) -> Made:
         """Make a chunk, and wait for it."""
@@ -76,14 +74,14 @@ class Driver:
         self._write(self._given, "latents")
         for timestep, sigma in zip(schedule.timesteps, schedule.sigmas[:-1], strict=True):
             self._pass_on(number, timestep, sigma)
-            self._pass(number, "noisy").run(main)
+            self._pass(number, "noisy").run()
             # Back to where every pass reads them, by way of the host: not how a session does it.
             self._given["latents"].write(self._spare.fetch(main).array(), main)
         self._pass_on(number, schedule.context_timestep, 0.0)
-        self._pass(number, "clean").run(main)
+        self._pass(number, "clean").run()
         latents = self._given["latents"].fetch(main)
         self._decoded["latents"].write(latents.array(), side)
-        self._decode.run(side)
+        self._decode.run()
         shown = self._decoded["frames"].fetch(side)
         kept = {e.name: t.fetch(main) for e, t in self._views(number + 1).items()}
         return Made(latents.array(), shown.array(), {name: fetch.array() for name, fetch in kept.items()})
@@ -109,7 +107,8 @@ class Driver:
             if self._clean and kind == "noisy":
                 following = {}
             told = {name: tensors[kind == "clean"] for name, tensors in self._clean.items()}
-            self._passes[key] = self._lane.program("step").bind(
+            self._passes[key] = self._lane.bind(
+                "step",
                 key[0],
                 {**self._given, **self._cross, **held, **rows, **told},
                 {"next_latents": self._spare, **following},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +19,10 @@ def world(bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Wo
 
 
 @pytest.fixture
-def lane(world: World) -> Lane:
-    return world.lane()
+def lane(world: World) -> Iterator[Lane]:
+    lane = world.lane()
+    yield lane
+    lane.close()
 
 
 def test_an_array_comes_back_as_it_was_written(lane: Lane) -> None:
@@ -114,12 +116,10 @@ def test_a_fetch_is_the_callers_own(lane: Lane) -> None:
     assert array.tolist() == [2, 3]
 
 
-def test_marks_wait_order_and_take_time(lane: Lane) -> None:
+def test_marks_take_time(lane: Lane) -> None:
     tensor = lane.tensor((1,), "float32")
     started = lane.main.mark()
     tensor.write(np.ones(1, np.float32), lane.main)
     written = lane.main.mark()
-    lane.side.wait(written)
-    assert tensor.fetch(lane.side).array().tolist() == [1], "the side queue waited, the host did not"
     assert written.since(started) == pytest.approx(0.003), "a copy between two events, a millisecond each"
     written.wait()

@@ -45,8 +45,7 @@ def test_latents_that_are_not_finite_end_the_video(
 
 @pytest.mark.parametrize("place", [0, 1, 4, 9])
 def test_running_out_of_memory_ends_the_video_only(bundles: Bundles, tmp_path: Path, place: int) -> None:
-    session, _ = open_with(bundles("forcing-kv"), Failing)
-    lane: Any = session._lane
+    session, lane = open_with(bundles("forcing-kv"), Failing)
     with session:
         wanted = video_of(session)
         lane.fails_in = place
@@ -67,8 +66,7 @@ def test_running_out_of_memory_ends_the_video_only(bundles: Bundles, tmp_path: P
 
 def test_a_video_that_cannot_begin_has_ended_the_one_before(bundles: Bundles) -> None:
     """The caches are no longer those of the one before: going on with it would show a wrong video."""
-    session, _ = open_with(bundles("forcing-kv"), Failing)
-    lane: Any = session._lane
+    session, lane = open_with(bundles("forcing-kv"), Failing)
     with session:
         before = session.generate(PROMPT, seed=7, chunks=7)
         next(before)

@@ -12,10 +12,17 @@ import onnxruntime as ort
 import pytest
 
 from forcingkv.headmaps import InputError
-from forcingkv.runtime import Bundle, DeviceError, MemoryShortError
+from forcingkv.runtime import Bundle, DeviceError, MemoryShortError, Session
 from forcingkv.runtime.backends import onnxruntime as backend
-from forcingkv.runtime.backends.onnxruntime import CPU, CUDA, OnnxGraph, OnnxLane, OnnxRuntimeBackend
-from forcingkv.runtime.backends.ort_state import OrtStateTensor
+from forcingkv.runtime.backends.onnxruntime import (
+    CPU,
+    CUDA,
+    OnnxGraph,
+    OnnxLane,
+    OnnxPass,
+    StateTensor,
+    open_lane,
+)
 from forcingkv.runtime.footprint import footprint
 from tests.runtime.videos import BUNDLES, OTHER, PROMPT, OwnState, assert_same, open_with, video_of
 
@@ -30,8 +37,8 @@ def test_state_in_onnx_runtimes_own_memory_gives_the_same_video(
     own, _ = open_with(bundles(name), OwnState)
     plain, _ = open_with(bundles(name), OnnxLane)
     with own, plain:
-        kinds = {type(tensor) for tensor in own._maker.state().values()}
-        assert kinds == {OrtStateTensor}
+        kinds = {type(tensor) for tensor in own._memory().state().values()}
+        assert kinds == {StateTensor}
         videos = []
         for session, other in ((own, plain), (plain, own)):
             assert_same(video_of(session), video_of(other))
@@ -56,12 +63,12 @@ def test_large_passes_keep_their_memory_where_there_is_ample_room(
     monkeypatch.setattr(backend, "LARGE_ACTIVATIONS", 0)
     monkeypatch.setattr(backend, "available_bytes", lambda: int(room * needed))
     monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena: arenas.append(arena))
-    OnnxRuntimeBackend(bundle)
+    open_lane(bundle)
     assert arenas == [kept] * 3
 
 
 def test_a_view_of_state_is_its_start() -> None:
-    whole: Any = OrtStateTensor.make((2, 6), "float32", "cpu")
+    whole: Any = StateTensor.make((2, 6), "float32", "cpu")
     values = np.arange(12, dtype=np.float32).reshape(2, 6)
     whole.write(values, None)
     part = whole.first((1, 4))
@@ -78,13 +85,12 @@ def test_the_cuda_provider_is_taken_where_it_is_installed(
     loaded = []
     monkeypatch.setattr(backend.ort, "get_available_providers", lambda: ["Tensorrt", CUDA, CPU])
     monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena: loaded.append(given))
-    found = OnnxRuntimeBackend(Bundle.open(bundles("forcing-kv")), threads=3)
+    lane = open_lane(Bundle.open(bundles("forcing-kv")), threads=3)
     assert [(path.name, threads, provider) for path, threads, provider in loaded] == [
         (f"{graph}.onnx", 3, CUDA) for graph in ("prompt", "step", "decode")
     ]
     made: list[Any] = []
-    monkeypatch.setattr(OrtStateTensor, "make", lambda *given: made.append(given))
-    lane = found.lane()
+    monkeypatch.setattr(StateTensor, "make", lambda *given: made.append(given))
     lane.tensor((1, 2), "float32", state=True)
     lane.tensor((1, 2), "float32")
     assert made == [((1, 2), "float32", "cuda")]
@@ -131,15 +137,12 @@ def test_a_pass_that_fails_says_so(bundles: Bundles) -> None:
     ],
 )
 def test_what_onnx_runtime_raises_is_told_apart(raised: Exception, kind: type[Exception]) -> None:
-    graph = OnnxGraph.__new__(OnnxGraph)
-
     class Session:
         def run_with_iobinding(self, *_: object) -> None:
             raise raised
 
-    graph._session, graph._options = Session(), None
     with pytest.raises(kind) as found:
-        graph.run_bound(None)
+        OnnxPass(Session(), None, None).run()
     assert str(raised) in str(found.value)
     assert found.value.__cause__ is raised
 
@@ -149,11 +152,33 @@ def test_memory_that_is_not_there_is_told() -> None:
     with pytest.raises(MemoryShortError, match=r"no memory for a tensor of float32 \(1099511627776, 1024\)"):
         lane.tensor((2**40, 1024), "float32")
     with pytest.raises(MemoryShortError, match="no memory on cpu for a tensor of float32"):
-        OrtStateTensor.make((2**40, 1024), "float32", "cpu")
+        StateTensor.make((2**40, 1024), "float32", "cpu")
 
 
 def test_graphs_for_tensorrt_are_refused(bundles: Bundles) -> None:
     bundle = Bundle.open(bundles("forcing-kv"))
     half = Bundle(bundle.path, replace(bundle.manifest, compute="bfloat16"), bundle.headmap)
     with pytest.raises(InputError, match=r"compute in bfloat16.*--backend tensorrt"):
-        OnnxRuntimeBackend(half)
+        open_lane(half)
+
+
+@pytest.mark.parametrize("version", ["1.9.0", "1.24.0", "1.23.2+cu12", "0.9"])
+def test_versions_that_let_a_bundle_read_the_users_files_are_refused(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(backend.ort, "__version__", version)
+    with pytest.raises(InputError, match=r"expected 1\.24\.1 or newer.*pip install 'onnxruntime>=1\.24\.1'"):
+        Session.open(bundles("forcing-kv"))
+    for good in ("1.24.1", "1.25.0.dev1", "2.0"):
+        monkeypatch.setattr(backend.ort, "__version__", good)
+        Session.open(bundles("forcing-kv")).close()
+
+
+def test_a_closed_lane_says_so(bundles: Bundles) -> None:
+    lane = open_lane(Bundle.open(bundles("forcing-kv")))
+    lane.close()
+    lane.close()
+    with pytest.raises(DeviceError, match="the lane is closed"):
+        lane.bind("prompt", 0, {}, {})
+    with pytest.raises(DeviceError, match="the lane is closed"):
+        lane.sibling()

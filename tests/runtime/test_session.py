@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import forcingkv
 from forcingkv.headmaps import InputError
-from forcingkv.runtime import Bundle, Chunk, MemoryShortError, Session
+from forcingkv.runtime import Chunk, DeviceError, MemoryShortError, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
-from forcingkv.runtime.session import SharedBackend
 from tests.runtime.videos import (
     BUNDLES,
     OTHER,
     PROMPT,
     Ahead,
-    CountedBackend,
     assert_same,
     differ,
     open_with,
@@ -121,7 +122,7 @@ def test_videos_that_someone_still_has_hold_no_memory_of_a_closed_session(bundle
     session = Session.open(bundles("forcing-kv"))
     before, running = (session.generate(PROMPT, seed=seed) for seed in (1, 2))
     next(running)
-    maker = weakref.ref(session._maker)
+    maker = weakref.ref(session._memory())
     session.close()
     assert maker() is None
     assert (before.seed, running.index) == (1, 1)
@@ -157,15 +158,16 @@ def test_siblings_run_in_threads(bundles: Bundles) -> None:
 
 
 def test_the_weights_go_with_the_last_session_on_them(bundles: Bundles) -> None:
-    session, backend = open_with(bundles("forcing-kv"), OnnxLane)
+    session, lane = open_with(bundles("forcing-kv"), OnnxLane)
+    weights = [weakref.ref(graph) for graph in lane._graphs.values()]
     wanted = video_of(session, chunks=2)
     sibling = session.sibling()
     session.close()
     session.close()
-    assert backend.closed == 0
+    assert all(graph() for graph in weights)
     assert_same(video_of(sibling, chunks=2), wanted)
     sibling.close()
-    assert backend.closed == 1
+    assert not any(graph() for graph in weights)
 
 
 def test_a_session_that_cannot_be_made_gives_the_weights_back(bundles: Bundles) -> None:
@@ -173,11 +175,49 @@ def test_a_session_that_cannot_be_made_gives_the_weights_back(bundles: Bundles) 
         def tensor(self, *_: Any, **__: Any) -> Any:
             raise MemoryShortError("no memory for a tensor")
 
-    bundle = Bundle.open(bundles("forcing-kv"))
-    backend = CountedBackend(bundle, Full)
-    with pytest.raises(MemoryShortError):
-        Session(SharedBackend(bundle, "onnxruntime", backend), "host")
-    assert backend.closed == 1
+    with Session.open(bundles("forcing-kv")) as session:
+        lane = Full(session._memory().lane._graphs, "cpu")
+        with pytest.raises(MemoryShortError):
+            Session(session.bundle, "onnxruntime", lane, "host")
+        assert not lane._graphs
+        video_of(session, chunks=1)
+
+
+def test_a_sibling_of_a_session_that_is_closed_meanwhile_is_refused(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread closes the last session on the weights while its sibling waits for the memory check."""
+    session = Session.open(bundles("forcing-kv"))
+    monkeypatch.setattr("forcingkv.runtime.session.check_memory", lambda *_, **__: session.close())
+    with pytest.raises(DeviceError, match="the lane is closed"):
+        session.sibling()
+
+
+def test_few_frames_stand_between_the_caller_and_onnx_runtime(bundles: Bundles) -> None:
+    """From `next(video)` down to each call of ONNX Runtime: denoising passes, the clean pass, decoding."""
+    package = str(Path(forcingkv.__file__).parent)
+    depths: dict[str, set[int]] = {}
+
+    def counting(graph: str, run: Callable[[Any], None]) -> Callable[[Any], None]:
+        def run_with_iobinding(binding: Any) -> None:
+            frames = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe(1))]
+            ours = list(itertools.takewhile(lambda code: code.co_filename.startswith(package), frames))
+            assert ours[-1].co_qualname == "Video.__next__"
+            depths.setdefault(graph, set()).add(len(ours))
+            run(binding)
+
+        return run_with_iobinding
+
+    session, lane = open_with(bundles("taehv"), OnnxLane)
+    with session:
+        video = session.generate(PROMPT, seed=7)
+        for name, graph in lane._graphs.items():
+            inner = graph._session
+            inner.run_with_iobinding = counting(name, inner.run_with_iobinding)
+        for _ in range(4):
+            next(video)
+    assert depths.keys() == {"step", "decode"}
+    assert max(depths["step"] | depths["decode"]) <= 5
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -187,7 +227,8 @@ def test_a_long_video_binds_nothing_new(bundles: Bundles, name: str) -> None:
         bound = []
         for chunk in itertools.islice(endless, 40):
             if chunk.index in (9, 39):
-                bound.append((len(session._maker._passes), len(session._maker.decoder._passes)))
+                maker = session._memory()
+                bound.append((len(maker._passes), len(maker.decoder._passes)))
         assert bound[0] == bound[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,8 @@ from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Chunk, Session, engine_loader
 from forcingkv.runtime.backends import Lane
+from forcingkv.runtime.backends import onnxruntime as onnx_backend
 from forcingkv.runtime.backends import tensorrt as backend_module
-from forcingkv.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from forcingkv.runtime.backends.tensorrt import TensorRTBackend
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, require
@@ -43,14 +42,16 @@ def world(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 @pytest.fixture
-def lane(world: World) -> Lane:
-    return world.lane()
+def lane(world: World) -> Iterator[Lane]:
+    lane = world.lane()
+    yield lane
+    lane.close()
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_a_lane_computes_what_onnx_runtime_does(world: World, cuda_graphs: bool) -> None:
     opened = Bundle.open(world.bundle.path)
-    reference = OnnxRuntimeBackend(opened, 1).lane()
+    reference = onnx_backend.open_lane(opened, threads=1)
     lane = world.lane(cuda_graphs=cuda_graphs)
     drivers = [Driver(reference, opened), Driver(lane, world.bundle)]
     for _ in range(2):  # two videos: in the second every pass comes again
@@ -96,11 +97,11 @@ def test_a_pass_is_captured_when_it_comes_again_and_replayed_after(world: World)
     lane = world.lane(cuda_graphs=True)
     latents = lane.tensor((1, 3, 3, 8, 12), "float32")
     frames = lane.tensor((3, 8, 12, 3), "uint8")
-    decode = lane.program("decode").bind(0, {"latents": latents}, {"frames": frames})
+    decode = lane.bind("decode", 0, {"latents": latents}, {"frames": frames})
     shown = []
     for value in (-1.0, 0.0, 1.0, 0.5):
         latents.write(np.full(latents.shape, value, np.float32), lane.side)
-        decode.run(lane.side)
+        decode.run()
         shown.append(frames.fetch(lane.side))
     assert [int(fetch.array().mean()) for fetch in shown] == [0, 128, 255, 191]
     done = [entry[0] for entry in world.cuda.trace if entry[0] != "copy"]
@@ -144,13 +145,6 @@ def switch_and_save(session: Session, folder: Path) -> list[Chunk]:
     return [*chunks, *session.restore(folder)]
 
 
-def test_passes_keep_to_their_queue(world: World) -> None:
-    lane = world.lane()
-    driver = Driver(lane, world.bundle)
-    with pytest.raises(ValueError, match="prompt in phase 0 runs in the lane's other queue"):
-        driver._prompt.run(lane.side)
-
-
 def test_another_thread_may_use_a_lane(world: World) -> None:
     lane, found = world.lane(), list[Any]()
 
@@ -177,12 +171,12 @@ def test_views_that_tensorrt_would_not_take_go_through_scratch_memory(
     inputs, outputs = {"latents": latents.rows(1, 2)}, {"frames": frames.rows(3, 6)}
     assert cast(Any, inputs["latents"]).address % 256 != 0
     assert cast(Any, outputs["frames"]).address % 256 != 0
-    decode = lane.program("decode").bind(0, inputs, outputs)
+    decode = lane.bind("decode", 0, inputs, outputs)
     for value, shown in ((1, 255), (-1, 0), (0, 128)):
         frames.write(np.full(frames.shape, 7, np.uint8), lane.side)
         values = np.stack([np.full(latents.shape[1:], v, np.float32) for v in (0.5, value)])
         latents.write(values, lane.side)
-        decode.run(lane.side)
+        decode.run()
         found = frames.fetch(lane.side).array()
         assert [int(frame.mean()) for frame in found] == [7] * 3 + [shown] * 3 + [7] * 3
 
@@ -199,28 +193,27 @@ def test_outputs_that_nobody_takes_go_to_one_buffer_each(world: World) -> None:
         for tensor in (*inputs.values(), *held.values()):
             tensor.clear(lane.main)
         before = world.cuda.live["device"]
-        bound = lane.program("step").bind(place, inputs | held, {"next_latents": out})
-        bound.run(lane.main)
+        bound = lane.bind("step", place, inputs | held, {"next_latents": out})
+        bound.run()
         assert np.isfinite(out.fetch(lane.main).array()).all()
         made = world.cuda.live["device"] - before
         assert made == (len(record.outputs) - 1 if place == 1 else 0)
 
 
 def test_what_does_not_fit_a_graph_is_refused(lane: Lane) -> None:
-    decode = lane.program("decode")
     latents, frames = lane.tensor((1, 3, 3, 8, 12), "float32"), lane.tensor((3, 8, 12, 3), "uint8")
     good = {"latents": latents}
-    decode.bind(0, good, {})
+    lane.bind("decode", 0, good, {})
     for inputs, outputs in (
         ({}, {"frames": frames}),
         ({**good, "more": latents}, {"frames": frames}),
         (good, {"pixels": frames}),
     ):
         with pytest.raises(ValueError, match=r"decode takes \['latents'\] and gives \['frames'\]; "):
-            decode.bind(0, inputs, outputs)
+            lane.bind("decode", 0, inputs, outputs)
     for wrong in (lane.tensor((3, 8, 12, 3), "int32"), lane.tensor((3, 8, 12, 4), "uint8")):
         with pytest.raises(ValueError, match=r"frames of decode in phase 0 is uint8 \(3, 8, 12, 3\)"):
-            decode.bind(0, good, {"frames": wrong})
+            lane.bind("decode", 0, good, {"frames": wrong})
 
 
 def test_a_bundle_without_engines_or_a_machine_without_a_gpu_is_refused(
@@ -232,11 +225,11 @@ def test_a_bundle_without_engines_or_a_machine_without_a_gpu_is_refused(
     monkeypatch.setattr(engine_loader, "device_sm", lambda: 89)
     bare = Bundle(world.bundle.path, replace(world.bundle.manifest, engines=()), world.bundle.headmap)
     with pytest.raises(InputError, match="has no engine of the graph prompt"):
-        TensorRTBackend(bare, "tensorrt-rtx")
+        backend_module.open_lane(bare, "tensorrt-rtx")
     for module in (backend_module, engine_loader):
         monkeypatch.setattr(module, "device_sm", lambda: None)
     with pytest.raises(InputError, match="no GPU was found"):
-        TensorRTBackend(world.bundle, "tensorrt-rtx")
+        backend_module.open_lane(world.bundle, "tensorrt-rtx")
 
 
 def test_without_cuda_core_the_extra_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

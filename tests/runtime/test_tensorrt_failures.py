@@ -13,7 +13,7 @@ import pytest
 from forcingkv.prune import plugin
 from forcingkv.runtime import engine_loader
 from forcingkv.runtime.backends import Lane
-from forcingkv.runtime.backends.tensorrt import TensorRTBackend
+from forcingkv.runtime.backends.tensorrt import open_lane
 from forcingkv.runtime.faults import DeviceError, MemoryShortError
 from tests.runtime.engine_world import World
 from tests.runtime.fake_streams import FakeCudaError
@@ -42,12 +42,13 @@ def test_too_little_memory_is_told_with_the_bytes(world: World) -> None:
 
 def decode_pass(lane: Lane) -> Callable[[], None]:
     latents, frames = lane.tensor((1, 3, 3, 8, 12), "float32"), lane.tensor((3, 8, 12, 3), "uint8")
-    bound = lane.program("decode").bind(0, {"latents": latents}, {"frames": frames})
-    return lambda: bound.run(lane.side)
+    bound = lane.bind("decode", 0, {"latents": latents}, {"frames": frames})
+    return lambda: bound.run()
 
 
 def test_a_refusal_tells_graph_and_phase_and_what_tensorrt_said(world: World) -> None:
-    run = decode_pass(world.lane())
+    lane = world.lane()
+    run = decode_pass(lane)
     world.tensorrt.refuse_at = world.tensorrt.refusable + 2
     with pytest.raises(DeviceError, match=r"could not run decode in phase 0 \(.*execute_async_v3: as"):
         run()
@@ -56,25 +57,26 @@ def test_a_refusal_tells_graph_and_phase_and_what_tensorrt_said(world: World) ->
     engine_loader._said.append("[resizeAllocator] Requested amount of GPU memory (1 bytes): out of memory")
     with pytest.raises(MemoryShortError, match="could not run decode in phase 0"):
         run()
+    lane.close()
 
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_what_the_plugin_raised_comes_first(world: World, refused: bool) -> None:
-    run = decode_pass(world.lane())
+    lane = world.lane()
+    run = decode_pass(lane)
     world.tensorrt.refuse_at = world.tensorrt.refusable + 2 if refused else None
     plugin._errors.append(RuntimeError("DynamicPrune has no kernels"))
     with pytest.raises(DeviceError, match=r"decode in phase 0 \(RuntimeError: DynamicPrune has no kernels\)"):
         run()
     assert plugin._errors == []
+    lane.close()
 
 
 def test_a_closed_lane_gives_all_back_and_refuses_everything(world: World) -> None:
     room = world.cuda.room
-    backend = TensorRTBackend(world.bundle, "tensorrt-rtx")
-    lane = backend.lane()
-    run, tensor, program = decode_pass(lane), lane.tensor((2,), "float32"), lane.program("decode")
+    lane = world.lane()
+    run, tensor = decode_pass(lane), lane.tensor((2,), "float32")
     main, fetch, mark = lane.main, tensor.fetch(lane.main), lane.main.mark()
-    backend.close()
     lane.close()
     lane.close()
     uses: list[Callable[[], object]] = [
@@ -85,41 +87,35 @@ def test_a_closed_lane_gives_all_back_and_refuses_everything(world: World) -> No
         partial(tensor.fetch, main),
         partial(tensor.write, np.zeros(2, np.float32), main),
         partial(tensor.clear, main),
-        partial(program.bind, 0, {}, {}),
-        partial(lane.program, "decode"),
-        backend.lane,
+        partial(lane.bind, "decode", 0, {}, {}),
+        lane.sibling,
     ]
     assert world.cuda.left == {}, "all is closed, whoever still holds it"
     for use in uses:
         with pytest.raises(DeviceError, match="closed"):
             use()
-    del run, tensor, program, fetch, mark, use, uses
+    del run, tensor, fetch, mark, use, uses
     assert world.cuda.room == room
     assert world.left == {}
 
 
 def short_run(world: World) -> None:
     """A lane from its opening to its end: every kind of call, and CUDA graphs."""
-    backend = TensorRTBackend(world.bundle, "tensorrt-rtx", cuda_graphs=True)
-    lane = backend.lane()
+    lane = open_lane(world.bundle, "tensorrt-rtx", cuda_graphs=True)
     try:
         driver = Driver(lane, world.bundle)
         driver.start()
-        driver._pass(0, "noisy").run(lane.main)
+        driver._pass(0, "noisy").run()
         started = lane.side.mark()
         driver._decoded["latents"].clear(lane.side)
         for _ in range(3):
-            driver._decode.run(lane.side)
+            driver._decode.run()
         driver._decoded["frames"].shared()
-        lane.main.wait(lane.side.mark())
         for _ in range(2):
             driver._decoded["frames"].fetch(lane.main).array()
         lane.main.mark().since(started)
     finally:
-        try:
-            lane.close()
-        finally:
-            backend.close()
+        lane.close()
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.runtime.mp4 import Mp4Writer
-from forcingkv.runtime.video import FrameWriter, ReaderGoneError, open_writer
+from forcingkv.runtime.video import FrameWriter, Mp4Writer, ReaderGoneError, open_writer
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 STEP = 6
@@ -106,9 +105,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from forcingkv.runtime import mp4
+from forcingkv.runtime import video
 
-writer = mp4.Mp4Writer(Path(sys.argv[1]), 16.0, metadata={"title": "t"})
+writer = video.Mp4Writer(Path(sys.argv[1]), 16.0, metadata={"title": "t"})
 frames = np.load(sys.argv[2])
 for chunk in range(int(sys.argv[3])):
     writer.write(frames[chunk * 3:][:3])
@@ -116,7 +115,7 @@ if part := float(sys.argv[4]):
     def put(file, data):
         file.write(data[:int(part * len(data))])
         os.kill(os.getpid(), signal.SIGKILL)
-    mp4.write_all = put
+    video.write_all = put
     writer.write(frames[-3:])
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -190,7 +189,7 @@ def test_an_interruption_within_a_write_leaves_whole_fragments(
     writer = Mp4Writer(path, 8.0)
     writer.write(ramp(0, 3))
     size = path.stat().st_size
-    monkeypatch.setattr("forcingkv.runtime.mp4.write_all", half)
+    monkeypatch.setattr("forcingkv.runtime.video.write_all", half)
     with pytest.raises(KeyboardInterrupt):
         writer.write(ramp(3, 3))
     assert path.stat().st_size == size

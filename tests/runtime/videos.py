@@ -7,19 +7,20 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from forcingkv.runtime import Bundle, Chunk, MemoryShortError, Session
-from forcingkv.runtime.backends import Lane, Pass, Program, Queue, Tensor
-from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane, OnnxRuntimeBackend
-from forcingkv.runtime.backends.ort_state import OrtStateTensor
-from forcingkv.runtime.session import SharedBackend
+from forcingkv.runtime.backends import Pass, Tensor
+from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane, StateTensor
+from forcingkv.runtime.bundle import GRAPHS
 
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
 BUNDLES = (*POLICIES, "taehv")
 """Those of `conftest.export_small` that all must hold for."""
 PROMPT, OTHER = "a b c", "d e"
+AnyLane = TypeVar("AnyLane", bound=OnnxLane)
 
 
 class Ahead(OnnxLane):
@@ -35,7 +36,7 @@ class OwnState(OnnxLane):
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
         if state:
-            return OrtStateTensor.make(shape, dtype, "cpu")
+            return StateTensor.make(shape, dtype, "cpu")
         return super().tensor(shape, dtype)
 
 
@@ -44,50 +45,29 @@ class Failing(OnnxLane):
 
     fails_in: int | None = None
 
-    def program(self, graph: str) -> Program:
-        return FailingProgram(self, super().program(graph))
-
-
-class FailingProgram:
-    def __init__(self, lane: Failing, program: Program) -> None:
-        self._lane, self._program = lane, program
-
-    def bind(self, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Pass:
-        return FailingPass(self._lane, self._program.bind(phase, inputs, outputs))
+    def bind(
+        self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> Pass:
+        return FailingPass(self, super().bind(graph, phase, inputs, outputs))
 
 
 class FailingPass:
     def __init__(self, lane: Failing, bound: Pass) -> None:
         self._lane, self._bound = lane, bound
 
-    def run(self, queue: Queue) -> None:
+    def run(self) -> None:
         if self._lane.fails_in is not None:
             self._lane.fails_in -= 1
             if self._lane.fails_in < 0:
                 raise MemoryShortError("as a test asked for")
-        self._bound.run(queue)
+        self._bound.run()
 
 
-class CountedBackend(OnnxRuntimeBackend):
-    """Makes lanes of a class, and counts how often it is closed."""
-
-    def __init__(self, bundle: Bundle, lane: type[OnnxLane]) -> None:
-        super().__init__(bundle, threads=1)
-        self._lane, self.closed = lane, 0
-
-    def lane(self) -> Lane:
-        return self._lane(self._graphs, "cpu")
-
-    def close(self) -> None:
-        self.closed += 1
-        super().close()
-
-
-def open_with(path: Path, lane: type[OnnxLane]) -> tuple[Session, CountedBackend]:
-    """A session whose lanes are of a class of their own."""
+def open_with(path: Path, kind: type[AnyLane]) -> tuple[Session, AnyLane]:
+    """A session whose lane is of a class of its own, and the lane."""
     bundle = Bundle.open(path)
-    backend = CountedBackend(bundle, lane)
-    return Session(SharedBackend(bundle, "onnxruntime", backend), "host"), backend
+    lane = kind({name: OnnxGraph(bundle.graph(name), 1) for name in GRAPHS}, "cpu")
+    return Session(bundle, "onnxruntime", lane, "host"), lane
 
 
 def video_of(session: Session, chunks: int = 7, seed: int = 7) -> list[Chunk]:

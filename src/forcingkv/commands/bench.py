@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from forcingkv.commands.console import console, emit, need, progress_bar
+from forcingkv.commands.models import Backend
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 
@@ -39,7 +40,7 @@ def bench(
     headmap: Annotated[
         Path | None, typer.Option(help="Head map; default: one with the published number of heads a label.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="onnxruntime, tensorrt or tensorrt-rtx.")] = "onnxruntime",
+    backend: Backend = "onnxruntime",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each policy.")] = 3,
     minutes: Annotated[
         float, typer.Option(min=0, help="Begin no round at a geometry that would end after so many.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from forcingkv.commands.console import default_prompts, emit, need, progress_bar, read_prompts
+from forcingkv.commands.models import Backend
 from forcingkv.headmaps.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def evaluate(
     chunks: Annotated[
         int | None, typer.Option(min=2, help="Length of the videos; default: until full KV is full.")
     ] = None,
-    backend: Annotated[
-        str, typer.Option(help="What runs the graphs: onnxruntime, tensorrt or tensorrt-rtx.")
-    ] = "onnxruntime",
+    backend: Backend = "onnxruntime",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="Video file to measure; repeat it.")] = None,
     reference_video: Annotated[

@@ -6,25 +6,26 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 import typer
 
 from forcingkv import __version__
 from forcingkv.commands.console import emit, progress_bar
-from forcingkv.commands.models import text_input
-from forcingkv.commands.prompt_changes import prompt_changes
+from forcingkv.commands.models import Backend, text_input
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime import Prompt, Session, Video
+from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.video import FrameWriter, ReaderGoneError, open_writer
 
-if TYPE_CHECKING:
-    from forcingkv.runtime import Chunk, Session, Video
-    from forcingkv.runtime.spec import ModelSpec
+TERMINATED = 128 + signal.SIGTERM
 
 
 def generate(
@@ -42,7 +43,7 @@ def generate(
         list[str] | None,
         typer.Option(help='Another prompt from that second on: "2.5:a 1 moving up ..."; may be repeated.'),
     ] = None,
-    recache: Annotated[bool, typer.Option(help="Make the caches anew when the prompt is switched.")] = True,
+    recache: Annotated[bool, typer.Option(help="Rebuild the caches when the prompt is switched.")] = True,
     save: Annotated[
         Path | None, typer.Option(help="Folder to save the state to, every --save-every chunks.")
     ] = None,
@@ -54,14 +55,12 @@ def generate(
         float | None, typer.Option(min=0.01, help="Frames a second; default: the model's.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    backend: Annotated[
-        str, typer.Option(help="What runs the graphs: onnxruntime, tensorrt or tensorrt-rtx.")
-    ] = "onnxruntime",
+    backend: Backend = "onnxruntime",
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    enlarge: Annotated[int, typer.Option(min=1, help="Repeat each pixel this often.")] = 1,
+    enlarge: Annotated[int, typer.Option(min=1, help="Repeat each pixel this many times.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Generate a video from a bundle, chunk by chunk.
@@ -73,82 +72,123 @@ def generate(
     Example: forcingkv generate --bundle bundle --prompt "a 3 moving left and a 7 moving up"
     --seconds 3 --seed 7 --enlarge 8 --out video.mp4
     """
-    from forcingkv.runtime import Session
-    from forcingkv.runtime.video import ReaderGoneError, open_writer
-
     # Makes nothing: a wrong place is refused before the bundle, which may be large, is read.
     open_writer(out, fps=fps or 1.0)
-    frames, timings = 0, []
+    written = Written()
     try:
-        opened = Session.open(bundle, backend=backend, threads=threads, cuda_graphs=cuda_graphs)
-        with _sigterm_exits(), opened as session:
+        with (
+            _sigterm_exits(),
+            Session.open(bundle, backend=backend, threads=threads, cuda_graphs=cuda_graphs) as session,
+        ):
             rate = fps or session.spec.fps
             chunks_for = partial(_chunks_for, session.spec, rate)
-            coming = prompt_changes(switch or (), session.spec, embeds, chunks_for)
+            changes = _prompt_changes(switch or (), session.spec, embeds, chunks_for)
             if restore:
-                made = session.restore(restore)
-                made.chunks = chunks_for(seconds) if seconds else made.chunks
-                seed = made.seed
+                video = session.restore(restore, chunks=chunks_for(seconds) if seconds else None)
             else:
                 text = text_input(session.spec, prompt, embeds)
-                made = session.generate(text, seed=seed, chunks=chunks_for(seconds or 5.0))
-            chunks, coming = made.chunks, [change for change in coming if change.chunk >= made.index]
-            about = _about(session, prompt, seed)
+                video = session.generate(text, seed=seed, chunks=chunks_for(seconds or 5.0))
+            changes = [change for change in changes if change.chunk >= video.index]
             if out == "-":
                 width, height = (size * enlarge for size in session.bundle.manifest.resolution)
                 print(f"rgb24, {width}x{height}, {rate:g} frames a second", file=sys.stderr)
-            with (
-                open_writer(out, fps=rate, enlarge=enlarge, metadata=about) as writer,
-                progress_bar() as shown,
-            ):
-                task = shown.add_task("generating chunks", total=chunks, completed=made.index)
-                for chunk, waited in _timed(made):
-                    writer.write(chunk.frames)
-                    timings.append((waited, chunk.timing.denoise + chunk.timing.clean))
-                    frames += len(chunk.frames)
-                    shown.update(task, completed=made.index)
-                    if coming and made.index >= coming[0].chunk:
-                        made.switch(coming.pop(0).text, recache=recache)
-                    if save and not made.index % save_every:
-                        made.save(save)
+            metadata = _metadata(session, prompt, video.seed)
+            with open_writer(out, fps=rate, enlarge=enlarge, metadata=metadata) as writer:
+                for _ in _write(video, writer, written):
+                    if changes and video.index >= changes[0].chunk:
+                        video.switch(changes.pop(0).text, recache=recache)
+                    if save and not video.index % save_every:
+                        video.save(save)
     except (KeyboardInterrupt, SystemExit) as error:
-        kept = f"{frames} frames in {out}" if frames else "nothing was written"
+        kept = f"{written.frames} frames in {out}" if written.frames else "nothing was written"
         print(f"stopped: {kept}", file=sys.stderr)
         raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else TERMINATED) from error
     except ReaderGoneError as error:
         raise typer.Exit(128 + signal.SIGPIPE) from error  # what a shell sees of others in a pipe
-    if not timings:
+    if not written.frames:
         raise InputError("the saved video is complete", where=str(restore), hint="Make it longer: --seconds.")
-    total, denoising = np.sum(timings, axis=0).tolist()
+    with redirect_stdout(sys.stderr if out == "-" else sys.stdout):
+        _report(written, out, rate, as_json=as_json)
+
+
+@dataclass
+class Written:
+    """What has come of a video so far."""
+
+    frames: int = 0
+    waited: list[float] = field(default_factory=list)
+    """Seconds that each chunk was waited for."""
+    denoising: list[float] = field(default_factory=list)
+    """Seconds of the passes of each chunk."""
+
+
+def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[None]:
+    """Write each chunk, show progress, and count what is written; between chunks the caller may act."""
+    with progress_bar() as shown:
+        task = shown.add_task("generating chunks", total=video.chunks, completed=video.index)
+        asked = time.perf_counter()
+        for chunk in video:
+            written.waited.append(time.perf_counter() - asked)
+            written.denoising.append(chunk.timing.denoise + chunk.timing.clean)
+            writer.write(chunk.frames)
+            written.frames += len(chunk.frames)
+            shown.update(task, completed=video.index)
+            yield
+            asked = time.perf_counter()
+
+
+def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
     result = {
         "out": out,
-        "frames": frames,
-        "chunks": len(timings),
+        "frames": written.frames,
+        "chunks": len(written.waited),
         "fps": rate,
-        "seconds_per_chunk": float(np.median([time for time, _ in timings])),
-        "frames_per_second": frames / total,
-        "frames_per_second_without_decoding": frames / denoising,
+        "seconds_per_chunk": float(np.median(written.waited)),
+        "frames_per_second": written.frames / sum(written.waited),
+        "frames_per_second_without_decoding": written.frames / sum(written.denoising),
     }
-    with redirect_stdout(sys.stderr if out == "-" else sys.stdout):
-        if as_json:
-            emit(result)
-            return
-        print(
-            f"{out}: {frames} frames in {len(timings)} chunks,"
-            f" {result['frames_per_second']:.1f} frames a second"
-            f" ({result['frames_per_second_without_decoding']:.1f} without decoding)"
-        )
+    if as_json:
+        emit(result)
+        return
+    print(
+        f"{out}: {written.frames} frames in {result['chunks']} chunks,"
+        f" {result['frames_per_second']:.1f} frames a second"
+        f" ({result['frames_per_second_without_decoding']:.1f} without decoding)"
+    )
 
 
-def _timed(video: Video) -> Iterator[tuple[Chunk, float]]:
-    """Each chunk, and the seconds that were spent waiting for it."""
-    asked = time.perf_counter()
-    for chunk in video:
-        yield chunk, time.perf_counter() - asked
-        asked = time.perf_counter()
+@dataclass(frozen=True)
+class PromptChange:
+    """Another prompt, from a chunk on."""
+
+    chunk: int
+    text: Prompt
 
 
-def _about(session: Session, prompt: str | None, seed: int) -> dict[str, str]:
+def _prompt_changes(
+    options: Sequence[str], spec: ModelSpec, embeds: Path | None, chunks_for: Callable[[float], int]
+) -> list[PromptChange]:
+    """The changes that "SECONDS:PROMPT" asks for, in order.
+
+    The prompt changes with the first chunk that begins at that second or later. Raises InputError for one
+    that is not of that form, or whose prompt cannot be used.
+    """
+    changes = []
+    for option in options:
+        start, colon, prompt = option.partition(":")
+        try:
+            seconds = float(start)
+        except ValueError:
+            seconds = 0.0
+        if not colon or not seconds > 0:
+            raise InputError(
+                f"has no time above 0 in {option!r}", where="--switch", expected='"SECONDS:PROMPT"'
+            )
+        changes.append(PromptChange(chunks_for(seconds), text_input(spec, prompt.strip(), embeds)))
+    return sorted(changes, key=lambda change: change.chunk)
+
+
+def _metadata(session: Session, prompt: str | None, seed: int) -> dict[str, str]:
     """What a video says of itself."""
     manifest, name = session.bundle.manifest, session.spec.name
     return {
@@ -166,9 +206,6 @@ def _about(session: Session, prompt: str | None, seed: int) -> dict[str, str]:
 def _chunks_for(spec: ModelSpec, rate: float, seconds: float) -> int:
     """Chunks for that many seconds, shown at that many frames a second."""
     return spec.chunks_for(seconds * (rate / spec.fps))
-
-
-TERMINATED = 128 + signal.SIGTERM
 
 
 @contextmanager

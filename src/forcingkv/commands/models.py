@@ -12,6 +12,7 @@ import typer
 
 from forcingkv.commands.console import default_prompts
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.embeds import read_embeds
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from forcingkv.models.checkpoint import Weights
 
 
+Backend: TypeAlias = Annotated[str, typer.Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")]
 Model: TypeAlias = Annotated[str, typer.Option(help="Preset or spec file (.toml).")]
 Checkpoint: TypeAlias = Annotated[
     str | None, typer.Option(help="Weights: a file, a folder or a hub id; default: those shipped.")

@@ -1,4 +1,4 @@
-"""Frames as a folder of PNG files, or as bytes for another program; and what every writer of frames does."""
+"""What every writer of frames does; and frames as a folder of PNG files, or as bytes for another program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from contextlib import suppress
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -33,11 +32,11 @@ class ReaderGoneError(BrokenPipeError):
         super().__init__(errno.EPIPE, "the reader of the frames has gone", where)
 
 
-class FrameFile(ABC):
-    """What every writer does: checks frames, enlarges them, and closes what an error leaves open.
+class FrameWriter(ABC):
+    """Takes the frames of a video as they are made. A context manager, which closes it.
 
-    Nothing is made or changed before the first frames come, so that wrong input found before leaves
-    an earlier result alone.
+    Nothing is made or changed before the first frames come, so wrong input leaves an earlier result alone.
+    What was written before an error or Ctrl-C stays, and is a shorter video.
 
     Args:
         path: the place; `where` in errors.
@@ -45,9 +44,8 @@ class FrameFile(ABC):
         enlarge: whole number by which each pixel is repeated, for tiny videos.
         metadata: what the file says of itself.
 
-    Raises:
-        InputError: `fps` is not a rate, or the place cannot be written to, as far as can be told
-            without writing.
+    Raises InputError where `fps` is not a rate, or the place cannot be written to, as far as can be found out
+    without writing.
     """
 
     def __init__(self, path: Path, fps: float, enlarge: int = 1, metadata: Mapping[str, str] = {}) -> None:
@@ -58,19 +56,14 @@ class FrameFile(ABC):
         self._size: tuple[int, int] | None = None
         self._closed = False
         try:
-            self._look()
+            self._check_place()
         except OSError as error:
             raise unwritable(path, error) from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def write(self, frames: Frames) -> None:
@@ -111,12 +104,12 @@ class FrameFile(ABC):
 
     def _check(self, frames: Frames) -> None:
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape[1:]:
-            found = f"are {frames.dtype} {frames.shape}"
-            raise InputError(found, where="frames", expected="uint8 (n, height, width, 3)")
+            shape = f"are {frames.dtype} {frames.shape}"
+            raise InputError(shape, where="frames", expected="uint8 (n, height, width, 3)")
         height, width = frames.shape[1:3]
-        first = self._size = self._size or (height, width)
-        if first != (height, width):
-            expected = f"{first[1]}x{first[0]}, as the first"
+        self._size = self._size or (height, width)
+        if self._size != (height, width):
+            expected = "{1}x{0}, as the first".format(*self._size)
             raise InputError(f"are {width}x{height}", where="frames", expected=expected)
 
     def _enlarged(self, frames: Frames) -> Iterator[Frames]:
@@ -124,17 +117,17 @@ class FrameFile(ABC):
         for frame in frames:
             yield np.ascontiguousarray(frame.repeat(self.enlarge, 0).repeat(self.enlarge, 1))
 
-    def _look(self) -> None:
+    def _check_place(self) -> None:
         """Raise OSError or InputError for a place that a file cannot be made at. Changes nothing."""
         if self.path.is_dir():
-            raise _fault(errno.EISDIR)
+            raise _os_error(errno.EISDIR)
         parent = self.path.parent
         while not parent.exists():
             parent = parent.parent
         if not parent.is_dir():
-            raise _fault(errno.ENOTDIR)
+            raise _os_error(errno.ENOTDIR)
         if not os.access(self.path if self.path.exists() else parent, os.W_OK):
-            raise _fault(errno.EACCES)
+            raise _os_error(errno.EACCES)
 
     @abstractmethod
     def _append(self, frames: Frames) -> None:
@@ -145,10 +138,10 @@ class FrameFile(ABC):
         """Close what is open; there may be nothing. Called once, after errors too."""
 
 
-class RawWriter(FrameFile):
+class RawWriter(FrameWriter):
     """rgb24: the bytes of the frames and nothing else, row by row, three bytes a pixel.
 
-    For another program, which must be told size and rate: to standard output (`-`), or to a file or FIFO.
+    For another program, which must know size and rate: to standard output (`-`), or to a file or FIFO.
 
     Raises:
         InputError: the place cannot be written to, or standard output is a terminal.
@@ -156,9 +149,9 @@ class RawWriter(FrameFile):
 
     _file: FileIO | None = None
 
-    def _look(self) -> None:
+    def _check_place(self) -> None:
         if str(self.path) != "-":
-            super()._look()
+            super()._check_place()
         elif sys.stdout.isatty():
             raise InputError("standard output is a terminal", where="-", expected="a pipe or a file")
 
@@ -186,7 +179,7 @@ SCHEMA = "forcingkv.frames/1"
 _NAME = re.compile(r"frame-\d{6,}\.png")
 
 
-class PngWriter(FrameFile):
+class PngWriter(FrameWriter):
     """A folder of PNG files (RGB, 8 bits), `frame-000001.png` and on, equal to the frames.
 
     `frames.json` comes last: schema, fps, count, width, height and metadata. A folder without it was cut
@@ -200,12 +193,12 @@ class PngWriter(FrameFile):
     _encoder: Any = None
     _count = 0
 
-    def _look(self) -> None:
+    def _check_place(self) -> None:
         need_av()
         if not self.path.is_dir():
             if self.path.exists():
-                raise _fault(errno.ENOTDIR)
-            super()._look()
+                raise _os_error(errno.ENOTDIR)
+            super()._check_place()
             return
         names = set(os.listdir(self.path))
         other = sorted(name for name in names - {RECORD} if not _NAME.fullmatch(name))
@@ -217,7 +210,7 @@ class PngWriter(FrameFile):
                 hint="Choose a new or empty folder: this one would be replaced.",
             )
         if not os.access(self.path, os.W_OK):
-            raise _fault(errno.EACCES)
+            raise _os_error(errno.EACCES)
 
     def _append(self, frames: Frames) -> None:
         import av
@@ -280,7 +273,7 @@ def write_all(file: FileIO, data: bytes | memoryview) -> None:
         left = left[file.write(left) :]
 
 
-def _fault(number: int) -> OSError:
+def _os_error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
