@@ -6,7 +6,7 @@ matplotlib is imported when a picture is drawn, not when this module is.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ LABEL_COLOURS = ("#0b6fb8", "#c2510c", "#2a7d4f", "#8250df")
 
 
 def figure(
-    width: float, height: float, dpi: float = 110, *, layout: Literal["constrained", "none"] = "constrained"
+    width: float, height: float, dpi: float = 110, *, layout: Literal["constrained"] | None = "constrained"
 ) -> Figure:
     """An empty figure of that many inches. pyplot does not know it, so nothing has to be closed."""
     from matplotlib.figure import Figure as NewFigure
@@ -36,7 +36,7 @@ def png(drawn: Figure) -> bytes:
 
 
 @contextmanager
-def style(settings: Mapping[str, Any]) -> Iterator[None]:
+def style(settings: dict[Any, Any]) -> Iterator[None]:
     """matplotlib's own defaults and these settings (`matplotlib.rcParams`), whatever the user has set.
 
     Figures have to be made and drawn inside.
