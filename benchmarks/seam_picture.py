@@ -13,9 +13,8 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from forcingkv.measure.fidelity.discontinuity import seam, seams
-from forcingkv.measure.fidelity.layout import ChunkLayout
 from forcingkv.measure.fidelity.motion import SAMPLED_FPS, MotionMeter
+from forcingkv.measure.fidelity.seams import ChunkLayout, seam, seams
 from forcingkv.measure.fidelity.video_files import open_video
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from forcingkv.measure.ablation.labels import place_labels
-from forcingkv.measure.ablation.scores import Measure, Row, frontier
-from forcingkv.measure.ablation.variants import PROFILED, REFERENCE
 from forcingkv.measure.fidelity.intervals import Estimate
+from forcingkv.plotting import INK, SOFT, png
+from forcingkv.plotting import figure as new_figure
+from studies.ablation.point_labels import place_labels
+from studies.ablation.variant_scores import Measure, VariantRow, frontier
+from studies.ablation.variants import PROFILED, REFERENCE
 
 DPI = 110
-INK, SOFT = "#1b1f24", "#57606a"
 Colour = tuple[float, float, float]
 
 WIDE = 1.3
@@ -49,18 +48,18 @@ _DIGITS = _Axis("digits", "digits read, all chunks (%)", 100)
 _PSNR = _Axis("psnr", "PSNR to full (dB)", 1)
 
 
-def pareto_picture(rows: Sequence[Row]) -> bytes:
+def pareto_picture(rows: Sequence[VariantRow]) -> bytes:
     """PNG: digits read, and PSNR to full, against the bytes of keys and values; frontiers as lines."""
     return _drawn((11, 15), lambda figure: _draw_pareto(figure, rows))
 
 
-def difference_picture(rows: Sequence[Row]) -> bytes:
+def difference_picture(rows: Sequence[VariantRow]) -> bytes:
     """PNG: each variant minus forcing-kv with the profiled map, with intervals, in digits and in PSNR."""
     others = [row for row in rows if row.name not in (REFERENCE, PROFILED)]
     return _drawn((11, 1.4 + 0.3 * len(others)), lambda figure: _draw_differences(figure, others))
 
 
-def _draw_pareto(figure: Figure, rows: Sequence[Row]) -> None:
+def _draw_pareto(figure: Figure, rows: Sequence[VariantRow]) -> None:
     """Each measure in two panels of one scale: most variants have nearly the bytes of forcing-kv."""
     families, labels = _families(rows), []
     own = next(row.kv_bytes for row in rows if row.name == PROFILED)
@@ -86,7 +85,7 @@ def _draw_pareto(figure: Figure, rows: Sequence[Row]) -> None:
             )
             _scale(axes, ends[:2] if near else ends[1:], near)
             said = [
-                (_said(row), x, y, row.name in best, families[row.family])
+                (_shown_name(row), x, y, row.name in best, families[row.family])
                 for row, x, y in here
                 if row.name in best or row.family in LABELLED
             ]
@@ -100,7 +99,7 @@ def _draw_pareto(figure: Figure, rows: Sequence[Row]) -> None:
         place_labels(axes, texts)
 
 
-def _points(rows: Sequence[Row], axis: _Axis) -> list[tuple[Row, float, float]]:
+def _points(rows: Sequence[VariantRow], axis: _Axis) -> list[tuple[VariantRow, float, float]]:
     """(row, MB, value) of the rows that have a value, by bytes."""
     shown = [row for row in rows if row.means[axis.measure].mean is not None]
     places = _beside(shown)
@@ -109,7 +108,7 @@ def _points(rows: Sequence[Row], axis: _Axis) -> list[tuple[Row, float, float]]:
 
 
 def _draw_points(
-    axes: Axes, points: Sequence[tuple[Row, float, float]], axis: _Axis, families: dict[str, Colour]
+    axes: Axes, points: Sequence[tuple[VariantRow, float, float]], axis: _Axis, families: dict[str, Colour]
 ) -> None:
     for row, x, y in points:
         stands_out = row.name in (REFERENCE, PROFILED)
@@ -137,7 +136,7 @@ def _scale(axes: Axes, ends: tuple[float, ...], near: bool) -> None:
     axes.tick_params(axis="y", length=3 if near else 0)
 
 
-def _draw_differences(figure: Figure, rows: Sequence[Row]) -> None:
+def _draw_differences(figure: Figure, rows: Sequence[VariantRow]) -> None:
     families = _families(rows)
     panels = figure.subplots(1, 2, sharey=True)
     titles = ("digits read − forcing-kv (points)", "PSNR to full − forcing-kv (dB)")
@@ -163,25 +162,22 @@ def _draw_differences(figure: Figure, rows: Sequence[Row]) -> None:
         axes.grid(axis="y", color="#eef1f4", linewidth=0.8)
         axes.set_axisbelow(True)
         sns.despine(ax=axes, left=True)
-    panels[0].set_yticks(range(len(rows)), [_said(row) for row in rows])
+    panels[0].set_yticks(range(len(rows)), [_shown_name(row) for row in rows])
     panels[0].invert_yaxis()
 
 
 def _drawn(size: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:
-    figure = Figure(size, DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(*size, DPI)
     draw(figure)
-    target = io.BytesIO()
-    canvas.print_figure(target, format="png", metadata={"Software": None})
-    return target.getvalue()
+    return png(figure)
 
 
-def _families(rows: Sequence[Row]) -> dict[str, Colour]:
+def _families(rows: Sequence[VariantRow]) -> dict[str, Colour]:
     names = list(dict.fromkeys(row.family for row in rows))
     return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
 
 
-def _said(row: Row) -> str:
+def _shown_name(row: VariantRow) -> str:
     return f"{row.name} ({row.draws} draws)" if row.draws > 1 else row.name
 
 
@@ -191,10 +187,10 @@ def _error(found: Estimate, scale: float) -> list[list[float]] | None:
     return [[scale * (found.mean - found.low)], [scale * (found.high - found.mean)]]
 
 
-def _beside(rows: Sequence[Row]) -> dict[str, float]:
+def _beside(rows: Sequence[VariantRow]) -> dict[str, float]:
     """MB of each row; rows of nearly the same bytes side by side around their place."""
     places: dict[str, float] = {}
-    cluster: list[Row] = []
+    cluster: list[VariantRow] = []
     for row in [*sorted(rows, key=lambda row: row.kv_bytes), None]:
         if cluster and (row is None or row.kv_bytes > NEAR * cluster[0].kv_bytes):
             middle = (len(cluster) - 1) / 2

@@ -1,4 +1,4 @@
-"""Labels of points in a crowded picture: each beside its point, none over another."""
+"""Text beside the points of a crowded picture, none over another."""
 
 from __future__ import annotations
 

@@ -6,15 +6,15 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from forcingkv.measure.ablation.scores import MEASURES, Measure, Row, frontier
-from forcingkv.measure.ablation.variants import PROFILED, REFERENCE
-from forcingkv.measure.fidelity.digits import READ_CHUNK
+from forcingkv.measure.fidelity.digit_reading import READ_CHUNK
 from forcingkv.measure.fidelity.intervals import Estimate
+from studies.ablation.variant_scores import MEASURES, Measure, VariantRow, frontier
+from studies.ablation.variants import PROFILED, REFERENCE
 
 Format = Callable[[float], str]
 
 
-def csv_text(rows: Sequence[Row]) -> str:
+def csv_text(rows: Sequence[VariantRow]) -> str:
     """Every mean with its interval, every paired difference, and the spread of draws. Empty: unknown."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -25,7 +25,7 @@ def csv_text(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def markdown_table(rows: Sequence[VariantRow]) -> str:
     """A row a variant: means with 95% intervals over prompts; of draws also the least and largest mean."""
     head = [
         "varied",
@@ -66,7 +66,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _fields(row: Row) -> Iterator[tuple[str, str]]:
+def _fields(row: VariantRow) -> Iterator[tuple[str, str]]:
     yield from {"family": row.family, "variant": row.name, "draws": str(row.draws)}.items()
     yield "kv_bytes", str(row.kv_bytes)
     yield "videos", str(row.means["digits"].videos)
@@ -87,7 +87,7 @@ def _fields(row: Row) -> Iterator[tuple[str, str]]:
             yield f"{measure}_largest_draw", f"{largest:.6g}"
 
 
-def _mean(row: Row, measure: Measure, shown: Format) -> str:
+def _mean(row: VariantRow, measure: Measure, shown: Format) -> str:
     text = _point(row, measure, shown)
     found = row.means[measure]
     if found.low is not None and found.high is not None:
@@ -98,7 +98,7 @@ def _mean(row: Row, measure: Measure, shown: Format) -> str:
     return text
 
 
-def _point(row: Row, measure: Measure, shown: Format) -> str:
+def _point(row: VariantRow, measure: Measure, shown: Format) -> str:
     mean = row.means[measure].mean
     return "–" if mean is None else shown(mean)
 

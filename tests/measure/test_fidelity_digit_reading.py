@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from forcingkv.measure.fidelity.digits import read_digits
+from forcingkv.measure.fidelity.digit_reading import read_digits
 from forcingkv.models.demo.data import Clip, make_clip
 
 

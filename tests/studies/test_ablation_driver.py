@@ -1,31 +1,18 @@
-"""benchmarks/ablations.py on two prompts and two variants, twice: the second run makes no video again."""
+"""python -m studies.ablation on two prompts and two variants, twice: the second run makes no video again."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from forcingkv.measure.ablation import Studio
-
-FILE = Path(__file__).parents[2] / "benchmarks" / "ablations.py"
-
-
-@pytest.fixture(scope="module")
-def driver() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablations", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from studies.ablation import __main__ as driver
+from studies.ablation.variant_videos import VariantVideos
 
 
 def test_a_run_writes_everything_and_goes_on_from_what_is_there(
-    driver: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "docs"
     out.mkdir()
@@ -43,7 +30,7 @@ def test_a_run_writes_everything_and_goes_on_from_what_is_there(
     assert text.startswith("# Before\n")
     assert text.endswith(f"{driver.END}\n\nAfter\n")
     assert "an old table" not in text
-    command = "`python benchmarks/ablations.py --prompts 2 --chunks 3 --samples 1 --only forcing-kv`"
+    command = "`python -m studies.ablation --prompts 2 --chunks 3 --samples 1 --only forcing-kv`"
     assert command in text
     assert (out / "pictures" / "ablations.png").is_file()
     assert (out / "pictures" / "ablation-differences.png").is_file()
@@ -52,17 +39,17 @@ def test_a_run_writes_everything_and_goes_on_from_what_is_there(
     def made(*_: object) -> None:
         raise AssertionError("a video is made again")
 
-    monkeypatch.setattr(Studio, "_made", made)
+    monkeypatch.setattr(VariantVideos, "_made", made)
     driver.main()
     assert (out / "ablations.csv").read_bytes() == first
 
 
-def test_too_many_prompts_are_refused(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["ablations.py", "--prompts", "60"])
-    with pytest.raises(SystemExit, match="--prompts is 60: 48 are left"):
+    with pytest.raises(SystemExit, match="--prompts is 60: only 48 are left"):
         driver.main()
 
 
-def test_a_variant_that_there_is_not_is_refused(driver: ModuleType) -> None:
-    with pytest.raises(SystemExit, match=r"'best', of which there is none: .*uniform"):
+def test_a_variant_that_there_is_not_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"no variant 'best'; expected some of .*uniform"):
         driver.chosen_variants(["best"])

@@ -1,4 +1,4 @@
-"""What is measured of each video, and what comes of it for each variant, with intervals over prompts."""
+"""What is measured of each video, and the means of each variant, with intervals over prompts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from forcingkv.measure.ablation.variants import PROFILED, REFERENCE, Variant
-from forcingkv.measure.ablation.videos import Sample, Videos
-from forcingkv.measure.fidelity.digits import READ_CHUNK
+from forcingkv.measure.fidelity.digit_reading import READ_CHUNK, read_chunk
+from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.measure.fidelity.intervals import Estimate, estimate
-from forcingkv.measure.fidelity.pairs import grey, psnr, squared_error, ssim
+from forcingkv.measure.fidelity.pairs import psnr, squared_error, ssim
 from forcingkv.models.demo.data import moves_of
-from forcingkv.models.demo.judge import Judge, verdict
+from studies.ablation.variant_videos import Videos
+from studies.ablation.variants import PROFILED, REFERENCE, Variant
 
 Measure = Literal["digits", "directions", "digits_at", "directions_at", "psnr", "ssim"]
 
@@ -33,7 +33,7 @@ Values = list[float | None]
 
 
 @dataclass(frozen=True)
-class Measured:
+class VariantScores:
     """The measures of a variant's videos, in the order of the samples."""
 
     variant: Variant
@@ -42,7 +42,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class VariantRow:
     """A variant, or all draws of one thing together."""
 
     family: str
@@ -64,9 +64,9 @@ def measure_videos(
     kv_bytes: int,
     videos: Videos,
     references: Videos,
-    samples: Sequence[Sample],
+    samples: Sequence[SeededPrompt],
     frames_per_chunk: int,
-) -> Measured:
+) -> VariantScores:
     """Measure videos of the demo model: against those of `full`, and by its judge.
 
     Raises ValueError for prompts that are not of two moving digits.
@@ -81,28 +81,28 @@ def measure_videos(
         values["directions_at"].append(float(directions[at].mean()))
         values["psnr"].append(psnr(squared_error(video, reference)))
         values["ssim"].append(float(np.mean([ssim(*pair) for pair in zip(video, reference, strict=True)])))
-    return Measured(variant, kv_bytes, values)
+    return VariantScores(variant, kv_bytes, values)
 
 
-def rows_of(measured: Sequence[Measured], samples: Sequence[Sample]) -> list[Row]:
+def rows_of(measured: Sequence[VariantScores], samples: Sequence[SeededPrompt]) -> list[VariantRow]:
     """A row for each variant, in order; draws of one thing are one row."""
     prompts = [sample.prompt for sample in samples]
-    by_name: dict[str, list[Measured]] = {}
+    by_name: dict[str, list[VariantScores]] = {}
     for one in measured:
         by_name.setdefault(one.variant.name, []).append(one)
     return [_row(draws, by_name[REFERENCE][0], by_name[PROFILED][0], prompts) for draws in by_name.values()]
 
 
-def frontier(rows: Sequence[Row], measure: Measure) -> list[Row]:
+def frontier(rows: Sequence[VariantRow], measure: Measure) -> list[VariantRow]:
     """The rows that no other beats: none with as few bytes has a higher mean. By bytes, ascending."""
-    best: list[Row] = []
+    best: list[VariantRow] = []
     for row in sorted(rows, key=lambda row: (row.kv_bytes, -_quality(row, measure))):
         if not best or _quality(row, measure) > _quality(best[-1], measure):
             best.append(row)
     return best
 
 
-def _quality(row: Row, measure: Measure) -> float:
+def _quality(row: VariantRow, measure: Measure) -> float:
     """The mean; what has none is identical to its reference, and beats all."""
     mean = row.means[measure].mean
     return float("inf") if mean is None else mean
@@ -112,21 +112,22 @@ def _read(
     video: npt.NDArray[np.uint8], prompt: str, frames_per_chunk: int
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """(chunks, 2): which digits are read, and which directions are right."""
-    judge, frames, moves = Judge.fit(), grey(video), moves_of(prompt)
-    chunks = range(len(video) // frames_per_chunk)
-    seen = [verdict(judge, frames, moves, frames_per_chunk, chunk) for chunk in chunks]
+    moves, chunks = moves_of(prompt), range(len(video) // frames_per_chunk)
+    seen = [read_chunk(video, moves, frames_per_chunk, chunk) for chunk in chunks]
     return np.array([v.digits for v in seen]), np.array([v.directions for v in seen])
 
 
-def _row(draws: Sequence[Measured], full: Measured, profiled: Measured, prompts: Sequence[str]) -> Row:
+def _row(
+    draws: Sequence[VariantScores], full: VariantScores, profiled: VariantScores, prompts: Sequence[str]
+) -> VariantRow:
     every = [*prompts] * len(draws)
 
-    def pooled(of: Callable[[Measured, Measure], Values]) -> dict[Measure, Estimate]:
+    def pooled(of: Callable[[VariantScores, Measure], Values]) -> dict[Measure, Estimate]:
         return {m: estimate([value for one in draws for value in of(one, m)], every) for m in MEASURES}
 
     means = {m: [estimate(one.values[m], prompts).mean for one in draws] for m in MEASURES}
     known = {m: [mean for mean in means[m] if mean is not None] for m in MEASURES}
-    return Row(
+    return VariantRow(
         family=draws[0].variant.family,
         name=draws[0].variant.name,
         draws=len(draws),

@@ -9,25 +9,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from forcingkv.measure.ablation import Measured, Row, Sample, measure_videos, read_variants, rows_of
-from forcingkv.measure.ablation.pictures import difference_picture, pareto_picture
-from forcingkv.measure.ablation.scores import MEASURES, frontier
-from forcingkv.measure.ablation.tables import csv_text, markdown_table
-from forcingkv.measure.ablation.variants import Variant
+from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.models.demo.data import make_clip
+from studies.ablation.variant_pictures import difference_picture, pareto_picture
+from studies.ablation.variant_scores import (
+    MEASURES,
+    VariantRow,
+    VariantScores,
+    frontier,
+    measure_videos,
+    rows_of,
+)
+from studies.ablation.variant_tables import csv_text, markdown_table
+from studies.ablation.variants import Variant, read_variants
 
 FRAMES = 3
 CHUNKS = 7
 
 
-def made(variant: Variant, kv_bytes: int, digits: list[float], psnr: list[float | None]) -> Measured:
+def made(variant: Variant, kv_bytes: int, digits: list[float], psnr: list[float | None]) -> VariantScores:
     values: dict[str, list[float | None]] = {name: [1.0] * len(digits) for name in MEASURES}
     values |= {"digits": list(digits), "psnr": psnr}
-    return Measured(variant, kv_bytes, values)  # type: ignore[arg-type]
+    return VariantScores(variant, kv_bytes, values)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
+def rows() -> list[VariantRow]:
     """Six variants with planted measures, of the prompts a, b and c."""
     variants = {(v.name, v.draw): v for v in read_variants()}
     return rows_of(
@@ -39,11 +46,11 @@ def rows() -> list[Row]:
             made(variants["all static", None], 300, [0.0, 0.5, 0.5], [19.0, 19.5, 22.0]),
             made(variants["window 6", None], 700, [0.5, 0.5, 0.5], [25.0, 26.0, 27.0]),
         ],
-        [Sample(prompt, seed) for seed, prompt in enumerate("abc")],
+        [SeededPrompt(prompt, seed) for seed, prompt in enumerate("abc")],
     )
 
 
-def test_differences_are_of_the_same_sample(rows: list[Row]) -> None:
+def test_differences_are_of_the_same_sample(rows: list[VariantRow]) -> None:
     found = {row.name: row for row in rows}
     static = found["all static"]
     assert static.to_full["digits"].mean == pytest.approx(np.mean([-1.0, -0.5, 0.0]))
@@ -53,7 +60,7 @@ def test_differences_are_of_the_same_sample(rows: list[Row]) -> None:
     assert found["forcing-kv"].to_profiled["psnr"].mean == 0
 
 
-def test_draws_are_one_row_with_their_spread(rows: list[Row]) -> None:
+def test_draws_are_one_row_with_their_spread(rows: list[VariantRow]) -> None:
     assert [row.name for row in rows] == ["full", "forcing-kv", "random", "all static", "window 6"]
     drawn = rows[2]
     assert (drawn.draws, drawn.kv_bytes) == (2, 400)
@@ -63,12 +70,12 @@ def test_draws_are_one_row_with_their_spread(rows: list[Row]) -> None:
     assert drawn.means["psnr"].mean == pytest.approx(20.0), "what is not known is left out"
 
 
-def test_the_frontier_is_what_nothing_beats(rows: list[Row]) -> None:
+def test_the_frontier_is_what_nothing_beats(rows: list[VariantRow]) -> None:
     assert [row.name for row in frontier(rows, "digits")] == ["all static", "forcing-kv", "full"]
     assert [row.name for row in frontier(rows, "psnr")] == ["all static", "forcing-kv", "window 6", "full"]
 
 
-def test_the_csv_has_all_of_it(rows: list[Row]) -> None:
+def test_the_csv_has_all_of_it(rows: list[VariantRow]) -> None:
     table = {row["variant"]: row for row in csv.DictReader(io.StringIO(csv_text(rows)))}
     static = table["all static"]
     assert static["kv_bytes"] == "300"
@@ -78,7 +85,7 @@ def test_the_csv_has_all_of_it(rows: list[Row]) -> None:
     assert table["full"]["psnr"] == "", "unknown stays unknown"
 
 
-def test_the_markdown_table_is_one(rows: list[Row]) -> None:
+def test_the_markdown_table_is_one(rows: list[VariantRow]) -> None:
     lines = markdown_table(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 2 + len(rows)
@@ -88,7 +95,7 @@ def test_the_markdown_table_is_one(rows: list[Row]) -> None:
     assert "**-1.83 [" in lines[5], "an interval that excludes 0 is bold"
 
 
-def test_pictures_are_drawn_alike_each_time(rows: list[Row]) -> None:
+def test_pictures_are_drawn_alike_each_time(rows: list[VariantRow]) -> None:
     for draw in (pareto_picture, difference_picture):
         png = draw(rows)
         assert png == draw(rows)
@@ -98,7 +105,7 @@ def test_pictures_are_drawn_alike_each_time(rows: list[Row]) -> None:
 def test_real_clips_are_read_and_noise_is_not() -> None:
     rng, variant = np.random.default_rng(0), read_variants()[1]
     clips = [make_clip(rng, FRAMES * CHUNKS, "held-out") for _ in range(6)]
-    samples = [Sample(clip.prompt, number) for number, clip in enumerate(clips)]
+    samples = [SeededPrompt(clip.prompt, number) for number, clip in enumerate(clips)]
     grey = np.stack([np.round((clip.frames + 1) * 127.5) for clip in clips]).astype(np.uint8)
     videos = grey[..., None].repeat(3, -1)
     noise = rng.integers(0, 256, videos.shape, dtype=np.uint8)

@@ -13,37 +13,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+import forcingkv
 from forcingkv.export.graphs import to_frames
 from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_bytes
-from forcingkv.measure.ablation.variants import Variant
+from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
+from studies.ablation.variants import Variant
 
 Videos = npt.NDArray[np.uint8]
 """(samples, frames, height, width, 3)."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What a video is made from, beside the variant."""
-
-    prompt: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Studio:
+class VariantVideos:
     """Makes the videos of one model, without a decoder, for the same samples under each variant."""
 
     spec: ModelSpec
     weights: Weights
-    samples: Sequence[Sample]
+    samples: Sequence[SeededPrompt]
     chunks: int
     folder: Path
     """Where finished videos are kept: one file a variant, by what it was made from."""
@@ -66,14 +60,18 @@ class Studio:
         return _coloured(grey)
 
     def digest(self, variant: Variant, headmap: HeadMap) -> str:
-        """SHA-256 of all that the videos depend on. Variants that come to the same have the same."""
+        """SHA-256 of all that the videos depend on, versions of the code among it.
+
+        Variants that differ in nothing but their names have the same.
+        """
         policy = to_data(variant.policy) | {"name": "", "summary": ""}
         labels = [list(row) for row in headmap.labels] if variant.policy.needs_headmap else []
         if variant.policy.unsplit and labels:
             for layer in variant.policy.unsplit.layers:
                 labels[layer] = []
         samples = [[sample.prompt, sample.seed] for sample in self.samples]
-        made_from = [to_data(self.spec), self.weights.digest, policy, labels, samples, self.chunks]
+        versions = {module.__name__: module.__version__ for module in (forcingkv, np, torch)}
+        made_from = [versions, to_data(self.spec), self.weights.digest, policy, labels, samples, self.chunks]
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
     def _made(

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from forcingkv.headmaps.files import write_text
-from forcingkv.measure.fidelity.evaluation import Summary
+from forcingkv.measure.fidelity.evaluation import EvaluationSummary
 from forcingkv.measure.fidelity.intervals import CONFIDENCE, Estimate
-from forcingkv.measure.fidelity.metrics import METRICS
+from forcingkv.measure.fidelity.video_measures import METRICS
 
 COLUMN = 24
 """Characters of a policy's or a video's column."""
@@ -22,7 +22,7 @@ FIRST = 30
 """Of the metrics' names."""
 
 
-def summary_data(summary: Summary, bundles: Mapping[str, str], chunks: int) -> dict[str, Any]:
+def summary_data(summary: EvaluationSummary, bundles: Mapping[str, str], chunks: int) -> dict[str, Any]:
     """The summary for JSON."""
     policies = []
     for name, bundle in bundles.items():
@@ -44,7 +44,7 @@ def summary_data(summary: Summary, bundles: Mapping[str, str], chunks: int) -> d
     }
 
 
-def print_policies(summary: Summary) -> None:
+def print_policies(summary: EvaluationSummary) -> None:
     """Print means with intervals, and differences to the reference."""
     names = list(dict.fromkeys(result.policy for result in summary.results))
     found = {(result.policy, result.metric): result for result in summary.results}

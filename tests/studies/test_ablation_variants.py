@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forcingkv.headmaps import HeadMap, InputError
-from forcingkv.measure.ablation import MapWanted, control_map, read_variants
-from forcingkv.measure.ablation.variants import PROFILED, REFERENCE, changed
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
+from studies.ablation.variants import PROFILED, REFERENCE, WantedMap, changed, control_map, read_variants
 from tests.conftest import headmap_of, small_spec
 
 TWO = (
@@ -59,10 +58,10 @@ def test_a_variant_differs_in_what_its_sweep_varies_alone() -> None:
         ('[[sweep]]\nfamily = "a"\nname = "full"', "names 'full' twice"),
         ('[[sweep]]\nfamily = "a"\nname = "b"\nvary = "retain.size"\nvalues = [1]', "'size'.*expected only"),
         ('[[sweep]]\nfamily = "a"\nname = "b"\nvary = "retained.size"\nvalues = [1]', "has no retained.size"),
-        ('[[sweep]]\nfamily = "a"\nname = "b"\nvalues = [1]', "its values have no place"),
+        ('[[sweep]]\nfamily = "a"\nname = "b"\nvalues = [1]', "the sweep has values but nothing"),
         (
             '[[sweep]]\nfamily = "a"\nname = "b"\nheadmap = "random"\nvary = "name"',
-            "its values have no place",
+            "the sweep has values but nothing",
         ),
         ('[[sweep]]\nfamily = "a"\nname = "b"\nheadmap = "best"', "'best'; expected 'profiled' or"),
         ('[[sweep]]\nfamily = "a"\nname = "b"\npolicy = "none"', "there is no policy 'none'"),
@@ -88,7 +87,7 @@ maps = st.lists(st.lists(st.integers(0, 2), unique=True), min_size=4, max_size=4
 def test_what_holds_for_random_maps(static: list[list[int]], draw: int) -> None:
     profiled = headmap_of(small_spec(), static)
     for kind in ("random", "random-in-layer"):
-        wanted = MapWanted(kind, draw)
+        wanted = WantedMap(kind, draw)
         found = control_map(wanted, profiled, (0,))
         assert found.labels == control_map(wanted, profiled, (0,)).labels, "the same every time"
         assert found.labels[0] == profiled.labels[0], "layer 0 is not split: its labels do not count"
@@ -100,19 +99,19 @@ def test_what_holds_for_random_maps(static: list[list[int]], draw: int) -> None:
 @given(maps)
 def test_inverting_twice_gives_the_map_back(static: list[list[int]]) -> None:
     profiled = headmap_of(small_spec(), static)
-    inverted = control_map(MapWanted("inverted"), profiled, (0,))
+    inverted = control_map(WantedMap("inverted"), profiled, (0,))
     assert all(
         a != b
         for rows in zip(inverted.labels[1:], profiled.labels[1:], strict=True)
         for a, b in zip(*rows, strict=True)
     )
-    assert control_map(MapWanted("inverted"), inverted, (0,)).labels == profiled.labels
+    assert control_map(WantedMap("inverted"), inverted, (0,)).labels == profiled.labels
 
 
 def test_draws_differ_and_cost_the_same_bytes() -> None:
     spec = small_spec(layers=4, heads=3)
     profiled, policy = headmap_of(spec, [[], [0], [1, 2], [0]]), load_policy("forcing-kv")
-    drawn = [control_map(MapWanted("random", draw), profiled, (0,)) for draw in range(1, 21)]
+    drawn = [control_map(WantedMap("random", draw), profiled, (0,)) for draw in range(1, 21)]
     assert len({found.labels for found in drawn}) > 10
 
     def kv_bytes(headmap: HeadMap) -> int:
@@ -124,10 +123,10 @@ def test_draws_differ_and_cost_the_same_bytes() -> None:
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_uniform_maps(kind: str) -> None:
     spec = small_spec()
-    found = control_map(MapWanted(kind), headmap_of(spec, [[0]] * 4), (0,))  # type: ignore[arg-type]
+    found = control_map(WantedMap(kind), headmap_of(spec, [[0]] * 4), (0,))  # type: ignore[arg-type]
     assert found.counts() == {kind: spec.layers * spec.heads}
 
 
 def test_a_map_of_statistics_is_no_control() -> None:
     with pytest.raises(ValueError, match="needs statistics"):
-        control_map(MapWanted("threshold", 0.8), headmap_of(small_spec(), [[0]] * 4), (0,))
+        control_map(WantedMap("threshold", 0.8), headmap_of(small_spec(), [[0]] * 4), (0,))

@@ -1,4 +1,4 @@
-"""All numbers of one video, from its frames as they come."""
+"""All numbers of one video, from its frames as they come: their names and units, and how they are made."""
 
 from __future__ import annotations
 
@@ -10,14 +10,45 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.measure.fidelity.discontinuity import Seams, chunk_discontinuity, seam, seams
 from forcingkv.measure.fidelity.drift import Look, drift, look_of
-from forcingkv.measure.fidelity.layout import ChunkLayout
-from forcingkv.measure.fidelity.metrics import Values
 from forcingkv.measure.fidelity.motion import MotionMeter
 from forcingkv.measure.fidelity.pairs import psnr, squared_error, ssim
+from forcingkv.measure.fidelity.seams import ChunkLayout, Seams, chunk_discontinuity, seam, seams
 
 Frames = Iterable[npt.NDArray[np.uint8]]
+Values = dict[str, float | None]
+"""Metric -> its value for one video; None where it has none."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number of a video is."""
+
+    title: str
+    unit: str
+    """"" for ratios, "share" for what lies between 0 and 1 and is shown in percent."""
+    meaning: str
+
+
+METRICS = {
+    "psnr": Metric("PSNR", "dB", "against the reference; nothing where identical"),
+    "ssim": Metric("SSIM", "", "against the reference; 1: identical"),
+    "digits_read": Metric("digits read", "share", "as prompted, in chunk 5 (demo model)"),
+    "direction_right": Metric("direction right", "share", "as prompted, in chunk 5 (demo model)"),
+    "motion": Metric("motion", "px", "mean optical flow of adjacent frames"),
+    "dynamic_degree": Metric("dynamic degree", "share", "videos that move, by VBench's rule"),
+    "chunk_discontinuity": Metric("chunk discontinuity", "", "published: most moving pairs over all"),
+    "seam_motion": Metric("seam motion", "", "flow at chunk boundaries over inside; 1: no seam"),
+    "seam_jolt": Metric("seam jolt", "", "change of flow at boundaries over inside; 1: no seam"),
+    "seam_residual": Metric("seam residual", "", "unexplained change at boundaries over inside; 1: no seam"),
+    "sharpness_drift": Metric("sharpness drift", "log2", "first to last second; -1: halved"),
+    "contrast_drift": Metric("contrast drift", "L*", "first to last second"),
+    "chroma_drift": Metric("chroma drift", "C*", "first to last second; above 0: stronger colours"),
+    "colour_drift": Metric("colour drift", "dE", "between mean colours of first and last second"),
+    "colour_drift_most": Metric("colour drift, most", "dE", "from the first second to any other"),
+    "histogram_drift": Metric("histogram drift", "L*a*b*", "between colours of first and last second"),
+}
+"""Those of a video alone and those against a reference; the order is that of tables."""
 
 
 @dataclass(frozen=True)
