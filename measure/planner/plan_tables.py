@@ -1,4 +1,4 @@
-"""The planner's reports as text for people: lines of at most 80 columns, and one table in Markdown."""
+"""The planner's reports as text for people, in lines of at most 80 columns."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from forcingkv.measure.planner.fit import BOUND, Efficiency, Outcome
+from forcingkv.measure.planner.published import uncertainty
 from forcingkv.runtime.footprint import readable
 
 WIDTH = 80
-BESIDE = 4
+COLUMNS = 4
 """Policies side by side in the table of memory."""
-TOLD = 3
-"""Suggestions for each policy that does not fit."""
+SUGGESTIONS = 3
+"""What would fit, for each policy that does not."""
 
 
 def plan_lines(report: dict[str, Any]) -> Iterator[str]:
-    """What `report.plan_report` gave."""
+    """The lines of a report that `report.plan_report` made."""
     yield (
         f"{report['model']} at {report['width']}x{report['height']}: {report['frame_tokens']:,} tokens a"
         f" latent frame, {report['dtype']}"
     )
     yield f"{report['seconds']:g} s are {report['chunks']} chunks of {report['passes']} passes"
-    for group in _batched(report["policies"], BESIDE):
+    for group in _batched(report["policies"], COLUMNS):
         yield from ("", *_memory(group))
     yield from ("", *_heads(report), "", *_speed(report))
     short = list(_short(report))
@@ -71,13 +71,13 @@ def _short(report: dict[str, Any]) -> Iterator[str]:
         for one in policy["gpus"]:
             if one["fits"]:
                 continue
-            told = [
+            fits = [
                 f"{fit['policy']} at {fit['resolution']} on {fit['gpu']} ({readable(fit['bytes'])})"
                 for fit in _nearest(one["what_fits"], one["gpu"])
             ]
             yield from textwrap.wrap(
                 f"{policy['policy']} does not fit on {one['gpu']}: {readable(one['missing_bytes'])}"
-                f" ({one['missing_bytes']:,} bytes) are missing. What fits: {'; '.join(told) or 'nothing'}.",
+                f" ({one['missing_bytes']:,} bytes) are missing. What fits: {'; '.join(fits) or 'nothing'}.",
                 WIDTH,
                 subsequent_indent="  ",
             )
@@ -85,8 +85,8 @@ def _short(report: dict[str, Any]) -> Iterator[str]:
 
 def _nearest(fits: Sequence[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:
     """The first few on the same GPU, and the first other GPU."""
-    same = [fit for fit in fits if fit["gpu"] == gpu][: TOLD - 1]
-    return same + [fit for fit in fits if fit["gpu"] != gpu][: TOLD - len(same)]
+    same = [fit for fit in fits if fit["gpu"] == gpu][: SUGGESTIONS - 1]
+    return same + [fit for fit in fits if fit["gpu"] != gpu][: SUGGESTIONS - len(same)]
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
@@ -103,66 +103,11 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         f"Low - high: at the {one['lowest']:.0%} and {one['highest']:.0%} that published FPS under full would"
         " each need.",
     )
+    yield from _wrapped("", uncertainty())
     missing = dict.fromkeys(text for one in report["policies"] for text in one["memory"]["not_counted"])
     for text in missing:
         yield from _wrapped("", f"Not counted: {text}.")
     yield f"A GPU fits if {readable(report['reserve_bytes'])} of its memory stay free."
-
-
-def published_lines(outcomes: Sequence[Outcome], constants: dict[str, Efficiency]) -> Iterator[str]:
-    """Published figures against predictions: Markdown."""
-    for name, constant in constants.items():
-        origin = (
-            f"carried over from `{constant.carried_from}`: not fitted, never measured"
-            if constant.carried_from
-            else f"fitted to {', '.join(constant.rows)}"
-        )
-        yield f"- efficiency of class `{name}`: {constant.value:.4f}, {origin}"
-    columns = (
-        "setting",
-        "measure",
-        "published",
-        "predicted",
-        "error",
-        "efficiency needed",
-        "frames needed, policy",
-        "frames needed, full",
-    )
-    yield from ("", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
-    yield from map(_published_row, outcomes)
-    yield from ("", f"Off by more than {BOUND:.0%}, and why:", "")
-    for one in outcomes:
-        if one.off:
-            yield f"- {one.row.name}, {one.row.measure} ({one.error:+.1%}): {one.row.reason}."
-    yield from ("", "Assumed, since the source does not say it:", "")
-    for one in outcomes:
-        if one.row.note and not one.row.fitted:
-            yield f"- {one.row.name}, {one.row.measure}: {one.row.note}."
-
-
-def _published_row(one: Outcome) -> str:
-    row, error = one.row, f"{one.error:+.1%}"
-    cells = (
-        row.name,
-        row.measure,
-        _figure(row.measure, row.published),
-        _figure(row.measure, one.predicted),
-        "fitted" if row.fitted else f"**{error}**" if one.off else error,
-        _or_none(one.needed, ".2f"),
-        _or_none(one.policy_frames, ".1f"),
-        _or_none(one.full_frames, ".1f"),
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _figure(measure: str, value: float) -> str:
-    if measure == "kv_bytes":
-        return readable(round(value))
-    return f"{value:.0%}" if measure == "attention_share" else f"{value:.2f}"
-
-
-def _or_none(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _rate(fps: float) -> str:
