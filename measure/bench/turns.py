@@ -14,9 +14,8 @@ from forcingkv.runtime import Session
 from forcingkv.runtime.memory import give_back
 
 LONG_PASS = 10.0
-"""Seconds from which a pass is timed once and without a pass before it, and the clean pass is not timed: what a
-first pass takes longer (caches of the processor, pages of memory) no longer counts. Memory is taken by a pass of
-the first chunk before it."""
+"""Seconds from which a pass is timed only once, and the clean pass is not. A shorter one runs once untimed: a
+first pass fills the processor's caches, which matters less the longer it takes."""
 TIMED_SECONDS = 0.5
 """Shorter passes are repeated until they have taken so long together."""
 
@@ -138,7 +137,7 @@ def _open(case: BenchCase, setup: BenchSetup) -> Session:
 
 
 def _passes(run: Callable[[], float]) -> Iterator[float]:
-    """Seconds of each pass, until `TIMED_SECONDS` are over; the first pass is not counted unless it is long."""
+    """Seconds of each pass, until `TIMED_SECONDS` are over; the first counts only if it is long."""
     took = run()
     if took >= LONG_PASS:
         yield took

@@ -69,7 +69,7 @@ def test_rounds_that_there_is_no_time_for_are_left_out_and_said(cases: list[Benc
     said: list[str] = []
     measured = take_turns(cases, BenchSetup(3, threads=1), seconds=0.0, progress=said.append)
     assert [len(one.turns) for one in measured] == [1, 1]
-    assert said[-1] == "left out 2 of 3 rounds: there was no time for them"
+    assert said[-1] == "2 of 3 rounds are left out: they would take too long"
 
 
 def test_a_rehearsal_runs_the_shapes_of_its_chunk_and_changes_no_video(bundles: Bundles) -> None:

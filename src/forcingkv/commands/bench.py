@@ -85,10 +85,10 @@ def bench(
                 across.append((size or results[0]["geometry"], measured))
                 if sweep and len(sizes) == 1:
                     points = lengths(cases, setup, progress=progress)
-                    results[0]["written"] = write_lengths(sweep, points, title_of(results[0]))
+                    results[0]["written"] = [*map(str, write_lengths(sweep, points, title_of(results[0])))]
     if sweep and len(sizes) > 1:
         title = title_of(results[0], resolution=False)
-        results[-1]["written"] = write_resolutions(sweep, resolutions(across), title)
+        results[-1]["written"] = [*map(str, write_resolutions(sweep, resolutions(across), title))]
     if as_json:
         emit(results[0] if len(results) == 1 else results)
         return
