@@ -24,7 +24,7 @@ from forcingkv.headmaps.fields import from_data
 from forcingkv.headmaps.files import write_text
 from forcingkv.measure.planner import published as shipped
 from forcingkv.measure.planner.gpus import Gpu, gpu_classes, load_gpu
-from forcingkv.measure.planner.heads import plan_for
+from forcingkv.measure.planner.known_heads import plan_for
 from forcingkv.measure.planner.prediction import VideoWork, pass_seconds, predict, video_work
 from forcingkv.measure.planner.published import BOUND, Efficiency
 from forcingkv.models.presets import load_spec

@@ -4,8 +4,8 @@
     python studies/train_demo.py --log models/demo/training.csv --curve models/demo/curve.png
 
 The curriculum, `STAGES`: short clips first, so that the prompt is learned. Later chunks can copy their
-context; only the first one, at high noise, needs the text. Clips of one chunk in large batches teach it at low
-cost.
+context; only the first one, at high noise, needs the text. Clips of one chunk in large batches teach it at
+low cost.
 
 The objective: every clip is given twice, as clean chunks, which only build context, and as noisy chunks, each
 of which sees the clean chunks before it and itself. One pass trains all chunks of a clip, each at its own

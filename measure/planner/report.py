@@ -8,10 +8,10 @@ from typing import Any
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.planner.gpus import Gpu, gpu_names, load_gpu
-from forcingkv.measure.planner.heads import KnownHeads, plan_for, spread
-from forcingkv.measure.planner.memory import RESERVE_BYTES, SessionMemory, session_memory
+from forcingkv.measure.planner.known_heads import KnownHeads, plan_for, spread
 from forcingkv.measure.planner.prediction import VideoWork, predict, video_work
 from forcingkv.measure.planner.published import basis, efficiencies
+from forcingkv.measure.planner.session_memory import RESERVE_BYTES, SessionMemory, session_memory
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec

@@ -95,21 +95,6 @@ def verdict(judge: Judge, frames: Frames, wanted: Moves, frames_per_chunk: int, 
     return Verdict((digits[0], digits[1]), (directions[0], directions[1]))
 
 
-def accuracy_on_real_clips(
-    clips: int = 200, chunk: int = 5, frames_per_chunk: int = 3
-) -> tuple[float, float]:
-    """The judge's own accuracy on held-out scans: (digits, directions), shares of digits."""
-    judge, rng = Judge.fit(), np.random.default_rng(1)
-    verdicts = []
-    for _ in range(clips):
-        clip = make_clip(rng, (chunk + 1) * frames_per_chunk, "held-out")
-        verdicts.append(verdict(judge, clip.frames, clip.moves, frames_per_chunk, chunk))
-    return (
-        float(np.mean([v.digits for v in verdicts])),
-        float(np.mean([v.directions for v in verdicts])),
-    )
-
-
 def _axis(way: str) -> int:
     return int(DIRECTIONS[way][0] == 0)
 

@@ -15,8 +15,8 @@ from forcingkv.export import export_bundle
 from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.headmap import ModelIdentity, Rule
 from forcingkv.measure.planner.gpus import gpu_names, load_gpu
-from forcingkv.measure.planner.heads import KnownHeads, plan_for
-from forcingkv.measure.planner.memory import (
+from forcingkv.measure.planner.known_heads import KnownHeads, plan_for
+from forcingkv.measure.planner.session_memory import (
     RESERVE_BYTES,
     decoder_costs,
     engine_activations,

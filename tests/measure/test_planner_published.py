@@ -11,7 +11,7 @@ import pytest
 from forcingkv.headmaps import read_headmap
 from forcingkv.measure.nominal import known_map
 from forcingkv.measure.planner.gpus import gpu_names, load_gpu
-from forcingkv.measure.planner.heads import KnownHeads, plan_for
+from forcingkv.measure.planner.known_heads import KnownHeads, plan_for
 from forcingkv.measure.planner.prediction import predict, video_work
 from forcingkv.measure.planner.published import basis, efficiencies
 from forcingkv.models.presets import load_spec

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.planner.gpus import gpu_classes, gpu_names, load_gpu
-from forcingkv.measure.planner.heads import KnownHeads, parse_counts, plan_for, spread
+from forcingkv.measure.planner.known_heads import KnownHeads, parse_counts, plan_for, spread
 from forcingkv.measure.planner.prediction import pass_seconds, predict, video_work, work_seconds
 from forcingkv.measure.planner.work import KINDS, Work, elementwise_bytes, pass_work
 from forcingkv.models.presets import load_spec

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from forcingkv.commands.console import default_prompts
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.demo import data
-from forcingkv.models.demo.judge import Judge, accuracy_on_real_clips, verdict
+from forcingkv.models.demo.judge import Judge, verdict
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.text import encode_words
 
@@ -49,9 +49,12 @@ def test_every_shipped_prompt_is_understood() -> None:
 
 
 def test_the_judge_reads_real_held_out_clips() -> None:
-    digits, directions = accuracy_on_real_clips(clips=100)
-    assert digits >= 0.94
-    assert directions == 1
+    """Its own accuracy, on scans that it was not trained on: the documentation says 98% of digits."""
+    judge, rng = Judge.fit(), np.random.default_rng(1)
+    clips = [data.make_clip(rng, 18, "held-out") for _ in range(100)]
+    verdicts = [verdict(judge, clip.frames, clip.moves, 3, 5) for clip in clips]
+    assert np.mean([v.digits for v in verdicts]) >= 0.94
+    assert np.mean([v.directions for v in verdicts]) == 1
 
 
 def test_the_judge_can_say_no() -> None:

@@ -60,7 +60,7 @@ def plan(
     if model is None:
         raise InputError("is not given", where="--model", expected="a preset, a spec file, or --published")
     from forcingkv.measure.planner.gpus import gpu_names, load_gpu
-    from forcingkv.measure.planner.heads import KnownHeads, parse_counts
+    from forcingkv.measure.planner.known_heads import KnownHeads, parse_counts
     from forcingkv.measure.planner.plan_tables import plan_lines
     from forcingkv.measure.planner.report import PlanRequest, plan_report
     from forcingkv.models.presets import load_spec
