@@ -42,7 +42,7 @@ def compare_policies(
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, PolicyRun]:
-    """Generate every prompt with every policy; policies take turns, so that drift hits all alike."""
+    """Generate every prompt with every policy; policies take turns, since machines slow down and recover."""
     runs = {name: PolicyRun() for name in sessions}
     for number, moves in enumerate(prompts):
         for name, session in sessions.items():

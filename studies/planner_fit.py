@@ -40,7 +40,7 @@ Measure = Literal["fps", "speedup", "attention_share", "kv_bytes"]
 
 @dataclass(frozen=True)
 class PublishedFigure:
-    """One published figure; the file says what its fields mean."""
+    """One published figure; `published.toml` explains its fields."""
 
     name: str
     model: str
@@ -89,7 +89,7 @@ class FigureWork:
         self.full = self.video if row.policy == "full" else self._work("full")[1]
 
     def predicted(self, efficiency: float) -> float:
-        """What the planner says, in the row's unit, if kernels reach that share of the peak."""
+        """What the planner predicts, in the row's unit, if kernels reach that share of the peak."""
         row = self.row
         if row.measure == "kv_bytes":
             return sum(kv_parts(self.plan, "bfloat16").values())
@@ -156,7 +156,7 @@ def efficiencies() -> dict[str, Efficiency]:
 def fit_efficiency(cases: Sequence[FigureWork]) -> float:
     """The efficiency, 0 to 1, at which predicted FPS are right in the mean of their logarithms.
 
-    Raises ValueError without a case, or for a measure other than FPS, which does not say how fast a GPU is.
+    Raises ValueError without a case, or for a measure other than FPS: no other depends on a GPU's speed.
     """
     if not cases or any(case.row.measure != "fps" for case in cases):
         raise ValueError("an efficiency is fitted to rows that give frames a second")

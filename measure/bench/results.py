@@ -178,7 +178,7 @@ def _row(one: BenchTurns, against: BenchTurns, decoding: float | None, chunk: in
 
 
 def _processor() -> str:
-    """Its name, where the system tells it."""
+    """The name of the processor, where the system knows it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

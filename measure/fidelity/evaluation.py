@@ -1,7 +1,7 @@
 """Bundles side by side: the same prompts and seeds through each, measured, with intervals.
 
-A video of a bundle and the reference's video of the same prompt and seed are a pair: differences are taken
-pair by pair, so that what a prompt is like cancels.
+A video of a bundle and the reference's video of the same prompt and seed are a pair. Differences are taken
+pair by pair: what is special about a prompt cancels.
 """
 
 from __future__ import annotations

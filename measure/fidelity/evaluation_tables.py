@@ -1,4 +1,4 @@
-"""What `forcingkv evaluate` shows and writes."""
+"""Results of `forcingkv evaluate` as tables, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def print_files(files: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows as CSV, with the columns of all of them; nothing stands for no value.
+    """Write rows as CSV, with the columns of all of them; a cell without a value is empty.
 
     Raises InputError where the file cannot be written.
     """

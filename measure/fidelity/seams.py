@@ -21,10 +21,10 @@ from forcingkv.runtime.spec import ModelSpec
 Floats = npt.NDArray[np.float64]
 
 FLOOR_PIXELS = 0.05
-"""Added above and below in ratios of motion: less than that a flow of DIS is noise, and a video that stands
-still must not divide by nothing."""
+"""Added above and below in ratios of motion: a smaller flow of DIS is noise, and nothing may be divided by
+zero."""
 FLOOR_LEVELS = 0.25
-"""The same in ratios of brightness: what rounding to whole grey levels moves a pixel, on average."""
+"""The same in ratios of brightness: how far rounding to whole grey levels moves a pixel, on average."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class VideoFile:
 
     path: Path
     fps: float
-    """Frames a second, as the file says on average."""
+    """Frames a second, on average, as the file has it."""
     frames: Iterator[npt.NDArray[np.uint8]]
     """uint8 (height, width, 3), in the order they are shown, decoded as they are asked for."""
 
@@ -47,7 +47,7 @@ def open_video(path: Path) -> Iterator[VideoFile]:
         stream = opened.streams.video[0]
         rate = stream.average_rate
         if not rate:
-            raise _not_a_video(path, "it does not say its frames a second")
+            raise _not_a_video(path, "it has no frame rate")
         yield VideoFile(path, float(rate), _decoded(opened, path))
 
 

@@ -18,7 +18,7 @@ from forcingkv.runtime.footprint import readable
 
 FILE = "published.json"
 BOUND = 0.15
-"""Relative error from which a row has to say why."""
+"""Relative error above which a row gives a reason."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def published_data() -> dict[str, Any]:
 
 
 def basis(gpu: Gpu) -> str:
-    """In words, where the constant of a GPU comes from."""
+    """Where the constant of a GPU comes from, as a phrase."""
     constant = efficiencies()[gpu.family]
     if gpu.key in constant.gpus:
         return f"fitted to {'; '.join(constant.rows)}"
@@ -69,7 +69,7 @@ def basis(gpu: Gpu) -> str:
 
 
 def uncertainty() -> str:
-    """In words, how near predictions are to the published figures that nothing was fitted to."""
+    """How near predictions are to the published figures that nothing was fitted to, as a sentence."""
     others = [one for one in _file()["rows"] if not one["row"]["fitted"]]
     near = sum(not one["off"] for one in others)
     most = max(abs(one["error"]) for one in others)

@@ -29,7 +29,7 @@ class PlanRequest:
     dtype: Dtype = "bfloat16"
     known: KnownHeads = field(default_factory=KnownHeads)
     strict: bool = True
-    """Whether a policy that cannot be planned is an error; otherwise it is left out and said."""
+    """Whether a policy that cannot be planned is an error; otherwise it is left out and reported as such."""
 
 
 def plan_report(request: PlanRequest) -> dict[str, Any]:

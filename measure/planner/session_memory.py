@@ -19,7 +19,7 @@ from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
 
 RESERVE_BYTES = 1 << 30
-"""Left free for what no derivation knows: CUDA's own context, the code of kernels, rounding by allocators. An
+"""Left free for what cannot be derived: CUDA's own context, the code of kernels, rounding by allocators. An
 assumption: it has not been measured."""
 
 

@@ -1,7 +1,7 @@
-"""An independent reader of demo videos: which digits are seen, and which way they move.
+"""An independent reader of demo videos: which digits are seen, and in which direction they move.
 
 It knows nothing of the model: a support-vector classifier of scikit-learn, trained on crops of real
-clips of the training scans, and the way of the ink's centre.
+clips of the training scans, and the direction of the ink's centre.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Judge:
 
 
 def direction(frames: Frames) -> tuple[str | None, str | None]:
-    """The main way of the ink's centre, in each half, from the first frame to the last."""
+    """The main direction of the ink's centre, in each half, from the first frame to the last."""
     left, right = (_direction([_centre(half) for half in halves]) for halves in _halves(frames))
     return left, right
 
@@ -133,7 +133,7 @@ def _direction(centres: Sequence[npt.NDArray[np.float64] | None]) -> str | None:
         return None
     moved = seen[-1] - seen[0]
     if np.abs(moved).max() < 0.5:
-        # It turned round within these frames: the longest single step tells the axis.
+        # It turned round within these frames: the longest single step shows the axis.
         moved = max(np.diff(seen, axis=0), key=lambda step: float(np.abs(step).max()))
     return max(DIRECTIONS, key=lambda way: float(np.dot(DIRECTIONS[way], moved)))
 

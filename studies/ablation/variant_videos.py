@@ -1,4 +1,4 @@
-"""Videos of a variant: every sample through the same torch code, kept in a folder so that a run can go on."""
+"""Videos of a variant: every sample through the same torch code. Finished ones are kept in a folder."""
 
 from __future__ import annotations
 

@@ -32,14 +32,15 @@ def bench(
         str | None,
         typer.Option("--geometry", "--resolution", help="WIDTHxHEIGHT or a name; or several: 480p,720p."),
     ] = None,
-    policies: Annotated[str, typer.Option(help="Policies, with commas between.")] = POLICIES,
+    policies: Annotated[str, typer.Option(help="Policies, separated by commas.")] = POLICIES,
     headmap: Annotated[
-        Path | None, typer.Option(help="Head map; default: one with the published number of heads a label.")
+        Path | None,
+        typer.Option(help="Head map; default: as many heads of each label as published."),
     ] = None,
     backend: Annotated[str, typer.Option(help="onnxruntime, tensorrt or tensorrt-rtx.")] = "onnxruntime",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each policy.")] = 3,
     minutes: Annotated[
-        float, typer.Option(min=0, help="Begin no round at a geometry that would end after so many.")
+        float, typer.Option(min=0, help="Leave out rounds that would end later than this, for each geometry.")
     ] = 17.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one a core.")] = None,
     decode: Annotated[bool, typer.Option(help="Time decoding too.")] = True,
@@ -57,8 +58,8 @@ def bench(
 ) -> None:
     """Time policies side by side in one process, taking turns: A B C A B C.
 
-    A pass of the last phase is timed, when caches are as long as they get. The FLOP limit is the speed-up
-    that arithmetic alone would give. Of fewer layers than the model has, typical ones are taken: heads have
+    Timed is a pass of the last phase, when caches are as long as they get. The FLOP limit is the speed-up
+    that arithmetic alone would give. With --layers, typical layers stand for the model: their heads have
     labels in the shares of the whole map.
 
     Example: forcingkv bench --model self-forcing --layers 1 --geometry 480p --policies full,forcing-kv

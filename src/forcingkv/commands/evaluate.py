@@ -27,7 +27,7 @@ REFERENCE = "full"
 
 
 def evaluate(
-    bundle: Annotated[list[Path] | None, typer.Option(help="Folder that export wrote; repeat it.")] = None,
+    bundle: Annotated[list[Path] | None, typer.Option(help="Folder that export wrote; repeatable.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="Policy or folder name of the bundle to compare with; default: full.")
     ] = None,
@@ -39,7 +39,7 @@ def evaluate(
         int | None, typer.Option(min=2, help="Prompts to take; default: 32, or all if fewer.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Videos a prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first video; others count on.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first video; then counted up.")] = 0,
     chunks: Annotated[
         int | None, typer.Option(min=2, help="Length of the videos; default: until full KV is full.")
     ] = None,
@@ -47,26 +47,28 @@ def evaluate(
         str, typer.Option(help="What runs the graphs: onnxruntime, tensorrt or tensorrt-rtx.")
     ] = "onnxruntime",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="Video file to measure; repeat it.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Video file to measure; repeatable.")] = None,
     reference_video: Annotated[
         list[Path] | None, typer.Option(help="Video to compare with, one for each --video, in order.")
     ] = None,
-    chunk_frames: Annotated[int, typer.Option(min=1, help="Of --video: frames of chunks.")] = 12,
-    first_chunk_frames: Annotated[int, typer.Option(min=1, help="Of --video: of the first chunk.")] = 9,
+    chunk_frames: Annotated[int, typer.Option(min=1, help="With --video: frames of later chunks.")] = 12,
+    first_chunk_frames: Annotated[
+        int, typer.Option(min=1, help="With --video: frames of the first chunk.")
+    ] = 9,
     top: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Of --video: pairs that the published chunk discontinuity takes; default: one a boundary.",
+            help="With --video: pairs that the published chunk discontinuity takes; default: one a boundary.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write a row a video to this file (.csv).")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file to write too, one row a video.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure generated video: against full KV, at the seams of chunks, drift over time.
 
     With --bundle: generates the same prompts and seeds with each bundle in turn, and gives means with 95%
-    intervals over prompts. With --video: measures files. docs/fidelity.md says what each number means.
+    intervals over prompts. With --video: measures files. docs/fidelity.md explains each number.
 
     Example: forcingkv evaluate --bundle bundles/full --bundle bundles/forcing-kv --samples 32 --out all.csv
 
