@@ -19,6 +19,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.headmaps.headmap import uniform
 from forcingkv.runtime.policies import Policy, load_policy
+from forcingkv.runtime.roles import Role
 
 REFERENCE, PROFILED = "full", "forcing-kv"
 """The variants that the others are compared with; they are in every study."""
@@ -100,17 +101,30 @@ def read_variants(path: Path | None = None) -> list[Variant]:
 
 
 def changed(policy: Policy, fields: Mapping[str, Any], where: str) -> Policy:
-    """The policy with other values at those dotted names. Raises InputError for a name that it has not."""
+    """The policy with other values at those dotted names, such as `groups.dynamic.retained.ratio`.
+
+    A role set to false is left out. Raises InputError for a name that the policy does not have.
+    """
     data = to_data(policy)
     for dotted, value in fields.items():
         *tables, last = dotted.split(".")
         table = data
         for name in tables:
-            table = table.get(name)
-            if not isinstance(table, dict):
+            table = _entry(table, name)
+            if table is None:
                 raise InputError(f"{policy.name} has no {dotted}", where=where, expected="one of its fields")
-        table[last] = value
+        if isinstance(table, list) and value is False:
+            table.remove(_entry(table, last))
+        else:
+            table[last] = value
     return from_data(Policy, data, where)
+
+
+def _entry(table: Any, name: str) -> Any:
+    """A field of a table, or of a list of roles the one of that name; None where there is none."""
+    if isinstance(table, list):
+        return next((role for role in table if role[Role.TAG] == name), None)
+    return table.get(name) if isinstance(table, dict) else None
 
 
 def _variants_of(sweep: Sweep, where: str) -> list[Variant]:

@@ -14,7 +14,7 @@ from forcingkv.models.presets import load_spec
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
 from studies.ablation.variants import PROFILED, REFERENCE, WantedMap, changed, control_map, read_variants
-from tests.conftest import headmap_of, small_spec
+from tests.conftest import headmap_of, retained_in, roles, small_spec
 
 TWO = (
     '[[sweep]]\nfamily = "a"\nname = "full"\npolicy = "full"\n[[sweep]]\nfamily = "a"\nname = "forcing-kv"\n'
@@ -44,20 +44,24 @@ def test_a_variant_differs_in_what_its_sweep_varies_alone() -> None:
     base = load_policy("forcing-kv")
     found = {variant.name: variant.policy for variant in read_variants()}
     ratio = found["ratio 0.67"]
-    assert ratio.retain is not None
-    assert base.retain is not None
-    assert ratio.retain.ratio == 0.67
-    assert changed(ratio, {"retain.ratio": 0.33, "name": base.name}, "test") == base
-    window = found["window 4"].groups["all"]
-    assert (window.sink_frames, window.recent_frames) == (1, 4)
+    assert retained_in(ratio).ratio == 0.67
+    assert changed(ratio, {"groups.dynamic.retained.ratio": 0.33, "name": base.name}, "test") == base
+    assert found["window 4"].groups["all"] == roles(1, 4)
+    assert found["newest frame"].groups["dynamic"] == roles(1, 2)
+
+
+SWEPT = '[[sweep]]\nfamily = "a"\nname = "b"\nvary = "{}"\nvalues = [1]'
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ('[[sweep]]\nfamily = "a"\nname = "full"', "names 'full' twice"),
-        ('[[sweep]]\nfamily = "a"\nname = "b"\nvary = "retain.size"\nvalues = [1]', "'size'.*expected only"),
-        ('[[sweep]]\nfamily = "a"\nname = "b"\nvary = "retained.size"\nvalues = [1]', "has no retained.size"),
+        (SWEPT.format('groups.dynamic.retained.size'), "'size'.*expected only"),
+            '[[sweep]]\nfamily = "a"\nname = "b"\nvary = "groups.dynamic.retained.size"\nvalues = [1]',
+            "'size'.*expected only",
+        ),
+        (SWEPT.format("retained.size"), "has no retained.size"),
         ('[[sweep]]\nfamily = "a"\nname = "b"\nvalues = [1]', "the sweep has values but nothing"),
         (
             '[[sweep]]\nfamily = "a"\nname = "b"\nheadmap = "random"\nvary = "name"',
