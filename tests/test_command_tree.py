@@ -1,7 +1,7 @@
 """The command line against the one of commit d2fcad5 (golden/commands.json): nothing changes unnoticed.
 
-The file was written by `python tests/command_tree.py` with that commit on the path. Choices such as the names
-of policies are checked by the commands themselves and stand in no type; their tests are those of each command.
+The file was written by `python tests/command_tree.py` with that commit on the path. Choices such as the
+names of policies are checked by the commands themselves; the tests of each command have them.
 """
 
 from __future__ import annotations

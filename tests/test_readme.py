@@ -32,13 +32,3 @@ def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{body}\n{done.stderr}"
     for made in ("heads/headmap.json", "heads/report.html", "bundle/manifest.json", "bytes.png", "video.mp4"):
         assert (tmp_path / made).is_file()
-
-
-@pytest.mark.parametrize(
-    "file", ["README.md", "CONTRIBUTING.md", *[str(p) for p in Path("docs").rglob("*.md")]]
-)
-def test_links_lead_somewhere(file: str) -> None:
-    page = ROOT / file
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
-    assert missing == []
