@@ -62,15 +62,6 @@ def known_map(spec: ModelSpec, policy: Policy) -> tuple[HeadMap, str] | None:
     return headmap, f"{heads_in_words(headmap)} {origin}, spread evenly over the layers{note}"
 
 
-def published_counts(spec: ModelSpec, policy: Policy) -> Mapping[str, int] | None:
-    """How many heads of each label a published map has; their shares, where any model has the same.
-
-    None where nothing is published for that model and policy.
-    """
-    published = _published(spec, policy)
-    return published.heads if published else None
-
-
 def heads_in_words(headmap: HeadMap) -> str:
     """Such as "134 static, 226 dynamic"."""
     return ", ".join(f"{number} {label}" for label, number in headmap.counts().items())

@@ -1,4 +1,4 @@
-"""Which heads a plan is made with: those given, published ones, or an assumption that is said."""
+"""Which heads a plan is made with: the user's, published ones, or an assumption, which is reported."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from forcingkv.runtime.spec import Geometry, ModelSpec
 
 
 @dataclass(frozen=True)
-class Given:
-    """What is known of a model's heads: at most one of the two."""
+class KnownHeads:
+    """What the user knows of a model's heads: a map, or how many have each label."""
 
     headmap: HeadMap | None = None
     counts: Mapping[str, int] | None = None
@@ -23,7 +23,7 @@ class Given:
 
     @property
     def labels(self) -> set[str]:
-        """The labels it speaks of."""
+        """The labels that its heads have."""
         if self.headmap is not None:
             return set(self.headmap.counts())
         return set(self.counts or ())
@@ -58,7 +58,7 @@ def parse_counts(text: str) -> dict[str, int]:
 
 
 def plan_for(
-    spec: ModelSpec, geometry: Geometry, policy: Policy, given: Given | None = None
+    spec: ModelSpec, geometry: Geometry, policy: Policy, known: KnownHeads | None = None
 ) -> tuple[CachePlan, str]:
     """The cache plan of a policy, and which heads it was made with, in words.
 
@@ -68,17 +68,17 @@ def plan_for(
 
     Raises InputError where map, segments or frames do not fit the model.
     """
-    given = given or Given()
+    known = known or KnownHeads()
     if not policy.needs_headmap:
         return build_plan(spec, geometry, policy), "every head alike"
-    if given.labels and given.labels <= set(policy.groups):
-        headmap = given.headmap or spread(spec, given.counts or {})
+    if known.labels and known.labels <= set(policy.groups):
+        headmap = known.headmap or spread(spec, known.counts or {})
         found = heads_in_words(headmap)
-        words = found if given.headmap else f"{found}, spread evenly over the layers"
+        words = found if known.headmap else f"{found}, spread evenly over the layers"
         return build_plan(spec, geometry, policy, headmap), words
-    known = known_map(spec, policy)
-    if known is not None:
-        headmap, words = known
+    published = known_map(spec, policy)
+    if published is not None:
+        headmap, words = published
         return build_plan(spec, geometry, policy, headmap), words
     identity = ModelIdentity(spec.name, spec.layers, spec.heads)
     plans = {label: build_plan(spec, geometry, policy, uniform(identity, label)) for label in policy.groups}

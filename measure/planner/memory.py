@@ -7,9 +7,13 @@ are an estimate: docs/planning.md compares it with engines that were built.
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 
-from forcingkv.measure.planner.decoders import decoder_costs
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import from_data
 from forcingkv.runtime.footprint import kv_parts
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
@@ -20,7 +24,7 @@ assumption: it has not been measured."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class SessionMemory:
     """Bytes by part, and what is not among them."""
 
     parts: dict[str, int]
@@ -36,6 +40,33 @@ class Memory:
         return max(0, self.total + RESERVE_BYTES - capacity)
 
 
+@dataclass(frozen=True)
+class DecoderCosts:
+    """Sizes of a pixel decoder; `decoders.toml` says what they mean and where they come from."""
+
+    parameters: int
+    cached: int
+    activation_bytes: int | None = None
+
+
+@cache
+def _file() -> dict[str, DecoderCosts]:
+    text = resources.files(__package__).joinpath("decoders.toml").read_text(encoding="utf-8")
+    return {
+        kind: from_data(DecoderCosts, entry, f"decoders.toml: {kind}")
+        for kind, entry in tomllib.loads(text).items()
+    }
+
+
+def decoder_costs(kind: str) -> DecoderCosts:
+    """The sizes of a decoder. Raises InputError naming the kinds there are."""
+    if kind not in _file():
+        raise InputError(
+            f"there is no decoder {kind!r}", where="decoder", expected=f"one of {', '.join(_file())}"
+        )
+    return _file()[kind]
+
+
 def parameters(spec: ModelSpec) -> int:
     """Numbers in a model's weights, norms and biases included (`models/wan.py`)."""
     dim, ffn = spec.dim, spec.ffn_width
@@ -49,7 +80,7 @@ def parameters(spec: ModelSpec) -> int:
     return spec.layers * block + ends + text + time + places
 
 
-def activation_bytes(plan: CachePlan, dtype: Dtype) -> int:
+def engine_activations(plan: CachePlan, dtype: Dtype) -> int:
     """Estimate of what one pass needs beside weights, caches, inputs and outputs, in bytes.
 
     The larger of two moments of a block. In the feed-forward: the hidden tensor before and after its
@@ -71,7 +102,7 @@ def activation_bytes(plan: CachePlan, dtype: Dtype) -> int:
     return size * max(forward, seen + 5 * tokens * spec.dim) + wide
 
 
-def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> Memory:
+def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> SessionMemory:
     """What a session with engines holds, by part: `runtime.footprint.PARTS`, decoding's activations apart."""
     spec, size, geometry = plan.spec, ELEMENT_BYTES[dtype], plan.geometry
     decoder = decoder_costs(spec.decoder.kind)
@@ -82,7 +113,7 @@ def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> Memory:
     prompt = spec.layers * 2 * spec.text_length * spec.dim * size
     parts = {
         "weights": size * (parameters(spec) + decoder.parameters),
-        "activations": activation_bytes(plan, dtype),
+        "activations": engine_activations(plan, dtype),
         "decode_activations": (decoder.activation_bytes or 0) * pixels,
         **kv_parts(plan, dtype),
         # Two buffers: read and written in turn.
@@ -99,7 +130,7 @@ def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> Memory:
     ]
     if decoder.activation_bytes is None:
         unknown.append(f"activations of the decoder {spec.decoder.kind}: never built")
-    return Memory(parts, tuple(unknown))
+    return SessionMemory(parts, tuple(unknown))
 
 
 def _linear(inputs: int, outputs: int) -> int:
