@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 .PHONY: help demo test fast check format clean
 
-help:  ## Say what there is
+help:  ## List the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps tensorrt-stubs
-	$(BIN)/python tools/mend_tensorrt_stubs.py
+	$(BIN)/python tools/fix_tensorrt_stubs.py
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## Walk the whole way on the shipped model: analyze, export, generate, compare
@@ -33,7 +33,7 @@ check: $(STAMP)  ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## Mend the style
+format: $(STAMP)  ## Fix the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
