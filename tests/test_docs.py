@@ -152,6 +152,16 @@ def test_every_command_line_is_one_that_is_taken(page: Path) -> None:
         assert given <= options_of(script), f"{script} has no such options"
 
 
+@pytest.mark.parametrize("words", sorted(commands()))
+def test_the_help_of_a_command_has_an_example_that_is_taken(words: str) -> None:
+    text = " ".join(commands()[words].help.split())
+    examples = text.split("Example: ")[1:]
+    assert examples
+    for example in examples:
+        assert example.startswith(f"forcingkv {words}")
+        refuse_wrong_words(Line(tuple(shlex.split(example)), whole=True))
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY], ids=name)
 def test_every_script_named_is_there_or_in_a_commit_that_is_named(page: Path) -> None:
     text = " ".join(page.read_text(encoding="utf-8").split())
