@@ -54,9 +54,12 @@ def tree() -> Tree:
     """The whole command line, as typer's own objects and the signatures of the functions have it."""
     found: Tree = {}
     for name, command in commands().items():
-        hints = typing.get_type_hints(inspect.unwrap(command.callback), include_extras=True)
+        signature = inspect.signature(command.callback, eval_str=True).parameters
         of_name = {max(given.opts, key=len): given for given in command.params}
-        found[name] = {shown: _facts(of_name[shown], hints[of_name[shown].name]) for shown in sorted(of_name)}
+        found[name] = {
+            shown: _facts(of_name[shown], signature[of_name[shown].name].annotation)
+            for shown in sorted(of_name)
+        }
     return found
 
 
