@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 .PHONY: help demo test fast check format clean
 
-help:  ## Say what there is
+help:  ## List the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
@@ -33,7 +33,7 @@ check: $(STAMP)  ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## Mend the style
+format: $(STAMP)  ## Fix the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -266,12 +266,3 @@ def test_inspect_names_every_file(made: Path, run: Callable[..., Ran]) -> None:
         assert path.name in ran.out or path.name == "manifest.json"
     data = json.loads(run("inspect", made / "bundle", "--json").out)
     assert data["schema"] == "forcingkv.bundle/1"
-
-
-@pytest.mark.parametrize(
-    "words", [["demo"], ["analyze", "heads"], ["export"], ["generate"], ["inspect"], ["headmap", "show"]]
-)
-def test_help_has_an_example(words: list[str], run: Callable[..., Ran]) -> None:
-    ran = run(*words, "--help")
-    assert ran.code == 0
-    assert "Example: forcingkv " + " ".join(words) in ran.out

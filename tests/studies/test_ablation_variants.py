@@ -57,10 +57,7 @@ SWEPT = '[[sweep]]\nfamily = "a"\nname = "b"\nvary = "{}"\nvalues = [1]'
     ("more", "message"),
     [
         ('[[sweep]]\nfamily = "a"\nname = "full"', "names 'full' twice"),
-        (SWEPT.format('groups.dynamic.retained.size'), "'size'.*expected only"),
-            '[[sweep]]\nfamily = "a"\nname = "b"\nvary = "groups.dynamic.retained.size"\nvalues = [1]',
-            "'size'.*expected only",
-        ),
+        (SWEPT.format("groups.dynamic.retained.size"), "'size'.*expected only"),
         (SWEPT.format("retained.size"), "has no retained.size"),
         ('[[sweep]]\nfamily = "a"\nname = "b"\nvalues = [1]', "the sweep has values but nothing"),
         (

@@ -1,0 +1,35 @@
+"""The command line against the one of commit d2fcad5 (golden/commands.json): nothing changes unnoticed.
+
+The file was written by `python tests/command_tree.py` with that commit on the path. Choices such as the
+names of policies are checked by the commands themselves; the tests of each command have them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.command_tree import Tree, tree
+
+GOLDEN = Path(__file__).with_name("golden") / "commands.json"
+
+CHANGED: dict[str, str] = {}
+"""What was added, removed or changed on purpose since: "command" or "command --option", and why."""
+
+
+def flat(commands: Tree) -> dict[str, object]:
+    """Each command by its name, each parameter by the command's name and its own."""
+    parameters = {f"{name} {shown}": facts for name, of in commands.items() for shown, facts in of.items()}
+    return dict.fromkeys(commands, "command") | parameters
+
+
+def test_commands_and_options_are_those_of_before_but_for_the_changes_listed() -> None:
+    before, now = flat(json.loads(GOLDEN.read_text(encoding="utf-8"))), flat(tree())
+    changed = {name for name in before | now if before.get(name) != now.get(name)}
+    unlisted = {name: {"before": before.get(name), "now": now.get(name)} for name in changed - CHANGED.keys()}
+    assert unlisted == {}, "list it in CHANGED with its reason if this is on purpose"
+    assert CHANGED.keys() - changed == set(), "listed as changed, but as it was"
+
+
+def test_every_listed_change_has_a_reason() -> None:
+    assert [name for name, why in CHANGED.items() if not why.strip()] == []
