@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from forcingkv.commands.console import emit
-from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, read_headmap
+from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_text
-from forcingkv.headmaps.readers import forcingkv_json
 
 app = typer.Typer(help="Look at, check and convert head maps.", no_args_is_help=True)
 
