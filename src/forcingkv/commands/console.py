@@ -79,9 +79,9 @@ def _interactive(line: str, where: str) -> list[str]:
 
 def default_prompts(model: str) -> list[str]:
     """The prompts that ship with a model. Raises InputError where there are none."""
-    from importlib import resources
+    from forcingkv.models.presets import shipped_file
 
-    path = Path(str(resources.files("forcingkv.models"))) / model / "prompts.txt"
-    if not path.is_file():
+    path = shipped_file(model, "prompts.txt")
+    if path is None:
         raise InputError(f"no prompts ship with {model}", where="prompts", hint="Give a file with --prompts.")
     return read_prompts(path)
