@@ -17,6 +17,7 @@ PREDICATES = frozenset(
         "holds",
         "names",
         "lacks",
+        "lets",
         "needs",
         "takes",
         "gives",

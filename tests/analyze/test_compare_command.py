@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pytest
 from matplotlib import image
 
-from forcingkv.analyze.comparison import comparison_picture, short_names
+from forcingkv.analyze.comparison import short_names
+from forcingkv.analyze.comparison_picture import comparison_picture
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule, Statistics, read_headmap
 from tests.conftest import Ran
 

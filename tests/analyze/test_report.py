@@ -21,9 +21,10 @@ import pytest
 from matplotlib import pyplot as plt
 
 from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples
+from forcingkv.analyze.labels import policy_of
 from forcingkv.analyze.report import report_html
 from forcingkv.analyze.report.attention import examples, frame_attention
-from forcingkv.analyze.report.costs import Cost, costs, full_costs, policy_of, resolutions
+from forcingkv.analyze.report.costs import Cost, costs, full_costs, resolutions
 from forcingkv.analyze.report.page import DARK, LIGHT, drawn, node
 from forcingkv.analyze.report.pictures import headmap_picture, undecided_heads
 from forcingkv.analyze.stability import REASONS

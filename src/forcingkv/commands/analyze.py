@@ -12,19 +12,9 @@ from rich.panel import Panel
 from rich.table import Table
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import console, emit, need, progress_bar, read_prompts
+from forcingkv.commands.console import AsJson, console, emit, need, progress_bar, read_prompts
 from forcingkv.commands.headmap import print_map
-from forcingkv.commands.labelling import (
-    Alpha,
-    RuleOption,
-    SinkFrames,
-    StaticPerLayer,
-    TargetKv,
-    TargetResolution,
-    TargetTime,
-    UndecidedOption,
-    labelling,
-)
+from forcingkv.commands.labelling import NO_LABEL_OPTIONS, LabelOptions, takes_label_options
 from forcingkv.commands.models import (
     Checkpoint,
     Key,
@@ -37,7 +27,6 @@ from forcingkv.commands.models import (
 )
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.spec import Geometry
 
 if TYPE_CHECKING:
     from forcingkv.analyze import Analysis
@@ -46,9 +35,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Record attention statistics, label heads, judge and compare.", no_args_is_help=True)
 app.command("compare")(compare)
 
-STYLES = {"safe": "green", "care": "yellow", "unsafe": "red", "unknown": "magenta"}
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LEVEL_STYLES = {"safe": "green", "care": "yellow", "unsafe": "red", "unknown": "magenta"}
 
 
 @app.callback()
@@ -57,6 +44,7 @@ def _group() -> None:
 
 
 @app.command()
+@takes_label_options
 def heads(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for stats/, headmap.json, stability.json, report.html.")],
@@ -75,14 +63,7 @@ def heads(
     ] = 512,
     policy: Annotated[str, typer.Option(help="Policy to generate under.")] = "full",
     headmap: Annotated[Path | None, typer.Option(help="Head map, for policies that need one.")] = None,
-    rule: RuleOption = "auto",
-    alpha: Alpha = 0.8,
-    static_per_layer: StaticPerLayer = None,
-    sink_frames: SinkFrames = 1,
-    undecided: UndecidedOption = None,
-    target_kv: TargetKv = None,
-    target_time: TargetTime = None,
-    target_resolution: TargetResolution = None,
+    labels: LabelOptions = NO_LABEL_OPTIONS,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="What to compute in: float32 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -106,21 +87,12 @@ def heads(
     """
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     from forcingkv.analyze import Job, analyze_heads
-    from forcingkv.analyze.job import choose_device
     from forcingkv.analyze.recording import RecordedDtype
+    from forcingkv.analyze.run import choose_device
     from forcingkv.models.presets import load_spec
 
     spec = load_spec(model)
-    asked = labelling(
-        rule,
-        alpha,
-        static_per_layer,
-        sink_frames,
-        undecided,
-        target_kv,
-        target_time,
-        target_resolution or _pixels(spec.geometry(resolution)),
-    )
+    asked = labels.labelling(spec.geometry(resolution))
     texts = text_inputs(spec, read_prompts(prompts) if prompts else None, embeds)
     job = Job(
         spec=spec,
@@ -155,16 +127,10 @@ def heads(
 
 
 @app.command()
+@takes_label_options
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that `analyze heads` wrote.")],
-    rule: RuleOption = "auto",
-    alpha: Alpha = 0.8,
-    static_per_layer: StaticPerLayer = None,
-    sink_frames: SinkFrames = 1,
-    undecided: UndecidedOption = None,
-    target_kv: TargetKv = None,
-    target_time: TargetTime = None,
-    target_resolution: TargetResolution = None,
+    labels: LabelOptions = NO_LABEL_OPTIONS,
     stats: Annotated[str | None, typer.Option(help="Place of the statistics; default: FOLDER/stats.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: FOLDER.")] = None,
     as_json: AsJson = False,
@@ -178,30 +144,16 @@ def report(
     from forcingkv.analyze.storage import read_statistics
 
     place = stats or str(folder / "stats")
-    default = _pixels(read_statistics(place).recording.geometry)
-    asked = labelling(
-        rule,
-        alpha,
-        static_per_layer,
-        sink_frames,
-        undecided,
-        target_kv,
-        target_time,
-        target_resolution or default,
-    )
+    asked = labels.labelling(read_statistics(place).recording.geometry)
     with console.status("labelling, judging, drawing"):
         analysis = analyze_statistics(place, asked)
         write_analysis(analysis, out or folder, ["forcingkv", *sys.argv[1:]])
     _show(analysis, out or folder, as_json)
 
 
-def _pixels(geometry: Geometry) -> str:
-    return f"{geometry.width}x{geometry.height}"
-
-
 def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
     """Print what was found: the verdict, the map, and the figures behind it."""
-    from forcingkv.analyze.summary import summary_json, summary_lines
+    from forcingkv.analyze.analysis import summary_json, summary_lines
 
     headmap = analysis.headmap
     if as_json:
@@ -215,7 +167,7 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
         )
         return
     screen = Console(highlight=False)
-    style = STYLES[analysis.verdict.level]
+    style = LEVEL_STYLES[analysis.verdict.level]
     screen.print(
         Panel("\n".join(analysis.verdict.sentences), title=analysis.verdict.level, border_style=style)
     )
