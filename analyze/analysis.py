@@ -12,10 +12,11 @@ import numpy.typing as npt
 from forcingkv.analyze.comparison import pairwise
 from forcingkv.analyze.labels import ALPHA, RULES, Decision, decide, decide_budget, label_rows
 from forcingkv.analyze.scores import Divergence, Observations, divergence, observe, variance_split
-from forcingkv.analyze.stability import CONFIDENCE, Stability, judge_stability, samples_needed
+from forcingkv.analyze.stability import Stability, judge_stability, samples_needed
 from forcingkv.analyze.storage import Recorded, read_statistics
 from forcingkv.headmaps import Budget, HeadMap, InputError, ModelIdentity, Statistics
 from forcingkv.headmaps.fields import to_data
+from forcingkv.resampling import CONFIDENCE
 
 SINK_FRAMES = 1
 """Frames left out of the score's denominator: as many as `forcing-kv` keeps as its sink."""

@@ -223,7 +223,7 @@ def record_samples(
         )
     storage, recording = Storage(place), job.recording
     if restart:  # not before what is asked for is known to be possible
-        storage.remove(storage.samples())
+        storage.clear()
     missing = _missing(job, storage, samples)
     if missing:
         storage.check_versions()

@@ -26,7 +26,7 @@ from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.files import unwritable, write_bytes
 
 VERSIONS = "versions.json"
-"""File beside the samples that says what recorded them: not in theirs, so that equal samples are equal files."""
+"""File beside the samples that says what recorded them: not in theirs, so equal samples stay equal."""
 MEASURING = ("forcingkv", "torch", "numpy")
 """Packages that a sample depends on."""
 
@@ -77,18 +77,18 @@ class Storage:
         assert recording.sample is not None
         content = io.BytesIO()
         rows.write_parquet(content, metadata={METADATA_KEY: recording.to_text()})
+        if not self.samples():
+            self._put(VERSIONS, (json.dumps(_installed(), indent=1) + "\n").encode())
         self._put(_name(recording.sample), content.getvalue())
 
     def check_versions(self) -> None:
-        """Before samples are added: note what records the first ones, and later require the same.
+        """Raise InputError where other versions recorded the samples that are there.
 
-        Statistics without a note are from before there was one, and may be added to. Raises InputError where
-        other versions recorded what is there, and where the note cannot be read or written.
+        Statistics that do not say are from before this was noted, and pass.
         """
-        current = {name: importlib.metadata.version(name) for name in MEASURING}
         if not self.samples():
-            self._put(VERSIONS, (json.dumps(current, indent=1) + "\n").encode())
             return
+        current = _installed()
         where = posixpath.join(self.place, VERSIONS)
         try:
             recorded = json.loads(self._files.cat_file(posixpath.join(self._root, VERSIONS)))
@@ -151,9 +151,9 @@ class Storage:
             return pl.scan_parquet([self._file(sample) for sample in samples])
         return pl.scan_parquet([self._content(sample) for sample in samples])
 
-    def remove(self, samples: Sequence[int]) -> None:
-        """Delete the files of those samples."""
-        for sample in samples:
+    def clear(self) -> None:
+        """Delete all samples."""
+        for sample in self.samples():
             self._files.rm_file(self._file(sample))
 
     def _content(self, sample: int) -> bytes:
@@ -231,6 +231,10 @@ def _damaged(where: str, error: Exception) -> InputError:
 
 def _name(sample: int) -> str:
     return f"sample-{sample:04d}.parquet"
+
+
+def _installed() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in MEASURING}
 
 
 def _listed(versions: object) -> str:

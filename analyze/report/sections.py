@@ -26,7 +26,8 @@ from forcingkv.analyze.report.pictures import (
     undecided_heads,
     variance_bars,
 )
-from forcingkv.analyze.stability import CONFIDENCE, REASONS
+from forcingkv.analyze.stability import REASONS
+from forcingkv.resampling import CONFIDENCE
 
 LISTED = 40
 """Undecided heads listed; the others are counted."""
@@ -41,8 +42,8 @@ DEFINITIONS = (
         "recency score",
         "Attention mass on the transition frame and the current chunk, over the total mass less"
         " that on the sink frames; mean over query frames, then over samples, chunks and denoising steps"
-        ' (docs/method.md, "Head profile"; Forcing-KV, arXiv 2605.09681). A static head attends to what is recent, a'
-        " dynamic head to the history.",
+        ' (docs/method.md, "Head profile"; Forcing-KV, arXiv 2605.09681). A static head attends to what is'
+        " recent, a dynamic head to the history.",
     ),
     (
         "undecided",

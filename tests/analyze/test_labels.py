@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
-from forcingkv.analyze.labels import Decision, decide, least_static, rule_name
+from forcingkv.analyze.labels import RULES, Decision, decide, least_static, policy_of, rule_name
 from forcingkv.analyze.recording import SCHEMA, Recording
 from forcingkv.analyze.scores import FLOOR, Observations, observe
 from forcingkv.analyze.storage import Recorded
-from forcingkv.headmaps import InputError, ModelIdentity, Rule
+from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
+from forcingkv.runtime.policies import load_policy
 from tests.conftest import small_spec
 
 Array = npt.NDArray[np.float64]
@@ -316,3 +317,11 @@ def test_parts_asked_together_get_the_answers_they_get_alone(rule: str) -> None:
         np.testing.assert_allclose(decision.margin(parts)[index], decision.margin(parts[index]), atol=1e-12)
         assert (decision.static(parts)[index] == decision.static(parts[index])).all()
     assert (decision.static(parts) == (decision.margin(parts) >= 0)).all()
+
+
+def test_every_rule_names_a_policy_and_a_map_is_used_by_the_one_that_knows_its_labels() -> None:
+    for kind in RULES.values():
+        labels = tuple(load_policy(kind.policy).groups)
+        identity = ModelIdentity("small", 1, len(labels))
+        assert policy_of(HeadMap(identity, (labels,), Rule("given"))) == kind.policy
+    assert policy_of(HeadMap(ModelIdentity("small", 1, 1), (("wave",),), Rule("given"))) == "forcing-kv"
