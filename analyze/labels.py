@@ -199,7 +199,11 @@ def _quota(scores: Array, asked: int | None, sink: int) -> Decision:
     heads = scores.shape[1]
     quota = heads // 2 if asked is None else asked
     if not 0 <= quota <= heads:
-        raise InputError(f"a quota of {quota} static heads", where="rule", expected=f"0 to {heads}")
+        raise InputError(
+            f"cannot make {quota} heads of each layer static",
+            where="the rule quota",
+            expected=f"0 to {heads}",
+        )
     cuts = np.array([_between(row, quota) for row in scores])
     return _cut(cuts, Rule("quota", static_per_layer=quota, sink_frames=sink))
 
@@ -216,7 +220,9 @@ def _between(values: Array, count: int) -> float:
 def _clusters(observations: Observations, kind: Literal["kmeans", "mixture"], reason: str | None) -> Decision:
     points = observations.mean()[..., 1:].reshape(-1, len(FEATURES) - 1)
     if len(np.unique(points, axis=0)) < 2:
-        raise InputError("all heads look alike", where="rule", expected="heads that form two clusters")
+        raise InputError(
+            "cannot split heads that are all alike", where="the rule", expected="heads that form two clusters"
+        )
     if kind == "kmeans":
         centers = KMeans(n_clusters=2, n_init=10, random_state=0).fit(points).cluster_centers_
         static, dynamic = _by_recency(centers)

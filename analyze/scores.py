@@ -211,7 +211,7 @@ def _check(rows: pl.DataFrame, recorded: Recorded, wanted: int) -> None:
                 expected=f"{wanted}, in chunks from {recorded.recording.first_chunk} on",
             )
     if rows.select(_KEY).is_duplicated().any():
-        raise InputError("a row is there twice", where=recorded.place, expected="each query frame once")
+        raise InputError("has a row twice", where=recorded.place, expected="each query frame once")
 
 
 def _check_mass(total: Array, recorded: Recorded) -> None:

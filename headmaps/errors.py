@@ -23,6 +23,11 @@ PREDICATES = frozenset(
         "gives",
         "does",
         "cannot",
+        "decodes",
+        "describes",
+        "leaves",
+        "lists",
+        "uses",
     )
 )
 """Words with which a `what` goes on with the sentence that `where` begins."""

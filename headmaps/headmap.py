@@ -264,7 +264,7 @@ class HeadMap:
         if others:
             raise InputError(
                 f"uses the label {', '.join(map(repr, others))}",
-                where="head map",
+                where="the head map",
                 expected=f"only {', '.join(sorted(labels))}",
             )
 

@@ -248,7 +248,7 @@ def spoil(stats: Path, how: str) -> None:
         ("columns", r"sample-0001.parquet has the columns"),
         ("nan", r"the mass of sample 1 sums to nan \(chunk 2, step 0, layer 1, head 2"),
         ("short", "sample 1 has 143 scored rows; expected 144"),
-        ("doubled", "a row is there twice"),
+        ("doubled", "has a row twice"),
         ("renamed", r"sample-0001.parquet holds sample 2; expected sample 1"),
         ("gone", r"holds no statistics; expected files sample-NNNN.parquet"),
     ],

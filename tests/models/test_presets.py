@@ -133,7 +133,7 @@ def test_a_spec_may_be_based_on_a_preset(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('base = "nosuch"', "there is no model 'nosuch'"),
-        ("base = 3", "its base is 3; expected a name"),
+        ("base = 3", "has the base 3; expected a name"),
         ('base = "SELF"', "is based on itself"),
         ('base = "longlive"\ncolour = "red"', "unknown field 'colour'"),
         ('base = "longlive"\n[decoder]\nkind = "jpeg"', "decoder: kind is 'jpeg'; expected 'pixels' or"),
