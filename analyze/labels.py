@@ -220,9 +220,7 @@ def _between(values: Array, count: int) -> float:
 def _clusters(observations: Observations, kind: Literal["kmeans", "mixture"], reason: str | None) -> Decision:
     points = observations.mean()[..., 1:].reshape(-1, len(FEATURES) - 1)
     if len(np.unique(points, axis=0)) < 2:
-        raise InputError(
-            "cannot split heads that are all alike", where="the rule", expected="heads that form two clusters"
-        )
+        raise InputError("all heads look alike", where="rule", expected="heads that form two clusters")
     if kind == "kmeans":
         centers = KMeans(n_clusters=2, n_init=10, random_state=0).fit(points).cluster_centers_
         static, dynamic = _by_recency(centers)
