@@ -3,7 +3,7 @@
     python benchmarks/long_video.py
     python benchmarks/long_video.py --bundle bundle --prompt "a 3 moving left and a 7 moving up" --json
 
-One child process generates `--chunks` chunks, and says after each what memory is resident. Told are memory
+One child process generates `--chunks` chunks, and reports resident memory after each. Printed are memory
 after chunk 50 and after the last, median seconds a chunk in chunks 50 to 100 and in the last 50, and the
 last latent frame, which is past 1,024: where public code ends. Without `--bundle` the demo model is exported
 into a temporary folder, with its head map and the policy forcing-kv.

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from forcingkv.commands.console import default_prompts, progress
+from forcingkv.commands.console import default_prompts, progress_bar
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import read_headmap
-from forcingkv.measure.fidelity.pairs import grey
+from forcingkv.measure.fidelity.digit_reading import grey
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.demo.data import moves_of
 from forcingkv.models.demo.judge import Judge
@@ -38,7 +38,7 @@ def switched(session: Session, prompts: list[str], recache: bool, before: int, a
     """Switch each prompt to the one seven places on; what the judge reads afterwards."""
     judge, rows = Judge.fit(), []
     pairs = [(old, prompts[(place + 7) % len(prompts)]) for place, old in enumerate(prompts)]
-    with progress() as shown:
+    with progress_bar() as shown:
         task = shown.add_task(f"{session.plan.policy.name}, recache {recache}", total=len(pairs))
         for seed, (old, new) in enumerate(pairs):
             video = session.generate(old, seed=seed, chunks=before + after)

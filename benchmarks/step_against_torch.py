@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from forcingkv.export.graphs import step_graph
-from forcingkv.measure.bench.cases import Case, preset_cases
+from forcingkv.measure.bench.cases import BenchCase, preset_cases
 from forcingkv.measure.bench.results import machine
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
@@ -51,7 +51,7 @@ class TorchStep:
         return time.perf_counter() - started
 
 
-def compare(case: Case, rounds: int, threads: int) -> dict[str, Any]:
+def compare(case: BenchCase, rounds: int, threads: int) -> dict[str, Any]:
     """Both in turn."""
     plan = case.bundle.plan
     eager = TorchStep(plan)

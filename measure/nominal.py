@@ -1,4 +1,4 @@
-"""Head maps for shapes and costs, where none was given: with as many heads a label as published ones have."""
+"""Head maps for shapes and costs where the user gives none: as many heads of each label as published."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from forcingkv.runtime.spec import ModelSpec
 
 ANY_MODEL = "*"
 GOLDEN = (5**0.5 - 1) / 2
-"""Multiples of it, each less its whole part, never come to lie close together."""
+"""The golden ratio: the fractional parts of its multiples never lie close together."""
 
 
 @dataclass(frozen=True)
 class _Published:
-    """What is published of a policy's heads; see the file for what its fields mean."""
+    """What is published about a policy's heads; `nominal.toml` says what its fields mean."""
 
     heads: Mapping[str, int]
     note: str | None = None
 
 
 def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
-    """The map that ships for a model; or one with the published shares of labels, spread evenly, in which it
-    says nothing which head has which. None for a policy that needs none.
+    """The map that ships for a model, or one with the published shares of labels; None for a policy without.
 
+    Published labels are spread evenly over the layers: which head has which label is of no meaning there.
     Raises InputError where there is neither for that model and policy.
     """
     if not policy.needs_headmap:
@@ -49,7 +49,7 @@ def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
 
 
 def known_map(spec: ModelSpec, policy: Policy) -> tuple[HeadMap, str] | None:
-    """The map of `nominal_map`, with its heads and where they are from in words; None where it has none."""
+    """The map of `nominal_map`, and a text with its heads and their origin; None where there is none."""
     shipped = _shipped(spec.name)
     if shipped and _fits(shipped, spec, policy):
         return shipped, f"{heads_in_words(shipped)}: the map that ships"
@@ -60,15 +60,6 @@ def known_map(spec: ModelSpec, policy: Policy) -> tuple[HeadMap, str] | None:
     origin = "as published" if headmap.counts() == published.heads else "in published shares"
     note = f" ({published.note})" if published.note else ""
     return headmap, f"{heads_in_words(headmap)} {origin}, spread evenly over the layers{note}"
-
-
-def published_counts(spec: ModelSpec, policy: Policy) -> Mapping[str, int] | None:
-    """How many heads of each label a published map has; their shares, where any model has the same.
-
-    None where nothing is published for that model and policy.
-    """
-    published = _published(spec, policy)
-    return published.heads if published else None
 
 
 def heads_in_words(headmap: HeadMap) -> str:
@@ -98,8 +89,8 @@ def map_with_counts(
         )
     numbers = _whole(shares, spec.layers * spec.heads)
     heads = [label for label, number in zip(labels, numbers, strict=True) for _ in range(number)]
-    # Sorted by label they are dealt to the layers like cards. Layers that are next to one another have their
-    # turns far apart: so heads that are left over lie spread over the depth too.
+    # Sorted by label, heads are dealt to the layers like cards. Neighbouring layers take their turns far
+    # apart, which spreads the heads that are left over evenly over the depth.
     turns = sorted(range(spec.layers), key=lambda layer: layer * GOLDEN % 1)
     rows = tuple(tuple(heads[turns.index(layer) :: spec.layers]) for layer in range(spec.layers))
     return HeadMap(ModelIdentity(spec.name, spec.layers, spec.heads), rows, Rule("given"))

@@ -1,4 +1,4 @@
-"""What this process holds in memory, as Linux counts it."""
+"""Memory that this process holds, as Linux counts it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def resident(field: str = "RssAnon") -> int:
     Args:
         field: `RssAnon` for its own memory, without pages of files; `VmRSS` for all; `VmHWM` for all at most.
 
-    Raises RuntimeError where the system does not say.
+    Raises RuntimeError where the system has no such count.
     """
     for line in STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
@@ -27,26 +27,26 @@ def resident(field: str = "RssAnon") -> int:
 
 @dataclass
 class Watched:
-    """Bytes of its own memory that the process had."""
+    """Bytes of its own memory that the process had before, and at most."""
 
     before: int
     most: int
 
     @property
     def grown(self) -> int:
-        """How much it grew at most."""
+        """By how much it grew at most."""
         return self.most - self.before
 
 
 @contextmanager
 def watched(every: float = 0.02) -> Iterator[Watched]:
-    """The most memory of its own that the process has meanwhile.
+    """Watch how much memory of its own the process takes while the block runs.
 
     Pages of files (libraries, weights as they lie on disk) are left out: the system takes them back when
     memory is short.
 
     Args:
-        every: seconds from look to look.
+        every: seconds between two looks.
     """
     now = resident()
     seen, over = Watched(now, now), threading.Event()

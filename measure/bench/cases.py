@@ -17,16 +17,16 @@ from forcingkv.runtime.spec import ModelSpec
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """A policy, and the bundle that runs it."""
 
     name: str
     bundle: Bundle
 
 
-def bundle_cases(paths: Sequence[Path]) -> list[Case]:
+def bundle_cases(paths: Sequence[Path]) -> list[BenchCase]:
     """Bundles under the names of their policies. Raises InputError for two of one policy."""
-    cases: dict[str, Case] = {}
+    cases: dict[str, BenchCase] = {}
     for path in paths:
         bundle = Bundle.open(path)
         name = bundle.plan.policy.name
@@ -36,7 +36,7 @@ def bundle_cases(paths: Sequence[Path]) -> list[Case]:
                 where=str(path),
                 expected="one bundle a policy",
             )
-        cases[name] = Case(name, bundle)
+        cases[name] = BenchCase(name, bundle)
     return list(cases.values())
 
 
@@ -49,7 +49,7 @@ def preset_cases(
     resolution: str | None = None,
     headmap: HeadMap | None = None,
     decoder: str | None = "taehv",
-) -> Iterator[list[Case]]:
+) -> Iterator[list[BenchCase]]:
     """A model with random weights under each policy: bundles in a folder that goes when this ends.
 
     Args:
@@ -85,7 +85,7 @@ def preset_cases(
                 decoder=made,
                 verify=False,
             )
-            cases.append(Case(policy.name, Bundle.open(out)))
+            cases.append(BenchCase(policy.name, Bundle.open(out)))
         yield cases
 
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from forcingkv.measure.bench.cases import Case
+from forcingkv.measure.bench.cases import BenchCase
 from forcingkv.measure.process import watched
 from forcingkv.runtime import Session
 from forcingkv.runtime.memory import give_back
 
-SHORT = 10.0
-"""Seconds: a pass that takes less is run once before it is timed, and the clean pass is timed too. One that
-takes more has long forgotten how it began; before it a pass of the first chunk takes what memory it can."""
-LEAST = 0.5
-"""Seconds of passes that a turn times at least."""
+LONG_PASS = 10.0
+"""Seconds from which a pass is timed only once, and the clean pass is not. A shorter one runs once untimed: a
+first pass fills the processor's caches, which matters less the longer it takes."""
+TIMED_SECONDS = 0.5
+"""Shorter passes are repeated until they have taken so long together."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Turn:
     pass_seconds: float
     """Median over the denoising passes of the turn."""
     clean_seconds: float | None
-    """Of the clean pass, which makes the next caches too; None where a pass takes long (`SHORT`)."""
+    """Of the clean pass, which makes the next caches too; None where a pass is long (`LONG_PASS`)."""
     decode_seconds: float | None
     """Of a chunk; None in turns that did not time it."""
     cache_bytes: int
@@ -38,10 +38,10 @@ class Turn:
 
 
 @dataclass
-class Measured:
+class BenchTurns:
     """All turns of a case."""
 
-    case: Case
+    case: BenchCase
     turns: list[Turn]
 
     @property
@@ -61,7 +61,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Setup:
+class BenchSetup:
     """How turns are taken."""
 
     rounds: int = 3
@@ -75,30 +75,32 @@ class Setup:
 
 
 def take_turns(
-    cases: Sequence[Case],
-    setup: Setup,
+    cases: Sequence[BenchCase],
+    setup: BenchSetup,
     *,
     chunk: int | None = None,
     seconds: float | None = None,
     progress: Callable[[str], None] = lambda doing: None,
-) -> list[Measured]:
-    """Time a pass of every case, A B C A B C: what slows the machine down for a while meets all alike.
+) -> list[BenchTurns]:
+    """Time a pass of every case, in the order A B C A B C: what slows the machine down meets all of them.
 
     Args:
         cases: what is timed.
         setup: how.
         chunk: index of the chunk whose passes are timed; None: the first of the last phase, whose caches are
             as long as they get.
-        seconds: no round begins that would end after so many, if it takes as long as the one before.
-            The first always runs.
-        progress: told what is being done.
+        seconds: a round that would end later than this, if it takes as long as the one before, is left
+            out. The first always runs.
+        progress: called with a text that says what is being done.
     """
-    made = [Measured(case, []) for case in cases]
+    made = [BenchTurns(case, []) for case in cases]
     began, last = time.perf_counter(), 0.0
     for number in range(setup.rounds):
         opened = time.perf_counter()
         if number and seconds is not None and opened - began + last > seconds:
-            progress(f"left out {setup.rounds - number} of {setup.rounds} rounds: there was no time for them")
+            progress(
+                f"{setup.rounds - number} of {setup.rounds} rounds are left out: they would take too long"
+            )
             break
         for place, one in enumerate(made):
             progress(f"round {number + 1} of {setup.rounds}: {one.case.name}")
@@ -108,14 +110,14 @@ def take_turns(
     return made
 
 
-def decode_seconds(measured: Iterable[Measured]) -> float | None:
+def decode_seconds(measured: Iterable[BenchTurns]) -> float | None:
     """Median of what decoding a chunk took, over all turns that timed it; None if none did."""
     turns = (turn.decode_seconds for one in measured for turn in one.turns)
     seen = [seconds for seconds in turns if seconds is not None]
     return statistics.median(seen) if seen else None
 
 
-def take_turn(case: Case, setup: Setup, chunk: int | None, *, decode: bool) -> Turn:
+def take_turn(case: BenchCase, setup: BenchSetup, chunk: int | None, *, decode: bool) -> Turn:
     """One turn of one case, with or without decoding."""
     index = case.bundle.plan.phases[-1].first_chunk if chunk is None else chunk
     give_back()  # or what an earlier turn left would be taken again, and not counted
@@ -125,23 +127,23 @@ def take_turn(case: Case, setup: Setup, chunk: int | None, *, decode: bool) -> T
             session.rehearse(0).denoise()
             rehearsal = session.rehearse(index)
             seconds = list(_passes(rehearsal.denoise))
-            clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < SHORT else None
+            clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < LONG_PASS else None
         decoding = rehearsal.decode() if decode else None
         return Turn(statistics.median(seconds), clean, decoding, rehearsal.cache_bytes, memory.grown)
 
 
-def _open(case: Case, setup: Setup) -> Session:
+def _open(case: BenchCase, setup: BenchSetup) -> Session:
     return Session.open(case.bundle, backend=setup.backend, threads=setup.threads)
 
 
 def _passes(run: Callable[[], float]) -> Iterator[float]:
-    """Seconds of passes, until they are enough; a short one is run once before."""
+    """Seconds of each pass, until `TIMED_SECONDS` are over; the first counts only if it is long."""
     took = run()
-    if took >= SHORT:
+    if took >= LONG_PASS:
         yield took
         return
     total = 0.0
-    while total < LEAST:
+    while total < TIMED_SECONDS:
         took = run()
         total += took
         yield took

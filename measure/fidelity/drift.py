@@ -109,7 +109,7 @@ def histogram_distance(shares: Floats, others: Floats) -> float:
 
 
 def _lab(frame: Frame) -> npt.NDArray[np.float32]:
-    """(height, width, 3) L*, a*, b*, rounded to 0.001 so that what is grey has no colour.
+    """(height, width, 3) L*, a*, b*, rounded to 0.001: then grey has no colour.
 
     OpenCV's conversion from sRGB itself interpolates in a table, which gives grey up to 0.1 of colour.
     """

@@ -1,7 +1,7 @@
 """Bundles side by side: the same prompts and seeds through each, measured, with intervals.
 
-A video of a bundle and the reference's video of the same prompt and seed are a pair: differences are taken
-pair by pair, so that what a prompt is like cancels.
+A video of a bundle and the reference's video of the same prompt and seed are a pair. Differences are taken
+pair by pair: what is special about a prompt cancels.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.measure.fidelity.digits import read_digits
+from forcingkv.measure.fidelity.digit_reading import read_digits, shows_digits
 from forcingkv.measure.fidelity.intervals import FEW, Estimate, estimate
-from forcingkv.measure.fidelity.layout import ChunkLayout
-from forcingkv.measure.fidelity.metrics import METRICS, Values
-from forcingkv.measure.fidelity.video import measure_pair, measure_video
+from forcingkv.measure.fidelity.seams import ChunkLayout
+from forcingkv.measure.fidelity.video_measures import METRICS, Values, measure_pair, measure_video
 from forcingkv.runtime import Session
 from forcingkv.runtime.text import Prompt
 
@@ -25,13 +24,13 @@ Frames = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A prompt and a seed."""
+class SeededPrompt:
+    """What a video is made from, whatever the policy: a prompt and the seed of its noise."""
 
     prompt: str
-    text: Prompt
-    """What the session is given: the words, or their embeddings."""
     seed: int
+    embedded: Prompt | None = None
+    """The prompt's embeddings, where a session is to be given them in place of the words."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class VideoRow:
 
 
 @dataclass(frozen=True)
-class Result:
+class MetricResult:
     """One metric of one policy."""
 
     policy: str
@@ -56,19 +55,19 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Summary:
+class EvaluationSummary:
     """What an evaluation found."""
 
     reference: str | None
-    results: tuple[Result, ...]
+    results: tuple[MetricResult, ...]
     videos: int
     """Of each policy."""
     prompts: int
     warnings: tuple[str, ...]
 
 
-def samples_of(prompts: Sequence[tuple[str, Prompt]], seeds: int, seed: int) -> list[Sample]:
-    """Every prompt with that many seeds of its own, counted on from `seed`.
+def seeded_prompts(prompts: Sequence[tuple[str, Prompt | None]], seeds: int, seed: int) -> list[SeededPrompt]:
+    """Every prompt, with its embeddings if it has any, with that many seeds of its own from `seed` on.
 
     Raises InputError for fewer than two prompts: they are what intervals are made from.
     """
@@ -81,15 +80,15 @@ def samples_of(prompts: Sequence[tuple[str, Prompt]], seeds: int, seed: int) -> 
             hint=f"Give more with --prompts and --samples; {FEW} are enough for intervals to hold.",
         )
     return [
-        Sample(prompt, text, seed + number * seeds + turn)
-        for number, (prompt, text) in enumerate(prompts)
+        SeededPrompt(prompt, seed + number * seeds + turn, embedded)
+        for number, (prompt, embedded) in enumerate(prompts)
         for turn in range(seeds)
     ]
 
 
 def evaluate_sessions(
     sessions: Mapping[str, Session],
-    samples: Iterable[Sample],
+    samples: Iterable[SeededPrompt],
     chunks: int,
     reference: str | None,
     progress: Callable[[], None] = lambda: None,
@@ -118,12 +117,12 @@ def evaluate_sessions(
             video = _generated(sessions[name], sample, chunks)
             if name == reference:
                 kept = video
-            rows.append(_measured(name, sessions[name], sample, video, None if name == reference else kept))
+            rows.append(_row_of(name, sessions[name], sample, video, None if name == reference else kept))
             progress()
     return rows
 
 
-def summarize(rows: Sequence[VideoRow], reference: str | None) -> Summary:
+def summarize(rows: Sequence[VideoRow], reference: str | None) -> EvaluationSummary:
     """Means over videos and differences to the reference, with intervals over prompts."""
     policies = list(dict.fromkeys(row.policy for row in rows))
     by_pair = {(row.policy, row.prompt, row.seed): row.values for row in rows}
@@ -141,10 +140,10 @@ def summarize(rows: Sequence[VideoRow], reference: str | None) -> Summary:
                 apart = [_minus(*pair) for pair in zip(values, others, strict=True)]
                 difference = estimate(apart, prompts)
             compared = difference if difference and difference.videos else None
-            results.append(Result(policy, metric, estimate(values, prompts), compared))
+            results.append(MetricResult(policy, metric, estimate(values, prompts), compared))
     videos = len(rows) // len(policies)
     prompts_seen = len({row.prompt for row in rows})
-    return Summary(reference, tuple(results), videos, prompts_seen, _warnings(videos, prompts_seen))
+    return EvaluationSummary(reference, tuple(results), videos, prompts_seen, _warnings(videos, prompts_seen))
 
 
 def _warnings(videos: int, prompts: int) -> tuple[str, ...]:
@@ -165,17 +164,20 @@ def _comparable(sessions: Mapping[str, Session]) -> None:
         )
 
 
-def _generated(session: Session, sample: Sample, chunks: int) -> Frames:
-    made = session.generate(sample.text, seed=sample.seed, chunks=chunks)
+def _generated(session: Session, sample: SeededPrompt, chunks: int) -> Frames:
+    text = sample.prompt if sample.embedded is None else sample.embedded
+    made = session.generate(text, seed=sample.seed, chunks=chunks)
     return np.concatenate([chunk.frames for chunk in made])
 
 
-def _measured(name: str, session: Session, sample: Sample, video: Frames, other: Frames | None) -> VideoRow:
+def _row_of(
+    name: str, session: Session, sample: SeededPrompt, video: Frames, other: Frames | None
+) -> VideoRow:
     spec = session.spec
     values = dict(measure_video(video, ChunkLayout.of(spec), spec.fps, where=name).values)
     if other is not None:
         values |= measure_pair(video, other, where=name).values
-    if spec.name == "demo":
+    if shows_digits(spec):
         digits, directions = read_digits(video, sample.prompt, spec.frames_per_chunk)
         values |= {"digits_read": digits, "direction_right": directions}
     return VideoRow(name, sample.prompt, sample.seed, values)

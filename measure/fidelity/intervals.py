@@ -27,8 +27,8 @@ class Estimate:
     """None where no video has a value."""
     low: float | None
     high: float | None
-    """None for fewer than two prompts, and where all prompts are alike: resampling what does not differ says
-    nothing of what was not seen."""
+    """None for fewer than two prompts, and where all prompts have the same mean: resampling equal values
+    cannot show how others would differ."""
     videos: int
     """How many have a value."""
     prompts: int

@@ -26,11 +26,6 @@ WINDOW = 2 * RADIUS + 1
 K1, K2 = 0.01, 0.03
 
 
-def grey(video: Frames) -> Floats:
-    """The first channel of grey frames (frames, height, width, 3) as (frames, height, width) in [-1, 1]."""
-    return video[..., 0] / 127.5 - 1
-
-
 def luma(frame: Frames) -> Floats:
     """Brightness (..., height, width) in grey levels, 0 to 255, of uint8 (..., height, width, 3)."""
     weighted: Floats = frame.astype(np.float64) @ np.array(LUMA)

@@ -1,4 +1,4 @@
-"""Reading the frames of a video file, through PyAV."""
+"""Video files: their frames, read through PyAV, and what is measured of them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.measure.fidelity.seams import ChunkLayout
+from forcingkv.measure.fidelity.video_measures import measure_pair, measure_video
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class VideoFile:
 
     path: Path
     fps: float
-    """Frames a second, as the file says on average."""
+    """Frames a second, on average, as the file has it."""
     frames: Iterator[npt.NDArray[np.uint8]]
     """uint8 (height, width, 3), in the order they are shown, decoded as they are asked for."""
 
@@ -44,8 +47,37 @@ def open_video(path: Path) -> Iterator[VideoFile]:
         stream = opened.streams.video[0]
         rate = stream.average_rate
         if not rate:
-            raise _not_a_video(path, "it does not say its frames a second")
+            raise _not_a_video(path, "it has no frame rate")
         yield VideoFile(path, float(rate), _decoded(opened, path))
+
+
+def measure_file(path: Path, reference: Path | None, layout: ChunkLayout, top: int | None) -> dict[str, Any]:
+    """All numbers of a video file, by name, for JSON.
+
+    Args:
+        path: the video.
+        reference: a video to compare it with, frame by frame; None: it is measured alone.
+        layout: where its chunks begin.
+        top: pairs that the published chunk discontinuity takes; None: as many as there are boundaries.
+
+    Raises InputError where a file cannot be read, or the two differ in size or length.
+    """
+    with open_video(path) as file:
+        fps, own = file.fps, measure_video(file.frames, layout, file.fps, top=top, where=str(path))
+    data: dict[str, Any] = {
+        "video": str(path),
+        "frames": own.frames,
+        "fps": fps,
+        "values": own.values,
+        "boundaries": list(own.boundaries),
+        "seams": {name: list(ratios) for name, ratios in vars(own.seams).items()},
+    }
+    if reference is not None:
+        with open_video(path) as file, open_video(reference) as other:
+            pair = measure_pair(file.frames, other.frames, where=str(path))
+        data["reference"], data["values"] = str(reference), pair.values | own.values
+        data["psnr_by_frame"], data["ssim_by_frame"] = pair.psnr_by_frame, pair.ssim_by_frame
+    return data
 
 
 def _decoded(opened: av.container.InputContainer, path: Path) -> Iterator[npt.NDArray[np.uint8]]:

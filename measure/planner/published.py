@@ -1,91 +1,137 @@
-"""Published figures as data (`published.toml`), and what the planner says in their place."""
+"""Published figures beside what the planner predicts, and the constant that was fitted to one of them.
+
+All of it is data: `published.json`, which `python studies/planner_fit.py` writes.
+"""
 
 from __future__ import annotations
 
-import tomllib
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Literal
+from typing import Any
 
 from forcingkv.headmaps.fields import from_data
-from forcingkv.measure.planner.gpus import Gpu, load_gpu
-from forcingkv.measure.planner.heads import plan_for
-from forcingkv.measure.planner.prediction import VideoWork, predict, video_work
-from forcingkv.models.presets import load_spec
-from forcingkv.runtime.footprint import kv_parts
-from forcingkv.runtime.plan import CachePlan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.measure.planner.gpus import Gpu
+from forcingkv.runtime.footprint import readable
 
-Measure = Literal["fps", "speedup", "attention_share", "kv_bytes"]
+FILE = "published.json"
+BOUND = 0.15
+"""Relative error above which a row gives a reason."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One published figure; the file says what its fields mean."""
+class Efficiency:
+    """The constant of a class."""
 
-    name: str
-    model: str
-    resolution: str
-    chunks: int
-    policy: str
-    measure: Measure
-    published: float
-    gpu: str = "h200"
-    fitted: bool = False
-    note: str | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class _File:
-    rows: tuple[Row, ...]
-
-
-def rows_from(text: str) -> tuple[Row, ...]:
-    """The rows of a TOML text. Raises InputError naming the field that is wrong."""
-    return from_data(_File, tomllib.loads(text), "published.toml").rows
+    value: float
+    """Share of the peak that kernels reach."""
+    rows: tuple[str, ...]
+    """The rows it was fitted to."""
+    gpus: tuple[str, ...]
+    """The GPUs that those rows were measured on."""
+    carried_from: str | None
+    """The class it was taken over from: no figure of a GPU of its own has been published or measured."""
+    lowest: float
+    """What published FPS of the class under the policy full, whose frames are known, would each need: the
+    lowest, and the highest."""
+    highest: float
 
 
 @cache
-def published_rows() -> tuple[Row, ...]:
-    """The rows that ship."""
-    return rows_from(resources.files(__package__).joinpath("published.toml").read_text(encoding="utf-8"))
+def _file() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8"))
+    return data
 
 
-class Case:
-    """A row and its work, derived once: what is asked again and again is only how long it takes.
+@cache
+def efficiencies() -> Mapping[str, Efficiency]:
+    """The constant of each class of GPUs."""
+    return {
+        name: from_data(Efficiency, constant, f"{FILE}: {name}")
+        for name, constant in _file()["efficiency"].items()
+    }
 
-    Attributes:
-        row: the published figure.
-        plan: of its model, resolution and policy.
-        gpu: that it was measured on.
-        video: its work.
-        full: the work of the same video under the policy `full`.
-    """
 
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self.gpu: Gpu = load_gpu(row.gpu)
-        self.plan, self.video = self._work(row.policy)
-        self.full = self.video if row.policy == "full" else self._work("full")[1]
+def published_data() -> dict[str, Any]:
+    """The constants and all rows, for JSON: each row with its prediction and relative error."""
+    return {name: _file()[name] for name in ("efficiency", "rows")}
 
-    def predicted(self, efficiency: float) -> float:
-        """What the planner says, in the row's unit, if kernels reach that share of the peak."""
-        row = self.row
-        if row.measure == "kv_bytes":
-            return sum(kv_parts(self.plan, "bfloat16").values())
-        if row.measure == "attention_share":
-            at_end = VideoWork(self.video.phases, self.video.phases[-1][1], *self._rest())
-            return predict(at_end, self.gpu, efficiency).attention_time
-        fps = predict(self.video, self.gpu, efficiency).fps
-        return fps if row.measure == "fps" else fps / predict(self.full, self.gpu, efficiency).fps
 
-    def _rest(self) -> tuple[int, int]:
-        return self.video.passes, self.video.frames
+def basis(gpu: Gpu) -> str:
+    """Where the constant of a GPU comes from, as a phrase."""
+    constant = efficiencies()[gpu.family]
+    if gpu.key in constant.gpus:
+        return f"fitted to {'; '.join(constant.rows)}"
+    near = "of the same class" if constant.carried_from is None else f"of the class {constant.carried_from}"
+    return f"taken over from {', '.join(constant.gpus)} {near}: not fitted, never measured"
 
-    def _work(self, policy: str) -> tuple[CachePlan, VideoWork]:
-        row = self.row
-        spec = load_spec(row.model)
-        plan, _ = plan_for(spec, spec.geometry(row.resolution), load_policy(policy))
-        return plan, video_work(plan, row.chunks)
+
+def uncertainty() -> str:
+    """How near predictions are to the published figures that nothing was fitted to, as a sentence."""
+    others = [one for one in _file()["rows"] if not one["row"]["fitted"]]
+    near = sum(not one["off"] for one in others)
+    most = max(abs(one["error"]) for one in others)
+    return (
+        f"Of {len(others)} published figures that nothing was fitted to, {near} are predicted within"
+        f" {BOUND:.0%}; the others are off by up to {most:.0%} (forcingkv plan --published)."
+    )
+
+
+def published_lines() -> Iterator[str]:
+    """Published figures against predictions: Markdown."""
+    rows = _file()["rows"]
+    for name, constant in efficiencies().items():
+        origin = (
+            f"carried over from `{constant.carried_from}`: not fitted, never measured"
+            if constant.carried_from
+            else f"fitted to {', '.join(constant.rows)}"
+        )
+        yield f"- efficiency of class `{name}`: {constant.value:.4f}, {origin}"
+    columns = (
+        "setting",
+        "measure",
+        "published",
+        "predicted",
+        "error",
+        "efficiency needed",
+        "frames needed, policy",
+        "frames needed, full",
+    )
+    yield from ("", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
+    yield from map(_published_row, rows)
+    yield from ("", f"Off by more than {BOUND:.0%}, and why:", "")
+    for one in rows:
+        if one["off"]:
+            figure = one["row"]
+            yield f"- {figure['name']}, {figure['measure']} ({one['error']:+.1%}): {figure['reason']}."
+    yield from ("", "Assumed, since the source does not say it:", "")
+    for figure in (one["row"] for one in rows):
+        if figure["note"] and not figure["fitted"]:
+            yield f"- {figure['name']}, {figure['measure']}: {figure['note']}."
+
+
+def _published_row(one: Mapping[str, Any]) -> str:
+    figure, error = one["row"], f"{one['error']:+.1%}"
+    cells = (
+        figure["name"],
+        figure["measure"],
+        _figure(figure["measure"], figure["published"]),
+        _figure(figure["measure"], one["predicted"]),
+        "fitted" if figure["fitted"] else f"**{error}**" if one["off"] else error,
+        _or_none(one["needed"], ".2f"),
+        _or_none(one["policy_frames"], ".1f"),
+        _or_none(one["full_frames"], ".1f"),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _figure(measure: str, value: float) -> str:
+    if measure == "kv_bytes":
+        return readable(round(value))
+    return f"{value:.0%}" if measure == "attention_share" else f"{value:.2f}"
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,25 +1,24 @@
-"""What `forcingkv plan` reports: policies of a model at a resolution, on GPUs."""
+"""What `forcingkv plan` reports: policies of a model at a resolution, on GPUs, and what fits instead."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.measure.planner.fit import basis, efficiencies
-from forcingkv.measure.planner.fits import what_fits
-from forcingkv.measure.planner.gpus import Gpu
-from forcingkv.measure.planner.heads import Given, plan_for, spread
-from forcingkv.measure.planner.memory import RESERVE_BYTES, Memory, session_memory
+from forcingkv.measure.planner.gpus import Gpu, gpu_names, load_gpu
+from forcingkv.measure.planner.known_heads import KnownHeads, plan_for, spread
 from forcingkv.measure.planner.prediction import VideoWork, predict, video_work
+from forcingkv.measure.planner.published import basis, efficiencies
+from forcingkv.measure.planner.session_memory import RESERVE_BYTES, SessionMemory, session_memory
 from forcingkv.runtime.plan import CachePlan
-from forcingkv.runtime.policies import Policy, load_policy
+from forcingkv.runtime.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What is to be planned."""
 
     spec: ModelSpec
@@ -28,17 +27,17 @@ class Request:
     resolution: str | None = None
     seconds: float = 30.0
     dtype: Dtype = "bfloat16"
-    given: Given = field(default_factory=Given)
+    known: KnownHeads = field(default_factory=KnownHeads)
     strict: bool = True
-    """Whether a policy that cannot be planned is an error; otherwise it is left out and said."""
+    """Whether a policy that cannot be planned is an error; otherwise it is left out and reported as such."""
 
 
-def plan_report(request: Request) -> dict[str, Any]:
+def plan_report(request: PlanRequest) -> dict[str, Any]:
     """Memory, speed and what fits, for each policy on each GPU: plain data, bytes and seconds.
 
     Raises InputError where the heads that are given fit no policy, or a policy does not fit the model.
     """
-    spec, given = request.spec, request.given
+    spec, known = request.spec, request.known
     _check(request)
     geometry = spec.geometry(request.resolution)
     chunks = spec.chunks_for(request.seconds)
@@ -47,7 +46,7 @@ def plan_report(request: Request) -> dict[str, Any]:
     planned, left_out = [], {}
     for policy in request.policies:
         try:
-            plan, heads = plan_for(spec, geometry, policy, given)
+            plan, heads = plan_for(spec, geometry, policy, known)
         except InputError as error:
             if request.strict:
                 raise
@@ -72,23 +71,23 @@ def plan_report(request: Request) -> dict[str, Any]:
     }
 
 
-def _check(request: Request) -> None:
+def _check(request: PlanRequest) -> None:
     """Raise InputError for heads that are not this model's, or that no policy has groups for."""
-    spec, given = request.spec, request.given
-    if not given.labels:
+    spec, known = request.spec, request.known
+    if not known.labels:
         return
-    if not any(given.labels <= set(policy.groups) for policy in request.policies):
+    if not any(known.labels <= set(policy.groups) for policy in request.policies):
         raise InputError(
-            f"its labels are {', '.join(sorted(given.labels))}",
-            where="head map" if given.headmap else "--heads",
+            f"its labels are {', '.join(sorted(known.labels))}",
+            where="head map" if known.headmap else "--heads",
             expected="labels that one of the policies has groups for",
         )
-    headmap = given.headmap or spread(spec, given.counts or {})
-    headmap.check_model(spec.layers, spec.heads, given.labels)
+    headmap = known.headmap or spread(spec, known.counts or {})
+    headmap.check_model(spec.layers, spec.heads, known.labels)
 
 
 def _policy(
-    request: Request, plan: CachePlan, heads: str, video: VideoWork, full: VideoWork
+    request: PlanRequest, plan: CachePlan, heads: str, video: VideoWork, full: VideoWork
 ) -> dict[str, Any]:
     memory = session_memory(plan, request.dtype)
     return {
@@ -102,12 +101,12 @@ def _policy(
 
 
 def _on(
-    request: Request, gpu: Gpu, plan: CachePlan, memory: Memory, video: VideoWork, full: VideoWork
+    request: PlanRequest, gpu: Gpu, plan: CachePlan, memory: SessionMemory, video: VideoWork, full: VideoWork
 ) -> dict[str, Any]:
     constant = efficiencies()[gpu.family]
     found = predict(video, gpu, constant.value)
     missing = memory.missing(gpu.memory_bytes)
-    fits = what_fits(plan, gpu, request.given, request.dtype) if missing else []
+    fits = what_fits(plan, gpu, request.known, request.dtype) if missing else []
     return {
         "gpu": gpu.key,
         "name": gpu.name,
@@ -127,3 +126,66 @@ def _on(
         "attention_time_share": found.attention_time,
         "attention_flop_share": found.attention_operations,
     }
+
+
+@dataclass(frozen=True)
+class PlannedFit:
+    """A policy, resolution and GPU for the same model, and the bytes that a session would take."""
+
+    policy: str
+    resolution: str
+    gpu: str
+    bytes: int
+
+
+def what_fits(plan: CachePlan, gpu: Gpu, known: KnownHeads, dtype: Dtype) -> list[PlannedFit]:
+    """What fits where a policy at a resolution does not, the nearest first.
+
+    First other policies at the same resolution on the same GPU, then all policies at the model's lower
+    resolutions, the highest first; each time that which keeps most comes first. Last the same policy and
+    resolution on other GPUs, the smallest first.
+    """
+    found = []
+    for tokens, resolution in _resolutions(plan):
+        for name in policy_names():
+            fit = _fit(plan, name, resolution, gpu, known, dtype)
+            if fit and not (name == plan.policy.name and tokens == plan.frame_tokens):
+                found.append((-tokens, -fit.bytes, fit))
+    same_gpu = [fit for *_, fit in sorted(found, key=lambda one: one[:2])]
+    needed = session_memory(plan, dtype)
+    others = sorted((load_gpu(key) for key in gpu_names()), key=lambda one: one.memory_bytes)
+    own = _name(plan)
+    return same_gpu + [
+        PlannedFit(plan.policy.name, own, other.key, needed.total)
+        for other in others
+        if not needed.missing(other.memory_bytes)
+    ]
+
+
+def _fit(
+    plan: CachePlan, policy: str, resolution: str, gpu: Gpu, known: KnownHeads, dtype: Dtype
+) -> PlannedFit | None:
+    geometry, chosen = plan.spec.geometry(resolution), load_policy(policy)
+    try:
+        other, _ = plan_for(plan.spec, geometry, chosen, known)
+    except InputError:
+        # The policy's segments do not divide frames of this size. Heads that are wrong at any size were
+        # refused before, and policies that ship have no other fault.
+        return None
+    memory = session_memory(other, dtype)
+    return None if memory.missing(gpu.memory_bytes) else PlannedFit(policy, resolution, gpu.key, memory.total)
+
+
+def _resolutions(plan: CachePlan) -> Iterator[tuple[int, str]]:
+    """(tokens a frame, name) of the plan's own resolution and of those of the model that are lower."""
+    yield plan.frame_tokens, _name(plan)
+    for name in plan.spec.resolutions:
+        tokens = plan.spec.geometry(name).frame_tokens
+        if tokens < plan.frame_tokens:
+            yield tokens, name
+
+
+def _name(plan: CachePlan) -> str:
+    size = plan.geometry.width, plan.geometry.height
+    named = {tuple(pixels): name for name, pixels in plan.spec.resolutions.items()}
+    return named.get(size, f"{size[0]}x{size[1]}")

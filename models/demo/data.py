@@ -17,21 +17,6 @@ from scipy.ndimage import zoom
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-__all__ = [
-    "DIRECTIONS",
-    "HALF",
-    "HEIGHT",
-    "WIDTH",
-    "Clip",
-    "Mover",
-    "Moves",
-    "Split",
-    "digits",
-    "make_clip",
-    "moves_of",
-    "prompt_of",
-]
-
 Floats = npt.NDArray[np.float32]
 Split = Literal["train", "held-out"]
 Moves = tuple[tuple[int, str], tuple[int, str]]

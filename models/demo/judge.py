@@ -1,7 +1,7 @@
-"""An independent reader of demo videos: which digits are seen, and which way they move.
+"""An independent reader of demo videos: which digits are seen, and in which direction they move.
 
 It knows nothing of the model: a support-vector classifier of scikit-learn, trained on crops of real
-clips of the training scans, and the way of the ink's centre.
+clips of the training scans, and the direction of the ink's centre.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Judge:
 
 
 def direction(frames: Frames) -> tuple[str | None, str | None]:
-    """The main way of the ink's centre, in each half, from the first frame to the last."""
+    """The main direction of the ink's centre, in each half, from the first frame to the last."""
     left, right = (_direction([_centre(half) for half in halves]) for halves in _halves(frames))
     return left, right
 
@@ -93,21 +93,6 @@ def verdict(judge: Judge, frames: Frames, wanted: Moves, frames_per_chunk: int, 
         for first, now, (_, way) in zip(started, moving, wanted, strict=True)
     ]
     return Verdict((digits[0], digits[1]), (directions[0], directions[1]))
-
-
-def accuracy_on_real_clips(
-    clips: int = 200, chunk: int = 5, frames_per_chunk: int = 3
-) -> tuple[float, float]:
-    """The judge's own accuracy on held-out scans: (digits, directions), shares of digits."""
-    judge, rng = Judge.fit(), np.random.default_rng(1)
-    verdicts = []
-    for _ in range(clips):
-        clip = make_clip(rng, (chunk + 1) * frames_per_chunk, "held-out")
-        verdicts.append(verdict(judge, clip.frames, clip.moves, frames_per_chunk, chunk))
-    return (
-        float(np.mean([v.digits for v in verdicts])),
-        float(np.mean([v.directions for v in verdicts])),
-    )
 
 
 def _axis(way: str) -> int:
@@ -148,7 +133,7 @@ def _direction(centres: Sequence[npt.NDArray[np.float64] | None]) -> str | None:
         return None
     moved = seen[-1] - seen[0]
     if np.abs(moved).max() < 0.5:
-        # It turned round within these frames: the longest single step tells the axis.
+        # It turned round within these frames: the longest single step shows the axis.
         moved = max(np.diff(seen, axis=0), key=lambda step: float(np.abs(step).max()))
     return max(DIRECTIONS, key=lambda way: float(np.dot(DIRECTIONS[way], moved)))
 

@@ -23,9 +23,12 @@ def figure(
     width: float, height: float, dpi: float = 110, *, layout: Literal["constrained"] | None = "constrained"
 ) -> Figure:
     """An empty figure of that many inches. pyplot does not know it, so nothing has to be closed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as NewFigure
 
-    return NewFigure(figsize=(width, height), dpi=dpi, layout=layout)
+    made = NewFigure(figsize=(width, height), dpi=dpi, layout=layout)
+    FigureCanvasAgg(made)  # the canvas becomes the figure's own
+    return made
 
 
 def png(drawn: Figure) -> bytes:

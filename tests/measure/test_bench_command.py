@@ -40,7 +40,7 @@ def test_bundles_are_timed_and_told_as_json(run: Run, bundles: Bundles) -> None:
 def test_a_table_for_people(run: Run, bundles: Bundles) -> None:
     made = run("bench", "--bundle", bundles("full"), "--rounds", 1, "--threads", 1, "--no-decode")
     assert made.code == 0
-    assert "1 threads of" in made.out
+    assert "1 thread of" in made.out
     assert "full" in made.out
 
 

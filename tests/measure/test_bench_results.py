@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from forcingkv.measure.bench.cases import Case, bundle_cases
-from forcingkv.measure.bench.pictures import write_lengths, write_resolutions
+from forcingkv.measure.bench.cases import BenchCase, bundle_cases
 from forcingkv.measure.bench.results import baseline, rows
-from forcingkv.measure.bench.sweeps import lengths, resolutions
-from forcingkv.measure.bench.turns import Measured, Setup, Turn, take_turns
+from forcingkv.measure.bench.sweeps import lengths, resolutions, write_lengths, write_resolutions
+from forcingkv.measure.bench.turns import BenchSetup, BenchTurns, Turn, take_turns
 from forcingkv.runtime import Session
 from forcingkv.runtime.cost import pass_flops
 
@@ -21,7 +20,7 @@ Bundles = Callable[[str], Path]
 
 
 @pytest.fixture(name="cases")
-def _cases(bundles: Bundles) -> list[Case]:
+def _cases(bundles: Bundles) -> list[BenchCase]:
     return bundle_cases([bundles("forcing-kv"), bundles("full")])
 
 
@@ -29,11 +28,11 @@ def turn(seconds: float, decoding: float | None = None) -> Turn:
     return Turn(seconds, 2 * seconds, decoding, 10, 20)
 
 
-def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[Case]) -> None:
+def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[BenchCase]) -> None:
     ours, full = cases
     measured = [
-        Measured(ours, [turn(1.0, 3.0), turn(2.0, 3.0), turn(4.0, 3.0)]),
-        Measured(full, [turn(3.0, 3.0), turn(4.0, 3.0), turn(20.0, 3.0)]),
+        BenchTurns(ours, [turn(1.0, 3.0), turn(2.0, 3.0), turn(4.0, 3.0)]),
+        BenchTurns(full, [turn(3.0, 3.0), turn(4.0, 3.0), turn(20.0, 3.0)]),
     ]
     assert baseline(measured) is measured[1]
     row, against = rows(measured)
@@ -50,14 +49,14 @@ def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[Case]) ->
     assert row.kv_bytes == ours.bundle.plan.kv_bytes()
 
 
-def test_without_decoding_there_is_no_speedup_with_it(cases: list[Case]) -> None:
-    row, _ = rows([Measured(case, [turn(1.0)]) for case in cases])
+def test_without_decoding_there_is_no_speedup_with_it(cases: list[BenchCase]) -> None:
+    row, _ = rows([BenchTurns(case, [turn(1.0)]) for case in cases])
     assert (row.seconds_to_decode, row.speedup_with_decoding) == (None, None)
 
 
-def test_policies_take_turns(cases: list[Case]) -> None:
+def test_policies_take_turns(cases: list[BenchCase]) -> None:
     said: list[str] = []
-    measured = take_turns(cases, Setup(2, threads=1), progress=said.append)
+    measured = take_turns(cases, BenchSetup(2, threads=1), progress=said.append)
     assert said == [f"round {n} of 2: {name}" for n in (1, 2) for name in ("forcing-kv", "full")]
     for one in measured:
         assert len(one.turns) == 2
@@ -66,11 +65,11 @@ def test_policies_take_turns(cases: list[Case]) -> None:
             assert one.turns[0].cache_bytes == session.rehearse(0).cache_bytes
 
 
-def test_rounds_that_there_is_no_time_for_are_left_out_and_said(cases: list[Case]) -> None:
+def test_rounds_that_there_is_no_time_for_are_left_out_and_said(cases: list[BenchCase]) -> None:
     said: list[str] = []
-    measured = take_turns(cases, Setup(3, threads=1), seconds=0.0, progress=said.append)
+    measured = take_turns(cases, BenchSetup(3, threads=1), seconds=0.0, progress=said.append)
     assert [len(one.turns) for one in measured] == [1, 1]
-    assert said[-1] == "left out 2 of 3 rounds: there was no time for them"
+    assert said[-1] == "2 of 3 rounds are left out: they would take too long"
 
 
 def test_a_rehearsal_runs_the_shapes_of_its_chunk_and_changes_no_video(bundles: Bundles) -> None:
@@ -95,8 +94,8 @@ def test_a_rehearsal_ends_the_video_there_was(bundles: Bundles) -> None:
 
 
 @pytest.mark.slow
-def test_lengths_grow_until_the_last_phase_and_are_written(cases: list[Case], tmp_path: Path) -> None:
-    points = lengths(cases, Setup(1, threads=1), chunks=12)
+def test_lengths_grow_until_the_last_phase_and_are_written(cases: list[BenchCase], tmp_path: Path) -> None:
+    points = lengths(cases, BenchSetup(1, threads=1), chunks=12)
     written = write_lengths(tmp_path / "new", points, "a title")
     assert [path.name for path in written] == ["lengths.csv", "lengths.png"]
     with written[0].open(newline="") as file:
@@ -112,8 +111,8 @@ def test_lengths_grow_until_the_last_phase_and_are_written(cases: list[Case], tm
         assert line[-1].seconds == line[-2].seconds
 
 
-def test_resolutions_are_written(cases: list[Case], tmp_path: Path) -> None:
-    measured = [Measured(case, [turn(1.0)]) for case in cases]
+def test_resolutions_are_written(cases: list[BenchCase], tmp_path: Path) -> None:
+    measured = [BenchTurns(case, [turn(1.0)]) for case in cases]
     points = resolutions([("small", measured)])
     assert [(p.policy, p.resolution, p.speedup) for p in points] == [
         ("forcing-kv", "small", 1.0),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
 from forcingkv.measure.fidelity.drift import Drift, drift, histogram_distance, look_of
-from forcingkv.measure.fidelity.planting import brighten, soften, tint
+from studies.planted_seams import brighten, soften, tint
 from tests.measure.textures import Frames, moving
 
 FPS = 8.0

@@ -20,14 +20,13 @@ from forcingkv.export import export_bundle
 from forcingkv.headmaps import InputError
 from forcingkv.measure.fidelity.evaluation import evaluate_sessions
 from forcingkv.measure.fidelity.intervals import estimate
-from forcingkv.measure.fidelity.layout import ChunkLayout
-from forcingkv.measure.fidelity.metrics import METRICS
 from forcingkv.measure.fidelity.pairs import mean_psnr
-from forcingkv.measure.fidelity.planting import SEAMS
-from forcingkv.measure.fidelity.video import measure_video
+from forcingkv.measure.fidelity.seams import ChunkLayout
+from forcingkv.measure.fidelity.video_measures import METRICS, measure_video
 from forcingkv.runtime import Session
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.video import open_writer
+from studies.planted_seams import SEAMS
 from tests.conftest import Ran, random_model, small_spec
 from tests.measure.textures import Frames, moving
 
@@ -143,7 +142,7 @@ def test_wrong_bundles_and_prompts(bundles: Path, tmp_path: Path, run: Callable[
         ([*full, *prompts, "--out", "all.xlsx"], "all.xlsx is not a csv file"),
         ([*full, *prompts, "--reference", "window"], "there is no bundle 'window'; expected one of full"),
         ([*full, *full, *prompts], "'full' is given twice"),
-        ([*full, *prompts, "--samples", 4], "4 are asked for, of 3. Give a file with more prompts"),
+        ([*full, *prompts, "--samples", 4], "--samples is 4, but there are only 3 prompts. Give a file"),
         ([*full, "--prompts", tmp_path / "one.txt"], "prompts are 1; expected two different ones or more"),
         ([*full], "no prompts ship with small"),
         (["--bundle", tmp_path, *prompts], "is not a bundle"),
@@ -214,7 +213,7 @@ def test_wrong_video_files(tmp_path: Path, run: Callable[..., Ran]) -> None:
         (with_reference(small), "small.mp4 has frames of 96x32; expected 96x64"),
         (
             ["--video", whole, *with_reference(whole)],
-            "--video: 2 and --reference-video 1; expected a reference",
+            "--video is given 2 times and --reference-video 1 times; expected a reference",
         ),
         (
             ["--video", whole, "--chunk-frames", 13],

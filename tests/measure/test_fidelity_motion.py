@@ -6,8 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from forcingkv.measure.fidelity.flow import FlowMeter, enlargement
-from forcingkv.measure.fidelity.motion import Motion, MotionMeter, moves
+from forcingkv.measure.fidelity.motion import FlowMeter, Motion, MotionMeter, enlargement, moves
 from tests.measure.textures import Frames, moving
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from forcingkv.headmaps import InputError
 from forcingkv.measure.fidelity.pairs import mean_psnr, psnr, squared_error, ssim
-from forcingkv.measure.fidelity.video import measure_pair
+from forcingkv.measure.fidelity.video_measures import measure_pair
 from tests.measure.textures import moving, texture
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]

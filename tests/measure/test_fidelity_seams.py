@@ -10,13 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcingkv.headmaps import InputError
-from forcingkv.measure.fidelity.discontinuity import chunk_discontinuity, seam, seam_ratios
-from forcingkv.measure.fidelity.layout import ChunkLayout
-from forcingkv.measure.fidelity.metrics import Values
-from forcingkv.measure.fidelity.planting import SEAMS
-from forcingkv.measure.fidelity.video import measure_video
+from forcingkv.measure.fidelity.seams import ChunkLayout, chunk_discontinuity, seam, seam_ratios
 from forcingkv.measure.fidelity.video_files import open_video
+from forcingkv.measure.fidelity.video_measures import Values, measure_video
 from forcingkv.models.presets import load_spec
+from studies.planted_seams import SEAMS
 from tests.measure.textures import Frames, moving
 
 WAN, DEMO = ChunkLayout(9, 12), ChunkLayout(3, 3)

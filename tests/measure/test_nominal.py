@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcingkv.headmaps import HeadMap, InputError
-from forcingkv.measure.nominal import known_map, map_with_counts, nominal_map, published_counts
+from forcingkv.measure.nominal import known_map, map_with_counts, nominal_map
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import Roles, load_policy
@@ -90,7 +90,6 @@ def test_counts_that_share_nothing_out_are_refused(counts: dict[str, int]) -> No
 def test_published_models_have_as_many_heads_of_each_label_as_published(model: str, static: int) -> None:
     spec, policy = load_spec(model), load_policy("forcing-kv")
     counts = {"static": static, "dynamic": spec.layers * spec.heads - static}
-    assert published_counts(spec, policy) == counts
     headmap = nominal_map(spec, policy)
     assert headmap is not None
     assert headmap.counts() == counts
@@ -127,9 +126,8 @@ def test_policies_without_groups_need_no_map(policy: str) -> None:
     assert nominal_map(small_spec(), load_policy(policy)) is None
 
 
-def test_of_an_unknown_model_it_is_said_which_are_known() -> None:
+def test_for_an_unknown_model_the_known_ones_are_named() -> None:
     spec, policy = small_spec(), load_policy("forcing-kv")
-    assert published_counts(spec, policy) is None
     assert known_map(spec, policy) is None
     with pytest.raises(InputError, match=r"no head map of small for the policy forcing-kv.*longlive.*--head"):
         nominal_map(spec, policy)
@@ -137,7 +135,7 @@ def test_of_an_unknown_model_it_is_said_which_are_known() -> None:
 
 def test_a_policy_with_other_groups_under_a_known_name_is_unknown() -> None:
     policy = replace(load_policy("dummy-forcing"), groups={"sink": Roles(), "other": Roles()})
-    assert published_counts(load_spec("self-forcing"), policy) is None
+    assert known_map(load_spec("self-forcing"), policy) is None
 
 
 def test_counts_that_were_scaled_are_not_said_to_be_published() -> None:

@@ -135,8 +135,8 @@ def test_a_tiny_decoder_takes_less(run: Callable[..., Ran]) -> None:
         (("--heads", "static=1"), "expected 360 in all"),
         (("--heads", "slow=360"), "its labels are slow"),
         (("--heads", "slow"), "such as static=134,dynamic=226"),
-        (("--headmap", "a.json", "--heads", "static=1"), "one of them"),
-        (("--published",), "--published: goes without --model; expected nothing beside it but --json."),
+        (("--headmap", "a.json", "--heads", "static=1"), "use either --headmap or --heads, not both"),
+        (("--published",), "--model cannot be used with --published; expected nothing beside it but --json."),
     ],
 )
 def test_wrong_input_is_named(words: tuple[str, ...], message: str, run: Callable[..., Ran]) -> None:
@@ -168,7 +168,7 @@ def test_published_figures_are_what_they_are(
 ) -> None:
     ran = run("plan", "--published", *words)
     assert (ran.code, ran.out) == (2, "")
-    assert f"--published: goes without {named}; expected nothing beside it but --json." in ran.err
+    assert f"{named} cannot be used with --published; expected nothing beside it but --json." in ran.err
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,15 @@ from hypothesis import strategies as st
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.headmap import ModelIdentity, Rule
-from forcingkv.measure.planner.decoders import decoder_costs
 from forcingkv.measure.planner.gpus import gpu_names, load_gpu
-from forcingkv.measure.planner.heads import Given, plan_for
-from forcingkv.measure.planner.memory import RESERVE_BYTES, activation_bytes, parameters, session_memory
+from forcingkv.measure.planner.known_heads import KnownHeads, plan_for
+from forcingkv.measure.planner.session_memory import (
+    RESERVE_BYTES,
+    decoder_costs,
+    engine_activations,
+    parameters,
+    session_memory,
+)
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.decoders import load_decoder
 from forcingkv.models.presets import load_spec
@@ -57,7 +62,7 @@ def test_keys_and_values_are_what_a_session_asks_for_to_the_byte(
     policy: str, model: str, resolution: str
 ) -> None:
     spec, chosen = load_spec(model), load_policy(policy)
-    plan, _ = plan_for(spec, spec.geometry(resolution), chosen, Given(headmap=mixed(spec, chosen)))
+    plan, _ = plan_for(spec, spec.geometry(resolution), chosen, KnownHeads(headmap=mixed(spec, chosen)))
     lane = CountingLane()
     held = CacheBuffers(plan, lane, "bfloat16").nbytes  # type: ignore[arg-type]
     assert kv(session_memory(plan).parts) == held == lane.state_bytes > 0
@@ -69,7 +74,7 @@ def test_so_are_those_of_a_real_session_of_the_demo_model(policy: str, tmp_path:
     spec, chosen = load_spec("demo"), load_policy(policy)
     headmap = mixed(spec, chosen)
     export_bundle(spec, load_weights(spec), chosen, tmp_path / "bundle", headmap=headmap, verify=False)
-    plan, _ = plan_for(spec, spec.geometry(), chosen, Given(headmap=headmap))
+    plan, _ = plan_for(spec, spec.geometry(), chosen, KnownHeads(headmap=headmap))
     with Session.open(tmp_path / "bundle") as session:
         held = session._maker.cache.nbytes
     assert kv(session_memory(plan, "float32").parts) == held > 0
@@ -102,12 +107,15 @@ def built_engines() -> list[tuple[str, str, float, float]]:
 def test_activations_are_near_those_of_engines_that_were_built(data: Path) -> None:
     """The document's figures have two or three digits."""
     spec = load_spec("self-forcing")
-    released = Given(headmap=read_headmap(data / "headmaps" / "forcingkv_heads_selfforcing.json"))
+    released = KnownHeads(headmap=read_headmap(data / "headmaps" / "forcingkv_heads_selfforcing.json"))
     rows = built_engines()
     assert len(rows) == 6
     for resolution, policy, step, decode in rows:
         plan, _ = plan_for(spec, spec.geometry(resolution), load_policy(policy), released)
-        assert activation_bytes(plan, "bfloat16") / 1e9 == pytest.approx(step, rel=0.03), (resolution, policy)
+        assert engine_activations(plan, "bfloat16") / 1e9 == pytest.approx(step, rel=0.03), (
+            resolution,
+            policy,
+        )
         parts = session_memory(plan).parts
         assert parts["decode_activations"] / 1e9 == pytest.approx(decode, rel=0.005)
 

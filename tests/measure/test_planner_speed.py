@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.planner.gpus import gpu_classes, gpu_names, load_gpu
-from forcingkv.measure.planner.heads import Given, parse_counts, plan_for, spread
-from forcingkv.measure.planner.prediction import predict, video_work
-from forcingkv.measure.planner.roofline import pass_seconds, work_seconds
+from forcingkv.measure.planner.known_heads import KnownHeads, parse_counts, plan_for, spread
+from forcingkv.measure.planner.prediction import pass_seconds, predict, video_work, work_seconds
 from forcingkv.measure.planner.work import KINDS, Work, elementwise_bytes, pass_work
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import KeysValues, WanModel
@@ -28,7 +27,7 @@ from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-HEADS = Given(counts={"static": 134, "dynamic": 226})
+HEADS = KnownHeads(counts={"static": 134, "dynamic": 226})
 PRODUCTS = {"addmm", "mm"}
 VIEWS = {
     "_unsafe_view",
@@ -191,7 +190,7 @@ def test_a_window_is_faster_than_all_and_slower_than_static_and_dynamic_heads(
     model: str, resolution: str, gpu: str
 ) -> None:
     spec = load_spec(model)
-    counts = Given(counts={"static": 100, "dynamic": spec.layers * spec.heads - 100})
+    counts = KnownHeads(counts={"static": 100, "dynamic": spec.layers * spec.heads - 100})
     rates = [
         predict(
             video_work(plan_for(spec, spec.geometry(resolution), load_policy(name), counts)[0], 40),
@@ -236,7 +235,7 @@ def test_the_map_that_ships_comes_before_counts_and_what_is_given_before_it() ->
     spec, policy = load_spec("demo"), load_policy("forcing-kv")
     _, words = plan_for(spec, spec.geometry(), policy)
     assert words == "7 static, 17 dynamic: the map that ships"
-    _, words = plan_for(spec, spec.geometry(), policy, Given(counts={"static": 12, "dynamic": 12}))
+    _, words = plan_for(spec, spec.geometry(), policy, KnownHeads(counts={"static": 12, "dynamic": 12}))
     assert words == "12 static, 12 dynamic, spread evenly over the layers"
 
 

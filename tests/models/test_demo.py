@@ -5,21 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcingkv.commands.console import default_prompts
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.demo import data
-from forcingkv.models.demo import train as training
-from forcingkv.models.demo.judge import Judge, accuracy_on_real_clips, verdict
-from forcingkv.models.demo.objective import loss_function, make_batch
-from forcingkv.models.demo.stages import STAGES, Stage
-from forcingkv.models.demo.train import Trainer, place
+from forcingkv.models.demo.judge import Judge, verdict
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.text import encode_words
-from tests.conftest import random_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,9 +49,12 @@ def test_every_shipped_prompt_is_understood() -> None:
 
 
 def test_the_judge_reads_real_held_out_clips() -> None:
-    digits, directions = accuracy_on_real_clips(clips=100)
-    assert digits >= 0.94
-    assert directions == 1
+    """Its own accuracy, on scans that it was not trained on: the documentation says 98% of digits."""
+    judge, rng = Judge.fit(), np.random.default_rng(1)
+    clips = [data.make_clip(rng, 18, "held-out") for _ in range(100)]
+    verdicts = [verdict(judge, clip.frames, clip.moves, 3, 5) for clip in clips]
+    assert np.mean([v.digits for v in verdicts]) >= 0.94
+    assert np.mean([v.directions for v in verdicts]) == 1
 
 
 def test_the_judge_can_say_no() -> None:
@@ -80,54 +77,3 @@ def test_the_shipped_weights_are_small_and_fit_the_spec() -> None:
     assert spec.layers >= 6
     assert spec.layers * spec.heads >= 24
     assert spec.geometry().frame_tokens == 96
-
-
-def test_the_curriculum_covers_every_step_once() -> None:
-    steps = sum(stage.steps for stage in STAGES)
-    assert place(steps) is None
-    at = [place(step) for step in (0, STAGES[0].steps, steps - 1)]
-    assert [stage and stage[0] for stage in at] == [STAGES[0], STAGES[1], STAGES[-1]]
-
-
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_a_training_loss_is_that_of_each_chunk_alone(chunks: int) -> None:
-    """Untrained, with a head of zeros, the flow is 0 and the loss the mean square of noise - clean."""
-    spec = load_spec("demo")
-    stage = Stage(chunks=chunks, batch=2, steps=1, rate=1e-3, rate_end=1e-3)
-    model = random_model(spec)
-    model.head.head.weight.zero_()
-    model.head.head.bias.zero_()
-    batch = make_batch(spec, np.random.default_rng(0), stage)
-    found = loss_function(model, stage, compiled=False)(batch)
-    error = batch["flow"].square().unflatten(2, (chunks, -1)).mean((0, 1, 3, 4, 5))
-    weights = np.array([2.0, 1.0][:chunks])
-    np.testing.assert_allclose(found.numpy(), error.numpy() * weights / weights.sum(), rtol=1e-5)
-
-
-def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps at once, and two, then two from the checkpoint, give the same weights and log."""
-    stages = (Stage(1, 1, 1, 1e-3, 1e-3), Stage(2, 1, 3, 1e-3, 1e-4, singles=2))
-    monkeypatch.setattr(training, "STAGES", stages)
-    monkeypatch.setattr(training, "SAVE_EVERY", 2)
-    monkeypatch.setattr(training, "loss_function", lambda m, s: loss_function(m, s, compiled=False))
-    training.train(tmp_path / "whole")
-    update = Trainer.update
-
-    def interrupted(self: Trainer, *given: object) -> object:
-        if self.step == 3:
-            raise KeyboardInterrupt
-        return update(self, *given)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            training.train(tmp_path / "parts")
-    training.train(tmp_path / "parts")
-    whole, parts = ((tmp_path / name) for name in ("whole", "parts"))
-    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
-
-    def losses(out: Path) -> list[list[str]]:
-        return [line.split(",")[:-1] for line in (out / "log.csv").read_text().splitlines()]
-
-    assert losses(whole) == losses(parts)
-    assert [row[0] for row in losses(whole)] == ["step", "1", "2", "3", "4"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -24,6 +24,13 @@ console = Console(stderr=True)
 def emit(data: Any) -> None:
     """Print a result as JSON."""
     print(json.dumps(data, indent=1))
+
+
+def listed(texts: str | Iterable[str] | None) -> list[str]:
+    """Names of an option that is given once with commas, or several times; each once, in order."""
+    parts = [texts] if isinstance(texts, str) else texts or ()
+    names = [name.strip() for text in parts for name in text.split(",")]
+    return list(dict.fromkeys(name for name in names if name))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,6 @@ from forcingkv.commands.console import default_prompts, emit, need, progress_bar
 from forcingkv.headmaps.errors import InputError
 
 if TYPE_CHECKING:
-    from forcingkv.measure.fidelity.layout import ChunkLayout
     from forcingkv.runtime import Session
     from forcingkv.runtime.spec import ModelSpec
     from forcingkv.runtime.text import Prompt
@@ -28,7 +27,7 @@ REFERENCE = "full"
 
 
 def evaluate(
-    bundle: Annotated[list[Path] | None, typer.Option(help="Folder that export wrote; repeat it.")] = None,
+    bundle: Annotated[list[Path] | None, typer.Option(help="Folder that export wrote; repeatable.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="Policy or folder name of the bundle to compare with; default: full.")
     ] = None,
@@ -40,7 +39,7 @@ def evaluate(
         int | None, typer.Option(min=2, help="Prompts to take; default: 32, or all if fewer.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Videos a prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first video; others count on.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first video; then counted up.")] = 0,
     chunks: Annotated[
         int | None, typer.Option(min=2, help="Length of the videos; default: until full KV is full.")
     ] = None,
@@ -48,26 +47,28 @@ def evaluate(
         str, typer.Option(help="What runs the graphs: onnxruntime, tensorrt or tensorrt-rtx.")
     ] = "onnxruntime",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="Video file to measure; repeat it.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Video file to measure; repeatable.")] = None,
     reference_video: Annotated[
         list[Path] | None, typer.Option(help="Video to compare with, one for each --video, in order.")
     ] = None,
-    chunk_frames: Annotated[int, typer.Option(min=1, help="Of --video: frames of chunks.")] = 12,
-    first_chunk_frames: Annotated[int, typer.Option(min=1, help="Of --video: of the first chunk.")] = 9,
+    chunk_frames: Annotated[int, typer.Option(min=1, help="With --video: frames of later chunks.")] = 12,
+    first_chunk_frames: Annotated[
+        int, typer.Option(min=1, help="With --video: frames of the first chunk.")
+    ] = 9,
     top: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Of --video: pairs that the published chunk discontinuity takes; default: one a boundary.",
+            help="With --video: pairs that the published chunk discontinuity takes; default: one a boundary.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write a row a video to this file (.csv).")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file to write too, one row a video.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure generated video: against full KV, at the seams of chunks, drift over time.
 
     With --bundle: generates the same prompts and seeds with each bundle in turn, and gives means with 95%
-    intervals over prompts. With --video: measures files. docs/fidelity.md says what each number means.
+    intervals over prompts. With --video: measures files. docs/fidelity.md explains each number.
 
     Example: forcingkv evaluate --bundle bundles/full --bundle bundles/forcing-kv --samples 32 --out all.csv
 
@@ -76,9 +77,14 @@ def evaluate(
     need("evaluate", "cv2", "scipy", "sklearn")
     import cv2
 
-    from forcingkv.commands.fidelity_tables import print_files, print_policies, summary_data, write_csv
-    from forcingkv.measure.fidelity.evaluation import evaluate_sessions, samples_of, summarize
-    from forcingkv.measure.fidelity.layout import ChunkLayout
+    from forcingkv.measure.fidelity.evaluation import evaluate_sessions, seeded_prompts, summarize
+    from forcingkv.measure.fidelity.evaluation_tables import (
+        print_files,
+        print_policies,
+        summary_data,
+        write_csv,
+    )
+    from forcingkv.measure.fidelity.seams import ChunkLayout
 
     if bool(bundle) == bool(video):
         given = "are both given" if bundle else "are both missing"
@@ -90,8 +96,14 @@ def evaluate(
     if threads:
         cv2.setNumThreads(threads)
     if video:
-        layout = ChunkLayout(first_chunk_frames, chunk_frames)
-        files = [_measured(*pair, layout, top) for pair in _paired(video, reference_video)]
+        need("evaluate", "av")
+        from forcingkv.measure.fidelity.video_files import measure_file
+
+        layout, files = ChunkLayout(first_chunk_frames, chunk_frames), []
+        for path, other in _paired(video, reference_video):
+            with progress_bar() as shown:
+                shown.add_task(path.name, total=None)
+                files.append(measure_file(path, other, layout, top))
         if out is not None:
             write_csv([{"video": file["video"]} | file["values"] for file in files], out)
         emit({"videos": files}) if as_json else print_files(files)
@@ -99,7 +111,7 @@ def evaluate(
     with _sessions(bundle or (), backend, threads) as sessions, progress_bar() as shown:
         compared = _reference(list(sessions), reference)
         spec = next(iter(sessions.values())).spec
-        chosen = samples_of(_prompts(spec, prompts, embeds, samples), seeds, seed)
+        chosen = seeded_prompts(_prompts(spec, prompts, embeds, samples), seeds, seed)
         length = chunks or spec.attended_frames // spec.frames_per_chunk
         task = shown.add_task("generating and measuring (videos)", total=len(chosen) * len(sessions))
         rows = evaluate_sessions(sessions, chosen, length, compared, lambda: shown.advance(task))
@@ -119,10 +131,12 @@ def _sessions(bundles: Sequence[Path], backend: str, threads: int | None) -> Ite
     opened = [Bundle.open(path) for path in bundles]
     policies = [one.manifest.policy.name for one in opened]
     names = policies if len(set(policies)) == len(policies) else [path.resolve().name for path in bundles]
-    twins = [name for name, times in Counter(names).items() if times > 1]
-    if twins:
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
         raise InputError(
-            f"{twins[0]!r} is given twice", where="bundle", expected="policies or folders of different names"
+            f"{repeated[0]!r} is given twice",
+            where="bundle",
+            expected="policies or folders of different names",
         )
     with ExitStack() as stack:
         yield {
@@ -143,8 +157,8 @@ def _reference(names: Sequence[str], asked: str | None) -> str | None:
 
 def _prompts(
     spec: ModelSpec, file: Path | None, embeds: Path | None, samples: int | None
-) -> list[tuple[str, Prompt]]:
-    """The prompts, and what a session is given for each."""
+) -> list[tuple[str, Prompt | None]]:
+    """The prompts, with their embeddings where a file of them is given."""
     from forcingkv.runtime.embeds import read_embeds
 
     known = read_embeds(embeds) if embeds else None
@@ -154,45 +168,19 @@ def _prompts(
         texts = read_prompts(file) if file else default_prompts(spec.name)
     if samples is not None and samples > len(texts):
         raise InputError(
-            f"{samples} are asked for, of {len(texts)}",
-            where="samples",
+            f"is {samples}, but there are only {len(texts)} prompts",
+            where="--samples",
             hint="Give a file with more prompts (--prompts), or make more videos of each (--seeds).",
         )
     texts = texts[: samples or SAMPLES]
-    return [(text, known.get(text, spec) if known else text) for text in texts]
+    return [(text, known.get(text, spec) if known else None) for text in texts]
 
 
 def _paired(videos: Sequence[Path], references: Sequence[Path] | None) -> list[tuple[Path, Path | None]]:
     if references and len(references) != len(videos):
         raise InputError(
-            f"{len(videos)} and --reference-video {len(references)}",
+            f"is given {len(videos)} times and --reference-video {len(references)} times",
             where="--video",
             expected="a reference for each video, or none",
         )
     return list(itertools.zip_longest(videos, references or ()))
-
-
-def _measured(path: Path, reference: Path | None, layout: ChunkLayout, top: int | None) -> dict[str, Any]:
-    """The numbers of a file, by name: for JSON."""
-    need("evaluate", "av")
-    from forcingkv.measure.fidelity.video import measure_pair, measure_video
-    from forcingkv.measure.fidelity.video_files import open_video
-
-    with progress_bar() as shown:
-        shown.add_task(path.name, total=None)
-        with open_video(path) as file:
-            fps, own = file.fps, measure_video(file.frames, layout, file.fps, top=top, where=str(path))
-        data = {
-            "video": str(path),
-            "frames": own.frames,
-            "fps": fps,
-            "values": own.values,
-            "boundaries": list(own.boundaries),
-            "seams": {name: list(ratios) for name, ratios in vars(own.seams).items()},
-        }
-        if reference is not None:
-            with open_video(path) as file, open_video(reference) as other:
-                pair = measure_pair(file.frames, other.frames, where=str(path))
-            data["reference"], data["values"] = str(reference), pair.values | own.values
-            data["psnr_by_frame"], data["ssim_by_frame"] = pair.psnr_by_frame, pair.ssim_by_frame
-    return data

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from forcingkv.commands.console import emit
+from forcingkv.commands.console import emit, listed
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
@@ -23,24 +23,27 @@ def plan(
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="Cache policy; several, or names between commas; default: all."),
+        typer.Option(help="Cache policy; repeat it, or separate names by commas; default: all."),
     ] = None,
     gpu: Annotated[
         list[str] | None,
-        typer.Option(help="GPU, such as h200; several, or names between commas; default: all."),
+        typer.Option(help="GPU, such as h200; repeat it, or separate names by commas; default: all."),
     ] = None,
     headmap: Annotated[
         Path | None,
-        typer.Option(help="Head map; default: the model's published counts, or else the costliest heads."),
+        typer.Option(
+            help="Head map; default: the published number of heads of each label, or the costliest."
+        ),
     ] = None,
     heads: Annotated[
-        str | None, typer.Option(help="In place of a head map its counts, such as static=134,dynamic=226.")
+        str | None,
+        typer.Option(help="Instead of a head map: how many heads have each label, static=134,dynamic=226."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Length of the video.")] = 30.0,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     decoder: Annotated[str | None, typer.Option(help="wan-vae or taehv; default: the model's.")] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="Hold the planner against published figures instead.")
+        bool, typer.Option("--published", help="Show published figures beside predictions instead.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -50,29 +53,31 @@ def plan(
     """
     if published:
         _refuse_others(context, "--published", "--json")
-        _published(as_json)
+        from forcingkv.measure.planner.published import published_data, published_lines
+
+        emit(published_data()) if as_json else print("\n".join(published_lines()))
         return
     if model is None:
         raise InputError("is not given", where="--model", expected="a preset, a spec file, or --published")
     from forcingkv.measure.planner.gpus import gpu_names, load_gpu
-    from forcingkv.measure.planner.heads import Given, parse_counts
-    from forcingkv.measure.planner.report import Request, plan_report
-    from forcingkv.measure.planner.tables import plan_lines
+    from forcingkv.measure.planner.known_heads import KnownHeads, parse_counts
+    from forcingkv.measure.planner.plan_tables import plan_lines
+    from forcingkv.measure.planner.report import PlanRequest, plan_report
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.policies import load_policy, policy_names
 
     if headmap and heads:
-        raise InputError("go not together", where="--headmap and --heads", expected="one of them")
-    given = Given(read_headmap(headmap) if headmap else None, parse_counts(heads) if heads else None)
+        raise InputError("use either --headmap or --heads, not both")
+    known = KnownHeads(read_headmap(headmap) if headmap else None, parse_counts(heads) if heads else None)
     report = plan_report(
-        Request(
+        PlanRequest(
             spec=_with_decoder(load_spec(model), decoder),
-            policies=[load_policy(name) for name in _names(policy) or policy_names()],
-            gpus=[load_gpu(name) for name in _names(gpu) or gpu_names()],
+            policies=[load_policy(name) for name in listed(policy) or policy_names()],
+            gpus=[load_gpu(name) for name in listed(gpu) or gpu_names()],
             resolution=resolution,
             seconds=seconds,
             dtype=_dtype(dtype),
-            given=given,
+            known=known,
             strict=bool(policy),
         )
     )
@@ -80,18 +85,6 @@ def plan(
         emit(report)
         return
     print("\n".join(plan_lines(report)))
-
-
-def _published(as_json: bool) -> None:
-    from forcingkv.measure.planner.fit import efficiencies, outcomes
-    from forcingkv.measure.planner.tables import published_lines
-
-    found, constants = outcomes(), efficiencies()
-    if not as_json:
-        print("\n".join(published_lines(found, constants)))
-        return
-    rows: list[dict[str, Any]] = [asdict(one) | {"off": one.off} for one in found]
-    emit({"efficiency": {name: asdict(one) for name, one in constants.items()}, "rows": rows})
 
 
 def _refuse_others(context: typer.Context, *accepted: str) -> None:
@@ -103,8 +96,7 @@ def _refuse_others(context: typer.Context, *accepted: str) -> None:
     ]
     if others:
         raise InputError(
-            f"goes without {', '.join(others)}",
-            where=accepted[0],
+            f"{', '.join(others)} cannot be used with {accepted[0]}",
             expected=f"nothing beside it but {', '.join(accepted[1:])}",
         )
 
@@ -114,17 +106,11 @@ def _was_given(context: typer.Context, parameter: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _names(given: list[str] | None) -> list[str]:
-    """Names of an option that was given several times, or once with commas; each once, in order."""
-    parts = [name.strip() for text in given or () for name in text.split(",")]
-    return list(dict.fromkeys(name for name in parts if name))
-
-
 def _dtype(name: str) -> Dtype:
     dtype: Dtype = one_of(Dtype, name, "dtype")
     if dtype == "float32":
         raise InputError(
-            "is not planned: TensorRT has no fused attention for it",
+            "cannot be planned: TensorRT has no fused attention for it",
             where="dtype float32",
             expected="bfloat16 or float16",
         )

@@ -1,0 +1,137 @@
+"""Bytes that a session on a GPU will hold, by part, before there is a bundle or an engine.
+
+The parts are those of `runtime.footprint`, which knows a bundle's own figures; here all are derived from the
+model and the plan. Keys and values are the same to the byte. Weights are every parameter once. Activations
+are an estimate: docs/planning.md compares it with engines that were built.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import from_data
+from forcingkv.runtime.footprint import kv_parts
+from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
+
+RESERVE_BYTES = 1 << 30
+"""Left free for what cannot be derived: CUDA's own context, the code of kernels, rounding by allocators. An
+assumption: it has not been measured."""
+
+
+@dataclass(frozen=True)
+class SessionMemory:
+    """Bytes by part, and what is not among them."""
+
+    parts: dict[str, int]
+    unknown: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts that are known."""
+        return sum(self.parts.values())
+
+    def missing(self, capacity: int) -> int:
+        """Bytes by which a GPU of that capacity is too small, the reserve kept free; 0: it fits."""
+        return max(0, self.total + RESERVE_BYTES - capacity)
+
+
+@dataclass(frozen=True)
+class DecoderCosts:
+    """Sizes of a pixel decoder; `decoders.toml` says what they mean and where they come from."""
+
+    parameters: int
+    cached: int
+    activation_bytes: int | None = None
+
+
+@cache
+def _file() -> dict[str, DecoderCosts]:
+    text = resources.files(__package__).joinpath("decoders.toml").read_text(encoding="utf-8")
+    return {
+        kind: from_data(DecoderCosts, entry, f"decoders.toml: {kind}")
+        for kind, entry in tomllib.loads(text).items()
+    }
+
+
+def decoder_costs(kind: str) -> DecoderCosts:
+    """The sizes of a decoder. Raises InputError naming the kinds there are."""
+    if kind not in _file():
+        raise InputError(
+            f"there is no decoder {kind!r}", where="decoder", expected=f"one of {', '.join(_file())}"
+        )
+    return _file()[kind]
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Numbers in a model's weights, norms and biases included (`models/wan.py`)."""
+    dim, ffn = spec.dim, spec.ffn_width
+    cell = spec.latent_channels * spec.patch**2
+    attention = 4 * _linear(dim, dim) + 2 * dim
+    block = 2 * attention + 2 * dim + _linear(dim, ffn) + _linear(ffn, dim) + 6 * dim
+    ends = _linear(cell, dim) + _linear(dim, cell) + 2 * dim
+    text = _linear(spec.text_width, dim) + _linear(dim, dim)
+    time = _linear(spec.time_width, dim) + _linear(dim, dim) + _linear(dim, 6 * dim)
+    places = spec.geometry().frame_tokens * dim if spec.position_table else 0
+    return spec.layers * block + ends + text + time + places
+
+
+def engine_activations(plan: CachePlan, dtype: Dtype) -> int:
+    """Estimate of what one pass needs beside weights, caches, inputs and outputs, in bytes.
+
+    The larger of two moments of a block. In the feed-forward: the hidden tensor before and after its
+    activation, the residual stream, the input and the result. In attention: all keys and values of a layer
+    laid together, the residual stream, queries, the chunk's own keys and values, and the result. At both one
+    tensor of the width in float32, which norms compute in. Attention itself is fused: its scores are nowhere.
+    """
+    spec, size = plan.spec, ELEMENT_BYTES[dtype]
+    tokens, last = plan.chunk_tokens, plan.phases[-1].first_chunk
+    wide = ELEMENT_BYTES["float32"] * tokens * spec.dim
+    seen = max(
+        sum(
+            2 * group.heads * spec.head_dim * (tokens + sum(plan.tokens(group, r, last) for r in group.roles))
+            for group in groups
+        )
+        for groups in plan.layers
+    )
+    forward = tokens * (2 * spec.ffn_width + 3 * spec.dim)
+    return size * max(forward, seen + 5 * tokens * spec.dim) + wide
+
+
+def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> SessionMemory:
+    """What a session with engines holds, by part: `runtime.footprint.PARTS`, decoding's activations apart."""
+    spec, size, geometry = plan.spec, ELEMENT_BYTES[dtype], plan.geometry
+    decoder = decoder_costs(spec.decoder.kind)
+    pixels = geometry.latent_height * geometry.latent_width
+    wide = ELEMENT_BYTES["float32"]
+    chunk = spec.latent_channels * spec.frames_per_chunk * pixels
+    frames = spec.frames_per_chunk * spec.decoder.temporal_stride * geometry.width * geometry.height * 3
+    prompt = spec.layers * 2 * spec.text_length * spec.dim * size
+    parts = {
+        "weights": size * (parameters(spec) + decoder.parameters),
+        "activations": engine_activations(plan, dtype),
+        "decode_activations": (decoder.activation_bytes or 0) * pixels,
+        **kv_parts(plan, dtype),
+        # Two buffers: read and written in turn.
+        "decoder_caches": 2 * size * decoder.cached * pixels,
+        # uint8, those of a chunk and of the one before it.
+        "frames": 2 * frames,
+        "text": prompt + wide * spec.text_length * spec.text_width,
+        # Latents, noise, next latents, those being decoded; cosines and sines.
+        "latents": wide * (4 * chunk + plan.chunk_tokens * spec.head_dim),
+    }
+    unknown = [
+        "CUDA's own context and what allocators round up: a reserve is kept for them",
+        "the text encoder: prompts are encoded ahead, or it is loaded beside",
+    ]
+    if decoder.activation_bytes is None:
+        unknown.append(f"activations of the decoder {spec.decoder.kind}: never built")
+    return SessionMemory(parts, tuple(unknown))
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs

@@ -1,0 +1,151 @@
+"""What each part of forcing-kv is worth on the demo model: head map, choice of segments, ratio, and the like.
+
+    python -m studies.ablation
+    python -m studies.ablation --prompts 16 --variants 8 --out tried
+
+Measures heads as `forcingkv analyze heads` does, runs every variant of studies/ablation/variants.toml in
+torch with the same prompts and seeds, and writes into `--out`: ablations.csv, pictures/ablations.png,
+pictures/ablation-differences.png, and the table in ablations.md, between its marks. Prompts that heads are
+measured on are not among those that variants are run with. Finished videos are kept in `--folder`: a
+run that was interrupted goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples
+from forcingkv.analyze.analysis import labels_of_rule
+from forcingkv.analyze.labels import decide
+from forcingkv.commands.console import default_prompts
+from forcingkv.commands.models import text_inputs
+from forcingkv.headmaps import HeadMap
+from forcingkv.headmaps.files import write_bytes, write_text
+from forcingkv.measure.fidelity.evaluation import SeededPrompt
+from forcingkv.models.checkpoint import load_weights
+from forcingkv.models.presets import load_spec
+from forcingkv.runtime.policies import load_policy
+from studies.ablation.variant_pictures import difference_picture, pareto_picture
+from studies.ablation.variant_scores import VariantRow, VariantScores, measure_videos, rows_of
+from studies.ablation.variant_tables import csv_text, markdown_table
+from studies.ablation.variant_videos import VariantVideos
+from studies.ablation.variants import PROFILED, REFERENCE, Variant, WantedMap, control_map, read_variants
+
+MODEL = "demo"
+FIRST_SEED = 1000
+"""Heads are measured with the seeds from 0."""
+BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
+
+
+def maps_of(analysis: Analysis, stats: Path, unsplit: tuple[int, ...], wanted: WantedMap) -> HeadMap:
+    """The head map of a kind: from the recorded statistics, or a control of theirs."""
+    if wanted.kind == "profiled":
+        return analysis.headmap
+    if wanted.kind == "dummy":
+        return analyze_statistics(stats, Labelling(rule="dummy")).headmap
+    if wanted.kind == "threshold":
+        decision = decide(analysis.observations, "threshold", alpha=wanted.value or 0.0)
+        return labels_of_rule(decision, analysis.observations, analysis.headmap.model)
+    return control_map(wanted, analysis.headmap, unsplit)
+
+
+def chosen_variants(names: list[str] | None) -> list[Variant]:
+    """Those of the names (None: all) and those that others are compared with, the reference first."""
+    variants = read_variants()
+    known = {variant.name for variant in variants}
+    unknown = sorted(set(names or ()) - known)
+    if unknown:
+        sys.exit(f"--only: there is no variant {unknown[0]!r}; expected some of {', '.join(sorted(known))}")
+    wanted = known if names is None else {REFERENCE, PROFILED, *names}
+    return sorted((v for v in variants if v.name in wanted), key=lambda v: v.name != REFERENCE)
+
+
+def run(given: argparse.Namespace) -> list[VariantRow]:
+    """Measure heads, then every variant. Says on stderr what is done."""
+    torch.set_num_threads(given.threads)
+    spec, stats = load_spec(MODEL), given.folder / f"stats-{given.samples}-{given.chunks}"
+    weights, prompts = load_weights(spec), default_prompts(MODEL)
+    measured_on, others = prompts[: given.samples], prompts[given.samples :]
+    if len(others) < given.prompts:
+        sys.exit(f"--prompts is {given.prompts}: only {len(others)} are left that heads are not measured on")
+    job = Job(spec, weights, text_inputs(spec, measured_on, None), chunks=given.chunks, threads=given.threads)
+    record_samples(job, stats, samples=given.samples)
+    analysis = analyze_statistics(stats)
+    unsplit = load_policy("forcing-kv").unsplit
+    samples = [
+        SeededPrompt(prompt, given.first_seed + number * given.seeds + seed)
+        for number, prompt in enumerate(others[: given.prompts])
+        for seed in range(given.seeds)
+    ]
+    made = VariantVideos(spec, weights, samples, given.chunks, given.folder / "videos")
+    variants = chosen_variants(given.only)
+    measured: list[VariantScores] = []
+    references = None
+    for number, variant in enumerate(variants, 1):
+        started = time.perf_counter()
+        headmap = maps_of(analysis, stats, unsplit.layers if unsplit else (), variant.wanted)
+        videos = made.videos(variant, headmap)
+        references = videos if references is None else references
+        kv_bytes = made.plan(variant, headmap).kv_bytes()
+        measured.append(measure_videos(variant, kv_bytes, videos, references, samples, spec.frames_per_chunk))
+        draw = f", draw {variant.draw}" if variant.draw else ""
+        seconds = time.perf_counter() - started
+        print(f"{number}/{len(variants)} {variant.name}{draw}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    return rows_of(measured, samples)
+
+
+def page_with(page: str, table: str) -> str:
+    """The page with that table between its marks; they are added at its end where it has none."""
+    if BEGIN not in page or END not in page:
+        page += f"\n{BEGIN}\n{END}\n"
+    before, rest = page.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{table}{END}{rest.split(END, 1)[1]}"
+
+
+def main() -> None:
+    """Read the options, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=1, help="videos of each prompt")
+    parser.add_argument("--chunks", type=int, default=7, help="of each video")
+    parser.add_argument("--samples", type=int, default=16, help="videos that heads are measured on")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the first video")
+    parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs")
+    parser.add_argument("--folder", type=Path, default=Path("build/ablations"), help="of finished videos")
+    given = parser.parse_args()
+    rows = run(given)
+    command = " ".join(["python -m studies.ablation", *_other_than_default(parser, given)])
+    about = (
+        f"`{command}`: {given.prompts} prompts, {given.seeds} seed{'s' * (given.seeds > 1)} each,"
+        f" {given.chunks} chunks a video; heads measured on {given.samples} other prompts.\n\n"
+    )
+    page = given.out / "ablations.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    write_text(page, page_with(text, about + markdown_table(rows)))
+    write_text(given.out / "ablations.csv", csv_text(rows))
+    write_bytes(given.out / "pictures" / "ablations.png", pareto_picture(rows))
+    write_bytes(given.out / "pictures" / "ablation-differences.png", difference_picture(rows))
+    print(markdown_table(rows), end="")
+
+
+def _other_than_default(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
+    """The options that say what is measured, where they are not the default."""
+    words = []
+    for name in ("prompts", "seeds", "chunks", "samples", "first_seed", "only"):
+        value = getattr(given, name)
+        if value != parser.get_default(name):
+            values = value if isinstance(value, list) else [str(value)]
+            words.append(shlex.join([f"--{name.replace('_', '-')}", *values]))
+    return words
+
+
+if __name__ == "__main__":
+    main()
