@@ -1,8 +1,7 @@
 """Analysis: record attention statistics, label heads, judge how stable the labels are, and report."""
 
 from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics
-from forcingkv.analyze.job import Job
-from forcingkv.analyze.run import analyze_heads, record_samples, write_analysis
+from forcingkv.analyze.run import Job, analyze_heads, record_samples, write_analysis
 
 __all__ = [
     "Analysis",

@@ -1,34 +1,42 @@
-"""From recorded statistics to a head map and what to think of it."""
+"""From recorded statistics to a head map, how far it can be trusted, and both in numbers and in words."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from forcingkv.analyze.budget import decide_budget
-from forcingkv.analyze.dummy import context_mass, label_dummies
-from forcingkv.analyze.labels import ALPHA, Decision, RuleName, decide
-from forcingkv.analyze.maps import Undecided, Verdict, headmap_of, labels_of_rule, undecided_choice, verdict
-from forcingkv.analyze.scores import Observations, observe
-from forcingkv.analyze.stability import Stability, judge_stability
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.analyze.comparison import pairwise
+from forcingkv.analyze.labels import ALPHA, RULES, Decision, decide, decide_budget, label_rows
+from forcingkv.analyze.scores import Divergence, Observations, divergence, observe, variance_split
+from forcingkv.analyze.stability import Stability, judge_stability, samples_needed
 from forcingkv.analyze.storage import Recorded, read_statistics
-from forcingkv.analyze.variance import Divergence, divergence, variance_split
-from forcingkv.headmaps import HeadMap
-from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.headmap import Budget
+from forcingkv.headmaps import Budget, HeadMap, InputError, ModelIdentity, Statistics
+from forcingkv.headmaps.fields import to_data
+from forcingkv.resampling import CONFIDENCE
 
 SINK_FRAMES = 1
 """Frames left out of the score's denominator: as many as `forcing-kv` keeps as its sink."""
 
-COMPARED_RULES: tuple[RuleName, ...] = ("threshold", "quota", "kmeans", "mixture")
-"""Rules whose maps a report sets side by side."""
+FEW_SAMPLES = 16
+"""With fewer the 95% interval holds the mean in less than 91% of runs (`docs/ablations.md`)."""
+SAFE, UNSAFE = 0.05, 0.5
+"""Share of the rule's static heads that is undecided: safe up to the first, unsafe from the second."""
+
+HALF_WIDTHS = (0.01, 0.02, 0.05)
+"""Half-widths of a score's interval for which the samples needed are said."""
+
+Undecided = Literal["kept", "dynamic"]
 
 
 @dataclass(frozen=True)
 class Labelling:
     """How heads are to be labelled."""
 
-    rule: RuleName = "auto"
+    rule: str = "auto"
     alpha: float = ALPHA
     """Cut of the rule `threshold`."""
     static_per_layer: int | None = None
@@ -37,7 +45,18 @@ class Labelling:
     budget: Budget | None = None
     """Target of the rule `budget`."""
     undecided: Undecided | None = None
-    """What becomes of undecided heads; None: see `maps.undecided_choice`."""
+    """What becomes of undecided heads; None: see `undecided_choice`."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the statistics say of the map, for people and for machines."""
+
+    level: Literal["safe", "care", "unsafe", "unknown"]
+    sentences: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join(self.sentences)
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,7 @@ class Analysis:
     observations: Observations
     headmap: HeadMap
     decision: Decision
-    """The rule behind the map; for the classes of Dummy Forcing, which are no two sides of a
-    boundary, the rule `auto`."""
+    """The rule behind the map; for classes that are not two sides of a boundary, the rule `auto`."""
     stability: Stability
     """Of `decision`."""
     verdict: Verdict
@@ -72,23 +90,22 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
     asked = labelling or Labelling()
     recorded = read_statistics(place)
     observations = observe(recorded, asked.sink_frames)
-    decision = _decide(
-        observations, recorded, replace(asked, rule="auto") if asked.rule == "dummy" else asked
-    )
+    kind = RULES[asked.rule]
+    decision = _decide(observations, recorded, replace(asked, rule="auto") if kind.classes else asked)
     stability = judge_stability(observations, decision)
     recording = recorded.recording
     measured = recording.measured(len(recorded.samples))
     choice = undecided_choice(asked.rule, asked.undecided)
     judged = verdict(stability, choice)
-    if asked.rule == "dummy":
-        headmap = label_dummies(context_mass(recorded), stability.score, recording.model, statistics=measured)
-        about = f"The classes of Dummy Forcing are not judged; by the rule {decision.rule.name}:"
+    if kind.classes:
+        headmap = kind.classes(recorded, stability.score, measured)
+        about = f"The classes of {kind.origin} are not judged; by the rule {decision.rule.name}:"
         judged = Verdict(judged.level, (about, *judged.sentences))
     else:
         headmap = headmap_of(decision, stability, recording.model, measured, choice)
     alternatives: dict[str, HeadMap] = {}
     missing: dict[str, str] = {}
-    for rule in COMPARED_RULES:
+    for rule in [name for name, kind in RULES.items() if kind.compared]:
         try:
             other = _decide(observations, recorded, replace(asked, rule=rule))
         except InputError as error:
@@ -112,6 +129,172 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
     )
 
 
+def undecided_choice(rule: str, asked: Undecided | None) -> Undecided:
+    """What becomes of undecided heads: dynamic, which loses nothing, unless the rule fixes their number.
+
+    Raises InputError where they are asked to be dynamic under such a rule.
+    """
+    if RULES[rule].fixes_count:
+        if asked == "dynamic":
+            raise InputError(
+                f"the rule {rule} fixes how many heads are static",
+                where="undecided",
+                expected="kept",
+                hint="Choose another rule to make undecided heads dynamic.",
+            )
+        return "kept"
+    return asked or "dynamic"
+
+
+def headmap_of(
+    decision: Decision,
+    stability: Stability,
+    model: ModelIdentity,
+    measured: Statistics,
+    undecided: Undecided = "kept",
+) -> HeadMap:
+    """The map: labels, scores, confidence (share of observations that agree), margins, undecided heads."""
+    open_heads = stability.undecided
+    static = stability.static & ~open_heads if undecided == "dynamic" else stability.static
+    agree = np.where(static == stability.static, stability.kept, 1 - stability.kept)
+    return HeadMap(
+        model=model,
+        labels=label_rows(static),
+        rule=replace(decision.rule, undecided=undecided),
+        scores=_rows(stability.score),
+        confidence=_rows(agree),
+        statistics=measured,
+        margins=_rows(stability.margin),
+        undecided=tuple(tuple(int(head) for head in np.flatnonzero(row)) for row in open_heads),
+    )
+
+
+def labels_of_rule(decision: Decision, observations: Observations, model: ModelIdentity) -> HeadMap:
+    """The map of a rule's labels alone, to be compared with others."""
+    mean = observations.mean()
+    return HeadMap(model, label_rows(decision.static(mean)), decision.rule, scores=_rows(mean[..., 0]))
+
+
+def verdict(stability: Stability, undecided: Undecided) -> Verdict:
+    """Whether a map that is the same for every video, step and chunk is safe for the model."""
+    total, open_heads = stability.static.size, int(stability.undecided.sum())
+    if stability.samples < 2:
+        return Verdict(
+            "unknown",
+            (
+                f"One sample says nothing about others; within it {open_heads} of {total} heads change"
+                " sides with the step or chunk.",
+                "Record more samples before you trust this map.",
+            ),
+        )
+    keeps = "it keeps" if open_heads == 1 else "they keep"
+    treated = "treated as dynamic" if undecided == "dynamic" else f"{keeps} the rule's label"
+    sentences = [
+        f"{int(stability.firm.sum())} of {total} heads keep their label in {CONFIDENCE:.0%} of samples;"
+        f" {open_heads} {'is' if open_heads == 1 else 'are'} undecided: {treated}."
+    ]
+    static = int(stability.static.sum())
+    shaky = int((stability.static & stability.undecided).sum())
+    share = shaky / static if static else 0.0
+    level: Literal["safe", "care", "unsafe"] = (
+        "safe" if share <= SAFE else "unsafe" if share >= UNSAFE else "care"
+    )
+    of = f"{shaky} of the {static} heads that the rule calls static are undecided"
+    if not static:
+        of = "the rule calls no head static"
+    if level == "safe":
+        sentences.append(f"A static map is safe for this model ({of}).")
+    elif level == "care":
+        sentences.append(f"A static map is safe only with the undecided heads dynamic ({of}).")
+    else:
+        sentences.append(f"A static map is not safe for this model ({of}): roles change while it runs.")
+    if stability.samples < FEW_SAMPLES:
+        sentences.append(f"Measured on {stability.samples} samples only: intervals are too narrow.")
+    return Verdict(level, tuple(sentences))
+
+
+def summary_json(analysis: Analysis) -> dict[str, Any]:
+    """The content of stability.json."""
+    stability, recorded, apart = analysis.stability, analysis.recorded, analysis.divergence
+    rules = pairwise(analysis.alternatives)
+    return {
+        "schema": "forcingkv.stability/1",
+        "model": to_data(recorded.recording.model),
+        "headmap": analysis.headmap.digest,
+        "rule": to_data(analysis.decision.rule),
+        "samples": len(recorded.samples),
+        "verdict": {"level": analysis.verdict.level, "text": str(analysis.verdict)},
+        "counts": analysis.headmap.counts(),
+        "keep_label_in_95_percent_of_samples": int(stability.firm.sum()),
+        "undecided": int(stability.undecided.sum()),
+        "undecided_for": {name: int(found.sum()) for name, found in stability.reasons.items()},
+        "variance": {name: _round(share) for name, share in analysis.variance.items()},
+        "divergence": {"intra": _round(apart.intra), "inter": _round(apart.inter)},
+        "samples_needed": needed(stability.spread),
+        "rules": {
+            "agreement": [
+                {
+                    "a": a,
+                    "b": b,
+                    "share": _round(found.share),
+                    "kappa": _round(found.kappa),
+                    "rand": _round(found.rand),
+                }
+                for (a, b), found in rules.items()
+                if a < b
+            ],
+            "not_applied": analysis.missing,
+        },
+        "heads": _heads(analysis),
+    }
+
+
+def summary_lines(analysis: Analysis) -> list[tuple[str, str]]:
+    """The same for people: (name, value)."""
+    stability, rule = analysis.stability, analysis.headmap.rule
+    counts = analysis.headmap.counts()
+    how = rule.name if rule.alpha is None else f"{rule.name}, cut at {rule.alpha:g}"
+    apart, split = analysis.divergence, analysis.variance
+    largest = sorted(split, key=lambda name: -split[name])[:4]
+    recording = analysis.recorded.recording
+    lines = [
+        ("labels", ", ".join(f"{n} {label}" for label, n in counts.items())),
+        ("rule", how + (f" ({rule.reason})" if rule.reason else "")),
+        ("score of a head", f"{stability.score.min():.3f} to {stability.score.max():.3f}"),
+        ("undecided", _reasons(analysis)),
+        ("variance explained by", ", ".join(f"{name} {split[name]:.0%}" for name in largest)),
+        ("divergence", f"{apart.intra:.2f} within heads, {apart.inter:.2f} between them"),
+    ]
+    for width, counted in needed(stability.spread).items():
+        lines.append((f"samples for ± {width}", f"{counted['median']} (median head), {counted['all']} (all)"))
+    measured = analysis.headmap.statistics
+    if measured:
+        rows = "all query rows" if measured.rows is None else f"{measured.rows} query rows a pass"
+        lines.append(
+            (
+                "measured on",
+                f"{measured.samples} samples x {measured.chunks} chunks x {measured.steps} steps, {rows},"
+                f" {recording.width}x{recording.height}, policy {recording.policy}",
+            )
+        )
+    return lines
+
+
+def needed(spread: npt.NDArray[Any]) -> dict[str, dict[str, int]]:
+    """Half-width -> samples that the median head, 95% of heads and all heads need; {} for one sample."""
+    if not np.isfinite(spread).all():
+        return {}
+    found = {}
+    for width in HALF_WIDTHS:
+        counts = samples_needed(spread, width)
+        found[f"{width:g}"] = {
+            "median": int(np.median(counts)),
+            "95% of heads": int(np.quantile(counts, 0.95, method="higher")),
+            "all": int(counts.max()),
+        }
+    return found
+
+
 def _decide(observations: Observations, recorded: Recorded, asked: Labelling) -> Decision:
     if asked.rule != "budget":
         return decide(observations, asked.rule, alpha=asked.alpha, static_per_layer=asked.static_per_layer)
@@ -119,3 +302,43 @@ def _decide(observations: Observations, recorded: Recorded, asked: Labelling) ->
     budget = asked.budget or Budget("forcing-kv", f"{recording.width}x{recording.height}")
     scores = observations.mean()[..., 0]
     return decide_budget(scores, recording.spec, budget, observations.sink_frames)
+
+
+def _rows(values: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(round(float(v), 6) for v in row) for row in values)
+
+
+def _reasons(analysis: Analysis) -> str:
+    stability = analysis.stability
+    total = int(stability.undecided.sum())
+    named = [f"{int(found.sum())} by {name}" for name, found in stability.reasons.items() if found.any()]
+    return f"{total} of {stability.static.size} heads" + (f" ({', '.join(named)})" if named else "")
+
+
+def _heads(analysis: Analysis) -> list[dict[str, Any]]:
+    stability, labels = analysis.stability, analysis.headmap.labels
+    figures = {
+        "score": stability.score,
+        "low": stability.interval.low,
+        "high": stability.interval.high,
+        "margin": stability.margin,
+        "kept_samples": stability.kept_samples,
+        "kept_steps": stability.kept_steps,
+        "kept_chunks": stability.kept_chunks,
+        "kept": stability.kept,
+    }
+    return [
+        {
+            "layer": layer,
+            "head": head,
+            "label": labels[layer][head],
+            **{name: _round(float(values[layer, head])) for name, values in figures.items()},
+            "undecided_for": [name for name, found in stability.reasons.items() if found[layer, head]],
+        }
+        for layer, head in np.ndindex(stability.static.shape)
+    ]
+
+
+def _round(value: float) -> float | None:
+    """Six decimals; None for what is not known."""
+    return round(float(value), 6) if np.isfinite(value) else None

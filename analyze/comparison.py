@@ -1,51 +1,118 @@
-"""Two head maps side by side: reading them from files or runs, and the picture of where they differ."""
+"""How far two head maps agree, and which heads changed."""
 
 from __future__ import annotations
 
-import io
-import math
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from sklearn.metrics import adjusted_rand_score, cohen_kappa_score
 
-from forcingkv.analyze.agreement import Agreement, Change, agree, changes
-from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError, read_headmap
+from forcingkv.headmaps import HeadMap, InputError, read_headmap
 
+RUN_FILE = "headmap.json"
+
+Bools = npt.NDArray[np.bool_]
 Pair = tuple[str, str]
 """A head's labels in the first and in the second map."""
 
-RUN_FILE = "headmap.json"
-COLOURS: dict[Pair, str] = {
-    (STATIC, STATIC): "#cfe2f0",
-    (DYNAMIC, DYNAMIC): "#e9e9e9",
-    (STATIC, DYNAMIC): "#d55e00",
-    (DYNAMIC, STATIC): "#0072b2",
-}
-SAME = ("#d5ecd4", "#f6e8c8", "#e6dcf0", "#f7dbe3", "#d3eeec")
-"""Tints for heads with the same other label, the most frequent first."""
-CHANGED = ("#009e73", "#b5548a", "#7b3294", "#946a00", "#a6192e", "#3a3aa8", "#5a7d1a", "#00838f")
-"""Colours for other changes."""
-REST_SAME, REST_CHANGED = "#f5f5f5", "#404040"
-"""What is left when those are used up: the letters in the cells tell them apart."""
 
-LONGEST_SIDE = 11.0
-"""Inches of the longer side of the grid, at most."""
-CELL, LEGIBLE = 0.45, 0.2
-"""Inches of a cell at most; and from which its letters and every number of an axis can be read."""
+@dataclass(frozen=True)
+class Agreement:
+    """Two labellings of the same heads. 1 is full agreement; by chance kappa and Rand are about 0."""
+
+    share: float
+    """Share of heads with the same label."""
+    kappa: float
+    """Cohen's kappa."""
+    rand: float
+    """Adjusted Rand index."""
+    iou: dict[str, float]
+    """Label -> intersection over union of the heads that have it; 1 where neither map uses it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A head whose label differs."""
+
+    layer: int
+    head: int
+    labels: Pair
+    scores: tuple[float | None, float | None]
+    distances: tuple[float | None, float | None]
+    """How far it is from the boundary in each map, in the units of that map's rule; None: unknown."""
+    undecided: tuple[bool | None, bool | None]
+    """Whether each map calls it undecided; None: it does not say."""
+
+
+@dataclass(frozen=True)
+class ScoreDifference:
+    """Differences between the scores of two maps, without sign."""
+
+    mean: float
+    largest: float
+    layer: int
+    """Where the largest is."""
+    head: int
+
+
+def agree(a: HeadMap, b: HeadMap) -> Agreement:
+    """Compare two maps. Raises InputError unless they are for models of the same size, with heads."""
+    if (a.model.layers, a.model.heads) != (b.model.layers, b.model.heads):
+        raise InputError(
+            f"one map is for {a.model.layers} layers of {a.model.heads} heads, the other for"
+            f" {b.model.layers} of {b.model.heads}",
+            where="compare",
+            expected="maps of models of the same size",
+        )
+    if not a.model.layers * a.model.heads:
+        raise InputError("the maps have no heads", where="compare", expected="at least one")
+    first, second = (np.array(one.labels).ravel() for one in (a, b))
+    same = bool((first == second).all())
+    return Agreement(
+        share=float((first == second).mean()),
+        # With the same single label everywhere kappa would be 0 / 0.
+        kappa=1.0 if same else float(cohen_kappa_score(first, second)),
+        rand=float(adjusted_rand_score(first, second)),
+        iou={str(label): _iou(first == label, second == label) for label in sorted({*first, *second})},
+    )
+
+
+def changes(a: HeadMap, b: HeadMap) -> list[Change]:
+    """The heads whose labels differ, the farthest from a boundary first, then in order."""
+    found = [
+        Change(
+            layer,
+            head,
+            (a.labels[layer][head], b.labels[layer][head]),
+            (_at(a.scores, layer, head), _at(b.scores, layer, head)),
+            (_distance(a, layer, head), _distance(b, layer, head)),
+            (_undecided(a, layer, head), _undecided(b, layer, head)),
+        )
+        for layer in range(a.model.layers)
+        for head in range(a.model.heads)
+        if a.labels[layer][head] != b.labels[layer][head]
+    ]
+    return sorted(found, key=lambda change: -max(distance or 0.0 for distance in change.distances))
+
+
+def score_difference(a: HeadMap, b: HeadMap) -> ScoreDifference | None:
+    """How far apart the scores of two maps are; None where one has none."""
+    if a.scores is None or b.scores is None:
+        return None
+    apart = np.abs(np.array(a.scores) - np.array(b.scores))
+    layer, head = np.unravel_index(int(apart.argmax()), apart.shape)
+    return ScoreDifference(float(apart.mean()), float(apart.max()), int(layer), int(head))
+
+
+def pairwise(maps: Mapping[str, HeadMap]) -> dict[tuple[str, str], Agreement]:
+    """The agreement of every two of several maps."""
+    return {(a, b): agree(maps[a], maps[b]) for a in maps for b in maps}
 
 
 def read_map_or_run(place: Path) -> HeadMap:
@@ -78,7 +145,7 @@ def common_letters(a: HeadMap, b: HeadMap) -> dict[str, str]:
 
 def moves(a: HeadMap, b: HeadMap) -> dict[Pair, int]:
     """(label in a, label in b) -> number of heads, for labels that differ; the most frequent first."""
-    return {pair: number for pair, number in _pairs(a, b).items() if pair[0] != pair[1]}
+    return {pair: number for pair, number in label_pairs(a, b).items() if pair[0] != pair[1]}
 
 
 def undecided_among(a: HeadMap, b: HeadMap, changed: Sequence[Change]) -> int | None:
@@ -92,184 +159,28 @@ def undecided_among(a: HeadMap, b: HeadMap, changed: Sequence[Change]) -> int | 
     return sum(any(change.undecided) for change in changed)
 
 
-def comparison_picture(a: HeadMap, b: HeadMap, names: Pair) -> bytes:
-    """PNG, layers x heads: which heads have the same label in both maps and which another, and which.
-
-    Changed heads have strong colours, two letters (label in a, label in b) and, if a map calls them
-    undecided, a ring. The same maps and names give the same bytes. Raises InputError as `agree` does.
-    """
-    agreement, changed = agree(a, b), changes(a, b)
-    layers, heads = a.model.layers, a.model.heads
-    cell = min(CELL, LONGEST_SIDE / max(layers, heads))
-    kinds = _kinds(a, b)
-    legend = 0.5 + 0.068 * max(22, *(len(kind.text) for kind in kinds))
-    height = 1.6 + max(0.2 + cell * layers, 0.2 * len(kinds))
-    with _figure(max(4.5, 0.8 + cell * heads + legend), max(2.4, height)) as figure:
-        axes = figure.subplots()
-        _draw_cells(axes, a, b, kinds)
-        ring = None
-        if cell >= LEGIBLE:
-            _draw_letters(axes, changed, common_letters(a, b), cell)
-            ring = _draw_undecided(axes, changed, cell)
-        _draw_legend(axes, kinds, ring)
-        _number(axes, layers, heads, cell)
-        title = _title(agreement, len(changed), layers * heads, names)
-        figure.suptitle(title, fontsize=10, ha="left", x=0.02)
-        return _png(figure)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Heads drawn alike."""
-
-    colour: str
-    pairs: tuple[Pair, ...]
-    text: str
-
-
-def _pairs(a: HeadMap, b: HeadMap) -> dict[Pair, int]:
+def label_pairs(a: HeadMap, b: HeadMap) -> dict[Pair, int]:
     """(label in a, label in b) -> number of heads, the most frequent first."""
     counts = Counter(zip(chain(*a.labels), chain(*b.labels), strict=True))
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _kinds(a: HeadMap, b: HeadMap) -> list[_Kind]:
-    """The kinds of heads there are: same static, same dynamic, changed between them, and the others."""
-    counts = _pairs(a, b)
-    letters = common_letters(a, b)
-    plain = [pair for pair in COLOURS if pair in counts]
-    kinds = [_kind(COLOURS[pair], (pair,), counts, letters) for pair in plain]
-    for same, palette, rest in ((True, SAME, REST_SAME), (False, CHANGED, REST_CHANGED)):
-        others = [pair for pair in counts if pair not in COLOURS and (pair[0] == pair[1]) is same]
-        coloured = zip(palette[: len(others)], others[: len(palette)], strict=True)
-        kinds += [_kind(colour, (pair,), counts, letters) for colour, pair in coloured]
-        left = tuple(others[len(palette) :])
-        if left:
-            kinds.append(_kind(rest, left, counts, letters))
-    return kinds
+def _iou(first: Bools, second: Bools) -> float:
+    union = int((first | second).sum())
+    return int((first & second).sum()) / union if union else 1.0
 
 
-def _kind(
-    colour: str, pairs: tuple[Pair, ...], counts: Mapping[Pair, int], letters: Mapping[str, str]
-) -> _Kind:
-    number = sum(counts[pair] for pair in pairs)
-    first, second = pairs[0]
-    same = first == second
-    if len(pairs) > 1:
-        text = f"{len(pairs)} other {'labels, same' if same else 'changes'}"
-    elif same:
-        text = f"same: {_cut(first)}"
-    else:
-        text = f"{letters[first]}{letters[second]}  {_cut(first)} → {_cut(second)}"
-    return _Kind(colour, pairs, f"{text} ({number})")
+def _at(rows: tuple[tuple[float, ...], ...] | None, layer: int, head: int) -> float | None:
+    return rows[layer][head] if rows else None
 
 
-def _draw_cells(axes: Axes, a: HeadMap, b: HeadMap, kinds: list[_Kind]) -> None:
-    number = {pair: index for index, kind in enumerate(kinds) for pair in kind.pairs}
-    cells: npt.NDArray[np.int64] = np.array(
-        [
-            [number[pair] for pair in zip(first, second, strict=True)]
-            for first, second in zip(a.labels, b.labels, strict=True)
-        ]
-    )
-    axes.pcolormesh(
-        cells,
-        cmap=ListedColormap([kind.colour for kind in kinds]),
-        vmin=-0.5,
-        vmax=len(kinds) - 0.5,
-        edgecolors="white",
-        linewidth=0.8 if max(cells.shape) <= 50 else 0.0,
-    )
-    axes.set_aspect("equal", anchor="NW")
-    axes.invert_yaxis()
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def _distance(found: HeadMap, layer: int, head: int) -> float | None:
+    margin = _at(found.margins, layer, head)
+    score = _at(found.scores, layer, head)
+    if margin is None and score is not None and found.rule.alpha is not None:
+        margin = score - found.rule.alpha
+    return None if margin is None else abs(margin)
 
 
-def _draw_letters(axes: Axes, changed: Sequence[Change], letters: Mapping[str, str], cell: float) -> None:
-    for change in changed:
-        text = "".join(letters[label] for label in change.labels)
-        axes.text(
-            change.head + 0.5,
-            change.layer + 0.54,
-            text,
-            color="white",
-            fontsize=min(9.0, cell * 26),
-            ha="center",
-            va="center",
-            fontweight="bold",
-        )
-
-
-def _draw_undecided(axes: Axes, changed: Sequence[Change], cell: float) -> Line2D | None:
-    """A ring in the corner of changed heads that a map calls undecided, and its line of the legend."""
-    found = [change for change in changed if any(change.undecided)]
-    if not found:
-        return None
-    rows, columns = [c.layer + 0.18 for c in found], [c.head + 0.82 for c in found]
-    (drawn,) = axes.plot(
-        columns,
-        rows,
-        "o",
-        markersize=cell * 11,
-        markerfacecolor="white",
-        markeredgecolor="black",
-        markeredgewidth=cell * 2,
-        linestyle="none",
-        label=f"undecided in A or B ({len(found)})",
-    )
-    return drawn
-
-
-def _draw_legend(axes: Axes, kinds: list[_Kind], ring: Line2D | None) -> None:
-    """To the right of the grid."""
-    handles: list[Patch | Line2D] = [Patch(color=kind.colour, label=kind.text) for kind in kinds]
-    axes.legend(
-        handles=handles + ([ring] if ring else []),
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
-        frameon=False,
-        handlelength=1.0,
-        handleheight=1.0,
-        borderaxespad=0.0,
-    )
-
-
-def _number(axes: Axes, layers: int, heads: int, cell: float) -> None:
-    step = math.ceil(LEGIBLE * (1 if max(layers, heads) <= 100 else 1.6) / cell)
-    axes.set_xticks(np.arange(0, heads, step) + 0.5, [str(n) for n in range(0, heads, step)])
-    axes.set_yticks(np.arange(0, layers, step) + 0.5, [str(n) for n in range(0, layers, step)])
-    axes.set(xlabel="head", ylabel="layer")
-
-
-def _title(agreement: Agreement, changed: int, heads: int, names: Pair) -> str:
-    places = "\n".join(f"{side}  {_cut(name, 48)}" for side, name in zip("AB", names, strict=True))
-    return (
-        f"{places}\nagreement {agreement.share:.1%}, Cohen's kappa {agreement.kappa:.3f}\n"
-        f"{changed} of {heads} heads changed"
-    )
-
-
-def _cut(text: str, length: int = 18) -> str:
-    """The text with its middle left out if it is longer."""
-    text = " ".join(text.split())
-    half = (length - 1) // 2
-    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of that many inches; names in it are shown as they are, not read as formulas."""
-    as_written = matplotlib.rc_context({"font.size": 9, "text.parse_math": False, "text.usetex": False})
-    with as_written, warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
-def _png(figure: Figure) -> bytes:
-    target = io.BytesIO()
-    # Without the software's name and version the same data gives the same bytes.
-    figure.savefig(target, format="png", dpi=120, metadata={"Software": None})
-    return target.getvalue()
+def _undecided(found: HeadMap, layer: int, head: int) -> bool | None:
+    return None if found.undecided is None else head in found.undecided[layer]

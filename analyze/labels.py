@@ -7,6 +7,7 @@ a step, a chunk), which is how stability is judged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -16,15 +17,18 @@ import numpy.typing as npt
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
+from forcingkv.analyze.dummy import context_mass, label_dummies
 from forcingkv.analyze.scores import FEATURES, Observations
-from forcingkv.headmaps import DYNAMIC, STATIC, Rule
-from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import one_of
-
-RuleName = Literal["auto", "threshold", "quota", "kmeans", "mixture", "budget", "dummy"]
+from forcingkv.analyze.storage import Recorded
+from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError, ModelIdentity, Rule, Statistics
+from forcingkv.headmaps.headmap import Budget
+from forcingkv.runtime.cost import chunk_flops
+from forcingkv.runtime.plan import CachePlan, build_plan
+from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.spec import ModelSpec
 
 ALPHA = 0.8
-"""The published threshold (METHOD.md section 2)."""
+"""The published threshold (`docs/method.md`, "Head profile")."""
 MIXTURE_POINTS = 20_000
 """Observations, drawn at random, that a mixture is fitted to at most."""
 LEAST_SHARE = 1 / 6
@@ -50,8 +54,48 @@ class Decision:
         return self.margin(features) >= 0
 
 
+@dataclass(frozen=True)
+class RuleKind:
+    """What is known of a rule before it is applied."""
+
+    policy: str = "forcing-kv"
+    """The policy that uses its labels."""
+    compared: bool = False
+    """Whether a report sets its map beside those of others."""
+    fixes_count: bool = False
+    """Whether it says how many heads have a label: its undecided heads then keep theirs."""
+    classes: Callable[[Recorded, Array, Statistics], HeadMap] | None = None
+    """For labels that are not two sides of a boundary: their map, from what was recorded, mean scores
+    (layers, heads) and how those were measured. Not this map but that of the rule `auto` is judged."""
+    origin: str = ""
+    """The project whose classes those are."""
+
+
+def _dummies(recorded: Recorded, scores: Array, statistics: Statistics) -> HeadMap:
+    return label_dummies(context_mass(recorded), scores, recorded.recording.model, statistics=statistics)
+
+
+RULES: dict[str, RuleKind] = {
+    "auto": RuleKind(),
+    "threshold": RuleKind(compared=True),
+    "quota": RuleKind(compared=True, fixes_count=True),
+    "kmeans": RuleKind(compared=True),
+    "mixture": RuleKind(compared=True),
+    "budget": RuleKind(fixes_count=True),
+    "dummy": RuleKind("dummy-forcing", fixes_count=True, classes=_dummies, origin="Dummy Forcing"),
+}
+"""Every rule by its name. One with labels of its own is an entry here and a policy that uses them."""
+
+
+def policy_of(headmap: HeadMap) -> str:
+    """The policy that uses the labels of a map: of those of the rules the first that knows all of them."""
+    policies = list(dict.fromkeys(kind.policy for kind in RULES.values()))
+    used = set(headmap.counts())
+    return next((name for name in policies if used <= set(load_policy(name).groups)), policies[0])
+
+
 def decide(
-    observations: Observations, rule: RuleName, *, alpha: float = ALPHA, static_per_layer: int | None = None
+    observations: Observations, rule: str, *, alpha: float = ALPHA, static_per_layer: int | None = None
 ) -> Decision:
     """Find the boundary of a rule.
 
@@ -60,13 +104,13 @@ def decide(
     (see `scores.FEATURES`); the one with more recent mass is static; the margin is the distance from
     the line halfway. `mixture`: two Gaussians of one covariance, fitted to the observations; the margin
     is the log-odds. `auto`: the threshold where it splits the heads, else kmeans, with the reason.
-    (`budget` asks for a plan, see `analyze.budget`; `dummy` for other classes, see `analyze.dummy`.)
+    (`budget` needs a plan, see `decide_budget`; `dummy` has other classes, see `analyze.dummy`.)
 
     Raises InputError for a quota that no layer has, or heads that do not form two clusters, and
     ValueError for `budget` and `dummy`.
     """
-    if rule in ("budget", "dummy"):
-        raise ValueError(f"the rule {rule} asks for more than observations")
+    if rule == "budget" or RULES[rule].classes:
+        raise ValueError(f"the rule {rule} needs more than observations")
     features, sink = observations.mean(), observations.sink_frames
     if rule == "quota":
         return _quota(features[..., 0], static_per_layer, sink)
@@ -81,6 +125,55 @@ def decide(
     return _clusters(observations, "mixture" if rule == "mixture" else "kmeans", reason)
 
 
+def decide_budget(scores: Array, spec: ModelSpec, budget: Budget, sink_frames: int) -> Decision:
+    """The rule `budget`: as many dynamic heads as a target of memory or time allows.
+
+    Dynamic heads cost more than static ones. The heads with the lowest recency scores stay dynamic for as
+    long as the target is met, and the others are made static.
+
+    Args:
+        scores: mean recency scores (layers, heads).
+        spec: the model.
+        budget: exactly one target: bytes of keys and values in the model's dtype, or predicted time
+            over that of `full`. Time is predicted as operations (`runtime.cost`): what a machine
+            that does nothing but arithmetic would need.
+        sink_frames: frames left out of the scores' denominators, to be recorded.
+
+    Raises:
+        InputError: no target or two, or one that even all static heads do not meet.
+    """
+    cost, target, unit = _target(spec, budget)
+    heads = scores.size
+    order = np.argsort(scores, axis=None, kind="stable")
+
+    def meets(dynamic: int) -> bool:
+        static = np.ones(heads, bool)
+        static[order[:dynamic]] = False
+        return cost(plan_for(spec, static.reshape(scores.shape), budget)) <= target
+
+    if not meets(0):
+        # Rounded up, so that what is named can be asked for.
+        least = math.ceil(cost(plan_for(spec, np.ones(scores.shape, bool), budget)) * 1e6) / 1e6
+        raise InputError(
+            f"the target {target:.15g} {unit} cannot be met",
+            where="budget",
+            expected=f"at least {least:.15g} {unit}, which is what static heads alone take",
+        )
+    # Costs rise with the number of dynamic heads: the last count that meets the target.
+    low, high = 0, heads
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if meets(middle) else (low, middle - 1)
+    return least_static(scores, heads - low, Rule("budget", sink_frames=sink_frames, budget=budget))
+
+
+def plan_for(spec: ModelSpec, static: npt.NDArray[np.bool_], budget: Budget) -> CachePlan:
+    """The plan of the budget's policy with those heads static (layers, heads)."""
+    identity = ModelIdentity(spec.name, spec.layers, spec.heads)
+    headmap = HeadMap(identity, label_rows(static), Rule("budget"))
+    return build_plan(spec, spec.geometry(budget.resolution), load_policy(budget.policy), headmap)
+
+
 def least_static(scores: Array, static: int, rule: Rule) -> Decision:
     """The decision that makes the `static` highest of all scores (layers, heads) static."""
     return _cut(np.full(len(scores), _between(scores.ravel(), static)), rule)
@@ -91,10 +184,11 @@ def label_rows(static: Bools) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(STATIC if value else DYNAMIC for value in row) for row in static.tolist())
 
 
-def rule_name(name: str) -> RuleName:
-    """The rule of that name. Raises InputError naming those there are."""
-    found: RuleName = one_of(RuleName, name, "rule")
-    return found
+def rule_name(name: str) -> str:
+    """The name, once it is known to be that of a rule. Raises InputError naming those there are."""
+    if name not in RULES:
+        raise InputError(f"there is no rule {name!r}", where="rule", expected=f"one of {', '.join(RULES)}")
+    return name
 
 
 def _cut(cuts: Array, rule: Rule) -> Decision:
@@ -105,7 +199,11 @@ def _quota(scores: Array, asked: int | None, sink: int) -> Decision:
     heads = scores.shape[1]
     quota = heads // 2 if asked is None else asked
     if not 0 <= quota <= heads:
-        raise InputError(f"a quota of {quota} static heads", where="rule", expected=f"0 to {heads}")
+        raise InputError(
+            f"cannot make {quota} heads of each layer static",
+            where="the rule quota",
+            expected=f"0 to {heads}",
+        )
     cuts = np.array([_between(row, quota) for row in scores])
     return _cut(cuts, Rule("quota", static_per_layer=quota, sink_frames=sink))
 
@@ -161,3 +259,18 @@ def _by_recency(centers: Array) -> tuple[int, int]:
 
 def _rounded(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(round(float(value), 6) for value in values)
+
+
+def _target(spec: ModelSpec, budget: Budget) -> tuple[Callable[[CachePlan], float], float, str]:
+    if (budget.kv_bytes is None) == (budget.time_ratio is None):
+        raise InputError(
+            "names no target, or two",
+            where="budget",
+            expected="bytes of KV or a share of the time under full",
+            hint="Give one of --target-kv and --target-time.",
+        )
+    if budget.kv_bytes is not None:
+        return (lambda plan: plan.kv_bytes(spec.dtype)), budget.kv_bytes, "bytes"
+    assert budget.time_ratio is not None
+    full = chunk_flops(build_plan(spec, spec.geometry(budget.resolution), load_policy("full")))
+    return (lambda plan: chunk_flops(plan) / full), budget.time_ratio, "of the time under full"

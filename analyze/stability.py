@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from forcingkv.analyze.labels import Decision
 from forcingkv.analyze.scores import Observations
+from forcingkv.resampling import CONFIDENCE, Interval, percentile_interval, resampling_weights
 
-CONFIDENCE = 0.95
-"""Of intervals, and the share of samples in which a head should keep its label."""
 RESAMPLES = 2000
 NORMAL_QUANTILE = 1.959964
-"""Of the two-sided interval that holds `CONFIDENCE`."""
+"""Of the two-sided interval that holds `CONFIDENCE`. That is also the share of samples in which a head has to
+keep its label."""
 REASONS = {
     "interval": "the interval of its score holds the boundary: more samples may settle it",
     "samples": "its label differs in more than 5% of samples",
@@ -29,14 +29,6 @@ REASONS = {
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A bootstrap interval over samples; NaN for fewer than two samples."""
-
-    low: Array
-    high: Array
 
 
 @dataclass(frozen=True)
@@ -94,11 +86,11 @@ def judge_stability(observations: Observations, decision: Decision) -> Stability
         flat = same.reshape(-1, *static.shape)
         return np.asarray(flat.mean(0))
 
-    weights = _resampling(samples)
+    weights = resampling_weights(samples, RESAMPLES)
 
     def margins(part: Array) -> Interval:
         """Interval of the margin, from features (samples, layers, heads, features)."""
-        return _interval(decision.margin(np.tensordot(weights, part, 1)), samples)
+        return percentile_interval(decision.margin(np.tensordot(weights, part, 1)), samples)
 
     def opposite(parts: Array) -> Bools:
         """Heads that are on the other side in some part: parts (samples, parts, ...)."""
@@ -122,7 +114,7 @@ def judge_stability(observations: Observations, decision: Decision) -> Stability
     return Stability(
         static=static,
         score=mean[..., 0],
-        interval=_interval(np.tensordot(weights, by_sample, 1), samples),
+        interval=percentile_interval(np.tensordot(weights, by_sample, 1), samples),
         margin=decision.margin(mean),
         spread=by_sample.std(0, ddof=1) if samples > 1 else np.full(static.shape, np.nan),
         kept_samples=kept((1, 2)),
@@ -143,20 +135,3 @@ def samples_needed(spread: Array, half_width: float) -> npt.NDArray[np.int64]:
         raise ValueError("one sample says nothing about the spread over samples")
     needed = np.ceil((NORMAL_QUANTILE * spread / half_width) ** 2)
     return np.maximum(needed, 2).astype(np.int64)
-
-
-def _resampling(samples: int) -> Array:
-    """(resamples, samples): the weight of each sample in each resample; always the same."""
-    drawn = np.random.default_rng(0).integers(samples, size=(RESAMPLES, samples))
-    counts = np.stack([(drawn == sample).sum(1) for sample in range(samples)], 1)
-    return np.asarray(counts / samples)
-
-
-def _interval(resampled: Array, samples: int) -> Interval:
-    """Percentiles over the first axis; NaN where there is nothing to resample."""
-    if samples < 2:
-        nothing = np.full(resampled.shape[1:], np.nan)
-        return Interval(nothing, nothing)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
-    return Interval(low, high)

@@ -6,7 +6,9 @@ was interrupted, and workers on several machines can write to one place.
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
+import json
 import posixpath
 import re
 from collections.abc import Sequence
@@ -19,7 +21,14 @@ from polars.exceptions import PolarsError
 
 from forcingkv.analyze.recording import COLUMNS, METADATA_KEY, Recording
 from forcingkv.headmaps import InputError
-from forcingkv.headmaps.files import unwritable
+from forcingkv.headmaps.errors import first_line
+from forcingkv.headmaps.fields import shown
+from forcingkv.headmaps.files import unwritable, write_bytes
+
+VERSIONS = "versions.json"
+"""File beside the samples that says what recorded them: not in theirs, so equal samples stay equal."""
+MEASURING = ("forcingkv", "torch", "numpy")
+"""Packages that a sample depends on."""
 
 _NAME = re.compile(r"^sample-(\d{4,})\.parquet$")
 
@@ -68,17 +77,49 @@ class Storage:
         assert recording.sample is not None
         content = io.BytesIO()
         rows.write_parquet(content, metadata={METADATA_KEY: recording.to_text()})
-        final = self._file(recording.sample)
+        if not self.samples():
+            self._put(VERSIONS, (json.dumps(_installed(), indent=1) + "\n").encode())
+        self._put(_name(recording.sample), content.getvalue())
+
+    def check_versions(self) -> None:
+        """Raise InputError where other versions recorded the samples that are there.
+
+        Statistics that do not say are from before this was noted, and pass.
+        """
+        if not self.samples():
+            return
+        current = _installed()
+        where = posixpath.join(self.place, VERSIONS)
+        try:
+            recorded = json.loads(self._files.cat_file(posixpath.join(self._root, VERSIONS)))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot be read ({first_line(error)})",
+                where=where,
+                hint="Measure everything anew with --restart.",
+            ) from error
+        if recorded != current:
+            raise InputError(
+                f"was recorded by {_listed(recorded)}",
+                where=self.place,
+                expected=f"{_listed(current)}, which are installed",
+                hint="Samples of both do not belong in one map: choose another folder, or measure everything"
+                " anew with --restart.",
+            )
+
+    def _put(self, name: str, content: bytes) -> None:
+        """Write a file whole or not at all."""
+        path = posixpath.join(self._root, name)
+        if self.is_local:
+            write_bytes(Path(path), content)
+            return
         try:
             self._files.makedirs(self._root, exist_ok=True)
-            if not self.is_local:  # an object appears whole
-                self._files.pipe_file(final, content.getvalue())
-                return
-            partial = posixpath.join(self._root, f".{_name(recording.sample)}.partial")
-            self._files.pipe_file(partial, content.getvalue())
-            self._files.mv(partial, final)
+            self._files.pipe_file(path, content)  # an object appears whole
         except OSError as error:
-            raise unwritable(Path(self.path(recording.sample)), error) from error
+            raise unwritable(Path(self.place, name), error) from error
 
     def recording(self, sample: int) -> Recording:
         """What a file says it holds. Raises InputError for a damaged file, or another's."""
@@ -110,9 +151,9 @@ class Storage:
             return pl.scan_parquet([self._file(sample) for sample in samples])
         return pl.scan_parquet([self._content(sample) for sample in samples])
 
-    def remove(self, samples: Sequence[int]) -> None:
-        """Delete the files of those samples."""
-        for sample in samples:
+    def clear(self) -> None:
+        """Delete all samples."""
+        for sample in self.samples():
             self._files.rm_file(self._file(sample))
 
     def _content(self, sample: int) -> bytes:
@@ -166,7 +207,7 @@ def check_same(found: Recording, wanted: Recording, where: str) -> None:
     raise InputError(
         f"is of another run: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}{of_model}",
         where=where,
-        expected=f"{name} {_shown(getattr(wanted, name))}, not {_shown(getattr(found, name))}",
+        expected=f"{name} {shown(getattr(wanted, name), 80)}, not {shown(getattr(found, name), 80)}",
         hint="Choose another folder, or measure everything anew with --restart.",
     )
 
@@ -180,9 +221,8 @@ def collect(rows: pl.LazyFrame, place: str) -> pl.DataFrame:
 
 
 def _damaged(where: str, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     return InputError(
-        f"cannot be read ({reason[0][:200]})",
+        f"cannot be read ({first_line(error)})",
         where=where,
         expected="a whole Parquet file",
         hint="Delete it, and run the analysis again: that sample is then recorded anew.",
@@ -193,6 +233,11 @@ def _name(sample: int) -> str:
     return f"sample-{sample:04d}.parquet"
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _installed() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in MEASURING}
+
+
+def _listed(versions: object) -> str:
+    if not isinstance(versions, dict):
+        return shown(versions)
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

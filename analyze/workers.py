@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from forcingkv.analyze.job import Job, SampleRecorder
 from forcingkv.analyze.recording import Recording
+from forcingkv.analyze.run import Job, SampleRecorder
 from forcingkv.analyze.storage import Storage
-from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.errors import InputError, MissingExtraError, first_line
 
 Text = npt.NDArray[np.float32]
 
@@ -62,7 +62,7 @@ def record_with_ray(
         cluster: `local`, for workers on this machine, or the address of a running cluster.
         workers: how many at a time; each takes one GPU where the job runs on GPUs. None: as many as
             there are GPUs or cores for.
-        progress: told how many samples are left.
+        progress: called with how many samples are left.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -81,11 +81,11 @@ def record_with_ray(
         needs = {"num_gpus": 1} if job.device == "cuda" else {"num_cpus": job.threads or 1}
         actor: Any = ray.remote(SampleWorker).options(max_restarts=RETRIES, max_task_retries=RETRIES, **needs)
         # A worker started anew needs its arguments again, so they are small: texts go with the samples.
-        told = (replace(job, texts=()), job.recording, storage.place)
-        pool = ActorPool([actor.remote(*told) for _ in range(count)])
-        found = pool.map_unordered(lambda a, sample: a.record.remote(sample, job.text(sample)), samples)
+        arguments = (replace(job, texts=()), job.recording, storage.place)
+        pool = ActorPool([actor.remote(*arguments) for _ in range(count)])
+        recorded = pool.map_unordered(lambda a, sample: a.record.remote(sample, job.text(sample)), samples)
         try:
-            for done, _ in enumerate(found, 1):
+            for done, _ in enumerate(recorded, 1):
                 progress(len(samples) - done)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, InputError):
@@ -93,9 +93,9 @@ def record_with_ray(
             raise
         except ray.exceptions.RayActorError as error:
             raise InputError(
-                f"a worker died more than {RETRIES} times, or never came up ({_first_line(error)})",
+                f"a worker died more than {RETRIES} times, or never started ({first_line(error)})",
                 where="ray",
-                expected="workers that live (too little memory is the usual cause)",
+                expected="workers that keep running (they mostly die for want of memory)",
                 hint="What was recorded is kept: run the same command again, with fewer --workers.",
             ) from error
     absent = sorted(set(samples) - set(storage.samples()))
@@ -115,7 +115,7 @@ def _room(job: Job) -> int:
     kind = "GPU" if job.device == "cuda" else "CPU"
     room = int(ray.cluster_resources().get(kind, 0)) // (1 if kind == "GPU" else job.threads or 1)
     if room < 1:
-        raise InputError(f"the cluster has no {kind} to spare", where="ray", expected=f"at least one {kind}")
+        raise InputError(f"the cluster has no free {kind}", where="ray", expected=f"at least one {kind}")
     return room
 
 
@@ -160,12 +160,7 @@ def _check_answers(address: str) -> None:
 
 def _no_cluster(address: str, error: Exception) -> InputError:
     return InputError(
-        f"no cluster answers ({_first_line(error)})",
+        f"no cluster answers ({first_line(error)})",
         where=f"ray {address}",
         expected="the address of a running Ray cluster, or local",
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -32,7 +32,7 @@ def export(out: Path, policy: str, layers: int, resolution: str, headmap: Path) 
     from forcingkv.export import export_bundle
     from forcingkv.headmaps import read_headmap
     from forcingkv.models.checkpoint import random_weights
-    from forcingkv.models.decoders.choose import decoder_for
+    from forcingkv.models.decoders import decoder_for
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.policies import load_policy
 

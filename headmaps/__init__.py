@@ -5,13 +5,14 @@ from forcingkv.headmaps.headmap import (
     DYNAMIC,
     STATIC,
     Budget,
+    Choices,
     HeadMap,
     ModelIdentity,
     Rule,
     Source,
     Statistics,
 )
-from forcingkv.headmaps.readers import Choices, read_headmap
+from forcingkv.headmaps.readers import read_headmap
 
 __all__ = [
     "DYNAMIC",

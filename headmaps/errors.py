@@ -17,11 +17,17 @@ PREDICATES = frozenset(
         "holds",
         "names",
         "lacks",
+        "lets",
         "needs",
         "takes",
         "gives",
         "does",
         "cannot",
+        "decodes",
+        "describes",
+        "leaves",
+        "lists",
+        "uses",
     )
 )
 """Words with which a `what` goes on with the sentence that `where` begins."""
@@ -74,3 +80,9 @@ class MissingExtraError(InputError):
             f"this needs {module}, which is not installed",
             hint=f"Install it with: pip install 'forcingkv[{extra}]'",
         )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, cut to the part of a message: its first line, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

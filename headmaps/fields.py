@@ -41,7 +41,7 @@ def from_data(kind: type[T], data: Any, where: str) -> T:
     Raises InputError for an unknown, missing or wrongly typed field, named by its dotted path.
     """
     if not isinstance(data, Mapping):
-        raise InputError(f"is {_shown(data)}", where=where, expected="a table of fields")
+        raise InputError(f"is {shown(data)}", where=where, expected="a table of fields")
     check = getattr(kind, "check_data", None)
     if check:
         check(data, where)
@@ -50,7 +50,7 @@ def from_data(kind: type[T], data: Any, where: str) -> T:
         name, known = data.pop(kind.TAG, None), kind.KINDS
         if name not in known:
             raise InputError(
-                f"has the {kind.TAG} {_shown(name)}", where=where, expected=f"one of {', '.join(known)}"
+                f"has the {kind.TAG} {shown(name)}", where=where, expected=f"one of {', '.join(known)}"
             )
         kind = known[name]
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
@@ -88,11 +88,11 @@ def to_data(value: Any) -> Any:
     return value
 
 
-def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The table of JSON pairs (`object_pairs_hook`). Raises ValueError where a name is given twice."""
-    twins = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
-    if twins:
-        raise ValueError(f"{twins[0]!r} is given twice in a table")
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The table of JSON pairs (`object_pairs_hook`). Raises ValueError where a key is given twice."""
+    duplicates = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+    if duplicates:
+        raise ValueError(f"{duplicates[0]!r} is given twice in a table")
     return dict(pairs)
 
 
@@ -115,13 +115,13 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         return _value(hint, data, where)
     if origin is typing.Literal:
         if data not in args:
-            raise InputError(f"is {_shown(data)}", where=where, expected=" or ".join(map(repr, args)))
+            raise InputError(f"is {shown(data)}", where=where, expected=" or ".join(map(repr, args)))
         return data
     if origin is tuple:
         return _tuple(args, data, where)
     if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
         if not isinstance(data, Mapping):
-            raise InputError(f"is {_shown(data)}", where=where, expected="a table")
+            raise InputError(f"is {shown(data)}", where=where, expected="a table")
         return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in data.items()}
     if dataclasses.is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Tagged)):
         return from_data(typing.cast("type[Any]", hint), data, where)
@@ -130,7 +130,7 @@ def _value(hint: Any, data: Any, where: str) -> Any:
 
 def _tuple(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(data, list | tuple):
-        raise InputError(f"is {_shown(data)}", where=where, expected="a list")
+        raise InputError(f"is {shown(data)}", where=where, expected="a list")
     if len(args) == 2 and args[1] is Ellipsis:
         args = (args[0],) * len(data)
     if len(args) != len(data):
@@ -144,12 +144,13 @@ def _scalar(hint: Any, data: Any, where: str) -> Any:
     if hint is float and isinstance(data, int) and not isinstance(data, bool):
         data = float(data)
     if type(data) is not hint:
-        raise InputError(f"is {_shown(data)}", where=where, expected=f"a value of type {hint.__name__}")
+        raise InputError(f"is {shown(data)}", where=where, expected=f"a value of type {hint.__name__}")
     if hint is float and not math.isfinite(data):
         raise InputError(f"is {data}", where=where, expected="a finite number")
     return data
 
 
-def _shown(data: Any) -> str:
+def shown(data: Any, most: int = 60) -> str:
+    """A value as messages show it: cut where it is longer than `most` characters."""
     text = repr(data)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -16,6 +16,8 @@ from forcingkv.headmaps.files import write_text
 
 SCHEMA = "forcingkv.headmap/1"
 STATIC, DYNAMIC = "static", "dynamic"
+MOST = 4096
+"""More layers or heads than any model has: a damaged number must not take the memory."""
 
 Scores = tuple[tuple[float, ...], ...]
 T = TypeVar("T")
@@ -56,7 +58,7 @@ class Rule:
     static_per_layer: int | None = None
     """Heads made static in each layer, for the rule `quota`."""
     sink_frames: int | None = None
-    """Frames whose mass is left out of the score's denominator (METHOD.md section 2)."""
+    """Frames whose mass is left out of the score's denominator (`docs/method.md`, "Head profile")."""
     retrieval_threshold: float | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Retrieval score from which a head is dynamic, for the rule `retrieval` (DuoAttention)."""
     dummy_heads: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
@@ -258,11 +260,11 @@ class HeadMap:
                 expected=f"{layers} layers of {heads} heads",
                 hint="Use the map made for this model, or analyze it: forcingkv analyze heads",
             )
-        strange = sorted(set(self._used) - labels)
-        if strange:
+        others = sorted(set(self._used) - labels)
+        if others:
             raise InputError(
-                f"uses the label {', '.join(map(repr, strange))}",
-                where="head map",
+                f"uses the label {', '.join(map(repr, others))}",
+                where="the head map",
                 expected=f"only {', '.join(sorted(labels))}",
             )
 
@@ -310,3 +312,27 @@ def uniform(model: ModelIdentity, label: str) -> HeadMap:
     """A map that gives every head the same label."""
     rows = ((label,) * model.heads,) * model.layers
     return HeadMap(model, rows, Rule("uniform"))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Answers to what a file leaves open. None: not answered, so the file must say it, or is refused."""
+
+    model: str | None = None
+    """Name of the model the map is for."""
+    layers: int | None = None
+    heads: int | None = None
+    """Layers of the model and heads of a layer: needed where the file gives no counts, else checked."""
+    threshold: float | None = None
+    """Retrieval score from which a head is dynamic (DuoAttention); its own default where not given."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """New label for each class or label of the file: {"-1": "static", "anchor": "dynamic"}."""
+    missing_layers: str | None = None
+    """Label of all heads of layers that the file leaves out (Forcing-KV)."""
+
+
+def size_limit(count: int, what: str, where: str) -> int:
+    """A number of layers or heads that can be true. Raises InputError for any other."""
+    if not 1 <= count <= MOST:
+        raise InputError(f"{what} is {count}", where=where, expected=f"1 to {MOST}")
+    return count

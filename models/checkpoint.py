@@ -1,25 +1,72 @@
-"""Weights of a model by Wan name, read one at a time: from a checkpoint, merged, or drawn at random."""
+"""Weights of a model by Wan name, read one at a time: from a checkpoint, merged, or drawn at random.
+
+A checkpoint may name its tensors as Wan or as diffusers does, with or without the wrappers that training
+leaves around names, and a LoRA of PEFT may come with it.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.fit import check_fit
-from forcingkv.models.locate import Found, locate
-from forcingkv.models.lora import KEY, Lora, read_lora
-from forcingkv.models.naming import wan_names
-from forcingkv.models.tensor_files import open_tensors
+from forcingkv.models.presets import shipped_file
+from forcingkv.models.tensor_files import (
+    CheckpointFiles,
+    TensorFiles,
+    check_fit,
+    listed,
+    locate,
+    open_tensors,
+)
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import ModelSpec
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""What FSDP, activation checkpointing and torch.compile put into names, at any depth."""
+PREFIXES = ("base_model.model.", "model.")
+"""What PEFT and the public wrappers put before names."""
+
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+
+_WHOLE = {
+    "patch_embedding": "patch_embedding",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+"""Module outside the blocks: diffusers -> Wan."""
+
+# What Wan calls norm3 stands before cross attention; diffusers counts it second. Wan's norm1 and
+# norm2 have no weights.
+_BLOCK = {
+    "scale_shift_table": "modulation",
+    "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    **{f"attn1.{other}": f"self_attn.{wan}" for other, wan in _ATTENTION.items()},
+    **{f"attn2.{other}": f"cross_attn.{wan}" for other, wan in _ATTENTION.items()},
+}
+"""Module inside a block: diffusers -> Wan."""
+
+_LEAF = re.compile(r"^(?:blocks\.(?P<block>\d+)\.)?(?P<module>.+?)(?P<leaf>\.(?:weight|bias))?$")
+
+LORA_KEY = "generator_lora"
+"""Entry of a `.pt` file that LongLive keeps its LoRA under."""
+
+_LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 
 
 class Weights(Mapping[str, Tensor]):
@@ -76,7 +123,7 @@ def load_weights(
 
     Args:
         spec: the model.
-        checkpoint: a file, a folder or a repository on the hub, see `models.locate`; None: the
+        checkpoint: a file, a folder or a repository on the hub, see `tensor_files.locate`; None: the
             weights that ship with the model. Names may be Wan's or diffusers', wrapped or not.
         key: entry of a `.pt` file, for example `generator`; None: see `models.tensor_files`.
         lora: a LoRA in PEFT naming to merge; None: the one that comes with the checkpoint, if any.
@@ -85,7 +132,7 @@ def load_weights(
         InputError: the checkpoint cannot be read, or a tensor is missing, unexpected or wrongly
             shaped: all are listed.
     """
-    found = locate(spec, checkpoint) if checkpoint is not None else Found(_shipped(spec))
+    found = locate(spec, checkpoint) if checkpoint is not None else CheckpointFiles(_shipped(spec))
     preferred = spec.source.key if spec.source else None
     files = open_tensors(found.weights, key, preferred)
     where = str(files.where)
@@ -146,8 +193,8 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _shipped(spec: ModelSpec) -> Path:
-    path = Path(str(resources.files("forcingkv.models"))) / spec.name / "weights.safetensors"
-    if not path.is_file():
+    path = shipped_file(spec.name, "weights.safetensors")
+    if path is None:
         place = f", for example --checkpoint {spec.source.hub}" if spec.source else ""
         raise InputError(
             f"no weights ship with {spec.name}",
@@ -158,9 +205,104 @@ def _shipped(spec: ModelSpec) -> Path:
 
 
 def _open_lora(spec: ModelSpec, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
-    files = open_tensors(path, None, KEY)
+    files = open_tensors(path, None, LORA_KEY)
     return read_lora(files, shapes, spec.source.lora_alpha if spec.source else None)
 
 
 def _digest(weights: str, lora: Lora | None) -> str:
     return weights if lora is None else f"{weights}+{lora.files.digest()}"
+
+
+def to_wan(name: str) -> str | None:
+    """The Wan name of a diffusers name; None if there is none."""
+    match = _LEAF.match(name)
+    if match is None:
+        return None
+    number, module, leaf = match["block"], match["module"], match["leaf"] or ""
+    wan = (_WHOLE if number is None else _BLOCK).get(module)
+    if wan is None:
+        return None
+    return f"blocks.{number}.{wan}{leaf}" if number is not None else wan + leaf
+
+
+def wan_names(stored: Iterable[str], where: str) -> dict[str, str]:
+    """Wan name -> name in the file, for names with or without wrappers and prefixes, in either naming.
+
+    A name that neither naming knows is kept as it is, for the strict check to report. Raises
+    InputError where two names of the file come to the same.
+    """
+    bare = {name: _unwrapped(name) for name in stored}
+    if any(name.startswith("condition_embedder.") for name in bare.values()):
+        bare = {name: to_wan(inner) or inner for name, inner in bare.items()}
+    found: dict[str, str] = {}
+    for name, wan in bare.items():
+        if wan in found:
+            raise InputError(f"{found[wan]} and {name} are both {wan}", where=where)
+        found[wan] = name
+    return found
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates of some weights."""
+
+    files: TensorFiles
+    pairs: Mapping[str, tuple[str, str]]
+    """Wan name of a weight -> names in the file of A (rank, in) and B (out, rank)."""
+    alpha: float | None
+    """None: equal to the rank, so that updates are not scaled."""
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """The weight plus alpha / rank * B A, computed in float32, in the weight's dtype."""
+        if name not in self.pairs:
+            return weight
+        a, b = (self.files.read(part).float() for part in self.pairs[name])
+        scale = 1.0 if self.alpha is None else self.alpha / a.shape[0]
+        return (weight.float() + scale * (b @ a)).to(weight.dtype)
+
+
+def read_lora(files: TensorFiles, shapes: Mapping[str, tuple[int, ...]], alpha: float | None) -> Lora:
+    """Read and check a LoRA against the shapes of the weights (by Wan name).
+
+    Raises InputError listing every tensor that has no partner, no weight, or the wrong shape.
+    """
+    where = str(files.where)
+    names = wan_names(files.shapes, where)
+    sides: dict[str, dict[str, str]] = {}
+    faults = []
+    for wan, name in names.items():
+        match = _LORA_NAME.match(wan)
+        if match is None:
+            faults.append(f"unexpected {name}")
+        else:
+            sides.setdefault(f"{match['module']}.weight", {})[match["side"]] = name
+    pairs = {}
+    for weight, pair in sides.items():
+        if set(pair) != {"A", "B"}:
+            faults.append(f"{weight} has only {', '.join(pair.values())}")
+            continue
+        pairs[weight] = (pair["A"], pair["B"])
+        faults += _shape_faults(weight, files.shapes[pair["A"]], files.shapes[pair["B"]], shapes)
+    if not pairs and not faults:
+        faults.append("no lora_A and lora_B")
+    if faults:
+        raise InputError(f"is not a LoRA of this model: {listed(faults)}", where=where)
+    return Lora(files, pairs, alpha)
+
+
+def _shape_faults(
+    weight: str, a: tuple[int, ...], b: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    if weight not in shapes:
+        return [f"the model has no {weight}"]
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != tuple(shapes[weight]):
+        return [f"A {a} and B {b} do not make {weight} {tuple(shapes[weight])}"]
+    return []

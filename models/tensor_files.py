@@ -1,17 +1,21 @@
-"""Files of tensors, opened lazily: names and shapes at once, contents one tensor at a time.
+"""Files of tensors: where a checkpoint lies, how it is opened, and whether it fits a model.
 
-Formats: safetensors, sharded safetensors with an index, and torch's `.pt` / `.pth`, which is only
-ever read with `weights_only=True`: a file with any other pickled object in it is refused.
+Files are opened lazily: names and shapes at once, contents one tensor at a time. Formats: safetensors,
+sharded safetensors with an index, and torch's `.pt` / `.pth`, which is only ever read with
+`weights_only=True`: a file with any other pickled object in it is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import pickle
+import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.errors import InputError, MissingExtraError, first_line
 from forcingkv.headmaps.files import inside
+from forcingkv.runtime.spec import ModelSpec
 
 KEYS = ("generator_ema", "generator", "model")
 """Entries of a `.pt` file that are tried, in this order, where none is asked for by name."""
@@ -29,6 +34,11 @@ RELOAD_BYTES = 512 * 2**20
 """A mapped file keeps every page that was read in memory; after so many bytes it is mapped anew."""
 
 INDEX = "*.safetensors.index.json"
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+Shapes = Mapping[str, Sequence[int]]
 
 
 class TensorFiles(ABC):
@@ -104,7 +114,10 @@ class _Safetensors(TensorFiles):
 
 class _Shards(TensorFiles):
     def __init__(self, folder: Path) -> None:
-        index = _only(sorted(folder.glob(INDEX)), folder)
+        found = sorted(folder.glob(INDEX))
+        if len(found) != 1:
+            raise InputError(f"has {len(found)} files {INDEX}", where=str(folder), expected="one")
+        index = found[0]
         try:
             where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             places = {str(name): inside(folder, str(file)) for name, file in where.items()}
@@ -158,43 +171,36 @@ class _Torch(TensorFiles):
         except pickle.UnpicklingError as error:
             raise InputError(
                 f"is refused: it is no torch file, or holds a pickled object that is not a tensor"
-                f" ({_first_line(error)})",
+                f" ({first_line(error)})",
                 where=where,
                 expected="tensors only (torch.load with weights_only=True)",
                 hint="Save its state dict alone, best as .safetensors.",
             ) from error
         except Exception as error:  # the unpickler raises whatever a damaged file leads it to
             raise InputError(
-                f"cannot be read as a torch file ({_first_line(error)})",
+                f"cannot be read as a torch file ({first_line(error)})",
                 where=where,
                 expected="a whole .pt, .pth or .safetensors file",
             ) from error
         return _tensors(_entry(content, self._key, self._keys, where), where)
 
 
-def _only(found: list[Path], folder: Path) -> Path:
-    if len(found) != 1:
-        raise InputError(f"has {len(found)} files {INDEX}", where=str(folder), expected="one")
-    return found[0]
-
-
 def _entry(content: Any, key: str | None, keys: Sequence[str], where: str) -> Any:
-    tables = (
-        [name for name, value in content.items() if isinstance(value, Mapping)] if _table(content) else []
-    )
+    table: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
+    entries = [name for name, value in table.items() if isinstance(value, Mapping)]
     if key is not None:
-        if key not in tables:
+        if key not in entries:
             raise InputError(
                 f"has no entry {key!r}",
                 where=where,
-                expected=f"one of {', '.join(tables) or 'none: it is flat'}",
+                expected=f"one of {', '.join(entries) or 'none: it is flat'}",
             )
         return content[key]
-    return next((content[name] for name in keys if name in tables), content)
+    return next((content[name] for name in keys if name in entries), content)
 
 
 def _tensors(state: Any, where: str) -> Mapping[str, Tensor]:
-    if not _table(state):
+    if not isinstance(state, Mapping):
         raise InputError(f"holds a {type(state).__name__}", where=where, expected="a table of tensors")
     others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
@@ -207,10 +213,120 @@ def _tensors(state: Any, where: str) -> Mapping[str, Tensor]:
     return {str(name): tensor.detach() for name, tensor in state.items()}
 
 
-def _table(value: Any) -> bool:
-    return isinstance(value, Mapping)
+def check_fit(
+    found: Shapes, wanted: Shapes, *, optional: Shapes | None = None, where: str, what: str
+) -> None:
+    """Compare names and shapes in a file with those of a model.
+
+    Tensors in `optional` may be absent, but where they are there they too must have their shape. Raises
+    InputError listing every tensor that is missing, unexpected or wrongly shaped.
+    """
+    known = {**(optional or {}), **wanted}
+    faults = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    faults += [f"unexpected {name}" for name in found.keys() - known.keys()]
+    faults += [
+        f"{name} is {tuple(found[name])} instead of {tuple(known[name])}"
+        for name in known.keys() & found.keys()
+        if tuple(found[name]) != tuple(known[name])
+    ]
+    if faults:
+        raise InputError(f"does not fit {what}: {len(faults)} tensors: {listed(faults)}", where=where)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
+def listed(faults: Sequence[str]) -> str:
+    """The first twenty faults, in the order of their text."""
+    return "; ".join(sorted(faults)[:20]) + ("; ..." if len(faults) > 20 else "")
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """A checkpoint on this machine."""
+
+    weights: Path
+    lora: Path | None = None
+    """A LoRA that belongs to it."""
+
+
+def is_hub_id(place: str | Path) -> bool:
+    """Whether a place that is not on this machine can be a repository (`owner/name`) on the hub."""
+    return bool(_HUB_ID.match(str(place))) and not str(place).endswith(_FILES)
+
+
+def locate(spec: ModelSpec, checkpoint: str | Path) -> CheckpointFiles:
+    """Find the files of a checkpoint.
+
+    A file is taken as it is. A folder holds the model's public files under their own names (and
+    then also its LoRA, where it has one), or one `.safetensors` file or one index of shards, itself
+    or in `transformer/`, as diffusers lays it out. What is neither, but looks like a repository
+    (`owner/name`), is downloaded.
+
+    Raises:
+        InputError: nothing is found, or more than one file could be meant.
+        MissingExtraError: huggingface_hub is needed and not installed.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        return CheckpointFiles(path)
+    if path.is_dir():
+        return _in_folder(spec, path)
+    if is_hub_id(checkpoint):
+        return _in_folder(spec, _downloaded(spec, str(checkpoint)))
+    raise InputError(
+        "cannot be read: there is no such file or folder",
+        where=str(checkpoint),
+        expected="a file, a folder, or a repository on the hub (owner/name)",
+    )
+
+
+def _in_folder(spec: ModelSpec, folder: Path) -> CheckpointFiles:
+    if spec.source and (folder / spec.source.file).is_file():
+        return CheckpointFiles(folder / spec.source.file, _lora(spec, folder))
+    for place in (folder, folder / "transformer"):
+        if any(place.glob(INDEX)):
+            return CheckpointFiles(place)
+        files = sorted(place.glob("*.safetensors"))
+        if len(files) == 1:
+            return CheckpointFiles(files[0])
+        if files:
+            raise InputError(
+                f"holds {len(files)} safetensors files: {', '.join(file.name for file in files)}",
+                where=str(place),
+                expected="one, or an index of shards",
+                hint="Name the file.",
+            )
+    own = f"{spec.source.file}, " if spec.source else ""
+    raise InputError(
+        "holds no weights", where=str(folder), expected=f"{own}one .safetensors file or an index of shards"
+    )
+
+
+def _lora(spec: ModelSpec, folder: Path) -> Path | None:
+    assert spec.source
+    if spec.source.lora is None:
+        return None
+    path = folder / spec.source.lora
+    if not path.is_file():
+        raise InputError(
+            f"holds {spec.source.file} but not {spec.source.lora}, which {spec.name} adds to it",
+            where=str(folder),
+            hint="Fetch it too, or name the one file to use it alone.",
+        )
+    return path
+
+
+def _downloaded(spec: ModelSpec, repository: str) -> Path:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise MissingExtraError("huggingface_hub", "hub")
+    import huggingface_hub
+
+    patterns = ["*.safetensors", INDEX]
+    if spec.source and spec.source.hub == repository:
+        patterns = [name for name in (spec.source.file, spec.source.lora) if name]
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # HTTP, connection and repository errors are OSErrors
+        raise InputError(
+            f"is no file or folder here, and cannot be fetched from the hub ({first_line(error)})",
+            where=repository,
+            hint="Check the name, the network and the access rights, or fetch it by other means.",
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.metadata
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.models.fit import check_fit
-from forcingkv.models.locate import is_hub_id
-from forcingkv.models.tensor_files import TensorFiles, open_tensors
+from forcingkv.headmaps.errors import InputError, MissingExtraError, first_line
+from forcingkv.models.tensor_files import TensorFiles, check_fit, is_hub_id, open_tensors
 
 WAN_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 WAN_TOKENIZER = "google/umt5-xxl"
 EXTRA = "text"
+BROKEN_TRANSFORMERS = "5.0."
+"""Releases of transformers that load UMT5 without its embeddings, silently: what they encode is noise."""
 
 # Wan's name of a tensor in a block -> that of transformers.
 _BLOCK = {
@@ -67,7 +68,7 @@ class PromptEncoder:
 
 
 def clean_prompt(prompt: str) -> str:
-    """A prompt as Wan cleans it: broken encodings mended, HTML entities and runs of spaces resolved."""
+    """A prompt as Wan cleans it: broken encodings repaired, HTML entities and runs of spaces resolved."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
@@ -84,12 +85,14 @@ def load_prompt_encoder(place: str | Path, tokenizer: str | Path | None = None) 
             Wan's folder, `tokenizer/` in that of diffusers, the folder itself in that of transformers).
 
     Raises:
-        InputError: encoder or tokenizer cannot be found or read, or a tensor does not fit.
+        InputError: encoder or tokenizer cannot be found or read, a tensor does not fit, or this release of
+            transformers is known to load UMT5 wrongly.
         MissingExtraError: transformers or ftfy is not installed.
     """
     for module in ("transformers", "ftfy"):
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError(module, EXTRA)
+    _check_transformers()
     path = Path(place)
     if path.is_file() or (path / WAN_ENCODER).is_file():
         file = path if path.is_file() else path / WAN_ENCODER
@@ -110,6 +113,17 @@ def load_prompt_encoder(place: str | Path, tokenizer: str | Path | None = None) 
     )
 
 
+def _check_transformers() -> None:
+    found = importlib.metadata.version("transformers")
+    if found.startswith(BROKEN_TRANSFORMERS):
+        raise InputError(
+            f"is release {found}, which loads UMT5 with wrong embeddings",
+            where="transformers",
+            expected="4.51 or later, but not 5.0",
+            hint="Install another: pip install 'transformers>=5.1'",
+        )
+
+
 def _tokenizer(place: str | Path, **options: str) -> Any:
     return _pretrained("AutoTokenizer", place, **options)
 
@@ -120,9 +134,8 @@ def _pretrained(kind: str, place: str | Path, **options: str) -> Any:
     try:
         return getattr(transformers, kind).from_pretrained(str(place), **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines()
         raise InputError(
-            f"cannot be read by transformers' {kind} ({lines[0] if lines else type(error).__name__})",
+            f"cannot be read by transformers' {kind} ({first_line(error)})",
             where=str(place),
             hint="Name the folder with --text-encoder and, if it lies elsewhere, --tokenizer.",
         ) from error

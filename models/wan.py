@@ -1,4 +1,4 @@
-"""The causal Wan transformer, functional in its caches (METHOD.md section 5).
+"""The causal Wan transformer, functional in its caches (`docs/method.md`, "The transformer").
 
 One class serves every model and every use: what analysis records, what export traces and what the
 parity tests compare. It holds no cache. How the queries of a layer meet keys is given from outside

@@ -12,14 +12,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from forcingkv.runtime.bundle import GRAPHS, GraphRecord, Manifest, TensorRecord
+from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.roles import Role
-from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype
+from forcingkv.runtime.spec import Dtype
 
 
 def part_notes() -> dict[str, str]:
@@ -162,12 +161,6 @@ def _but(records: Mapping[str, TensorRecord], names: set[str]) -> dict[str, Tens
 def _bytes(records: Mapping[str, TensorRecord], shapes: Mapping[str, tuple[int, ...]] | None = None) -> int:
     given = shapes or {}
     return sum(
-        math.prod(given.get(name, record.shape)) * _element_bytes(record.dtype)
+        math.prod(given.get(name, record.shape)) * DTYPES[record.dtype].bytes
         for name, record in records.items()
     )
-
-
-def _element_bytes(dtype: str) -> int:
-    """Of a tensor; numpy alone does not know bfloat16."""
-    known: Mapping[str, int] = {str(name): size for name, size in ELEMENT_BYTES.items()}
-    return known[dtype] if dtype in known else np.dtype(dtype).itemsize

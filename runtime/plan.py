@@ -12,9 +12,10 @@ from functools import cached_property
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap
+from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.policies import ALL, Policy
 from forcingkv.runtime.roles import Choice, Retained, Role, Rows
-from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, Geometry, ModelSpec
+from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
 
 PARTS = ("keys", "values")
 
@@ -234,7 +235,7 @@ class CachePlan:
 
     def _token_bytes(self, dtype: Dtype) -> int:
         """Of a token's key and value in one head."""
-        return len(PARTS) * self.spec.head_dim * ELEMENT_BYTES[dtype]
+        return len(PARTS) * self.spec.head_dim * DTYPES[dtype].bytes
 
 
 def build_plan(

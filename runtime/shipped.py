@@ -43,7 +43,7 @@ def _read(what: str, name: str, package: str, above: tuple[str, ...]) -> dict[st
     if base is None:
         return data
     if not isinstance(base, str):
-        raise InputError(f"its base is {base!r}", where=f"{what} {name}", expected="a name")
+        raise InputError(f"has the base {base!r}", where=f"{what} {name}", expected="a name")
     if base in (*above, name):
         raise InputError(f"is based on itself, by way of {base!r}", where=f"{what} {name}")
     return _laid_over(_read(what, base, package, (*above, name)), data)

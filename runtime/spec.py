@@ -10,15 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.dtypes import DTYPES
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-ELEMENT_BYTES: dict[Dtype, int] = {name: DTYPES[name].bytes for name in get_args(Dtype)}
-"""Bytes of a number."""
 Renoise = Literal["fresh", "predicted"]
 
 
@@ -29,13 +26,13 @@ class Schedule:
     denoising_steps: tuple[float, ...]
     """Timesteps of the passes, on the scale 1000 (pure noise) to 0, falling."""
     warp: bool = False
-    """Whether `denoising_steps` are still to be shifted (METHOD: `warp_denoising_step`)."""
+    """Whether `denoising_steps` are still to be shifted (`warp_denoising_step`)."""
     shift: float = 1.0
     """The shift of a warped schedule: sigma = shift * s / (1 + (shift - 1) * s)."""
     renoise: Renoise = "fresh"
     """Noise between passes: drawn anew (distilled models), or the noise the model predicted (Euler)."""
     context_timestep: float = 0.0
-    """The timestep of the clean pass (METHOD: `context_noise`)."""
+    """The timestep of the clean pass (`context_noise`)."""
     redraw_from: int | None = None
     """When the prompt is switched and the caches are made anew: the pass at which the last chunks enter
     again, noised, to be drawn under the new prompt before their clean pass. None: they are encoded as they
@@ -109,7 +106,7 @@ class PublicWeights:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A causal Wan transformer and how it is run (METHOD.md sections 1 and 5)."""
+    """A causal Wan transformer and how it is run (`docs/method.md`, "The transformer")."""
 
     name: str
     layers: int
@@ -128,7 +125,8 @@ class ModelSpec:
     """Latent frames the model attends to at most under the policy `full`, sink and current chunk
     included (`local_attn_size`)."""
     ar_start: int
-    """Last chunk index at which all heads are still treated alike (METHOD.md section 3)."""
+    """Last chunk index at which all heads are still treated alike (`docs/method.md`, "Cache policies and
+    roles")."""
     fps: float
     width: int
     """Pixels, of the default resolution."""
@@ -193,11 +191,6 @@ class ModelSpec:
         return self.heads * self.head_dim
 
     @property
-    def element_bytes(self) -> int:
-        """Bytes of a number in `dtype`."""
-        return ELEMENT_BYTES[self.dtype]
-
-    @property
     def rotary_pairs(self) -> tuple[int, int, int]:
         """Rotated pairs of a head given to time, height and width (22, 21, 21 of 64)."""
         pairs = self.head_dim // 2
@@ -210,13 +203,16 @@ class ModelSpec:
         return 1 + (latent - 1) * self.decoder.temporal_stride if latent else 0
 
     def chunks_for(self, seconds: float) -> int:
-        """Chunks needed for at least that many seconds of video. Raises InputError for no number of them."""
-        if not math.isfinite(seconds) or seconds <= 0:
-            raise InputError(f"is {seconds}", where="seconds", expected="a number above 0")
-        chunks = 1
-        while self.frames_of(chunks) < seconds * self.fps:
-            chunks += 1
-        return chunks
+        """The fewest chunks, 1 at least, of that many seconds of video or more.
+
+        Raises InputError where seconds are not a number above 0 or are too many to count their frames.
+        """
+        frames = seconds * self.fps
+        if seconds <= 0 or not math.isfinite(frames):
+            raise InputError(f"is {seconds}", where="seconds", expected="a number above 0, not infinite")
+        # The first latent frame gives one pixel frame, each other one as many as the temporal stride.
+        latent = 1 + -(-(math.ceil(frames) - 1) // self.decoder.temporal_stride)
+        return max(1, -(-latent // self.frames_per_chunk))
 
     def geometry(self, resolution: str | None = None) -> Geometry:
         """The geometry of a named resolution, of "WxH", or of the default.

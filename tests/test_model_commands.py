@@ -141,7 +141,7 @@ EXPORT = ["export", "--policy", "full", "--out", "OUT"]
         ),
         (
             [*EXPORT, "--model", "SPEC", "--random-weights", "--checkpoint", "PT"],
-            "--random-weights and a checkpoint are both given",
+            "use either --random-weights or --checkpoint, --key and --lora, not both",
         ),
         ([*EXPORT, "--model", "SPEC", "--checkpoint", "PT", "--key", "ema"], "has no entry 'ema'"),
         (

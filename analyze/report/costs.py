@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from forcingkv.analyze.dummy import CLASSES
+from forcingkv.analyze.labels import policy_of
 from forcingkv.analyze.report.page import node, table
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.runtime.cost import chunk_flops
+from forcingkv.runtime.footprint import readable
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 FULL = "full"
-BYTES = ("B", "KiB", "MiB", "GiB")
 OPERATIONS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 
 
@@ -35,11 +35,6 @@ def resolutions(spec: ModelSpec) -> tuple[str, ...]:
     """The model's named resolutions, the smallest first; its default if it names none."""
     named = sorted(spec.resolutions, key=lambda name: spec.resolutions[name][0] * spec.resolutions[name][1])
     return tuple(named) or (f"{spec.width}x{spec.height}",)
-
-
-def policy_of(headmap: HeadMap) -> str:
-    """The policy that uses the labels of a map."""
-    return "dummy-forcing" if set(headmap.counts()) & set(CLASSES) else "forcing-kv"
 
 
 def full_costs(spec: ModelSpec) -> dict[str, Cost | str]:
@@ -94,10 +89,10 @@ def _cells(cost: Cost | str) -> list[str]:
     if isinstance(cost, str):
         return [node("td", f"cannot be planned: {cost}", colspan=2, klass="words")]
     return [
-        node("td", _scaled(value, step, units), node("span", f"{share:.0%}", klass="share"))
-        for value, step, units, share in (
-            (cost.kv_bytes, 1024, BYTES, cost.kv_share),
-            (cost.flops, 1000, OPERATIONS, cost.flops_share),
+        node("td", value, node("span", f"{share:.0%}", klass="share"))
+        for value, share in (
+            (readable(cost.kv_bytes), cost.kv_share),
+            (_operations(cost.flops), cost.flops_share),
         )
     ]
 
@@ -109,10 +104,10 @@ def _resolution(spec: ModelSpec, name: str) -> str:
     return f"{name} ({width}x{height})"
 
 
-def _scaled(value: float, step: int, units: Sequence[str]) -> str:
+def _operations(value: float) -> str:
     """Three digits, in the largest unit that keeps them before the thousands."""
     power = 0
-    while value >= step and power < len(units) - 1:
-        value, power = value / step, power + 1
+    while value >= 1000 and power < len(OPERATIONS) - 1:
+        value, power = value / 1000, power + 1
     digits = f"{value:,.0f}" if value >= 100 or not power else f"{value:#.3g}"
-    return f"{digits} {units[power]}"
+    return f"{digits} {OPERATIONS[power]}"

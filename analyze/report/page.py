@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
+
+from forcingkv.plotting import INK, LABEL_COLOURS, SOFT, style
+from forcingkv.plotting import figure as new_figure
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,19 @@ class Theme:
     """Colour map in which no attention looks like paper."""
 
     def coloured(self, labels: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """Each label with its colour; colours come again where there are more labels."""
+        """Each label with its colour; where there are more labels than colours, they are used again."""
         return zip(labels, itertools.cycle(self.labels))
 
 
 LIGHT = Theme(
     paper="#ffffff",
-    ink="#1b1f24",
-    soft="#57606a",
+    ink=INK,
+    soft=SOFT,
     line="#d0d7de",
     shade="#f3f5f8",
     accent="#c3262f",
     levels=("#1a7f37", "#885a00", "#c3262f", "#57606a"),
-    labels=("#0b6fb8", "#c2510c", "#2a7d4f", "#8250df"),
+    labels=LABEL_COLOURS,
     mass="magma_r",
 )
 DARK = Theme(
@@ -193,14 +195,9 @@ def _uri(png: bytes) -> str:
 def _png(
     draw: Draw, width: float, height: float, theme: Theme, places: Places | None
 ) -> tuple[bytes, Places]:
-    """The drawing, and where its axes came to lie: laying them out takes most of the time.
-
-    Without pyplot, so nothing stays open; without the software's name, so equal data give equal bytes.
-    """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_rc(theme))
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    """The drawing, in few colours, and where its axes were placed: laying them out takes most of the time."""
+    with style(_rc(theme)):
+        figure = new_figure(width, height, DPI)
         canvas = FigureCanvasAgg(figure)
         draw(figure, theme)
         if places is not None:

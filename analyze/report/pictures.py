@@ -17,18 +17,6 @@ from forcingkv.analyze.analysis import Analysis
 from forcingkv.analyze.report.page import Picture, Theme, drawn
 from forcingkv.headmaps import HeadMap
 
-__all__ = [
-    "headmap_drawing",
-    "headmap_picture",
-    "histogram",
-    "intervals",
-    "kappa_matrix",
-    "kept_labels",
-    "roles",
-    "undecided_heads",
-    "variance_bars",
-]
-
 WIDTH = 4.6
 """Inches, of 100 pixels of the page: on a phone little is lost."""
 LETTERED = 20

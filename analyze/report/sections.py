@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 import forcingkv
-from forcingkv.analyze.agreement import pairwise
-from forcingkv.analyze.analysis import Analysis
+from forcingkv.analyze.analysis import Analysis, needed, summary_lines
+from forcingkv.analyze.comparison import pairwise
+from forcingkv.analyze.labels import RULES
 from forcingkv.analyze.report.attention import attention_pictures
 from forcingkv.analyze.report.costs import cost_table
 from forcingkv.analyze.report.page import Markup, figure, node, page, pairs, table
@@ -25,8 +26,8 @@ from forcingkv.analyze.report.pictures import (
     undecided_heads,
     variance_bars,
 )
-from forcingkv.analyze.stability import CONFIDENCE, REASONS
-from forcingkv.analyze.summary import needed, summary_lines
+from forcingkv.analyze.stability import REASONS
+from forcingkv.resampling import CONFIDENCE
 
 LISTED = 40
 """Undecided heads listed; the others are counted."""
@@ -41,8 +42,8 @@ DEFINITIONS = (
         "recency score",
         "Attention mass on the transition frame and the current chunk, over the total mass less"
         " that on the sink frames; mean over query frames, then over samples, chunks and denoising steps"
-        " (METHOD.md section 2; Forcing-KV, arXiv 2605.09681). A static head attends to what is recent, a"
-        " dynamic head to the history.",
+        ' (docs/method.md, "Head profile"; Forcing-KV, arXiv 2605.09681). A static head attends to what is'
+        " recent, a dynamic head to the history.",
     ),
     (
         "undecided",
@@ -319,13 +320,14 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
 
 
 def _is_other_rule(analysis: Analysis) -> bool:
-    return analysis.headmap.rule.name == "dummy"
+    """Whether what is judged is another rule than the one that labelled."""
+    return RULES[analysis.labelling.rule].classes is not None
 
 
 def _other_rule(analysis: Analysis) -> str:
     return (
-        "The classes of Dummy Forcing are no two sides of a boundary. The verdict and what is said of"
-        f" stability are of another rule: {analysis.decision.rule.name}, which calls"
+        f"The classes of {RULES[analysis.labelling.rule].origin} are not two sides of a boundary. The verdict"
+        f" and the section on stability are about another rule: {analysis.decision.rule.name}, which calls"
         f" {int(analysis.stability.static.sum())} of {analysis.stability.static.size} heads static."
     )
 

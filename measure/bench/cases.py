@@ -64,7 +64,7 @@ def preset_cases(
     """
     from forcingkv.export import export_bundle
     from forcingkv.models.checkpoint import random_weights
-    from forcingkv.models.decoders.choose import decoder_for
+    from forcingkv.models.decoders import decoder_for
 
     kind = None if spec.decoder.kind == "pixels" else decoder
     spec, made = decoder_for(spec, kind, None, random=True)

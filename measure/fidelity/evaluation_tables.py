@@ -13,8 +13,9 @@ from rich.table import Table
 
 from forcingkv.headmaps.files import write_text
 from forcingkv.measure.fidelity.evaluation import EvaluationSummary
-from forcingkv.measure.fidelity.intervals import CONFIDENCE, Estimate
+from forcingkv.measure.fidelity.intervals import Estimate
 from forcingkv.measure.fidelity.video_measures import METRICS
+from forcingkv.resampling import CONFIDENCE
 
 COLUMN = 24
 """Characters of a policy's or a video's column."""

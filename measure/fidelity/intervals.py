@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from scipy.stats import bootstrap
 
-CONFIDENCE = 0.95
+from forcingkv.resampling import ratio_interval
+
 FEW = 32
 """Videos below which intervals are known to be too narrow, and a result warns."""
 RESAMPLES = 4000
-SEED = 0
-"""Of the resampling: the same videos give the same interval."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +59,5 @@ def estimate(values: Sequence[float | None], prompts: Sequence[str]) -> Estimate
     mean, means = float(sums.sum() / counts.sum()), sums / counts
     if len(groups) < 2 or np.ptp(means) <= 1e-12 * max(1.0, float(np.abs(means).max())):
         return Estimate(mean, None, None, videos, len(groups))
-    found = bootstrap(
-        (sums, counts),
-        _ratio,
-        paired=True,
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        n_resamples=RESAMPLES,
-        method="BCa",
-        rng=np.random.default_rng(SEED),
-    ).confidence_interval
-    return Estimate(mean, float(found.low), float(found.high), videos, len(groups))
-
-
-def _ratio(sums: npt.NDArray[Any], counts: npt.NDArray[Any], axis: int = -1) -> Any:
-    return sums.sum(axis) / counts.sum(axis)
+    low, high = ratio_interval(sums, counts, RESAMPLES)
+    return Estimate(mean, low, high, videos, len(groups))

@@ -14,9 +14,10 @@ from importlib import resources
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
+from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.footprint import kv_parts
 from forcingkv.runtime.plan import CachePlan
-from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype, ModelSpec
+from forcingkv.runtime.spec import Dtype, ModelSpec
 
 RESERVE_BYTES = 1 << 30
 """Left free for what cannot be derived: CUDA's own context, the code of kernels, rounding by allocators. An
@@ -88,9 +89,9 @@ def engine_activations(plan: CachePlan, dtype: Dtype) -> int:
     laid together, the residual stream, queries, the chunk's own keys and values, and the result. At both one
     tensor of the width in float32, which norms compute in. Attention itself is fused: its scores are nowhere.
     """
-    spec, size = plan.spec, ELEMENT_BYTES[dtype]
+    spec, size = plan.spec, DTYPES[dtype].bytes
     tokens, last = plan.chunk_tokens, plan.phases[-1].first_chunk
-    wide = ELEMENT_BYTES["float32"] * tokens * spec.dim
+    wide = DTYPES["float32"].bytes * tokens * spec.dim
     seen = max(
         sum(
             2 * group.heads * spec.head_dim * (tokens + sum(plan.tokens(group, r, last) for r in group.roles))
@@ -104,10 +105,10 @@ def engine_activations(plan: CachePlan, dtype: Dtype) -> int:
 
 def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> SessionMemory:
     """What a session with engines holds, by part: `runtime.footprint.PARTS`, decoding's activations apart."""
-    spec, size, geometry = plan.spec, ELEMENT_BYTES[dtype], plan.geometry
+    spec, size, geometry = plan.spec, DTYPES[dtype].bytes, plan.geometry
     decoder = decoder_costs(spec.decoder.kind)
     pixels = geometry.latent_height * geometry.latent_width
-    wide = ELEMENT_BYTES["float32"]
+    wide = DTYPES["float32"].bytes
     chunk = spec.latent_channels * spec.frames_per_chunk * pixels
     frames = spec.frames_per_chunk * spec.decoder.temporal_stride * geometry.width * geometry.height * 3
     prompt = spec.layers * 2 * spec.text_length * spec.dim * size

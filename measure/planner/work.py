@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 
 from forcingkv.runtime.cost import pass_flops
+from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.plan import CachePlan
-from forcingkv.runtime.spec import ELEMENT_BYTES, Dtype
+from forcingkv.runtime.spec import Dtype
 
 KINDS: dict[str, str] = {
     "linear": "projections and feed-forward: weights, inputs and outputs of each product",
@@ -67,7 +68,7 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
     The clean pass does the same work as a denoising pass: engines compute all outputs of the step graph in
     every pass, the next caches too (docs/decisions/0004).
     """
-    spec, size = plan.spec, ELEMENT_BYTES[dtype]
+    spec, size = plan.spec, DTYPES[dtype].bytes
     at = plan.phases[-1].first_chunk if chunk is None else chunk
     flops, tokens = pass_flops(plan, at), plan.chunk_tokens
     stream = tokens * spec.dim * size
@@ -85,7 +86,7 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
 
 def elementwise_bytes(plan: CachePlan, dtype: Dtype = "bfloat16") -> int:
     """Bytes that one block moves beside its products, attentions and caches."""
-    size, wide = ELEMENT_BYTES[dtype], ELEMENT_BYTES["float32"]
+    size, wide = DTYPES[dtype].bytes, DTYPES["float32"].bytes
     trips = sum(MODEL_TRIPS.values()) * size + sum(FLOAT_TRIPS.values()) * wide
     hidden = HIDDEN_TRIPS * size * plan.spec.ffn_width
     return plan.chunk_tokens * (trips * plan.spec.dim + hidden)

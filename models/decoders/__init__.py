@@ -2,16 +2,64 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+from torch import Tensor, nn
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.models.decoders.base import StreamingDecoder
+from forcingkv.headmaps.fields import one_of
+from forcingkv.runtime.spec import Decoder, ModelSpec
 
-__all__ = ["KINDS", "StreamingDecoder", "load_decoder"]
+DecoderKind = Literal["wan-vae", "taehv"]
+KINDS: tuple[DecoderKind, ...] = get_args(DecoderKind)
 
-KINDS: tuple[Literal["wan-vae"], Literal["taehv"]] = ("wan-vae", "taehv")
+
+class StreamingDecoder(nn.Module, ABC):
+    """Turns latents into pixels, any number of latent frames a call.
+
+    The caches come in and go out; the module keeps nothing between calls, and one static graph serves the
+    first call and all later ones. A video decoded in one call or in many is the same video.
+
+    Attributes:
+        latent_channels: channels of the latents.
+        temporal_stride: pixel frames a latent frame.
+        spatial_stride: pixels a latent pixel, in height and in width.
+    """
+
+    latent_channels: int
+    temporal_stride: int
+    spatial_stride: int
+
+    @abstractmethod
+    def state_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape (batch 1) of every feature cache, for latents of that height and width."""
+
+    def empty_state(self, height: int, width: int) -> dict[str, Tensor]:
+        """The caches before a video's first call: zeros, of the dtype and on the device of the weights."""
+        weight = next(self.parameters())
+        shapes = self.state_shapes(height, width)
+        return {name: weight.new_zeros(shape, requires_grad=False) for name, shape in shapes.items()}
+
+    @abstractmethod
+    def forward(
+        self, latents: Tensor, first: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decode the next latent frames of a video.
+
+        Args:
+            latents: (1, latent_channels, n, h, w), n >= 1, normalised as the transformer makes them.
+            first: (1,), 1.0 in a video's first call and 0.0 in the others; the dtype of the latents.
+            state: the caches that the call before returned; zeros in the first call.
+
+        Returns:
+            Pixels (1, 3, temporal_stride * n, spatial_stride * h, spatial_stride * w) in [-1, 1], and the
+            next caches under the same names. The first temporal_stride - 1 pixel frames of a first call
+            mean nothing and are the caller's to drop: a latent frame at the start is one pixel frame.
+        """
 
 
 def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> StreamingDecoder:
@@ -30,15 +78,55 @@ def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> Strea
             or wrongly shaped (all are listed).
         MissingExtraError: wan-vae without diffusers.
     """
-    if kind == "wan-vae":
+    if one_of(DecoderKind, kind, "decoder") == "wan-vae":
         if find_spec("diffusers") is None:
             raise MissingExtraError("diffusers", "models")
         # Imported where it is wanted: diffusers takes seconds to import, and taehv does without.
-        from forcingkv.models.decoders.wan_vae_files import load_wan_vae, random_wan_vae
+        from forcingkv.models.decoders.wan_vae import load_wan_vae, random_wan_vae
 
         return random_wan_vae(seed=seed) if path is None else load_wan_vae(path)
-    if kind == "taehv":
-        from forcingkv.models.decoders.taehv import load_taehv, random_taehv
+    from forcingkv.models.decoders.taehv import load_taehv, random_taehv
 
-        return random_taehv(seed=seed) if path is None else load_taehv(path)
-    raise InputError(f"there is no decoder {kind!r}", where="decoder", expected=" or ".join(KINDS))
+    return random_taehv(seed=seed) if path is None else load_taehv(path)
+
+
+def decoder_for(
+    spec: ModelSpec, kind: str | None, path: Path | None, *, random: bool = False
+) -> tuple[ModelSpec, StreamingDecoder | None]:
+    """The decoder of a model, and its spec with that decoder; None for latents that are pixels.
+
+    Args:
+        spec: the model.
+        kind: one of `KINDS`; None: the model's own.
+        path: the decoder's weights.
+        random: draw them at random where no path is given.
+
+    Raises:
+        InputError: the model needs no decoder, or its weights are not given, cannot be read, or are
+            for latents of another shape.
+    """
+    if spec.decoder.kind == "pixels":
+        if kind or path:
+            raise InputError(f"the latents of {spec.name} are pixels: it needs no decoder", where="decoder")
+        return spec, None
+    name: DecoderKind = one_of(DecoderKind, kind or spec.decoder.kind, "decoder")
+    if path is None and not random:
+        raise InputError(
+            f"the weights of the decoder {name} are not given",
+            where="decoder",
+            hint="Name them: --vae Wan2.1_VAE.pth, or --decoder taehv --vae taew2_1.pth.",
+        )
+    decoder = load_decoder(name, path)
+    own = Decoder(name, decoder.spatial_stride, decoder.temporal_stride)
+    if (
+        replace(own, kind=spec.decoder.kind) != spec.decoder
+        or decoder.latent_channels != spec.latent_channels
+    ):
+        raise InputError(
+            f"decodes {decoder.latent_channels} channels at strides {own.temporal_stride},"
+            f" {own.spatial_stride}",
+            where=str(path or name),
+            expected=f"{spec.latent_channels} channels at strides {spec.decoder.temporal_stride},"
+            f" {spec.decoder.spatial_stride}, as {spec.name} has them",
+        )
+    return replace(spec, decoder=own), decoder

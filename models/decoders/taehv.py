@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forcingkv.models.decoders.base import StreamingDecoder
-from forcingkv.models.fit import check_fit
-from forcingkv.models.tensor_files import open_tensors
+from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.tensor_files import check_fit, open_tensors
 
 WIDTHS = (256, 128, 64, 64)
 LATENT_CHANNELS = 16
@@ -120,7 +119,7 @@ def random_taehv(seed: int = 0) -> TaehvDecoder:
     """The decoder with weights drawn at random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _for_inference(TaehvDecoder())
+        return TaehvDecoder().eval().requires_grad_(False)
 
 
 def load_taehv(path: Path) -> TaehvDecoder:
@@ -137,8 +136,4 @@ def load_taehv(path: Path) -> TaehvDecoder:
     check_fit(found, wanted, where=str(path), what="the decoder of taew2_1")
     weights = {name: files.read(name).to(torch.float32, copy=True) for name in wanted}
     model.load_state_dict(weights, assign=True)
-    return _for_inference(model)
-
-
-def _for_inference(model: TaehvDecoder) -> TaehvDecoder:
     return model.eval().requires_grad_(False)

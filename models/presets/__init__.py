@@ -3,17 +3,19 @@ on a preset (`base = "self-forcing"`)."""
 
 from __future__ import annotations
 
-from forcingkv.runtime.shipped import read_named, shipped_names
+from importlib import resources
+from pathlib import Path
+
+from forcingkv.runtime.shipped import read_named
 from forcingkv.runtime.spec import ModelSpec
-
-__all__ = ["load_spec", "preset_names"]
-
-
-def preset_names() -> list[str]:
-    """Names that `load_spec` knows."""
-    return shipped_names(__name__)
 
 
 def load_spec(model: str) -> ModelSpec:
     """The spec of a preset, or of a TOML file. Raises InputError naming the fault."""
     return read_named(ModelSpec, "model", model, __name__)
+
+
+def shipped_file(model: str, name: str) -> Path | None:
+    """A file that ships with a model, such as its weights: in `models/MODEL/`. None where it does not."""
+    path = Path(str(resources.files("forcingkv.models"))) / model / name
+    return path if path.is_file() else None

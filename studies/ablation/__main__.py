@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples
+from forcingkv.analyze.analysis import labels_of_rule
 from forcingkv.analyze.labels import decide
-from forcingkv.analyze.maps import labels_of_rule
 from forcingkv.commands.console import default_prompts
 from forcingkv.commands.models import text_inputs
 from forcingkv.headmaps import HeadMap

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forcingkv.analyze.agreement import Change, ScoreDifference, agree, changes, pairwise, score_difference
+from forcingkv.analyze.comparison import Change, ScoreDifference, agree, changes, pairwise, score_difference
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 
 HEADS = 5

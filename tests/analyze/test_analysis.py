@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -50,7 +52,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_run_leaves_statistics_map_stability_and_report(recorded: Path) -> None:
     assert sorted(path.name for path in recorded.iterdir()) == [*FILES, "stats"]
     assert [path.name for path in sorted((recorded / "stats").iterdir())] == [
-        f"sample-000{sample}.parquet" for sample in range(3)
+        *(f"sample-000{sample}.parquet" for sample in range(3)),
+        "versions.json",
     ]
     rows = read_statistics(recorded / "stats").rows.collect()
     assert len(rows) == 3 * 4 * 2 * SPEC.layers * SPEC.heads * 3
@@ -103,7 +106,7 @@ def test_an_interrupted_run_goes_on_and_counts_nothing_twice(recorded: Path, tmp
 
     with pytest.raises(KeyboardInterrupt):
         record_samples(JOB, tmp_path, samples=3, progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["sample-0000.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sample-0000.parquet", "versions.json"]
     told: list[tuple[int, int]] = []
     assert record_samples(JOB, tmp_path, samples=3, progress=lambda *at: told.append(at)) == [1, 2]
     assert told[0] == (1, 0)
@@ -117,7 +120,44 @@ def test_samples_can_be_added_but_not_taken_away(stats: Path) -> None:
     with pytest.raises(InputError, match=r"holds sample 3, and 2 are asked for.*--samples 4"):
         record_samples(JOB, stats, samples=2)
     assert record_samples(JOB, stats, samples=2, restart=True) == [0, 1]
-    assert len(list(stats.iterdir())) == 2
+    assert len(list(stats.glob("*.parquet"))) == 2
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    """Pretend that those versions of packages are installed."""
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or real(name))
+
+
+def test_samples_of_other_versions_are_not_added(stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(stats)
+    assert json.loads(before["versions.json"]).keys() == {"forcingkv", "torch", "numpy"}
+    installed(monkeypatch, torch="99.1")
+    message = r"stats was recorded by forcingkv \S+, torch \S+, numpy \S+; expected .*torch 99\.1.*--restart"
+    with pytest.raises(InputError, match=message):
+        record_samples(JOB, stats, samples=4)
+    assert contents(stats) == before
+    assert record_samples(JOB, stats, samples=3) == []  # nothing to add
+    assert analyze_statistics(stats).headmap
+    assert record_samples(JOB, stats, samples=1, restart=True) == [0]
+    assert json.loads((stats / "versions.json").read_text())["torch"] == "99.1"
+    assert record_samples(JOB, stats, samples=2) == [1]
+
+
+def test_samples_are_added_to_statistics_that_do_not_say_their_versions(
+    stats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stats / "versions.json").unlink()
+    installed(monkeypatch, numpy="99.1")
+    assert record_samples(JOB, stats, samples=4) == [3]
+    assert not (stats / "versions.json").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ("[]", r"was recorded by \[\]")])
+def test_versions_that_make_no_sense_are_refused(content: str, message: str, stats: Path) -> None:
+    (stats / "versions.json").write_text(content)
+    with pytest.raises(InputError, match=rf"{message}.*--restart"):
+        record_samples(JOB, stats, samples=4)
 
 
 def test_statistics_can_lie_anywhere_that_fsspec_reaches(recorded: Path, tmp_path: Path) -> None:
@@ -208,7 +248,7 @@ def spoil(stats: Path, how: str) -> None:
         ("columns", r"sample-0001.parquet has the columns"),
         ("nan", r"the mass of sample 1 sums to nan \(chunk 2, step 0, layer 1, head 2"),
         ("short", "sample 1 has 143 scored rows; expected 144"),
-        ("doubled", "a row is there twice"),
+        ("doubled", "has a row twice"),
         ("renamed", r"sample-0001.parquet holds sample 2; expected sample 1"),
         ("gone", r"holds no statistics; expected files sample-NNNN.parquet"),
     ],
@@ -234,9 +274,9 @@ def test_a_run_that_cannot_be_made_leaves_no_files(tmp_path: Path) -> None:
     bad = replace(JOB, weights=Weights(drawn.shapes, spoilt))  # type: ignore[arg-type]
     cases = [
         (bad, 1, r"sample 0, chunk 0, step 0: the attention of layer 0 is not a number"),
-        (replace(JOB, chunks=2), 1, "2 chunks; expected more than 2"),
-        (JOB, 0, "2 prompts, 0 samples"),
-        (replace(JOB, texts=[]), 1, "0 prompts, 1 samples"),
+        (replace(JOB, chunks=2), 1, r"chunks: 2 are too few: small treats .*; expected at least 3"),
+        (JOB, 0, "0 samples of 2 prompts cannot be measured"),
+        (replace(JOB, texts=[]), 1, "1 samples of 0 prompts cannot be measured"),
         (replace(JOB, policy="forcing-kv"), 1, "needs a head map"),
     ]
     for job, samples, message in cases:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from forcingkv.commands.labelling import bytes_of
+from forcingkv.commands.analyze import bytes_of
 from forcingkv.headmaps import HeadMap, InputError
 from tests.conftest import Ran
 
@@ -162,7 +162,7 @@ def test_options_of_the_recording_reach_it(place: Path, run: Run, tmp_path: Path
         (["--rule", "budget", "--target-kv", "much"], "'much' is not a size"),
         (["--rule", "budget", "--target-kv", "1KB"], "cannot be met; expected at least"),
         (["--rule", "quota", "--undecided", "dynamic"], "the rule quota fixes how many heads are static"),
-        (["--undecided", "both"], "there is no treatment 'both'"),
+        (["--undecided", "both"], "--undecided is 'both'; expected kept or dynamic"),
         (["--device", "tpu"], "there is no device 'tpu'"),
         (["--dtype", "float16"], "there is no dtype 'float16'"),
         (["--policy", "forcing-kv"], "the policy forcing-kv needs a head map"),

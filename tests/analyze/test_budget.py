@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forcingkv.analyze.budget import decide_budget, plan_for
+from forcingkv.analyze.labels import decide_budget, plan_for
 from forcingkv.headmaps import InputError, Rule
 from forcingkv.headmaps.headmap import Budget
 from forcingkv.models.presets import load_spec

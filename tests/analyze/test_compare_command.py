@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pytest
 from matplotlib import image
 
-from forcingkv.analyze.comparison import comparison_picture, short_names
+from forcingkv.analyze.comparison import short_names
+from forcingkv.analyze.comparison_picture import comparison_picture
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule, Statistics, read_headmap
 from tests.conftest import Ran
 
@@ -258,8 +259,8 @@ def test_short_names() -> None:
         (["heads-a", "heads-b", "--out", "a.jpg"], "a.jpg'; expected a name that ends in .png"),
         (["heads-a", "heads-b", "--out", "text.json/a.png"], "a.png cannot be written"),
         (["heads-a", "heads-b", "--out", "taken.png"], "taken.png cannot be written"),
-        (["heads-a", "heads-b", "--min-agreement", "1.5"], "min-agreement: 1.5; expected 0 to 1"),
-        (["heads-a", "heads-b", "--min-agreement", "nan"], "min-agreement: nan; expected 0 to 1"),
+        (["heads-a", "heads-b", "--min-agreement", "1.5"], "--min-agreement is 1.5; expected 0 to 1"),
+        (["heads-a", "heads-b", "--min-agreement", "nan"], "--min-agreement is nan; expected 0 to 1"),
     ],
 )
 def test_refused(

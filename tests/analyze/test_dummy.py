@@ -10,8 +10,7 @@ import pytest
 
 from forcingkv.analyze.analysis import Labelling
 from forcingkv.analyze.dummy import context_mass, label_dummies
-from forcingkv.analyze.job import Job
-from forcingkv.analyze.run import analyze_heads
+from forcingkv.analyze.run import Job, analyze_heads
 from forcingkv.analyze.storage import read_statistics
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule, Statistics
 from forcingkv.models.checkpoint import random_weights

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
-from forcingkv.analyze.labels import Decision, RuleName, decide, least_static, rule_name
+from forcingkv.analyze.labels import RULES, Decision, decide, least_static, policy_of, rule_name
 from forcingkv.analyze.recording import SCHEMA, Recording
 from forcingkv.analyze.scores import FLOOR, Observations, observe
 from forcingkv.analyze.storage import Recorded
-from forcingkv.headmaps import InputError, ModelIdentity, Rule
+from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
+from forcingkv.runtime.policies import load_policy
 from tests.conftest import small_spec
 
 Array = npt.NDArray[np.float64]
@@ -142,7 +143,7 @@ def test_statistics_that_are_not_whole_are_refused() -> None:
             observe(recorded(faulty, 2), 1)
         assert raised.value.where == "stats"
     twice = [dict(row, head=0) for row in rows]
-    with pytest.raises(InputError, match="a row is there twice"):
+    with pytest.raises(InputError, match="has a row twice"):
         observe(recorded(twice, 2), 1)
 
 
@@ -182,7 +183,7 @@ def test_a_quota_cuts_halfway_between_two_heads() -> None:
 
 @pytest.mark.parametrize("quota", [-1, 5])
 def test_a_quota_that_no_layer_has_is_refused(quota: int) -> None:
-    with pytest.raises(InputError, match=f"a quota of {quota} static heads; expected 0 to 4"):
+    with pytest.raises(InputError, match=f"cannot make {quota} heads a layer static; expected 0 to 4"):
         decide(observed(of_scores(MEANS)), "quota", static_per_layer=quota)
 
 
@@ -210,7 +211,7 @@ def clouds(seed: int, static: npt.NDArray[np.bool_]) -> Observations:
 
 @pytest.mark.parametrize("rule", ["kmeans", "mixture"])
 @pytest.mark.parametrize("seed", range(4))
-def test_clusters_find_planted_clouds(rule: RuleName, seed: int) -> None:
+def test_clusters_find_planted_clouds(rule: str, seed: int) -> None:
     static = np.random.default_rng(seed + 100).random((4, 6)) < 0.4
     found = clouds(seed, static)
     decision = decide(found, rule)
@@ -222,7 +223,7 @@ def test_clusters_find_planted_clouds(rule: RuleName, seed: int) -> None:
 
 
 @pytest.mark.parametrize("rule", ["kmeans", "mixture"])
-def test_the_cluster_with_more_recent_mass_is_static(rule: RuleName) -> None:
+def test_the_cluster_with_more_recent_mass_is_static(rule: str) -> None:
     """Also where little of it lies on the transition frame, so that the sum of log-ratios is lower."""
     scatter = np.random.default_rng(0).uniform(0.99, 1.01, 12)
     current = np.repeat([0.85, 0.35], 6) * scatter
@@ -264,7 +265,7 @@ def test_the_margin_of_a_mixture_is_the_log_odds_of_two_gaussians() -> None:
 
 
 @pytest.mark.parametrize("rule", ["kmeans", "mixture"])
-def test_the_recorded_boundary_reproduces_the_decision(rule: RuleName) -> None:
+def test_the_recorded_boundary_reproduces_the_decision(rule: str) -> None:
     decision = decide(clouds(0, np.random.default_rng(1).random((4, 6)) < 0.4), rule)
     asked = np.random.default_rng(2).uniform(-4, 4, (50, 4, 6, 3))
     current, transition, constant = decision.rule.boundary or ()
@@ -273,7 +274,7 @@ def test_the_recorded_boundary_reproduces_the_decision(rule: RuleName) -> None:
 
 
 @pytest.mark.parametrize("rule", ["kmeans", "mixture"])
-def test_heads_all_alike_form_no_clusters(rule: RuleName) -> None:
+def test_heads_all_alike_form_no_clusters(rule: str) -> None:
     with pytest.raises(InputError, match="all heads look alike; expected heads that form two clusters"):
         decide(observed(of_scores([[0.5] * 4] * 2)), rule)
 
@@ -283,7 +284,7 @@ def test_heads_all_alike_form_no_clusters(rule: RuleName) -> None:
 
 @pytest.mark.parametrize("static", range(13))
 def test_the_threshold_is_kept_where_a_sixth_lies_on_either_side(static: int) -> None:
-    rule: RuleName = "threshold" if 2 <= static <= 10 else "kmeans"
+    rule: str = "threshold" if 2 <= static <= 10 else "kmeans"
     scores = np.r_[np.linspace(0.9, 0.95, static), np.linspace(0.1, 0.2, 12 - static)].reshape(2, 6)
     found = observed(of_scores(scores))
     decision = decide(found, "auto")
@@ -301,13 +302,13 @@ def test_a_rule_is_found_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("rule", ["budget", "dummy"])
-def test_rules_that_need_more_are_decided_elsewhere(rule: RuleName) -> None:
-    with pytest.raises(ValueError, match=f"the rule {rule} asks for more than observations"):
+def test_rules_that_need_more_are_decided_elsewhere(rule: str) -> None:
+    with pytest.raises(ValueError, match=f"the rule {rule} needs more than observations"):
         decide(observed(of_scores(MEANS)), rule)
 
 
 @pytest.mark.parametrize("rule", ["threshold", "quota", "kmeans", "mixture"])
-def test_parts_asked_together_get_the_answers_they_get_alone(rule: RuleName) -> None:
+def test_parts_asked_together_get_the_answers_they_get_alone(rule: str) -> None:
     random = np.random.default_rng(2)
     decision = decide(clouds(3, random.random((4, 6)) < 0.4), rule)
     current = random.uniform(0.05, 0.6, (3, 2, 4, 6))
@@ -316,3 +317,11 @@ def test_parts_asked_together_get_the_answers_they_get_alone(rule: RuleName) -> 
         np.testing.assert_allclose(decision.margin(parts)[index], decision.margin(parts[index]), atol=1e-12)
         assert (decision.static(parts)[index] == decision.static(parts[index])).all()
     assert (decision.static(parts) == (decision.margin(parts) >= 0)).all()
+
+
+def test_every_rule_names_a_policy_and_a_map_is_used_by_the_one_that_knows_its_labels() -> None:
+    for kind in RULES.values():
+        labels = tuple(load_policy(kind.policy).groups)
+        identity = ModelIdentity("small", 1, len(labels))
+        assert policy_of(HeadMap(identity, (labels,), Rule("given"))) == kind.policy
+    assert policy_of(HeadMap(ModelIdentity("small", 1, 1), (("wave",),), Rule("given"))) == "forcing-kv"

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples
-from forcingkv.analyze.analysis import COMPARED_RULES
-from forcingkv.analyze.budget import plan_for
-from forcingkv.analyze.scores import observe
+from forcingkv.analyze.labels import RULES as KINDS
+from forcingkv.analyze.labels import plan_for
+from forcingkv.analyze.scores import observe, variance_split
 from forcingkv.analyze.storage import read_statistics
-from forcingkv.analyze.variance import variance_split
 from forcingkv.headmaps.headmap import Budget
 from forcingkv.runtime.cost import chunk_flops
 from forcingkv.runtime.plan import build_plan
@@ -99,7 +98,7 @@ def test_every_rule_labels_planted_heads_right(rule: str, analyzed: Callable[[La
     np.testing.assert_array_equal(static[steady], STATIC[steady])
 
 
-@pytest.mark.parametrize("rule", COMPARED_RULES)
+@pytest.mark.parametrize("rule", [name for name, kind in KINDS.items() if kind.compared])
 def test_a_rule_beside_the_chosen_one_finds_them(
     rule: str, analyzed: Callable[[Labelling], Analysis]
 ) -> None:

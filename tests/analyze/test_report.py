@@ -21,9 +21,10 @@ import pytest
 from matplotlib import pyplot as plt
 
 from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples
+from forcingkv.analyze.labels import policy_of
 from forcingkv.analyze.report import report_html
 from forcingkv.analyze.report.attention import examples, frame_attention
-from forcingkv.analyze.report.costs import Cost, costs, full_costs, policy_of, resolutions
+from forcingkv.analyze.report.costs import Cost, costs, full_costs, resolutions
 from forcingkv.analyze.report.page import DARK, LIGHT, drawn, node
 from forcingkv.analyze.report.pictures import headmap_picture, undecided_heads
 from forcingkv.analyze.stability import REASONS
@@ -172,7 +173,7 @@ def test_one_sample_says_what_is_unknown_and_warns_of_nothing(made: Callable[...
 
 def test_classes_of_dummy_forcing_are_shown_with_another_rules_stability(made: Callable[..., Made]) -> None:
     analysis, page = made(rule="dummy").analysis, Page(made(rule="dummy").page)
-    assert page.text.count("The classes of Dummy Forcing are no two sides of a boundary") == 2
+    assert page.text.count("The classes of Dummy Forcing are not two sides of a boundary") == 2
     assert f"of another rule: {analysis.decision.rule.name}" in page.text
     assert "this map, dummy-forcing" in page.words
     assert "dummy" in (page.images[0]["alt"] or "")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forcingkv.analyze.analysis import Undecided, headmap_of, undecided_choice, verdict
 from forcingkv.analyze.labels import decide
-from forcingkv.analyze.maps import Undecided, headmap_of, undecided_choice, verdict
 from forcingkv.analyze.scores import Observations
 from forcingkv.analyze.stability import REASONS, Interval, Stability, judge_stability, samples_needed
 from forcingkv.headmaps import InputError, ModelIdentity, Rule, Statistics

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forcingkv.analyze.scores import Observations
-from forcingkv.analyze.variance import divergence, variance_split
+from forcingkv.analyze.scores import Observations, divergence, variance_split
 from forcingkv.runtime.spec import Schedule
 from tests.analyze.test_labels import of_scores, recorded
 

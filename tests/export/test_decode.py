@@ -13,8 +13,7 @@ from torch import Tensor
 
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import InputError
-from forcingkv.models.decoders import KINDS, StreamingDecoder
-from forcingkv.models.decoders.choose import decoder_for
+from forcingkv.models.decoders import KINDS, StreamingDecoder, decoder_for
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder
 from forcingkv.runtime import Session
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
@@ -102,7 +101,7 @@ def test_the_decoder_is_chosen_by_name_and_file(tmp_path: Path) -> None:
         InputError, match=r"the weights of the decoder wan-vae are not given.*--vae Wan2.1_VAE"
     ):
         decoder_for(spec, None, None)
-    with pytest.raises(InputError, match="there is no decoder 'jpeg'; expected wan-vae or taehv"):
+    with pytest.raises(InputError, match="there is no decoder 'jpeg'; expected one of wan-vae, taehv"):
         decoder_for(spec, "jpeg", None)
     with pytest.raises(InputError, match="the latents of small are pixels: it needs no decoder"):
         decoder_for(small_spec(), "taehv", None)

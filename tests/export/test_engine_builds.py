@@ -20,7 +20,7 @@ from forcingkv.export.engine_builder import (
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import load_weights, random_weights
-from forcingkv.models.decoders.choose import decoder_for
+from forcingkv.models.decoders import decoder_for
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.bundle import Manifest

@@ -11,9 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forcingkv.headmaps import Choices, HeadMap, InputError, ModelIdentity, Rule, Statistics, read_headmap
-from forcingkv.headmaps.readers import forcingkv_json
-from forcingkv.headmaps.readers.forcingkv_json import DYNAMIC, NAMES, STATIC
+from forcingkv.headmaps import (
+    Choices,
+    HeadMap,
+    InputError,
+    ModelIdentity,
+    Rule,
+    Statistics,
+    forcingkv_json,
+    read_headmap,
+)
+from forcingkv.headmaps.forcingkv_json import DYNAMIC, NAMES, STATIC
 
 
 def from_json(data: Any, **choices: Any) -> HeadMap:

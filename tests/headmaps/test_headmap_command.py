@@ -69,7 +69,7 @@ def test_validate(data: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
     assert (ran.code, ran.out) == (0, f"{path}: 30 layers x 12 heads, each labelled once\n")
     ran = run("headmap", "validate", path, "--model", "demo")
     assert ran.code == 2
-    assert f"{path}: is for 30 layers of 12 heads; expected 6 layers of 4 heads." in ran.err
+    assert f"{path} is for 30 layers of 12 heads; expected 6 layers of 4 heads." in ran.err
     (tmp_path / "a.csv").write_text(CLASSES)
     assert (
         "labels anchor, veil, wave: the policy forcing-kv"

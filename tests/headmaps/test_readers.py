@@ -17,9 +17,10 @@ from forcingkv.headmaps import (
     InputError,
     ModelIdentity,
     Rule,
+    forcingkv_json,
     read_headmap,
 )
-from forcingkv.headmaps.readers import duoattention_tsv, forcingkv_json, pyramid_csv
+from forcingkv.headmaps.readers import DUOATTENTION, PYRAMID, read_duoattention, read_pyramid
 
 FIRST_VERSION = Path(__file__).with_name("first-version.json")
 """A map as the first version of forcingkv wrote it."""
@@ -38,7 +39,7 @@ def test_the_classes_of_pyramid_forcing(tmp_path: Path) -> None:
     assert headmap.labels == (("wave", "anchor", "veil"), ("anchor", "anchor", "wave"))
     assert (headmap.model, headmap.rule) == (ModelIdentity("unknown", 2, 3), Rule("given"))
     assert headmap.source is not None
-    assert headmap.source.format == pyramid_csv.FORMAT
+    assert headmap.source.format == PYRAMID
     assert HeadMap.from_json(json.loads(headmap.to_text())) == headmap
     with pytest.raises(InputError, match="uses the label 'anchor', 'veil', 'wave'; expected only static and"):
         forcingkv_json.to_data(headmap)
@@ -62,7 +63,7 @@ def test_the_gates_of_duo_attention(tmp_path: Path) -> None:
     reason = "heads with a retrieval score of at least 0.5 are dynamic (DuoAttention's default)"
     assert headmap.rule == Rule("retrieval", reason, retrieval_threshold=0.5)
     assert headmap.source is not None
-    assert headmap.source.format == duoattention_tsv.FORMAT
+    assert headmap.source.format == DUOATTENTION
     assert HeadMap.from_json(json.loads(headmap.to_text())) == headmap
     high = read_headmap(path, Choices(threshold=0.75, labels={"static": "streaming"}))
     assert high.labels == (("streaming",) * 2, ("dynamic", "streaming"))
@@ -82,12 +83,12 @@ def test_any_table_is_read_cell_by_cell(data: st.DataObject) -> None:
     classes = rows(st.sampled_from([-1, 1, 2]))
     text = "\n".join(",".join(map(str, row)) for row in classes)
     names = {-1: "wave", 1: "anchor", 2: "veil"}
-    found = pyramid_csv.from_text(text, "", WHERE, Choices())
+    found = read_pyramid(text, "", WHERE, Choices())
     assert found.labels == tuple(tuple(names[cell] for cell in row) for row in classes)
 
     gates, threshold = rows(st.floats(0, 1)), data.draw(st.floats(0, 1))
     text = "".join("\t".join(map(repr, row)) + "\n" for row in gates)
-    found = duoattention_tsv.from_text(text, "", WHERE, Choices(threshold=threshold))
+    found = read_duoattention(text, "", WHERE, Choices(threshold=threshold))
     expected = tuple(tuple("dynamic" if gate >= threshold else "static" for gate in row) for row in gates)
     assert found.labels == expected
 

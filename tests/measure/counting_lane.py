@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from forcingkv.runtime.spec import ELEMENT_BYTES
+from forcingkv.runtime.dtypes import DTYPES
 
 
 class CountedTensor:
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         self.shape, self.dtype = shape, dtype
-        known: dict[str, int] = {str(name): size for name, size in ELEMENT_BYTES.items()}
+        known = {name: record.bytes for name, record in DTYPES.items()}
         element = known[dtype] if dtype in known else np.dtype(dtype).itemsize
         self.nbytes = math.prod(shape) * element
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.measure.nominal import known_map, map_with_counts, nominal_map
-from forcingkv.models.presets import load_spec, preset_names
+from forcingkv.models.presets import load_spec
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.shipped import shipped_names
 from forcingkv.runtime.spec import ModelSpec
 from tests.conftest import small_spec
 
@@ -108,7 +109,7 @@ def test_a_map_that_ships_is_not_taken_for_a_model_of_another_size() -> None:
         nominal_map(replace(spec, layers=spec.layers + 1), load_policy("forcing-kv"))
 
 
-@pytest.mark.parametrize("model", [*preset_names(), "small"])
+@pytest.mark.parametrize("model", [*shipped_names("forcingkv.models.presets"), "small"])
 def test_dummy_forcing_works_for_any_model(model: str) -> None:
     spec = small_spec() if model == "small" else load_spec(model)
     policy = load_policy("dummy-forcing")

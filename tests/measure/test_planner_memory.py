@@ -25,12 +25,13 @@ from forcingkv.measure.planner.session_memory import (
 )
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.decoders import load_decoder
-from forcingkv.models.presets import load_spec, preset_names
+from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime import Session
 from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.shipped import shipped_names
 from forcingkv.runtime.spec import ModelSpec
 from tests.conftest import small_spec
 from tests.measure.counting_lane import CountingLane
@@ -79,7 +80,7 @@ def test_so_are_those_of_a_real_session_of_the_demo_model(policy: str, tmp_path:
     assert kv(session_memory(plan, "float32").parts) == held > 0
 
 
-@pytest.mark.parametrize("model", preset_names())
+@pytest.mark.parametrize("model", shipped_names("forcingkv.models.presets"))
 def test_every_parameter_is_counted(model: str) -> None:
     spec = load_spec(model)
     with torch.device("meta"):

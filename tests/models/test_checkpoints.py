@@ -13,15 +13,16 @@ import huggingface_hub
 import peft
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
 from forcingkv.headmaps import InputError, MissingExtraError
-from forcingkv.models import locate, tensor_files
+from forcingkv.models import tensor_files
 from forcingkv.models.checkpoint import load_weights, random_weights
-from forcingkv.models.naming import to_diffusers
+from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import ModelSpec, PublicWeights
 from tests.conftest import random_model, small_spec
@@ -44,7 +45,8 @@ def prefixed(state: State, prefix: str) -> State:
 
 
 def in_diffusers(state: State) -> State:
-    return {to_diffusers(name) or name: tensor for name, tensor in state.items()}
+    converted: State = convert_wan_transformer_to_diffusers(dict(state))
+    return converted
 
 
 def fsdp(state: State) -> State:
@@ -150,7 +152,7 @@ def test_a_truncated_file_is_refused(layout: str, state: State, tmp_path: Path) 
     for kept in (0, 4, file.stat().st_size // 2, file.stat().st_size - 1):
         content = file.read_bytes()
         file.write_bytes(content[:kept])
-        with pytest.raises(InputError, match=rf"{file.name}: (cannot be read|is refused)"):
+        with pytest.raises(InputError, match=rf"{file.name} (cannot be read|is refused)"):
             load_weights(small_spec(), path)
         file.write_bytes(content)
 
@@ -198,6 +200,13 @@ def test_the_entry_of_a_file_can_be_chosen(state: State, tmp_path: Path) -> None
     save_file(state, tmp_path / "flat.safetensors")
     with pytest.raises(InputError, match="has no entry 'generator': a safetensors file is flat"):
         load_weights(spec, tmp_path / "flat.safetensors", key="generator")
+
+
+def test_causal_forcing_takes_the_entry_that_its_authors_take(state: State, tmp_path: Path) -> None:
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"generator": state, "generator_ema": other}, tmp_path / "causal_forcing.pt")
+    spec = small_spec(source=load_spec("causal-forcing").source)
+    assert_same(load_weights(spec, tmp_path / "causal_forcing.pt"), state)
 
 
 def test_two_names_for_one_tensor_are_refused(state: State, tmp_path: Path) -> None:
@@ -348,7 +357,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_hub_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tensor_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"needs huggingface_hub.*pip install 'forcingkv\[hub\]'"):
         load_weights(small_spec(), "a/b")
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models import decoders
 from forcingkv.models.decoders import StreamingDecoder, load_decoder
-from forcingkv.models.decoders.wan_vae import WanVaeDecoder
-from forcingkv.models.decoders.wan_vae_files import load_wan_vae
+from forcingkv.models.decoders.wan_vae import WanVaeDecoder, load_wan_vae
 from tests.models.test_decoders import SMALL, State, small_vae
 
 
@@ -189,7 +188,7 @@ def test_a_path_with_nothing_there_is_an_input_error(kind: str, name: str, tmp_p
 
 
 def test_a_kind_that_is_not_there_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="wan-vae or taehv"):
+    with pytest.raises(InputError, match="expected one of wan-vae, taehv"):
         load_decoder("vae")
 
 

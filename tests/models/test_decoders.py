@@ -19,8 +19,7 @@ from forcingkv.models.decoders.taehv import TaehvDecoder, random_taehv
 
 diffusers = pytest.importorskip("diffusers")
 
-from forcingkv.models.decoders.wan_vae import WanVaeDecoder  # noqa: E402
-from forcingkv.models.decoders.wan_vae_files import random_wan_vae  # noqa: E402
+from forcingkv.models.decoders.wan_vae import WanVaeDecoder, random_wan_vae  # noqa: E402
 
 TOLERANCE = 1e-4
 FRAMES, HEIGHT, WIDTH = 7, 3, 5

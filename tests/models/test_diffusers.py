@@ -21,14 +21,14 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from forcingkv.models.cache import advance, attend_cache, empty_cache
-from forcingkv.models.checkpoint import build_model, weight_shapes
+from forcingkv.models.checkpoint import build_model, to_wan, weight_shapes
 from forcingkv.models.generate import latent_shape, next_latents
-from forcingkv.models.naming import to_diffusers, to_wan
-from forcingkv.models.presets import load_spec, preset_names
+from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.shipped import shipped_names
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule
 from tests.conftest import small_spec
 
@@ -129,22 +129,21 @@ def test_every_name_has_its_counterpart_in_diffusers() -> None:
     spec = tiny()
     theirs, _ = twin(spec)
     names = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    assert {to_diffusers(name): shape for name, shape in weight_shapes(spec).items()} == names
     assert {to_wan(name): shape for name, shape in names.items()} == weight_shapes(spec)
 
 
 def test_names_are_those_of_diffusers_own_converter() -> None:
     numbered = {name: torch.tensor(i) for i, name in enumerate(weight_shapes(tiny()))}
     converted = convert_wan_transformer_to_diffusers(dict(numbered))
-    assert {to_diffusers(name): int(t) for name, t in numbered.items()} == {
-        name: int(t) for name, t in converted.items()
-    }
+    assert {to_wan(name): int(t) for name, t in converted.items()} == {n: int(t) for n, t in numbered.items()}
 
 
 WARPED = [1000, 937.5, 833.3, 625]
 
 
-@pytest.mark.parametrize("preset", [name for name in preset_names() if name != "demo"])
+@pytest.mark.parametrize(
+    "preset", [name for name in shipped_names("forcingkv.models.presets") if name != "demo"]
+)
 def test_steps_of_the_presets(preset: str) -> None:
     schedule = load_spec(preset).schedule
     expected = [1000, 937, 833, 625] if preset == "krea-14b" else WARPED

@@ -1,4 +1,4 @@
-"""Presets: the figures of METHOD.md, the policies at every geometry, and users' own files."""
+"""Presets: the figures of docs/method.md, the policies at every geometry, and users' own files."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
-from forcingkv.models.presets import load_spec, preset_names
+from forcingkv.models.presets import load_spec
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import load_policy, policy_names
+from forcingkv.runtime.shipped import shipped_names
 
 PRESETS = ["causal-forcing", "krea-14b", "longlive", "raven", "self-forcing"]
 GEOMETRIES = {"480p": (60, 104, 1560), "720p": (90, 160, 3600), "1080p": (136, 240, 8160)}
 
 
 def test_the_presets_are_there() -> None:
-    assert preset_names() == sorted([*PRESETS, "demo"])
+    assert shipped_names("forcingkv.models.presets") == sorted([*PRESETS, "demo"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -134,7 +135,7 @@ def test_a_spec_may_be_based_on_a_preset(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('base = "nosuch"', "there is no model 'nosuch'"),
-        ("base = 3", "its base is 3; expected a name"),
+        ("base = 3", "has the base 3; expected a name"),
         ('base = "SELF"', "is based on itself"),
         ('base = "longlive"\ncolour = "red"', "unknown field 'colour'"),
         ('base = "longlive"\n[decoder]\nkind = "jpeg"', "decoder: kind is 'jpeg'; expected 'pixels' or"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Callable
@@ -194,3 +195,19 @@ def test_encode_writes_what_generate_reads(run: Callable[..., Ran], tmp_path: Pa
     words[2] = "self-forcing"
     ran = run(*words, "--prompts", tmp_path / "prompts.txt")
     assert (ran.code, "gives embeddings of width 24; expected 4096" in ran.err) == (2, True), ran.err
+
+
+def test_releases_of_transformers_that_encode_noise_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = transformers_folder(tmp_path), importlib.metadata.version
+    for version, works in (("5.0.1", False), ("4.57.1", True), ("5.1.0", True)):
+        others = {"transformers": version}
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, v=others: v.get(name) or real(name))
+        if works:
+            assert load_prompt_encoder(folder)
+            continue
+        with pytest.raises(
+            InputError, match=r"transformers is release 5\.0\.1, which .*not 5\.0\..*pip install"
+        ):
+            load_prompt_encoder(folder)

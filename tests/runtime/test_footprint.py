@@ -15,10 +15,10 @@ from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.bundle import GraphRecord, Manifest, TensorRecord
 from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.chunks import ChunkDecoder
+from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import engine_sets, footprint, grouped_by_need, named, part_notes, readable
 from forcingkv.runtime.policies import load_policy
-from forcingkv.runtime.spec import ELEMENT_BYTES
 from tests.conftest import headmap_of, random_model, small_spec
 
 
@@ -143,7 +143,7 @@ def test_keys_and_values_are_in_the_dtype_that_the_graphs_compute_in(bundle: Bun
 
 def test_decoder_caches_are_held_twice_and_are_no_frames(bundle: Bundle) -> None:
     plain, carried = (footprint(m, bundle.plan) for m in (bundle.manifest, with_caches(bundle.manifest)))
-    assert carried["decoder_caches"] == 2 * (10 * ELEMENT_BYTES["bfloat16"] + 3 * 4)
+    assert carried["decoder_caches"] == 2 * (10 * DTYPES["bfloat16"].bytes + 3 * 4)
     assert carried["frames"] == plain["frames"]
     assert carried["latents"] == plain["latents"] + 4, "the input `first`"
 

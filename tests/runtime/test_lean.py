@@ -57,7 +57,7 @@ def test_the_runtime_runs_a_bundle_with_nothing_but_numpy_and_onnxruntime(tmp_pa
     assert done.stdout.strip() == str([(3, 8, 12, 3)] * 4)
 
 
-FREE = {"plotting"}
+FREE = {"plotting", "resampling"}
 """Modules that everybody may import: they import nothing of forcingkv."""
 MAY_IMPORT = {
     "headmaps": set(),

@@ -1,17 +1,21 @@
-"""Specs, schedules, geometry, positions: the numbers of METHOD.md and refusals that name the fault."""
+"""Specs, schedules, geometry, positions: the numbers of docs/method.md and refusals that name the fault."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from forcingkv.headmaps import InputError
-from forcingkv.models.presets import load_spec, preset_names
+from forcingkv.models.presets import load_spec
 from forcingkv.runtime import positions
 from forcingkv.runtime.policies import load_policy, policy_names
-from forcingkv.runtime.spec import Schedule
+from forcingkv.runtime.shipped import shipped_names
+from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule
 from tests.conftest import small_spec
 
 
@@ -60,6 +64,48 @@ def test_chunks_for_a_length(seconds: float, chunks: int) -> None:
     assert spec.frames_of(7) == 81
 
 
+def counted_chunks(spec: ModelSpec, seconds: float) -> int:
+    """The definition, one chunk after another."""
+    chunks = 1
+    while spec.frames_of(chunks) < seconds * spec.fps:
+        chunks += 1
+    return chunks
+
+
+@given(
+    st.floats(min_value=0, max_value=300, exclude_min=True),
+    st.floats(min_value=0.01, max_value=120) | st.sampled_from([8.0, 16.0, 23.976, 30.0]),
+    st.integers(1, 8),
+    st.sampled_from([1, 2, 4]),
+)
+def test_chunks_for_a_length_are_those_that_counting_finds(
+    seconds: float, fps: float, frames: int, stride: int
+) -> None:
+    decoder = Decoder("taehv", 8, stride)
+    spec = small_spec(fps=fps, frames_per_chunk=frames, attended_frames=3 * frames, decoder=decoder)
+    assert spec.chunks_for(seconds) == counted_chunks(spec, seconds)
+
+
+@given(st.integers(1, 2000), st.sampled_from([8.0, 16.0, 24.0]))
+def test_a_length_that_chunks_fill_exactly_needs_no_other(chunks: int, fps: float) -> None:
+    spec = small_spec(fps=fps)
+    frames = spec.frames_of(chunks)
+    assert spec.chunks_for(frames / fps) == chunks
+    assert spec.chunks_for((frames + 0.5) / fps) == chunks + 1
+
+
+def test_very_long_videos_are_counted_at_once() -> None:
+    spec = small_spec(fps=16.0)
+    chunks = spec.chunks_for(1e15)
+    assert spec.frames_of(chunks - 1) < 16e15 <= spec.frames_of(chunks)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf, 1e308])
+def test_a_length_that_no_chunks_have_is_refused(seconds: float) -> None:
+    with pytest.raises(InputError, match=r"seconds is .*; expected a number above 0"):
+        small_spec(fps=16.0).chunks_for(seconds)
+
+
 @pytest.mark.parametrize("resolution", ["13x8", "0x0", "hd", "12", "12x", "-12x8"])
 def test_a_resolution_that_cannot_be_used_is_refused(resolution: str) -> None:
     with pytest.raises(InputError, match="resolution"):
@@ -79,7 +125,7 @@ def test_a_spec_that_makes_no_model_is_refused(changes: dict[str, int], message:
         small_spec(**changes)
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", shipped_names("forcingkv.models.presets"))
 def test_every_preset_can_be_read(name: str) -> None:
     spec = load_spec(name)
     assert spec.name == name

@@ -1,4 +1,7 @@
-"""The commands. Each module has one; heavy imports happen inside the functions."""
+"""The command line: a module for each command, and modules of the options and output that commands share.
+
+Heavy imports happen inside the functions, so that --help answers at once.
+"""
 
 from __future__ import annotations
 

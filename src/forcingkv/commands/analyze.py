@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -12,19 +17,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import console, emit, need, progress_bar, read_prompts
+from forcingkv.commands.console import AsJson, console, emit, need, progress_bar, read_prompts
 from forcingkv.commands.headmap import print_map
-from forcingkv.commands.labelling import (
-    Alpha,
-    RuleOption,
-    SinkFrames,
-    StaticPerLayer,
-    TargetKv,
-    TargetResolution,
-    TargetTime,
-    UndecidedOption,
-    labelling,
-)
 from forcingkv.commands.models import (
     Checkpoint,
     Key,
@@ -35,20 +29,110 @@ from forcingkv.commands.models import (
     text_inputs,
     weights_for,
 )
-from forcingkv.headmaps import read_headmap
+from forcingkv.headmaps import Budget, InputError, read_headmap
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.spec import Geometry
 
 if TYPE_CHECKING:
-    from forcingkv.analyze import Analysis
+    from forcingkv.analyze import Analysis, Labelling
 
 
 app = typer.Typer(help="Record attention statistics, label heads, judge and compare.", no_args_is_help=True)
 app.command("compare")(compare)
 
-STYLES = {"safe": "green", "care": "yellow", "unsafe": "red", "unknown": "magenta"}
+LEVEL_STYLES = {"safe": "green", "care": "yellow", "unsafe": "red", "unknown": "magenta"}
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """What a user said of labels."""
+
+    rule: Annotated[str, typer.Option(help="auto, threshold, quota, kmeans, mixture, budget or dummy.")] = (
+        "auto"
+    )
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Cut of the rule threshold.")] = 0.8
+    static_per_layer: Annotated[
+        int | None, typer.Option(min=0, help="Static heads a layer, for the rule quota; default: half.")
+    ] = None
+    sink_frames: Annotated[
+        int, typer.Option(min=0, help="First frames left out of the score's denominator.")
+    ] = 1
+    undecided: Annotated[
+        str | None,
+        typer.Option(help="Undecided heads: dynamic or kept; default: dynamic, kept under quota and budget."),
+    ] = None
+    target_kv: Annotated[
+        str | None, typer.Option(help="For the rule budget: most KV memory, such as 1.5GB or 800MB.")
+    ] = None
+    target_time: Annotated[
+        float | None,
+        typer.Option(min=0, help="For the rule budget: most time of a chunk, as a share of full."),
+    ] = None
+    target_resolution: Annotated[
+        str | None, typer.Option(help="Resolution that the target is for; default: that of the recording.")
+    ] = None
+
+    def labelling(self, recorded: Geometry) -> Labelling:
+        """What they ask for; a target without a resolution holds at the one that was recorded.
+
+        Raises InputError for words that are not known, or a target too many.
+        """
+        from forcingkv.analyze import Labelling
+        from forcingkv.analyze.analysis import Undecided
+        from forcingkv.analyze.labels import rule_name
+
+        rule = rule_name(self.rule)
+        undecided: Undecided | None = None
+        if self.undecided is not None:
+            if self.undecided not in get_args(Undecided):
+                raise InputError(f"is {self.undecided!r}", where="--undecided", expected="kept or dynamic")
+            undecided = cast("Undecided", self.undecided)
+        targets = [target for target in (self.target_kv, self.target_time) if target is not None]
+        if (rule == "budget") != (len(targets) == 1):
+            raise InputError(
+                f"the rule {rule} is asked for with {len(targets)} targets",
+                where="rule",
+                expected="--rule budget with one of --target-kv and --target-time; no target for other rules",
+            )
+        resolution = self.target_resolution or f"{recorded.width}x{recorded.height}"
+        kv_bytes = bytes_of(self.target_kv) if self.target_kv else None
+        return Labelling(
+            rule=rule,
+            alpha=self.alpha,
+            static_per_layer=self.static_per_layer,
+            sink_frames=self.sink_frames,
+            undecided=undecided,
+            budget=Budget("forcing-kv", resolution, kv_bytes, self.target_time) if targets else None,
+        )
+
+
+NO_LABEL_OPTIONS = LabelOptions()
+
+
+def takes_label_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `labels` (a `LabelOptions`) is given as the options that make one up."""
+    hints, own = get_type_hints(LabelOptions, include_extras=True), [one.name for one in fields(LabelOptions)]
+    options = [
+        inspect.Parameter(
+            one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=one.default, annotation=hints[one.name]
+        )
+        for one in fields(LabelOptions)
+    ]
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        labels = LabelOptions(**{name: given.pop(name) for name in own})
+        command(**given, labels=labels)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        parameters += options if parameter.name == "labels" else [parameter]
+    # What typer reads a command's options from.
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
 
 
 @app.callback()
@@ -57,6 +141,7 @@ def _group() -> None:
 
 
 @app.command()
+@takes_label_options
 def heads(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for stats/, headmap.json, stability.json, report.html.")],
@@ -75,14 +160,7 @@ def heads(
     ] = 512,
     policy: Annotated[str, typer.Option(help="Policy to generate under.")] = "full",
     headmap: Annotated[Path | None, typer.Option(help="Head map, for policies that need one.")] = None,
-    rule: RuleOption = "auto",
-    alpha: Alpha = 0.8,
-    static_per_layer: StaticPerLayer = None,
-    sink_frames: SinkFrames = 1,
-    undecided: UndecidedOption = None,
-    target_kv: TargetKv = None,
-    target_time: TargetTime = None,
-    target_resolution: TargetResolution = None,
+    labels: LabelOptions = NO_LABEL_OPTIONS,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="What to compute in: float32 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -106,21 +184,12 @@ def heads(
     """
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     from forcingkv.analyze import Job, analyze_heads
-    from forcingkv.analyze.job import choose_device
     from forcingkv.analyze.recording import RecordedDtype
+    from forcingkv.analyze.run import choose_device
     from forcingkv.models.presets import load_spec
 
     spec = load_spec(model)
-    asked = labelling(
-        rule,
-        alpha,
-        static_per_layer,
-        sink_frames,
-        undecided,
-        target_kv,
-        target_time,
-        target_resolution or _pixels(spec.geometry(resolution)),
-    )
+    asked = labels.labelling(spec.geometry(resolution))
     texts = text_inputs(spec, read_prompts(prompts) if prompts else None, embeds)
     job = Job(
         spec=spec,
@@ -155,16 +224,10 @@ def heads(
 
 
 @app.command()
+@takes_label_options
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that `analyze heads` wrote.")],
-    rule: RuleOption = "auto",
-    alpha: Alpha = 0.8,
-    static_per_layer: StaticPerLayer = None,
-    sink_frames: SinkFrames = 1,
-    undecided: UndecidedOption = None,
-    target_kv: TargetKv = None,
-    target_time: TargetTime = None,
-    target_resolution: TargetResolution = None,
+    labels: LabelOptions = NO_LABEL_OPTIONS,
     stats: Annotated[str | None, typer.Option(help="Place of the statistics; default: FOLDER/stats.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: FOLDER.")] = None,
     as_json: AsJson = False,
@@ -178,30 +241,16 @@ def report(
     from forcingkv.analyze.storage import read_statistics
 
     place = stats or str(folder / "stats")
-    default = _pixels(read_statistics(place).recording.geometry)
-    asked = labelling(
-        rule,
-        alpha,
-        static_per_layer,
-        sink_frames,
-        undecided,
-        target_kv,
-        target_time,
-        target_resolution or default,
-    )
+    asked = labels.labelling(read_statistics(place).recording.geometry)
     with console.status("labelling, judging, drawing"):
         analysis = analyze_statistics(place, asked)
         write_analysis(analysis, out or folder, ["forcingkv", *sys.argv[1:]])
     _show(analysis, out or folder, as_json)
 
 
-def _pixels(geometry: Geometry) -> str:
-    return f"{geometry.width}x{geometry.height}"
-
-
 def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
     """Print what was found: the verdict, the map, and the figures behind it."""
-    from forcingkv.analyze.summary import summary_json, summary_lines
+    from forcingkv.analyze.analysis import summary_json, summary_lines
 
     headmap = analysis.headmap
     if as_json:
@@ -215,7 +264,7 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
         )
         return
     screen = Console(highlight=False)
-    style = STYLES[analysis.verdict.level]
+    style = LEVEL_STYLES[analysis.verdict.level]
     screen.print(
         Panel("\n".join(analysis.verdict.sentences), title=analysis.verdict.level, border_style=style)
     )
@@ -225,3 +274,11 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
         table.add_row(name, value)
     screen.print(table)
     console.print(f"written: {out}/headmap.json, {out}/stability.json, {out}/report.html")
+
+
+def bytes_of(text: str) -> int:
+    """Bytes of a size such as 1.5GB (10^9) or 800MiB (2^20). Raises InputError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS:
+        raise InputError(f"{text!r} is not a size", where="target", expected="such as 1.5GB or 800MiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])

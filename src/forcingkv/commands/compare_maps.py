@@ -18,7 +18,7 @@ from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_bytes
 
 if TYPE_CHECKING:
-    from forcingkv.analyze.agreement import Agreement, Change
+    from forcingkv.analyze.comparison import Agreement, Change
 
 
 STYLES = {STATIC: "reverse bold cyan", DYNAMIC: "reverse bold magenta"}
@@ -45,12 +45,13 @@ def compare(
     """
     _check_options(out, min_agreement)
     need("analyze", "sklearn", "seaborn", "polars", "torch")
-    from forcingkv.analyze.agreement import agree, changes
-    from forcingkv.analyze.comparison import comparison_picture, read_map_or_run, short_names
+    from forcingkv.analyze.comparison import agree, changes, read_map_or_run, short_names
 
     first, second = read_map_or_run(a), read_map_or_run(b)
     agreement, changed = agree(first, second), changes(first, second)
     if out:
+        from forcingkv.analyze.comparison_picture import comparison_picture
+
         write_bytes(out, comparison_picture(first, second, short_names(a, b)))
     if as_json:
         emit(_as_json((a, b), (first, second), agreement, changed) | {"picture": str(out) if out else None})
@@ -65,14 +66,13 @@ def compare(
 
 def _check_options(out: Path | None, min_agreement: float | None) -> None:
     if out is not None and out.suffix.lower() != ".png":
-        raise InputError(f"{str(out)!r}", where="out", expected="a name that ends in .png")
+        raise InputError(f"is {str(out)!r}", where="--out", expected="a name that ends in .png")
     if min_agreement is not None and not 0 <= min_agreement <= 1:
-        raise InputError(f"{min_agreement}", where="min-agreement", expected="0 to 1")
+        raise InputError(f"is {min_agreement}", where="--min-agreement", expected="0 to 1")
 
 
 def _as_json(places: Places, maps: Maps, agreement: Agreement, changed: Sequence[Change]) -> dict[str, Any]:
-    from forcingkv.analyze.agreement import score_difference
-    from forcingkv.analyze.comparison import moves, undecided_among
+    from forcingkv.analyze.comparison import moves, score_difference, undecided_among
 
     return {
         **{side: _side(place, found) for side, place, found in zip("ab", places, maps, strict=True)},
@@ -187,9 +187,8 @@ def _arrow(values: Iterable[str]) -> str:
 
 
 def _conclusions(maps: Maps, agreement: Agreement, changed: Sequence[Change]) -> list[str]:
-    """What it comes to."""
-    from forcingkv.analyze.agreement import score_difference
-    from forcingkv.analyze.comparison import moves, undecided_among
+    """The figures of the comparison in sentences, and whether uncertainty explains what changed."""
+    from forcingkv.analyze.comparison import moves, score_difference, undecided_among
 
     heads = maps[0].model.layers * maps[0].model.heads
     lines = [

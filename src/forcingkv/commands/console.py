@@ -7,12 +7,15 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 console = Console(stderr=True)
 """Messages for people go to standard error; results go to standard output."""
@@ -80,15 +83,17 @@ def _interactive(line: str, where: str) -> list[str]:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError("is not a line of prompts", where=where, expected='{"prompts": [...]}') from error
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError("its prompts are not texts", where=where, expected='{"prompts": ["...", "..."]}')
+        raise InputError(
+            "has prompts that are not texts", where=where, expected='{"prompts": ["...", "..."]}'
+        )
     return prompts
 
 
 def default_prompts(model: str) -> list[str]:
     """The prompts that ship with a model. Raises InputError where there are none."""
-    from importlib import resources
+    from forcingkv.models.presets import shipped_file
 
-    path = Path(str(resources.files("forcingkv.models"))) / model / "prompts.txt"
-    if not path.is_file():
+    path = shipped_file(model, "prompts.txt")
+    if path is None:
         raise InputError(f"no prompts ship with {model}", where="prompts", hint="Give a file with --prompts.")
     return read_prompts(path)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forcingkv.commands.console import emit, need, progress_bar, read_prompts
+from forcingkv.commands.console import AsJson, emit, need, progress_bar, read_prompts
 from forcingkv.commands.models import Model
 from forcingkv.headmaps.errors import InputError
 
@@ -22,7 +22,7 @@ def encode(
     tokenizer: Annotated[
         str | None, typer.Option(help="Its folder or hub id; default: beside the encoder.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Encode prompts with UMT5, so that generating needs neither the 11 GB encoder nor torch.
 

@@ -84,7 +84,7 @@ def export(
     from forcingkv.export import EngineError, VerificationError, export_bundle
     from forcingkv.export.precision import ExportDtype, Target
     from forcingkv.headmaps.fields import to_data
-    from forcingkv.models.decoders.choose import decoder_for
+    from forcingkv.models.decoders import decoder_for
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.policies import load_policy
 

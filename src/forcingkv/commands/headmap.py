@@ -10,18 +10,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from forcingkv.commands.console import emit
-from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, read_headmap
+from forcingkv.commands.console import AsJson, emit
+from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_text
-from forcingkv.headmaps.readers import forcingkv_json
 
 app = typer.Typer(help="Look at, check and convert head maps.", no_args_is_help=True)
 
 WRITERS = {"forcingkv": HeadMap.to_text, forcingkv_json.FORMAT: forcingkv_json.to_text}
 STYLES = {STATIC: "cyan", DYNAMIC: "bold magenta"}
 File = Annotated[Path, typer.Argument(help="A head map of forcingkv or of another project.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -106,7 +104,7 @@ def convert(
     Example: forcingkv headmap convert forcingkv_heads_longlive.json --model longlive --out headmap.json
     """
     if to not in WRITERS:
-        raise InputError(f"{to!r}", where="to", expected=f"one of {', '.join(WRITERS)}")
+        raise InputError(f"is {to!r}", where="--to", expected=f"one of {', '.join(WRITERS)}")
     size = _choices(model, heads)
     headmap = read_headmap(
         file,
@@ -135,7 +133,7 @@ def _choices(model: str | None, heads: int | None) -> Choices:
 
     spec = load_spec(model)
     if heads not in (None, spec.heads):
-        raise InputError(f"{heads}", where="heads", expected=f"{spec.heads}, as {spec.name} has")
+        raise InputError(f"is {heads}", where="--heads", expected=f"{spec.heads}, as {spec.name} has")
     return Choices(model=spec.name, layers=spec.layers, heads=spec.heads)
 
 
@@ -145,7 +143,7 @@ def _pairs(text: str) -> dict[str, str]:
     for part in text.split(","):
         old, equals, new = (word.strip() for word in part.partition("="))
         if not (old and equals and new) or old in pairs:
-            raise InputError(f"{text!r}", where="labels", expected="old=new,old=new, each old one once")
+            raise InputError(f"is {text!r}", where="--labels", expected="old=new,old=new, each old one once")
         pairs[old] = new
     return pairs
 

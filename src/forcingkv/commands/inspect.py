@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forcingkv.commands.console import console, emit, need
+from forcingkv.commands.console import AsJson, console, emit, need
 
 if TYPE_CHECKING:
     from forcingkv.runtime import Bundle
@@ -23,7 +23,7 @@ WIDTH = 80
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Folder that export wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     picture: Annotated[
         Path | None, typer.Option(help="Also draw where the memory goes, to this file (.png).")
     ] = None,

@@ -49,9 +49,7 @@ def weights_for(
     if not random:
         return load_weights(spec, checkpoint, key=key, lora=lora)
     if checkpoint or key or lora:
-        raise InputError(
-            "--random-weights and a checkpoint are both given", where="checkpoint", expected="one of them"
-        )
+        raise InputError("use either --random-weights or --checkpoint, --key and --lora, not both")
     return random_weights(spec)
 
 

@@ -23,8 +23,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.headmap import DYNAMIC, STATIC, HeadMap, ModelIdentity, Rule, Source, labels_of
-from forcingkv.headmaps.readers.choices import Choices, size_limit
+from forcingkv.headmaps.headmap import (
+    DYNAMIC,
+    STATIC,
+    Choices,
+    HeadMap,
+    ModelIdentity,
+    Rule,
+    Source,
+    labels_of,
+    size_limit,
+)
 
 FORMAT = "forcing-kv-json"
 NAMES = {
@@ -95,13 +104,13 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
 
     Raises InputError for a label other than static and dynamic.
     """
-    strange = sorted(set(headmap.counts()) - {STATIC, DYNAMIC})
-    if strange:
+    others = sorted(set(headmap.counts()) - {STATIC, DYNAMIC})
+    if others:
         raise InputError(
-            f"uses the label {', '.join(map(repr, strange))}",
+            f"uses the label {', '.join(map(repr, others))}",
             where="head map",
             expected="only static and dynamic in a Forcing-KV file",
-            hint=f"Say which is which: forcingkv headmap convert --labels {strange[0]}=dynamic",
+            hint=f"Say which is which: forcingkv headmap convert --labels {others[0]}=dynamic",
         )
     layers: list[Any] = _layers(headmap.labels)
     source = headmap.source if headmap.source and headmap.source.format == FORMAT else None
@@ -116,8 +125,10 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
             "description": f"forcingkv, rule {headmap.rule.name}{origin}{reason}",
             "layers": layers,
         }
-    if source.layers is not None and _says(source.layers, headmap):
-        layers = list(source.layers)
+    # Where layers were left out, what they hold was a choice, which the file does not give back.
+    whole = source.layers is not None and len(source.layers) == headmap.model.layers
+    if whole and _labels(source.layers, headmap.model) == headmap.labels:
+        layers = list(source.layers or ())
     return layers if source.fields is None else {**source.fields, "layers": layers}
 
 
@@ -142,13 +153,10 @@ def _layers(labels: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     ]
 
 
-def _says(layers: Sequence[Any], headmap: HeadMap) -> bool:
-    """Whether those layers give the map's labels (it may have been relabelled since)."""
-    choices = Choices(layers=headmap.model.layers, heads=headmap.model.heads)
-    try:
-        return from_data(list(layers), "", "", choices).labels == headmap.labels
-    except InputError:
-        return False
+def _labels(layers: Sequence[Any] | None, model: ModelIdentity) -> tuple[tuple[str, ...], ...]:
+    """The labels that those layers give; the map may have got others since it was read from them."""
+    choices = Choices(layers=model.layers, heads=model.heads)
+    return from_data(list(layers or ()), "", "the source in the head map", choices).labels
 
 
 def _numbered(layers: list[Any], where: str) -> dict[int, Groups]:
