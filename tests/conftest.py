@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch.onnx._internal.exporter import _registration
 
 from forcingkv import __main__ as command_line
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
@@ -15,6 +19,10 @@ from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
+    torch.set_num_threads(1)
+gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them garbage
+
 
 @pytest.fixture(scope="session")
 def data() -> Path:
@@ -22,6 +30,23 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip("the folder ../shared/data is absent")
     return DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _translations_are_read_once() -> Iterator[None]:
+    """torch parses its 600 translations to ONNX anew for each graph: a quarter of an export."""
+    registry = _registration.ONNXRegistry
+    read = cache(registry.from_torchlib)
+
+    def copied(self: object, opset_version: int) -> _registration.ONNXRegistry:
+        found, known = registry(), read(opset_version)
+        found._opset_version = known.opset_version
+        found.functions = {target: list(functions) for target, functions in known.functions.items()}
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", copied)
+        yield
 
 
 def small_spec(**changes: object) -> ModelSpec:
