@@ -40,6 +40,7 @@ def shared_bundle(
     spec: ModelSpec, weights: Mapping[str, torch.Tensor], policy: Policy, **options: Any
 ) -> Path:
     """The folder of a bundle that was exported with these arguments of `export_bundle`."""
+    options = {name: value for name, value in options.items() if value is not None}
     return made_once(
         lambda out: export_bundle(spec, weights, policy, out, **options), spec, weights, policy, options
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import pytest
 
-PROMPTS = 24
+PROMPTS = 12
 
 
 @pytest.mark.slow

@@ -59,15 +59,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_two_workers_write_the_same_bytes_as_one_process(alone: Path, tmp_path: Path) -> None:
-    told: list[int] = []
-    analyze_heads(
-        JOB, tmp_path, samples=SAMPLES, cluster="local", workers=2, progress=lambda done, _: told.append(done)
-    )
-    assert contents(tmp_path) == contents(alone)
-    assert told == list(range(SAMPLES + 1))
-
-
 def workers() -> dict[int, str]:
     """Process number -> title of every worker of this session's Ray."""
     found = {}
@@ -94,12 +85,16 @@ def kill_one_at_work(stats: Path, killed: list[int]) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers in /proc")
-def test_a_worker_killed_midway_is_started_anew(alone: Path, tmp_path: Path) -> None:
+def test_two_workers_of_which_one_is_killed_write_the_same_bytes_as_one_process(alone: Path, tmp_path: Path) -> None:
     killed: list[int] = []
+    told: list[int] = []
     killer = threading.Thread(target=kill_one_at_work, args=(tmp_path / "stats", killed))
     killer.start()
-    analyze_heads(JOB, tmp_path, samples=SAMPLES, cluster="local", workers=2)
+    analyze_heads(
+        JOB, tmp_path, samples=SAMPLES, cluster="local", workers=2, progress=lambda done, _: told.append(done)
+    )
     killer.join()
+    assert told == list(range(SAMPLES + 1))
     assert len(killed) == 1, "no worker was found at work"
     assert not workers(), "workers are gone when the run is over"
     leftover = {name for name in contents(tmp_path) if name.endswith(".partial")}
@@ -107,6 +102,16 @@ def test_a_worker_killed_midway_is_started_anew(alone: Path, tmp_path: Path) -> 
     assert contents(tmp_path) == contents(alone)
 
 
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A running Ray, which every run of a test uses."""
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
 def test_what_a_worker_finds_wrong_is_said_as_in_one_process(tmp_path: Path) -> None:
     weights = random_weights(SPEC)
     with pytest.raises(TypeError, match="nothing says how to open them"):
