@@ -85,7 +85,9 @@ def kill_one_at_work(stats: Path, killed: list[int]) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers in /proc")
-def test_two_workers_of_which_one_is_killed_write_the_same_bytes_as_one_process(alone: Path, tmp_path: Path) -> None:
+def test_two_workers_of_which_one_is_killed_write_the_same_bytes_as_one_process(
+    alone: Path, tmp_path: Path
+) -> None:
     killed: list[int] = []
     told: list[int] = []
     killer = threading.Thread(target=kill_one_at_work, args=(tmp_path / "stats", killed))
