@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import pytest
 import forcingkv
 
 PACKAGE = Path(forcingkv.__file__).parent
-FOLDERS = ("analyze", "commands", "export", "headmaps", "measure", "models", "runtime")
 ROLES = {"sink", "recent", "retained"}
 AT_HOME = ("runtime/kv/", "models/kv/")
 """Where each role is a class, which may know its own name."""
@@ -34,10 +34,10 @@ def role_names(tree: ast.AST) -> Iterator[ast.Constant]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             used = node.args[:1] if node.func.attr in ("get", "pop", "setdefault") else []
         for expression in used:
-            inner = (
-                expression.elts if isinstance(expression, ast.Tuple | ast.List | ast.Set) else [expression]
-            )
-            yield from (one for one in inner if isinstance(one, ast.Constant) and one.value in ROLES)
+            several = isinstance(expression, ast.Tuple | ast.List | ast.Set)
+            for one in expression.elts if several else [expression]:  # type: ignore[union-attr]
+                if isinstance(one, ast.Constant) and one.value in ROLES:
+                    yield one
 
 
 def test_what_is_a_use_of_a_role_s_name() -> None:
@@ -55,11 +55,10 @@ match role:
 def test_only_roles_know_what_they_are_called() -> None:
     """Everything else asks a role how many tokens it holds, what it keeps and how it is shown."""
     elsewhere = []
-    for folder in FOLDERS:
-        for file in sorted((PACKAGE / folder).resolve().rglob("*.py")):
-            name = f"{folder}/{file.relative_to((PACKAGE / folder).resolve())}"
-            if name.startswith(AT_HOME) or name in READERS:
-                continue
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            elsewhere += [f"{name}:{found.lineno} {found.value!r}" for found in role_names(tree)]
-    assert elsewhere == []
+    for folder, _, names in os.walk(PACKAGE, followlinks=True):
+        for file in (Path(folder, name) for name in names if name.endswith(".py")):
+            place = file.relative_to(PACKAGE).as_posix()
+            if not place.startswith(AT_HOME) and place not in READERS:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+                elsewhere += [f"{place}:{found.lineno} {found.value!r}" for found in role_names(tree)]
+    assert sorted(elsewhere) == []
