@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -46,6 +47,23 @@ def _translations_are_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "from_torchlib", copied)
+        yield
+
+
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Pictures of a report stay white: drawing them takes most of the seconds that an analysis takes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FigureCanvasAgg, "draw", lambda canvas: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def white_pictures() -> Iterator[None]:
+    """`nothing_drawn`, for a module that does not look at pictures."""
+    with nothing_drawn():
         yield
 
 

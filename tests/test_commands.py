@@ -238,6 +238,7 @@ def test_generate_writes_a_video_that_plays(made: Path, tmp_path: Path, run: Cal
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.usefixtures("white_pictures")
 def test_analyze_then_show(tmp_path: Path, run: Callable[..., Ran]) -> None:
     out = tmp_path / "heads"
     ran = run("analyze", "heads", "--model", "demo", "--samples", 1, "--chunks", 3, "--out", out, "--json")

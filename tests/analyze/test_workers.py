@@ -25,6 +25,7 @@ ray = pytest.importorskip("ray", reason="needs Ray: pip install 'forcingkv[ray]'
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("white_pictures"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # pipes of Ray's own processes
 ]
 
@@ -48,7 +49,7 @@ def importable() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(white_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
     out = tmp_path_factory.mktemp("alone")
     analyze_heads(JOB, out, samples=SAMPLES)
@@ -72,10 +73,9 @@ def workers() -> dict[int, str]:
     return found
 
 
-def kill_one_at_work(stats: Path, killed: list[int]) -> None:
+def kill_one_at_work(stats: Path, killed: list[int], over: threading.Event) -> None:
     """Kill a worker that is recording, once the first sample is there."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    while not over.is_set():
         busy = [number for number, title in workers().items() if "record" in title]
         if any(stats.glob("sample-*.parquet")) and busy:
             os.kill(busy[0], signal.SIGKILL)
@@ -90,12 +90,21 @@ def test_two_workers_of_which_one_is_killed_write_the_same_bytes_as_one_process(
 ) -> None:
     killed: list[int] = []
     told: list[int] = []
-    killer = threading.Thread(target=kill_one_at_work, args=(tmp_path / "stats", killed))
+    over = threading.Event()
+    killer = threading.Thread(target=kill_one_at_work, args=(tmp_path / "stats", killed, over))
     killer.start()
-    analyze_heads(
-        JOB, tmp_path, samples=SAMPLES, cluster="local", workers=2, progress=lambda done, _: told.append(done)
-    )
-    killer.join()
+    try:
+        analyze_heads(
+            JOB,
+            tmp_path,
+            samples=SAMPLES,
+            cluster="local",
+            workers=2,
+            progress=lambda done, _: told.append(done),
+        )
+    finally:
+        over.set()
+        killer.join()
     assert told == list(range(SAMPLES + 1))
     assert len(killed) == 1, "no worker was found at work"
     assert not workers(), "workers are gone when the run is over"
