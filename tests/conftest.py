@@ -25,6 +25,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them garbage
 
 
+LONG = ("test_demo_command.py", "test_docs.py", "test_readme.py", "test_runtime_guide.py", "test_workers.py")
+"""Files with a test of half a minute or more."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, or one worker would end with it while the others have nothing to do."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real head maps, videos and golden outputs, which is not in the repository."""

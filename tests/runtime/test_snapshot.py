@@ -53,12 +53,10 @@ def saved(bundles: Bundles, tmp_path: Path) -> Path:
 def opened(
     bundles: Bundles, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Session, list[Chunk], Path]]:
-    """A session, a video of it, and the state of a longer one after three of its chunks: not to be changed."""
+    """A session, a video of it, and the state of a longer one after three of its chunks."""
     with Session.open(bundles("forcing-kv")) as session:
-        state, video = (
-            tmp_path_factory.mktemp("saved") / "state",
-            session.generate(PROMPT, seed=7, chunks=CHUNKS),
-        )
+        state = tmp_path_factory.mktemp("saved") / "state"
+        video = session.generate(PROMPT, seed=7, chunks=CHUNKS)
         for _ in range(3):
             next(video)
         video.save(state)
