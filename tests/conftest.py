@@ -30,7 +30,7 @@ LONG = ("test_demo_command.py", "test_docs.py", "test_readme.py", "test_runtime_
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, or one worker would end with it while the others have nothing to do."""
+    """What takes longest begins first, or one worker would still be at it while the others are done."""
     items.sort(key=lambda item: item.path.name not in LONG)
 
 

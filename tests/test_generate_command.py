@@ -29,7 +29,7 @@ PROMPT, SEED = "a b c", 7
 def bundle() -> Path:
     """Frames of 12x8 pixels, three a chunk, at 16 frames a second."""
     spec = small_spec()
-    weights, headmap = random_model(spec).state_dict(), headmap_of(spec, [[0], [1], [2], []])
+    weights, headmap = random_model(spec).state_dict(), headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
     return shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap)
 
 
