@@ -26,9 +26,12 @@ import torch
 from filelock import FileLock
 
 import forcingkv
+from forcingkv.commands import app
 from forcingkv.export import export_bundle
+from forcingkv.models.presets import load_spec
 from forcingkv.runtime.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
+from tests.conftest import headmap_of
 
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "made"
 PACKAGES = ("numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "triton")
@@ -44,6 +47,19 @@ def shared_bundle(
     return made_once(
         lambda out: export_bundle(spec, weights, policy, out, **options), spec, weights, policy, options
     )
+
+
+def demo_bundle() -> Path:
+    """A folder with `headmap.json` and the `bundle` that the command exports with it of the demo model."""
+
+    def export(out: Path) -> None:
+        out.mkdir()
+        headmap = headmap_of(load_spec("demo"), [[0, 1], [2], [0, 3], [], [0, 1, 2, 3], [1]])
+        headmap.write(out / "headmap.json")
+        words = ["export", "--model", "demo", "--headmap", out / "headmap.json", "--out", out / "bundle"]
+        app(list(map(str, words)), standalone_mode=False)
+
+    return made_once(export)
 
 
 def made_once(make: Callable[[Path], object], *origin: object) -> Path:

@@ -28,7 +28,7 @@ from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec, Schedule
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, random_model, small_spec
-from tests.exported import shared_bundle
+from tests.exported import demo_bundle, shared_bundle
 
 PROMPT = "b a d"
 
@@ -85,8 +85,8 @@ def test_onnx_runtime_equals_torch_over_seven_chunks(policy: str, renoise: str) 
 def test_the_demo_model_in_onnx_runtime_equals_torch() -> None:
     spec, policy = load_spec("demo"), "forcing-kv"
     weights = load_weights(spec)
-    headmap = headmap_of(spec, [[0, 1], [2], [0, 3], [], [0, 1, 2, 3], [1]])
-    bundle = shared_bundle(spec, weights, load_policy(policy), headmap=headmap)
+    folder = demo_bundle()
+    headmap, bundle = HeadMap.read(folder / "headmap.json"), folder / "bundle"
     assert max(Bundle.open(bundle).manifest.verification.values()) <= 1e-5, "a single pass"
     prompt = "a 3 moving left and a 7 moving up"
     found = differences(spec, weights, headmap, policy, bundle, prompt)
