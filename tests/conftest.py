@@ -62,10 +62,10 @@ def _translations_are_read_once() -> Iterator[None]:
 @contextmanager
 def nothing_drawn() -> Iterator[None]:
     """Pictures of a report stay white: drawing them takes most of the seconds that an analysis takes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FigureCanvasAgg, "draw", lambda canvas: None)
+        patch.setattr(Figure, "draw", lambda figure, renderer: None)
         yield
 
 
