@@ -23,7 +23,7 @@ demo: $(STAMP)  ## Walk the whole way on the shipped model: analyze, export, gen
 	$(BIN)/forcingkv demo
 
 test: $(STAMP)  ## Run all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 fast: $(STAMP)  ## Run the tests that take milliseconds
 	$(BIN)/python -m pytest -m 'not slow'

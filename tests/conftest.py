@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.onnx._internal.exporter import _registration
 
 from forcingkv import __main__ as command_line
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
@@ -19,13 +24,60 @@ from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
+    torch.set_num_threads(1)
+gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them garbage
+
+
+LONG = ("test_demo_command.py", "test_docs.py", "test_readme.py", "test_runtime_guide.py", "test_workers.py")
+"""Files with a test of half a minute or more."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, or one worker would still be at it while the others are done."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder of real head maps, videos and golden outputs; tests skip without it."""
+    """The folder of real head maps, videos and golden outputs, which is not in the repository."""
     if not DATA.is_dir():
-        pytest.skip("the folder ../shared/data is absent")
+        pytest.skip(f"nothing is compared with public implementations and videos: there is no folder {DATA}")
     return DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _translations_are_read_once() -> Iterator[None]:
+    """torch parses its 600 translations to ONNX anew for each graph: a quarter of an export."""
+    registry = _registration.ONNXRegistry
+    read = cache(registry.from_torchlib)
+
+    def copied(self: object, opset_version: int) -> _registration.ONNXRegistry:
+        found, known = registry(), read(opset_version)
+        found._opset_version = known.opset_version
+        found.functions = {target: list(functions) for target, functions in known.functions.items()}
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", copied)
+        yield
+
+
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Pictures of a report stay white: drawing them takes most of the seconds that an analysis takes."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw", lambda figure, renderer: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def white_pictures() -> Iterator[None]:
+    """`nothing_drawn`, for a module that does not look at pictures."""
+    with nothing_drawn():
+        yield
 
 
 def small_spec(**changes: object) -> ModelSpec:

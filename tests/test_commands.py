@@ -12,9 +12,8 @@ from typing import Any
 import av
 import pytest
 
-from forcingkv.commands import app
-from forcingkv.models.presets import load_spec
-from tests.conftest import Ran, headmap_of
+from tests.conftest import Ran
+from tests.exported import demo_bundle
 
 PROMPT = "a 3 moving left and a 7 moving up"
 
@@ -22,21 +21,7 @@ PROMPT = "a 3 moving left and a 7 moving up"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a head map of the demo model and a bundle made by the command line."""
-    folder = tmp_path_factory.mktemp("made")
-    headmap_of(load_spec("demo"), [[0, 1]] * 6).write(folder / "headmap.json")
-    words = [
-        "export",
-        "--model",
-        "demo",
-        "--headmap",
-        str(folder / "headmap.json"),
-        "--target",
-        "onnx",
-        "--out",
-        str(folder / "bundle"),
-    ]
-    app(words, standalone_mode=False)
-    return folder
+    return shutil.copytree(demo_bundle(), tmp_path_factory.mktemp("made") / "made")
 
 
 def spoilt(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -238,6 +223,7 @@ def test_generate_writes_a_video_that_plays(made: Path, tmp_path: Path, run: Cal
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.usefixtures("white_pictures")
 def test_analyze_then_show(tmp_path: Path, run: Callable[..., Ran]) -> None:
     out = tmp_path / "heads"
     ran = run("analyze", "heads", "--model", "demo", "--samples", 1, "--chunks", 3, "--out", out, "--json")

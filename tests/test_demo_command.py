@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import av
 import pytest
 
-PROMPTS = 24
+from tests.conftest import Ran
+
+PROMPTS = 12
 
 
 @pytest.mark.slow
-def test_the_demo_walks_the_whole_way(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("white_pictures")
+def test_the_demo_walks_the_whole_way(run: Callable[..., Ran], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "forcingkv",
-        "demo",
-        "--json",
-        "--samples",
-        "2",
-        "--prompts",
-        str(PROMPTS),
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    ran = run("demo", "--json", "--samples", 2, "--prompts", PROMPTS, "--out", out)
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)
     assert sum(result["headmap"].values()) == 24
     rows = {row["policy"]: row for row in result["policies"]}
     assert list(rows) == ["full", "window", "dummy-forcing", "forcing-kv"]

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from forcingkv.export import export_bundle
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Chunk, Session
 from forcingkv.runtime.policies import load_policy
 from tests.conftest import mixed_map, random_model, small_spec
+from tests.exported import shared_bundle
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -26,14 +26,12 @@ FRAME = 8 * 12 * 3
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle() -> Path:
     """A small model with random weights that knows the words of the demo model."""
     words = load_spec("demo")
     spec = small_spec(layers=2, text=words.text, text_length=words.text_length, text_width=words.text_width)
-    out = tmp_path_factory.mktemp("examples") / "bundle"
     weights = random_model(spec).state_dict()
-    export_bundle(spec, weights, load_policy("forcing-kv"), out, headmap=mixed_map(spec), verify=False)
-    return out
+    return shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=mixed_map(spec), verify=False)
 
 
 @pytest.fixture(scope="module")

@@ -17,22 +17,20 @@ import numpy as np
 import pytest
 
 import forcingkv
-from forcingkv.export import export_bundle
 from forcingkv.runtime import Session
 from forcingkv.runtime.policies import load_policy
 from tests.conftest import Ran, headmap_of, random_model, small_spec
+from tests.exported import shared_bundle
 
 PROMPT, SEED = "a b c", 7
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle() -> Path:
     """Frames of 12x8 pixels, three a chunk, at 16 frames a second."""
-    spec, folder = small_spec(), tmp_path_factory.mktemp("made") / "bundle"
-    headmap = headmap_of(spec, [[0], [1], [2], []])
-    weights = random_model(spec).state_dict()
-    export_bundle(spec, weights, load_policy("forcing-kv"), folder, headmap=headmap)
-    return folder
+    spec = small_spec()
+    weights, headmap = random_model(spec).state_dict(), headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
+    return shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap)
 
 
 def made_by_session(bundle: Path, chunks: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

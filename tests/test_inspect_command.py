@@ -10,27 +10,24 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from forcingkv.export import export_bundle
 from forcingkv.headmaps.files import record_file
 from forcingkv.prune.launcher import KERNELS
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.policies import load_policy
 from tests.conftest import Ran, headmap_of, random_model, small_spec
+from tests.exported import shared_bundle
 
 WARNING = "the keys of a chunk are more than fused attention takes in one go, so it may be slower here"
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain() -> Path:
     """A bundle without engines."""
     spec = small_spec(layers=2)
-    out = tmp_path_factory.mktemp("plain") / "bundle"
-    headmap = headmap_of(spec, [[0], [1, 2]])
-    export_bundle(
-        spec, random_model(spec).state_dict(), load_policy("forcing-kv"), out, headmap=headmap, verify=False
-    )
-    return out
+    headmap = headmap_of(spec, [[0], [1]])
+    weights = random_model(spec).state_dict()
+    return shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap, verify=False)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from forcingkv.models.checkpoint import Weights, random_weights
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, small_spec
 
+pytestmark = pytest.mark.usefixtures("white_pictures")
+
 SPEC = small_spec()
 TEXTS = [encode_words(SPEC, prompt) for prompt in ("a b", "c d")]
 JOB = Job(SPEC, random_weights(SPEC), TEXTS, seed=5, chunks=4)
@@ -31,7 +33,7 @@ FILES = ("headmap.json", "report.html", "stability.json")
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(white_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three samples, analyzed."""
     out = tmp_path_factory.mktemp("analysis") / "heads"
     analyze_heads(JOB, out, samples=3, command=["x"])

@@ -12,6 +12,8 @@ from forcingkv.commands.analyze import bytes_of
 from forcingkv.headmaps import HeadMap, InputError
 from tests.conftest import Ran
 
+pytestmark = pytest.mark.usefixtures("white_pictures")
+
 Run = Callable[..., Ran]
 
 BUDGET = {"policy": "forcing-kv", "resolution": "48x32", "kv_bytes": None, "time_ratio": None}
@@ -47,7 +49,7 @@ def heads(place: Path, out: Path, samples: int = 2) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def made(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(white_pictures: None, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, by the command."""
     from typer.testing import CliRunner
 

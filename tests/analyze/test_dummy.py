@@ -66,6 +66,7 @@ def test_context_mass_is_a_mean_over_scored_passes() -> None:
         np.testing.assert_allclose(mass[:, 0, head], [sink, between])
 
 
+@pytest.mark.usefixtures("white_pictures")
 def test_an_analysis_can_label_for_dummy_forcing(tmp_path: Path) -> None:
     spec, folder = small_spec(), tmp_path / "a"
     job = Job(spec, random_weights(spec), [encode_words(spec, "a b")], chunks=4)

@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import pytest
 
-from forcingkv.export import export_bundle
 from forcingkv.export.activations import activation_bytes, weight_bytes
 from forcingkv.export.onnxruntime_passes import attend_in_blocks, make_caches_early
 from forcingkv.models.checkpoint import random_weights
@@ -22,6 +20,7 @@ from forcingkv.runtime import Bundle
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import Decoder
 from tests.conftest import headmap_of, mixed_map, random_model, small_spec
+from tests.exported import shared_bundle
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>\n'
 CHILD = """
@@ -135,26 +134,19 @@ def test_next_caches_are_made_where_keys_and_values_are() -> None:
     onnx.checker.check_model(ir.to_proto(whole))
 
 
-def test_keys_of_a_layer_do_not_wait_for_the_others(tmp_path: Path) -> None:
+def test_keys_of_a_layer_do_not_wait_for_the_others() -> None:
     """A model of twice the layers needs no more between inputs and outputs."""
     needs = []
     for layers in (3, 6):
         spec = small_spec(layers=layers)
         headmap = headmap_of(spec, [[0], [1, 2], [], [], [], []][:layers])
-        manifest = export_bundle(
-            spec,
-            random_model(spec).state_dict(),
-            load_policy("forcing-kv"),
-            tmp_path / str(layers),
-            headmap=headmap,
-            verify=False,
-        )
-        record = manifest.graphs["step"]
-        needs.append(record.activation_bytes)
+        weights = random_model(spec).state_dict()
+        bundle = shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap, verify=False)
+        needs.append(Bundle.open(bundle).manifest.graphs["step"].activation_bytes)
     assert needs[1] == pytest.approx(needs[0], rel=0.05), "keys and values of a layer are a tenth"
 
 
-def test_a_pass_takes_what_is_said(tmp_path: Path) -> None:
+def test_a_pass_takes_what_is_said() -> None:
     """Resident memory of a process that runs two layers of 2,304 queries and a wide feed-forward."""
     spec = replace(
         load_spec("self-forcing"),
@@ -169,16 +161,16 @@ def test_a_pass_takes_what_is_said(tmp_path: Path) -> None:
         height=64,
         resolutions={},
     )
-    export_bundle(
-        spec,
-        random_weights(spec),
-        load_policy("forcing-kv"),
-        tmp_path / "b",
-        headmap=mixed_map(spec),
-        verify=False,
-        dtype="float32",
+    bundle = Bundle.open(
+        shared_bundle(
+            spec,
+            random_weights(spec),
+            load_policy("forcing-kv"),
+            headmap=mixed_map(spec),
+            verify=False,
+            dtype="float32",
+        )
     )
-    bundle = Bundle.open(tmp_path / "b")
     record, phase = bundle.manifest.graphs["step"], bundle.plan.phases[-1]
     assert record.activation_bytes is not None
     assert record.weight_bytes is not None

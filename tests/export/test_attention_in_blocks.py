@@ -23,7 +23,8 @@ from forcingkv.runtime.bundle import CLEAN
 from forcingkv.runtime.plan import build_plan
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.tensors import read_header
-from tests.conftest import headmap_of, mixed_map, random_model, small_spec
+from tests.conftest import headmap_of, random_model, small_spec
+from tests.exported import made_once, shared_bundle
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>\n'
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -106,22 +107,21 @@ def test_a_length_that_is_not_given_is_an_error() -> None:
         attend_in_blocks(attention(5, "n").graph, {})
 
 
-@pytest.mark.parametrize("policy", ["full", "window", "forcing-kv"])
-def test_bundles_with_and_without_agree_in_every_phase(
-    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = small_spec(layers=3)
+def test_bundles_with_and_without_agree_in_every_phase() -> None:
+    """Of layers of one group and of two."""
+    spec, policy = small_spec(layers=3), load_policy("forcing-kv")
     weights, headmap = random_model(spec).state_dict(), headmap_of(spec, [[0], [1, 2], []])
-    bundles = {}
-    for name, smallest in (("standard", LARGE_SCORES), ("blocks", 0)):
-        monkeypatch.setattr(onnxruntime_passes, "LARGE_SCORES", smallest)
-        out = tmp_path / name
-        manifest = export_bundle(
-            spec, weights, load_policy(policy), out, headmap=headmap, verify=name == "blocks"
-        )
-        assert max(manifest.verification.values(), default=0) <= 1e-5, "to torch"
-        bundles[name] = out / "step.onnx"
-    plan = Bundle.open(tmp_path / "blocks").plan
+
+    def in_blocks(out: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(onnxruntime_passes, "LARGE_SCORES", 0)
+            export_bundle(spec, weights, policy, out, headmap=headmap)
+
+    blocks = Bundle.open(made_once(in_blocks, spec, weights, policy, headmap))
+    assert max(blocks.manifest.verification.values()) <= 1e-5, "to torch"
+    standard = shared_bundle(spec, weights, policy, headmap=headmap, verify=False)
+    bundles = {"standard": standard / "step.onnx", "blocks": blocks.graph("step")}
+    plan = blocks.plan
     counts = {
         name: operators(onnx.load(path, load_external_data=False).graph) for name, path in bundles.items()
     }
@@ -129,7 +129,7 @@ def test_bundles_with_and_without_agree_in_every_phase(
     assert (counts["standard"]["Attention"], counts["standard"]["MultiHeadAttention"]) == (nodes, 0)
     assert (counts["blocks"]["Attention"], counts["blocks"]["MultiHeadAttention"]) == (0, nodes)
     generator = np.random.default_rng(1)
-    records = Bundle.open(tmp_path / "blocks").manifest.graphs["step"].inputs
+    records = blocks.manifest.graphs["step"].inputs
     for phase in plan.phases:
         shapes = plan.phase_shapes(phase)
         inputs: Arrays = {
@@ -148,14 +148,13 @@ def test_bundles_with_and_without_agree_in_every_phase(
 def test_graphs_for_tensorrt_have_the_standard_operator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnxruntime_passes, "LARGE_SCORES", 0)
     spec = small_spec(layers=2)
-    plan = build_plan(spec, spec.geometry(None), load_policy("forcing-kv"), mixed_map(spec))
-    out = tmp_path / "bundle"
-    export_bundle(
-        spec, random_model(spec).state_dict(), plan.policy, out, headmap=mixed_map(spec), verify=False
-    )
+    headmap = headmap_of(spec, [[0], [1]])
+    plan = build_plan(spec, spec.geometry(None), load_policy("forcing-kv"), headmap)
+    weights = random_model(spec).state_dict()
+    out = shared_bundle(spec, weights, plan.policy, headmap=headmap, verify=False)
     stored, _ = read_header(out / "weights.safetensors")
+    monkeypatch.setattr(onnxruntime_passes, "LARGE_SCORES", 0)
     model = write_onnx(
         lambda: step_graph(random_model(spec), plan), tmp_path / "step.onnx", stored, "weights", tensorrt=True
     )

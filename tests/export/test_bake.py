@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from forcingkv.export import export_bundle
 from forcingkv.export.bake import bake_weights, baked_bytes, baked_model
 from forcingkv.export.precision import Precision
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.heads import head_orders, permute_heads
-from forcingkv.runtime import Session
+from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import Dtype
 from tests.conftest import headmap_of, random_model, small_spec
+from tests.exported import shared_bundle
 
 ROOT = Path(__file__).parents[2]
 STATIC = [[0], [1, 2], [], [0, 1, 2]]
@@ -51,33 +51,32 @@ def test_the_file_is_the_permuted_checkpoint(dtype: Dtype, tmp_path: Path) -> No
     assert len(moved) == 9 * 1, "only layer 1 does not have its heads in order already"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_graphs_point_into_the_one_file(dtype: Dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_graphs_point_into_the_one_file(dtype: Dtype | None) -> None:
     spec = small_spec()
     headmap = headmap_of(spec, STATIC)
     weights = random_model(spec).state_dict()
-    manifest = export_bundle(
-        spec, weights, load_policy("forcing-kv"), tmp_path / "b", headmap=headmap, dtype=dtype
-    )
-    assert max(manifest.verification.values()) <= 1e-5, "the same rounded weights on both sides"
-    stored = load_file(tmp_path / "b" / "weights.safetensors")
+    bundle = shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap, dtype=dtype)
+    verification = Bundle.open(bundle).manifest.verification
+    assert max(verification.values()) <= 1e-5, "the same rounded weights on both sides"
+    stored = load_file(bundle / "weights.safetensors")
     seen: set[str] = set()
     for graph in ("prompt", "step"):
-        path = tmp_path / "b" / f"{graph}.onnx"
+        path = bundle / f"{graph}.onnx"
         model = onnx.load(path, load_external_data=False)
         pointing = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
         assert {entry.value for t in pointing for entry in t.external_data if entry.key == "location"} == {
             "weights.safetensors"
         }
         for tensor in pointing:
-            array = onnx.numpy_helper.to_array(tensor, str(tmp_path / "b"))
+            array = onnx.numpy_helper.to_array(tensor, str(bundle))
             np.testing.assert_array_equal(array.astype(np.float32), stored[tensor.name].float().numpy())
         seen |= {tensor.name for tensor in pointing}
         inline = sum(len(t.raw_data) for t in model.graph.initializer if t.name not in seen)
         assert inline < 2000, "no second copy of any weight"
         onnx.checker.check_model(str(path))
     assert seen == set(stored)
-    with Session.open(tmp_path / "b") as session:
+    with Session.open(bundle) as session:
         assert [c.frames.shape for c in session.generate("a b", seed=0, chunks=2)] == [(3, 8, 12, 3)] * 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +29,11 @@ from forcingkv.runtime.plan import Phase
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.tensors import read_header
 from tests.conftest import headmap_of, random_model, small_spec
+from tests.exported import made_once, shared_bundle
 
 Arrays = dict[str, npt.NDArray[Any]]
-POLICIES = ("full", "window", "forcing-kv", "dummy-forcing")
+POLICIES = ("forcing-kv", "dummy-forcing")
+"""Every role, and layers of one group and of several; the other policies have some of these."""
 ALWAYS = ["next_latents", "x0"]
 SPEC = small_spec(layers=3)
 
@@ -57,19 +60,22 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=POLICIES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder, name = tmp_path_factory.mktemp("pair"), request.param
-    headmap = headmap_of(SPEC, [[0], [1, 2], []])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    name, headmap = request.param, headmap_of(SPEC, [[0], [1, 2], []])
     if name == "dummy-forcing":
         labels = (("sink", "neighbour", "dummy"), ("dummy", "sink", "neighbour"), ("dummy",) * 3)
         headmap = HeadMap(ModelIdentity(SPEC.name, SPEC.layers, SPEC.heads), labels, Rule("given"))
-    weights = random_model(SPEC).state_dict()
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in ("branched", "plain"):
-            policy = load_policy(name)
-            export_bundle(SPEC, weights, policy, folder / kind, headmap=headmap, verify=False)
+    weights, policy = random_model(SPEC).state_dict(), load_policy(name)
+
+    def without_branches(out: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(passes, "branch_on_clean", lambda *_: None)
-    return Pair(Bundle.open(folder / "branched"), Bundle.open(folder / "plain"))
+            export_bundle(SPEC, weights, policy, out, headmap=headmap, verify=False)
+
+    return Pair(
+        Bundle.open(shared_bundle(SPEC, weights, policy, headmap=headmap, verify=False)),
+        Bundle.open(made_once(without_branches, SPEC, weights, policy, headmap)),
+    )
 
 
 def random_inputs(bundle: Bundle, phase: Phase) -> Arrays:
@@ -216,9 +222,10 @@ def test_a_pass_needs_the_memory_that_it_did(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("pair", ["forcing-kv"], indirect=True)
-def test_nodes_in_branches_are_split_into_one_kernel_each(pair: Pair) -> None:
+def test_nodes_in_branches_are_split_into_one_kernel_each(pair: Pair, tmp_path: Path) -> None:
     """As in the float32 graph that an export with kernels in its engines is verified by."""
-    whole, split = pair.branched.graph("step"), pair.branched.path / "split.onnx"
+    folder = shutil.copytree(pair.branched.path, tmp_path / "bundle")
+    whole, split = folder / "step.onnx", folder / "split.onnx"
     model = onnx.load(whole, load_external_data=False)
     split_prune(model)
     onnx.save_model(model, split)
@@ -249,6 +256,7 @@ def test_an_export_that_makes_next_caches_in_every_pass_does_not_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has the input, and nothing hangs on it."""
+    spec = small_spec(layers=1)
 
     def told_in_vain(graph: ir.Graph, groups: Any) -> None:
         told = ir.Value(name=CLEAN, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
@@ -256,4 +264,4 @@ def test_an_export_that_makes_next_caches_in_every_pass_does_not_pass(
 
     monkeypatch.setattr(passes, "branch_on_clean", told_in_vain)
     with pytest.raises(VerificationError, match="graph step differs from torch by inf"):
-        export_bundle(SPEC, random_model(SPEC).state_dict(), load_policy("window"), tmp_path / "b")
+        export_bundle(spec, random_model(spec).state_dict(), load_policy("window"), tmp_path / "b")

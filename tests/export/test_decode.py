@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from forcingkv.export import export_bundle
 from forcingkv.headmaps import InputError
 from forcingkv.models.decoders import KINDS, StreamingDecoder, decoder_for
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder
@@ -20,6 +19,7 @@ from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.spec import Decoder, ModelSpec
 from tests.conftest import random_model, small_spec
+from tests.exported import shared_bundle
 from tests.models.test_decoders import SMALL, small_taehv, small_vae
 
 CHUNKS = 3
@@ -50,12 +50,10 @@ CASES: dict[str, tuple[Callable[[], StreamingDecoder], Callable[[Tensor], Tensor
 
 
 @pytest.fixture(scope="module", params=CASES)
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def bundle(request: pytest.FixtureRequest) -> tuple[str, Path]:
     spec = spec_with(request.param)
-    out = tmp_path_factory.mktemp(request.param) / "bundle"
-    decoder = CASES[request.param][0]()
-    export_bundle(spec, random_model(spec).state_dict(), load_policy("window"), out, decoder=decoder)
-    return request.param, out
+    decoder, weights = CASES[request.param][0](), random_model(spec).state_dict()
+    return request.param, shared_bundle(spec, weights, load_policy("window"), decoder=decoder)
 
 
 def test_a_streamed_video_is_the_one_decoded_at_once(bundle: tuple[str, Path]) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forcingkv.export import export_bundle
 from forcingkv.headmaps import InputError
 from forcingkv.measure.fidelity.evaluation import evaluate_sessions
 from forcingkv.measure.fidelity.intervals import estimate
@@ -28,6 +27,7 @@ from forcingkv.runtime.policies import load_policy
 from forcingkv.runtime.video import open_writer
 from studies.planted_seams import SEAMS
 from tests.conftest import Ran, random_model, small_spec
+from tests.exported import shared_bundle
 from tests.measure.textures import Frames, moving
 
 PROMPTS = ("a b", "c d", "b e a")
@@ -39,7 +39,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, spec = tmp_path_factory.mktemp("bundles"), small_spec(width=24, height=16)
     weights = random_model(spec).state_dict()
     for policy in ("full", "window"):
-        export_bundle(spec, weights, load_policy(policy), folder / policy, verify=False)
+        shutil.copytree(shared_bundle(spec, weights, load_policy(policy), verify=False), folder / policy)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     return folder
 

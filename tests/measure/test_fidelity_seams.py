@@ -138,27 +138,11 @@ def test_a_video_of_one_chunk_has_no_boundaries() -> None:
 
 
 @pytest.mark.slow
-def test_planted_seams_are_found_in_a_real_video(data: Path) -> None:
-    with open_video(data / "videos" / "self_forcing_5s_case_01_baseline.mp4") as file:
-        # A quarter of the height and width, and four chunks of it, so that it takes seconds.
-        video = np.stack([frame[::3, ::3] for frame in file.frames])[:45]
-    plain = measured(video, WAN)
-    for fault, measure in FINDS.items():
-        found = measured(SEAMS[fault](video, WAN), WAN)
-        assert (found[measure] or 0) > 1.2 * (plain[measure] or 0), (fault, plain, found)
-    found = measured(SEAMS["motion inside chunks"](video, WAN), WAN)
-    assert (found["chunk_discontinuity"] or 0) > 2 * (plain["chunk_discontinuity"] or 0)
-    for name in OURS:
-        assert found[name] == pytest.approx(plain[name], rel=0.15), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["longlive_5s_case_02", "self_forcing_5s_case_01"])
-def test_published_videos_have_stronger_seams_with_pruned_caches(data: Path, case: str) -> None:
-    """The authors' demo videos: the table of docs/fidelity.md, at a third of the size."""
+def test_a_published_video_has_stronger_seams_with_pruned_caches(data: Path) -> None:
+    """One of the authors' demo videos: the table of docs/fidelity.md, at a third of the size."""
     found = {}
     for kind in ("baseline", "forcingkv"):
-        with open_video(data / "videos" / f"{case}_{kind}.mp4") as file:
+        with open_video(data / "videos" / f"self_forcing_5s_case_01_{kind}.mp4") as file:
             assert file.fps == 16
             measures = measure_video((f[::3, ::3] for f in file.frames), WAN, file.fps, top=7)
         assert (measures.frames, len(measures.boundaries)) == (81, 6)

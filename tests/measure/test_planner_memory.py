@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forcingkv.export import export_bundle
 from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.headmap import ModelIdentity, Rule
 from forcingkv.measure.planner.gpus import gpu_names, load_gpu
@@ -23,11 +22,9 @@ from forcingkv.measure.planner.session_memory import (
     parameters,
     session_memory,
 )
-from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.decoders import load_decoder
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
-from forcingkv.runtime import Session
 from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.plan import CachePlan, build_plan
 from forcingkv.runtime.policies import Policy, load_policy, policy_names
@@ -66,18 +63,6 @@ def test_keys_and_values_are_what_a_session_asks_for_to_the_byte(
     lane = CountingLane()
     held = CacheBuffers(plan, lane, "bfloat16").nbytes  # type: ignore[arg-type]
     assert kv(session_memory(plan).parts) == held == lane.state_bytes > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", policy_names())
-def test_so_are_those_of_a_real_session_of_the_demo_model(policy: str, tmp_path: Path) -> None:
-    spec, chosen = load_spec("demo"), load_policy(policy)
-    headmap = mixed(spec, chosen)
-    export_bundle(spec, load_weights(spec), chosen, tmp_path / "bundle", headmap=headmap, verify=False)
-    plan, _ = plan_for(spec, spec.geometry(), chosen, KnownHeads(headmap=headmap))
-    with Session.open(tmp_path / "bundle") as session:
-        held = session._maker.cache.nbytes
-    assert kv(session_memory(plan, "float32").parts) == held > 0
 
 
 @pytest.mark.parametrize("model", shipped_names("forcingkv.models.presets"))

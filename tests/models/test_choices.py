@@ -121,22 +121,6 @@ def test_each_layer_holds_the_segments_of_its_choice(changes: dict[str, Any]) ->
         assert len({tuple(row) for row in rows}) > 1, "the layers differ, or nothing was tested"
 
 
-def test_the_default_is_what_the_policy_did_before_it_could_choose() -> None:
-    policy = load_policy("forcing-kv")
-    assert retained_in(policy) == Retained(6, 0.33, 1)
-    assert retained_in(policy) == Retained(6, 0.33, 1, choose="least-similar", shared=True, seed=0)
-    given_chunk, plan = advanced(plan_with())[1], plan_with()
-    cache: Cache = empty_cache(plan, torch.zeros(1))
-    for chunk in range(4):
-        new = chunk_of_keys(plan, chunk)
-        cache, _ = advance(plan, cache, new, chunk=chunk)
-    for mine, other in zip(cache, given_chunk, strict=True):
-        for held, same in zip(mine, other, strict=True):
-            for role, kv in held.items():
-                assert torch.equal(kv.keys, same[role].keys)
-                assert torch.equal(kv.values, same[role].values)
-
-
 @pytest.mark.parametrize("choose", ["uniform", "random"])
 @given(
     st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),

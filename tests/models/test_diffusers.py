@@ -71,11 +71,14 @@ def text_for(spec: ModelSpec) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("spec", "resolution"),
-    [(tiny(), None), pytest.param(two_layers(), "208x128", marks=pytest.mark.slow)],
-    ids=["tiny", "two layers of 1.3B width"],
+    ("spec", "resolution", "timestep"),
+    [
+        pytest.param(tiny(), None, 1000.0, id="tiny, noise alone"),
+        pytest.param(tiny(), None, 833.3333, id="tiny"),
+        pytest.param(tiny(), None, 0.0, id="tiny, clean"),
+        pytest.param(two_layers(), "208x128", 833.3333, marks=pytest.mark.slow, id="two layers, 1.3B width"),
+    ],
 )
-@pytest.mark.parametrize("timestep", [1000.0, 833.3333, 0.0])
 def test_a_chunk_without_cache_equals_diffusers(
     spec: ModelSpec, resolution: str | None, timestep: float
 ) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forcingkv.export import export_bundle
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.backends import Tensor
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
@@ -20,6 +19,7 @@ from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import engine_sets, footprint, grouped_by_need, named, part_notes, readable
 from forcingkv.runtime.policies import load_policy
 from tests.conftest import headmap_of, random_model, small_spec
+from tests.exported import shared_bundle
 
 
 def engine(graph: str, weights: int, activations: int, sm: int = 89) -> EngineRecord:
@@ -45,14 +45,11 @@ ENGINES = (engine("prompt", 10, 7), engine("step", 200, 50), engine("decode", 30
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle() -> Bundle:
     spec = small_spec(layers=3)
-    out = tmp_path_factory.mktemp("bundles") / "small"
     headmap = headmap_of(spec, [[0], [1, 2], []])
-    export_bundle(
-        spec, random_model(spec).state_dict(), load_policy("forcing-kv"), out, headmap=headmap, verify=False
-    )
-    return Bundle.open(out)
+    weights = random_model(spec).state_dict()
+    return Bundle.open(shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap, verify=False))
 
 
 class CountingLane(OnnxLane):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from forcingkv.export import export_bundle
 from forcingkv.runtime.policies import load_policy
 from tests.conftest import headmap_of, random_model, small_spec
+from tests.exported import shared_bundle
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = (
@@ -45,12 +45,11 @@ print(shapes)
 """
 
 
-def test_the_runtime_runs_a_bundle_with_nothing_but_numpy_and_onnxruntime(tmp_path: Path) -> None:
+def test_the_runtime_runs_a_bundle_with_nothing_but_numpy_and_onnxruntime() -> None:
     spec = small_spec()
-    headmap = headmap_of(spec, [[0], [1], [2], []])
-    bundle = tmp_path / "bundle"
+    headmap = headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
     weights = random_model(spec).state_dict()
-    export_bundle(spec, weights, load_policy("forcing-kv"), bundle, headmap=headmap)
+    bundle = shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap)
     code = RUN.format(blocked=set(BLOCKED), bundle=str(bundle))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

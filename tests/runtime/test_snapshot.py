@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from forcingkv.headmaps import InputError
-from forcingkv.runtime import Session
+from forcingkv.runtime import Chunk, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.noise import chunk_noise
 from tests.runtime.videos import (
@@ -47,6 +47,20 @@ def saved(bundles: Bundles, tmp_path: Path) -> Path:
             next(video)
         video.save(tmp_path / "state")
     return tmp_path / "state"
+
+
+@pytest.fixture(scope="module")
+def opened(
+    bundles: Bundles, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Session, list[Chunk], Path]]:
+    """A session, a video of it, and the state of a longer one after three of its chunks."""
+    with Session.open(bundles("forcing-kv")) as session:
+        state = tmp_path_factory.mktemp("saved") / "state"
+        video = session.generate(PROMPT, seed=7, chunks=CHUNKS)
+        for _ in range(3):
+            next(video)
+        video.save(state)
+        yield session, video_of(session, 5), state
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -243,18 +257,21 @@ READY = {"index": 3, "timing": {"denoise": 0.0, "clean": 0.0, "decode": 0.0, "to
     ],
 )
 def test_a_state_that_is_damaged_or_foreign_changes_nothing(
-    bundles: Bundles, saved: Path, spoil: Callable[[Path], object], message: str
+    opened: tuple[Session, list[Chunk], Path],
+    tmp_path: Path,
+    spoil: Callable[[Path], object],
+    message: str,
 ) -> None:
-    spoil(saved)
-    before = files(saved) if saved.is_dir() else {}
-    with Session.open(bundles("forcing-kv")) as session:
-        wanted = video_of(session, 5)
-        running = session.generate(PROMPT, seed=7, chunks=5)
-        found = [next(running), next(running)]
-        with pytest.raises(InputError, match=message):
-            session.restore(saved)
-        assert_same([*found, *running], wanted)
-    assert (files(saved) if saved.is_dir() else {}) == before
+    session, wanted, state = opened
+    spoilt = shutil.copytree(state, tmp_path / "state")
+    spoil(spoilt)
+    before = files(spoilt) if spoilt.is_dir() else {}
+    running = session.generate(PROMPT, seed=7, chunks=5)
+    found = [next(running), next(running)]
+    with pytest.raises(InputError, match=message):
+        session.restore(spoilt)
+    assert_same([*found, *running], wanted)
+    assert (files(spoilt) if spoilt.is_dir() else {}) == before
 
 
 def test_a_state_of_another_bundle_is_named(bundles: Bundles, saved: Path) -> None:
