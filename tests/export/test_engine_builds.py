@@ -185,15 +185,17 @@ def test_a_block_costs_at_most_a_third_of_the_layers_of_a_naive_one(
 @needs_rtx
 @pytest.mark.slow
 def test_two_layers_of_public_width_build_at_480p(tmp_path: Path) -> None:
-    pixels = {"latent_channels": 3, "decoder": Decoder("pixels")}  # the decoder is not what this is about
-    spec = replace(load_spec("self-forcing"), layers=2, **pixels)
+    # A decoder is not what this is about: "pixels" that are as many as the latents of 832x480.
+    pixels = {"latent_channels": 3, "decoder": Decoder("pixels")}
+    spec = replace(load_spec("self-forcing"), layers=2, **pixels)  # type: ignore[arg-type]
+    assert spec.geometry("104x60").frame_tokens == 1560
     manifest = export_bundle(
         spec,
         random_weights(spec),
         load_policy("forcing-kv"),
         tmp_path / "b",
         headmap=mixed_map(spec),
-        resolution="480p",
+        resolution="104x60",
         target="tensorrt-rtx",
         sms=(89,),
     )
