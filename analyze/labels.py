@@ -23,8 +23,8 @@ from forcingkv.analyze.storage import Recorded
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError, ModelIdentity, Rule, Statistics
 from forcingkv.headmaps.headmap import Budget
 from forcingkv.runtime.cost import chunk_flops
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 ALPHA = 0.8

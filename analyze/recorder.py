@@ -14,11 +14,11 @@ from torch import Tensor
 from forcingkv.analyze.mass import KeyRun, attention_statistics
 from forcingkv.analyze.recording import COLUMNS
 from forcingkv.headmaps import InputError
-from forcingkv.models.cache import Cache, GroupCache
 from forcingkv.models.generate import generate, seeded_noise
+from forcingkv.models.kv import Cache, GroupCache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
-from forcingkv.runtime.plan import CachePlan, HeadGroup
-from forcingkv.runtime.roles import whole_frames
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
+from forcingkv.runtime.kv.roles import whole_frames
 
 CURRENT = "current"
 LEAST_ROWS = 2

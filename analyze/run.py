@@ -27,8 +27,8 @@ from forcingkv.headmaps.fields import one_of
 from forcingkv.headmaps.files import write_text
 from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.heads import head_orders, permute_tensor
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 STATS = "stats"

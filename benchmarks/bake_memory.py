@@ -32,8 +32,8 @@ from forcingkv.models.heads import head_orders
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import TensorWriter
 

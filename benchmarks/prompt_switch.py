@@ -28,7 +28,7 @@ from forcingkv.models.demo.data import moves_of
 from forcingkv.models.demo.judge import Judge
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Session
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 
 WITHIN = 2
 """Chunks after which the new digits are asked for."""

@@ -26,14 +26,14 @@ import torch
 
 from forcingkv.analyze.recorder import Recorder
 from forcingkv.measure.process import resident
-from forcingkv.models.cache import Cache, attend_cache
 from forcingkv.models.checkpoint import build_model, random_weights
+from forcingkv.models.kv import Cache, attend_cache
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime import positions
-from forcingkv.runtime.plan import CachePlan, HeadGroup, build_plan
-from forcingkv.runtime.policies import load_policy
-from forcingkv.runtime.roles import Role
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, build_plan
+from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.kv.roles import Role
 
 
 def own_memory(plan: CachePlan) -> int:

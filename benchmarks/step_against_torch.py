@@ -25,7 +25,7 @@ from forcingkv.measure.bench.results import machine
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime import Session
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 
 PASSES = 3
 """Of each in a round; the first of a round is not counted."""

@@ -23,7 +23,7 @@ import numpy as np
 
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.embeds import write_embeds
-from forcingkv.runtime.policies import load_policy, policy_names
+from forcingkv.runtime.kv.policies import load_policy, policy_names
 
 PROMPT = "a red kite over the dunes"
 RULES = {"forcing-kv": "quota", "dummy-forcing": "dummy"}

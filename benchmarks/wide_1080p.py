@@ -34,7 +34,7 @@ def export(out: Path, policy: str, layers: int, resolution: str, headmap: Path) 
     from forcingkv.models.checkpoint import random_weights
     from forcingkv.models.decoders import decoder_for
     from forcingkv.models.presets import load_spec
-    from forcingkv.runtime.policies import load_policy
+    from forcingkv.runtime.kv.policies import load_policy
 
     preset, chosen = load_spec("self-forcing"), load_policy(policy)
     spec, decoder = decoder_for(replace(preset, layers=layers), "taehv", None, random=True)

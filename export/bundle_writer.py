@@ -49,8 +49,8 @@ from forcingkv.runtime.bundle import (
     TensorRecord,
 )
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import StoredTensor
 

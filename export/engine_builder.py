@@ -22,8 +22,8 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.prune.launcher import check_candidates
 from forcingkv.runtime.engines import EngineRecord, device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, FlavourName, require
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import available_bytes
-from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
 CHILD = Path(__file__).with_name("engine_child.py")

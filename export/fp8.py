@@ -35,7 +35,7 @@ from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.bundle import CalibrationRecord
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import ModelSpec
 
 LARGEST = 448.0

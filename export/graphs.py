@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forcingkv.models.cache import Cache, advance, attend_cache, cached_dtype
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.generate import latent_shape, next_latents
+from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from forcingkv.export.fp8 import calibration_plan
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import require_memory
-from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import ModelSpec
 
 TORCH_BYTES = 1.5e9

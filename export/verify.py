@@ -19,7 +19,7 @@ from forcingkv.export.graphs import Graph
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.bundle import CLEAN
 from forcingkv.runtime.faults import DeviceError
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 
 Arrays = dict[str, npt.NDArray[Any]]
 SEED = 0

@@ -12,7 +12,7 @@ from importlib import resources
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
-from forcingkv.runtime.policies import Policy
+from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 
 ANY_MODEL = "*"

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forcingkv.models.cache import Cache, advance, attend_cache, empty_cache
+from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.noise import chunk_noise
-from forcingkv.runtime.plan import CachePlan
 from forcingkv.runtime.spec import Renoise
 
 Noise = Callable[[int, int], Tensor]

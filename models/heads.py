@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.headmaps.headmap import HeadMap
-from forcingkv.runtime.policies import Policy
+from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 
 _SELF_ATTENTION = re.compile(r"^blocks\.(?P<layer>\d+)\.self_attn\.(?P<part>.+)$")

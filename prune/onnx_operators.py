@@ -25,7 +25,7 @@ from onnxscript import values
 import forcingkv.prune.reference  # noqa: F401  (registers the torch operators)
 from forcingkv.headmaps.errors import InputError
 from forcingkv.prune.plugin import PLUGIN_NAMESPACE
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 
 DOMAIN, VERSION = "forcingkv", 1
 OPSET = 23

@@ -13,8 +13,8 @@ from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
 from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_file
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import Dtype, ModelSpec
 
 SCHEMA = "forcingkv.bundle/1"

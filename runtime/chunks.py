@@ -18,8 +18,8 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Fetch, Lane, Mark, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord, TensorRecord, next_name
-from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.faults import NotFiniteError
+from forcingkv.runtime.kv.buffers import CacheBuffers
 from forcingkv.runtime.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]

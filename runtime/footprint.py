@@ -16,8 +16,8 @@ from forcingkv.runtime.bundle import GRAPHS, GraphRecord, Manifest, TensorRecord
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.flavour import FlavourName
-from forcingkv.runtime.plan import CachePlan
-from forcingkv.runtime.roles import Role
+from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
 
 

@@ -11,9 +11,9 @@ from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
 from forcingkv.runtime.flavour import FLAVOURS, choose, trt
 from forcingkv.runtime.footprint import footprint, kv_parts, readable
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.memory import available_bytes, device_free_bytes
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy, load_policy, policy_names
 
 SIZED_BY_TOKENS = ("activations", "decoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""

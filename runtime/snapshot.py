@@ -25,7 +25,7 @@ from forcingkv.runtime.backends import Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
 from forcingkv.runtime.dtypes import DTYPES
-from forcingkv.runtime.recache import replayed
+from forcingkv.runtime.kv.rebuild import replayed
 from forcingkv.runtime.tensors import TensorWriter, read_arrays
 
 STATE = "state.json"

@@ -29,8 +29,8 @@ from forcingkv.measure.planner.prediction import VideoWork, pass_seconds, predic
 from forcingkv.measure.planner.published import BOUND, Efficiency
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.footprint import kv_parts
-from forcingkv.runtime.plan import CachePlan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.policies import load_policy
 
 STEPS = 60
 """Halvings of the interval 0 to 1: past the precision of a float."""

@@ -18,8 +18,8 @@ from torch.onnx._internal.exporter import _registration
 from forcingkv import __main__ as command_line
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.models.wan import WanModel
-from forcingkv.runtime.policies import Policy
-from forcingkv.runtime.roles import Recent, Retained, Role, Sink
+from forcingkv.runtime.kv.policies import Policy
+from forcingkv.runtime.kv.roles import Recent, Retained, Role, Sink
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

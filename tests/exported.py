@@ -29,7 +29,7 @@ import forcingkv
 from forcingkv.commands import app
 from forcingkv.export import export_bundle
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime.policies import Policy
+from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 from tests.conftest import headmap_of
 

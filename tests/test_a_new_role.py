@@ -1,17 +1,20 @@
-"""A role that the product does not ship, added as docs/extending.md says: one class on each side, one row.
+"""A role that the product does not ship, added as docs/extending.md says, by the code that stands there.
 
 `strided` keeps every k-th frame of the video, at most n of them, beside sink and transition frame. It goes
-through everything that a role goes through, and nothing outside of this file knows it.
+the whole way of a role: plan, torch, footprint, recorder, export, session, saved state, switch of the prompt.
 """
 
 from __future__ import annotations
+import __future__
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,103 +23,51 @@ import torch
 from forcingkv.analyze.recorder import record_sample
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import InputError
-from forcingkv.models.cache import HALVES, CleanPass, TorchRole, torch_half
+from forcingkv.models import kv
 from forcingkv.models.generate import generate, seeded_noise
-from forcingkv.models.wan import KeysValues
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.footprint import footprint
-from forcingkv.runtime.plan import CachePlan, HeadGroup, build_plan, rows_name
-from forcingkv.runtime.policies import Policy, load_policy
-from forcingkv.runtime.recache import replayed
-from forcingkv.runtime.roles import Role, Rows, Span
-from forcingkv.runtime.spec import Geometry, ModelSpec
+from forcingkv.runtime.kv import roles
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.kv.rebuild import replayed
+from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 from tests.conftest import random_model, small_spec
 from tests.runtime.videos import OTHER, PROMPT, assert_same
 
-POLICY = """
-name = "strided"
-summary = "every head sees the sink, the transition frame, and every k-th frame between"
-
-[groups]
-all = [
-    { role = "sink", frames = 1 },
-    { role = "strided", every = 3, frames = 2 },
-    { role = "recent", frames = 1 },
-]
-"""
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Strided(Role):
-    """Every k-th frame of the video that is not in the sink: the newest n of them."""
-
-    every: int
-    """Divides the frames of a chunk, so that each chunk gives as many: every phase has static shapes."""
-    frames: int
-
-    name: ClassVar[str] = "strided"
-    takes_rows: ClassVar[bool] = True
-
-    def kept(self, plan: CachePlan, group: HeadGroup, chunk: int) -> list[int]:
-        """The frames that the chunk sees."""
-        opening = sum(role.opening_frames(plan.spec) for role in group.roles)
-        past = range(0, chunk * plan.spec.frames_per_chunk, self.every)
-        return [frame for frame in past if frame >= opening][-self.frames :]
-
-    def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
-        return plan.frame_tokens * len(self.kept(plan, group, chunk))
-
-    def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
-        return plan.frame_tokens * self.frames
-
-    def spans(
-        self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
-    ) -> list[Span]:
-        return [Span(frame, plan.frame_tokens) for frame in self.kept(plan, group, chunk)]
-
-    def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
-        first = chunk * plan.spec.frames_per_chunk
-        opening = sum(role.opening_frames(plan.spec) for role in group.roles)
-        frames = range(0, plan.spec.frames_per_chunk, self.every)
-        tokens = [
-            np.arange(frame * plan.frame_tokens, (frame + 1) * plan.frame_tokens)
-            for frame in frames
-            if first + frame >= opening
-        ]
-        return np.concatenate([np.empty(0), *tokens]).astype(np.int32)
-
-    def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
-        return 0, -(-self.frames * self.every // spec.frames_per_chunk)
-
-    def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
-        if self.every < 1 or spec.frames_per_chunk % self.every:
-            expected = f"a divisor of {spec.frames_per_chunk}"
-            raise InputError(f"every {self.every} frames are kept", where=where, expected=expected)
+def block(language: str, word: str) -> str:
+    """The code block of the page in that language in which a word stands, as it is written there."""
+    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```", PAGE, re.DOTALL | re.MULTILINE)
+    return textwrap.dedent(next(text for text in blocks if word in text))
 
 
-class TorchStrided(TorchRole):
-    of = Strided
-
-    def advance(self, role: Strided, done: CleanPass) -> KeysValues:
-        if done.rows is not None:
-            rows = done.rows[rows_name(done.group, role)]
-        else:
-            assert done.chunk is not None
-            rows = torch.from_numpy(role.rows(done.plan, done.group, done.chunk))
-        newest = slice(-role.steady_tokens(done.plan, done.group), None)
-        pairs = zip(done.held[role.name], done.new, strict=True)
-        joined = [torch.cat([old, new.index_select(2, rows)], 2) for old, new in pairs]
-        return KeysValues(*(part[:, :, newest] for part in joined))
+POLICY = block("toml", "strided")
+MODULE = "tests.strided_of_the_page"
+"""Where the classes of the page live: fields of dataclasses are looked up in their module."""
 
 
-@pytest.fixture(autouse=True)
-def known() -> Iterator[None]:
-    """What a role's two modules do when they are imported."""
-    Role.KINDS[Strided.name] = Strided
-    torch_half(TorchStrided)
+def add_the_role() -> None:
+    """Run the two blocks of Python, each in what its file imports."""
+    module = sys.modules[MODULE] = ModuleType(MODULE)
+    for home, word in ((roles, "class Strided(Role)"), (kv, "class TorchStrided(TorchRole)")):
+        vars(module).update({name: value for name, value in vars(home).items() if not name.startswith("__")})
+        # As in those files: annotations are text until a field is read.
+        source = compile(
+            block("python", word), "docs/extending.md", "exec", __future__.annotations.compiler_flag
+        )
+        exec(source, vars(module))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strided() -> Iterator[None]:
+    """The role is there for the tests of this file alone."""
+    add_the_role()
     yield
-    del Role.KINDS[Strided.name], HALVES[Strided.name]
+    del roles.Role.KINDS["strided"], kv.HALVES["strided"], sys.modules[MODULE]
 
 
 @pytest.fixture
@@ -137,11 +88,9 @@ def plan(policy: Policy) -> CachePlan:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(strided: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("strided")
     (folder / "strided.toml").write_text(POLICY)
-    Role.KINDS[Strided.name] = Strided
-    torch_half(TorchStrided)
     spec = spec_of_two_layers()
     policy = load_policy(str(folder / "strided.toml"))
     # Verified: every graph is compared with torch in every phase.
@@ -170,7 +119,7 @@ def test_bytes_are_counted(plan: CachePlan, bundle: Path) -> None:
     one = 4 * 2 * plan.spec.dim * plan.frame_tokens * plan.spec.layers  # a frame's keys and values
     assert (parts["kv_sink"], parts["kv_strided"], parts["kv_recent"]) == (one, 2 * 2 * one, 2 * one)
     with Session.open(opened) as session:
-        assert session.rehearse(9).cache_bytes == 7 * one
+        assert session.pass_timer(9).cache_bytes == 7 * one
 
 
 def test_the_recorder_names_its_frames(plan: CachePlan) -> None:

@@ -156,7 +156,7 @@ def test_wrong_input(
 ) -> None:
     (tmp_path / "file").write_text("a cat\n")
     (tmp_path / "empty").write_text("\n \n")
-    policy = resources.files("forcingkv.runtime.policies").joinpath("forcing-kv.toml").read_text()
+    policy = resources.files("forcingkv.runtime.kv.policies").joinpath("forcing-kv.toml").read_text()
     (tmp_path / "policy.toml").write_text(policy.replace("segments = 6", "segments = 7"))
     before = sorted(tmp_path.iterdir())
     places = {"FILE": "file", "EMPTY": "empty", "POLICY": "policy.toml", "OUT": "out"}

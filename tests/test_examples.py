@@ -15,7 +15,7 @@ import torch
 
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Chunk, Session
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import mixed_map, random_model, small_spec
 from tests.exported import shared_bundle
 

@@ -18,7 +18,7 @@ import pytest
 
 import forcingkv
 from forcingkv.runtime import Session
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import Ran, headmap_of, random_model, small_spec
 from tests.exported import shared_bundle
 

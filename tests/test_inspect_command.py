@@ -14,7 +14,7 @@ from forcingkv.headmaps.files import record_file
 from forcingkv.prune.launcher import KERNELS
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import Ran, headmap_of, random_model, small_spec
 from tests.exported import shared_bundle
 

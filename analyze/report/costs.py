@@ -10,8 +10,8 @@ from forcingkv.analyze.report.page import node, table
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.runtime.cost import chunk_flops
 from forcingkv.runtime.footprint import readable
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 FULL = "full"

@@ -12,7 +12,7 @@ from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.nominal import map_with_counts, nominal_map
 from forcingkv.runtime import Bundle
-from forcingkv.runtime.policies import Policy, load_policy
+from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 

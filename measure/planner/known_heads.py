@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
 from forcingkv.measure.nominal import heads_in_words, known_map, map_with_counts
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from forcingkv.measure.planner.gpus import Gpu
 from forcingkv.measure.planner.work import PassWork, Work, pass_work
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
 

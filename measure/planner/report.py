@@ -12,8 +12,8 @@ from forcingkv.measure.planner.known_heads import KnownHeads, plan_for, spread
 from forcingkv.measure.planner.prediction import VideoWork, predict, video_work
 from forcingkv.measure.planner.published import basis, efficiencies
 from forcingkv.measure.planner.session_memory import RESERVE_BYTES, SessionMemory, session_memory
-from forcingkv.runtime.plan import CachePlan
-from forcingkv.runtime.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.spec import Dtype, ModelSpec
 
 

@@ -16,7 +16,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.footprint import kv_parts
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype, ModelSpec
 
 RESERVE_BYTES = 1 << 30

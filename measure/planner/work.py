@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.dtypes import DTYPES
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
 KINDS: dict[str, str] = {

@@ -30,7 +30,7 @@ from forcingkv.headmaps.files import write_bytes, write_text
 from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from studies.ablation.variant_pictures import difference_picture, pareto_picture
 from studies.ablation.variant_scores import VariantRow, VariantScores, measure_videos, rows_of
 from studies.ablation.variant_tables import csv_text, markdown_table

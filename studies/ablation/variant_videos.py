@@ -22,7 +22,7 @@ from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
-from forcingkv.runtime.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 from studies.ablation.variants import Variant

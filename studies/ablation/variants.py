@@ -18,8 +18,8 @@ from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, Rule
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.headmaps.headmap import uniform
-from forcingkv.runtime.policies import Policy, load_policy
-from forcingkv.runtime.roles import Role
+from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.kv.roles import Role
 
 REFERENCE, PROFILED = "full", "forcing-kv"
 """The variants that the others are compared with; they are in every study."""

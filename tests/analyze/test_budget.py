@@ -17,8 +17,8 @@ from forcingkv.headmaps import InputError, Rule
 from forcingkv.headmaps.headmap import Budget
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.cost import chunk_flops
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import headmap_of, small_spec
 
 Array = npt.NDArray[np.float64]

@@ -14,8 +14,8 @@ from forcingkv.analyze.run import Job, analyze_heads
 from forcingkv.analyze.storage import read_statistics
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule, Statistics
 from forcingkv.models.checkpoint import random_weights
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.text import encode_words
 from tests.analyze.test_labels import drawn_rows, recorded
 from tests.conftest import small_spec

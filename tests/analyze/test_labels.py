@@ -18,7 +18,7 @@ from forcingkv.analyze.recording import SCHEMA, Recording
 from forcingkv.analyze.scores import FLOOR, Observations, observe
 from forcingkv.analyze.storage import Recorded
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import small_spec
 
 Array = npt.NDArray[np.float64]

@@ -18,8 +18,8 @@ from forcingkv.analyze.scores import observe, variance_split
 from forcingkv.analyze.storage import read_statistics
 from forcingkv.headmaps.headmap import Budget
 from forcingkv.runtime.cost import chunk_flops
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.text import encode_words
 from tests.analyze.planted import CHUNKS, ROLES, amplitude, logits, planted
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from forcingkv.analyze.recorder import Recorder, record_sample
 from forcingkv.analyze.recording import COLUMNS
 from forcingkv.headmaps import HeadMap
-from forcingkv.models.cache import Cache
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
+from forcingkv.models.kv import Cache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, random_model, small_spec
 

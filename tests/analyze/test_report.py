@@ -33,8 +33,8 @@ from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.cost import chunk_flops
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.text import encode_words
 from tests.conftest import nothing_drawn, small_spec
 

@@ -17,7 +17,7 @@ from forcingkv.export.onnxruntime_passes import attend_in_blocks, make_caches_ea
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder
 from tests.conftest import headmap_of, mixed_map, random_model, small_spec
 from tests.exported import shared_bundle

@@ -20,8 +20,8 @@ from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.export.onnxruntime_passes import LARGE_SCORES, attend_in_blocks
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.bundle import CLEAN
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.tensors import read_header
 from tests.conftest import headmap_of, random_model, small_spec
 from tests.exported import made_once, shared_bundle

@@ -19,7 +19,7 @@ from forcingkv.export.precision import Precision
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.runtime import Bundle, Session
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Dtype
 from tests.conftest import headmap_of, random_model, small_spec
 from tests.exported import shared_bundle

@@ -25,8 +25,8 @@ from forcingkv.prune.onnx_operators import graphs, split_prune
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.bundle import CLEAN
-from forcingkv.runtime.plan import Phase
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import Phase
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.tensors import read_header
 from tests.conftest import headmap_of, random_model, small_spec
 from tests.exported import made_once, shared_bundle

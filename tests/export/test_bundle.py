@@ -24,7 +24,7 @@ from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.presets import load_spec
 from forcingkv.prune.onnx_operators import graphs
 from forcingkv.runtime import Bundle, Session
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec, Schedule
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, random_model, small_spec

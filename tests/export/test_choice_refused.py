@@ -11,7 +11,7 @@ import pytest
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import InputError
 from forcingkv.prune.onnx_operators import check_choice
-from forcingkv.runtime.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from tests.conftest import choosing, mixed_map, random_model, small_spec
 
 

@@ -16,7 +16,7 @@ from forcingkv.models.decoders import KINDS, StreamingDecoder, decoder_for
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder
 from forcingkv.runtime import Session
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder, ModelSpec
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle

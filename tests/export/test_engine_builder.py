@@ -20,8 +20,8 @@ from forcingkv.export.engine_builder import (
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.flavour import FLAVOURS
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import mixed_map, small_spec
 
 

@@ -26,8 +26,8 @@ from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.bundle import Manifest
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.flavour import FLAVOURS
-from forcingkv.runtime.plan import CachePlan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder
 from tests.conftest import mixed_map, random_model, small_spec
 from tests.exported import shared_bundle

@@ -37,7 +37,7 @@ from forcingkv.export.precision import Precision, precision_of, scale_name
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.heads import head_orders, permute_heads
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 from tests.conftest import Ran, headmap_of, random_model, small_spec

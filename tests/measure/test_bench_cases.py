@@ -13,8 +13,8 @@ from forcingkv.measure.bench.cases import bundle_cases, preset_cases, typical_la
 from forcingkv.measure.nominal import nominal_map
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.cost import pass_flops
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy, policy_names
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy, policy_names
 from tests.conftest import small_spec
 
 Bundles = Callable[[str], Path]

@@ -23,7 +23,7 @@ from forcingkv.measure.fidelity.pairs import mean_psnr
 from forcingkv.measure.fidelity.seams import ChunkLayout
 from forcingkv.measure.fidelity.video_measures import METRICS, measure_video
 from forcingkv.runtime import Session
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.video import open_writer
 from studies.planted_seams import SEAMS
 from tests.conftest import Ran, random_model, small_spec

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.measure.nominal import known_map, map_with_counts, nominal_map
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.shipped import shipped_names
 from forcingkv.runtime.spec import ModelSpec
 from tests.conftest import small_spec

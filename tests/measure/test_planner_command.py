@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from forcingkv.measure.planner.gpus import gpu_names
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy, policy_names
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy, policy_names
 from tests.conftest import Ran, headmap_of, small_spec
 from tests.runtime.test_lean import BLOCKED
 

@@ -25,9 +25,9 @@ from forcingkv.measure.planner.session_memory import (
 from forcingkv.models.decoders import load_decoder
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
-from forcingkv.runtime.cache import CacheBuffers
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.kv.buffers import CacheBuffers
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.shipped import shipped_names
 from forcingkv.runtime.spec import ModelSpec
 from tests.conftest import small_spec

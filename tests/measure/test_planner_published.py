@@ -15,7 +15,7 @@ from forcingkv.measure.planner.known_heads import KnownHeads, plan_for
 from forcingkv.measure.planner.prediction import predict, video_work
 from forcingkv.measure.planner.published import basis, efficiencies
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import Ran
 
 DOCS = Path(__file__).parents[2] / "docs" / "planning.md"

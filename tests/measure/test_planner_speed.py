@@ -23,8 +23,8 @@ from forcingkv.measure.planner.work import Work, elementwise_bytes, pass_work
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime.cost import pass_flops
-from forcingkv.runtime.plan import CachePlan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 HEADS = KnownHeads(counts={"static": 134, "dynamic": 226})

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forcingkv.models.cache import Cache, advance, choose_ahead, empty_cache
 from forcingkv.models.generate import generate, seeded_noise
+from forcingkv.models.kv import Cache, advance, choose_ahead, empty_cache
 from forcingkv.models.wan import KeysValues
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import load_policy
-from forcingkv.runtime.roles import Retained
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.kv.roles import Retained
 from tests.conftest import choosing, headmap_of, random_model, retained_in, small_spec
 
 STATIC = [[0], [1, 2], [], [0]]

@@ -20,14 +20,14 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from forcingkv.models.cache import advance, attend_cache, empty_cache
 from forcingkv.models.checkpoint import build_model, to_wan, weight_shapes
 from forcingkv.models.generate import latent_shape, next_latents
+from forcingkv.models.kv import advance, attend_cache, empty_cache
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime import positions
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.shipped import shipped_names
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule
 from tests.conftest import small_spec

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from forcingkv.models.cache import advance, attend_cache, empty_cache
 from forcingkv.models.heads import head_orders, permute_heads
+from forcingkv.models.kv import advance, attend_cache, empty_cache
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime import positions
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
 from tests.conftest import headmap_of
 

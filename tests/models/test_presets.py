@@ -9,8 +9,8 @@ import pytest
 
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import load_policy, policy_names
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import load_policy, policy_names
 from forcingkv.runtime.shipped import shipped_names
 
 PRESETS = ["causal-forcing", "krea-14b", "longlive", "raven", "self-forcing"]

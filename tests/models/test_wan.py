@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forcingkv.headmaps.headmap import uniform
-from forcingkv.models.cache import advance, attend_cache, empty_cache
 from forcingkv.models.generate import generate, latent_shape, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
+from forcingkv.models.kv import advance, attend_cache, empty_cache
 from forcingkv.models.wan import KeysValues, WanModel, rotate
 from forcingkv.runtime import positions
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import Policy, load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import Policy, load_policy
 from tests.conftest import headmap_of, random_model, roles, small_spec
 
 CHUNKS = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder
 from tests.conftest import headmap_of, random_model, small_spec
 from tests.exported import shared_bundle

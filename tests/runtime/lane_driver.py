@@ -11,7 +11,7 @@ import numpy as np
 from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Array, Lane, Pass, Tensor
 from forcingkv.runtime.bundle import CLEAN, Bundle
-from forcingkv.runtime.plan import CacheEntry
+from forcingkv.runtime.kv.plan import CacheEntry
 
 __all__ = ["Driver", "Made"]
 

@@ -7,13 +7,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from forcingkv.models.cache import Cache, attend_cache, empty_cache
 from forcingkv.models.generate import generate, latent_shape, seeded_noise
+from forcingkv.models.kv import Cache, attend_cache, empty_cache
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime.cost import chunk_flops, pass_flops
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec, Schedule
 from tests.conftest import headmap_of, random_model, small_spec
 

@@ -12,12 +12,12 @@ from forcingkv.runtime import Bundle
 from forcingkv.runtime.backends import Tensor
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.bundle import GraphRecord, Manifest, TensorRecord
-from forcingkv.runtime.cache import CacheBuffers
 from forcingkv.runtime.chunks import ChunkDecoder
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import engine_sets, footprint, grouped_by_need, named, part_notes, readable
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.buffers import CacheBuffers
+from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import headmap_of, random_model, small_spec
 from tests.exported import shared_bundle
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from forcingkv.headmaps import InputError
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
-from forcingkv.runtime.cache import CacheBuffers
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy, load_policy
-from forcingkv.runtime.roles import Retained
+from forcingkv.runtime.kv.buffers import CacheBuffers
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.kv.roles import Retained
 from forcingkv.runtime.spec import Decoder, ModelSpec
 from tests.conftest import headmap_of, roles, small_spec
 

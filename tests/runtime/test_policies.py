@@ -9,8 +9,8 @@ import pytest
 
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.fields import from_data, to_data
-from forcingkv.runtime.policies import Policy, load_policy, policy_names
-from forcingkv.runtime.roles import Recent, Retained, Sink
+from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.kv.roles import Recent, Retained, Sink
 from tests.conftest import roles
 
 POLICY = """

@@ -14,8 +14,8 @@ from forcingkv.runtime import Bundle, Session, preflight, session
 from forcingkv.runtime.bundle import GRAPHS
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import kv_parts
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.preflight import check_memory, needed_memory, what_fits
 from tests.runtime.videos import PROMPT
 

@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.cache import advance, attend_cache, empty_cache
 from forcingkv.models.generate import next_latents
+from forcingkv.models.kv import advance, attend_cache, empty_cache
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime import Bundle, Session, positions
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy
+from forcingkv.runtime.kv.rebuild import LatentHistory, replayed
+from forcingkv.runtime.kv.roles import Retained, Role
 from forcingkv.runtime.noise import chunk_noise
-from forcingkv.runtime.plan import CachePlan, build_plan
-from forcingkv.runtime.policies import Policy
-from forcingkv.runtime.recache import LatentHistory, replayed
-from forcingkv.runtime.roles import Retained, Role
 from forcingkv.runtime.spec import Schedule
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, random_model, roles, small_spec

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from forcingkv.headmaps import InputError
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import positions
-from forcingkv.runtime.policies import load_policy, policy_names
+from forcingkv.runtime.kv.policies import load_policy, policy_names
 from forcingkv.runtime.shipped import shipped_names
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule
 from tests.conftest import small_spec

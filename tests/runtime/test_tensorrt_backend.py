@@ -26,7 +26,7 @@ from forcingkv.runtime.backends import tensorrt as backend_module
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, require
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from tests.runtime.engine_world import World
 from tests.runtime.lane_driver import Driver
 from tests.runtime.videos import OTHER, PROMPT, Ahead, assert_same, open_with, python, video_of

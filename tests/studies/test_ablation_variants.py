@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime.plan import build_plan
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from studies.ablation.variants import PROFILED, REFERENCE, WantedMap, changed, control_map, read_variants
 from tests.conftest import headmap_of, retained_in, roles, small_spec
 

@@ -13,7 +13,7 @@ from forcingkv.headmaps import InputError
 from forcingkv.measure.nominal import known_map
 from forcingkv.measure.planner.prediction import predict
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime.policies import load_policy
+from forcingkv.runtime.kv.policies import load_policy
 from studies.planner_fit import (
     BOUND,
     OUT,

@@ -18,7 +18,7 @@ from forcingkv.headmaps.files import write_bytes
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import EngineSet, engine_sets, footprint, grouped_by_need, named, readable
-from forcingkv.runtime.roles import Role
+from forcingkv.runtime.kv.roles import Role
 
 INK, SOFT = "#1b1f24", "#57606a"
 BLUES, PALEST = ("#0a3d66", "#0b6fb8", "#58a6dd"), "#b9d9f0"

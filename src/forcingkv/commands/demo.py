@@ -46,7 +46,7 @@ def demo(
     from forcingkv.models.demo.data import moves_of
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime import Session
-    from forcingkv.runtime.policies import load_policy
+    from forcingkv.runtime.kv.policies import load_policy
 
     spec = load_spec(MODEL)
     weights = load_weights(spec)

@@ -86,7 +86,7 @@ def export(
     from forcingkv.headmaps.fields import to_data
     from forcingkv.models.decoders import decoder_for
     from forcingkv.models.presets import load_spec
-    from forcingkv.runtime.policies import load_policy
+    from forcingkv.runtime.kv.policies import load_policy
 
     wanted = one_of(Target, target, "target")
     spec, chosen = load_spec(model), load_policy(policy)

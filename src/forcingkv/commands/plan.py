@@ -64,7 +64,7 @@ def plan(
     from forcingkv.measure.planner.plan_tables import plan_lines
     from forcingkv.measure.planner.report import PlanRequest, plan_report
     from forcingkv.models.presets import load_spec
-    from forcingkv.runtime.policies import load_policy, policy_names
+    from forcingkv.runtime.kv.policies import load_policy, policy_names
 
     if headmap and heads:
         raise InputError("use either --headmap or --heads, not both")

@@ -1,6 +1,6 @@
 """The cache plan: for each layer its head groups, for each group the cached tokens it sees.
 
-Everything about sizes - shapes, phases, bytes - is asked of the roles (`runtime.roles`) here, for export,
+Everything about sizes - shapes, phases, bytes - is asked of the roles (`runtime.kv.roles`) here, for export,
 runtime, analysis and benchmarks alike.
 """
 
@@ -13,8 +13,8 @@ from functools import cached_property
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
-from forcingkv.runtime.policies import ALL, Policy
-from forcingkv.runtime.roles import Choice, Retained, Role, Rows
+from forcingkv.runtime.kv.policies import ALL, Policy
+from forcingkv.runtime.kv.roles import Choice, Retained, Role, Rows
 from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
 
 PARTS = ("keys", "values")

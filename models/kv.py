@@ -1,6 +1,6 @@
 """The KV cache in torch, laid out by a `CachePlan`: made empty, attended to, and advanced by clean passes.
 
-Each role of `runtime.roles` has its torch half here: how its keys and values follow from a clean pass, and
+Each role of `runtime.kv.roles` has its torch half here: how its keys and values follow from a clean pass, and
 how they are read. `docs/extending.md` shows how a role is added.
 """
 
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
-from forcingkv.runtime.plan import CachePlan, HeadGroup, rows_name
-from forcingkv.runtime.roles import Choice, Recent, Retained, Role, Sink
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, rows_name
+from forcingkv.runtime.kv.roles import Choice, Recent, Retained, Role, Sink
 from forcingkv.runtime.spec import Dtype
 
 GroupCache: TypeAlias = dict[str, KeysValues]

@@ -1,6 +1,6 @@
 """Roles: what a cached token is to a head. A policy gives each group of heads an ordered list of them.
 
-A role is one class here and one in `models/cache.py`. This one knows, without looking at keys: how many
+A role is one class here and one in `models/kv.py`. This one knows, without looking at keys: how many
 tokens it caches in any chunk, which latent frame each of them is of, what memory it takes, and what it needs
 when the cache is made anew under another prompt. The other one knows how its keys and values follow from a
 pass. The cache plan, the session's buffers, the footprint, the recorder, the exporter, the planner and the
@@ -25,7 +25,7 @@ from forcingkv.headmaps.fields import Tagged
 from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
 
 if TYPE_CHECKING:
-    from forcingkv.runtime.plan import CachePlan, HeadGroup
+    from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
 
 
 Rows = npt.NDArray[np.int32]

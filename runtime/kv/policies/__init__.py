@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.roles import Role
+from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.shipped import read_named, shipped_names
 
 ALL = "all"

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 
 from forcingkv.runtime.backends import Lane, Tensor
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
 

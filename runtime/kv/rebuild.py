@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan
 
 Floats = npt.NDArray[np.float32]
 
