@@ -183,7 +183,7 @@ def test_a_quota_cuts_halfway_between_two_heads() -> None:
 
 @pytest.mark.parametrize("quota", [-1, 5])
 def test_a_quota_that_no_layer_has_is_refused(quota: int) -> None:
-    with pytest.raises(InputError, match=f"cannot make {quota} heads a layer static; expected 0 to 4"):
+    with pytest.raises(InputError, match=f"cannot make {quota} heads of each layer static; expected 0 to 4"):
         decide(observed(of_scores(MEANS)), "quota", static_per_layer=quota)
 
 
