@@ -100,8 +100,8 @@ def drawn_rows(samples: int = 2, frames: int = 1, seed: int = 0) -> list[dict[st
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("sink_frames", [0, 1, 2])
 def test_scores_follow_the_definition(frames: int, sink_frames: int) -> None:
-    """docs/method.md, "Head profile": the newest frame of the previous chunk and the current chunk, over all but the
-    sink; the mean over query frames is taken before the ratio."""
+    """docs/method.md, "Head profile": the newest frame of the previous chunk and the current chunk, over all
+    but the sink; the mean over query frames is taken before the ratio."""
     rows = drawn_rows(frames=frames)
     found = observe(recorded(rows, 2, frames_per_chunk=frames), sink_frames)
     assert found.values.shape == (2, 3, 2, 1, 2, 3)
