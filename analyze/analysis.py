@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.analyze.comparison import pairwise
-from forcingkv.analyze.labels import ALPHA, RULES, Decision, decide, decide_budget, label_rows
+from forcingkv.analyze.labels import ALPHA, RULES, Decision, decide, decide_budget, label_rows, rule_name
 from forcingkv.analyze.scores import Divergence, Observations, divergence, observe, variance_split
 from forcingkv.analyze.stability import Stability, judge_stability, samples_needed
 from forcingkv.analyze.storage import Recorded, read_statistics
@@ -90,7 +90,7 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
     asked = labelling or Labelling()
     recorded = read_statistics(place)
     observations = observe(recorded, asked.sink_frames)
-    kind = RULES[asked.rule]
+    kind = RULES[rule_name(asked.rule)]
     decision = _decide(observations, recorded, replace(asked, rule="auto") if kind.classes else asked)
     stability = judge_stability(observations, decision)
     recording = recorded.recording

@@ -126,9 +126,9 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
             "layers": layers,
         }
     # Where layers were left out, what they hold was a choice, which the file does not give back.
-    whole = source.layers is not None and len(source.layers) == headmap.model.layers
-    if whole and _labels(source.layers, headmap.model) == headmap.labels:
-        layers = list(source.layers or ())
+    given = source.layers or ()
+    if len(given) == headmap.model.layers and _labels(given, headmap.model) == headmap.labels:
+        layers = list(given)
     return layers if source.fields is None else {**source.fields, "layers": layers}
 
 
@@ -153,10 +153,10 @@ def _layers(labels: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     ]
 
 
-def _labels(layers: Sequence[Any] | None, model: ModelIdentity) -> tuple[tuple[str, ...], ...]:
+def _labels(layers: Sequence[Any], model: ModelIdentity) -> tuple[tuple[str, ...], ...]:
     """The labels that those layers give; the map may have got others since it was read from them."""
     choices = Choices(layers=model.layers, heads=model.heads)
-    return from_data(list(layers or ()), "", "the source in the head map", choices).labels
+    return from_data(list(layers), "", "the source in the head map", choices).labels
 
 
 def _numbered(layers: list[Any], where: str) -> dict[int, Groups]:

@@ -22,7 +22,7 @@ from forcingkv.analyze.storage import Storage, read_statistics
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.models.checkpoint import Weights, random_weights
 from forcingkv.runtime.text import encode_words
-from tests.conftest import headmap_of, small_spec
+from tests.conftest import headmap_of, mixed_map, small_spec
 
 pytestmark = pytest.mark.usefixtures("white_pictures")
 
@@ -312,3 +312,12 @@ def test_a_model_with_a_sink_of_its_own_is_measured_on_the_frames_it_sees(tmp_pa
         [0, 1, 2, 6, 7, 8, 9, 10, 11],
         [0, 1, 2, 9, 10, 11, 12, 13, 14],
     ]
+
+
+def test_a_policy_whose_layers_choose_for_themselves_is_refused(tmp_path: Path) -> None:
+    spec = small_spec()
+    policy = tmp_path / "own.toml"
+    policy.write_text('base = "forcing-kv"\nname = "own"\n[retain]\nshared = false\n', encoding="utf-8")
+    job = Job(spec, random_weights(spec), [], policy=str(policy), headmap=mixed_map(spec))
+    with pytest.raises(InputError, match=r"policy own lets every layer choose .*shared = true"):
+        job.plan()

@@ -100,8 +100,8 @@ def drawn_rows(samples: int = 2, frames: int = 1, seed: int = 0) -> list[dict[st
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("sink_frames", [0, 1, 2])
 def test_scores_follow_the_definition(frames: int, sink_frames: int) -> None:
-    """METHOD.md section 2: the newest frame of the previous chunk and the current chunk, over all but the
-    sink; the mean over query frames is taken before the ratio."""
+    """docs/method.md, "Head profile": the newest frame of the previous chunk and the current chunk, over all
+    but the sink; the mean over query frames is taken before the ratio."""
     rows = drawn_rows(frames=frames)
     found = observe(recorded(rows, 2, frames_per_chunk=frames), sink_frames)
     assert found.values.shape == (2, 3, 2, 1, 2, 3)
@@ -183,7 +183,7 @@ def test_a_quota_cuts_halfway_between_two_heads() -> None:
 
 @pytest.mark.parametrize("quota", [-1, 5])
 def test_a_quota_that_no_layer_has_is_refused(quota: int) -> None:
-    with pytest.raises(InputError, match=f"cannot make {quota} heads a layer static; expected 0 to 4"):
+    with pytest.raises(InputError, match=f"cannot make {quota} heads of each layer static; expected 0 to 4"):
         decide(observed(of_scores(MEANS)), "quota", static_per_layer=quota)
 
 

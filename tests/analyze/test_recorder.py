@@ -106,7 +106,7 @@ def test_what_is_recorded_is_what_attention_did(policy: str) -> None:
 
 
 def key_frames(plan: CachePlan, chunk: int, indices: Tensor | None) -> dict[str, list[int]]:
-    """For each role the latent frame of every token, written down from METHOD.md section 3."""
+    """For each role the latent frame of every token, as docs/method.md says it."""
     size, first = plan.frame_tokens, 3 * chunk
     segments = [] if indices is None else indices.tolist()
     return {

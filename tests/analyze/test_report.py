@@ -182,7 +182,7 @@ def test_classes_of_dummy_forcing_are_shown_with_another_rules_stability(made: C
 
 
 def test_costs_are_those_of_the_plans(made: Callable[..., Made]) -> None:
-    """The golden of METHOD.md for `full`, and the plan's own numbers for a map."""
+    """The published figure for `full`, and the plan's own numbers for a map."""
     spec = load_spec("self-forcing")
     model = ModelIdentity(spec.name, spec.layers, spec.heads)
     headmap = HeadMap(model, (("static",) * 4 + ("dynamic",) * 8,) * 30, Rule("given"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,15 @@ def test_a_faulty_forcing_kv_file_is_refused(data: Any, message: str, tmp_path: 
         read_headmap(path)
     assert message in str(raised.value)
     assert str(path) in str(raised.value)
+
+
+def test_a_damaged_source_in_a_head_map_is_named() -> None:
+    given = {"layer_idx": 0, "static_heads": [0], "dynamic_head": [1]}
+    headmap = forcingkv_json.from_data([given], "", "map.json", Choices())
+    assert headmap.source
+    assert headmap.source.layers
+    damaged = replace(headmap.source, layers=({**given, "dynamic_head": [7]},))
+    with pytest.raises(
+        InputError, match=r"the source in the head map: layer 0 names head 7; expected 0 to 1"
+    ):
+        forcingkv_json.to_data(replace(headmap, source=damaged))

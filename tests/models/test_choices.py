@@ -62,7 +62,7 @@ def candidate_frames(plan: CachePlan, before: Cache, new: list[KeysValues], laye
 
 
 def scored(plan: CachePlan, before: Cache, new: list[KeysValues], layer: int) -> list[int]:
-    """The k least similar segments by METHOD.md section 3, a token at a time."""
+    """The k least similar segments by docs/method.md, a token at a time."""
     keys = candidate_frames(plan, before, new, layer, "keys")
     retain = retained_in(plan.policy)
     size, found = plan.frame_tokens // retain.segments, []

@@ -81,7 +81,7 @@ def cached_frames(plan: CachePlan, layer: int, label: str) -> list[float]:
 @pytest.mark.parametrize("resolution", GEOMETRIES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_frames_each_head_sees(preset: str, resolution: str) -> None:
-    """METHOD.md section 3, for ar_start 1, and 2 for LongLive."""
+    """docs/method.md, for ar_start 1, and 2 for LongLive."""
     late = preset == "longlive"
 
     pruned = plan_of(preset, resolution, "forcing-kv")

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from forcingkv.headmaps import InputError
-from forcingkv.models.text import clean_prompt, load_prompt_encoder
+from forcingkv.models.text_encoder import clean_prompt, load_prompt_encoder
 from tests.conftest import Ran
 
 WIDTH, LENGTH = 24, 12
