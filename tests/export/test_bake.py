@@ -94,12 +94,12 @@ height = 96
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     """The same program as the benchmark for 14B width, at a tenth of it."""
     (tmp_path / "wide.toml").write_text(WIDE)
-    command = [sys.executable, str(ROOT / "benchmarks" / "bake_memory.py"), "--layers", "2", "--layers", "8"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bake_memory.py"), "--layers", "2", "--layers", "5"]
     done = subprocess.run(
         [*command, "--model", str(tmp_path / "wide.toml")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     grown = measured["rows"][1]["file_bytes"] - measured["rows"][0]["file_bytes"]
-    assert grown > 250e6, "held in memory, the layers would show"
+    assert grown > 140e6, "held in memory, the layers would show"
     assert measured["peak_growth"] <= 1.1
