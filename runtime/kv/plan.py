@@ -18,6 +18,8 @@ from forcingkv.runtime.kv.roles import Choice, Retained, Role, Rows
 from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
 
 PARTS = ("keys", "values")
+MOST_CHUNKS = 10_000
+"""Chunks after which every role has come to rest; the longest history of a public model is 21 frames."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,10 @@ class CachePlan:
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
-        """All phases, in order; the last one never ends."""
+        """All phases, in order; the last one never ends.
+
+        Raises ValueError for a role whose length does not come to rest.
+        """
         roles = [
             (group, role) for group in {g.label: g for g in self.groups}.values() for role in group.roles
         ]
@@ -203,6 +208,9 @@ class CachePlan:
             if not phases or phases[-1].tokens != tokens:
                 phases.append(Phase(chunk, tokens))
             chunk += 1
+            if chunk > MOST_CHUNKS:
+                moving = [r.name for (_, r), n, most in zip(roles, lengths, steady, strict=True) if n != most]
+                raise ValueError(f"after {chunk} chunks the length of {', '.join(moving)} is not steady")
         return tuple(phases)
 
     def kv_bytes(self, dtype: Dtype = "float32", batch: int = 1, chunk: int | None = None) -> int:
