@@ -231,17 +231,23 @@ def record_samples(
     progress(samples - len(missing), 0)
     if not missing:
         return []
+
+    def finished(done: int) -> None:
+        if done == 1:  # by this process alone, whoever recorded the sample
+            storage.note_versions()
+        progress(done, 0)
+
     if cluster:
         from forcingkv.analyze.workers import record_with_ray
 
-        record_with_ray(job, storage, missing, cluster, workers, lambda left: progress(samples - left, 0))
+        record_with_ray(job, storage, missing, cluster, workers, lambda left: finished(samples - left))
         return missing
     recorder = SampleRecorder(job, recording)
     for done, sample in enumerate(missing, samples - len(missing)):
         text = job.text(sample)
         rows = recorder.record(sample, text, lambda chunk, done=done: progress(done, chunk))  # type: ignore[misc]
         storage.write(rows, recording.of(sample, text))
-        progress(done + 1, 0)
+        finished(done + 1)
     return missing
 
 

@@ -77,9 +77,11 @@ class Storage:
         assert recording.sample is not None
         content = io.BytesIO()
         rows.write_parquet(content, metadata={METADATA_KEY: recording.to_text()})
-        if not self.samples():
-            self._put(VERSIONS, (json.dumps(_installed(), indent=1) + "\n").encode())
         self._put(_name(recording.sample), content.getvalue())
+
+    def note_versions(self) -> None:
+        """Note what recorded the first sample: for `check_versions`, before others are added."""
+        self._put(VERSIONS, (json.dumps(_installed(), indent=1) + "\n").encode())
 
     def check_versions(self) -> None:
         """Raise InputError where other versions recorded the samples that are there.
@@ -152,9 +154,11 @@ class Storage:
         return pl.scan_parquet([self._content(sample) for sample in samples])
 
     def clear(self) -> None:
-        """Delete all samples."""
+        """Delete all samples, and the note of what recorded them."""
         for sample in self.samples():
             self._files.rm_file(self._file(sample))
+        if self._files.exists(posixpath.join(self._root, VERSIONS)):
+            self._files.rm_file(posixpath.join(self._root, VERSIONS))
 
     def _content(self, sample: int) -> bytes:
         content: bytes = self._files.cat_file(self._file(sample))

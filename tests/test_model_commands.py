@@ -165,7 +165,7 @@ EXPORT = ["export", "--policy", "full", "--out", "OUT"]
         ),
         (
             ["analyze", "heads", "--model", "SPEC", "--random-weights", "--embeds", "PT", "--out", "OUT"],
-            "self_forcing_dmd.pt: ",
+            "self_forcing_dmd.pt is not a safetensors file",
         ),
         (
             ["encode", "--prompts", "SPEC", "--text-encoder", "no/such/folder", "--out", "OUT"],
