@@ -102,7 +102,7 @@ def test_a_network_is_built_with_no_transition_frame_and_with_one(tmp_path: Path
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
