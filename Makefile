@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps tensorrt-stubs
-	$(BIN)/python tools/mend_tensorrt_stubs.py
+	$(BIN)/python tools/fix_tensorrt_stubs.py
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## Walk the whole way on the shipped model: analyze, export, generate, compare

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from forcingkv.export import export_bundle
-from forcingkv.export.engines import parse_report
+from forcingkv.export.engine_builder import parse_report
 from forcingkv.export.precision import Target
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.models.checkpoint import random_weights

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from forcingkv.export import export_bundle, onnx_writer
+from forcingkv.export import export_bundle, passes
 from forcingkv.headmaps import HeadMap
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec
@@ -41,7 +41,7 @@ def export_both(policy: str, room: Path) -> tuple[Bundle, Bundle]:
     weights, chosen = load_weights(spec), load_policy(policy)
     headmap = HeadMap.read(MAP) if chosen.needs_headmap else None
     export_bundle(spec, weights, chosen, room / "branched", headmap=headmap, verify=False)
-    with mock.patch.object(onnx_writer, "branch_on_clean"):
+    with mock.patch.object(passes, "branch_on_clean"):
         export_bundle(spec, weights, chosen, room / "plain", headmap=headmap, verify=False)
     return Bundle.open(room / "branched"), Bundle.open(room / "plain")
 

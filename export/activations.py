@@ -1,9 +1,9 @@
 """What ONNX Runtime needs in memory for a graph, from the graph alone.
 
-A tensor lives from the node that makes it to the last one that reads it. ONNX Runtime 1.31 does so too if it
-is told to order nodes by their place in the file, and neither to keep buffers for later tensors nor to lay
-them out ahead (docs/decisions/0014). It runs every node of a graph, whatever outputs are asked for, but those
-of branches that are not taken.
+A tensor lives from the node that makes it to the last one that reads it. So it does in ONNX Runtime 1.31 with
+options that order nodes by their place in the file, keep no buffers for later tensors, and do not lay them
+out ahead (docs/decisions/0014). It runs every node of a graph, whatever outputs are asked for, but those of
+branches that are not taken.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from forcingkv.export.clean_branch import taken_branches
-from forcingkv.export.rewriting import makers, read_by
+from forcingkv.export.onnxruntime_passes import taken_branches
 from forcingkv.prune.onnx_operators import DOMAIN
 
 Shape = tuple[int, ...]
@@ -27,26 +25,6 @@ MOVES_NOTHING = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
 """Operators whose output is their first input's memory."""
 IN_PLACE = {"Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Tanh"}
 """Operators that may write over an operand of the output's size that nothing else reads."""
-
-
-def make_caches_early(graph: ir.Graph) -> None:
-    """Nodes that only outputs need are moved to where what they read is made.
-
-    A trace makes next caches last, and keys and values of all layers would wait for it.
-
-    Ensures: the same nodes, in an order in which those that the first output does not need come right after
-    the last that makes their inputs.
-    """
-    needed = makers(graph.outputs[:1])
-    after: dict[ir.Node, int] = {}
-    for number, node in enumerate(graph):
-        # What is made inside a branch has no place of its own.
-        places = [after.get(maker) for value in read_by(node) if (maker := value.producer())]
-        earliest = max((place for place in places if place is not None), default=-1)
-        after[node] = number if node in needed else earliest
-    order = sorted(graph, key=after.__getitem__)  # stable: of those that may stand there, as they stood
-    graph.remove(order)
-    graph.extend(order)
 
 
 def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape]]) -> int:
@@ -130,38 +108,38 @@ def _scratch(node: onnx.NodeProto, shapes: Mapping[str, Shape], sizes: Mapping[s
 
 
 def _shapes(model: onnx.ModelProto, given: Mapping[str, Shape]) -> tuple[dict[str, Shape], dict[str, int]]:
-    """The shape of every tensor, and its bytes; of those that a function makes, as far as they are known."""
-    told = onnx.ModelProto()
-    told.CopyFrom(model)
-    for value in told.graph.input:
+    """The shape of every tensor, and its bytes; 0 bytes for a function's outputs of unknown shape."""
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    for value in sized.graph.input:
         if value.name in given:
             value.CopyFrom(_typed(value.name, value.type.tensor_type.elem_type, given[value.name]))
-    for value in told.graph.output:
+    for value in sized.graph.output:
         value.type.tensor_type.ClearField("shape")  # they may vary as inputs do
-    contents = {value.name: value for value in told.graph.initializer}
-    readers = {name: node for node in told.graph.node for name in node.input}
-    for node in told.graph.node:
-        if node.op_type == "MultiHeadAttention":  # onnx does not know it; `attend_in_blocks` says its shape
+    contents = {value.name: value for value in sized.graph.initializer}
+    readers = {name: node for node in sized.graph.node for name in node.input}
+    for node in sized.graph.node:
+        if node.op_type == "MultiHeadAttention":  # onnx does not know it; a Reshape behind it has its shape
             whole = numpy_helper.to_array(contents[readers[node.output[0]].input[1]])
-            told.graph.value_info.append(_typed(node.output[0], TensorProto.FLOAT, tuple(whole[1:])))
-    _fold_lengths(told)
-    told = onnx.shape_inference.infer_shapes(told, strict_mode=True, data_prop=True)
-    shapes: dict[str, Shape] = {v.name: tuple(v.dims) for v in told.graph.initializer}
-    sizes = {v.name: math.prod(v.dims) * _element_bytes(v.data_type) for v in told.graph.initializer}
-    for value in (*told.graph.input, *told.graph.value_info, *told.graph.output):
+            sized.graph.value_info.append(_typed(node.output[0], TensorProto.FLOAT, tuple(whole[1:])))
+    _fold_lengths(sized)
+    sized = onnx.shape_inference.infer_shapes(sized, strict_mode=True, data_prop=True)
+    shapes: dict[str, Shape] = {v.name: tuple(v.dims) for v in sized.graph.initializer}
+    sizes = {v.name: math.prod(v.dims) * _element_bytes(v.data_type) for v in sized.graph.initializer}
+    for value in (*sized.graph.input, *sized.graph.value_info, *sized.graph.output):
         kind = value.type.tensor_type
         if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
             shapes[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
             sizes[value.name] = math.prod(shapes[value.name]) * _element_bytes(kind.elem_type)
     made = {name for node in model.graph.node if node.domain == DOMAIN for name in node.output}
-    unknown = {name for node in told.graph.node for name in node.output if name} - made - set(sizes)
+    unknown = {name for node in sized.graph.node for name in node.output if name} - made - set(sizes)
     if unknown:
         raise ValueError(f"the shapes of {', '.join(sorted(unknown)[:5])} are not known")
     return shapes, dict.fromkeys(made, 0) | sizes
 
 
 def _fold_lengths(model: onnx.ModelProto) -> None:
-    """Numbers that follow from the shapes of inputs become constants: bounds of slices, say."""
+    """Numbers that follow from the shapes of inputs, such as bounds of slices, become constants."""
     inputs = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
     known = {
         value.name: numpy_helper.to_array(value)

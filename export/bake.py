@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from forcingkv.export.fp8 import dequantize, quantize, weight_scales
-from forcingkv.export.precision import DTYPES, ExportDtype, Precision, is_matrix, scale_name
+from forcingkv.export.precision import (
+    ExportDtype,
+    Precision,
+    dtype_record,
+    is_matrix,
+    scale_name,
+    torch_dtype,
+)
 from forcingkv.models.checkpoint import build_model, weight_shapes
 from forcingkv.models.heads import permute_tensor
 from forcingkv.models.tensor_files import open_tensors
@@ -44,7 +51,7 @@ def bake_weights(
         orders: for each layer the old index of the head at each new place.
         path: the safetensors file.
         precision: what each tensor is stored as.
-        progress: told what is being done.
+        progress: called with a line on what is done next.
 
     Returns:
         Name -> where each tensor lies in the file.
@@ -72,7 +79,7 @@ def bake_weights(
 def baked_bytes(spec: ModelSpec, precision: Precision) -> int:
     """Bytes of the tensors of a baked file."""
     planned = _planned(weight_shapes(spec), precision).values()
-    return sum(math.prod(shape) * DTYPES[dtype][0].itemsize for dtype, shape in planned)
+    return sum(math.prod(shape) * dtype_record(dtype).bytes for dtype, shape in planned)
 
 
 def _planned(shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> Planned:
@@ -89,11 +96,11 @@ def store_tensors(
     planned: Mapping[str, tuple[ExportDtype, tuple[int, ...]]], read: Callable[[str], Tensor], path: Path
 ) -> dict[str, StoredTensor]:
     """Write tensors {name: (dtype, shape)} to a safetensors file, one at a time, in that order."""
-    formats = {name: (DTYPES[dtype][1], tuple(shape)) for name, (dtype, shape) in planned.items()}
+    formats = {name: (dtype_record(dtype).code, tuple(shape)) for name, (dtype, shape) in planned.items()}
     with TensorWriter(path, formats) as writer:
         for name, (dtype, _) in planned.items():
             # The bits, whatever the dtype: numpy has no bfloat16.
-            tensor = read(name).detach().to(DTYPES[dtype][0]).contiguous()
+            tensor = read(name).detach().to(torch_dtype(dtype)).contiguous()
             writer.write(name, tensor.reshape(-1).view(torch.uint8).numpy().data)
         return writer.tensors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,18 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+import forcingkv
+from forcingkv.export.activations import activation_bytes, weight_bytes
 from forcingkv.export.bake import bake_weights, baked_bytes, baked_model, store_tensors
-from forcingkv.export.calibrate import CalibrationTexts, calibrate, check_calibration
-from forcingkv.export.engines import build_engine
-from forcingkv.export.fp8 import rounded_inputs
+from forcingkv.export.engine_builder import (
+    EngineTarget,
+    build_engine,
+    check_plugin,
+    engine_target,
+    warnings_of,
+)
+from forcingkv.export.fp8 import CalibrationTexts, calibrate, rounded_inputs
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.export.onnx_writer import write_onnx
-from forcingkv.export.precision import DTYPES, ExportDtype, Precision, Target, precision_of
-from forcingkv.export.records import file_records, graph_record, versions
-from forcingkv.export.targets import EngineTarget, check_disk, check_plugin, engine_target, warnings_of
-from forcingkv.export.verify import check_memory, fp8_differences, graph_difference
+from forcingkv.export.precision import ExportDtype, Precision, Target, precision_of, torch_dtype
+from forcingkv.export.space import check_disk, check_memory_to_calibrate, check_memory_to_verify
+from forcingkv.export.verify import fp8_differences, graph_difference
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import new_folder
+from forcingkv.headmaps.files import new_folder, record_file
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
@@ -39,6 +46,7 @@ from forcingkv.runtime.bundle import (
     GraphRecord,
     Manifest,
     PlanRecord,
+    TensorRecord,
 )
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.plan import CachePlan, build_plan
@@ -98,18 +106,18 @@ def export_bundle(
         verify: whether to run every graph in float32 and compare it with torch; needs the memory of
             the model. None: for ONNX Runtime only.
         calibration: what fp8 is calibrated with, which needs the memory of the model. For fp8 only.
-        progress: told what is being done.
+        progress: called with a line on what is done next.
 
     Raises:
-        InputError: something does not fit; see `build_plan`, `prune_op.check_choice`, `precision_of`,
-            `verify.check_memory`, `targets.engine_target`, `targets.check_disk` and
-            `calibrate.check_calibration`.
+        InputError: something does not fit; see `build_plan`, `onnx_operators.check_choice`, `precision_of`,
+            `engine_builder.engine_target` and `space`.
         VerificationError: a graph differs from torch by more than `TOLERANCE` or `FP8_TOLERANCE`.
         EngineError: TensorRT did not build an engine.
     """
     engines = engine_target(target, sms, aot=aot) if target != "onnx" else None
     if (sms or aot) and engines is None:
-        raise InputError("goes with engines", where="--aot" if aot else "--sm", expected="--target tensorrt")
+        where = "--aot" if aot else "--sm"
+        raise InputError("is for engines only", where=where, expected="--target tensorrt or tensorrt-rtx")
     precision = precision_of(
         dtype or ("bfloat16" if engines else spec.dtype), target, engines.sms if engines else ()
     )
@@ -120,11 +128,14 @@ def export_bundle(
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
     verify = engines is None if verify is None else verify
     if verify:
-        check_memory(plan, decoder)
-    if (precision.linear is None) != (calibration is None):
-        raise InputError("goes with texts to calibrate it with, and they with it", where="--dtype fp8")
+        check_memory_to_verify(plan, decoder)
+    if precision.linear and not calibration:
+        hint = "Pass them as `calibration` (on the command line --calibration)."
+        raise InputError("needs texts to calibrate it with", where="dtype fp8", hint=hint)
+    if calibration and not precision.linear:
+        raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
     if calibration:
-        check_calibration(plan)
+        check_memory_to_calibrate(plan)
     if engines:
         check_plugin(plan)
     check_disk(out, baked_bytes(spec, precision), len(engines.sms) if engines else 0)
@@ -148,8 +159,8 @@ def export_bundle(
             policy=policy,
             plan=PlanRecord.of(plan, precision.compute),
             graphs=bundle.records,
-            files=file_records(folder, bundle.written),
-            versions=versions(),
+            files={path.relative_to(folder).as_posix(): record_file(path) for path in sorted(bundle.written)},
+            versions=_versions(),
             headmap=headmap.digest if headmap else None,
             verification=bundle.differences,
             compute=precision.compute,
@@ -217,17 +228,17 @@ class _Writer:
         if precision.compute == "float32":
             shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
             phases = shapes if name == "step" else [{}]
-        self.records[name] = graph_record(path, traced, self._weights_of(name), phases)
+        self.records[name] = _graph_record(path, traced, self._weights_of(name), phases)
         if self.verify:
             self.progress(f"verifying {name}")
             if precision.compute == "float32":
                 self._compare(name, path)
             else:
                 # ONNX Runtime has no kernels for less on a CPU: the same graph is compared in float32.
-                twin = self.folder / f"{name}.float32.onnx"
-                self._trace(name, twin, replace(precision, compute="float32"))
-                self._compare(name, twin)
-                twin.unlink()
+                in_float32 = self.folder / f"{name}.float32.onnx"
+                self._trace(name, in_float32, replace(precision, compute="float32"))
+                self._compare(name, in_float32)
+                in_float32.unlink()
 
     def write_engines(self, target: EngineTarget) -> None:
         """Compile the plugin's kernels, and build an engine of every graph for every GPU."""
@@ -288,7 +299,7 @@ class _Writer:
         if name == "decode":
             if self.decoder is None:
                 return decode_graph(self.plan)
-            kind = DTYPES[precision.compute][0]
+            kind = torch_dtype(precision.compute)
             with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
                 decoder = copy.deepcopy(self.decoder)
             exact = precision.compute == "float32"
@@ -315,3 +326,39 @@ def _emptied(module: M, dtype: Callable[[str], torch.dtype]) -> M:
     }
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False)
+
+
+def _graph_record(
+    path: Path,
+    traced: onnx.ModelProto,
+    weights: str | None,
+    phases: Sequence[Mapping[str, tuple[int, ...]]] | None,
+) -> GraphRecord:
+    """The record of a graph that points into the file `weights`.
+
+    `phases` are the shapes of inputs that vary, for each phase; None: ONNX Runtime does not run the graph.
+    """
+    return GraphRecord(
+        file=path.name,
+        weights=weights,
+        inputs={value.name: _tensor_record(value) for value in traced.graph.input},
+        outputs={value.name: _tensor_record(value) for value in traced.graph.output},
+        weight_bytes=None if phases is None else weight_bytes(traced),
+        activation_bytes=None if phases is None else activation_bytes(traced, phases),
+    )
+
+
+def _tensor_record(value: onnx.ValueInfoProto) -> TensorRecord:
+    kind = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    return TensorRecord(str(dtype), tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim))
+
+
+def _versions() -> dict[str, str]:
+    """The versions of the programs that made the bundle."""
+    return {
+        "forcingkv": forcingkv.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+    }

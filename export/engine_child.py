@@ -1,4 +1,4 @@
-"""The program that builds one engine, in a process of its own (see `export.engines`).
+"""The program that builds one engine, in a process of its own (see `engine_builder`).
 
 It imports neither torch nor the rest of `export`: what it holds in memory is TensorRT and the network. The
 request is JSON on standard input, the report JSON on standard output, TensorRT's log standard error.
@@ -24,7 +24,7 @@ MEMORY = {
     "weight_bytes": "Total Weights Memory",
     "scratch_bytes": "Max Scratch Memory",
 }
-"""What the builder says of memory in its log only."""
+"""What the builder reports of memory, in its log only."""
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _for_capability(config: Any, sm: int) -> None:
 
 
 def _hear(figures: dict[str, int], severity: str, message: str) -> None:
-    """Write what TensorRT says, and keep the figures that it says nowhere else."""
+    """Write TensorRT's messages to standard error, and keep the figures that are nowhere else."""
     for name, words in MEMORY.items():
         found = re.search(rf"{words}: (\d+) bytes", message)
         if found:

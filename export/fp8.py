@@ -1,27 +1,42 @@
-"""FP8 (E4M3) for linear layers: how numbers are rounded, in torch and by QuantizeLinear in a graph.
+"""FP8 (E4M3) for linear layers: how numbers are rounded, in torch and in a graph, and how scales are found.
 
-A weight has a scale for each output channel, an input one scale for the tensor, found ahead of time by
-`export.calibrate`. A number x is stored as the E4M3 number nearest to x / scale, at most 448. Products are
-added up in more than FP8, and the sum is scaled back.
+A weight has a scale for each output channel, an input one scale for the tensor, found ahead of time. A number
+x is stored as the E4M3 number nearest to x / scale, at most 448. Products are added up in more than FP8, and
+the sum is scaled back. Scales are bfloat16 numbers. Codes are made with the rounded scale, so its rounding
+costs no accuracy, and with float32 scales TensorRT writes every product out in float32.
 
-Scales are bfloat16 numbers. Codes are made with the rounded scale, so its rounding costs no accuracy, and
-with float32 scales TensorRT writes every product out in float32.
+Calibration finds the scales of inputs by running the model: it generates a few chunks for a few texts, with
+the policy of the bundle and every pass of its schedule, and the largest absolute value that each linear layer
+takes in is kept. That does not depend on the order of heads, but the plan's groups do, so it is the baked
+model and not the checkpoint that runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from forcingkv.export.precision import scale_name
+from forcingkv.export.precision import Precision, scale_name
+from forcingkv.export.rewriting import constant, input_of
+from forcingkv.headmaps.errors import InputError
+from forcingkv.models.checkpoint import weight_shapes
+from forcingkv.models.generate import generate, seeded_noise
+from forcingkv.models.wan import WanModel
+from forcingkv.runtime.bundle import CalibrationRecord
+from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.spec import ModelSpec
 
 LARGEST = 448.0
 """The largest E4M3 number."""
@@ -32,6 +47,15 @@ HEADROOM = 2.0
 It costs next to nothing: E4M3 has three bits of mantissa in each of 15 binades, so a power of two only
 moves the numbers that are smaller than a 14,000th of the largest.
 """
+
+FRAME_TOKENS = 400
+"""The most tokens of a frame in calibration: 416x240 pixels where a model is made for 832x480."""
+
+CHUNKS = 4
+"""With as many Forcing-KV reaches its last phase."""
+
+SEED = 0
+"""Of the first text's noise; each text has the next."""
 
 
 def weight_scales(weight: Tensor) -> Tensor:
@@ -63,8 +87,7 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale.float()
 
 
-@contextmanager
-def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[None]:
+def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> AbstractContextManager[None]:
     """While this is open, linear layers of a model in float32 round their inputs to FP8 and back.
 
     With weights that are dequantized, they then compute what a graph does after `quantize_linears`.
@@ -73,15 +96,20 @@ def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[No
         model: the model.
         scales: name of a linear layer -> the scale of its input.
     """
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(_round_input, torch.tensor(scale)))
-        for name, scale in scales.items()
-    ]
+    return _hooked(
+        model, {name: partial(_round_input, torch.tensor(scale)) for name, scale in scales.items()}
+    )
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """While this is open, each named layer's hook is called with the layer and its inputs before it runs."""
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _round_input(scale: Tensor, linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
@@ -124,8 +152,7 @@ def quantize_linears(
         matrix, scale_of_weight = _dequantized(graph, weight, kind, tensorrt=tensorrt)
         added.append(scale_of_weight)
         for node in products:
-            data, scale = node.inputs[0], scales[layer]
-            assert data is not None
+            data, scale = input_of(node, 0), scales[layer]
             if data not in rounded:
                 rounded[data] = _rounded(graph, data, f"{layer}.input_scale", scale, kind), scale
             if rounded[data][1] != scale:
@@ -147,11 +174,11 @@ def _dequantized(
     scale = ir.Value(name=scale_name(weight.name), type=ir.TensorType(kind), shape=channels)
     graph.inputs.append(scale)
     if tensorrt:
-        attributes = [ir.AttrInt64("axis", axis), ir.AttrInt64("output_dtype", kind)]
-        nodes = [ir.Node("", "DequantizeLinear", [weight, scale], attributes)]
+        attributes = {"axis": axis, "output_dtype": int(kind)}
+        nodes = [ir.node("DequantizeLinear", [weight, scale], attributes)]
     else:
-        cast = ir.Node("", "Cast", [weight], [ir.AttrInt64("to", kind)])
-        nodes = [cast, ir.Node("", "Mul", [cast.outputs[0], scale])]
+        cast = ir.node("Cast", [weight], {"to": int(kind)})
+        nodes = [cast, ir.node("Mul", [cast.outputs[0], scale])]
     for node in nodes:
         _describe(node.outputs[0], f"{weight.name}.{node.op_type.lower()}", kind, weight.shape)
     graph.insert_before(graph[0], nodes)
@@ -160,12 +187,10 @@ def _dequantized(
 
 def _rounded(graph: ir.Graph, data: ir.Value, name: str, scale: float, kind: ir.DataType) -> ir.Value:
     """A value rounded to FP8 and back, before the first node that takes it."""
-    constant = ir.tensor(np.array(scale, kind.numpy()), name=name)
-    stored = ir.Value(name=name, const_value=constant, type=ir.TensorType(constant.dtype), shape=ir.Shape([]))
-    graph.initializers[name] = stored
+    stored = constant(graph, name, np.array(scale, kind.numpy()))
     fp8 = ir.DataType.FLOAT8E4M3FN
-    down = ir.Node("", "QuantizeLinear", [data, stored], [ir.AttrInt64("output_dtype", fp8)])
-    up = ir.Node("", "DequantizeLinear", [down.outputs[0], stored], [ir.AttrInt64("output_dtype", kind)])
+    down = ir.node("QuantizeLinear", [data, stored], {"output_dtype": int(fp8)})
+    up = ir.node("DequantizeLinear", [down.outputs[0], stored], {"output_dtype": int(kind)})
     for node, dtype in ((down, fp8), (up, kind)):
         _describe(node.outputs[0], f"{data.name}.{node.op_type.lower()}", dtype, data.shape)
     users = {*data.consumers()} - {down}
@@ -194,3 +219,106 @@ def without_rounding(model: onnx.ModelProto) -> None:
             node.input[place] = restored.get(name, name)
     del nodes[:]
     nodes.extend(kept)
+
+
+@dataclass(frozen=True)
+class CalibrationTexts:
+    """What to generate for."""
+
+    kind: Literal["prompts", "embeddings", "random"]
+    """The model's own prompts or others that it encodes; embeddings from a file; drawn at random."""
+    prompts: tuple[str, ...]
+    arrays: tuple[npt.NDArray[np.float32], ...]
+    """One a prompt: (1, text_length, text_width)."""
+
+
+def random_texts(spec: ModelSpec, count: int = 2) -> CalibrationTexts:
+    """Random embeddings, for models with random weights: they stand for no text."""
+    generator = np.random.default_rng(SEED)
+    shape = (1, spec.text_length, spec.text_width)
+    arrays = tuple(generator.standard_normal(shape, dtype=np.float32) for _ in range(count))
+    return CalibrationTexts("random", (), arrays)
+
+
+def calibrate(
+    model: WanModel,
+    plan: CachePlan,
+    precision: Precision,
+    texts: CalibrationTexts,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, float], CalibrationRecord]:
+    """Find the scale of the input of each linear layer that is quantized.
+
+    The same model, plan and texts give the same scales on the same machine.
+
+    Args:
+        model: the baked model, in float32, weights rounded to FP8 already.
+        plan: the bundle's cache plan; a smaller geometry is derived from it (`calibration_plan`).
+        precision: gives the layers that are quantized.
+        texts: what to generate for.
+        progress: called with a line on what is done next.
+
+    Returns:
+        Name of each layer -> the scale of its input; and what it was found with, for the manifest.
+    """
+    small = calibration_plan(plan)
+    chunks = min(CHUNKS, small.phases[-1].first_chunk + 1)
+    layers = [n.removesuffix(".weight") for n in weight_shapes(plan.spec) if precision.quantizes(n)]
+    largest = _largest_inputs(model, small, layers, texts.arrays, chunks, progress)
+    record = CalibrationRecord(
+        texts=texts.kind,
+        prompts=texts.prompts,
+        chunks=chunks,
+        seed=SEED,
+        resolution=(small.geometry.width, small.geometry.height),
+        largest=largest,
+    )
+    return {layer: input_scale(value) for layer, value in largest.items()}, record
+
+
+def _largest_inputs(
+    model: WanModel,
+    plan: CachePlan,
+    layers: Sequence[str],
+    texts: Sequence[npt.NDArray[np.float32]],
+    chunks: int,
+    progress: Callable[[str], None],
+) -> dict[str, float]:
+    """Name of each layer -> the largest absolute value that it takes; InputError where one is not finite."""
+    seen: dict[str, float] = defaultdict(float)
+    with _hooked(model, {name: partial(_see, seen, name) for name in layers}):
+        for place, text in enumerate(texts):
+            made = generate(model, plan, torch.from_numpy(text), seeded_noise(plan, SEED + place), chunks)
+            for chunk in made:
+                progress(
+                    f"calibrating: text {place + 1} of {len(texts)}, chunk {chunk.index + 1} of {chunks}"
+                )
+    return {name: seen[name] for name in layers}
+
+
+def _see(seen: dict[str, float], name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    value = float(inputs[0].abs().amax())
+    if not math.isfinite(value):
+        raise InputError(
+            f"{name} takes values that are not finite",
+            where="calibration",
+            hint="Look at the checkpoint and the embeddings: the model does not run with them.",
+        )
+    seen[name] = max(seen[name], value)
+
+
+def calibration_plan(plan: CachePlan) -> CachePlan:
+    """The plan at a geometry that a CPU can run: both sides divided by the smallest whole number that
+    leaves at most `FRAME_TOKENS` tokens a frame, and whole segments. The plan itself where that is so
+    already, where there is no such number, and for models that run at one resolution only.
+    """
+    spec, (rows, columns) = plan.spec, plan.geometry.grid
+    segments = plan.policy.retain.segments if plan.policy.retain else 1
+    if spec.position_table:
+        return plan
+    cell = spec.decoder.spatial_stride * spec.patch
+    for divisor in range(1, min(rows, columns) + 1):
+        height, width = rows // divisor, columns // divisor
+        if height * width <= FRAME_TOKENS and height * width % segments == 0:
+            return replace(plan, geometry=spec.geometry(f"{width * cell}x{height * cell}"))
+    return plan

@@ -20,29 +20,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from forcingkv.export.activations import make_caches_early
-from forcingkv.export.clean_branch import branch_on_clean
-from forcingkv.export.cpu_attention import attend_in_blocks
-from forcingkv.export.fp8 import quantize_linears
 from forcingkv.export.graphs import Graph
-from forcingkv.export.passes import scale_attention, use_transposed
+from forcingkv.export.passes import rewrite
 from forcingkv.export.precision import is_matrix
-from forcingkv.export.tensorrt_passes import (
-    align_parameters,
-    fold_modulation,
-    narrow_indices,
-    pair_lone_heads,
-    split_slices,
-)
 from forcingkv.prune.onnx_operators import OPSET, functions_for, graphs, split_prune, translation_table
+from forcingkv.runtime.dtypes import STORED_AS
 from forcingkv.runtime.tensors import StoredTensor
-
-_IR_DTYPES = {
-    "F32": ir.DataType.FLOAT,
-    "BF16": ir.DataType.BFLOAT16,
-    "F16": ir.DataType.FLOAT16,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-}
 
 
 def write_onnx(
@@ -63,9 +46,9 @@ def write_onnx(
         path: the ONNX file.
         weights: where each parameter of the graph's model lies.
         file: the safetensors file they lie in, named relative to the ONNX file.
-        tensorrt: write what its parser makes few layers of, where ONNX Runtime would be slower by it
-            (multiplying by a matrix of rank 3) or no faster.
-        single_kernels: write DynamicPrune as nodes of one kernel each (`prune_op.split_prune`).
+        tensorrt: for TensorRT; what its parser makes few layers of is slower in ONNX Runtime (multiplying
+            by a matrix of rank 3) or no faster.
+        single_kernels: write DynamicPrune as nodes of one kernel each (`split_prune`).
         input_scales: name of each linear layer that multiplies in FP8 -> the scale of its input. They
             are written into the graph; the scales of weights lie in the file.
 
@@ -92,23 +75,18 @@ def write_onnx(
     with _quiet():
         program.optimize()
     traced = program.model.graph
-    use_transposed(traced, [p for p in parameters if _is_stored_transposed(p)])
-    scale_attention(traced)
-    if tensorrt:
-        fold_modulation(traced)
-        split_slices(traced)
-        narrow_indices(traced)
-        pair_lone_heads(traced)
-        align_parameters(parameters)
-    else:
-        attend_in_blocks(traced, _longest(graph))
-        if graph.clean_outputs:
-            branch_on_clean(traced, graph.clean_outputs)
-        make_caches_early(traced)
-    if input_scales:
-        matrices = {_bare(p.name).removesuffix(".weight"): p for p in parameters if p.uses()}
-        quantized = {layer: matrices[layer] for layer in input_scales if layer in matrices}
-        parameters += quantize_linears(traced, quantized, input_scales, tensorrt=tensorrt)
+    weight_of = {_bare(p.name).removesuffix(".weight"): p for p in parameters if p.uses()}
+    scales = input_scales or {}
+    parameters += rewrite(
+        traced,
+        [parameter for parameter in parameters if _is_stored_transposed(parameter)],
+        parameters,
+        tensorrt=tensorrt,
+        lengths=_longest(graph),
+        clean_outputs=graph.clean_outputs,
+        quantized={layer: weight_of[layer] for layer in scales if layer in weight_of},
+        input_scales=scales,
+    )
     RemoveUnusedNodesPass()(program.model)
     for value in parameters:
         _point(traced, value, weights[_bare(value.name)], file)
@@ -172,7 +150,7 @@ def _point(graph: ir.Graph, parameter: ir.Value, stored: StoredTensor, file: str
     graph.inputs.remove(parameter)
     if not parameter.uses():
         return
-    kind, name = _IR_DTYPES[stored.dtype], _bare(parameter.name)
+    kind, name = ir.DataType[STORED_AS[stored.dtype].onnx], _bare(parameter.name)
     shape = parameter.shape
     assert shape is not None
     content = ir.ExternalTensor(file, stored.offset, stored.bytes, kind, shape=shape, name=name)
@@ -181,7 +159,7 @@ def _point(graph: ir.Graph, parameter: ir.Value, stored: StoredTensor, file: str
     value = initializer
     if parameter.dtype != kind:
         assert parameter.dtype is not None
-        cast = ir.Node("", "Cast", [initializer], [ir.AttrInt64("to", parameter.dtype)])
+        cast = ir.node("Cast", [initializer], {"to": int(parameter.dtype)})
         cast.outputs[0].name = f"{name}.cast"
         graph.insert_before(graph[0], cast)
         value = cast.outputs[0]
@@ -203,7 +181,7 @@ def _without_symbols(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop the tracer's notes: they hold source lines and paths of the machine that exported."""
+    """Drop the tracer's notes, which hold source lines and paths of the exporting machine."""
     for graph in graphs(model):
         for node in graph.node:
             del node.metadata_props[:]

@@ -1,4 +1,4 @@
-"""What weights are stored as and what graphs compute in, and which tensors are apart from that."""
+"""What weights are stored as and what graphs compute in, and which tensors are exceptions."""
 
 from __future__ import annotations
 
@@ -10,20 +10,13 @@ from typing import Literal, TypeAlias
 import torch
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.dtypes import DTYPES, DtypeRecord
 from forcingkv.runtime.spec import Dtype
 
 Target: TypeAlias = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 
 ExportDtype: TypeAlias = Literal[Dtype, "fp8"]
 """What an export is asked for, and what a tensor is stored as. `fp8` (E4M3) is for linear layers only."""
-
-DTYPES: dict[ExportDtype, tuple[torch.dtype, str]] = {
-    "float32": (torch.float32, "F32"),
-    "bfloat16": (torch.bfloat16, "BF16"),
-    "float16": (torch.float16, "F16"),
-    "fp8": (torch.float8_e4m3fn, "F8_E4M3"),
-}
-"""The dtype in torch and in safetensors."""
 
 EXACT = (".norm_q.weight", ".norm_k.weight", "modulation")
 """How names end of the small tensors that are always float32: they are used in float32."""
@@ -57,7 +50,18 @@ class Precision:
 
     def computed_in(self, name: str) -> torch.dtype:
         """The dtype that a parameter of that name has in the graphs, before linear layers are quantized."""
-        return torch.float32 if name.endswith(EXACT) else DTYPES[self.compute][0]
+        return torch.float32 if name.endswith(EXACT) else torch_dtype(self.compute)
+
+
+def dtype_record(dtype: ExportDtype) -> DtypeRecord:
+    """What is known of a dtype that tensors are stored as."""
+    return DTYPES["float8_e4m3fn" if dtype == "fp8" else dtype]
+
+
+def torch_dtype(dtype: ExportDtype) -> torch.dtype:
+    """The dtype in torch."""
+    found: torch.dtype = getattr(torch, dtype_record(dtype).name)
+    return found
 
 
 def precision_of(dtype: ExportDtype, target: Target, sms: Sequence[int] = ()) -> Precision:

@@ -1,6 +1,6 @@
-"""Passes that TensorRT's parser makes fewer layers of, or finds fused kernels for.
+"""Passes after which TensorRT's parser makes fewer layers of a graph, or finds fused kernels for them.
 
-Each says what it requires of a graph and what holds afterwards. Results stay the same but for rounding.
+Each says what it requires of a graph and what it ensures; `passes.rewrite` runs them in order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
-from forcingkv.export.rewriting import constant, replace_node
+from forcingkv.export.rewriting import constant, input_of, make, replace_node, shape_of, size_of
 
 Range = tuple[int, int]
 
@@ -20,21 +20,23 @@ Range = tuple[int, int]
 def split_slices(graph: ir.Graph) -> None:
     """Slices of one tensor along one axis become one Split, and a lone one a Gather.
 
-    TensorRT's parser spells a Slice's bounds out as some 25 layers of shape arithmetic, whether they are
+    TensorRT's parser writes a Slice's bounds as some 25 layers of shape arithmetic, whether they are
     known or not. A Split costs one layer a part, a Gather of constant rows one layer.
 
     Requires: constant bounds, step 1, one axis of known size. Slices that overlap get an operator each.
     Ensures: no such Slice is left.
     """
     found: dict[tuple[ir.Value, int], dict[Range, list[ir.Node]]] = defaultdict(lambda: defaultdict(list))
+    order: dict[ir.Node, int] = {}
     for node in graph:
         place = _known_slice(node)
         if place is not None:
             data, axis, part = place
             found[data, axis][part].append(node)
+            order[node] = len(order)
     for (_, axis), parts in found.items():
         for disjoint in _disjoint(sorted(parts)):
-            _split(graph, axis, disjoint, parts)
+            _split(graph, axis, disjoint, parts, order)
 
 
 def _known_slice(node: ir.Node) -> tuple[ir.Value, int, Range] | None:
@@ -72,35 +74,37 @@ def _disjoint(ranges: list[Range]) -> list[list[Range]]:
     return groups
 
 
-def _split(graph: ir.Graph, axis: int, wanted: list[Range], slices: dict[Range, list[ir.Node]]) -> None:
-    data = slices[wanted[0]][0].inputs[0]  # as it is now: it may have been a slice itself
-    assert data is not None
-    assert data.shape is not None
-    size = data.shape[axis]
-    assert isinstance(size, int)
-    cuts = sorted({0, size, *(bound for part in wanted for bound in part)})
+def _split(
+    graph: ir.Graph,
+    axis: int,
+    wanted: list[Range],
+    slices: dict[Range, list[ir.Node]],
+    order: dict[ir.Node, int],
+) -> None:
+    data = input_of(slices[wanted[0]][0], 0)  # as it is now: it may have been a slice itself
+    cuts = sorted({0, size_of(data, axis), *(bound for part in wanted for bound in part)})
     nodes = [node for part in wanted for node in slices[part]]
     if len(cuts) == 2:  # the whole: nothing is cut off
         for node in nodes:
             replace_node(graph, node, data)
         return
     places = list(pairwise(cuts))
-    first = next(node for node in graph if node in set(nodes))
+    first = min(nodes, key=order.__getitem__)
     if len(wanted) == 1:
         start, stop = wanted[0]
         rows = constant(graph, f"rows_{start}_{stop}", np.arange(start, stop, dtype=np.int32))
-        cut = ir.Node("", "Gather", [data, rows], [ir.AttrInt64("axis", axis)])
+        cut = ir.node("Gather", [data, rows], {"axis": axis})
         places = wanted
     else:
         sizes = [stop - start for start, stop in places]
         parts = constant(graph, f"parts_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))
-        cut = ir.Node("", "Split", [data, parts], [ir.AttrInt64("axis", axis)], num_outputs=len(places))
+        cut = ir.node("Split", [data, parts], {"axis": axis}, num_outputs=len(places))
     graph.insert_before(first, cut)
-    stem = nodes[0].outputs[0].name
+    stem, shape = nodes[0].outputs[0].name, shape_of(data)
     for number, (place, output) in enumerate(zip(places, cut.outputs, strict=True)):
         output.name = f"{stem}.part.{number}"
         output.type = data.type
-        output.shape = ir.Shape([*data.shape[:axis], place[1] - place[0], *data.shape[axis + 1 :]])
+        output.shape = ir.Shape([*shape[:axis], place[1] - place[0], *shape[axis + 1 :]])
         for node in slices.get(place, ()) if place in wanted else ():
             replace_node(graph, node, output)
 
@@ -114,11 +118,10 @@ def narrow_indices(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "Gather":
             continue
-        indices = node.inputs[1]
-        cast = None if indices is None else indices.producer()
+        cast = input_of(node, 1).producer()
         if cast is not None and cast.op_type == "Cast":
-            origin = cast.inputs[0]
-            if origin is not None and origin.dtype == ir.DataType.INT32:
+            origin = input_of(cast, 0)
+            if origin.dtype == ir.DataType.INT32:
                 node.replace_input_with(1, origin)
                 if not cast.outputs[0].uses():
                     graph.remove(cast, safe=True)
@@ -138,26 +141,22 @@ def pair_lone_heads(graph: ir.Graph) -> None:
         queries = node.inputs[0] if node.op_type == "Attention" else None
         if queries is None or queries.shape is None:
             continue
-        batch, heads, tokens, width = queries.shape
-        assert isinstance(width, int)
+        batch, heads, tokens, _ = queries.shape
         if heads != 1 or not isinstance(tokens, int) or tokens % 2:
             continue
+        width = size_of(queries, 3)
         halves = constant(graph, f"halves_{tokens}", np.array([1, 2, tokens // 2, width], np.int64))
         whole = constant(graph, f"whole_{tokens}", np.array([1, 1, tokens, width], np.int64))
-        paired = ir.Node("", "Reshape", [queries, halves])
-        paired.outputs[0].type, paired.outputs[0].shape = (
-            queries.type,
-            ir.Shape([batch, 2, tokens // 2, width]),
-        )
-        graph.insert_before(node, paired)
-        node.replace_input_with(0, paired.outputs[0])
+        half = [batch, 2, tokens // 2, width]
+        pairing, paired = make("Reshape", [queries, halves], queries, half)
+        graph.insert_before(node, pairing)
+        node.replace_input_with(0, paired)
         seen = node.outputs[0]
-        joined = ir.Node("", "Reshape", [seen, whole])
-        joined.outputs[0].type, joined.outputs[0].shape = seen.type, seen.shape
-        ir.convenience.replace_all_uses_with(seen, joined.outputs[0], replace_graph_outputs=True)
-        joined.replace_input_with(0, seen)
-        seen.shape = paired.outputs[0].shape
-        graph.insert_after(node, joined)
+        joining, joined = make("Reshape", [seen, whole], seen)
+        ir.convenience.replace_all_uses_with(seen, joined, replace_graph_outputs=True)
+        joining.replace_input_with(0, seen)
+        seen.shape = ir.Shape(half)
+        graph.insert_after(node, joining)
 
 
 def fold_modulation(graph: ir.Graph) -> None:
@@ -178,9 +177,8 @@ def fold_modulation(graph: ir.Graph) -> None:
         gain, shift = _other(scaled, norm.outputs[0]), _other(shifted, scaled.outputs[0])
         if not (_is_row(gain) and _is_row(shift)):
             continue
-        data = norm.inputs[0]
-        kept = {name: norm.attributes[name] for name in ("axis", "epsilon", "stash_type")}
-        folded = ir.Node("", "LayerNormalization", [data, gain, shift], list(kept.values()))
+        kept = [norm.attributes[name] for name in ("axis", "epsilon", "stash_type")]
+        folded = ir.Node("", "LayerNormalization", [norm.inputs[0], gain, shift], kept)
         folded.outputs[0].name = f"{norm.outputs[0].name}.modulated"
         folded.outputs[0].type, folded.outputs[0].shape = shifted.outputs[0].type, shifted.outputs[0].shape
         graph.insert_before(shifted, folded)
@@ -242,8 +240,8 @@ def _fits(node: ir.Node, value: ir.Value) -> bool:
 
 
 def _raise_rank(value: ir.Value) -> None:
-    assert value.shape is not None
-    value.shape = ir.Shape([1] * (3 - len(value.shape)) + list(value.shape))
+    shape = shape_of(value)
+    value.shape = ir.Shape([*[1] * (3 - len(shape)), *shape])
     for node in value.consumers():
         if node.op_type == "Cast":
             _raise_rank(node.outputs[0])

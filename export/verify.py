@@ -16,51 +16,18 @@ from torch import Tensor
 
 from forcingkv.export.fp8 import without_rounding
 from forcingkv.export.graphs import Graph
-from forcingkv.models.checkpoint import weight_shapes
-from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.bundle import CLEAN
 from forcingkv.runtime.faults import DeviceError
-from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.plan import CachePlan
 
 Arrays = dict[str, npt.NDArray[Any]]
 SEED = 0
-PROGRAM_BYTES = 2e9
-"""torch, ONNX Runtime and the exporter by themselves."""
 FEATURES = "next.feature."
 """How the outputs begin that are a decoder's caches."""
 SMALL = 1e-4
 """Where rounding changes less than that, differences are in units of that."""
 HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines"}
-
-
-def check_memory(plan: CachePlan, decoder: StreamingDecoder | None = None) -> None:
-    """Raise InputError unless a model fits into memory for verification, with what it needs by part.
-
-    torch and ONNX Runtime each hold the weights in float32, and ONNX Runtime also as they are stored.
-    The caches of the last phase are inputs and outputs of both, and each joins them with the current chunk.
-    ONNX Runtime writes a layer's scores out. Measured with two layers of 1.3B width at 480P and TAEHV:
-    14.4 GB where this says 15.9 (full), 7.1 where it says 6.8 (forcing-kv).
-    """
-    spec = plan.spec
-    numbers = sum(math.prod(shape) for shape in weight_shapes(spec).values())
-    keys = plan.kv_bytes() / (4 * 2 * spec.layers * spec.dim)  # of a head, on average
-    parts = {
-        "programs": PROGRAM_BYTES,
-        "weights": 4 * 2.5 * numbers,
-        "caches": 6.0 * plan.kv_bytes(),
-        "attention scores": 4 * spec.heads * plan.chunk_tokens * keys,
-    }
-    if decoder:
-        grid = plan.geometry.latent_height, plan.geometry.latent_width
-        state = sum(math.prod(shape) for shape in decoder.state_shapes(*grid).values())
-        parts["decoder caches"] = 4 * 4.0 * state
-    require_memory(
-        f"verifying {spec.name} at {plan.geometry.width}x{plan.geometry.height}",
-        parts,
-        "Export with --no-verify, at a smaller resolution, or on a larger machine.",
-    )
 
 
 def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
@@ -82,7 +49,7 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
         runnable.run(_given(graph, inputs), found)
         for name, array in expected.items():
             worst = max(worst, _difference(array, found[name], scaled=name.startswith(FEATURES)))
-        if graph.clean_outputs and not _denoises_alike(graph, runnable, inputs, found):
+        if graph.clean_outputs and not _denoising_pass_is_equal(graph, runnable, inputs, found):
             return math.inf
     return worst
 
@@ -94,7 +61,7 @@ def fp8_differences(
 
     A sum in another order moves a few numbers across the boundary between two FP8 numbers, which are up to
     an eighth apart; each moves what follows, and after a few layers all roundings differ. So a difference of
-    1e-7 ends at that of two independent roundings, and a bound on the outputs would say little. Instead:
+    1e-7 ends at that of two independent roundings, and a bound on the outputs would show little. Instead:
 
     1. without the rounding of inputs the graph is compared as any other, by `graph_difference`;
     2. with it, x0 is compared by root mean square in units of what rounding changes. Independent roundings
@@ -125,11 +92,11 @@ def fp8_differences(
 
 
 def _given(graph: Graph, inputs: Arrays, *, clean: bool = True) -> Arrays:
-    """What the file takes: torch makes all outputs in every pass, and is not told which is the clean one."""
+    """The inputs of the file, which unlike the torch module has one for whether the pass is the clean one."""
     return inputs | ({CLEAN: np.array([clean])} if graph.clean_outputs else {})
 
 
-def _denoises_alike(graph: Graph, runnable: OnnxGraph, inputs: Arrays, of_clean: Arrays) -> bool:
+def _denoising_pass_is_equal(graph: Graph, runnable: OnnxGraph, inputs: Arrays, of_clean: Arrays) -> bool:
     """Whether a denoising pass gives what the clean one does, to the bit, and no next caches.
 
     These get no room, and ONNX Runtime refuses to write more than there is room for.

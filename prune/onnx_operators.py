@@ -229,21 +229,12 @@ def translation_table() -> dict[Any, Any]:
     ops = torch.ops.forcingkv
 
     def score(tk: Any, tv: Any, nk: Any, nv: Any, frame_tokens: int, segments: int, kept: int) -> Any:
-        return opset.DynamicPrune(
-            tk,
-            tv,
-            nk,
-            nv,
-            frame_tokens=frame_tokens,
-            segments=segments,
-            kept=kept,
-            plugin_namespace=PLUGIN_NAMESPACE,
-        )
+        sizes = {"frame_tokens": frame_tokens, "segments": segments, "kept": kept}
+        return opset.DynamicPrune(tk, tv, nk, nv, **sizes, plugin_namespace=PLUGIN_NAMESPACE)
 
     def follow(tk: Any, tv: Any, nk: Any, nv: Any, indices: Any, segment_tokens: int) -> Any:
-        return opset.DynamicPruneFollow(
-            tk, tv, nk, nv, indices, segment_tokens=segment_tokens, plugin_namespace=PLUGIN_NAMESPACE
-        )
+        sizes = {"segment_tokens": segment_tokens}
+        return opset.DynamicPruneFollow(tk, tv, nk, nv, indices, **sizes, plugin_namespace=PLUGIN_NAMESPACE)
 
     return {ops.dynamic_prune.default: score, ops.dynamic_prune_follow.default: follow}
 

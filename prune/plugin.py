@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache, wraps
-from typing import Any, ClassVar, ParamSpec, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -25,6 +25,10 @@ from forcingkv.runtime.spec import Dtype
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "forcingkv", "1"
 
 Shape: TypeAlias = tuple[int, ...]
+if TYPE_CHECKING:  # there is no `trt` before a flavour is chosen
+    Exprs: TypeAlias = list[trt.DimsExprs]
+    Tensors: TypeAlias = list[trt.PluginTensorDesc]
+    Bounds: TypeAlias = list[trt.DynamicPluginTensorDesc]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -52,10 +56,9 @@ class DynamicPrune:
 
     def sizes(self, inputs: list[Shape]) -> LaunchSizes:
         """What the kernels are to work on."""
-        size = self.frame_tokens // self.segments
-        return LaunchSizes(*inputs[2][:2], inputs[0][2], inputs[2][2], size, self.kept, self.frame_tokens)
+        return _sizes(inputs, self.frame_tokens // self.segments, self.kept, self.frame_tokens)
 
-    def output_shapes(self, inputs: list[trt.DimsExprs], build: trt.IExprBuilder) -> list[trt.DimsExprs]:
+    def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
         """Shapes of the outputs."""
         tokens = build.constant(self.kept * (self.frame_tokens // self.segments))
         return [*_retained(inputs, tokens), trt.DimsExprs([build.constant(self.kept)])]
@@ -98,9 +101,9 @@ class DynamicPruneFollow:
 
     def sizes(self, inputs: list[Shape]) -> LaunchSizes:
         """What the kernel is to work on."""
-        return LaunchSizes(*inputs[2][:2], inputs[0][2], inputs[2][2], self.segment_tokens, kept=inputs[4][0])
+        return _sizes(inputs, self.segment_tokens, inputs[4][0])
 
-    def output_shapes(self, inputs: list[trt.DimsExprs], build: trt.IExprBuilder) -> list[trt.DimsExprs]:
+    def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
         """Shapes of the outputs."""
         size = build.constant(self.segment_tokens)
         return _retained(inputs, build.operation(trt.DimensionOperation.PROD, inputs[4][0], size))
@@ -124,9 +127,14 @@ Operator: TypeAlias = DynamicPrune | DynamicPruneFollow
 OPERATORS: tuple[type[Operator], ...] = (DynamicPrune, DynamicPruneFollow)
 
 
-def _retained(inputs: list[trt.DimsExprs], tokens: trt.IDimensionExpr) -> list[trt.DimsExprs]:
+def _retained(inputs: Exprs, tokens: trt.IDimensionExpr) -> Exprs:
     """Shapes of retained keys and values: that of the new keys, with another number of tokens."""
     return [trt.DimsExprs([inputs[2][0], inputs[2][1], tokens, inputs[2][3]]) for _ in range(2)]
+
+
+def _sizes(inputs: list[Shape], segment_tokens: int, kept: int, frame_tokens: int = 0) -> LaunchSizes:
+    batch, heads, new_tokens, _ = inputs[2]
+    return LaunchSizes(batch, heads, inputs[0][2], new_tokens, segment_tokens, kept, frame_tokens)
 
 
 def _check_multiples(inputs: list[Shape], tokens: int) -> None:
@@ -166,8 +174,8 @@ def unregister_plugins() -> None:
 def raise_plugin_error() -> None:
     """Raise the first error of a callback since the last call, if there was one.
 
-    Ask after every parse, build and run: after some errors TensorRT goes on, and makes an engine that has
-    no workspace, say.
+    Ask after every parse, build and run: after some errors TensorRT goes on, and for example makes an engine
+    without a workspace.
     """
     errors, _errors[:] = _errors[:], []
     if errors:
@@ -202,7 +210,7 @@ def key_types() -> dict[trt.DataType, Dtype]:
     return cast("dict[trt.DataType, Dtype]", known)
 
 
-def _shapes(descriptions: list[trt.PluginTensorDesc]) -> list[Shape]:
+def _shapes(descriptions: Tensors) -> list[Shape]:
     return [description.dims[:] for description in descriptions]
 
 
@@ -245,38 +253,27 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
 
         @_kept
         def get_output_shapes(
-            self,
-            inputs: list[trt.DimsExprs],
-            shape_inputs: list[trt.DimsExprs],
-            expr_builder: trt.IExprBuilder,
-        ) -> list[trt.DimsExprs]:
+            self, inputs: Exprs, shape_inputs: Exprs, expr_builder: trt.IExprBuilder
+        ) -> Exprs:
             return self.operator.output_shapes(inputs, expr_builder)
 
         @_kept
-        def supports_format_combination(
-            self, pos: int, in_out: list[trt.DynamicPluginTensorDesc], num_inputs: int
-        ) -> bool:
+        def supports_format_combination(self, pos: int, in_out: Bounds, num_inputs: int) -> bool:
             if in_out[pos].desc.format != trt.TensorFormat.LINEAR:
                 return False
             if pos == self.operator.indices_place:
                 return in_out[pos].desc.type == trt.DataType.INT64
             return in_out[pos].desc.type == in_out[0].desc.type and in_out[0].desc.type in key_types()
 
-        def configure_plugin(
-            self, inputs: list[trt.DynamicPluginTensorDesc], out: list[trt.DynamicPluginTensorDesc]
-        ) -> None:
+        def configure_plugin(self, inputs: Bounds, out: Bounds) -> None:
             pass
 
         @_kept
-        def get_workspace_size(
-            self, inputs: list[trt.DynamicPluginTensorDesc], out: list[trt.DynamicPluginTensorDesc]
-        ) -> int:
+        def get_workspace_size(self, inputs: Bounds, out: Bounds) -> int:
             return self.operator.workspace_bytes([description.max[:] for description in inputs])
 
         @_kept
-        def on_shape_change(
-            self, inputs: list[trt.PluginTensorDesc], out: list[trt.PluginTensorDesc]
-        ) -> None:
+        def on_shape_change(self, inputs: Tensors, out: Tensors) -> None:
             self.operator.check(_shapes(inputs))
 
         def set_tactic(self, tactic: int) -> None:
@@ -285,8 +282,8 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
         @_kept
         def enqueue(
             self,
-            input_desc: list[trt.PluginTensorDesc],
-            output_desc: list[trt.PluginTensorDesc],
+            input_desc: Tensors,
+            output_desc: Tensors,
             inputs: list[int],
             outputs: list[int],
             workspace: int,

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,13 +196,7 @@ _KERNELS: Mapping[KernelName, Any] = {
 }
 
 
-def compile_kernels(
-    folder: Path,
-    dtype: Dtype,
-    width: int,
-    sms: Sequence[int] = SMS,
-    progress: Callable[[str], None] = lambda text: None,
-) -> list[KernelRecord]:
+def compile_kernels(folder: Path, dtype: Dtype, width: int, sms: Sequence[int] = SMS) -> list[KernelRecord]:
     """Compile all kernels into `folder/kernels`.
 
     One cubin of `select_segments` serves any plan of up to `MAX_CANDIDATES` candidate segments
@@ -213,7 +207,6 @@ def compile_kernels(
         dtype: of keys and values.
         width: of a head.
         sms: compute capabilities, 89 for 8.9.
-        progress: called with a line on what is done next.
 
     Returns:
         Their records, by compute capability, then kernel.
@@ -228,7 +221,6 @@ def compile_kernels(
         raise unwritable(folder, error) from error
     records = []
     for sm in sms:
-        progress(f"compiling kernels for sm_{sm}")
         for name in KERNELS:
             file = f"{FOLDER}/{name}-{dtype}-sm{sm}.cubin"
             compiled = compile_for(name, dtype, width, sm)

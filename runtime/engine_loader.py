@@ -63,8 +63,8 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
 
 def last_words() -> str:
     """The errors that TensorRT reported since the last call, or since an engine was last loaded."""
-    said, _said[:] = "; ".join(_said), []
-    return said
+    words, _said[:] = "; ".join(_said), []
+    return words
 
 
 def _hear(severity: str, message: str) -> None:

@@ -135,7 +135,7 @@ def test_a_faulty_head_map(
             ],
             "is for 6 layers of 4 heads",
         ),
-        ([*EXPORT, "MAP", "--sm", "89", "--out", "OUT"], "--sm: goes with engines; expected --target"),
+        ([*EXPORT, "MAP", "--sm", "89", "--out", "OUT"], "--sm is for engines only; expected --target"),
         (["analyze", "heads", "--model", "nosuch", "--out", "OUT"], "there is no model 'nosuch'"),
         (
             ["analyze", "heads", "--model", "demo", "--prompts", "EMPTY", "--out", "OUT"],

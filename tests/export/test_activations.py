@@ -14,8 +14,8 @@ import onnx_ir as ir
 import pytest
 
 from forcingkv.export import export_bundle
-from forcingkv.export.activations import activation_bytes, make_caches_early, weight_bytes
-from forcingkv.export.cpu_attention import attend_in_blocks
+from forcingkv.export.activations import activation_bytes, weight_bytes
+from forcingkv.export.onnxruntime_passes import attend_in_blocks, make_caches_early
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle

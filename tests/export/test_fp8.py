@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from forcingkv.export import export_bundle, targets
+from forcingkv.export import engine_builder, export_bundle
 from forcingkv.export.bake import bake_weights, baked_bytes, baked_model
-from forcingkv.export.calibrate import CalibrationTexts
 from forcingkv.export.fp8 import (
     HEADROOM,
     LARGEST,
+    CalibrationTexts,
     dequantize,
     input_scale,
     quantize,
@@ -125,7 +125,7 @@ def test_what_fp8_stands_for() -> None:
 def test_gpus_without_fp8_are_refused(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"sm_80, sm_86 cannot .* from sm_89 on.*bfloat16 is the default"):
         precision_of("fp8", "tensorrt-rtx", (80, 86, 89))
-    monkeypatch.setattr(targets, "require", lambda name: None)
+    monkeypatch.setattr(engine_builder, "require", lambda name: None)
     done = run(
         "export",
         "--model",
@@ -147,13 +147,13 @@ def test_gpus_without_fp8_are_refused(run: Callable[..., Ran], monkeypatch: pyte
 
 def test_fp8_goes_with_texts(run: Callable[..., Ran], tmp_path: Path) -> None:
     spec, weights, _ = small()
-    with pytest.raises(InputError, match=r"^--dtype fp8: goes with texts"):
+    with pytest.raises(InputError, match=r"^dtype fp8 needs texts to calibrate it with"):
         export_bundle(spec, weights, load_policy("full"), tmp_path / "b", dtype="fp8")
-    with pytest.raises(InputError, match="goes with texts"):
+    with pytest.raises(InputError, match="calibration is for fp8 only; expected dtype fp8"):
         export_bundle(spec, weights, load_policy("full"), tmp_path / "b", calibration=prompts(spec, "a"))
     words = ("export", "--model", "demo", "--policy", "full", "--out", tmp_path / "b")
     done = run(*words, "--calibration", tmp_path / "prompts.txt")
-    assert (done.code, "--calibration: goes with fp8 alone" in done.err) == (2, True)
+    assert (done.code, "--calibration is for fp8 only" in done.err) == (2, True)
     assert run(*words, "--dtype", "fp16").code == 2
     (tmp_path / "prompts.txt").write_text("a 3 moving sideways\n")
     done = run(*words, "--dtype", "fp8", "--calibration", tmp_path / "prompts.txt")

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from forcingkv.commands.console import default_prompts
 from forcingkv.commands.export import texts_for
-from forcingkv.export import VerificationError, bundle_writer, calibrate, export_bundle
+from forcingkv.export import VerificationError, bundle_writer, export_bundle, fp8
 from forcingkv.export.bake import baked_bytes, baked_model
-from forcingkv.export.calibrate import CalibrationTexts, calibration_plan, check_calibration
-from forcingkv.export.fp8 import input_scale, rounded_inputs
+from forcingkv.export.fp8 import CalibrationTexts, calibration_plan, input_scale, rounded_inputs
 from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.export.precision import Precision
+from forcingkv.export.space import check_memory_to_calibrate
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.models.checkpoint import build_model, load_weights, weight_shapes
 from forcingkv.models.generate import generate, seeded_noise
@@ -77,10 +77,10 @@ def test_calibration_runs_at_a_smaller_resolution() -> None:
         plan = build_plan(spec, spec.geometry(name), load_policy("forcing-kv"), headmap)
         smaller = calibration_plan(plan)
         pixels[name] = (smaller.geometry.width, smaller.geometry.height)
-        assert smaller.frame_tokens <= calibrate.FRAME_TOKENS
+        assert smaller.frame_tokens <= fp8.FRAME_TOKENS
         assert smaller.segment_tokens * 6 == smaller.frame_tokens
         assert smaller.layers == plan.layers
-        assert smaller.phases[-1].first_chunk + 1 == calibrate.CHUNKS, "every phase is seen"
+        assert smaller.phases[-1].first_chunk + 1 == fp8.CHUNKS, "every phase is seen"
     assert pixels == {"480p": (416, 240), "720p": (416, 240), "1080p": (384, 208)}
     demo = load_spec("demo")
     plan = build_plan(demo, demo.geometry(), load_policy("full"))
@@ -89,7 +89,7 @@ def test_calibration_runs_at_a_smaller_resolution() -> None:
 
 def calibrated(spec: ModelSpec, plan: CachePlan, weights: Mapping[str, Tensor]) -> dict[str, float]:
     model = build_model(spec, weights)
-    scales, record = calibrate.calibrate(model, plan, FP8, prompts(spec, "a b", "c"))
+    scales, record = fp8.calibrate(model, plan, FP8, prompts(spec, "a b", "c"))
     assert scales == {name: input_scale(value) for name, value in record.largest.items()}
     assert not any(module._forward_pre_hooks for module in model.modules()), "no hook stays"
     return record.largest
@@ -118,7 +118,7 @@ def test_calibration_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         calibrated(spec, plan, weights)
     monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
     with pytest.raises(InputError, match=r"for FP8 needs about 1\.5 GB .*1\.0 GB are available.*bfloat16"):
-        check_calibration(plan)
+        check_memory_to_calibrate(plan)
 
 
 def test_a_bundle_is_verified_and_says_what_it_was_calibrated_with(exported: Path) -> None:

@@ -26,7 +26,7 @@ from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 
 if TYPE_CHECKING:
-    from forcingkv.export.calibrate import CalibrationTexts
+    from forcingkv.export.fp8 import CalibrationTexts
 
 
 PROMPTS = 4
@@ -48,8 +48,8 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="What weights are stored as and TensorRT computes in: float32, bfloat16, float16, or fp8 for"
-            " linear layers, with bfloat16; default: the model's, bfloat16 for TensorRT."
+            help="What weights are stored as and TensorRT computes in: float32, bfloat16, float16, or fp8"
+            " (linear layers in FP8, all else in bfloat16); default: the model's, for TensorRT bfloat16."
         ),
     ] = None,
     calibration: Annotated[
@@ -62,13 +62,14 @@ def export(
     verify: Annotated[
         bool | None,
         typer.Option(
-            "--verify/--no-verify", help="Run every graph against torch in float32; default: for onnx."
+            "--verify/--no-verify",
+            help="Compare every graph with torch, in float32; default: only with --target onnx.",
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="onnx, or onnx and engines: tensorrt-rtx, tensorrt.")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx; tensorrt-rtx or tensorrt for engines too.")] = "onnx",
     sm: Annotated[
         list[int] | None,
-        typer.Option(help="GPU to build for, such as 89 for 8.9; may be given several times."),
+        typer.Option(help="GPU to build for, such as 89 for 8.9; may be given again. Default: the one here."),
     ] = None,
     aot: Annotated[
         bool, typer.Option("--aot", help="Compile the plugin into the engines: tensorrt only.")
@@ -92,7 +93,7 @@ def export(
     given = read_headmap(headmap) if headmap else None
     precision = one_of(ExportDtype, dtype, "dtype") if dtype else None
     if calibration and precision != "fp8":
-        raise InputError("goes with fp8 alone", where="--calibration", expected="--dtype fp8")
+        raise InputError("is for fp8 only", where="--calibration", expected="--dtype fp8")
     texts = texts_for(spec, calibration, random_weights) if precision == "fp8" else None
     weights = weights_for(spec, checkpoint, key, lora, random_weights)
     spec, pixels = decoder_for(spec, decoder, vae, random=random_weights)
@@ -147,7 +148,7 @@ def export(
 
 def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTexts:
     """What to calibrate with. Raises InputError where nothing is given and no prompts ship with the model."""
-    from forcingkv.export.calibrate import CalibrationTexts, random_texts
+    from forcingkv.export.fp8 import CalibrationTexts, random_texts
 
     if spec.text.kind == "words" and (file is None or file.suffix != ".safetensors"):
         prompts = read_prompts(file) if file else default_prompts(spec.name)[:PROMPTS]
@@ -161,7 +162,7 @@ def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTe
     if random:
         return random_texts(spec)
     raise InputError(
-        f"{spec.name} is calibrated with texts, and none ship with it",
+        f"needs texts to calibrate {spec.name} with, and none ship with it",
         where="--dtype fp8",
         expected="--calibration FILE with text embeddings",
         hint="Make the file with: forcingkv encode --prompts prompts.txt --out embeds.safetensors",

@@ -15,11 +15,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from forcingkv.export import VerificationError, export_bundle, onnx_writer
-from forcingkv.export.activations import make_caches_early
-from forcingkv.export.clean_branch import branch_on_clean, taken_branches
+from forcingkv.export import VerificationError, export_bundle, passes
 from forcingkv.export.graphs import step_graph
 from forcingkv.export.onnx_writer import write_onnx
+from forcingkv.export.onnxruntime_passes import branch_on_clean, make_caches_early, taken_branches
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.prune.onnx_operators import graphs, split_prune
 from forcingkv.runtime import Bundle, Session
@@ -69,7 +68,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for kind in ("branched", "plain"):
             policy = load_policy(name)
             export_bundle(SPEC, weights, policy, folder / kind, headmap=headmap, verify=False)
-            patch.setattr(onnx_writer, "branch_on_clean", lambda *_: None)
+            patch.setattr(passes, "branch_on_clean", lambda *_: None)
     return Pair(Bundle.open(folder / "branched"), Bundle.open(folder / "plain"))
 
 
@@ -255,6 +254,6 @@ def test_an_export_that_makes_next_caches_in_every_pass_does_not_pass(
         told = ir.Value(name=CLEAN, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
         graph.inputs.append(told)
 
-    monkeypatch.setattr(onnx_writer, "branch_on_clean", told_in_vain)
+    monkeypatch.setattr(passes, "branch_on_clean", told_in_vain)
     with pytest.raises(VerificationError, match="graph step differs from torch by inf"):
         export_bundle(SPEC, random_model(SPEC).state_dict(), load_policy("window"), tmp_path / "b")

@@ -14,10 +14,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from forcingkv.export import cpu_attention, export_bundle
-from forcingkv.export.cpu_attention import LARGE_SCORES, attend_in_blocks
+from forcingkv.export import export_bundle, onnxruntime_passes
 from forcingkv.export.graphs import step_graph
 from forcingkv.export.onnx_writer import write_onnx
+from forcingkv.export.onnxruntime_passes import LARGE_SCORES, attend_in_blocks
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.bundle import CLEAN
 from forcingkv.runtime.plan import build_plan
@@ -114,7 +114,7 @@ def test_bundles_with_and_without_agree_in_every_phase(
     weights, headmap = random_model(spec).state_dict(), headmap_of(spec, [[0], [1, 2], []])
     bundles = {}
     for name, smallest in (("standard", LARGE_SCORES), ("blocks", 0)):
-        monkeypatch.setattr(cpu_attention, "LARGE_SCORES", smallest)
+        monkeypatch.setattr(onnxruntime_passes, "LARGE_SCORES", smallest)
         out = tmp_path / name
         manifest = export_bundle(
             spec, weights, load_policy(policy), out, headmap=headmap, verify=name == "blocks"
@@ -148,7 +148,7 @@ def test_bundles_with_and_without_agree_in_every_phase(
 def test_graphs_for_tensorrt_have_the_standard_operator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_attention, "LARGE_SCORES", 0)
+    monkeypatch.setattr(onnxruntime_passes, "LARGE_SCORES", 0)
     spec = small_spec(layers=2)
     plan = build_plan(spec, spec.geometry(None), load_policy("forcing-kv"), mixed_map(spec))
     out = tmp_path / "bundle"

@@ -1,7 +1,7 @@
 """Make the installed `tensorrt-stubs` parse, so that mypy checks the TensorRT code against them.
 
-The published stubs (all versions to 10.13) are generated from docstrings and hold five lines that are no
-Python: parameters named `in`, and a parameter without a default behind one with. Nothing else is changed.
+The published stubs (all versions up to 10.13) are generated from docstrings and have five lines that are not
+Python: parameters named `in`, and a parameter without a default after one with. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 STUBS = Path(sysconfig.get_paths()["purelib"]) / "tensorrt_bindings" / "tensorrt.pyi"
 
 
-def mended(text: str) -> str:
-    """The stubs' text, as Python."""
+def fixed(text: str) -> str:
+    """The text of the stubs as valid Python."""
     text = re.sub(r"(def \w+\(self[^)]*?, )in: ", r"\1inputs: ", text)
     return re.sub(r"(def add_scale_nd\(.*)channel_axis: int\)", r"\1channel_axis: int = ...)", text)
 
 
 if __name__ == "__main__":
-    stubs = mended(STUBS.read_text(encoding="utf-8"))
+    stubs = fixed(STUBS.read_text(encoding="utf-8"))
     ast.parse(stubs)
     STUBS.write_text(stubs, encoding="utf-8")

@@ -11,10 +11,11 @@ from pathlib import Path
 import onnx
 import pytest
 
-from forcingkv.export import EngineError, bundle_writer, engines, export_bundle
-from forcingkv.export.engines import build_engine, parse_report
-from forcingkv.export.targets import (
+from forcingkv.export import EngineError, bundle_writer, engine_builder, export_bundle
+from forcingkv.export.engine_builder import (
     EngineTarget,
+    build_engine,
+    parse_report,
 )
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -266,7 +267,7 @@ def test_an_abort_is_an_error_with_the_words_of_the_log(
     child.write_text(
         "import os, sys\nprint('[E] no such library', file=sys.stderr, flush=True)\nos.abort()\n"
     )
-    monkeypatch.setattr(engines, "CHILD", child)
+    monkeypatch.setattr(engine_builder, "CHILD", child)
     with pytest.raises(EngineError, match=r"was ended by signal 6 on g.onnx(?s:.*)no such library"):
         parse_report(tmp_path / "g.onnx", replace(RTX, libraries=None), plugins=False)
 
@@ -274,7 +275,7 @@ def test_an_abort_is_an_error_with_the_words_of_the_log(
 @needs_rtx
 @pytest.mark.slow
 def test_memory_is_bounded(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "available_bytes", lambda: 120_000_000)
+    monkeypatch.setattr(engine_builder, "available_bytes", lambda: 120_000_000)
     with pytest.raises(EngineError, match=r"memory bound 0\.1 GB"):
         rebuilt(demo, "step", 89, tmp_path)
     assert not (tmp_path / "again.engine").exists()

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from forcingkv.export import targets
-from forcingkv.export.targets import (
+from forcingkv.export import engine_builder, space
+from forcingkv.export.engine_builder import (
     EngineTarget,
-    check_disk,
     check_plugin,
     engine_target,
     most_keys,
@@ -29,7 +28,7 @@ from tests.conftest import mixed_map, small_spec
 @pytest.mark.parametrize(
     ("name", "sms", "words"),
     [
-        ("tensorrt-rtx", (90,), "makes no engines for sm_90; expected one of 75, 80, 86, 89, 120, 121"),
+        ("tensorrt-rtx", (90,), "builds no engines for sm_90; expected one of 75, 80, 86, 89, 120, 121"),
         ("tensorrt-rtx", (89, 100), "--target tensorrt, on a machine that has one"),
     ],
 )
@@ -40,14 +39,14 @@ def test_gpus_that_the_flavour_does_not_serve(name: str, sms: tuple[int, ...], w
 
 
 def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "require", lambda name: FLAVOURS[name])
-    monkeypatch.setattr(targets, "device_sm", lambda: 90)
+    monkeypatch.setattr(engine_builder, "require", lambda name: FLAVOURS[name])
+    monkeypatch.setattr(engine_builder, "device_sm", lambda: 90)
     assert engine_target("tensorrt") == EngineTarget(FLAVOURS["tensorrt"], (90,))
     assert engine_target("tensorrt", (90, 90)).sms == (90,)
     assert engine_target("tensorrt-rtx", (89, 120)).sms == (89, 120)
     with pytest.raises(InputError, match="this machine's GPU is sm_90"):
         engine_target("tensorrt", (89,))
-    monkeypatch.setattr(targets, "device_sm", lambda: None)
+    monkeypatch.setattr(engine_builder, "device_sm", lambda: None)
     for name in ("tensorrt", "tensorrt-rtx"):
         with pytest.raises(InputError, match="no GPU was found to build for"):
             engine_target(name)  # type: ignore[arg-type]
@@ -56,8 +55,8 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPat
 
 
 def test_kernels_are_compiled_into_engines_by_one_flavour_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "require", lambda name: FLAVOURS[name])
-    monkeypatch.setattr(targets, "device_sm", lambda: 90)
+    monkeypatch.setattr(engine_builder, "require", lambda name: FLAVOURS[name])
+    monkeypatch.setattr(engine_builder, "device_sm", lambda: 90)
     assert engine_target("tensorrt", aot=True).aot
     with pytest.raises(InputError, match="expected --target tensorrt"):
         engine_target("tensorrt-rtx", (89,), aot=True)
@@ -72,10 +71,10 @@ def test_a_flavour_that_is_not_installed() -> None:
 
 def test_not_enough_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(targets.shutil, "disk_usage", lambda place: usage(10**10, 9 * 10**9, 10**9))
-    check_disk(tmp_path / "a" / "b", 400_000_000, 1)
-    with pytest.raises(InputError, match=r"needs about 1\.3 GB .* for each of 2 GPUs.* 1\.0 GB are free"):
-        check_disk(tmp_path / "a" / "b", 400_000_000, 2)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda place: usage(10**10, 9 * 10**9, 10**9))
+    space.check_disk(tmp_path / "a" / "b", 400_000_000, 1)
+    with pytest.raises(InputError, match=r"has 1\.0 GB free, .* needs about 1\.3 GB.* for each of 2 GPUs"):
+        space.check_disk(tmp_path / "a" / "b", 400_000_000, 2)
     assert not (tmp_path / "a").exists()
 
 
@@ -106,7 +105,7 @@ def test_what_the_plugin_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch
     many = replace(wide, policy=replace(wide.policy, retain=replace(retain, segments=22)))
     with pytest.raises(InputError, match="has 66 segments to choose"):
         check_plugin(many)
-    monkeypatch.setattr(targets, "find_spec", lambda name: None)
+    monkeypatch.setattr(engine_builder, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[engines\]'"):
         check_plugin(plan("forcing-kv"))
     check_plugin(plan("full"))

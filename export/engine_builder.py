@@ -1,0 +1,236 @@
+"""TensorRT engines: for which GPUs they can be built, what is refused beforehand, and building them.
+
+Each is built in a process of its own (`engine_child`), with static shapes from the cache plan. That process
+has the library path that plugins need, contains aborts, gives all its memory back, and its memory is bounded
+by the kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.prune.launcher import check_candidates
+from forcingkv.runtime.engines import EngineRecord, device_sm
+from forcingkv.runtime.flavour import FLAVOURS, Flavour, FlavourName, require
+from forcingkv.runtime.memory import available_bytes
+from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.spec import Dtype
+
+CHILD = Path(__file__).with_name("engine_child.py")
+MEMORY_SHARE = 0.9
+"""Of the memory that is available, what a build may take."""
+
+FUSED_KEYS = 65_504
+"""Keys past which fused attention in float16 may overflow: float16's largest number."""
+
+MAX_WIDTH = 256
+"""The widest head whose rows the plugin's kernels hold without spilling."""
+
+
+class EngineError(Exception):
+    """TensorRT did not build an engine."""
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """What engines are to be built for."""
+
+    flavour: Flavour
+    sms: tuple[int, ...]
+    aot: bool = False
+    """Whether the plugin's kernels are compiled into the engines: a C++ program then runs them alone."""
+
+
+def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = False) -> EngineTarget:
+    """Check that engines can be built here for that flavour and those GPUs.
+
+    Args:
+        name: the flavour.
+        sms: compute capabilities (89 for 8.9); none: that of this machine's GPU.
+        aot: whether the plugin's kernels go into the engines.
+
+    Raises:
+        MissingExtraError: the flavour is not installed.
+        InputError: a GPU that the flavour does not build for, or that has to be there and is not.
+    """
+    flavour = FLAVOURS[name]
+    if aot and flavour.sms:
+        raise InputError(
+            f"{name} has no plugins that are compiled into engines",
+            where="--aot",
+            expected="--target tensorrt",
+            hint="Leave --aot out: its engines take the plugin from forcingkv when they are loaded.",
+        )
+    for sm in sms:
+        if flavour.sms and sm not in flavour.sms:
+            raise InputError(
+                f"{name} builds no engines for sm_{sm}",
+                where="--sm",
+                expected=f"one of {', '.join(map(str, flavour.sms))}",
+                hint="For other GPUs build with --target tensorrt, on a machine that has one.",
+            )
+    require(name)
+    if sms and flavour.sms:
+        return EngineTarget(flavour, tuple(dict.fromkeys(sms)), aot)
+    here = device_sm()
+    if not sms and here is None:
+        hint = (
+            "Name the GPU to build for, such as --sm 89." if flavour.sms else "Export on the GPU's machine."
+        )
+        raise InputError("no GPU was found to build for", where=f"--target {name}", hint=hint)
+    if set(sms) - {here}:
+        there = f"this machine's GPU is sm_{here}" if here else "no GPU was found"
+        raise InputError(
+            f"{name} builds for the GPU of the machine it runs on, and {there}",
+            where=f"--sm {' '.join(map(str, sms))}",
+            hint="Export on a machine with that GPU, or use --target tensorrt-rtx for the GPUs it builds for:"
+            f" {', '.join(map(str, FLAVOURS['tensorrt-rtx'].sms))}.",
+        )
+    assert here is not None
+    return EngineTarget(flavour, (here,), aot)
+
+
+def check_plugin(plan: CachePlan) -> None:
+    """Check that the plugin can serve a plan, and that its kernels can be compiled here.
+
+    Raises:
+        MissingExtraError: Triton is not installed.
+        InputError: more segments to choose from, or wider heads, than the kernels take.
+    """
+    if plan.policy.retain is None or plan.score_layer is None:
+        return
+    if find_spec("triton") is None:
+        raise MissingExtraError("triton", "engines")
+    check_candidates(plan.policy.retain.segments * plan.spec.frames_per_chunk)
+    if plan.spec.head_dim > MAX_WIDTH:
+        raise InputError(
+            f"has heads of width {plan.spec.head_dim}",
+            where=plan.spec.name,
+            expected=f"at most {MAX_WIDTH}, as a GPU has too few registers for more",
+            hint="Use a policy that retains no segments, such as window.",
+        )
+
+
+def warnings_of(plan: CachePlan, compute: Dtype) -> list[str]:
+    """Warnings about what may go wrong with engines of that plan."""
+    keys = most_keys(plan)
+    if compute == "float16" and keys > FUSED_KEYS:
+        return [
+            f"attention sees up to {keys} keys, and in float16 fused kernels can overflow past {FUSED_KEYS}:"
+            " use bfloat16 (the default)"
+        ]
+    return []
+
+
+def most_keys(plan: CachePlan) -> int:
+    """The most keys that a query attends to, in any layer and phase."""
+    return max(
+        plan.chunk_tokens + sum(plan.tokens(group, role, phase.first_chunk) for role in group.roles)
+        for phase in plan.phases
+        for groups in plan.layers
+        for group in groups
+    )
+
+
+def build_engine(
+    graph: Path, name: str, plan: CachePlan, target: EngineTarget, sm: int, engine: Path
+) -> EngineRecord:
+    """Build the engine of a graph.
+
+    Args:
+        graph: the ONNX file.
+        name: the graph's name; `step` gets a profile for each phase of the plan.
+        plan: the cache plan.
+        target: flavour and GPUs.
+        sm: for which of them.
+        engine: the file to write.
+
+    Raises:
+        EngineError: TensorRT refused the graph, aborted, or took more memory than there is.
+    """
+    phases = [dict(plan.phase_shapes(phase)) for phase in plan.phases] if name == "step" else []
+    prunes = name == "step" and plan.score_layer is not None
+    report = _run(
+        {
+            "graph": str(graph),
+            "flavour": target.flavour.name,
+            "sm": sm,
+            "plugins": ("compiled" if target.aot else "python") if prunes else None,
+            "phases": phases,
+            "engine": str(engine),
+        },
+        target.flavour,
+    )
+    record = {key: report[key] for key in EngineRecord.__dataclass_fields__ if key in report}
+    return EngineRecord(
+        graph=name,
+        flavour=target.flavour.name,
+        sm=sm,
+        file=f"{engine.parent.name}/{engine.name}",
+        phases=len(phases) or 1,
+        needs_plugin=prunes and not target.aot,
+        **record,
+    )
+
+
+def parse_report(graph: Path, flavour: Flavour, *, plugins: bool) -> dict[str, Any]:
+    """What the parser makes of a graph: `layers`, `plugin_layers`, and `kinds` of layers. Builds nothing."""
+    chosen = "python" if plugins else None
+    request = {"graph": str(graph), "flavour": flavour.name, "plugins": chosen}
+    return _run(request | {"sm": None, "phases": [], "engine": None}, flavour)
+
+
+def _run(request: dict[str, Any], flavour: Flavour) -> dict[str, Any]:
+    request = {"memory_limit": int(available_bytes() * MEMORY_SHARE)} | request
+    with tempfile.TemporaryDirectory() as links:
+        done = subprocess.run(
+            [sys.executable, "-P", str(CHILD)],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env=_environment(flavour, Path(links)),
+            check=False,
+        )
+    if done.returncode:
+        raise EngineError(_fault(done, request))
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def _environment(flavour: Flavour, links: Path) -> dict[str, str]:
+    """The child's environment: it finds forcingkv as this process does, and TensorRT's library by the
+    name under which the parser opens it for plugins, which the wheel lacks."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    if flavour.libraries:
+        place = find_spec(flavour.libraries)
+        assert place is not None
+        assert place.submodule_search_locations
+        for library in Path(place.submodule_search_locations[0]).glob("lib*.so.*"):
+            (links / f"{library.name.split('.so')[0]}.so").symlink_to(library)
+        paths = [str(links), environment.get("LD_LIBRARY_PATH", "")]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    return environment
+
+
+def _fault(done: subprocess.CompletedProcess[str], request: dict[str, Any]) -> str:
+    """What went wrong, as the log has it."""
+    errors = [line[4:] for line in done.stderr.splitlines() if line.startswith("[E] ")]
+    if not errors:
+        errors = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("[I]")]
+    how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else "failed"
+    lines = "\n  ".join(line[:500] for line in errors[-5:]) or "it reported nothing"
+    return (
+        f"{request['flavour']} {how} on {Path(request['graph']).name}"
+        f" (memory bound {request['memory_limit'] / 1e9:.1f} GB):\n  {lines}"
+    )

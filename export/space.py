@@ -1,0 +1,97 @@
+"""What an export needs of memory and disk, checked before anything is written.
+
+The factors count what programs hold at once, in multiples of what a plan or a model counts. They are meant to
+be a little too large: measured with two layers of 1.3B width at 480P and TAEHV, a verification took 14.4 GB
+where this says 15.9 (`full`), and 7.1 where it says 6.8 (`forcing-kv`).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from forcingkv.export.fp8 import calibration_plan
+from forcingkv.headmaps.errors import InputError
+from forcingkv.models.checkpoint import weight_shapes
+from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.runtime.memory import require_memory
+from forcingkv.runtime.plan import CachePlan
+from forcingkv.runtime.spec import ModelSpec
+
+TORCH_BYTES = 1.5e9
+"""torch and the exporter by themselves."""
+ORT_BYTES = 0.5e9
+"""ONNX Runtime by itself."""
+VERIFIED_WEIGHTS = 2.5
+"""In float32: torch's and ONNX Runtime's, which also holds them as they are stored."""
+VERIFIED_CACHES = 6.0
+"""Those of the last phase are inputs and outputs of both programs, and each joins them with the chunk."""
+VERIFIED_STATES = 4.0
+"""A decoder's caches are inputs and outputs of both programs."""
+CALIBRATED_CACHES = 3.0
+"""Those that are read, those that are made of them, and what attention joins."""
+OTHER_FILES = 64_000_000
+"""Bytes on the disk for what is not weights: graphs, kernels, manifest, and blocks that are not full."""
+ENGINE_WEIGHTS = 1.1
+"""An engine holds the weights of its graph again, and little else."""
+
+
+def check_memory_to_verify(plan: CachePlan, decoder: StreamingDecoder | None = None) -> None:
+    """Raise InputError unless a model fits into memory for verification, with what it needs by part.
+
+    Attention scores are those of one layer, which ONNX Runtime writes out.
+    """
+    spec = plan.spec
+    keys = plan.kv_bytes() / (4 * 2 * spec.layers * spec.dim)  # of a head, on average
+    parts = {
+        "programs": TORCH_BYTES + ORT_BYTES,
+        "weights": 4 * VERIFIED_WEIGHTS * _weight_count(spec),
+        "caches": VERIFIED_CACHES * plan.kv_bytes(),
+        "attention scores": 4 * spec.heads * plan.chunk_tokens * keys,
+    }
+    if decoder:
+        grid = plan.geometry.latent_height, plan.geometry.latent_width
+        state = sum(math.prod(shape) for shape in decoder.state_shapes(*grid).values())
+        parts["decoder caches"] = 4 * VERIFIED_STATES * state
+    require_memory(
+        f"verifying {spec.name} at {plan.geometry.width}x{plan.geometry.height}",
+        parts,
+        "Export with --no-verify, at a smaller resolution, or on a larger machine.",
+    )
+
+
+def check_memory_to_calibrate(plan: CachePlan) -> None:
+    """Raise InputError unless the model fits into memory for calibration: torch alone runs, in float32."""
+    parts = {
+        "programs": TORCH_BYTES,
+        "weights": 4.0 * _weight_count(plan.spec),
+        "caches": CALIBRATED_CACHES * calibration_plan(plan).kv_bytes(),
+    }
+    hint = "Export with --dtype bfloat16, or on a larger machine."
+    require_memory(f"calibrating {plan.spec.name} for FP8", parts, hint)
+
+
+def check_disk(out: Path, weights: int, engines: int) -> None:
+    """Raise InputError unless a bundle fits on the disk.
+
+    Args:
+        out: its folder.
+        weights: bytes of its weights.
+        engines: for how many GPUs; each engine holds the weights again.
+    """
+    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    needed, free = int(weights * (1 + ENGINE_WEIGHTS * engines)) + OTHER_FILES, shutil.disk_usage(place).free
+    if needed > free:
+        again = f" and as much again in the engines for each of {engines} GPUs" if engines else ""
+        raise InputError(
+            f"has {free / 1e9:.1f} GB free, and the bundle needs about {needed / 1e9:.1f} GB:"
+            f" {weights / 1e9:.1f} GB of weights{again}",
+            where=str(place),
+            hint="Choose another disk" + (", or build for fewer GPUs at a time." if engines else "."),
+        )
+
+
+def _weight_count(spec: ModelSpec) -> int:
+    """The number of a model's weights."""
+    return sum(math.prod(shape) for shape in weight_shapes(spec).values())
