@@ -174,7 +174,8 @@ def test_without_recache_only_the_prompt_changes(bundles: Bundles, name: str) ->
             next(video)
 
         def state() -> dict[str, np.ndarray]:
-            return {name: session._maker.fetch(tensor) for name, tensor in session._maker.state().items()}
+            maker = session._memory()
+            return {n: t.fetch(maker.queue_of(n)).array() for n, t in maker.state().items()}
 
         before = state()
         assert video.switch(OTHER, recache=False) == 5
@@ -198,7 +199,7 @@ def test_a_switch_late_in_a_long_video(bundles: Bundles) -> None:
             if chunk.index == 20:
                 video.switch(OTHER)
                 next(video)
-                bound = len(session._maker._passes)
+                bound = len(session._memory()._passes)
         assert video.index * session.spec.frames_per_chunk > 1024
         at = video.index
         assert video.switch(PROMPT) == at
@@ -206,5 +207,5 @@ def test_a_switch_late_in_a_long_video(bundles: Bundles) -> None:
         chunk = next(video)
         assert chunk.index == at
         assert np.isfinite(chunk.latents).all()
-        assert len(session._maker._passes) == bound
+        assert len(session._memory()._passes) == bound
         assert len(video._history._held) == len(replayed(session.plan, 1000))
