@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from forcingkv.prune.onnx_operators import DOMAIN, OPSET, PLUGIN_NAMESPACE, split_prune
+from forcingkv.prune.onnx_operators import DOMAIN, OPSET, PLUGIN_NAMESPACE, functions_for, split_prune
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
@@ -82,11 +82,13 @@ def model() -> onnx.ModelProto:
         for name in ("keys", "values", "keys2", "values2")
     ]
     outputs.append(helper.make_tensor_value_info("indices", TensorProto.INT64, [KEPT]))
-    return helper.make_model(
+    made = helper.make_model(
         helper.make_graph(nodes, "prune", inputs, outputs),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )
+    made.functions.extend(functions_for(made))
+    return made
 
 
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "one kernel a node"])
