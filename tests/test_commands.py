@@ -130,7 +130,7 @@ def test_a_faulty_head_map(
             ["analyze", "heads", "--model", "demo", "--prompts", "FILE", "--out", "OUT"],
             "not know the word",
         ),
-        (["analyze", "heads", "--model", "demo", "--chunks", "1", "--out", "OUT"], "1 chunks; expected"),
+        (["analyze", "heads", "--model", "demo", "--chunks", "1", "--out", "OUT"], "chunks: 1 are too few"),
         (["analyze", "heads", "--model", "demo", "--rule", "magic", "--out", "OUT"], "no rule 'magic'"),
         (
             ["analyze", "heads", "--model", "demo", "--samples", "1", "--out", "FILE/x"],

@@ -317,7 +317,10 @@ def test_a_model_with_a_sink_of_its_own_is_measured_on_the_frames_it_sees(tmp_pa
 def test_a_policy_whose_layers_choose_for_themselves_is_refused(tmp_path: Path) -> None:
     spec = small_spec()
     policy = tmp_path / "own.toml"
-    policy.write_text('base = "forcing-kv"\nname = "own"\n[retain]\nshared = false\n', encoding="utf-8")
+    roles = (
+        '{ role = "retained", segments = 6, ratio = 0.33, shared = false }, { role = "recent", frames = 1 }'
+    )
+    policy.write_text(f'base = "forcing-kv"\nname = "own"\n[groups]\ndynamic = [{roles}]\n', encoding="utf-8")
     job = Job(spec, random_weights(spec), [], policy=str(policy), headmap=mixed_map(spec))
     with pytest.raises(InputError, match=r"policy own lets every layer choose .*shared = true"):
         job.plan()

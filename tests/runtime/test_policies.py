@@ -126,6 +126,16 @@ def test_an_old_file_is_refused_and_shown_in_the_new_form(tmp_path: Path) -> Non
     }
 
 
+def test_so_is_an_old_file_that_is_based_on_a_shipped_policy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="before each group listed its roles") as refused:
+        read(tmp_path, 'base = "forcing-kv"\nname = "own"\n[retain]\nratio = 0.5\n')
+    shown = refused.value.expected or ""
+    found = from_data(
+        Policy, {"name": "own", "summary": ""} | tomllib.loads(shown[shown.index("[groups]") :]), ""
+    )
+    assert found.groups["dynamic"] == (Sink(1), Retained(6, 0.5, 1), Recent(1))
+
+
 def test_so_is_an_old_manifest() -> None:
     data = {"name": "old", "summary": "", "groups": {"all": {"sink_frames": 3, "recent_frames": 6}}}
     with pytest.raises(InputError, match=r'all = \[\{ role = "sink", frames = 3 \}, \{ role = "recent"'):

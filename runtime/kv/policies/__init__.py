@@ -69,7 +69,9 @@ class Policy:
     def check_data(cls, data: Mapping[str, Any], where: str) -> None:
         """Refuse a policy as it was written before roles were listed, and show how it is written now."""
         groups = data.get("groups")
-        if isinstance(groups, Mapping) and any(isinstance(group, Mapping) for group in groups.values()):
+        if isinstance(groups, Mapping) and (
+            "retain" in data or any(isinstance(group, Mapping) for group in groups.values())
+        ):
             raise InputError(
                 "is written as policies were before each group listed its roles",
                 where=where,
@@ -98,17 +100,20 @@ def load_policy(name: str) -> Policy:
 
 def _in_new_form(data: Mapping[str, Any]) -> str:
     """The groups of an old policy (sink_frames, recent_frames, retained and one [retain]) as TOML."""
+    retain = dict(data.get("retain") or {})
     lines = ["[groups]"]
     for label, group in data["groups"].items():
-        old = group if isinstance(group, Mapping) else {}
-        roles = []
-        for role, field in (("sink", "sink_frames"), ("retained", "retained"), ("recent", "recent_frames")):
-            value = old.get(field)
-            if role == "retained" and value:
-                roles.append(_toml({"role": role} | dict(data.get("retain") or {})))
-            elif role != "retained" and value != 0:
-                roles.append(_toml({"role": role} | ({} if value is None else {"frames": value})))
-        lines.append(f"{label} = [{', '.join(roles)}]")
+        roles = list(group) if isinstance(group, list | tuple) else []  # of a base, in the new form already
+        if isinstance(group, Mapping):
+            frames = {
+                role: {"role": role} | ({"frames": group[field]} if group.get(field) is not None else {})
+                for role, field in (("sink", "sink_frames"), ("recent", "recent_frames"))
+                if group.get(field) != 0
+            }
+            middle = {"role": "retained"} if group.get("retained") else None
+            roles = [role for role in (frames.get("sink"), middle, frames.get("recent")) if role]
+        shown = [role | (retain if role.get("role") == "retained" else {}) for role in roles]
+        lines.append(f"{label} = [{', '.join(map(_toml, shown))}]")
     return "\n".join(lines)
 
 
