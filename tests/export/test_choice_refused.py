@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from forcingkv.export import export_bundle
-from forcingkv.headmaps import InputError
+from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.prune.onnx_operators import check_choice
+from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from tests.conftest import choosing, mixed_map, random_model, small_spec
 
@@ -30,4 +31,9 @@ def test_a_choice_that_only_torch_knows_is_refused(tmp_path: Path, changes: dict
 
 @pytest.mark.parametrize("name", policy_names())
 def test_the_policies_that_ship_are_not(name: str) -> None:
-    check_choice(load_policy(name))
+    spec, policy = small_spec(), load_policy(name)
+    labels = tuple(sorted(policy.groups))
+    headmap = HeadMap(
+        ModelIdentity(spec.name, spec.layers, spec.heads), ((labels[0],) * 3,) * 4, Rule("given")
+    )
+    check_choice(build_plan(spec, spec.geometry(), policy, headmap if policy.needs_headmap else None))

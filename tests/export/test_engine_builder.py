@@ -100,7 +100,7 @@ def test_what_the_plugin_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match="has heads of width 264; expected at most 256"):
         check_plugin(wide)
     check_plugin(plan("window", head_dim=264))
-    many = replace(wide, spec=replace(wide.spec, frames_per_chunk=11))
+    many = replace(wide, spec=replace(wide.spec, frames_per_chunk=11, attended_frames=22))
     with pytest.raises(InputError, match="has 66 segments to choose"):
         check_plugin(many)
     monkeypatch.setattr(engine_builder, "find_spec", lambda name: None)
