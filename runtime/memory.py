@@ -18,7 +18,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def available_bytes() -> int:
     """Bytes that can still be taken without swapping, and within the container's limit."""
-    available = psutil.virtual_memory().available
+    available: int = psutil.virtual_memory().available
     with suppress(OSError, ValueError, KeyError):  # no such files, or the limit is "max"
         # Of a control group of version 2. File pages that can be dropped do not count as used.
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
