@@ -12,17 +12,7 @@ from typing import Any
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.runtime.frames import (
-    Frames,
-    FrameWriter,
-    PngWriter,
-    RawWriter,
-    ReaderGoneError,
-    need_av,
-    write_all,
-)
-
-__all__ = ["FrameWriter", "Mp4Writer", "PngWriter", "RawWriter", "ReaderGoneError", "open_writer"]
+from forcingkv.runtime.frames import Frames, FrameWriter, PngWriter, RawWriter, need_av, write_all
 
 
 def open_writer(

@@ -22,8 +22,9 @@ from forcingkv.commands.console import emit, progress_bar
 from forcingkv.commands.models import Backend, text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Prompt, Session, Video
+from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.video import FrameWriter, ReaderGoneError, open_writer
+from forcingkv.runtime.video import open_writer
 
 TERMINATED = 128 + signal.SIGTERM
 
