@@ -26,7 +26,7 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.rebuild import replayed
-from forcingkv.runtime.tensors import TensorWriter, read_arrays
+from forcingkv.runtime.tensors import new_tensors, read_arrays
 
 STATE = "state.json"
 TENSORS = re.compile(r"\.?state-\d{6,}(-\d+)?\.safetensors(\.partial)?")
@@ -104,7 +104,7 @@ def write_snapshot(
             f"ready/{chunk.index}/latents": chunk.latents,
         }
     planned = {key: (DTYPES[str(value.dtype)].code, tuple(value.shape)) for key, value in stored.items()}
-    with TensorWriter(folder / name, planned) as writer:
+    with new_tensors(folder / name, planned) as writer:
         for key, value in stored.items():
             if not isinstance(value, np.ndarray):
                 value = value.fetch(maker.queue_of(key)).array()
