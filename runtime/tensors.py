@@ -143,7 +143,8 @@ def new_tensors(
         file.write(start)
         writer = TensorWriter(file, tensors)
         yield writer
-        writer.check_complete()
+        if writer.left:
+            raise ValueError(f"{', '.join(writer.left)} was not written")
 
 
 class TensorWriter:
@@ -151,11 +152,12 @@ class TensorWriter:
 
     Attributes:
         tensors: where each tensor lies, known before any is written.
+        left: names of those that are still to be written, in order.
     """
 
     def __init__(self, file: BinaryIO, tensors: dict[str, StoredTensor]) -> None:
-        self.tensors = tensors
-        self._file, self._left = file, list(tensors)
+        self.tensors, self.left = tensors, list(tensors)
+        self._file = file
 
     def write(self, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
         """Write the next tensor.
@@ -163,9 +165,9 @@ class TensorWriter:
         An array must have the planned shape and dtype (BF16 and 8-bit floats: their bits, as unsigned
         integers). Raises ValueError for a tensor out of order or of another size.
         """
-        if self._left[:1] != [name]:
+        if self.left[:1] != [name]:
             raise ValueError(
-                f"{name!r} is not the next tensor; expected {', '.join(self._left[:1]) or 'none'}"
+                f"{name!r} is not the next tensor; expected {', '.join(self.left[:1]) or 'none'}"
             )
         planned = self.tensors[name]
         if isinstance(data, np.ndarray):
@@ -177,12 +179,7 @@ class TensorWriter:
         if given != planned.bytes:
             raise ValueError(f"{name!r} has {given} bytes, expected {planned.bytes}")
         self._file.write(data)
-        del self._left[0]
-
-    def check_complete(self) -> None:
-        """Raise ValueError where a tensor was not written."""
-        if self._left:
-            raise ValueError(f"{', '.join(self._left)} was not written")
+        del self.left[0]
 
 
 def _header_text(file: BinaryIO, size: int, where: str) -> tuple[int, bytes]:

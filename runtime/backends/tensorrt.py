@@ -39,18 +39,9 @@ _said: list[str] = []
 def open_lane(
     bundle: Bundle, flavour: FlavourName, threads: int | None = None, cuda_graphs: bool = False
 ) -> TensorRTLane:
-    """Load the engines of a bundle on this machine's first GPU.
+    """Load the engines of a bundle on this machine's first GPU (`open_backend`).
 
-    Args:
-        bundle: an opened bundle.
-        flavour: which TensorRT.
-        threads: of no use here.
-        cuda_graphs: whether a pass is captured when it comes for the second time, and replayed after.
-
-    Raises:
-        InputError: there is no GPU, or the bundle has no engines for it and for this TensorRT.
-        MissingExtraError: the flavour, or cuda-core, is not installed.
-        SessionError: the GPU could not be used, or has too little memory.
+    `threads` is of no use here. With `cuda_graphs` a pass is captured when it comes for the second time.
     """
     if device_sm() is None:
         load_engine(bundle, GRAPHS[0], flavour)  # raises, and says what to do
@@ -61,17 +52,10 @@ def open_lane(
 
 
 def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEngine:
-    """The engine of a graph, ready for execution contexts.
+    """The engine of a graph of an opened bundle, ready for execution contexts, its plugin registered.
 
-    Args:
-        bundle: an opened bundle, whose digests were checked.
-        graph: `prompt`, `step` or `decode`.
-        flavour: which TensorRT.
-
-    Raises:
-        MissingExtraError: the flavour, or cuda-core for the plugin, is not installed.
-        InputError: there is no GPU, the bundle has no engine for it and for this version of TensorRT, or
-            TensorRT does not load the file.
+    Raises MissingExtraError where the flavour, or cuda-core for the plugin, is not installed; InputError where
+    there is no GPU, no engine for it and for this version of TensorRT, or TensorRT does not load the file.
     """
     choose(flavour)
     sm = device_sm()
@@ -145,9 +129,11 @@ class TensorRTLane:
                 main: self._block(engines["prompt"], engines["step"]),
                 side: self._block(engines["decode"]),
             }
+            # The shapes of inputs that vary by phase, for each phase. Engines have a profile each.
+            phases = {"step": [bundle.plan.phase_shapes(phase) for phase in bundle.plan.phases]}
             for graph in GRAPHS:
                 queue = self._queue_of(graph)
-                for phase, shapes in enumerate(_phases(graph, bundle)):
+                for phase, shapes in enumerate(phases.get(graph, [{}])):
                     context = PhaseContext(gpu, engines[graph], f"{graph} in phase {phase}")
                     self._contexts[graph].append(context)
                     context.prepare(phase, shapes, blocks[queue], queue)
@@ -360,10 +346,3 @@ def _new_context(engine: trt.ICudaEngine) -> trt.IExecutionContext | None:
     if kinds is not None:
         config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
     return engine.create_execution_context(config)
-
-
-def _phases(graph: str, bundle: Bundle) -> list[dict[str, Shape]]:
-    """For each phase of a graph, the shapes of its inputs that vary by phase. Engines have a profile each."""
-    if graph != "step":
-        return [{}]
-    return [bundle.plan.phase_shapes(phase) for phase in bundle.plan.phases]
