@@ -54,8 +54,8 @@ def open_lane(
 def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEngine:
     """The engine of a graph of an opened bundle, ready for execution contexts, its plugin registered.
 
-    Raises MissingExtraError where the flavour, or cuda-core for the plugin, is not installed; InputError where
-    there is no GPU, no engine for it and for this version of TensorRT, or TensorRT does not load the file.
+    Raises MissingExtraError where the flavour, or cuda-core for the plugin, is not installed; InputError
+    where there is no GPU, no engine for it and for this TensorRT, or TensorRT does not load the file.
     """
     choose(flavour)
     sm = device_sm()
