@@ -129,7 +129,24 @@ class Embeds:
         Returns (1, text_length, text_width). Raises InputError for a prompt that is not in the file, for
         None where there are several, and for an embedding of another width or with too many tokens.
         """
-        array = self.arrays[self._place(prompt)]
+        more = len(self.prompts) - 5
+        known = ", ".join(map(_short, self.prompts[:5])) + (f" and {more} more" if more > 0 else "")
+        if prompt is None and len(self.prompts) > 1:
+            raise InputError(
+                f"has {len(self.prompts)} prompts, and none was asked for",
+                where=self.where,
+                expected=f"one of {known}",
+            )
+        wanted = self.prompts[0] if prompt is None else prompt
+        place = next((i for i, text in enumerate(self.prompts) if text.strip() == wanted.strip()), None)
+        if place is None:
+            raise InputError(
+                f"has no embedding of {_short(wanted)}",
+                where=self.where,
+                expected=f"one of {known}",
+                hint=HINT,
+            )
+        array = self.arrays[place]
         tokens, width = array.shape
         if width != spec.text_width:
             raise InputError(
@@ -140,37 +157,13 @@ class Embeds:
             )
         if tokens > spec.text_length:
             raise InputError(
-                f"has {tokens} tokens for {_short(prompt or self.prompts[0])}",
+                f"has {tokens} tokens for {_short(wanted)}",
                 where=self.where,
                 expected=f"at most {spec.text_length}, as {spec.name} takes",
             )
         text = np.zeros((1, spec.text_length, spec.text_width), np.float32)
         text[0, :tokens] = array
         return text
-
-    def _place(self, prompt: str | None) -> int:
-        if prompt is None:
-            if len(self.prompts) == 1:
-                return 0
-            raise InputError(
-                f"has {len(self.prompts)} prompts, and none was asked for",
-                where=self.where,
-                expected=f"one of {self._listed()}",
-            )
-        wanted = prompt.strip()
-        for place, known in enumerate(self.prompts):
-            if known.strip() == wanted:
-                return place
-        raise InputError(
-            f"has no embedding of {_short(prompt)}",
-            where=self.where,
-            expected=f"one of {self._listed()}",
-            hint=HINT,
-        )
-
-    def _listed(self) -> str:
-        more = len(self.prompts) - 5
-        return ", ".join(map(_short, self.prompts[:5])) + (f" and {more} more" if more > 0 else "")
 
 
 def read_embeds(path: Path | str) -> Embeds:
