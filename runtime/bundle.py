@@ -163,7 +163,7 @@ class Bundle:
                 where=str(folder / MANIFEST),
                 hint="Export the bundle again with this version of forcingkv.",
             )
-        cached = {one.name for one in (*bundle.plan.entries, *bundle.plan.rows_inputs)}
+        cached = {entry.name for entry in bundle.plan.entries} | {r.name for r in bundle.plan.rows_inputs}
         absent = sorted(cached - set(manifest.graphs["step"].inputs))
         if absent:
             raise InputError(
@@ -212,7 +212,7 @@ def _read_manifest(folder: Path) -> Manifest:
         if graph not in manifest.graphs:
             raise InputError(f"has no graph {graph!r}", where=str(path))
         named |= {manifest.graphs[graph].file, manifest.graphs[graph].weights}
-    named |= {made.file for made in (*manifest.engines, *manifest.kernels)}
+    named |= {engine.file for engine in manifest.engines} | {kernel.file for kernel in manifest.kernels}
     unrecorded = sorted(name for name in named - set(manifest.files) if name is not None)
     if unrecorded:
         raise InputError(f"has no digest of {', '.join(unrecorded)}", where=str(path))
