@@ -45,7 +45,7 @@ print(shapes)
 """
 
 
-def test_the_runtime_runs_a_bundle_with_nothing_but_numpy_and_onnxruntime() -> None:
+def test_the_runtime_runs_a_bundle_with_nothing_but_numpy_psutil_and_onnxruntime() -> None:
     spec = small_spec()
     headmap = headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
     weights = random_model(spec).state_dict()
