@@ -174,7 +174,10 @@ def test_without_recache_only_the_prompt_changes(bundles: Bundles, name: str) ->
             next(video)
 
         def state() -> dict[str, np.ndarray]:
-            return {name: session._maker.fetch(tensor) for name, tensor in session._maker.state().items()}
+            maker = session._maker
+            assert maker is not None
+            held = maker.state().items()
+            return {name: tensor.fetch(maker.queue_of(name)).array() for name, tensor in held}
 
         before = state()
         assert video.switch(OTHER, recache=False) == 5
