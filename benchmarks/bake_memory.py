@@ -35,7 +35,7 @@ from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.tensors import TensorWriter
+from forcingkv.runtime.tensors import new_tensors
 
 CHECKPOINT, WEIGHTS, GRAPHS = "checkpoint.safetensors", "weights.safetensors", ("prompt", "step")
 
@@ -45,7 +45,7 @@ def make(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     shapes = weight_shapes(spec)
     generator = np.random.default_rng(0)
     planned = {f"model.{name}": ("BF16", shape) for name, shape in shapes.items()}
-    with TensorWriter(folder / CHECKPOINT, planned) as writer:
+    with new_tensors(folder / CHECKPOINT, planned) as writer:
         for name, (_, shape) in planned.items():
             # Upper halves of floats between 0.0078 and 0.031, of either sign.
             bits = generator.integers(0x3C00, 0x3D00, shape, np.uint16)

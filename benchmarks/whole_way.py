@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime.embeds import write_embeds
 from forcingkv.runtime.kv.policies import load_policy, policy_names
+from forcingkv.runtime.text import write_embeds
 
 PROMPT = "a red kite over the dunes"
 RULES = {"forcing-kv": "quota", "dummy-forcing": "dummy"}

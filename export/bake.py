@@ -27,7 +27,7 @@ from forcingkv.models.heads import permute_tensor
 from forcingkv.models.tensor_files import open_tensors
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.tensors import StoredTensor, TensorWriter
+from forcingkv.runtime.tensors import StoredTensor, new_tensors
 
 Planned = dict[str, tuple[ExportDtype, tuple[int, ...]]]
 """Name -> what a tensor is to be stored as, and its shape."""
@@ -97,7 +97,7 @@ def store_tensors(
 ) -> dict[str, StoredTensor]:
     """Write tensors {name: (dtype, shape)} to a safetensors file, one at a time, in that order."""
     formats = {name: (dtype_record(dtype).code, tuple(shape)) for name, (dtype, shape) in planned.items()}
-    with TensorWriter(path, formats) as writer:
+    with new_tensors(path, formats) as writer:
         for name, (dtype, _) in planned.items():
             # The bits, whatever the dtype: numpy has no bfloat16.
             tensor = read(name).detach().to(torch_dtype(dtype)).contiguous()

@@ -13,7 +13,7 @@ from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.noise import chunk_noise
+from forcingkv.runtime.positions import chunk_noise
 from forcingkv.runtime.spec import Renoise
 
 Noise = Callable[[int, int], Tensor]

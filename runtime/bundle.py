@@ -55,6 +55,11 @@ class GraphRecord:
         """Whether the graph is told which pass is the clean one, and makes next caches in no other."""
         return CLEAN in self.inputs
 
+    @property
+    def carried(self) -> dict[str, TensorRecord]:
+        """The inputs that an output of each call replaces in the next one."""
+        return {name: record for name, record in self.inputs.items() if next_name(name) in self.outputs}
+
 
 @dataclass(frozen=True)
 class PlanRecord:
@@ -158,9 +163,7 @@ class Bundle:
                 where=str(folder / MANIFEST),
                 hint="Export the bundle again with this version of forcingkv.",
             )
-        cached = {entry.name for entry in bundle.plan.entries} | {
-            each.name for each in bundle.plan.rows_inputs
-        }
+        cached = {entry.name for entry in bundle.plan.entries} | {r.name for r in bundle.plan.rows_inputs}
         absent = sorted(cached - set(manifest.graphs["step"].inputs))
         if absent:
             raise InputError(
@@ -182,8 +185,7 @@ class Bundle:
         """The cache plan."""
         width, height = self.manifest.resolution
         model = self.manifest.model
-        geometry = model.geometry(f"{width}x{height}")
-        return build_plan(model, geometry, self.manifest.policy, self.headmap)
+        return build_plan(model, model.geometry(f"{width}x{height}"), self.manifest.policy, self.headmap)
 
     def graph(self, name: str) -> Path:
         """The ONNX file of a graph."""
@@ -205,14 +207,13 @@ def _read_manifest(folder: Path) -> Manifest:
     manifest = from_data(Manifest, data, str(path))
     for name in manifest.files:
         inside(folder, name)
-    named = {HEADMAP} if manifest.headmap else set()
+    named: set[str | None] = {HEADMAP} if manifest.headmap else set()
     for graph in GRAPHS:
         if graph not in manifest.graphs:
             raise InputError(f"has no graph {graph!r}", where=str(path))
-        record: GraphRecord = manifest.graphs[graph]
-        named |= {record.file} | ({record.weights} if record.weights else set())
+        named |= {manifest.graphs[graph].file, manifest.graphs[graph].weights}
     named |= {engine.file for engine in manifest.engines} | {kernel.file for kernel in manifest.kernels}
-    unrecorded = sorted(named - set(manifest.files))
+    unrecorded = sorted(name for name in named - set(manifest.files) if name is not None)
     if unrecorded:
         raise InputError(f"has no digest of {', '.join(unrecorded)}", where=str(path))
     return manifest

@@ -295,8 +295,8 @@ class ChunkDecoder:
         self._calls, self._frames_of_call = spec.frames_per_chunk // size, shape[0]
         whole = (self._calls * shape[0], *shape[1:])
         self._frames = [lane.tensor(whole, "uint8") for _ in range(1 + lane.lookahead)]
-        carried = {n: r for n, r in record.inputs.items() if next_name(n) in record.outputs}
-        self._caches = [{n: _tensor(lane, r, state=True) for n, r in carried.items()} for _ in range(2)]
+        carried = record.carried.items()
+        self._caches = [{name: _tensor(lane, r, state=True) for name, r in carried} for _ in range(2)]
         self._first = {}
         if carried:
             for value in (False, True):

@@ -45,9 +45,7 @@ _chosen: list[tuple[Flavour, ModuleType]] = []
 def choose(name: FlavourName) -> Flavour:
     """Make `trt` the module of that flavour, for this process.
 
-    Raises:
-        MissingExtraError: it is not installed.
-        InputError: the process uses the other flavour already.
+    Raises MissingExtraError if it is not installed, InputError if the process uses the other one already.
     """
     flavour = require(name)
     if not _chosen:
@@ -92,12 +90,9 @@ else:
 
 
 def make_log(hear: Callable[[str, str], None]) -> trt.ILogger:
-    """A logger of the chosen flavour that passes on every message of TensorRT.
+    """A logger of the chosen flavour that calls `hear(severity, text)`: `ERROR`, `WARNING`, `INFO`, ...
 
     The first one given to a builder or a runtime stays the process's logger, so keep one.
-
-    Args:
-        hear: takes the severity (`ERROR`, `WARNING`, `INFO`, ...) and the text.
     """
 
     class Log(trt.ILogger):

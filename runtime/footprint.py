@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from forcingkv.runtime.bundle import GRAPHS, GraphRecord, Manifest, TensorRecord
+from forcingkv.runtime.bundle import GRAPHS, Manifest, TensorRecord
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.flavour import FlavourName
@@ -46,10 +46,6 @@ def part_notes() -> dict[str, str]:
         "text": "of the prompt, with its keys and values",
         "latents": "with noise, positions and noise levels",
     }
-
-
-NEXT = "next."
-"""What begins the name of an output that replaces the input of the same name."""
 
 
 @dataclass(frozen=True)
@@ -108,22 +104,22 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
         weights = [graph.weight_bytes for graph in manifest.graphs.values()]
         activations = [graph.activation_bytes for graph in manifest.graphs.values()]
         if None not in weights and None not in activations:
-            parts["weights"] = sum(size for size in weights if size)
-            parts["activations"] = max(size for size in activations if size is not None)
+            parts["weights"] = sum(size or 0 for size in weights)
+            parts["activations"] = max(size or 0 for size in activations)
     parts |= kv_parts(plan, manifest.compute)
     prompt, step, decode = (manifest.graphs[name] for name in GRAPHS)
-    caches = _carried(decode)
-    lengths = _longest(plan)
-    parts["decoder_caches"] = 2 * _bytes(caches)
-    frames, latents = decode.outputs["frames"], decode.inputs["latents"]
-    calls = plan.spec.frames_per_chunk // latents.shape[2]
-    parts["frames"] = calls * (2 if engines else 1) * _bytes({"frames": frames})
+    calls = plan.spec.frames_per_chunk // decode.inputs["latents"].shape[2]
+    parts["decoder_caches"] = 2 * _bytes(decode.carried)
+    parts["frames"] = calls * (2 if engines else 1) * _bytes(decode.outputs, ["frames"])
     parts["text"] = _bytes(prompt.inputs) + _bytes(prompt.outputs)
-    cached = {entry.name for entry in plan.entries}
+    counted = {entry.name for entry in plan.entries} | set(prompt.outputs)
+    # The inputs that vary by phase are as long as in the phase where they are longest.
+    phases = [plan.phase_shapes(phase) for phase in plan.phases]
+    longest = {name: max((shapes[name] for shapes in phases), key=math.prod) for name in phases[0]}
     parts["latents"] = (
-        _bytes(_but(step.inputs, cached | set(prompt.outputs)), lengths)
-        + _bytes({"next_latents": step.outputs["next_latents"]})
-        + _bytes(_but(decode.inputs, set(caches)))
+        _bytes(step.inputs, step.inputs.keys() - counted, longest)
+        + _bytes(step.outputs, ["next_latents"])
+        + _bytes(decode.inputs, decode.inputs.keys() - decode.carried.keys())
     )
     return parts
 
@@ -143,24 +139,14 @@ def readable(size: int) -> str:
     return f"{size} B"
 
 
-def _carried(decode: GraphRecord) -> dict[str, TensorRecord]:
-    """The inputs that the decoder hands on from call to call."""
-    return {name: record for name, record in decode.inputs.items() if NEXT + name in decode.outputs}
-
-
-def _longest(plan: CachePlan) -> dict[str, tuple[int, ...]]:
-    """The shape of each input that varies by phase, where it is largest."""
-    shapes = [plan.phase_shapes(phase) for phase in plan.phases]
-    return {name: max((shape[name] for shape in shapes), key=math.prod) for name in shapes[0]}
-
-
-def _but(records: Mapping[str, TensorRecord], names: set[str]) -> dict[str, TensorRecord]:
-    return {name: record for name, record in records.items() if name not in names}
-
-
-def _bytes(records: Mapping[str, TensorRecord], shapes: Mapping[str, tuple[int, ...]] | None = None) -> int:
-    given = shapes or {}
+def _bytes(
+    records: Mapping[str, TensorRecord],
+    names: Iterable[str] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] = {},
+) -> int:
+    """Of the named tensors (None: all), which have other shapes than recorded where `shapes` says so."""
+    chosen = {name: records[name] for name in (records if names is None else names)}
     return sum(
-        math.prod(given.get(name, record.shape)) * DTYPES[record.dtype].bytes
-        for name, record in records.items()
+        math.prod(shapes.get(name, record.shape)) * DTYPES[record.dtype].bytes
+        for name, record in chosen.items()
     )

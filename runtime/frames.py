@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.files import unwritable, write_bytes
+from forcingkv.headmaps.files import unwritable, write_bytes, write_text
 
 Frames = npt.NDArray[np.uint8]
 
@@ -156,18 +156,15 @@ class RawWriter(FrameWriter):
             raise InputError("standard output is a terminal", where="-", expected="a pipe or a file")
 
     def _append(self, frames: Frames) -> None:
-        if self._file is None:
-            self._file = self._opened()
+        # Without a buffer: bytes that a broken pipe left in one would be tried again at exit.
+        if self._file is None and str(self.path) == "-":
+            sys.stdout.flush()
+            self._file = FileIO(sys.stdout.fileno(), "wb", closefd=False)
+        elif self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = FileIO(self.path, "wb")
         for frame in self._enlarged(frames):
             write_all(self._file, frame.data.cast("B"))
-
-    def _opened(self) -> FileIO:
-        # Without a buffer: bytes that a broken pipe left in one would be tried again at exit.
-        if str(self.path) == "-":
-            sys.stdout.flush()
-            return FileIO(sys.stdout.fileno(), "wb", closefd=False)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return FileIO(self.path, "wb")
 
     def _end(self) -> None:
         if self._file is not None:
@@ -202,7 +199,7 @@ class PngWriter(FrameWriter):
             return
         names = set(os.listdir(self.path))
         other = sorted(name for name in names - {RECORD} if not _NAME.fullmatch(name))
-        if other or (names and not _is_record(self.path / RECORD)):
+        if other or (names and not self._ends_a_result()):
             lacks = f"such as {other[0]}" if other else f"it has no {RECORD} that ends one"
             raise InputError(
                 f"holds other files than an earlier result ({lacks})",
@@ -212,13 +209,27 @@ class PngWriter(FrameWriter):
         if not os.access(self.path, os.W_OK):
             raise _os_error(errno.EACCES)
 
+    def _ends_a_result(self) -> bool:
+        """Whether the folder has the record that is written last."""
+        try:
+            data = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(data, dict) and data.get("schema") == SCHEMA
+
     def _append(self, frames: Frames) -> None:
         import av
 
+        if self._encoder is None:
+            self._clear()
+            height, width = (size * self.enlarge for size in frames.shape[1:3])
+            encoder: Any = av.CodecContext.create("png", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "rgb24"
+            encoder.time_base = 1 / self.rate
+            encoder.thread_count = 1  # with more, a picture comes out some frames later
+            encoder.options = {"compression_level": "1"}  # a quarter of the time, 8% more bytes
+            self._encoder = encoder
         for frame in self._enlarged(frames):
-            if self._encoder is None:
-                self._clear()
-                self._encoder = self._new_encoder(*frame.shape[:2])
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             picture.pts = self._count
             data = b"".join(bytes(packet) for packet in self._encoder.encode(picture))
@@ -233,29 +244,18 @@ class PngWriter(FrameWriter):
             if _NAME.fullmatch(path.name):
                 path.unlink()
 
-    def _new_encoder(self, height: int, width: int) -> Any:
-        import av
-
-        encoder: Any = av.CodecContext.create("png", "w")
-        encoder.width, encoder.height, encoder.pix_fmt = width, height, "rgb24"
-        encoder.time_base = 1 / self.rate
-        encoder.thread_count = 1  # with more, a picture comes out some frames later
-        encoder.options = {"compression_level": "1"}  # a quarter of the time, 8% more bytes
-        return encoder
-
     def _end(self) -> None:
         if not self._count:
             return
-        height, width = self._size or (0, 0)
         record = {
             "schema": SCHEMA,
             "fps": self.fps,
             "count": self._count,
-            "width": width * self.enlarge,
-            "height": height * self.enlarge,
+            "width": self._encoder.width,
+            "height": self._encoder.height,
             "metadata": self.metadata,
         }
-        write_bytes(self.path / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+        write_text(self.path / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def need_av() -> None:
@@ -275,11 +275,3 @@ def write_all(file: FileIO, data: bytes | memoryview) -> None:
 
 def _os_error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
-
-
-def _is_record(path: Path) -> bool:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and data.get("schema") == SCHEMA

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
@@ -17,27 +18,13 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def available_bytes() -> int:
     """Bytes that can still be taken without swapping, and within the container's limit."""
-    return max(0, int(min(_machine_bytes(), _container_bytes())))
-
-
-def _machine_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _container_bytes() -> float:
-    """What the limit of a control group (version 2) leaves; file pages that can be dropped do not count."""
-    try:
-        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    available: int = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):  # no such files, or the limit is "max"
+        # Of a control group of version 2. File pages that can be dropped do not count as used.
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return math.inf if limit == "max" else int(limit) - int(used) + int(stat["inactive_file"])
-    except (OSError, ValueError, KeyError):
-        return math.inf  # no such limit is known here
+        available = min(available, limit - used + int(stat["inactive_file"]))
+    return max(0, available)
 
 
 def require_memory(doing: str, parts: Mapping[str, float], hint: str) -> None:
@@ -50,9 +37,10 @@ def require_memory(doing: str, parts: Mapping[str, float], hint: str) -> None:
     """
     needed, available = sum(parts.values()), available_bytes()
     if needed > available:
-        told = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
+        listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
         raise InputError(
-            f"{doing} needs about {needed / 1e9:.1f} GB ({told}), and {available / 1e9:.1f} GB are available",
+            f"{doing} needs about {needed / 1e9:.1f} GB ({listed}),"
+            f" and {available / 1e9:.1f} GB are available",
             where="memory",
             hint=hint,
         )
@@ -79,6 +67,8 @@ def device_free_bytes() -> int:
     status, free, _ = runtime.cudaMemGetInfo()
     if int(status):
         raise InputError(
-            f"the GPU's memory is not told ({status})", where="memory", hint="See that nvidia-smi works."
+            f"the GPU does not say how much memory is free ({status})",
+            where="memory",
+            hint="See that nvidia-smi works.",
         )
     return int(free)

@@ -1,4 +1,4 @@
-"""Position and time features, computed on the host in float64 for any position.
+"""What the host computes for passes: position and time features, in float64, and noise.
 
 The step graph takes them as inputs, so nothing in it depends on a table's length (public code
 crashes past position 1,024) and no angle is formed in half precision.
@@ -60,3 +60,12 @@ def time_features(spec: ModelSpec, timestep: float | npt.NDArray[np.floating]) -
     frequencies = 10000.0 ** (-np.arange(half, dtype=np.float64) / half)
     angles = np.asarray(timestep, dtype=np.float64)[..., None] * frequencies
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+
+
+def chunk_noise(seed: int, chunk: int, step: int, shape: tuple[int, ...]) -> Floats:
+    """Standard normal noise that starts (step 0) or renews (step i, before pass i) a chunk's latents.
+
+    It is addressed by place: any chunk's can be drawn without the ones before.
+    """
+    generator = np.random.default_rng((seed, chunk, step))
+    return generator.standard_normal(shape, dtype=np.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from forcingkv.headmaps.errors import InputError
@@ -17,20 +18,48 @@ from forcingkv.runtime.memory import available_bytes, device_free_bytes
 
 SIZED_BY_TOKENS = ("activations", "decoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""
-TOLD = 3
+SUGGESTED = 3
 """Suggestions in a message."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A policy and resolution of the same model, and the memory that a session would take."""
+    """A policy and a resolution of a model, and the bytes that a session would take."""
 
     policy: str
     resolution: str
     bytes: int
 
-    def __str__(self) -> str:
-        return f"{self.policy} at {self.resolution} ({readable(self.bytes)})"
+
+def what_fits(plan: CachePlan, capacity: int, bytes_of: Callable[[Policy, str], int]) -> list[Fit]:
+    """Policies and resolutions of a plan's model that fit, those nearest to the plan first.
+
+    First all policies at the plan's own resolution, then at the model's lower ones, the highest first; each
+    time the policy that takes most comes first.
+
+    Args:
+        plan: what does not fit.
+        capacity: bytes that there are.
+        bytes_of: the bytes of a policy at a resolution. Raises InputError where the policy cannot be used at
+            that resolution: its segments do not divide the frames.
+    """
+    spec, own = plan.spec, plan.frame_tokens
+    named = {name: spec.geometry(name).frame_tokens for name in spec.resolutions}
+    tokens = {resolution_name(plan): own} | {name: n for name, n in named.items() if n < own}
+    fits = []
+    for resolution in tokens:
+        for policy in policy_names():
+            with suppress(InputError):
+                fits.append(Fit(policy, resolution, bytes_of(load_policy(policy), resolution)))
+    fits = [fit for fit in fits if fit.bytes <= capacity]
+    return sorted(fits, key=lambda fit: (-tokens[fit.resolution], -fit.bytes))
+
+
+def resolution_name(plan: CachePlan) -> str:
+    """The model's name for a plan's resolution, or WIDTHxHEIGHT."""
+    size = plan.geometry.width, plan.geometry.height
+    named = {tuple(pixels): name for name, pixels in plan.spec.resolutions.items()}
+    return named.get(size, f"{size[0]}x{size[1]}")
 
 
 def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
@@ -51,76 +80,43 @@ def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
     available = device_free_bytes() if on_device else available_bytes()
     if needed <= available:
         return
-    told = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
-    fits = [str(fit) for fit in what_fits(bundle, parts, available)][:TOLD]
+    listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
+    fits = what_fits(bundle.plan, available, lambda *other: bytes_of_other(bundle, parts, *other))
+    suggested = [f"{fit.policy} at {fit.resolution} ({readable(fit.bytes)})" for fit in fits[:SUGGESTED]]
     width, height = bundle.manifest.resolution
     raise InputError(
-        f"a session of {bundle.plan.policy.name} at {width}x{height} needs {readable(needed)} ({told}),"
+        f"a session of {bundle.plan.policy.name} at {width}x{height} needs {readable(needed)} ({listed}),"
         f" and {readable(available)} are available" + (" on the GPU" if on_device else ""),
         where=str(bundle.path),
-        hint=f"What fits: {'; '.join(fits)}. Export the model so."
+        hint=f"What fits: {'; '.join(suggested)}. Export the model so."
         if fits
         else "No policy or resolution of this model fits: free memory, or use a larger machine.",
     )
 
 
 def needed_memory(bundle: Bundle, backend: str) -> dict[str, int]:
-    """Bytes that a session will hold, by part (`footprint.PARTS`).
+    """Bytes that a session will hold, by part (`footprint.part_notes`).
 
     Raises what finding the engines raises, for backends that run engines.
     """
-    return footprint(bundle.manifest, bundle.plan, _engines(bundle, backend))
+    flavour = next((name for name in FLAVOURS if name == backend), None)
+    engines: list[EngineRecord] = []
+    if flavour:
+        choose(flavour)
+        sm, built, where = device_sm(), bundle.manifest.engines, str(bundle.path)
+        if sm is not None:  # else opening the backend says so
+            engines = [find_engine(built, graph, flavour, trt.__version__, sm, where) for graph in GRAPHS]
+    return footprint(bundle.manifest, bundle.plan, engines)
 
 
-def what_fits(bundle: Bundle, parts: Mapping[str, int], available: int) -> list[Fit]:
-    """Policies and resolutions that fit, those nearest to the bundle's own first.
+def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, resolution: str) -> int:
+    """Bytes of a session with another policy and resolution, from those of a bundle's own by part.
 
-    Keys and values are those of each plan; what grows with the pixels is scaled by them. A policy whose
+    Keys and values are those of the other plan; what grows with the pixels is scaled by them. A policy whose
     head map the bundle does not have is counted with the map that takes most.
+
+    Raises InputError where the policy cannot be used at that resolution.
     """
-    plan, spec = bundle.plan, bundle.plan.spec
-    fits = []
-    for name, resolution in _resolutions(bundle):
-        geometry = spec.geometry(resolution)
-        ratio = geometry.frame_tokens / plan.geometry.frame_tokens
-        if ratio > 1:
-            continue
-        for policy in (load_policy(known) for known in policy_names()):
-            try:
-                other = _largest_plan(bundle, policy, resolution)
-            except InputError:
-                continue  # its segments do not divide these frames, say
-            sizes = {n: round(size * ratio) if n in SIZED_BY_TOKENS else size for n, size in parts.items()}
-            needed = sum((sizes | kv_parts(other, bundle.manifest.compute)).values())
-            if needed <= available:
-                fits.append((-ratio, needed, Fit(policy.name, name, needed)))
-    return [fit for *_, fit in sorted(fits, key=lambda found: (found[0], -found[1]))]
-
-
-def _engines(bundle: Bundle, backend: str) -> list[EngineRecord]:
-    for flavour in FLAVOURS:
-        if backend == flavour:
-            choose(flavour)
-            sm, engines = device_sm(), bundle.manifest.engines
-            if sm is None:
-                return []  # opening the backend says so
-            return [
-                find_engine(engines, graph, flavour, trt.__version__, sm, str(bundle.path))
-                for graph in GRAPHS
-            ]
-    return []
-
-
-def _resolutions(bundle: Bundle) -> Iterator[tuple[str, str]]:
-    """(name to tell, WIDTHxHEIGHT) of the bundle's own resolution, and of those of its model."""
-    own = "x".join(map(str, bundle.manifest.resolution))
-    named = {f"{width}x{height}": name for name, (width, height) in bundle.plan.spec.resolutions.items()}
-    for size in dict.fromkeys([own, *named]):
-        yield named.get(size, size), size
-
-
-def _largest_plan(bundle: Bundle, policy: Policy, resolution: str) -> CachePlan:
-    """The plan of a policy; with the bundle's map if it fits, else with the costliest uniform one."""
     spec = bundle.plan.spec
     maps: list[HeadMap | None] = [None]
     if policy.needs_headmap:
@@ -128,4 +124,7 @@ def _largest_plan(bundle: Bundle, policy: Policy, resolution: str) -> CachePlan:
         identity = ModelIdentity(spec.name, spec.layers, spec.heads)
         maps = [bundle.headmap] if same else [uniform(identity, label) for label in policy.groups]
     plans = [build_plan(spec, spec.geometry(resolution), policy, headmap) for headmap in maps]
-    return max(plans, key=CachePlan.kv_bytes)
+    other = max(plans, key=CachePlan.kv_bytes)
+    ratio = other.frame_tokens / bundle.plan.frame_tokens
+    sizes = {name: round(size * ratio) if name in SIZED_BY_TOKENS else size for name, size in parts.items()}
+    return sum((sizes | kv_parts(other, bundle.manifest.compute)).values())

@@ -16,7 +16,7 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, FramesOn, NoiseSource, PassTimer, PendingChunk
 from forcingkv.runtime.faults import MemoryShortError, SessionError
 from forcingkv.runtime.kv.rebuild import LatentHistory
-from forcingkv.runtime.noise import chunk_noise
+from forcingkv.runtime.positions import chunk_noise
 from forcingkv.runtime.preflight import check_memory
 from forcingkv.runtime.snapshot import SavedState, Snapshot, read_snapshot, write_snapshot
 from forcingkv.runtime.text import Prompt, prompt_input

@@ -35,8 +35,13 @@ def read_named(kind: type[T], what: str, name: str, package: str) -> T:
 
 def _read(what: str, name: str, package: str, above: tuple[str, ...]) -> dict[str, Any]:
     """The table of a name, laid over that of its base. `above` are the names that led here."""
+    shipped = shipped_names(package)
+    if name not in shipped and not (name.endswith(".toml") and Path(name).is_file()):
+        expected = f"one of {', '.join(shipped)}, or a file ending in .toml"
+        raise InputError(f"there is no {what} {name!r}", where=what, expected=expected)
+    file = resources.files(package) / f"{name}.toml" if name in shipped else Path(name)
     try:
-        data = tomllib.loads(_text(what, name, package))
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"is not TOML: {error}", where=f"{what} {name}") from error
     base = data.pop(BASE, None)
@@ -47,17 +52,6 @@ def _read(what: str, name: str, package: str, above: tuple[str, ...]) -> dict[st
     if base in (*above, name):
         raise InputError(f"is based on itself, by way of {base!r}", where=f"{what} {name}")
     return _laid_over(_read(what, base, package, (*above, name)), data)
-
-
-def _text(what: str, name: str, package: str) -> str:
-    if name in shipped_names(package):
-        return resources.files(package).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    if name.endswith(".toml") and Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
-    names = ", ".join(shipped_names(package))
-    raise InputError(
-        f"there is no {what} {name!r}", where=what, expected=f"one of {names}, or a file ending in .toml"
-    )
 
 
 def _laid_over(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.rebuild import replayed
-from forcingkv.runtime.tensors import TensorWriter, read_arrays
+from forcingkv.runtime.tensors import new_tensors, read_arrays
 
 STATE = "state.json"
 TENSORS = re.compile(r"\.?state-\d{6,}(-\d+)?\.safetensors(\.partial)?")
@@ -99,12 +99,13 @@ def write_snapshot(
     stored: dict[str, Tensor | Array] = {**maker.state()}
     stored |= {f"latents/{index}": array for index, array in latents.items()}
     for chunk in ready:
-        stored |= {
-            f"ready/{chunk.index}/frames": _frames(chunk),
-            f"ready/{chunk.index}/latents": chunk.latents,
-        }
+        if not isinstance(chunk.frames, np.ndarray):
+            raise InputError(
+                "frames that stay on the device cannot be saved", where="frames", expected='frames="host"'
+            )
+        stored |= {f"ready/{chunk.index}/{part}": getattr(chunk, part) for part in ("frames", "latents")}
     planned = {key: (DTYPES[str(value.dtype)].code, tuple(value.shape)) for key, value in stored.items()}
-    with TensorWriter(folder / name, planned) as writer:
+    with new_tensors(folder / name, planned) as writer:
         for key, value in stored.items():
             if not isinstance(value, np.ndarray):
                 value = value.fetch(maker.queue_of(key)).array()
@@ -144,11 +145,19 @@ def read_snapshot(folder: Path, bundle: Bundle) -> SavedState:
             hint="Restore it with the bundle that it was saved of.",
         )
     _check_counts(snapshot, bundle, path)
-    arrays = read_arrays(_checked(folder, snapshot))
+    tensors = inside(folder, snapshot.tensors)
+    if not tensors.is_file() or record_file(tensors) != snapshot.record:
+        raise InputError(
+            "is missing, or not the file that was saved",
+            where=str(tensors),
+            expected=f"{snapshot.record.bytes} bytes of the digest {snapshot.record.sha256[:12]}...",
+            hint="Save the state again.",
+        )
+    arrays = read_arrays(tensors)
 
     def array(name: str) -> Array:
         if name not in arrays:
-            raise InputError(f"has no tensor {name}", where=str(folder / snapshot.tensors))
+            raise InputError(f"has no tensor {name}", where=str(tensors))
         return arrays[name]
 
     latents = {index: array(f"latents/{index}") for index in replayed(bundle.plan, snapshot.made)}
@@ -178,19 +187,6 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
         )
 
 
-def _checked(folder: Path, state: Snapshot) -> Path:
-    """The file of tensors, once it is known to be what the state says."""
-    path = inside(folder, state.tensors)
-    if not path.is_file() or record_file(path) != state.record:
-        raise InputError(
-            "is missing, or not the file that was saved",
-            where=str(path),
-            expected=f"{state.record.bytes} bytes of the digest {state.record.sha256[:12]}...",
-            hint="Save the state again.",
-        )
-    return path
-
-
 def _earlier(folder: Path) -> set[str]:
     """The tensor files of the folder's earlier states."""
     try:
@@ -207,11 +203,3 @@ def _earlier(folder: Path) -> set[str]:
             hint="Choose a new or empty folder.",
         )
     return ours
-
-
-def _frames(chunk: Chunk) -> Array:
-    if isinstance(chunk.frames, np.ndarray):
-        return chunk.frames
-    raise InputError(
-        "frames that stay on the device cannot be saved", where="frames", expected='frames="host"'
-    )

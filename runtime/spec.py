@@ -149,40 +149,20 @@ class ModelSpec:
     """Named pixel sizes, (width, height)."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "layers",
-            "heads",
-            "head_dim",
-            "ffn_width",
-            "latent_channels",
-            "patch",
-            "text_width",
-            "text_length",
-            "time_width",
-            "frames_per_chunk",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}", where=f"model {self.name}", expected="at least 1"
-                )
-        for name in ("head_dim", "time_width"):
-            if getattr(self, name) % 2:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}",
-                    where=f"model {self.name}",
-                    expected="an even number",
-                )
+        positive = (
+            *("layers", "heads", "head_dim", "ffn_width", "latent_channels", "patch"),
+            *("text_width", "text_length", "time_width", "frames_per_chunk"),
+        )
+        faults = [(name, "at least 1") for name in positive if getattr(self, name) < 1]
+        faults += [(name, "an even number") for name in ("head_dim", "time_width") if getattr(self, name) % 2]
         if self.decoder.kind == "pixels" and self.latent_channels not in (1, 3):
+            faults.append(("latent_channels", "1 (grey) or 3 (colour) with the decoder 'pixels'"))
+        if not faults and (self.attended_frames % self.frames_per_chunk or not self.attended_frames):
+            faults.append(("attended_frames", f"a multiple of the {self.frames_per_chunk} frames a chunk"))
+        if faults:
+            name, expected = faults[0]
             raise InputError(
-                f"latent_channels is {self.latent_channels}",
-                where=f"model {self.name}",
-                expected="1 (grey) or 3 (colour) with the decoder 'pixels'",
-            )
-        if self.attended_frames % self.frames_per_chunk or not self.attended_frames:
-            raise InputError(
-                f"attended_frames is {self.attended_frames}",
-                where=f"model {self.name}",
-                expected=f"a multiple of the {self.frames_per_chunk} frames a chunk",
+                f"{name} is {getattr(self, name)}", where=f"model {self.name}", expected=expected
             )
 
     @property

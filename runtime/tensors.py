@@ -11,12 +11,11 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -115,59 +114,60 @@ def read_arrays(path: Path | str, names: Iterable[str] | None = None) -> dict[st
     return arrays
 
 
-class TensorWriter:
-    """Writes a safetensors file tensor by tensor, under a temporary name until all are written.
+@contextmanager
+def new_tensors(
+    path: Path,
+    planned: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[TensorWriter]:
+    """A safetensors file of the tensors {name: (dtype, shape)}, which are written one by one in that order.
 
-        with TensorWriter(path, {"a": ("F32", (2, 3))}, {"made by": "me"}) as writer:
+        with new_tensors(path, {"a": ("F32", (2, 3))}, {"made by": "me"}) as writer:
             writer.write("a", array)
+
+    It has a temporary name until all are written. Raises ValueError for a dtype that there is none of and for
+    tensors that were not written, InputError where the file cannot be written.
+    """
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in planned.items():
+        if dtype not in STORED_AS or name == METADATA:
+            raise ValueError(f"a tensor {name!r} of dtype {dtype!r} cannot be stored")
+        begin, end = end, end + math.prod(shape) * STORED_AS[dtype].bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
+    start = struct.pack("<Q", len(text)) + text
+    tensors = {name: _stored(name, header[name], len(start), str(path)) for name in planned}
+    with new_file(path) as partial, partial.open("wb") as file:
+        file.write(start)
+        writer = TensorWriter(file, tensors)
+        yield writer
+        if writer.left:
+            raise ValueError(f"{', '.join(writer.left)} was not written")
+
+
+class TensorWriter:
+    """Writes the tensors of a file that `new_tensors` begins.
 
     Attributes:
         tensors: where each tensor lies, known before any is written.
+        left: names of those that are still to be written, in order.
     """
 
-    tensors: dict[str, StoredTensor]
-
-    def __init__(
-        self,
-        path: Path,
-        planned: Mapping[str, tuple[str, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        """Plan a file of the tensors {name: (dtype, shape)}, in that order. Writes nothing yet."""
-        header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
-        end = 0
-        for name, (dtype, shape) in planned.items():
-            if dtype not in STORED_AS or name == METADATA:
-                raise ValueError(f"a tensor {name!r} of dtype {dtype!r} cannot be stored")
-            begin, end = end, end + math.prod(shape) * STORED_AS[dtype].bytes
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-        text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
-        self._start = struct.pack("<Q", len(text)) + text
-        base = len(self._start)
-        self.tensors = {name: _stored(name, header[name], base, str(path)) for name in planned}
-        self._path, self._left = path, list(planned)
-        self._open = ExitStack()
-        self._file: BinaryIO | None = None
-
-    def __enter__(self) -> Self:
-        with ExitStack() as opening:
-            partial = opening.enter_context(new_file(self._path))
-            self._file = opening.enter_context(partial.open("wb"))
-            self._file.write(self._start)
-            self._open = opening.pop_all()
-        return self
+    def __init__(self, file: BinaryIO, tensors: dict[str, StoredTensor]) -> None:
+        self.tensors, self.left = tensors, list(tensors)
+        self._file = file
 
     def write(self, name: str, data: bytes | memoryview | npt.NDArray[Any]) -> None:
         """Write the next tensor.
 
         An array must have the planned shape and dtype (BF16 and 8-bit floats: their bits, as unsigned
-        integers). Raises ValueError for a tensor out of order or of another size. An OSError of the disk ends
-        the block with InputError.
+        integers). Raises ValueError for a tensor out of order or of another size.
         """
-        if self._file is None or self._left[:1] != [name]:
+        if self.left[:1] != [name]:
             raise ValueError(
-                f"{name!r} is not the next tensor; expected {', '.join(self._left[:1]) or 'none'}"
+                f"{name!r} is not the next tensor; expected {', '.join(self.left[:1]) or 'none'}"
             )
         planned = self.tensors[name]
         if isinstance(data, np.ndarray):
@@ -179,15 +179,7 @@ class TensorWriter:
         if given != planned.bytes:
             raise ValueError(f"{name!r} has {given} bytes, expected {planned.bytes}")
         self._file.write(data)
-        del self._left[0]
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and self._left:
-            with self._open:
-                raise ValueError(f"{', '.join(self._left)} was not written")
-        self._open.__exit__(kind, error, trace)
+        del self.left[0]
 
 
 def _header_text(file: BinaryIO, size: int, where: str) -> tuple[int, bytes]:

@@ -12,17 +12,7 @@ from typing import Any
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.runtime.frames import (
-    Frames,
-    FrameWriter,
-    PngWriter,
-    RawWriter,
-    ReaderGoneError,
-    need_av,
-    write_all,
-)
-
-__all__ = ["FrameWriter", "Mp4Writer", "PngWriter", "RawWriter", "ReaderGoneError", "open_writer"]
+from forcingkv.runtime.frames import Frames, FrameWriter, PngWriter, RawWriter, need_av, write_all
 
 
 def open_writer(
@@ -45,8 +35,7 @@ def open_writer(
     path = Path(out)
     kinds: dict[str, type[FrameWriter]] = {".mp4": Mp4Writer, ".rgb": RawWriter, "": PngWriter}
     kind = RawWriter if str(out) == "-" else kinds.get(path.suffix.lower())
-    if kind is None and path.is_dir():
-        kind = PngWriter
+    kind = kind or (PngWriter if path.is_dir() else None)
     if kind is None:
         raise InputError(
             "is not an mp4 file or another place for frames",

@@ -14,7 +14,7 @@ import torch
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import memory
-from forcingkv.runtime.embeds import write_embeds
+from forcingkv.runtime.text import write_embeds
 from tests.conftest import Ran
 
 SPEC = """

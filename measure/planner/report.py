@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from forcingkv.measure.planner.prediction import VideoWork, predict, video_work
 from forcingkv.measure.planner.published import basis, efficiencies
 from forcingkv.measure.planner.session_memory import RESERVE_BYTES, SessionMemory, session_memory
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.preflight import Fit, resolution_name, what_fits
 from forcingkv.runtime.spec import Dtype, ModelSpec
 
 
@@ -106,7 +107,6 @@ def _on(
     constant = efficiencies()[gpu.family]
     found = predict(video, gpu, constant.value)
     missing = memory.missing(gpu.memory_bytes)
-    fits = what_fits(plan, gpu, request.known, request.dtype) if missing else []
     return {
         "gpu": gpu.key,
         "name": gpu.name,
@@ -115,7 +115,7 @@ def _on(
         "efficiency_basis": basis(gpu),
         "fits": not missing,
         "missing_bytes": missing,
-        "what_fits": [asdict(fit) for fit in fits],
+        "what_fits": _instead(plan, gpu, request.known, request.dtype) if missing else [],
         "pass_seconds": found.steady_pass,
         "pass_seconds_by_kind": found.kinds,
         "chunk_seconds": found.steady_chunk,
@@ -128,64 +128,23 @@ def _on(
     }
 
 
-@dataclass(frozen=True)
-class PlannedFit:
-    """A policy, resolution and GPU for the same model, and the bytes that a session would take."""
-
-    policy: str
-    resolution: str
-    gpu: str
-    bytes: int
-
-
-def what_fits(plan: CachePlan, gpu: Gpu, known: KnownHeads, dtype: Dtype) -> list[PlannedFit]:
+def _instead(plan: CachePlan, gpu: Gpu, known: KnownHeads, dtype: Dtype) -> list[dict[str, Any]]:
     """What fits where a policy at a resolution does not, the nearest first.
 
-    First other policies at the same resolution on the same GPU, then all policies at the model's lower
-    resolutions, the highest first; each time that which keeps most comes first. Last the same policy and
-    resolution on other GPUs, the smallest first.
+    First what fits on the same GPU (`preflight.what_fits`), then the same policy and resolution on other
+    GPUs, the smallest first.
     """
-    found = []
-    for tokens, resolution in _resolutions(plan):
-        for name in policy_names():
-            fit = _fit(plan, name, resolution, gpu, known, dtype)
-            if fit and not (name == plan.policy.name and tokens == plan.frame_tokens):
-                found.append((-tokens, -fit.bytes, fit))
-    same_gpu = [fit for *_, fit in sorted(found, key=lambda one: one[:2])]
+
+    def bytes_of(policy: Policy, resolution: str) -> int:
+        other, _ = plan_for(plan.spec, plan.spec.geometry(resolution), policy, known)
+        return session_memory(other, dtype).total
+
     needed = session_memory(plan, dtype)
-    others = sorted((load_gpu(key) for key in gpu_names()), key=lambda one: one.memory_bytes)
-    own = _name(plan)
-    return same_gpu + [
-        PlannedFit(plan.policy.name, own, other.key, needed.total)
-        for other in others
-        if not needed.missing(other.memory_bytes)
+    larger = sorted((load_gpu(key) for key in gpu_names()), key=lambda one: one.memory_bytes)
+    found = [(gpu, fit) for fit in what_fits(plan, gpu.memory_bytes - RESERVE_BYTES, bytes_of)]
+    same = Fit(plan.policy.name, resolution_name(plan), needed.total)
+    found += [(other, same) for other in larger if not needed.missing(other.memory_bytes)]
+    return [
+        {"policy": fit.policy, "resolution": fit.resolution, "gpu": on.key, "bytes": fit.bytes}
+        for on, fit in found
     ]
-
-
-def _fit(
-    plan: CachePlan, policy: str, resolution: str, gpu: Gpu, known: KnownHeads, dtype: Dtype
-) -> PlannedFit | None:
-    geometry, chosen = plan.spec.geometry(resolution), load_policy(policy)
-    try:
-        other, _ = plan_for(plan.spec, geometry, chosen, known)
-    except InputError:
-        # The policy's segments do not divide frames of this size. Heads that are wrong at any size were
-        # refused before, and policies that ship have no other fault.
-        return None
-    memory = session_memory(other, dtype)
-    return None if memory.missing(gpu.memory_bytes) else PlannedFit(policy, resolution, gpu.key, memory.total)
-
-
-def _resolutions(plan: CachePlan) -> Iterator[tuple[int, str]]:
-    """(tokens a frame, name) of the plan's own resolution and of those of the model that are lower."""
-    yield plan.frame_tokens, _name(plan)
-    for name in plan.spec.resolutions:
-        tokens = plan.spec.geometry(name).frame_tokens
-        if tokens < plan.frame_tokens:
-            yield tokens, name
-
-
-def _name(plan: CachePlan) -> str:
-    size = plan.geometry.width, plan.geometry.height
-    named = {tuple(pixels): name for name, pixels in plan.spec.resolutions.items()}
-    return named.get(size, f"{size[0]}x{size[1]}")

@@ -131,18 +131,12 @@ class Lane(Protocol):
 
 
 def open_backend(name: str, bundle: Bundle, *, threads: int | None = None, cuda_graphs: bool = False) -> Lane:
-    """Load the graphs of a bundle: the first lane on them.
-
-    Args:
-        name: one of `BACKENDS`.
-        bundle: an opened bundle.
-        threads: threads of a CPU backend; None leaves it to the backend.
-        cuda_graphs: TensorRT: whether passes that come again are captured, and replayed afterwards.
+    """Load the graphs of an opened bundle: the first lane on them. `Session.open` says what the options are.
 
     Raises:
-        InputError: there is no such backend, or the bundle was not exported for it.
+        InputError: there is no such backend, or the bundle was not exported for it or for this machine.
         MissingExtraError: what it runs on is not installed.
-        SessionError: it could not be started.
+        SessionError: it could not be started, or has too little memory.
     """
     if name not in BACKENDS:
         raise InputError(

@@ -19,13 +19,8 @@ from forcingkv.runtime.footprint import readable
 
 
 def fault(doing: str, message: str, nbytes: int | None = None) -> SessionError:
-    """An error for what could not be done.
-
-    Args:
-        doing: what was tried, after "could not".
-        message: of the driver or TensorRT.
-        nbytes: what it needed, where that is known.
-    """
+    """The error for what could not be done: what (after "could not"), what the driver or TensorRT said, and
+    the bytes that it needed, where they are known."""
     if ran_out_of_memory(message):
         needs = "" if nbytes is None else f" for {readable(nbytes)} more ({nbytes} bytes)"
         return MemoryShortError(f"could not {doing}: there is not enough memory{needs} ({message})")
@@ -70,13 +65,9 @@ class Gpu:
 
     @contextmanager
     def asked(self, doing: str, nbytes: int | None = None) -> Iterator[None]:
-        """Around everything that is asked of CUDA and TensorRT.
+        """Around everything that is asked of CUDA and TensorRT; `doing` and `nbytes` are those of `fault`.
 
         The device is current in it, whatever thread this is, and errors become those of `faults`.
-
-        Args:
-            doing: what is tried, after "could not".
-            nbytes: what it needs, where that is known.
         """
         try:
             if not getattr(self._threads, "current", False):
@@ -156,13 +147,9 @@ class CudaGraph:
     """Work that was captured once, to be launched as a whole."""
 
     def __init__(self, gpu: Gpu, queue: CudaQueue, work: Callable[[], None], what: str) -> None:
-        """Capture what `work` puts into a queue. Nothing of it is done yet.
+        """Capture what `work` puts into a queue. Nothing of it is done yet; `what` is its name in messages.
 
-        Args:
-            gpu: the GPU.
-            queue: the queue; it takes the graph as it would have taken the work.
-            work: must have been done before, so that nothing is loaded or allocated while it is captured.
-            what: its name, for messages.
+        The work must have been done before, so that nothing is loaded or allocated while it is captured.
         """
         self._gpu, self._what = gpu, what
         with gpu.asked(f"capture {what} as a CUDA graph"):

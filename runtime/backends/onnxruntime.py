@@ -43,10 +43,9 @@ def open_lane(
 
     Raises InputError for a bundle that was made for TensorRT, and for an ONNX Runtime that is too old.
     """
-    compute = bundle.manifest.compute
-    if compute != "float32":
+    if bundle.manifest.compute != "float32":
         raise InputError(
-            f"has graphs that compute in {compute}, for TensorRT",
+            f"has graphs that compute in {bundle.manifest.compute}, for TensorRT",
             where=str(bundle.path),
             expected="float32, for ONNX Runtime",
             hint="Export the model with --target onnx, or choose --backend tensorrt or tensorrt-rtx.",
@@ -69,18 +68,12 @@ def open_lane(
 
 
 class OnnxGraph:
-    """One graph, loaded.
-
-    Args:
-        path: the ONNX file.
-        threads: of a pass; None: as many as ONNX Runtime sees fit.
-        provider: what runs it.
-        arena: whether memory of a pass is kept for the next one.
-    """
+    """One graph, loaded."""
 
     def __init__(
         self, path: Path, threads: int | None = None, provider: str = CPU, *, arena: bool = True
     ) -> None:
+        """Load an ONNX file; `arena` says whether memory of a pass is kept for the next one."""
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised: no need to print it too
         # What a pass needs is then known before it runs, and less (docs/decisions/0014).

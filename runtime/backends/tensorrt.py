@@ -14,36 +14,34 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from forcingkv.prune.plugin import raise_plugin_error
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import inside
+from forcingkv.prune.launcher import KernelLauncher
+from forcingkv.prune.plugin import raise_plugin_error, register_plugins
 from forcingkv.runtime.backends import Lane, Pass, Queue, Tensor
 from forcingkv.runtime.backends.cuda import CudaGraph, CudaQueue, Gpu, close_all, fault
 from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
 from forcingkv.runtime.bundle import GRAPHS, Bundle
-from forcingkv.runtime.engine_loader import last_words, load_engine
-from forcingkv.runtime.engines import device_sm
+from forcingkv.runtime.engines import device_sm, find_engine
 from forcingkv.runtime.faults import DeviceError, SessionError
-from forcingkv.runtime.flavour import FlavourName, trt
+from forcingkv.runtime.flavour import FlavourName, choose, make_log, trt
 
 Shape = tuple[int, ...]
 ALIGNMENT = 256
 """Bytes that TensorRT wants the address of an input or output to be a multiple of."""
 
+_runtimes: list[Any] = []
+"""The process's TensorRT runtime, which engines need as long as they live."""
+_said: list[str] = []
+"""What it has reported as errors and was not asked for yet."""
+
 
 def open_lane(
     bundle: Bundle, flavour: FlavourName, threads: int | None = None, cuda_graphs: bool = False
 ) -> TensorRTLane:
-    """Load the engines of a bundle on this machine's first GPU.
+    """Load the engines of a bundle on this machine's first GPU (`open_backend`).
 
-    Args:
-        bundle: an opened bundle.
-        flavour: which TensorRT.
-        threads: of no use here.
-        cuda_graphs: whether a pass is captured when it comes for the second time, and replayed after.
-
-    Raises:
-        InputError: there is no GPU, or the bundle has no engines for it and for this TensorRT.
-        MissingExtraError: the flavour, or cuda-core, is not installed.
-        SessionError: the GPU could not be used, or has too little memory.
+    `threads` is of no use here. With `cuda_graphs` a pass is captured when it comes for the second time.
     """
     if device_sm() is None:
         load_engine(bundle, GRAPHS[0], flavour)  # raises, and says what to do
@@ -51,6 +49,52 @@ def open_lane(
     with gpu.asked("load the engines"):
         engines = {name: load_engine(bundle, name, flavour) for name in GRAPHS}
     return TensorRTLane(gpu, bundle, engines, cuda_graphs=cuda_graphs)
+
+
+def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEngine:
+    """The engine of a graph of an opened bundle, ready for execution contexts, its plugin registered.
+
+    Raises MissingExtraError where the flavour, or cuda-core for the plugin, is not installed; InputError
+    where there is no GPU, no engine for it and for this TensorRT, or TensorRT does not load the file.
+    """
+    choose(flavour)
+    sm = device_sm()
+    if sm is None:
+        raise InputError(
+            "needs a GPU to run engines on, and no GPU was found",
+            where=flavour,
+            hint="On a CPU use a bundle exported with --target onnx. If there is a GPU, see whether cuda-core"
+            f" is installed: pip install 'forcingkv[{flavour}]'",
+        )
+    manifest = bundle.manifest
+    record = find_engine(manifest.engines, graph, flavour, trt.__version__, sm, str(bundle.path))
+    if record.needs_plugin:
+        register_plugins(KernelLauncher(bundle.path, manifest.kernels, sm))
+    path = inside(bundle.path, record.file)
+    if not _runtimes:
+        _runtimes.append(trt.Runtime(make_log(_hear)))
+    _said.clear()
+    engine: trt.ICudaEngine | None = _runtimes[0].deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        why = last_words()
+        raise InputError(
+            f"cannot be loaded with {flavour} {trt.__version__} on sm_{sm}"
+            + (f": TensorRT says {why!r}" if why else ", and TensorRT gives no reason"),
+            where=str(path),
+            hint="Export the bundle again with this version.",
+        )
+    return engine
+
+
+def last_words() -> str:
+    """The errors that TensorRT reported since the last call, or since an engine was last loaded."""
+    words, _said[:] = "; ".join(_said), []
+    return words
+
+
+def _hear(severity: str, message: str) -> None:
+    if severity in ("ERROR", "INTERNAL_ERROR"):
+        _said.append(message.strip())
 
 
 class TensorRTLane:
@@ -85,9 +129,11 @@ class TensorRTLane:
                 main: self._block(engines["prompt"], engines["step"]),
                 side: self._block(engines["decode"]),
             }
+            # The shapes of inputs that vary by phase, for each phase. Engines have a profile each.
+            phases = {"step": [bundle.plan.phase_shapes(phase) for phase in bundle.plan.phases]}
             for graph in GRAPHS:
                 queue = self._queue_of(graph)
-                for phase, shapes in enumerate(_phases(graph, bundle)):
+                for phase, shapes in enumerate(phases.get(graph, [{}])):
                     context = PhaseContext(gpu, engines[graph], f"{graph} in phase {phase}")
                     self._contexts[graph].append(context)
                     context.prepare(phase, shapes, blocks[queue], queue)
@@ -300,10 +346,3 @@ def _new_context(engine: trt.ICudaEngine) -> trt.IExecutionContext | None:
     if kinds is not None:
         config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
     return engine.create_execution_context(config)
-
-
-def _phases(graph: str, bundle: Bundle) -> list[dict[str, Shape]]:
-    """For each phase of a graph, the shapes of its inputs that vary by phase. Engines have a profile each."""
-    if graph != "step":
-        return [{}]
-    return [bundle.plan.phase_shapes(phase) for phase in bundle.plan.phases]

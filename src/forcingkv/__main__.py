@@ -16,12 +16,9 @@ def main() -> None:
     """
     try:
         app()
-    except InputError as error:
+    except (InputError, SessionError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except SessionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, InputError) else 1)
 
 
 if __name__ == "__main__":

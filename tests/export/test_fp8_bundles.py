@@ -29,12 +29,11 @@ from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle, Session, memory
-from forcingkv.runtime.embeds import write_embeds
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.kv.roles import Recent
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import encode_words
+from forcingkv.runtime.text import encode_words, write_embeds
 from tests.conftest import Ran, headmap_of, random_model, small_spec
 from tests.exported import shared_bundle
 

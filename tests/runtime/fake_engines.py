@@ -20,7 +20,6 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from forcingkv.runtime import engine_loader
 from forcingkv.runtime.backends import tensorrt as backend
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, GraphRecord
 from tests.runtime.fake_cuda import FakeCuda
@@ -120,7 +119,7 @@ class FakeTensorRT:
         monkeypatch.setattr(backend, "trt", self)
         monkeypatch.setattr(backend, "device_sm", lambda: 89)
         monkeypatch.setattr(backend, "load_engine", self.load_engine)
-        monkeypatch.setattr(engine_loader, "_said", [])
+        monkeypatch.setattr(backend, "_said", [])
 
     def load_engine(self, bundle: Bundle, graph: str, flavour: str) -> FakeEngine:
         self.cuda.called("load_engine")
@@ -132,7 +131,7 @@ class FakeTensorRT:
         self.refusable += 1
         if self.refuse_at != self.refusable - 1:
             return True
-        engine_loader._said.append(f"{name}: as the test wants it")
+        backend._said.append(f"{name}: as the test wants it")
         return False
 
 

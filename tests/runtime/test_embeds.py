@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from forcingkv.headmaps import InputError
-from forcingkv.runtime.embeds import SCHEMA, Embeds, read_embeds, write_embeds
+from forcingkv.runtime.text import SCHEMA, Embeds, read_embeds, write_embeds
 from tests.conftest import small_spec
 
 SPEC = small_spec()  # text_length 5, text_width 10

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import engine_loader
+from forcingkv.runtime.backends import tensorrt as backend
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.engines import EngineRecord
 
@@ -38,15 +38,15 @@ class Fakes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.calls: list[Any] = []
         self.loads, self.sm = True, 89
-        monkeypatch.setattr(engine_loader, "choose", lambda name: self.calls.append(("choose", name)))
-        monkeypatch.setattr(engine_loader, "device_sm", lambda: self.sm)
-        monkeypatch.setattr(engine_loader, "_runtimes", [])
-        monkeypatch.setattr(engine_loader, "make_log", lambda hear: hear)
-        monkeypatch.setattr(engine_loader, "KernelLauncher", lambda *given: ("launcher", *given))
+        monkeypatch.setattr(backend, "choose", lambda name: self.calls.append(("choose", name)))
+        monkeypatch.setattr(backend, "device_sm", lambda: self.sm)
+        monkeypatch.setattr(backend, "_runtimes", [])
+        monkeypatch.setattr(backend, "make_log", lambda hear: hear)
+        monkeypatch.setattr(backend, "KernelLauncher", lambda *given: ("launcher", *given))
         monkeypatch.setattr(
-            engine_loader, "register_plugins", lambda launcher: self.calls.append(("register", launcher))
+            backend, "register_plugins", lambda launcher: self.calls.append(("register", launcher))
         )
-        monkeypatch.setattr(engine_loader, "trt", SimpleNamespace(Runtime=self.runtime, __version__="1.7.1"))
+        monkeypatch.setattr(backend, "trt", SimpleNamespace(Runtime=self.runtime, __version__="1.7.1"))
         (folder / "engines").mkdir()
         (folder / "engines" / "step.engine").write_bytes(b"an engine")
         self.manifest = SimpleNamespace(engines=[ENGINE], kernels=("kernels",))
@@ -69,7 +69,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
 
 
 def test_the_plugin_is_registered_with_its_kernels_before_the_engine_is_loaded(fakes: Fakes) -> None:
-    assert engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx") == "engine"
+    assert backend.load_engine(fakes.bundle, "step", "tensorrt-rtx") == "engine"
     assert fakes.calls == [
         ("choose", "tensorrt-rtx"),
         ("register", ("launcher", fakes.bundle.path, ("kernels",), 89)),
@@ -79,7 +79,7 @@ def test_the_plugin_is_registered_with_its_kernels_before_the_engine_is_loaded(f
 
 def test_an_engine_that_needs_no_plugin_gets_none(fakes: Fakes) -> None:
     fakes.manifest.engines = [replace(ENGINE, needs_plugin=False)]
-    engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+    backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")
     assert [call[0] for call in fakes.calls] == ["choose", "load"]
 
 
@@ -97,17 +97,17 @@ def test_an_engine_for_something_else_is_refused_before_it_is_loaded(
 ) -> None:
     fakes.manifest.engines = [replace(ENGINE, **changed)]
     with pytest.raises(InputError, match=words):
-        engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+        backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")
     assert [call[0] for call in fakes.calls] == ["choose"]
 
 
 def test_a_file_that_tensorrt_does_not_take(fakes: Fakes) -> None:
     fakes.loads = False
     with pytest.raises(InputError, match=r"step\.engine cannot be loaded .* 'the plan is of another day'"):
-        engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+        backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")
 
 
 def test_without_a_gpu_the_way_out_is_named(fakes: Fakes) -> None:
     fakes.sm = None  # type: ignore[assignment]
     with pytest.raises(InputError, match=r"needs a GPU .* no GPU was found.* --target onnx"):
-        engine_loader.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+        backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")

@@ -11,7 +11,7 @@ import pytest
 
 from forcingkv.runtime import MemoryShortError, NotFiniteError, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
-from forcingkv.runtime.noise import chunk_noise
+from forcingkv.runtime.positions import chunk_noise
 from tests.runtime.videos import OTHER, PROMPT, Ahead, Failing, assert_same, open_with, python, video_of
 
 Bundles = Callable[[str], Path]

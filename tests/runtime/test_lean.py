@@ -45,7 +45,7 @@ print(shapes)
 """
 
 
-def test_the_runtime_runs_a_bundle_with_nothing_but_numpy_and_onnxruntime() -> None:
+def test_the_runtime_runs_a_bundle_with_nothing_but_numpy_psutil_and_onnxruntime() -> None:
     spec = small_spec()
     headmap = headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
     weights = random_model(spec).state_dict()
@@ -96,7 +96,9 @@ def test_folders_import_only_what_they_may(folder: str) -> None:
 
 def test_what_the_runtime_loads_of_prune_loads_no_torch_triton_or_onnx() -> None:
     heavy = ("torch", "triton", "onnx", "onnxscript", "onnxruntime")
-    code = "import sys, forcingkv.prune.launcher, forcingkv.prune.plugin, forcingkv.runtime.engine_loader\n"
+    code = (
+        "import sys, forcingkv.prune.launcher, forcingkv.prune.plugin, forcingkv.runtime.backends.tensorrt\n"
+    )
     code += f"print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

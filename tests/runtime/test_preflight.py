@@ -16,7 +16,7 @@ from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import kv_parts
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy
-from forcingkv.runtime.preflight import check_memory, needed_memory, what_fits
+from forcingkv.runtime.preflight import Fit, bytes_of_other, check_memory, needed_memory, what_fits
 from tests.runtime.videos import PROMPT
 
 Bundles = Callable[[str], Path]
@@ -33,6 +33,10 @@ def bundle(bundles: Bundles) -> Bundle:
 
 def have(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(preflight, "available_bytes", lambda: size)
+
+
+def fits_instead(bundle: Bundle, parts: dict[str, int], available: int) -> list[Fit]:
+    return what_fits(bundle.plan, available, lambda *other: bytes_of_other(bundle, parts, *other))
 
 
 def test_what_is_enough_is_enough(bundles: Bundles, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +96,7 @@ def test_a_sibling_needs_no_weights(bundle: Bundle, monkeypatch: pytest.MonkeyPa
 def test_what_is_suggested_fits_and_the_nearest_comes_first(bundle: Bundle, share: float) -> None:
     parts = needed_memory(bundle, "onnxruntime")
     available = int(sum(parts.values()) * share)
-    fits = what_fits(bundle, parts, available)
+    fits = fits_instead(bundle, parts, available)
     spec = bundle.plan.spec
     tokens = [spec.geometry(fit.resolution).frame_tokens for fit in fits]
     assert tokens == sorted(tokens, reverse=True), "the resolution stays as near as it can"
@@ -111,11 +115,11 @@ def test_the_bundles_own_head_map_is_counted_with(bundles: Bundles) -> None:
     """Its own policy is suggested with the map it has; the others with the one that takes most."""
     opened = Bundle.open(bundles("forcing-kv"))
     parts = needed_memory(opened, "onnxruntime")
-    fits = {fit.policy: fit.bytes for fit in what_fits(opened, parts, 10**12)}
+    fits = {fit.policy: fit.bytes for fit in fits_instead(opened, parts, 10**12)}
     assert fits["forcing-kv"] == sum(parts.values())
     without = Bundle(opened.path, opened.manifest, None)
     without.__dict__["plan"] = opened.plan
-    largest = {fit.policy: fit.bytes for fit in what_fits(without, parts, 10**12)}
+    largest = {fit.policy: fit.bytes for fit in fits_instead(without, parts, 10**12)}
     assert largest["forcing-kv"] > fits["forcing-kv"]
 
 

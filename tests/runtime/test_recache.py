@@ -22,7 +22,7 @@ from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.rebuild import LatentHistory, replayed
 from forcingkv.runtime.kv.roles import Retained, Role
-from forcingkv.runtime.noise import chunk_noise
+from forcingkv.runtime.positions import chunk_noise
 from forcingkv.runtime.spec import Schedule
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, random_model, roles, small_spec

@@ -20,7 +20,7 @@ import pytest
 from forcingkv.headmaps import InputError
 from forcingkv.runtime import Chunk, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
-from forcingkv.runtime.noise import chunk_noise
+from forcingkv.runtime.positions import chunk_noise
 from tests.runtime.videos import (
     BUNDLES,
     OTHER,

@@ -19,7 +19,7 @@ from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime import Chunk, Session, engine_loader
+from forcingkv.runtime import Chunk, Session
 from forcingkv.runtime.backends import Lane
 from forcingkv.runtime.backends import onnxruntime as onnx_backend
 from forcingkv.runtime.backends import tensorrt as backend_module
@@ -216,18 +216,21 @@ def test_what_does_not_fit_a_graph_is_refused(lane: Lane) -> None:
             lane.bind("decode", 0, good, {"frames": wrong})
 
 
+LOAD_ENGINE = backend_module.load_engine
+"""Before a test puts a fake in its place."""
+
+
 def test_a_bundle_without_engines_or_a_machine_without_a_gpu_is_refused(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend_module, "load_engine", engine_loader.load_engine)
-    monkeypatch.setattr(engine_loader, "choose", lambda name: None)
-    monkeypatch.setattr(engine_loader, "trt", SimpleNamespace(__version__="1.7.1"))
-    monkeypatch.setattr(engine_loader, "device_sm", lambda: 89)
+    monkeypatch.setattr(backend_module, "load_engine", LOAD_ENGINE)
+    monkeypatch.setattr(backend_module, "choose", lambda name: None)
+    monkeypatch.setattr(backend_module, "trt", SimpleNamespace(__version__="1.7.1"))
+    monkeypatch.setattr(backend_module, "device_sm", lambda: 89)
     bare = Bundle(world.bundle.path, replace(world.bundle.manifest, engines=()), world.bundle.headmap)
     with pytest.raises(InputError, match="has no engine of the graph prompt"):
         backend_module.open_lane(bare, "tensorrt-rtx")
-    for module in (backend_module, engine_loader):
-        monkeypatch.setattr(module, "device_sm", lambda: None)
+    monkeypatch.setattr(backend_module, "device_sm", lambda: None)
     with pytest.raises(InputError, match="no GPU was found"):
         backend_module.open_lane(world.bundle, "tensorrt-rtx")
 

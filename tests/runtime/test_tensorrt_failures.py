@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from forcingkv.prune import plugin
-from forcingkv.runtime import engine_loader
 from forcingkv.runtime.backends import Lane
+from forcingkv.runtime.backends import tensorrt as backend
 from forcingkv.runtime.backends.tensorrt import open_lane
 from forcingkv.runtime.faults import DeviceError, MemoryShortError
 from tests.runtime.engine_world import World
@@ -54,7 +54,7 @@ def test_a_refusal_tells_graph_and_phase_and_what_tensorrt_said(world: World) ->
         run()
     run()
     world.tensorrt.refuse_at = world.tensorrt.refusable + 2
-    engine_loader._said.append("[resizeAllocator] Requested amount of GPU memory (1 bytes): out of memory")
+    backend._said.append("[resizeAllocator] Requested amount of GPU memory (1 bytes): out of memory")
     with pytest.raises(MemoryShortError, match="could not run decode in phase 0"):
         run()
     lane.close()

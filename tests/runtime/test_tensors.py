@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
 from forcingkv.headmaps import InputError
-from forcingkv.runtime.tensors import TensorWriter, read_arrays, read_header
+from forcingkv.runtime.tensors import TensorWriter, new_tensors, read_arrays, read_header
 
 KINDS = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
@@ -62,7 +62,7 @@ def test_the_library_reads_what_was_written(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
-        with TensorWriter(path, planned(arrays), metadata) as writer:
+        with new_tensors(path, planned(arrays), metadata) as writer:
             for name, array in arrays.items():
                 writer.write(name, array)
         assert_same(load_file(path), arrays)
@@ -95,14 +95,14 @@ def test_bfloat16_is_read_as_float32_and_written_as_bits(tmp_path: Path) -> None
     save_torch({"a": values}, tmp_path / "a")
     read = read_arrays(tmp_path / "a")["a"]
     np.testing.assert_array_equal(read, values.float().numpy(), strict=True)
-    with TensorWriter(tmp_path / "b", {"a": ("BF16", (3, 5))}) as writer:
+    with new_tensors(tmp_path / "b", {"a": ("BF16", (3, 5))}) as writer:
         writer.write("a", values.view(torch.uint16).numpy())
     np.testing.assert_array_equal(read_arrays(tmp_path / "b")["a"], read)
 
 
 def test_bytes_and_memoryviews_are_written(tmp_path: Path) -> None:
     data = np.arange(6, dtype=np.float32).tobytes()
-    with TensorWriter(tmp_path / "a", {"a": ("F32", (6,)), "b": ("F32", (2, 3))}) as writer:
+    with new_tensors(tmp_path / "a", {"a": ("F32", (6,)), "b": ("F32", (2, 3))}) as writer:
         writer.write("a", data)
         writer.write("b", memoryview(data))
     found = read_arrays(tmp_path / "a")
@@ -161,7 +161,7 @@ def test_a_faulty_file_is_refused(content: bytes, message: str, tmp_path: Path) 
 def test_absent_files_names_and_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_header(tmp_path / "absent")
-    with TensorWriter(tmp_path / "a", {"a": ("F8_E4M3", (1,))}) as writer:
+    with new_tensors(tmp_path / "a", {"a": ("F8_E4M3", (1,))}) as writer:
         writer.write("a", b"1")
     with pytest.raises(InputError, match="has no tensor 'b'; expected a"):
         read_arrays(tmp_path / "a", ["b"])
@@ -189,7 +189,7 @@ def test_a_writer_that_is_misused_leaves_nothing(
     act: Callable[[TensorWriter], object], message: str, tmp_path: Path
 ) -> None:
     plan: dict[str, tuple[str, tuple[int, ...]]] = {"a": ("F32", (1,)), "b": ("F32", (1,))}
-    with pytest.raises(ValueError, match=message), TensorWriter(tmp_path / "a", plan) as writer:
+    with pytest.raises(ValueError, match=message), new_tensors(tmp_path / "a", plan) as writer:
         act(writer)
     assert list(tmp_path.iterdir()) == []
 
@@ -197,11 +197,11 @@ def test_a_writer_that_is_misused_leaves_nothing(
 def test_a_writer_keeps_the_old_file_until_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
-    with pytest.raises(KeyError), TensorWriter(path, {"a": ("U8", (1,))}):
+    with pytest.raises(KeyError), new_tensors(path, {"a": ("U8", (1,))}):
         raise KeyError
     assert path.read_text() == "old"
     with pytest.raises(ValueError, match="cannot be stored"):
-        TensorWriter(path, {"a": ("F33", (1,))})
-    with pytest.raises(InputError, match="cannot be written"), TensorWriter(path / "b", {}):
+        new_tensors(path, {"a": ("F33", (1,))}).__enter__()
+    with pytest.raises(InputError, match="cannot be written"), new_tensors(path / "b", {}):
         pass
     assert list(tmp_path.iterdir()) == [path]

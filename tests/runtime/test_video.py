@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.runtime.video import FrameWriter, Mp4Writer, ReaderGoneError, open_writer
+from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
+from forcingkv.runtime.video import Mp4Writer, open_writer
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 STEP = 6

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from forcingkv.headmaps.files import write_bytes
+from forcingkv.plotting import INK, SOFT, figure, png, style
 from forcingkv.runtime import Bundle
-from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import EngineSet, engine_sets, footprint, grouped_by_need, named, readable
 from forcingkv.runtime.kv.roles import Role
 
-INK, SOFT = "#1b1f24", "#57606a"
 BLUES, PALEST = ("#0a3d66", "#0b6fb8", "#58a6dd"), "#b9d9f0"
 """Keys and values are blue, a shade for each role; the current chunk's are the palest."""
 COLOURS = {
-    "weights": "#57606a",
+    "weights": SOFT,
     "activations": "#c2510c",
     "decoder_caches": "#2a7d4f",
     "frames": "#8250df",
@@ -39,7 +34,6 @@ BARS, LENGTH, SIZES, SHARES, NOTES = 1.4, 3.7, 5.9, 6.45, 6.6
 """Where bars begin and how long they are; where sizes and shares end and notes begin."""
 THINNEST = 0.02
 """Length of a part by itself that would not be seen."""
-DPI = 110
 REMARK = "Not counted: CUDA's own context, code of kernels, rounding by allocators."
 
 
@@ -60,13 +54,9 @@ def write_bytes_picture(bundle: Bundle, path: Path) -> None:
     panels = [(_title(group), _memory(bundle, group)) for group in groups]
     first = bundle.plan.phases[-1].first_chunk
     panels.append((f"Keys and values that a pass attends to, from chunk {first} on", _attended(bundle)))
-    write_bytes(path, _drawn(_headline(bundle), panels, REMARK if groups[0] else ""))
-
-
-def _headline(bundle: Bundle) -> str:
-    manifest = bundle.manifest
-    width, height = manifest.resolution
-    return f"{manifest.model.name} at {width}x{height}, policy {manifest.policy.name}, {manifest.compute}"
+    manifest, (width, height) = bundle.manifest, bundle.manifest.resolution
+    headline = f"{manifest.model.name} at {width}x{height}, policy {manifest.policy.name}, {manifest.compute}"
+    write_bytes(path, _drawn(headline, panels, REMARK if groups[0] else ""))
 
 
 def _title(group: Sequence[EngineSet]) -> str:
@@ -81,10 +71,19 @@ def _memory(bundle: Bundle, group: Sequence[EngineSet]) -> list[_Part]:
     notes = dict.fromkeys(("decoder_caches", *(f"kv_{n}" for n in Role.KINDS)), "two buffers, in turn")
     notes |= {f"kv_{n}": "one buffer, written once" for n, role in Role.KINDS.items() if role.buffers == 1}
     if engines:
-        notes["weights"] = _each([(engine.graph, engine.weight_bytes) for engine in engines])
-        notes["activations"] = _largest(engines)
+        heaviest = sorted(engines, key=lambda engine: -engine.weight_bytes)
+        notes["weights"] = ", ".join(f"{one.graph} {readable(one.weight_bytes)}" for one in heaviest)
+        # Contexts share a block: whose activations it holds, and what the next of the graphs needs.
+        most, *others = sorted(engines, key=lambda engine: -engine.activation_bytes)
+        following = [f" ({one.graph} {readable(one.activation_bytes)})" for one in others[:1]]
+        notes["activations"] = f"{most.graph} needs most" + "".join(following)
     return [
-        _Part(_shown(name), size, COLOURS.get(name) or _blue(name.removeprefix("kv_")), notes.get(name, ""))
+        _Part(
+            name.replace("kv_", "KV ").replace("_", " "),
+            size,
+            COLOURS.get(name) or _blue(name.removeprefix("kv_")),
+            notes.get(name, ""),
+        )
         for name, size in parts.items()
         if size
     ]
@@ -101,37 +100,15 @@ def _blue(role: str) -> str:
     return BLUES[known.index(role) % len(BLUES)] if role in known else PALEST
 
 
-def _shown(part: str) -> str:
-    return part.replace("kv_", "KV ").replace("_", " ")
-
-
-def _each(sizes: list[tuple[str, int]]) -> str:
-    ordered = sorted(sizes, key=lambda pair: -pair[1])
-    return ", ".join(f"{graph} {readable(size)}" for graph, size in ordered)
-
-
-def _largest(engines: Sequence[EngineRecord]) -> str:
-    """Whose activations they are, as contexts share a block, and what the next of the graphs needs."""
-    most, *others = sorted(engines, key=lambda engine: -engine.activation_bytes)
-    return f"{most.graph} needs most" + "".join(
-        f" ({other.graph} {readable(other.activation_bytes)})" for other in others[:1]
-    )
-
-
 def _drawn(headline: str, panels: list[tuple[str, list[_Part]]], remark: str) -> bytes:
-    """The PNG. Without pyplot, so nothing stays open; equal data give equal bytes.
-
-    All has its place in inches, from the top: there is nothing that a layout could squeeze.
-    """
+    """The PNG. All has its place in inches, from the top: there is nothing that a layout could squeeze."""
     titles = [textwrap.wrap(title, 100) for title, _ in panels]
     lines = sum(map(len, titles)) + 2  # and the headline and the remark
     rows = sum(len(parts) + 1.2 for _, parts in panels)
     height = 2 * MARGIN + lines * LINE + rows * ROW + len(panels) * GAP
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"font.size": 9.5, "text.color": INK})
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI)
-        axes = figure.add_axes((0, 0, 1, 1))
+    with style({"font.size": 9.5, "text.color": INK}):
+        drawn = figure(WIDTH, height, layout=None)
+        axes = drawn.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, WIDTH), ylim=(height, 0))
         axes.set_axis_off()
         y = MARGIN + LINE / 2
@@ -143,9 +120,7 @@ def _drawn(headline: str, panels: list[tuple[str, list[_Part]]], remark: str) ->
                 y += LINE
             y = _panel(axes, y + ROW / 2, parts)
         _write(axes, MARGIN, y + LINE, remark, color=SOFT)
-        target = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(target, metadata={"Software": None})  # type: ignore[no-untyped-call]
-        return target.getvalue()
+        return png(drawn)
 
 
 def _panel(axes: Axes, top: float, parts: list[_Part]) -> float:

@@ -31,7 +31,7 @@ def encode(
     need("text", "torch", "transformers", "ftfy")
     from forcingkv.models.presets import load_spec
     from forcingkv.models.text_encoder import load_prompt_encoder
-    from forcingkv.runtime.embeds import write_embeds
+    from forcingkv.runtime.text import write_embeds
 
     spec = load_spec(model)
     if spec.text.kind != "umt5":

@@ -158,7 +158,7 @@ def _prompts(
     spec: ModelSpec, file: Path | None, embeds: Path | None, samples: int | None
 ) -> list[tuple[str, Prompt | None]]:
     """The prompts, with their embeddings where a file of them is given."""
-    from forcingkv.runtime.embeds import read_embeds
+    from forcingkv.runtime.text import read_embeds
 
     known = read_embeds(embeds) if embeds else None
     if file is None and known is not None:

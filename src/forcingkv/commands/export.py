@@ -21,9 +21,8 @@ from forcingkv.commands.models import (
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.embeds import read_embeds
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import encode_words
+from forcingkv.runtime.text import encode_words, read_embeds
 
 if TYPE_CHECKING:
     from forcingkv.export.fp8 import CalibrationTexts

@@ -9,9 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import numpy as np
@@ -22,8 +20,9 @@ from forcingkv.commands.console import emit, progress_bar
 from forcingkv.commands.models import Backend, text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Prompt, Session, Video
+from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.video import FrameWriter, ReaderGoneError, open_writer
+from forcingkv.runtime.video import open_writer
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -81,7 +80,11 @@ def generate(
             Session.open(bundle, backend=backend, threads=threads, cuda_graphs=cuda_graphs) as session,
         ):
             rate = fps or session.spec.fps
-            chunks_for = partial(_chunks_for, session.spec, rate)
+
+            def chunks_for(seconds: float) -> int:
+                """Chunks for that many seconds as they are shown."""
+                return session.spec.chunks_for(seconds * (rate / session.spec.fps))
+
             changes = _prompt_changes(switch or (), session.spec, embeds, chunks_for)
             if restore:
                 video = session.restore(restore, chunks=chunks_for(seconds) if seconds else None)
@@ -203,22 +206,13 @@ def _metadata(session: Session, prompt: str | None, seed: int) -> dict[str, str]
     }
 
 
-def _chunks_for(spec: ModelSpec, rate: float, seconds: float) -> int:
-    """Chunks for that many seconds, shown at that many frames a second."""
-    return spec.chunks_for(seconds * (rate / spec.fps))
-
-
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
     """SIGTERM raises SystemExit, so that files are closed as after Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may say what a signal does
         return
-
-    def exits(number: int, frame: FrameType | None) -> None:
-        sys.exit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, exits)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield
     finally:

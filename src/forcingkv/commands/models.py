@@ -13,9 +13,8 @@ import typer
 from forcingkv.commands.console import default_prompts
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import BACKENDS
-from forcingkv.runtime.embeds import read_embeds
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import encode_words
+from forcingkv.runtime.text import encode_words, read_embeds
 
 if TYPE_CHECKING:
     from forcingkv.models.checkpoint import Weights
