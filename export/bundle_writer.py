@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -160,7 +160,12 @@ def export_bundle(
             plan=PlanRecord.of(plan, precision.compute),
             graphs=bundle.records,
             files={path.relative_to(folder).as_posix(): record_file(path) for path in sorted(bundle.written)},
-            versions=_versions(),
+            versions={
+                "forcingkv": forcingkv.__version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+            },
             headmap=headmap.digest if headmap else None,
             verification=bundle.differences,
             compute=precision.compute,
@@ -173,50 +178,49 @@ def export_bundle(
     return manifest
 
 
+@dataclass
 class _Writer:
     """Writes weights, graphs and engines into the folder of a bundle that is being made."""
 
-    def __init__(
-        self,
-        folder: Path,
-        plan: CachePlan,
-        decoder: StreamingDecoder | None,
-        precision: Precision,
-        target: EngineTarget | None,
-        verify: bool,
-        progress: Callable[[str], None],
-    ) -> None:
-        self.folder, self.plan, self.decoder, self.target = folder, plan, decoder, target
-        self.precision, self.verify, self.progress = precision, verify, progress
-        self.written: list[Path] = []
-        self.records: dict[str, GraphRecord] = {}
-        self.differences: dict[str, float] = {}
-        self.engines: list[EngineRecord] = []
-        self.kernels: list[KernelRecord] = []
-        self.calibration: CalibrationRecord | None = None
-        self._scales: dict[str, float] = {}
-        self._stored: dict[str, dict[str, StoredTensor]] = {}
-        self._model: WanModel | None = None
+    folder: Path
+    plan: CachePlan
+    decoder: StreamingDecoder | None
+    precision: Precision
+    target: EngineTarget | None
+    verify: bool
+    progress: Callable[[str], None]
+    written: list[Path] = field(default_factory=list)
+    records: dict[str, GraphRecord] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
+    engines: list[EngineRecord] = field(default_factory=list)
+    kernels: list[KernelRecord] = field(default_factory=list)
+    calibration: CalibrationRecord | None = None
+    scales: dict[str, float] = field(default_factory=dict)
+    stored: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    """For each file of weights where each tensor lies in it."""
+    model: WanModel | None = None
+    """The baked model, in float32, once it is needed."""
 
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder."""
-        spec, path = self.plan.spec, self.folder / WEIGHTS
-        self._stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.progress)
+        path = self.folder / WEIGHTS
+        self.stored[WEIGHTS] = bake_weights(
+            weights, self.plan.spec, orders, path, self.precision, self.progress
+        )
         self.written.append(path)
         if self.decoder:
             # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
-            state = self.decoder.state_dict()
-            compute = self.precision.compute
+            state, compute = self.decoder.state_dict(), self.precision.compute
             planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
             path = self.folder / DECODER
-            self._stored[DECODER] = store_tensors(planned, state.__getitem__, path)
+            self.stored[DECODER] = store_tensors(planned, state.__getitem__, path)
             self.written.append(path)
 
     def calibrate(self, texts: CalibrationTexts) -> None:
         """Find the scales of the inputs of linear layers in FP8."""
         model = baked_model(self.plan.spec, self.folder / WEIGHTS)
-        self._scales, self.calibration = calibrate(model, self.plan, self.precision, texts, self.progress)
-        self._model = model if self.verify else None
+        self.scales, self.calibration = calibrate(model, self.plan, self.precision, texts, self.progress)
+        self.model = model if self.verify else None
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
@@ -224,11 +228,17 @@ class _Writer:
         path, precision = self.folder / f"{name}.onnx", self.precision
         traced = self._trace(name, path, precision)
         self.written.append(path)
-        phases = None
-        if precision.compute == "float32":
+        record = GraphRecord(
+            file=path.name,
+            weights=self._weights_of(name),
+            inputs={value.name: _tensor_record(value) for value in traced.graph.input},
+            outputs={value.name: _tensor_record(value) for value in traced.graph.output},
+        )
+        if precision.compute == "float32":  # ONNX Runtime runs the graph
             shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
-            phases = shapes if name == "step" else [{}]
-        self.records[name] = _graph_record(path, traced, self._weights_of(name), phases)
+            activations = activation_bytes(traced, shapes if name == "step" else [{}])
+            record = replace(record, weight_bytes=weight_bytes(traced), activation_bytes=activations)
+        self.records[name] = record
         if self.verify:
             self.progress(f"verifying {name}")
             if precision.compute == "float32":
@@ -264,24 +274,24 @@ class _Writer:
         return write_onnx(
             lambda: self._untied(name, precision),
             path,
-            self._stored[file] if file else {},
+            self.stored[file] if file else {},
             file or WEIGHTS,
             tensorrt=precision.compute != "float32",
             single_kernels=self.target is not None and self.target.aot,
-            input_scales=self._scales,
+            input_scales=self.scales,
         )
 
     def _weights_of(self, name: str) -> str | None:
         """The file that a graph's weights lie in."""
         file = DECODER if name == "decode" else WEIGHTS
-        return file if file in self._stored else None
+        return file if file in self.stored else None
 
     def _compare(self, name: str, path: Path) -> None:
         """Compare a graph for ONNX Runtime with torch."""
         graph, limits = self._real(name), {name: TOLERANCE}
         found: tuple[float, ...]
-        if name == "step" and self._model and self._scales:
-            rounded = partial(rounded_inputs, self._model, self._scales)
+        if name == "step" and self.model and self.scales:
+            rounded = partial(rounded_inputs, self.model, self.scales)
             limits["step.fp8"] = FP8_TOLERANCE
             found = fp8_differences(graph, path, self.plan, rounded)
         else:
@@ -311,9 +321,9 @@ class _Writer:
         """The graph with the contents that the bundle has, to compare with."""
         if name == "decode":
             return decode_graph(self.plan, self.decoder)
-        if self._model is None:
-            self._model = baked_model(self.plan.spec, self.folder / WEIGHTS)
-        return prompt_graph(self._model) if name == "prompt" else step_graph(self._model, self.plan)
+        if self.model is None:
+            self.model = baked_model(self.plan.spec, self.folder / WEIGHTS)
+        return prompt_graph(self.model) if name == "prompt" else step_graph(self.model, self.plan)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -328,37 +338,7 @@ def _emptied(module: M, dtype: Callable[[str], torch.dtype]) -> M:
     return module.requires_grad_(False)
 
 
-def _graph_record(
-    path: Path,
-    traced: onnx.ModelProto,
-    weights: str | None,
-    phases: Sequence[Mapping[str, tuple[int, ...]]] | None,
-) -> GraphRecord:
-    """The record of a graph that points into the file `weights`.
-
-    `phases` are the shapes of inputs that vary, for each phase; None: ONNX Runtime does not run the graph.
-    """
-    return GraphRecord(
-        file=path.name,
-        weights=weights,
-        inputs={value.name: _tensor_record(value) for value in traced.graph.input},
-        outputs={value.name: _tensor_record(value) for value in traced.graph.output},
-        weight_bytes=None if phases is None else weight_bytes(traced),
-        activation_bytes=None if phases is None else activation_bytes(traced, phases),
-    )
-
-
 def _tensor_record(value: onnx.ValueInfoProto) -> TensorRecord:
     kind = value.type.tensor_type
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
     return TensorRecord(str(dtype), tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim))
-
-
-def _versions() -> dict[str, str]:
-    """The versions of the programs that made the bundle."""
-    return {
-        "forcingkv": forcingkv.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-    }

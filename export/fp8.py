@@ -14,11 +14,9 @@ model and not the checkpoint that runs.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from forcingkv.export.precision import Precision, scale_name
-from forcingkv.export.rewriting import constant, input_of
+from forcingkv.export.passes import constant, input_of
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.generate import generate, seeded_noise
@@ -96,24 +94,28 @@ def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> AbstractCon
         model: the model.
         scales: name of a linear layer -> the scale of its input.
     """
-    return _hooked(
-        model, {name: partial(_round_input, torch.tensor(scale)) for name, scale in scales.items()}
-    )
+
+    def round_input(name: str, x: Tensor) -> Tensor:
+        scale = torch.tensor(scales[name])
+        return dequantize(quantize(x, scale), scale)
+
+    return _hooked(model, scales, round_input)
 
 
 @contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """While this is open, each named layer's hook is called with the layer and its inputs before it runs."""
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
-    try:
+def _hooked(
+    model: nn.Module, layers: Iterable[str], hook: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """While this is open, `hook` gets the name and the input of each of the layers before it runs; what it
+    returns, if anything, is the layer's input."""
+    with ExitStack() as stack:
+        for name in layers:
+
+            def before(layer: nn.Module, inputs: tuple[Any, ...], name: str = name) -> Any:
+                return hook(name, inputs[0])
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(before).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _round_input(scale: Tensor, linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-    return (dequantize(quantize(inputs[0], scale), scale),)
 
 
 def quantize_linears(
@@ -264,7 +266,24 @@ def calibrate(
     small = calibration_plan(plan)
     chunks = min(CHUNKS, small.phases[-1].first_chunk + 1)
     layers = [n.removesuffix(".weight") for n in weight_shapes(plan.spec) if precision.quantizes(n)]
-    largest = _largest_inputs(model, small, layers, texts.arrays, chunks, progress)
+    largest = dict.fromkeys(layers, 0.0)
+
+    def see(name: str, x: Tensor) -> None:
+        value = float(x.abs().amax())
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} takes values that are not finite",
+                where="calibration",
+                hint="Look at the checkpoint and the embeddings: the model does not run with them.",
+            )
+        largest[name] = max(largest[name], value)
+
+    with _hooked(model, layers, see):
+        for place, text in enumerate(texts.arrays):
+            made = generate(model, small, torch.from_numpy(text), seeded_noise(small, SEED + place), chunks)
+            for chunk in made:
+                done = f"text {place + 1} of {len(texts.arrays)}, chunk {chunk.index + 1} of {chunks}"
+                progress(f"calibrating: {done}")
     record = CalibrationRecord(
         texts=texts.kind,
         prompts=texts.prompts,
@@ -274,37 +293,6 @@ def calibrate(
         largest=largest,
     )
     return {layer: input_scale(value) for layer, value in largest.items()}, record
-
-
-def _largest_inputs(
-    model: WanModel,
-    plan: CachePlan,
-    layers: Sequence[str],
-    texts: Sequence[npt.NDArray[np.float32]],
-    chunks: int,
-    progress: Callable[[str], None],
-) -> dict[str, float]:
-    """Name of each layer -> the largest absolute value that it takes; InputError where one is not finite."""
-    seen: dict[str, float] = defaultdict(float)
-    with _hooked(model, {name: partial(_see, seen, name) for name in layers}):
-        for place, text in enumerate(texts):
-            made = generate(model, plan, torch.from_numpy(text), seeded_noise(plan, SEED + place), chunks)
-            for chunk in made:
-                progress(
-                    f"calibrating: text {place + 1} of {len(texts)}, chunk {chunk.index + 1} of {chunks}"
-                )
-    return {name: seen[name] for name in layers}
-
-
-def _see(seen: dict[str, float], name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-    value = float(inputs[0].abs().amax())
-    if not math.isfinite(value):
-        raise InputError(
-            f"{name} takes values that are not finite",
-            where="calibration",
-            hint="Look at the checkpoint and the embeddings: the model does not run with them.",
-        )
-    seen[name] = max(seen[name], value)
 
 
 def calibration_plan(plan: CachePlan) -> CachePlan:

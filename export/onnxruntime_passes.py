@@ -1,6 +1,6 @@
 """Passes for ONNX Runtime on a CPU: attention without its scores in memory, caches in clean passes only.
 
-Each says what it requires of a graph and what it ensures; `passes.rewrite` runs them in order.
+Each says what it requires of a graph and what it ensures; `onnx_writer.write_onnx` runs them in order.
 
 Attention in blocks. ONNX Runtime's kernel of the standard operator writes the scores of all heads out: at
 1080P 57 GB for a chunk's queries and twice as many keys. Its own operator MultiHeadAttention goes over blocks
@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from forcingkv.export.rewriting import (
+from forcingkv.export.passes import (
     constant,
     input_of,
     make,

@@ -1,6 +1,6 @@
 """Passes after which TensorRT's parser makes fewer layers of a graph, or finds fused kernels for them.
 
-Each says what it requires of a graph and what it ensures; `passes.rewrite` runs them in order.
+Each says what it requires of a graph and what it ensures; `onnx_writer.write_onnx` runs them in order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
-from forcingkv.export.rewriting import constant, input_of, make, replace_node, shape_of, size_of
+from forcingkv.export.passes import constant, input_of, make, replace_node, shape_of, size_of
 
 Range = tuple[int, int]
 

@@ -24,7 +24,7 @@ from forcingkv.prune.launcher import (
     best_sm,
     compact_grid,
     cosine_grid,
-    select_grid,
+    SELECT_GRID,
 )
 from forcingkv.prune.reference import prune_score
 from forcingkv.runtime.engines import KernelRecord
@@ -119,7 +119,7 @@ def test_grids_cover_what_is_left_over() -> None:
     assert cosine_grid(17, 34, 16) == (2, 2, 1)
     assert cosine_grid(16, 32, 16) == (1, 2, 1)
     assert compact_grid(2, 3, 33, 5, 32) == (10, 6, 2)
-    assert select_grid() == (1, 1, 1)
+    assert SELECT_GRID == (1, 1, 1)
     assert SIZES.workspace_bytes == 4 * 4680
 
 
