@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import forcingkv
 from forcingkv.export.activations import activation_bytes, weight_bytes
-from forcingkv.export.bake import bake_weights, baked_bytes, baked_model, store_tensors
+from forcingkv.export.bake import Planned, bake_weights, baked_bytes, baked_model, store_tensors
 from forcingkv.export.engine_builder import (
     EngineTarget,
     build_engine,
@@ -211,7 +211,7 @@ class _Writer:
         if self.decoder:
             # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
             state, compute = self.decoder.state_dict(), self.precision.compute
-            planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
+            planned: Planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
             path = self.folder / DECODER
             self.stored[DECODER] = store_tensors(planned, state.__getitem__, path)
             self.written.append(path)

@@ -26,8 +26,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from forcingkv.export.precision import Precision, scale_name
 from forcingkv.export.passes import constant, input_of
+from forcingkv.export.precision import Precision, scale_name
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.generate import generate, seeded_noise

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.models.wan import KeysValues
-from forcingkv.prune.launcher import compact_grid, cosine_grid, SELECT_GRID
+from forcingkv.prune.launcher import SELECT_GRID, compact_grid, cosine_grid
 
 Bits = npt.NDArray[Any]
 

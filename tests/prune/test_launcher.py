@@ -19,12 +19,12 @@ from forcingkv.models.wan import KeysValues
 from forcingkv.prune.launcher import (
     KERNELS,
     MAX_CANDIDATES,
+    SELECT_GRID,
     KernelLauncher,
     LaunchSizes,
     best_sm,
     compact_grid,
     cosine_grid,
-    SELECT_GRID,
 )
 from forcingkv.prune.reference import prune_score
 from forcingkv.runtime.engines import KernelRecord
