@@ -31,8 +31,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     """Parse the graph, build the engine, write it, and report.
 
     The request: `graph`, the ONNX file; `flavour`; `plugins`, python or compiled, or None; `memory_limit` in
-    bytes; and to build an engine, not only to parse, `engine`, its file, `sm` that it is for, and `phases`, the
-    shapes of inputs for each of its profiles.
+    bytes. With `engine`, the file to write, an engine is built for the GPU `sm`, with a profile for each of
+    `phases`, which are shapes of inputs.
     """
     started = time.perf_counter()
     choose(request["flavour"])

@@ -14,7 +14,8 @@ input `clean` (docs/decisions/0018).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -60,13 +61,10 @@ def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int], smallest: int 
     for node in list(graph):
         if node.op_type != "Attention" or node.domain:
             continue
-        queries, keys = input_of(node, 0), input_of(node, 1)
-        heads, tokens = size_of(queries, 1), size_of(queries, 2)
-        scores = 4 * heads * tokens * _most_tokens(keys, lengths)
-        if size_of(queries, 0) == 1 and scores >= smallest:
+        (batch, heads, tokens), keys = (size_of(input_of(node, 0), n) for n in range(3)), input_of(node, 1)
+        if batch == 1 and 4 * heads * tokens * _most_tokens(keys, lengths) >= smallest:
             _attend_by_head(graph, node, heads, tokens)
-    if any(node.domain == ORT_DOMAIN for node in graph):
-        graph.opset_imports[ORT_DOMAIN] = ORT_VERSION
+            graph.opset_imports[ORT_DOMAIN] = ORT_VERSION
 
 
 def _most_tokens(keys: ir.Value, lengths: Mapping[str, int]) -> int:
@@ -94,16 +92,9 @@ def _attend_by_head(graph: ir.Graph, node: ir.Node, heads: int, tokens: int) -> 
         reshape, result = make("Reshape", [value, shape], value, sizes, f"{old.name}.{part}")
         reshapes.append(reshape)
         flat.append(result)
-    scale = node.attributes["scale"].as_float()
-    attend, seen = make(
-        "MultiHeadAttention",
-        flat,
-        old,
-        [heads, tokens, width],
-        f"{old.name}.heads",
-        {"num_heads": 1, "scale": scale},
-        domain=ORT_DOMAIN,
-    )
+    attributes = {"num_heads": 1, "scale": node.attributes["scale"].as_float()}
+    name, sizes = f"{old.name}.heads", [heads, tokens, width]
+    attend, seen = make("MultiHeadAttention", flat, old, sizes, name, attributes, domain=ORT_DOMAIN)
     # Every size is given: onnx infers no shape from an operator it does not know.
     whole = constant(graph, f"all_{heads}_{tokens}_{width}", np.array([1, heads, tokens, width], np.int64))
     back, result = make("Reshape", [seen, whole], old)
@@ -220,23 +211,17 @@ def make_caches_early(graph: ir.Graph) -> None:
 
 def taken_branches(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model as it runs with `clean`: a copy in which the branches taken are no branches any more."""
-    flat = onnx.ModelProto()
-    flat.CopyFrom(model)
+    flat = copy.deepcopy(model)
     del flat.graph.node[:]
-    flat.graph.node.extend(node for outer in model.graph.node for node in _taken(outer))
+    for outer in model.graph.node:
+        if outer.op_type != "If":
+            flat.graph.node.append(outer)
+            continue
+        branch = next(attribute.g for attribute in outer.attribute if attribute.name == THEN)
+        names = {value.name: name for value, name in zip(branch.output, outer.output, strict=True)}
+        for inner in branch.node:
+            node = flat.graph.node.add()
+            node.CopyFrom(inner)
+            node.input[:] = [names.get(name, name) for name in inner.input]
+            node.output[:] = [names.get(name, name) for name in inner.output]
     return flat
-
-
-def _taken(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """The nodes that run in a node's place, under the names of its outputs."""
-    if node.op_type != "If":
-        yield node
-        return
-    branch = next(attribute.g for attribute in node.attribute if attribute.name == THEN)
-    names = {value.name: name for value, name in zip(branch.output, node.output, strict=True)}
-    for one in branch.node:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(one)
-        copy.input[:] = [names.get(name, name) for name in one.input]
-        copy.output[:] = [names.get(name, name) for name in one.output]
-        yield copy

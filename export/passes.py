@@ -1,7 +1,7 @@
 """What passes over a traced graph are made of, and the two that both targets have.
 
-Each pass says what it requires of a graph and what it ensures; `onnx_writer.write_onnx` runs them in order. The
-results of a graph stay the same but for rounding, and but for what `branch_on_clean` adds.
+Each pass says what it requires of a graph and what it ensures; `onnx_writer.write_onnx` runs them in order.
+The results of a graph stay the same but for rounding, and but for what `branch_on_clean` adds.
 """
 
 from __future__ import annotations

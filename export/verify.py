@@ -101,13 +101,10 @@ def _denoising_pass_is_equal(graph: Graph, runnable: OnnxGraph, inputs: Arrays, 
     These get no room, and ONNX Runtime refuses to write more than there is room for.
     """
     skipped = {name for group in graph.clean_outputs for name in group}
-    found = {
-        name: np.empty_like(array)
-        if name not in skipped
-        # Without tokens: of keys (batch, heads, tokens, head_dim), of indices (tokens,).
-        else np.empty_like(array[..., :0, :] if array.ndim > 1 else array[:0])
-        for name, array in of_clean.items()
-    }
+    found = {}
+    for name, array in of_clean.items():
+        empty = array[..., :0, :] if array.ndim > 1 else array[:0]  # of tokens
+        found[name] = np.empty_like(empty if name in skipped else array)
     try:
         runnable.run(_given(graph, inputs, clean=False), found)
     except DeviceError:
@@ -121,14 +118,16 @@ def _cases(graph: Graph, plan: CachePlan) -> Iterator[Arrays]:
     # The last phase first: ONNX Runtime keeps what it allocated, and the largest serves the others too.
     for phase in plan.phases[::-1] if graph.dynamic else plan.phases[-1:]:
         varying = plan.phase_shapes(phase)
-        yield {
-            name: example.numpy()
-            if name in HOST_INPUTS
-            else np.arange(varying[name][0], dtype=np.int32)
-            if example.dtype == torch.int32
-            else generator.standard_normal(varying.get(name, tuple(example.shape)), dtype=np.float32)
-            for name, example in graph.inputs.items()
-        }
+        inputs = {}
+        for name, example in graph.inputs.items():
+            shape = varying.get(name, tuple(example.shape))
+            if name in HOST_INPUTS:
+                inputs[name] = example.numpy()
+            elif example.dtype == torch.int32:
+                inputs[name] = np.arange(shape[0], dtype=np.int32)
+            else:
+                inputs[name] = generator.standard_normal(shape, dtype=np.float32)
+        yield inputs
 
 
 def _torch(graph: Graph, inputs: Arrays) -> Arrays:

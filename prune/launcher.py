@@ -45,7 +45,7 @@ class LaunchSizes:
     segment_tokens: int
     kept: int
     frame_tokens: int = 0
-    """Only scoring needs it."""
+    """Only scoring needs it: 0 for layers that follow."""
 
     @property
     def candidate_tokens(self) -> int:
@@ -59,8 +59,8 @@ class LaunchSizes:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes that scoring needs for its cosines."""
-        return self.candidate_tokens * np.dtype(np.float32).itemsize
+        """Bytes that scoring needs for its cosines, in float32; 0 for layers that follow."""
+        return 4 * self.candidate_tokens if self.frame_tokens else 0
 
 
 def cosine_grid(frame_tokens: int, candidate_tokens: int, block: int = COSINE_BLOCK) -> Grid:
