@@ -129,11 +129,11 @@ def export_bundle(
     verify = engines is None if verify is None else verify
     if verify:
         check_memory_to_verify(plan, decoder)
+    if calibration and not precision.linear:
+        raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
     if precision.linear and not calibration:
         hint = "Pass them as `calibration` (on the command line --calibration)."
         raise InputError("needs texts to calibrate it with", where="dtype fp8", hint=hint)
-    if calibration and not precision.linear:
-        raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
     if calibration:
         check_memory_to_calibrate(plan)
     if engines:
@@ -150,8 +150,8 @@ def export_bundle(
             bundle.write_engines(engines)
         if headmap:
             headmap.write(folder / HEADMAP)
-            bundle.written.append(folder / HEADMAP)
         progress("computing digests")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = Manifest(
             schema="forcingkv.bundle/1",
             model=spec,
@@ -159,7 +159,7 @@ def export_bundle(
             policy=policy,
             plan=PlanRecord.of(plan, precision.compute),
             graphs=bundle.records,
-            files={path.relative_to(folder).as_posix(): record_file(path) for path in sorted(bundle.written)},
+            files={path.relative_to(folder).as_posix(): record_file(path) for path in files},
             versions={
                 "forcingkv": forcingkv.__version__,
                 "python": platform.python_version(),
@@ -189,7 +189,6 @@ class _Writer:
     target: EngineTarget | None
     verify: bool
     progress: Callable[[str], None]
-    written: list[Path] = field(default_factory=list)
     records: dict[str, GraphRecord] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
@@ -203,18 +202,13 @@ class _Writer:
 
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder."""
-        path = self.folder / WEIGHTS
-        self.stored[WEIGHTS] = bake_weights(
-            weights, self.plan.spec, orders, path, self.precision, self.progress
-        )
-        self.written.append(path)
+        spec, path = self.plan.spec, self.folder / WEIGHTS
+        self.stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.progress)
         if self.decoder:
             # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
             state, compute = self.decoder.state_dict(), self.precision.compute
             planned: Planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
-            path = self.folder / DECODER
-            self.stored[DECODER] = store_tensors(planned, state.__getitem__, path)
-            self.written.append(path)
+            self.stored[DECODER] = store_tensors(planned, state.__getitem__, self.folder / DECODER)
 
     def calibrate(self, texts: CalibrationTexts) -> None:
         """Find the scales of the inputs of linear layers in FP8."""
@@ -227,7 +221,6 @@ class _Writer:
         self.progress(f"tracing {name}")
         path, precision = self.folder / f"{name}.onnx", self.precision
         traced = self._trace(name, path, precision)
-        self.written.append(path)
         record = GraphRecord(
             file=path.name,
             weights=self._weights_of(name),
@@ -257,8 +250,7 @@ class _Writer:
 
             self.progress("compiling kernels")
             head_dim = self.plan.spec.head_dim
-            self.kernels += compile_kernels(self.folder, self.precision.compute, head_dim)
-            self.written += [self.folder / record.file for record in self.kernels]
+            self.kernels = compile_kernels(self.folder, self.precision.compute, head_dim)
         folder = self.folder / ENGINES
         folder.mkdir()
         for sm in target.sms:
@@ -267,7 +259,6 @@ class _Writer:
                 file = folder / f"{name}-{target.flavour.name}-sm{sm}.engine"
                 graph = self.folder / f"{name}.onnx"
                 self.engines.append(build_engine(graph, name, self.plan, target, sm, file))
-                self.written.append(file)
 
     def _trace(self, name: str, path: Path, precision: Precision) -> onnx.ModelProto:
         file = self._weights_of(name)

@@ -26,7 +26,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from forcingkv.export.passes import constant, input_of
+from forcingkv.export.passes import constant, input_of, make
 from forcingkv.export.precision import Precision, scale_name
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
@@ -175,33 +175,30 @@ def _dequantized(
     channels = ir.Shape([weight.shape[axis]])
     scale = ir.Value(name=scale_name(weight.name), type=ir.TensorType(kind), shape=channels)
     graph.inputs.append(scale)
+    name = weight.name
     if tensorrt:
         attributes = {"axis": axis, "output_dtype": int(kind)}
-        nodes = [ir.node("DequantizeLinear", [weight, scale], attributes)]
+        named = f"{name}.dequantizelinear"
+        nodes = [make("DequantizeLinear", [weight, scale], weight, None, named, attributes, dtype=kind)]
     else:
-        cast = ir.node("Cast", [weight], {"to": int(kind)})
-        nodes = [cast, ir.node("Mul", [cast.outputs[0], scale])]
-    for node in nodes:
-        _describe(node.outputs[0], f"{weight.name}.{node.op_type.lower()}", kind, weight.shape)
-    graph.insert_before(graph[0], nodes)
-    return nodes[-1].outputs[0], scale
+        to = {"to": int(kind)}
+        nodes = [make("Cast", [weight], weight, None, f"{name}.cast", to, dtype=kind)]
+        nodes.append(make("Mul", [nodes[0][1], scale], weight, None, f"{name}.mul", dtype=kind))
+    graph.insert_before(graph[0], [node for node, _ in nodes])
+    return nodes[-1][1], scale
 
 
 def _rounded(graph: ir.Graph, data: ir.Value, name: str, scale: float, kind: ir.DataType) -> ir.Value:
     """A value rounded to FP8 and back, before the first node that takes it."""
+    users = set(data.consumers())
     stored = constant(graph, name, np.array(scale, kind.numpy()))
-    fp8 = ir.DataType.FLOAT8E4M3FN
-    down = ir.node("QuantizeLinear", [data, stored], {"output_dtype": int(fp8)})
-    up = ir.node("DequantizeLinear", [down.outputs[0], stored], {"output_dtype": int(kind)})
-    for node, dtype in ((down, fp8), (up, kind)):
-        _describe(node.outputs[0], f"{data.name}.{node.op_type.lower()}", dtype, data.shape)
-    users = {*data.consumers()} - {down}
-    graph.insert_before(next(node for node in graph if node in users), [down, up])
-    return up.outputs[0]
-
-
-def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:
-    value.name, value.type, value.shape = name, ir.TensorType(dtype), shape
+    nodes, value = [], data
+    for op_type, dtype in (("QuantizeLinear", ir.DataType.FLOAT8E4M3FN), ("DequantizeLinear", kind)):
+        attributes, named = {"output_dtype": int(dtype)}, f"{data.name}.{op_type.lower()}"
+        node, value = make(op_type, [value, stored], data, None, named, attributes, dtype=dtype)
+        nodes.append(node)
+    graph.insert_before(next(node for node in graph if node in users), nodes)
+    return value
 
 
 def without_rounding(model: onnx.ModelProto) -> None:

@@ -65,10 +65,12 @@ def make(
     attributes: Mapping[str, int | float] | None = None,
     *,
     domain: str = "",
+    dtype: ir.DataType | None = None,
 ) -> tuple[ir.Node, ir.Value]:
-    """A new node and its only output, which has the type of `like`, and its shape unless another is given."""
+    """A new node and its only output, which has type and shape of `like` unless others are given."""
     sizes = like.shape if shape is None else ir.Shape(shape)
-    output = ir.Value(name=name, type=like.type, shape=sizes)
+    kind = like.type if dtype is None else ir.TensorType(dtype)
+    output = ir.Value(name=name, type=kind, shape=sizes)
     return ir.node(op_type, inputs, attributes, domain=domain, outputs=[output]), output
 
 

@@ -134,7 +134,13 @@ class KernelLauncher:
             raise ValueError(f"{folder}: kernels of {sorted(kinds)}: {sorted(self._records)} for sm_{chosen}")
         self.dtype, self.width = kinds.pop()
         self._cuda = cuda_core()
-        self._kernels = {name: self._load(folder, record) for name, record in self._records.items()}
+        self._kernels: dict[KernelName, Any] = {}
+        for name, record in self._records.items():
+            path = inside(folder, record.file)
+            if not path.is_file():
+                raise InputError("is missing", where=str(path), hint="Export the bundle again.")
+            code = self._cuda.ObjectCode.from_cubin(path.read_bytes())
+            self._kernels[name] = code.get_kernel(record.symbol)
 
     def score(
         self, transition_keys: int, new_keys: int, cosines: int, indices: int, sizes: LaunchSizes, stream: int
@@ -159,12 +165,6 @@ class KernelLauncher:
         grid = compact_grid(sizes.batch, sizes.heads, sizes.segment_tokens, sizes.kept)
         numbers = [sizes.transition_tokens, sizes.new_tokens, sizes.segment_tokens, sizes.kept]
         self._launch("compact_segments", grid, pointers, numbers, stream)
-
-    def _load(self, folder: Path, record: KernelRecord) -> Any:
-        path = inside(folder, record.file)
-        if not path.is_file():
-            raise InputError("is missing", where=str(path), hint="Export the bundle again.")
-        return self._cuda.ObjectCode.from_cubin(path.read_bytes()).get_kernel(record.symbol)
 
     def _launch(
         self, name: KernelName, grid: Grid, pointers: Sequence[int], sizes: Sequence[int], stream: int
