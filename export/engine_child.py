@@ -11,7 +11,6 @@ import re
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,12 +45,9 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         faults = [str(parser.get_error(n).desc()) for n in range(parser.num_errors)]
         raise RuntimeError("the parser refused the graph: " + "; ".join(faults))
     check()
-    kinds = Counter(network.get_layer(n).type.name for n in range(network.num_layers))
-    report: dict[str, Any] = {
-        "layers": network.num_layers,
-        "plugin_layers": kinds["PLUGIN_V3"],
-        "kinds": dict(kinds),
-    }
+    layers = [network.get_layer(n) for n in range(network.num_layers)]
+    plugin_layers = sum(layer.type.name == "PLUGIN_V3" for layer in layers)
+    report: dict[str, Any] = {"layers": len(layers), "plugin_layers": plugin_layers}
     if "engine" in request:
         config = builder.create_builder_config()
         if FLAVOURS[request["flavour"]].sms:

@@ -231,11 +231,11 @@ class CalibrationTexts:
     """One a prompt: (1, text_length, text_width)."""
 
 
-def random_texts(spec: ModelSpec, count: int = 2) -> CalibrationTexts:
-    """Random embeddings, for models with random weights: they stand for no text."""
+def random_texts(spec: ModelSpec) -> CalibrationTexts:
+    """Two random embeddings, for models with random weights: they stand for no text."""
     generator = np.random.default_rng(SEED)
     shape = (1, spec.text_length, spec.text_width)
-    arrays = tuple(generator.standard_normal(shape, dtype=np.float32) for _ in range(count))
+    arrays = tuple(generator.standard_normal(shape, dtype=np.float32) for _ in range(2))
     return CalibrationTexts("random", (), arrays)
 
 

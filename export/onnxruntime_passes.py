@@ -42,7 +42,7 @@ slower above 30 MB (measured in docs/decisions/0014)."""
 THEN, ELSE = "then_branch", "else_branch"
 
 
-def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int], smallest: int | None = None) -> None:
+def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int]) -> None:
     """Attention whose scores are large becomes MultiHeadAttention, which never holds them all.
 
     Heads take the place of the batch, (heads, tokens, head_dim) with one head each: a Reshape, which moves
@@ -50,19 +50,17 @@ def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int], smallest: int 
 
     Requires: Attention in float32 of batch 1, without mask and cache of its own, with a scale, and queries of
     known shape.
-    Ensures: no such Attention with scores of at least that size is left; shapes and results stay.
+    Ensures: no such Attention with scores of at least `LARGE_SCORES` is left; shapes and results stay.
 
     Args:
         graph: to be changed.
         lengths: symbol of each dimension that varies -> its largest size.
-        smallest: bytes of scores, where keys are most; None: `LARGE_SCORES`.
     """
-    smallest = LARGE_SCORES if smallest is None else smallest
     for node in list(graph):
         if node.op_type != "Attention" or node.domain:
             continue
         (batch, heads, tokens), keys = (size_of(input_of(node, 0), n) for n in range(3)), input_of(node, 1)
-        if batch == 1 and 4 * heads * tokens * _most_tokens(keys, lengths) >= smallest:
+        if batch == 1 and 4 * heads * tokens * _most_tokens(keys, lengths) >= LARGE_SCORES:
             _attend_by_head(graph, node, heads, tokens)
             graph.opset_imports[ORT_DOMAIN] = ORT_VERSION
 

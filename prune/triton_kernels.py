@@ -225,12 +225,8 @@ def compile_kernels(folder: Path, dtype: Dtype, width: int, sms: Sequence[int] =
             if spilled:
                 raise RuntimeError(f"{name} for sm_{sm} spills {spilled} bytes a thread (width {width})")
             write_bytes(folder / file, cubin)
-            facts: dict[str, Any] = {
-                "symbol": made.name,
-                "warps": made.num_warps,
-                "shared_bytes": made.shared,
-            }
-            facts |= {"registers": registers, "spill_bytes": spilled}
+            facts: dict[str, Any] = {"symbol": made.name, "warps": made.num_warps}
+            facts |= {"shared_bytes": made.shared, "registers": registers, "spill_bytes": spilled}
             records.append(KernelRecord(name, dtype, width, sm, file, **facts))
     return records
 
