@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import onnx
 import torch
@@ -303,9 +302,10 @@ class _Writer:
             kind = torch_dtype(precision.compute)
             with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
                 decoder = copy.deepcopy(self.decoder)
-            exact = precision.compute == "float32"
-            return decode_graph(self.plan, _emptied(decoder, lambda parameter: kind), pixels=exact)
-        model = _emptied(WanModel(self.plan.spec).eval(), precision.computed_in)
+            _empty(decoder, lambda parameter: kind)
+            return decode_graph(self.plan, decoder, pixels=precision.compute == "float32")
+        model = WanModel(self.plan.spec).eval()
+        _empty(model, precision.computed_in)
         return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
 
     def _real(self, name: str) -> Graph:
@@ -317,16 +317,13 @@ class _Writer:
         return prompt_graph(self.model) if name == "prompt" else step_graph(self.model, self.plan)
 
 
-M = TypeVar("M", bound=nn.Module)
-
-
-def _emptied(module: M, dtype: Callable[[str], torch.dtype]) -> M:
-    """The module with parameters of the same shapes, of those dtypes by name, without contents."""
+def _empty(module: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
+    """Give a module parameters of the same shapes, of those dtypes by name, without contents."""
     state = {
         name: torch.empty(tensor.shape, dtype=dtype(name)) for name, tensor in module.state_dict().items()
     }
     module.load_state_dict(state, assign=True)
-    return module.requires_grad_(False)
+    module.requires_grad_(False)
 
 
 def _tensor_record(value: onnx.ValueInfoProto) -> TensorRecord:
