@@ -113,15 +113,17 @@ def _shapes(model: onnx.ModelProto, given: Mapping[str, Shape]) -> tuple[dict[st
     sized.CopyFrom(model)
     for value in sized.graph.input:
         if value.name in given:
-            value.CopyFrom(_typed(value.name, value.type.tensor_type.elem_type, given[value.name]))
+            kind = value.type.tensor_type.elem_type
+            value.CopyFrom(helper.make_tensor_value_info(value.name, kind, given[value.name]))
     for value in sized.graph.output:
         value.type.tensor_type.ClearField("shape")  # they may vary as inputs do
     contents = {value.name: value for value in sized.graph.initializer}
     readers = {name: node for node in sized.graph.node for name in node.input}
     for node in sized.graph.node:
         if node.op_type == "MultiHeadAttention":  # onnx does not know it; a Reshape behind it has its shape
-            whole = numpy_helper.to_array(contents[readers[node.output[0]].input[1]])
-            sized.graph.value_info.append(_typed(node.output[0], TensorProto.FLOAT, tuple(whole[1:])))
+            _, *sizes_of = numpy_helper.to_array(contents[readers[node.output[0]].input[1]]).tolist()
+            seen = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, sizes_of)
+            sized.graph.value_info.append(seen)
     _fold_lengths(sized)
     sized = onnx.shape_inference.infer_shapes(sized, strict_mode=True, data_prop=True)
     shapes: dict[str, Shape] = {v.name: tuple(v.dims) for v in sized.graph.initializer}
@@ -162,10 +164,6 @@ def _fold_lengths(model: onnx.ModelProto) -> None:
         folded.append(node)
     for node in folded:
         model.graph.node.remove(node)
-
-
-def _typed(name: str, kind: int, shape: Shape) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, [int(size) for size in shape])
 
 
 def _element_bytes(kind: int) -> int:

@@ -92,11 +92,9 @@ def _planned(shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> Pla
     return planned
 
 
-def store_tensors(
-    planned: Mapping[str, tuple[ExportDtype, tuple[int, ...]]], read: Callable[[str], Tensor], path: Path
-) -> dict[str, StoredTensor]:
-    """Write tensors {name: (dtype, shape)} to a safetensors file, one at a time, in that order."""
-    formats = {name: (dtype_record(dtype).code, tuple(shape)) for name, (dtype, shape) in planned.items()}
+def store_tensors(planned: Planned, read: Callable[[str], Tensor], path: Path) -> dict[str, StoredTensor]:
+    """Write tensors to a safetensors file, one at a time, in that order."""
+    formats = {name: (dtype_record(dtype).code, shape) for name, (dtype, shape) in planned.items()}
     with new_tensors(path, formats) as writer:
         for name, (dtype, _) in planned.items():
             # The bits, whatever the dtype: numpy has no bfloat16.

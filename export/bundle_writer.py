@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import onnx
 import torch
@@ -17,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import forcingkv
 from forcingkv.export.activations import activation_bytes, weight_bytes
-from forcingkv.export.bake import bake_weights, baked_bytes, baked_model, store_tensors
+from forcingkv.export.bake import Planned, bake_weights, baked_bytes, baked_model, store_tensors
 from forcingkv.export.engine_builder import (
     EngineTarget,
     build_engine,
@@ -129,11 +128,11 @@ def export_bundle(
     verify = engines is None if verify is None else verify
     if verify:
         check_memory_to_verify(plan, decoder)
+    if calibration and not precision.linear:
+        raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
     if precision.linear and not calibration:
         hint = "Pass them as `calibration` (on the command line --calibration)."
         raise InputError("needs texts to calibrate it with", where="dtype fp8", hint=hint)
-    if calibration and not precision.linear:
-        raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
     if calibration:
         check_memory_to_calibrate(plan)
     if engines:
@@ -150,8 +149,8 @@ def export_bundle(
             bundle.write_engines(engines)
         if headmap:
             headmap.write(folder / HEADMAP)
-            bundle.written.append(folder / HEADMAP)
         progress("computing digests")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = Manifest(
             schema="forcingkv.bundle/1",
             model=spec,
@@ -159,8 +158,13 @@ def export_bundle(
             policy=policy,
             plan=PlanRecord.of(plan, precision.compute),
             graphs=bundle.records,
-            files={path.relative_to(folder).as_posix(): record_file(path) for path in sorted(bundle.written)},
-            versions=_versions(),
+            files={path.relative_to(folder).as_posix(): record_file(path) for path in files},
+            versions={
+                "forcingkv": forcingkv.__version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+            },
             headmap=headmap.digest if headmap else None,
             verification=bundle.differences,
             compute=precision.compute,
@@ -173,62 +177,60 @@ def export_bundle(
     return manifest
 
 
+@dataclass
 class _Writer:
     """Writes weights, graphs and engines into the folder of a bundle that is being made."""
 
-    def __init__(
-        self,
-        folder: Path,
-        plan: CachePlan,
-        decoder: StreamingDecoder | None,
-        precision: Precision,
-        target: EngineTarget | None,
-        verify: bool,
-        progress: Callable[[str], None],
-    ) -> None:
-        self.folder, self.plan, self.decoder, self.target = folder, plan, decoder, target
-        self.precision, self.verify, self.progress = precision, verify, progress
-        self.written: list[Path] = []
-        self.records: dict[str, GraphRecord] = {}
-        self.differences: dict[str, float] = {}
-        self.engines: list[EngineRecord] = []
-        self.kernels: list[KernelRecord] = []
-        self.calibration: CalibrationRecord | None = None
-        self._scales: dict[str, float] = {}
-        self._stored: dict[str, dict[str, StoredTensor]] = {}
-        self._model: WanModel | None = None
+    folder: Path
+    plan: CachePlan
+    decoder: StreamingDecoder | None
+    precision: Precision
+    target: EngineTarget | None
+    verify: bool
+    progress: Callable[[str], None]
+    records: dict[str, GraphRecord] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
+    engines: list[EngineRecord] = field(default_factory=list)
+    kernels: list[KernelRecord] = field(default_factory=list)
+    calibration: CalibrationRecord | None = None
+    scales: dict[str, float] = field(default_factory=dict)
+    stored: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    """For each file of weights where each tensor lies in it."""
+    model: WanModel | None = None
+    """The baked model, in float32, once it is needed."""
 
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder."""
         spec, path = self.plan.spec, self.folder / WEIGHTS
-        self._stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.progress)
-        self.written.append(path)
+        self.stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.progress)
         if self.decoder:
             # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
-            state = self.decoder.state_dict()
-            compute = self.precision.compute
-            planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
-            path = self.folder / DECODER
-            self._stored[DECODER] = store_tensors(planned, state.__getitem__, path)
-            self.written.append(path)
+            state, compute = self.decoder.state_dict(), self.precision.compute
+            planned: Planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
+            self.stored[DECODER] = store_tensors(planned, state.__getitem__, self.folder / DECODER)
 
     def calibrate(self, texts: CalibrationTexts) -> None:
         """Find the scales of the inputs of linear layers in FP8."""
         model = baked_model(self.plan.spec, self.folder / WEIGHTS)
-        self._scales, self.calibration = calibrate(model, self.plan, self.precision, texts, self.progress)
-        self._model = model if self.verify else None
+        self.scales, self.calibration = calibrate(model, self.plan, self.precision, texts, self.progress)
+        self.model = model if self.verify else None
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
         self.progress(f"tracing {name}")
         path, precision = self.folder / f"{name}.onnx", self.precision
         traced = self._trace(name, path, precision)
-        self.written.append(path)
-        phases = None
-        if precision.compute == "float32":
+        record = GraphRecord(
+            file=path.name,
+            weights=self._weights_of(name),
+            inputs={value.name: _tensor_record(value) for value in traced.graph.input},
+            outputs={value.name: _tensor_record(value) for value in traced.graph.output},
+        )
+        if precision.compute == "float32":  # ONNX Runtime runs the graph
             shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
-            phases = shapes if name == "step" else [{}]
-        self.records[name] = _graph_record(path, traced, self._weights_of(name), phases)
+            activations = activation_bytes(traced, shapes if name == "step" else [{}])
+            record = replace(record, weight_bytes=weight_bytes(traced), activation_bytes=activations)
+        self.records[name] = record
         if self.verify:
             self.progress(f"verifying {name}")
             if precision.compute == "float32":
@@ -247,8 +249,7 @@ class _Writer:
 
             self.progress("compiling kernels")
             head_dim = self.plan.spec.head_dim
-            self.kernels += compile_kernels(self.folder, self.precision.compute, head_dim)
-            self.written += [self.folder / record.file for record in self.kernels]
+            self.kernels = compile_kernels(self.folder, self.precision.compute, head_dim)
         folder = self.folder / ENGINES
         folder.mkdir()
         for sm in target.sms:
@@ -257,31 +258,30 @@ class _Writer:
                 file = folder / f"{name}-{target.flavour.name}-sm{sm}.engine"
                 graph = self.folder / f"{name}.onnx"
                 self.engines.append(build_engine(graph, name, self.plan, target, sm, file))
-                self.written.append(file)
 
     def _trace(self, name: str, path: Path, precision: Precision) -> onnx.ModelProto:
         file = self._weights_of(name)
         return write_onnx(
             lambda: self._untied(name, precision),
             path,
-            self._stored[file] if file else {},
+            self.stored[file] if file else {},
             file or WEIGHTS,
             tensorrt=precision.compute != "float32",
             single_kernels=self.target is not None and self.target.aot,
-            input_scales=self._scales,
+            input_scales=self.scales,
         )
 
     def _weights_of(self, name: str) -> str | None:
         """The file that a graph's weights lie in."""
         file = DECODER if name == "decode" else WEIGHTS
-        return file if file in self._stored else None
+        return file if file in self.stored else None
 
     def _compare(self, name: str, path: Path) -> None:
         """Compare a graph for ONNX Runtime with torch."""
         graph, limits = self._real(name), {name: TOLERANCE}
         found: tuple[float, ...]
-        if name == "step" and self._model and self._scales:
-            rounded = partial(rounded_inputs, self._model, self._scales)
+        if name == "step" and self.model and self.scales:
+            rounded = partial(rounded_inputs, self.model, self.scales)
             limits["step.fp8"] = FP8_TOLERANCE
             found = fp8_differences(graph, path, self.plan, rounded)
         else:
@@ -302,63 +302,31 @@ class _Writer:
             kind = torch_dtype(precision.compute)
             with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
                 decoder = copy.deepcopy(self.decoder)
-            exact = precision.compute == "float32"
-            return decode_graph(self.plan, _emptied(decoder, lambda parameter: kind), pixels=exact)
-        model = _emptied(WanModel(self.plan.spec).eval(), precision.computed_in)
+            _empty(decoder, lambda parameter: kind)
+            return decode_graph(self.plan, decoder, pixels=precision.compute == "float32")
+        model = WanModel(self.plan.spec).eval()
+        _empty(model, precision.computed_in)
         return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
 
     def _real(self, name: str) -> Graph:
         """The graph with the contents that the bundle has, to compare with."""
         if name == "decode":
             return decode_graph(self.plan, self.decoder)
-        if self._model is None:
-            self._model = baked_model(self.plan.spec, self.folder / WEIGHTS)
-        return prompt_graph(self._model) if name == "prompt" else step_graph(self._model, self.plan)
+        if self.model is None:
+            self.model = baked_model(self.plan.spec, self.folder / WEIGHTS)
+        return prompt_graph(self.model) if name == "prompt" else step_graph(self.model, self.plan)
 
 
-M = TypeVar("M", bound=nn.Module)
-
-
-def _emptied(module: M, dtype: Callable[[str], torch.dtype]) -> M:
-    """The module with parameters of the same shapes, of those dtypes by name, without contents."""
+def _empty(module: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
+    """Give a module parameters of the same shapes, of those dtypes by name, without contents."""
     state = {
         name: torch.empty(tensor.shape, dtype=dtype(name)) for name, tensor in module.state_dict().items()
     }
     module.load_state_dict(state, assign=True)
-    return module.requires_grad_(False)
-
-
-def _graph_record(
-    path: Path,
-    traced: onnx.ModelProto,
-    weights: str | None,
-    phases: Sequence[Mapping[str, tuple[int, ...]]] | None,
-) -> GraphRecord:
-    """The record of a graph that points into the file `weights`.
-
-    `phases` are the shapes of inputs that vary, for each phase; None: ONNX Runtime does not run the graph.
-    """
-    return GraphRecord(
-        file=path.name,
-        weights=weights,
-        inputs={value.name: _tensor_record(value) for value in traced.graph.input},
-        outputs={value.name: _tensor_record(value) for value in traced.graph.output},
-        weight_bytes=None if phases is None else weight_bytes(traced),
-        activation_bytes=None if phases is None else activation_bytes(traced, phases),
-    )
+    module.requires_grad_(False)
 
 
 def _tensor_record(value: onnx.ValueInfoProto) -> TensorRecord:
     kind = value.type.tensor_type
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
     return TensorRecord(str(dtype), tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim))
-
-
-def _versions() -> dict[str, str]:
-    """The versions of the programs that made the bundle."""
-    return {
-        "forcingkv": forcingkv.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-    }

@@ -123,23 +123,18 @@ def check_plugin(plan: CachePlan) -> None:
 
 def warnings_of(plan: CachePlan, compute: Dtype) -> list[str]:
     """Warnings about what may go wrong with engines of that plan."""
-    keys = most_keys(plan)
+    keys = max(
+        plan.chunk_tokens + sum(plan.tokens(group, role, phase.first_chunk) for role in group.roles)
+        for phase in plan.phases
+        for groups in plan.layers
+        for group in groups
+    )
     if compute == "float16" and keys > FUSED_KEYS:
         return [
             f"attention sees up to {keys} keys, and in float16 fused kernels can overflow past {FUSED_KEYS}:"
             " use bfloat16 (the default)"
         ]
     return []
-
-
-def most_keys(plan: CachePlan) -> int:
-    """The most keys that a query attends to, in any layer and phase."""
-    return max(
-        plan.chunk_tokens + sum(plan.tokens(group, role, phase.first_chunk) for role in group.roles)
-        for phase in plan.phases
-        for groups in plan.layers
-        for group in groups
-    )
 
 
 def build_engine(
@@ -160,17 +155,8 @@ def build_engine(
     """
     phases = [dict(plan.phase_shapes(phase)) for phase in plan.phases] if name == "step" else []
     prunes = name == "step" and plan.choice is not None
-    report = _run(
-        {
-            "graph": str(graph),
-            "flavour": target.flavour.name,
-            "sm": sm,
-            "plugins": ("compiled" if target.aot else "python") if prunes else None,
-            "phases": phases,
-            "engine": str(engine),
-        },
-        target.flavour,
-    )
+    plugins = ("compiled" if target.aot else "python") if prunes else None
+    report = run_child(graph, target.flavour, plugins=plugins, sm=sm, phases=phases, engine=str(engine))
     record = {key: report[key] for key in EngineRecord.__dataclass_fields__ if key in report}
     return EngineRecord(
         graph=name,
@@ -183,15 +169,13 @@ def build_engine(
     )
 
 
-def parse_report(graph: Path, flavour: Flavour, *, plugins: bool) -> dict[str, Any]:
-    """What the parser makes of a graph: `layers`, `plugin_layers`, and `kinds` of layers. Builds nothing."""
-    chosen = "python" if plugins else None
-    request = {"graph": str(graph), "flavour": flavour.name, "plugins": chosen}
-    return _run(request | {"sm": None, "phases": [], "engine": None}, flavour)
+def run_child(graph: Path, flavour: Flavour, **more: Any) -> dict[str, Any]:
+    """Run `engine_child` on a graph and return its report; `more` of its request, see `engine_child.build`.
 
-
-def _run(request: dict[str, Any], flavour: Flavour) -> dict[str, Any]:
-    request = {"memory_limit": int(available_bytes() * MEMORY_SHARE)} | request
+    Raises EngineError where it fails.
+    """
+    request = {"memory_limit": int(available_bytes() * MEMORY_SHARE), "graph": str(graph)}
+    request |= {"flavour": flavour.name} | more
     with tempfile.TemporaryDirectory() as links:
         done = subprocess.run(
             [sys.executable, "-P", str(CHILD)],

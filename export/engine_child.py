@@ -11,7 +11,6 @@ import re
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,12 +27,17 @@ MEMORY = {
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
-    """Parse the graph, build the engine, write it, and report."""
+    """Parse the graph, build the engine, write it, and report.
+
+    The request: `graph`, the ONNX file; `flavour`; `plugins`, python or compiled, or None; `memory_limit` in
+    bytes. With `engine`, the file to write, an engine is built for the GPU `sm`, with a profile for each of
+    `phases`, which are shapes of inputs.
+    """
     started = time.perf_counter()
     choose(request["flavour"])
     figures = dict.fromkeys(MEMORY, 0)
     log = make_log(partial(_hear, figures))
-    check = _plugins(request["plugins"], request["sm"])
+    check = _plugins(request)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -41,21 +45,21 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         faults = [str(parser.get_error(n).desc()) for n in range(parser.num_errors)]
         raise RuntimeError("the parser refused the graph: " + "; ".join(faults))
     check()
-    config = builder.create_builder_config()
-    if FLAVOURS[request["flavour"]].sms and request["sm"]:
-        _for_capability(config, request["sm"])
-    for shapes in request["phases"]:
-        profile = builder.create_optimization_profile()
-        for name, shape in shapes.items():
-            profile.set_shape(name, shape, shape, shape)
-        config.add_optimization_profile(profile)
-    kinds = Counter(network.get_layer(n).type.name for n in range(network.num_layers))
-    report: dict[str, Any] = {
-        "layers": network.num_layers,
-        "plugin_layers": kinds["PLUGIN_V3"],
-        "kinds": dict(kinds),
-    }
-    if request["engine"]:
+    layers = [network.get_layer(n) for n in range(network.num_layers)]
+    plugin_layers = sum(layer.type.name == "PLUGIN_V3" for layer in layers)
+    report: dict[str, Any] = {"layers": len(layers), "plugin_layers": plugin_layers}
+    if "engine" in request:
+        config = builder.create_builder_config()
+        if FLAVOURS[request["flavour"]].sms:
+            # For a GPU that is not here; only TensorRT-RTX can.
+            capability = getattr(trt.ComputeCapability, f"SM{request['sm']}")  # type: ignore[attr-defined]
+            config.num_compute_capabilities = 1  # type: ignore[attr-defined]
+            config.set_compute_capability(capability, 0)  # type: ignore[attr-defined]
+        for shapes in request["phases"]:
+            profile = builder.create_optimization_profile()
+            for name, shape in shapes.items():
+                profile.set_shape(name, shape, shape, shape)
+            config.add_optimization_profile(profile)
         engine = builder.build_serialized_network(network, config)
         check()
         if engine is None:
@@ -82,27 +86,21 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _plugins(kind: str | None, sm: int) -> Callable[[], None]:
+def _plugins(request: dict[str, Any]) -> Callable[[], None]:
     """Register the plugins: ours, or those whose kernels are compiled into the engine.
 
     Returns a check that raises what a callback raised: TensorRT goes on after most of them.
     """
-    if kind == "compiled":
+    if request["plugins"] == "compiled":
         from forcingkv.prune.quick_plugin import register_quick_plugins
 
-        register_quick_plugins(sm)
-    if kind != "python":
+        register_quick_plugins(request["sm"])
+    if request["plugins"] != "python":
         return lambda: None
     from forcingkv.prune.plugin import raise_plugin_error, register_plugins
 
     register_plugins(None)
     return raise_plugin_error
-
-
-def _for_capability(config: Any, sm: int) -> None:
-    """Build for a GPU that is not here; only TensorRT-RTX can."""
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)  # type: ignore[attr-defined]
 
 
 def _hear(figures: dict[str, int], severity: str, message: str) -> None:
@@ -120,8 +118,7 @@ def _hear(figures: dict[str, int], severity: str, message: str) -> None:
 def main() -> int:
     """Build what standard input asks for."""
     request = json.load(sys.stdin)
-    if request["memory_limit"] is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (request["memory_limit"], request["memory_limit"]))
+    resource.setrlimit(resource.RLIMIT_DATA, (request["memory_limit"], request["memory_limit"]))
     try:
         report = build(request)
     except (RuntimeError, MemoryError, ValueError) as error:

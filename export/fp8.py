@@ -14,11 +14,9 @@ model and not the checkpoint that runs.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +26,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from forcingkv.export.passes import constant, input_of, make
 from forcingkv.export.precision import Precision, scale_name
-from forcingkv.export.rewriting import constant, input_of
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.generate import generate, seeded_noise
@@ -96,24 +94,28 @@ def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> AbstractCon
         model: the model.
         scales: name of a linear layer -> the scale of its input.
     """
-    return _hooked(
-        model, {name: partial(_round_input, torch.tensor(scale)) for name, scale in scales.items()}
-    )
+
+    def round_input(name: str, x: Tensor) -> Tensor:
+        scale = torch.tensor(scales[name])
+        return dequantize(quantize(x, scale), scale)
+
+    return _hooked(model, scales, round_input)
 
 
 @contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """While this is open, each named layer's hook is called with the layer and its inputs before it runs."""
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
-    try:
+def _hooked(
+    model: nn.Module, layers: Iterable[str], hook: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """While this is open, `hook` gets the name and the input of each of the layers before it runs; what it
+    returns, if anything, is the layer's input."""
+    with ExitStack() as stack:
+        for name in layers:
+
+            def before(layer: nn.Module, inputs: tuple[Any, ...], name: str = name) -> Any:
+                return hook(name, inputs[0])
+
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(before).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _round_input(scale: Tensor, linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
-    return (dequantize(quantize(inputs[0], scale), scale),)
 
 
 def quantize_linears(
@@ -173,33 +175,30 @@ def _dequantized(
     channels = ir.Shape([weight.shape[axis]])
     scale = ir.Value(name=scale_name(weight.name), type=ir.TensorType(kind), shape=channels)
     graph.inputs.append(scale)
+    name = weight.name
     if tensorrt:
         attributes = {"axis": axis, "output_dtype": int(kind)}
-        nodes = [ir.node("DequantizeLinear", [weight, scale], attributes)]
+        named = f"{name}.dequantizelinear"
+        nodes = [make("DequantizeLinear", [weight, scale], weight, None, named, attributes, dtype=kind)]
     else:
-        cast = ir.node("Cast", [weight], {"to": int(kind)})
-        nodes = [cast, ir.node("Mul", [cast.outputs[0], scale])]
-    for node in nodes:
-        _describe(node.outputs[0], f"{weight.name}.{node.op_type.lower()}", kind, weight.shape)
-    graph.insert_before(graph[0], nodes)
-    return nodes[-1].outputs[0], scale
+        to = {"to": int(kind)}
+        nodes = [make("Cast", [weight], weight, None, f"{name}.cast", to, dtype=kind)]
+        nodes.append(make("Mul", [nodes[0][1], scale], weight, None, f"{name}.mul", dtype=kind))
+    graph.insert_before(graph[0], [node for node, _ in nodes])
+    return nodes[-1][1], scale
 
 
 def _rounded(graph: ir.Graph, data: ir.Value, name: str, scale: float, kind: ir.DataType) -> ir.Value:
     """A value rounded to FP8 and back, before the first node that takes it."""
+    users = set(data.consumers())
     stored = constant(graph, name, np.array(scale, kind.numpy()))
-    fp8 = ir.DataType.FLOAT8E4M3FN
-    down = ir.node("QuantizeLinear", [data, stored], {"output_dtype": int(fp8)})
-    up = ir.node("DequantizeLinear", [down.outputs[0], stored], {"output_dtype": int(kind)})
-    for node, dtype in ((down, fp8), (up, kind)):
-        _describe(node.outputs[0], f"{data.name}.{node.op_type.lower()}", dtype, data.shape)
-    users = {*data.consumers()} - {down}
-    graph.insert_before(next(node for node in graph if node in users), [down, up])
-    return up.outputs[0]
-
-
-def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:
-    value.name, value.type, value.shape = name, ir.TensorType(dtype), shape
+    nodes, value = [], data
+    for op_type, dtype in (("QuantizeLinear", ir.DataType.FLOAT8E4M3FN), ("DequantizeLinear", kind)):
+        attributes, named = {"output_dtype": int(dtype)}, f"{data.name}.{op_type.lower()}"
+        node, value = make(op_type, [value, stored], data, None, named, attributes, dtype=dtype)
+        nodes.append(node)
+    graph.insert_before(next(node for node in graph if node in users), nodes)
+    return value
 
 
 def without_rounding(model: onnx.ModelProto) -> None:
@@ -232,11 +231,11 @@ class CalibrationTexts:
     """One a prompt: (1, text_length, text_width)."""
 
 
-def random_texts(spec: ModelSpec, count: int = 2) -> CalibrationTexts:
-    """Random embeddings, for models with random weights: they stand for no text."""
+def random_texts(spec: ModelSpec) -> CalibrationTexts:
+    """Two random embeddings, for models with random weights: they stand for no text."""
     generator = np.random.default_rng(SEED)
     shape = (1, spec.text_length, spec.text_width)
-    arrays = tuple(generator.standard_normal(shape, dtype=np.float32) for _ in range(count))
+    arrays = tuple(generator.standard_normal(shape, dtype=np.float32) for _ in range(2))
     return CalibrationTexts("random", (), arrays)
 
 
@@ -264,7 +263,24 @@ def calibrate(
     small = calibration_plan(plan)
     chunks = min(CHUNKS, small.phases[-1].first_chunk + 1)
     layers = [n.removesuffix(".weight") for n in weight_shapes(plan.spec) if precision.quantizes(n)]
-    largest = _largest_inputs(model, small, layers, texts.arrays, chunks, progress)
+    largest = dict.fromkeys(layers, 0.0)
+
+    def see(name: str, x: Tensor) -> None:
+        value = float(x.abs().amax())
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} takes values that are not finite",
+                where="calibration",
+                hint="Look at the checkpoint and the embeddings: the model does not run with them.",
+            )
+        largest[name] = max(largest[name], value)
+
+    with _hooked(model, layers, see):
+        for place, text in enumerate(texts.arrays):
+            made = generate(model, small, torch.from_numpy(text), seeded_noise(small, SEED + place), chunks)
+            for chunk in made:
+                done = f"text {place + 1} of {len(texts.arrays)}, chunk {chunk.index + 1} of {chunks}"
+                progress(f"calibrating: {done}")
     record = CalibrationRecord(
         texts=texts.kind,
         prompts=texts.prompts,
@@ -274,37 +290,6 @@ def calibrate(
         largest=largest,
     )
     return {layer: input_scale(value) for layer, value in largest.items()}, record
-
-
-def _largest_inputs(
-    model: WanModel,
-    plan: CachePlan,
-    layers: Sequence[str],
-    texts: Sequence[npt.NDArray[np.float32]],
-    chunks: int,
-    progress: Callable[[str], None],
-) -> dict[str, float]:
-    """Name of each layer -> the largest absolute value that it takes; InputError where one is not finite."""
-    seen: dict[str, float] = defaultdict(float)
-    with _hooked(model, {name: partial(_see, seen, name) for name in layers}):
-        for place, text in enumerate(texts):
-            made = generate(model, plan, torch.from_numpy(text), seeded_noise(plan, SEED + place), chunks)
-            for chunk in made:
-                progress(
-                    f"calibrating: text {place + 1} of {len(texts)}, chunk {chunk.index + 1} of {chunks}"
-                )
-    return {name: seen[name] for name in layers}
-
-
-def _see(seen: dict[str, float], name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-    value = float(inputs[0].abs().amax())
-    if not math.isfinite(value):
-        raise InputError(
-            f"{name} takes values that are not finite",
-            where="calibration",
-            hint="Look at the checkpoint and the embeddings: the model does not run with them.",
-        )
-    seen[name] = max(seen[name], value)
 
 
 def calibration_plan(plan: CachePlan) -> CachePlan:

@@ -26,7 +26,6 @@ class Graph:
     Its parameters are those of its attribute `model`, where it has one.
     """
 
-    name: str
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
@@ -142,7 +141,7 @@ def prompt_graph(model: WanModel) -> Graph:
     """The graph `prompt`."""
     spec = model.spec
     text = torch.zeros(1, spec.text_length, spec.text_width)
-    return Graph("prompt", PromptModule(model), {"text": text}, tuple(_cross_names(spec.layers)), {})
+    return Graph(PromptModule(model), {"text": text}, tuple(_cross_names(spec.layers)), {})
 
 
 def step_graph(model: WanModel, plan: CachePlan) -> Graph:
@@ -181,7 +180,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role.name}_tokens") for entry in plan.entries}
     dynamic |= {each.name: (0, each.name.replace(".", "_")) for each in plan.rows_inputs}
     clean = tuple(tuple(names) for names in by_layer if names)
-    return Graph("step", StepModule(model, plan), inputs, outputs, dynamic, clean)
+    return Graph(StepModule(model, plan), inputs, outputs, dynamic, clean)
 
 
 def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pixels: bool = True) -> Graph:
@@ -194,7 +193,7 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pi
     batch, channels, _, height, width = latent_shape(plan)
     if decoder is None:
         latents = torch.zeros(latent_shape(plan))
-        return Graph("decode", PixelDecodeModule(), {"latents": latents}, ("frames",), {})
+        return Graph(PixelDecodeModule(), {"latents": latents}, ("frames",), {})
     state = decoder.empty_state(height, width)
     inputs = {
         "latents": torch.zeros(batch, channels, 1, height, width),
@@ -203,4 +202,4 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pi
     }
     shown = ("frames", "pixels") if pixels else ("frames",)
     outputs = (*shown, *(f"next.{name}" for name in state))
-    return Graph("decode", StreamDecodeModule(decoder, list(state), pixels), inputs, outputs, {})
+    return Graph(StreamDecodeModule(decoder, list(state), pixels), inputs, outputs, {})

@@ -6,6 +6,7 @@ memory of its graph, and its weights, written once by `export.bake`, are only po
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +21,18 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from forcingkv.export.fp8 import quantize_linears
 from forcingkv.export.graphs import Graph
-from forcingkv.export.passes import rewrite
+from forcingkv.export.onnxruntime_passes import attend_in_blocks, branch_on_clean, make_caches_early
+from forcingkv.export.passes import scale_attention, shape_of, use_transposed
 from forcingkv.export.precision import is_matrix
+from forcingkv.export.tensorrt_passes import (
+    align_parameters,
+    fold_modulation,
+    narrow_indices,
+    pair_lone_heads,
+    split_slices,
+)
 from forcingkv.prune.onnx_operators import OPSET, functions_for, graphs, split_prune, translation_table
 from forcingkv.runtime.dtypes import STORED_AS
 from forcingkv.runtime.tensors import StoredTensor
@@ -55,38 +65,32 @@ def write_onnx(
     Returns:
         The model. Parameters that are stored in another dtype than the graph computes in are cast.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
-        graph = make()
-        inputs = tuple(mode.from_tensor(tensor) for tensor in graph.inputs.values())
-        program = torch.onnx.export(
-            _Flat(graph),
-            inputs,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_shapes=(_dynamic_shapes(graph),),
-            custom_translation_table=translation_table(),
-            optimize=False,  # it would look at the contents of the weights
-            verbose=False,
-        )
-    assert program is not None
+    graph, program = _trace(make)
     parameters = _initializers_to_inputs(program.model.graph)
     with _quiet():
         program.optimize()
     traced = program.model.graph
-    weight_of = {_bare(p.name).removesuffix(".weight"): p for p in parameters if p.uses()}
+    used = {_bare(value.name): value for value in parameters if value.uses()}
+    # First, while matrices have the shapes they were made with.
+    use_transposed(traced, [value for name, value in used.items() if is_matrix(name, shape_of(value))])
+    scale_attention(traced)
+    if tensorrt:
+        fold_modulation(traced)
+        split_slices(traced)
+        narrow_indices(traced)
+        pair_lone_heads(traced)
+        align_parameters(parameters)  # behind use_transposed, which reverses the two sizes of a matrix
+    else:
+        # The example inputs are of the last phase, in which each dimension that varies is largest.
+        longest = {symbol: graph.inputs[name].shape[axis] for name, (axis, symbol) in graph.dynamic.items()}
+        attend_in_blocks(traced, longest)  # behind scale_attention: MultiHeadAttention takes over the scale
+        if graph.clean_outputs:
+            branch_on_clean(traced, graph.clean_outputs)  # last but one: passes do not look into branches
+        make_caches_early(traced)
+    # Last: align_parameters knows matrices only in a MatMul.
     scales = input_scales or {}
-    parameters += rewrite(
-        traced,
-        [parameter for parameter in parameters if _is_stored_transposed(parameter)],
-        parameters,
-        tensorrt=tensorrt,
-        lengths=_longest(graph),
-        clean_outputs=graph.clean_outputs,
-        quantized={layer: weight_of[layer] for layer in scales if layer in weight_of},
-        input_scales=scales,
-    )
+    quantized = {layer: used[f"{layer}.weight"] for layer in scales if f"{layer}.weight" in used}
+    parameters += quantize_linears(traced, quantized, scales, tensorrt=tensorrt)
     RemoveUnusedNodesPass()(program.model)
     for value in parameters:
         _point(traced, value, weights[_bare(value.name)], file)
@@ -97,6 +101,28 @@ def write_onnx(
     _strip(model)
     onnx.save_model(_without_symbols(model) if tensorrt else model, path)
     return model
+
+
+def _trace(make: Callable[[], Graph]) -> tuple[Graph, torch.onnx.ONNXProgram]:
+    """Make a graph and trace it, with fake tensors on."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
+        graph = make()
+        symbols = {symbol: Dim(symbol, min=2) for symbol in sorted({s for _, s in graph.dynamic.values()})}
+        varying = {name: {axis: symbols[symbol]} for name, (axis, symbol) in graph.dynamic.items()}
+        program = torch.onnx.export(
+            _Flat(graph),
+            tuple(mode.from_tensor(tensor) for tensor in graph.inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=(tuple(varying.get(name) for name in graph.inputs),),
+            custom_translation_table=translation_table(),
+            optimize=False,  # it would look at the contents of the weights
+            verbose=False,
+        )
+    assert program is not None
+    return graph, program
 
 
 class _Flat(torch.nn.Module):
@@ -118,17 +144,6 @@ def _bare(name: str | None) -> str:
     return (name or "").removeprefix(_WRAPPED)
 
 
-def _dynamic_shapes(graph: Graph) -> tuple[dict[int, Any] | None, ...]:
-    symbols = {symbol: Dim(symbol, min=2) for symbol in sorted({s for _, s in graph.dynamic.values()})}
-    places = {name: {place: symbols[symbol]} for name, (place, symbol) in graph.dynamic.items()}
-    return tuple(places.get(name) for name in graph.inputs)
-
-
-def _longest(graph: Graph) -> dict[str, int]:
-    """The size of each dimension that varies in the last phase, which its example inputs are of."""
-    return {symbol: graph.inputs[name].shape[place] for name, (place, symbol) in graph.dynamic.items()}
-
-
 def _initializers_to_inputs(graph: ir.Graph) -> list[ir.Value]:
     """Make the parameters inputs, so that optimizing takes none of them for a constant."""
     parameters = [value for name, value in graph.initializers.items() if name.startswith(_WRAPPED)]
@@ -140,29 +155,22 @@ def _initializers_to_inputs(graph: ir.Graph) -> list[ir.Value]:
     return parameters
 
 
-def _is_stored_transposed(parameter: ir.Value) -> bool:
-    assert parameter.shape is not None
-    return is_matrix(_bare(parameter.name), parameter.shape) and bool(parameter.uses())
-
-
 def _point(graph: ir.Graph, parameter: ir.Value, stored: StoredTensor, file: str) -> None:
     """Turn a parameter that is an input back into an initializer, with its contents in the file."""
     graph.inputs.remove(parameter)
     if not parameter.uses():
         return
-    kind, name = ir.DataType[STORED_AS[stored.dtype].onnx], _bare(parameter.name)
-    shape = parameter.shape
+    kind, name, shape = ir.DataType[STORED_AS[stored.dtype].onnx], _bare(parameter.name), parameter.shape
     assert shape is not None
     content = ir.ExternalTensor(file, stored.offset, stored.bytes, kind, shape=shape, name=name)
-    initializer = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=content)
-    graph.initializers[name] = initializer
-    value = initializer
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=content)
+    graph.initializers[name] = value
     if parameter.dtype != kind:
         assert parameter.dtype is not None
-        cast = ir.node("Cast", [initializer], {"to": int(parameter.dtype)})
-        cast.outputs[0].name = f"{name}.cast"
+        cast = ir.node("Cast", [value], {"to": int(parameter.dtype)})
         graph.insert_before(graph[0], cast)
         value = cast.outputs[0]
+        value.name = f"{name}.cast"
     ir.convenience.replace_all_uses_with(parameter, value)
 
 
@@ -172,8 +180,7 @@ def _without_symbols(model: onnx.ModelProto) -> onnx.ModelProto:
     An engine would hold a line for each pair of equal ones, in an order that differs from build to
     build. Profiles give TensorRT every length as a number.
     """
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
+    copied = copy.deepcopy(model)
     for value in (*copied.graph.input, *copied.graph.output):
         for dimension in value.type.tensor_type.shape.dim:
             dimension.ClearField("dim_param")

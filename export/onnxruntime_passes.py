@@ -1,6 +1,6 @@
 """Passes for ONNX Runtime on a CPU: attention without its scores in memory, caches in clean passes only.
 
-Each says what it requires of a graph and what it ensures; `passes.rewrite` runs them in order.
+Each says what it requires of a graph and what it ensures; `onnx_writer.write_onnx` runs them in order.
 
 Attention in blocks. ONNX Runtime's kernel of the standard operator writes the scores of all heads out: at
 1080P 57 GB for a chunk's queries and twice as many keys. Its own operator MultiHeadAttention goes over blocks
@@ -14,13 +14,14 @@ input `clean` (docs/decisions/0018).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from forcingkv.export.rewriting import (
+from forcingkv.export.passes import (
     constant,
     input_of,
     make,
@@ -41,7 +42,7 @@ slower above 30 MB (measured in docs/decisions/0014)."""
 THEN, ELSE = "then_branch", "else_branch"
 
 
-def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int], smallest: int | None = None) -> None:
+def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int]) -> None:
     """Attention whose scores are large becomes MultiHeadAttention, which never holds them all.
 
     Heads take the place of the batch, (heads, tokens, head_dim) with one head each: a Reshape, which moves
@@ -49,24 +50,19 @@ def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int], smallest: int 
 
     Requires: Attention in float32 of batch 1, without mask and cache of its own, with a scale, and queries of
     known shape.
-    Ensures: no such Attention with scores of at least that size is left; shapes and results stay.
+    Ensures: no such Attention with scores of at least `LARGE_SCORES` is left; shapes and results stay.
 
     Args:
         graph: to be changed.
         lengths: symbol of each dimension that varies -> its largest size.
-        smallest: bytes of scores, where keys are most; None: `LARGE_SCORES`.
     """
-    smallest = LARGE_SCORES if smallest is None else smallest
     for node in list(graph):
         if node.op_type != "Attention" or node.domain:
             continue
-        queries, keys = input_of(node, 0), input_of(node, 1)
-        heads, tokens = size_of(queries, 1), size_of(queries, 2)
-        scores = 4 * heads * tokens * _most_tokens(keys, lengths)
-        if size_of(queries, 0) == 1 and scores >= smallest:
+        (batch, heads, tokens), keys = (size_of(input_of(node, 0), n) for n in range(3)), input_of(node, 1)
+        if batch == 1 and 4 * heads * tokens * _most_tokens(keys, lengths) >= LARGE_SCORES:
             _attend_by_head(graph, node, heads, tokens)
-    if any(node.domain == ORT_DOMAIN for node in graph):
-        graph.opset_imports[ORT_DOMAIN] = ORT_VERSION
+            graph.opset_imports[ORT_DOMAIN] = ORT_VERSION
 
 
 def _most_tokens(keys: ir.Value, lengths: Mapping[str, int]) -> int:
@@ -94,16 +90,9 @@ def _attend_by_head(graph: ir.Graph, node: ir.Node, heads: int, tokens: int) -> 
         reshape, result = make("Reshape", [value, shape], value, sizes, f"{old.name}.{part}")
         reshapes.append(reshape)
         flat.append(result)
-    scale = node.attributes["scale"].as_float()
-    attend, seen = make(
-        "MultiHeadAttention",
-        flat,
-        old,
-        [heads, tokens, width],
-        f"{old.name}.heads",
-        {"num_heads": 1, "scale": scale},
-        domain=ORT_DOMAIN,
-    )
+    attributes = {"num_heads": 1, "scale": node.attributes["scale"].as_float()}
+    name, sizes = f"{old.name}.heads", [heads, tokens, width]
+    attend, seen = make("MultiHeadAttention", flat, old, sizes, name, attributes, domain=ORT_DOMAIN)
     # Every size is given: onnx infers no shape from an operator it does not know.
     whole = constant(graph, f"all_{heads}_{tokens}_{width}", np.array([1, heads, tokens, width], np.int64))
     back, result = make("Reshape", [seen, whole], old)
@@ -220,23 +209,17 @@ def make_caches_early(graph: ir.Graph) -> None:
 
 def taken_branches(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model as it runs with `clean`: a copy in which the branches taken are no branches any more."""
-    flat = onnx.ModelProto()
-    flat.CopyFrom(model)
+    flat = copy.deepcopy(model)
     del flat.graph.node[:]
-    flat.graph.node.extend(node for outer in model.graph.node for node in _taken(outer))
+    for outer in model.graph.node:
+        if outer.op_type != "If":
+            flat.graph.node.append(outer)
+            continue
+        branch = next(attribute.g for attribute in outer.attribute if attribute.name == THEN)
+        names = {value.name: name for value, name in zip(branch.output, outer.output, strict=True)}
+        for inner in branch.node:
+            node = flat.graph.node.add()
+            node.CopyFrom(inner)
+            node.input[:] = [names.get(name, name) for name in inner.input]
+            node.output[:] = [names.get(name, name) for name in inner.output]
     return flat
-
-
-def _taken(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """The nodes that run in a node's place, under the names of its outputs."""
-    if node.op_type != "If":
-        yield node
-        return
-    branch = next(attribute.g for attribute in node.attribute if attribute.name == THEN)
-    names = {value.name: name for value, name in zip(branch.output, node.output, strict=True)}
-    for one in branch.node:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(one)
-        copy.input[:] = [names.get(name, name) for name in one.input]
-        copy.output[:] = [names.get(name, name) for name in one.output]
-        yield copy

@@ -1,87 +1,100 @@
-"""The passes over a traced graph: which there are, in which order, and those that both targets have.
+"""What passes over a traced graph are made of, and the two that both targets have.
 
-Each pass says what it requires of a graph and what it ensures. The results of a graph stay the same but for
-rounding, and but for what `branch_on_clean` adds.
+Each pass says what it requires of a graph and what it ensures; `onnx_writer.write_onnx` runs them in order.
+The results of a graph stay the same but for rounding, and but for what `branch_on_clean` adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from forcingkv.export.fp8 import quantize_linears
-from forcingkv.export.onnxruntime_passes import attend_in_blocks, branch_on_clean, make_caches_early
-from forcingkv.export.rewriting import constant, input_of, make, replace_node, shape_of, size_of
-from forcingkv.export.tensorrt_passes import (
-    align_parameters,
-    fold_modulation,
-    narrow_indices,
-    pair_lone_heads,
-    split_slices,
-)
+
+def read_by(node: ir.Node) -> list[ir.Value]:
+    """The values that a node takes, and those that nodes of its branches do."""
+    branches = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    readers = [node, *(inner for branch in branches for inner in branch.all_nodes())]
+    return [value for reader in readers for value in reader.inputs if value is not None]
 
 
-def rewrite(
-    graph: ir.Graph,
-    matrices: Sequence[ir.Value],
-    parameters: Sequence[ir.Value],
+def makers(values: Iterable[ir.Value], known: Set[ir.Node] = frozenset()) -> set[ir.Node]:
+    """All nodes that the values depend on. Not followed: the nodes `known`, and what only they depend on."""
+    found: set[ir.Node] = set()
+    waiting = [value.producer() for value in values]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found and node not in known:
+            found.add(node)
+            waiting += [value.producer() for value in read_by(node)]
+    return found
+
+
+def input_of(node: ir.Node, place: int) -> ir.Value:
+    """An input that the node has to have."""
+    value = node.inputs[place]
+    if value is None:
+        raise ValueError(f"{node.op_type} lacks its input {place}")
+    return value
+
+
+def shape_of(value: ir.Value) -> list[int | ir.SymbolicDim]:
+    """The sizes of a value, or their symbols; ValueError where its shape is not known."""
+    if value.shape is None:
+        raise ValueError(f"the shape of {value.name} is not known")
+    return list(value.shape)
+
+
+def size_of(value: ir.Value, axis: int) -> int:
+    """The size of a value along an axis; ValueError where it is not known."""
+    size = shape_of(value)[axis]
+    if not isinstance(size, int):
+        raise ValueError(f"the size of {value.name} along axis {axis} is not known: {size}")
+    return size
+
+
+def make(
+    op_type: str,
+    inputs: Sequence[ir.Value],
+    like: ir.Value,
+    shape: Sequence[int | ir.SymbolicDim] | None = None,
+    name: str | None = None,
+    attributes: Mapping[str, int | float] | None = None,
     *,
-    tensorrt: bool,
-    lengths: Mapping[str, int],
-    clean_outputs: Sequence[Sequence[str]],
-    quantized: Mapping[str, ir.Value],
-    input_scales: Mapping[str, float],
-) -> list[ir.Value]:
-    """Run all passes for a target.
+    domain: str = "",
+    dtype: ir.DataType | None = None,
+) -> tuple[ir.Node, ir.Value]:
+    """A new node and its only output, which has type and shape of `like` unless others are given."""
+    sizes = like.shape if shape is None else ir.Shape(shape)
+    kind = like.type if dtype is None else ir.TensorType(dtype)
+    output = ir.Value(name=name, type=kind, shape=sizes)
+    return ir.node(op_type, inputs, attributes, domain=domain, outputs=[output]), output
 
-    In this order, with the reason where it matters. Each docstring has what a pass requires and ensures.
 
-    1. `use_transposed`: matrices become (in, out). First, while they have the shapes they were made with.
-    2. `scale_attention`: every Attention has its scale.
+def constant(graph: ir.Graph, name: str, content: npt.NDArray[Any]) -> ir.Value:
+    """The initializer of that name, which stands for its content; made if it is not there yet."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(content)
+        graph.initializers[name] = ir.Value(
+            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(content.shape)
+        )
+    return graph.initializers[name]
 
-    For TensorRT:
-    3. `fold_modulation`: one LayerNormalization instead of three nodes.
-    4. `split_slices`: Split or Gather instead of Slice.
-    5. `narrow_indices`: Gather by indices of 32 bits.
-    6. `pair_lone_heads`: no Attention over one head.
-    7. `align_parameters`: rank 3. Behind 1, which reverses the two sizes of a matrix.
 
-    For ONNX Runtime:
-    3. `attend_in_blocks`: no large scores in memory. Behind 2: MultiHeadAttention takes over the scale.
-    4. `branch_on_clean`: nodes that make caches go into branches, into which the passes before do not look.
-    5. `make_caches_early`: moves those branches, and with them what they need.
-
-    For both, last, `quantize_linears`: products in FP8. Behind 7, which knows matrices only in a MatMul.
-
-    Args:
-        graph: to be changed. Its parameters are inputs, whose contents lie elsewhere.
-        matrices: the parameters that are stored as (in, out).
-        parameters: all of them.
-        tensorrt: whether the target is TensorRT, or ONNX Runtime.
-        lengths: symbol of each dimension that varies -> its largest size.
-        clean_outputs: groups of outputs that only a clean pass is asked for.
-        quantized: name of each linear layer in FP8 -> its weight, a parameter.
-        input_scales: name of each linear layer in FP8 -> the scale of its input.
-
-    Returns:
-        New parameters: the scales of weights in FP8.
-    """
-    use_transposed(graph, matrices)
-    scale_attention(graph)
-    if tensorrt:
-        fold_modulation(graph)
-        split_slices(graph)
-        narrow_indices(graph)
-        pair_lone_heads(graph)
-        align_parameters(parameters)
-    else:
-        attend_in_blocks(graph, lengths)
-        if clean_outputs:
-            branch_on_clean(graph, clean_outputs)
-        make_caches_early(graph)
-    return quantize_linears(graph, quantized, input_scales, tensorrt=tensorrt)
+def replace_node(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """Put a value in the place of a node's only output; a graph's outputs keep their names."""
+    old = node.outputs[0]
+    if old.is_graph_output() and (value.producer() is None or value.is_graph_output()):
+        same, value = make("Identity", [value], old)
+        graph.insert_before(node, same)
+    name, named = old.name, old.is_graph_output()
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    if named:
+        value.name = name
 
 
 def scale_attention(graph: ir.Graph) -> None:

@@ -1,6 +1,6 @@
 """Passes after which TensorRT's parser makes fewer layers of a graph, or finds fused kernels for them.
 
-Each says what it requires of a graph and what it ensures; `passes.rewrite` runs them in order.
+Each says what it requires of a graph and what it ensures; `onnx_writer.write_onnx` runs them in order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
-from forcingkv.export.rewriting import constant, input_of, make, replace_node, shape_of, size_of
+from forcingkv.export.passes import constant, input_of, make, replace_node, shape_of, size_of
 
 Range = tuple[int, int]
 
@@ -43,34 +43,33 @@ def _known_slice(node: ir.Node) -> tuple[ir.Value, int, Range] | None:
     if node.op_type != "Slice" or node.domain:
         return None
     data, *bounds = node.inputs
-    numbers = [_numbers(value) for value in bounds if value is not None]
-    if data is None or data.shape is None or len(numbers) < 3 or any(n is None for n in numbers):
+    known = [ir.convenience.get_const_tensor(value) for value in bounds if value is not None]
+    if data is None or data.shape is None or len(known) < 3:
         return None
-    starts, ends, axes, *steps = (n for n in numbers if n is not None)
-    if len(axes) != 1 or any(list(step) != [1] for step in steps):
+    numbers = [tensor.numpy().reshape(-1).tolist() for tensor in known if tensor is not None]
+    if len(numbers) < len(known):
         return None
-    axis = int(axes[0]) % len(data.shape)
+    (start, *_), (end, *_), axes, *steps = numbers
+    if len(axes) != 1 or any(step != [1] for step in steps):
+        return None
+    axis = axes[0] % len(data.shape)
     size = data.shape[axis]
     if not isinstance(size, int):
         return None
-    start, stop, _ = slice(int(starts[0]), int(ends[0])).indices(size)
+    start, stop, _ = slice(start, end).indices(size)
     return (data, axis, (start, stop)) if start < stop else None
-
-
-def _numbers(value: ir.Value) -> Sequence[int] | None:
-    constant = ir.convenience.get_const_tensor(value)
-    return None if constant is None else [int(n) for n in constant.numpy().reshape(-1)]
 
 
 def _disjoint(ranges: list[Range]) -> list[list[Range]]:
     """Ranges, sorted, put together such that those of a group do not overlap."""
     groups: list[list[Range]] = []
     for part in ranges:
-        fitting = next((group for group in groups if group[-1][1] <= part[0]), None)
-        if fitting is None:
-            groups.append([part])
+        for group in groups:
+            if group[-1][1] <= part[0]:
+                group.append(part)
+                break
         else:
-            fitting.append(part)
+            groups.append([part])
     return groups
 
 

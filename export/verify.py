@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from torch import Tensor
 
 from forcingkv.export.fp8 import without_rounding
 from forcingkv.export.graphs import Graph
@@ -102,7 +101,10 @@ def _denoising_pass_is_equal(graph: Graph, runnable: OnnxGraph, inputs: Arrays, 
     These get no room, and ONNX Runtime refuses to write more than there is room for.
     """
     skipped = {name for group in graph.clean_outputs for name in group}
-    found = {name: np.empty_like(_cut(a) if name in skipped else a) for name, a in of_clean.items()}
+    found = {}
+    for name, array in of_clean.items():
+        empty = array[..., :0, :] if array.ndim > 1 else array[:0]  # of tokens
+        found[name] = np.empty_like(empty if name in skipped else array)
     try:
         runnable.run(_given(graph, inputs, clean=False), found)
     except DeviceError:
@@ -110,24 +112,25 @@ def _denoising_pass_is_equal(graph: Graph, runnable: OnnxGraph, inputs: Arrays, 
     return all(np.array_equal(of_clean[name], found[name]) for name in found if name not in skipped)
 
 
-def _cut(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Without tokens."""
-    return array[..., :0, :] if array.ndim > 1 else array[:0]
-
-
-def _cases(graph: Graph, plan: CachePlan) -> Iterator[dict[str, npt.NDArray[Any]]]:
+def _cases(graph: Graph, plan: CachePlan) -> Iterator[Arrays]:
     """Random inputs for each phase, in C order."""
     generator = np.random.default_rng(SEED)
     # The last phase first: ONNX Runtime keeps what it allocated, and the largest serves the others too.
     for phase in plan.phases[::-1] if graph.dynamic else plan.phases[-1:]:
         varying = plan.phase_shapes(phase)
-        yield {
-            name: _content(name, tensor, varying.get(name, tuple(tensor.shape)), generator)
-            for name, tensor in graph.inputs.items()
-        }
+        inputs = {}
+        for name, example in graph.inputs.items():
+            shape = varying.get(name, tuple(example.shape))
+            if name in HOST_INPUTS:
+                inputs[name] = example.numpy()
+            elif example.dtype == torch.int32:
+                inputs[name] = np.arange(shape[0], dtype=np.int32)
+            else:
+                inputs[name] = generator.standard_normal(shape, dtype=np.float32)
+        yield inputs
 
 
-def _torch(graph: Graph, inputs: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+def _torch(graph: Graph, inputs: Arrays) -> Arrays:
     """The outputs of the graph's module."""
     with torch.no_grad():
         out = graph.module({name: torch.from_numpy(array) for name, array in inputs.items()})
@@ -138,16 +141,6 @@ def _torch(graph: Graph, inputs: dict[str, npt.NDArray[Any]]) -> dict[str, npt.N
 def _size(array: npt.NDArray[Any]) -> float:
     """Root mean square."""
     return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
-
-
-def _content(
-    name: str, example: Tensor, shape: tuple[int, ...], generator: np.random.Generator
-) -> npt.NDArray[Any]:
-    if name in HOST_INPUTS:
-        return example.numpy()
-    if example.dtype == torch.int32:
-        return np.arange(shape[0], dtype=np.int32)
-    return generator.standard_normal(shape, dtype=np.float32)
 
 
 def _difference(expected: npt.NDArray[Any], found: npt.NDArray[Any], *, scaled: bool) -> float:

@@ -45,7 +45,7 @@ class LaunchSizes:
     segment_tokens: int
     kept: int
     frame_tokens: int = 0
-    """Only scoring needs it."""
+    """Only scoring needs it: 0 for layers that follow."""
 
     @property
     def candidate_tokens(self) -> int:
@@ -59,8 +59,8 @@ class LaunchSizes:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes that scoring needs for its cosines."""
-        return self.candidate_tokens * np.dtype(np.float32).itemsize
+        """Bytes that scoring needs for its cosines, in float32; 0 for layers that follow."""
+        return 4 * self.candidate_tokens if self.frame_tokens else 0
 
 
 def cosine_grid(frame_tokens: int, candidate_tokens: int, block: int = COSINE_BLOCK) -> Grid:
@@ -68,9 +68,8 @@ def cosine_grid(frame_tokens: int, candidate_tokens: int, block: int = COSINE_BL
     return -(-frame_tokens // block), candidate_tokens // frame_tokens, 1
 
 
-def select_grid() -> Grid:
-    """Programs of `select_segments`: one, since it is one small choice."""
-    return 1, 1, 1
+SELECT_GRID: Grid = 1, 1, 1
+"""Programs of `select_segments`: one, since it is one small choice."""
 
 
 def compact_grid(batch: int, heads: int, segment_tokens: int, kept: int, block: int = COMPACT_BLOCK) -> Grid:
@@ -135,16 +134,16 @@ class KernelLauncher:
             raise ValueError(f"{folder}: kernels of {sorted(kinds)}: {sorted(self._records)} for sm_{chosen}")
         self.dtype, self.width = kinds.pop()
         self._cuda = cuda_core()
-        self._kernels = {name: self._load(folder, record) for name, record in self._records.items()}
+        self._kernels: dict[KernelName, Any] = {}
+        for name, record in self._records.items():
+            path = inside(folder, record.file)
+            if not path.is_file():
+                raise InputError("is missing", where=str(path), hint="Export the bundle again.")
+            code = self._cuda.ObjectCode.from_cubin(path.read_bytes())
+            self._kernels[name] = code.get_kernel(record.symbol)
 
     def score(
-        self,
-        transition_keys: int,
-        new_keys: int,
-        cosines: int,
-        indices: int,
-        sizes: LaunchSizes,
-        stream: int,
+        self, transition_keys: int, new_keys: int, cosines: int, indices: int, sizes: LaunchSizes, stream: int
     ) -> None:
         """Choose the `kept` least similar segments: their indices (kept,) int64, ascending.
 
@@ -152,39 +151,20 @@ class KernelLauncher:
         more candidates than the kernel takes.
         """
         check_candidates(sizes.candidates)
-        self._launch(
-            "token_cosines",
-            cosine_grid(sizes.frame_tokens, sizes.candidate_tokens),
-            (transition_keys, new_keys, cosines),
-            (sizes.heads, sizes.transition_tokens, sizes.new_tokens, sizes.frame_tokens),
-            stream,
-        )
-        self._launch(
-            "select_segments",
-            select_grid(),
-            (cosines, indices),
-            (sizes.segment_tokens, sizes.candidates, sizes.kept),
-            stream,
-        )
+        grid = cosine_grid(sizes.frame_tokens, sizes.candidate_tokens)
+        numbers = [sizes.heads, sizes.transition_tokens, sizes.new_tokens, sizes.frame_tokens]
+        self._launch("token_cosines", grid, (transition_keys, new_keys, cosines), numbers, stream)
+        numbers = [sizes.segment_tokens, sizes.candidates, sizes.kept]
+        self._launch("select_segments", SELECT_GRID, (cosines, indices), numbers, stream)
 
     def collect(self, pointers: Sequence[int], sizes: LaunchSizes, stream: int) -> None:
         """Copy the chosen segments to retained keys and values (batch, heads, kept * tokens, width).
 
         `pointers`: transition keys and values, new keys and values, indices, retained keys and values.
         """
-        self._launch(
-            "compact_segments",
-            compact_grid(sizes.batch, sizes.heads, sizes.segment_tokens, sizes.kept),
-            pointers,
-            (sizes.transition_tokens, sizes.new_tokens, sizes.segment_tokens, sizes.kept),
-            stream,
-        )
-
-    def _load(self, folder: Path, record: KernelRecord) -> Any:
-        path = inside(folder, record.file)
-        if not path.is_file():
-            raise InputError("is missing", where=str(path), hint="Export the bundle again.")
-        return self._cuda.ObjectCode.from_cubin(path.read_bytes()).get_kernel(record.symbol)
+        grid = compact_grid(sizes.batch, sizes.heads, sizes.segment_tokens, sizes.kept)
+        numbers = [sizes.transition_tokens, sizes.new_tokens, sizes.segment_tokens, sizes.kept]
+        self._launch("compact_segments", grid, pointers, numbers, stream)
 
     def _launch(
         self, name: KernelName, grid: Grid, pointers: Sequence[int], sizes: Sequence[int], stream: int

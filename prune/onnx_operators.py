@@ -30,8 +30,8 @@ from forcingkv.runtime.kv.plan import CachePlan
 DOMAIN, VERSION = "forcingkv", 1
 OPSET = 23
 
-_TENSORS = ["transition_keys", "transition_values", "new_keys", "new_values"]
-_KEPT = ["retained_keys", "retained_values"]
+_TENSORS = "transition_keys, transition_values, new_keys, new_values"
+_RETAINED = "retained_keys, retained_values"
 
 _FRAME = """
     frame = Constant <value_int: int = @frame_tokens> ()
@@ -109,12 +109,27 @@ _COLLECT = """
 """
 
 
+_FUNCTIONS = {
+    f"DynamicPrune <frame_tokens, segments, kept, plugin_namespace> ({_TENSORS}) => ({_RETAINED}, indices)": (
+        _FRAME + _SEGMENT_OF_FRAME + _SEGMENT1 + _KEYS + _COSINES + _SELECT + _COLLECT
+    ),
+    f"DynamicPruneFollow <segment_tokens, plugin_namespace> ({_TENSORS}, indices) => ({_RETAINED})": (
+        _SEGMENT + _SEGMENT1 + _KEYS + _COLLECT
+    ),
+    "TokenCosines <frame_tokens, plugin_namespace> (transition_keys, new_keys) => (cosines)": (
+        _FRAME + _KEYS + _COSINES
+    ),
+    "SelectSegments <segment_tokens, kept, plugin_namespace> (cosines) => (indices)": (
+        _SEGMENT + _SEGMENT1 + _SELECT
+    ),
+}
+"""What each operator takes and gives -> its body."""
+
+
 def check_choice(plan: CachePlan) -> None:
     """Raise InputError unless the operators choose segments as the plan says: scored once, and shared."""
-    if plan.choice is None:
-        return
-    role = plan.choice.role
-    if role.choose == "least-similar" and role.shared:
+    role = plan.choice.role if plan.choice else None
+    if role is None or (role.choose == "least-similar" and role.shared):
         return
     raise InputError(
         f"chooses segments by choose = {role.choose!r} and shared = {str(role.shared).lower()}",
@@ -126,36 +141,8 @@ def check_choice(plan: CachePlan) -> None:
 
 def prune_functions() -> list[onnx.FunctionProto]:
     """The function bodies of all operators."""
-    return [
-        _function(
-            "DynamicPrune",
-            ["frame_tokens", "segments", "kept"],
-            _TENSORS,
-            [*_KEPT, "indices"],
-            _FRAME + _SEGMENT_OF_FRAME + _SEGMENT1 + _KEYS + _COSINES + _SELECT + _COLLECT,
-        ),
-        _function(
-            "DynamicPruneFollow",
-            ["segment_tokens"],
-            [*_TENSORS, "indices"],
-            _KEPT,
-            _SEGMENT + _SEGMENT1 + _KEYS + _COLLECT,
-        ),
-        _function(
-            "TokenCosines",
-            ["frame_tokens"],
-            ["transition_keys", "new_keys"],
-            ["cosines"],
-            _FRAME + _KEYS + _COSINES,
-        ),
-        _function(
-            "SelectSegments",
-            ["segment_tokens", "kept"],
-            ["cosines"],
-            ["indices"],
-            _SEGMENT + _SEGMENT1 + _SELECT,
-        ),
-    ]
+    imports = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>'
+    return [parser.parse_function(f"{imports}\n{head}\n{{{body}}}") for head, body in _FUNCTIONS.items()]
 
 
 def functions_for(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
@@ -197,15 +184,8 @@ def _one_kernel_each(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     cosines = f"{indices}.cosines"
 
     def make(name: str, inputs: list[str], outputs: list[str], **sizes: Any) -> onnx.NodeProto:
-        return helper.make_node(
-            name,
-            inputs,
-            outputs,
-            f"{node.name}.{name}",
-            domain=DOMAIN,
-            plugin_namespace=PLUGIN_NAMESPACE,
-            **sizes,
-        )
+        sizes |= {"domain": DOMAIN, "plugin_namespace": PLUGIN_NAMESPACE}
+        return helper.make_node(name, inputs, outputs, f"{node.name}.{name}", **sizes)
 
     keys, _, new_keys, _ = tensors = list(node.input)
     return [
@@ -213,16 +193,6 @@ def _one_kernel_each(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         make("SelectSegments", [cosines], [indices], segment_tokens=segment_tokens, kept=kept),
         make("DynamicPruneFollow", [*tensors, indices], retained, segment_tokens=segment_tokens),
     ]
-
-
-def _function(
-    name: str, sizes: list[str], inputs: list[str], outputs: list[str], body: str
-) -> onnx.FunctionProto:
-    attributes = ", ".join([*sizes, "plugin_namespace"])
-    return parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
-        f"{name} <{attributes}> ({', '.join(inputs)}) => ({', '.join(outputs)})\n{{{body}}}"
-    )
 
 
 def translation_table() -> dict[Any, Any]:
@@ -250,20 +220,19 @@ def _opset() -> Any:
     def tensors(names: Iterable[str]) -> list[defs.OpSchema.FormalParameter]:
         return [formal(name, "tensor(int64)" if name == "indices" else "T") for name in names]
 
-    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    keys_types = ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "keys and values")
     for function in prune_functions()[:2]:
         *sizes, namespace = function.attribute
         attributes = [attribute(name, kinds.INT, "", required=True) for name in sizes]
         attributes.append(attribute(namespace, kinds.STRING, "", required=True))
-        defs.register_schema(
-            defs.OpSchema(
-                function.name,
-                DOMAIN,
-                VERSION,
-                inputs=tensors(function.input),
-                outputs=tensors(function.output),
-                type_constraints=[("T", floats, "keys and values")],
-                attributes=attributes,
-            )
+        schema = defs.OpSchema(
+            function.name,
+            DOMAIN,
+            VERSION,
+            inputs=tensors(function.input),
+            outputs=tensors(function.output),
+            type_constraints=[keys_types],
+            attributes=attributes,
         )
+        defs.register_schema(schema)
     return values.Opset(DOMAIN, VERSION)

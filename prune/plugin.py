@@ -56,33 +56,15 @@ class DynamicPrune:
 
     def sizes(self, inputs: list[Shape]) -> LaunchSizes:
         """What the kernels are to work on."""
-        return _sizes(inputs, self.frame_tokens // self.segments, self.kept, self.frame_tokens)
+        (batch, heads, new_tokens, _), segment_tokens = inputs[2], self.frame_tokens // self.segments
+        return LaunchSizes(
+            batch, heads, inputs[0][2], new_tokens, segment_tokens, self.kept, self.frame_tokens
+        )
 
     def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
         """Shapes of the outputs."""
         tokens = build.constant(self.kept * (self.frame_tokens // self.segments))
         return [*_retained(inputs, tokens), trt.DimsExprs([build.constant(self.kept)])]
-
-    def workspace_bytes(self, inputs: list[Shape]) -> int:
-        """Bytes for the cosines."""
-        return self.sizes(inputs).workspace_bytes
-
-    def check(self, inputs: list[Shape]) -> None:
-        """Raises an error if frames are not whole, or their segments too few or too many to choose from."""
-        _check_multiples(inputs, self.frame_tokens)
-        candidates = self.sizes(inputs).candidates
-        if candidates < self.kept:
-            raise ValueError(f"{self.kept} segments are to be kept, of {candidates}")
-        check_candidates(candidates)
-
-    def run(
-        self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int, stream: int
-    ) -> None:
-        """Launch the kernels; `pointers` are those of the inputs, then of the outputs."""
-        *inputs, retained_keys, retained_values, indices = pointers
-        sizes = self.sizes(shapes)
-        launcher.score(inputs[0], inputs[2], workspace, indices, sizes, stream)
-        launcher.collect([*inputs, indices, retained_keys, retained_values], sizes, stream)
 
 
 @dataclass(frozen=True)
@@ -101,26 +83,13 @@ class DynamicPruneFollow:
 
     def sizes(self, inputs: list[Shape]) -> LaunchSizes:
         """What the kernel is to work on."""
-        return _sizes(inputs, self.segment_tokens, inputs[4][0])
+        batch, heads, new_tokens, _ = inputs[2]
+        return LaunchSizes(batch, heads, inputs[0][2], new_tokens, self.segment_tokens, inputs[4][0])
 
     def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
         """Shapes of the outputs."""
         size = build.constant(self.segment_tokens)
         return _retained(inputs, build.operation(trt.DimensionOperation.PROD, inputs[4][0], size))
-
-    def workspace_bytes(self, inputs: list[Shape]) -> int:
-        """None."""
-        return 0
-
-    def check(self, inputs: list[Shape]) -> None:
-        """Raises ValueError if keys do not hold whole segments."""
-        _check_multiples(inputs, self.segment_tokens)
-
-    def run(
-        self, launcher: KernelLauncher, shapes: list[Shape], pointers: list[int], workspace: int, stream: int
-    ) -> None:
-        """Launch the kernel; `pointers` are those of the inputs, then of the outputs."""
-        launcher.collect(pointers, self.sizes(shapes), stream)
 
 
 Operator: TypeAlias = DynamicPrune | DynamicPruneFollow
@@ -132,15 +101,33 @@ def _retained(inputs: Exprs, tokens: trt.IDimensionExpr) -> Exprs:
     return [trt.DimsExprs([inputs[2][0], inputs[2][1], tokens, inputs[2][3]]) for _ in range(2)]
 
 
-def _sizes(inputs: list[Shape], segment_tokens: int, kept: int, frame_tokens: int = 0) -> LaunchSizes:
-    batch, heads, new_tokens, _ = inputs[2]
-    return LaunchSizes(batch, heads, inputs[0][2], new_tokens, segment_tokens, kept, frame_tokens)
+def check(sizes: LaunchSizes) -> None:
+    """Raise an error if frames are not whole, or their segments too few or too many to choose from."""
+    whole = sizes.frame_tokens or sizes.segment_tokens
+    for name, tokens in (("transition", sizes.transition_tokens), ("new", sizes.new_tokens)):
+        if tokens % whole:
+            raise ValueError(f"{name} keys hold {tokens} tokens, which is no multiple of {whole}")
+    if sizes.frame_tokens:
+        if sizes.candidates < sizes.kept:
+            raise ValueError(f"{sizes.kept} segments are to be kept, of {sizes.candidates}")
+        check_candidates(sizes.candidates)
 
 
-def _check_multiples(inputs: list[Shape], tokens: int) -> None:
-    for name, shape in zip(("transition", "new"), (inputs[0], inputs[2]), strict=True):
-        if shape[2] % tokens:
-            raise ValueError(f"{name} keys hold {shape[2]} tokens, which is no multiple of {tokens}")
+def launch(
+    launcher: KernelLauncher,
+    sizes: LaunchSizes,
+    inputs: list[int],
+    outputs: list[int],
+    workspace: int,
+    stream: int,
+) -> None:
+    """Launch the kernels of an operator on pointers to its inputs, outputs and workspace."""
+    if sizes.frame_tokens:
+        *retained, indices = outputs
+        launcher.score(inputs[0], inputs[2], workspace, indices, sizes, stream)
+        launcher.collect([*inputs, indices, *retained], sizes, stream)
+    else:
+        launcher.collect([*inputs, *outputs], sizes, stream)
 
 
 def register_plugins(launcher: KernelLauncher | None) -> None:
@@ -270,11 +257,11 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
 
         @_kept
         def get_workspace_size(self, inputs: Bounds, out: Bounds) -> int:
-            return self.operator.workspace_bytes([description.max[:] for description in inputs])
+            return self.operator.sizes([description.max[:] for description in inputs]).workspace_bytes
 
         @_kept
         def on_shape_change(self, inputs: Tensors, out: Tensors) -> None:
-            self.operator.check(_shapes(inputs))
+            check(self.operator.sizes(_shapes(inputs)))
 
         def set_tactic(self, tactic: int) -> None:
             pass
@@ -296,7 +283,7 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
                     f"{self.operator.name} has no kernels for {key_types()[keys.type]} keys of width"
                     f" {keys.dims[3]}: give register_plugins the bundle's KernelLauncher before running"
                 )
-            self.operator.run(launcher, _shapes(input_desc), [*inputs, *outputs], workspace, stream)
+            launch(launcher, self.operator.sizes(_shapes(input_desc)), inputs, outputs, workspace, stream)
 
     return PrunePlugin
 

@@ -16,13 +16,12 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from types import GenericAlias
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.prune.launcher import check_candidates, compact_grid, cosine_grid, select_grid
+from forcingkv.prune.launcher import SELECT_GRID, check_candidates, compact_grid, cosine_grid
 from forcingkv.prune.plugin import PLUGIN_NAMESPACE, PLUGIN_VERSION, key_types
 from forcingkv.prune.triton_kernels import argument_types, compile_for
 from forcingkv.runtime.engines import KernelName
@@ -34,13 +33,16 @@ Size: TypeAlias = Any
 Sizes: TypeAlias = dict[str, int]
 Tensors: TypeAlias = Sequence[Any]
 """tensorrt.plugin.TensorDesc: `shape_expr` always, `shape` where a kernel is asked for."""
+Described: TypeAlias = "list[tuple[tuple[Size, ...], trt.DataType]]"
+"""Shapes and types of the outputs."""
+Launch: TypeAlias = tuple[tuple[Size, Size, Size], list[Size]]
+"""The grid, and the kernel's sizes in the order of its signature."""
 
 STATIC_SHARED_BYTES = 48 * 1024
 """Shared memory that a kernel has without asking for more, which TensorRT does not."""
 
 
-@dataclass(frozen=True)
-class KernelText:
+class KernelText(NamedTuple):
     """A kernel as it goes into an engine."""
 
     symbol: str
@@ -60,12 +62,12 @@ class QuickPlugin(ABC):
     """The node's attributes."""
 
     @abstractmethod
-    def describe(self, inputs: Tensors, sizes: Sizes) -> list[tuple[tuple[Size, ...], trt.DataType]]:
-        """Shapes and types of the outputs."""
+    def describe(self, inputs: Tensors, sizes: Sizes) -> Described:
+        """What it gives."""
 
     @abstractmethod
-    def launch(self, inputs: Tensors, sizes: Sizes) -> tuple[tuple[Size, Size, Size], list[Size]]:
-        """The grid, and the kernel's sizes in the order of its signature."""
+    def launch(self, inputs: Tensors, sizes: Sizes) -> Launch:
+        """What is launched."""
 
 
 class TokenCosines(QuickPlugin):
@@ -75,17 +77,15 @@ class TokenCosines(QuickPlugin):
     inputs, outputs = ("transition_keys", "new_keys"), ("cosines",)
     sizes = ("frame_tokens",)
 
-    def describe(self, inputs: Tensors, sizes: Sizes) -> list[tuple[tuple[Size, ...], trt.DataType]]:
-        return [((self._candidate_tokens(inputs, sizes),), trt.DataType.FLOAT)]
-
-    def launch(self, inputs: Tensors, sizes: Sizes) -> tuple[tuple[Size, Size, Size], list[Size]]:
+    def describe(self, inputs: Tensors, sizes: Sizes) -> Described:
         transition, new = (tensor.shape_expr for tensor in inputs)
-        grid = cosine_grid(sizes["frame_tokens"], self._candidate_tokens(inputs, sizes))
-        return grid, [new[1], transition[2], new[2], sizes["frame_tokens"]]
+        return [((transition[2] + new[2] - sizes["frame_tokens"],), trt.DataType.FLOAT)]
 
-    def _candidate_tokens(self, inputs: Tensors, sizes: Sizes) -> Size:
+    def launch(self, inputs: Tensors, sizes: Sizes) -> Launch:
         transition, new = (tensor.shape_expr for tensor in inputs)
-        return transition[2] + new[2] - sizes["frame_tokens"]
+        frame_tokens = sizes["frame_tokens"]
+        grid = cosine_grid(frame_tokens, transition[2] + new[2] - frame_tokens)
+        return grid, [new[1], transition[2], new[2], frame_tokens]
 
 
 class SelectSegments(QuickPlugin):
@@ -95,15 +95,15 @@ class SelectSegments(QuickPlugin):
     inputs, outputs = ("cosines",), ("indices",)
     sizes = ("segment_tokens", "kept")
 
-    def describe(self, inputs: Tensors, sizes: Sizes) -> list[tuple[tuple[Size, ...], trt.DataType]]:
+    def describe(self, inputs: Tensors, sizes: Sizes) -> Described:
         return [((sizes["kept"],), trt.DataType.INT64)]
 
-    def launch(self, inputs: Tensors, sizes: Sizes) -> tuple[tuple[Size, Size, Size], list[Size]]:
+    def launch(self, inputs: Tensors, sizes: Sizes) -> Launch:
         # Checked now: when the engine runs, nothing else does.
         shape = inputs[0].shape
         check_candidates((shape.max if shape.is_dynamic else shape)[0] // sizes["segment_tokens"])
         candidates = inputs[0].shape_expr[0] // sizes["segment_tokens"]
-        return select_grid(), [sizes["segment_tokens"], candidates, sizes["kept"]]
+        return SELECT_GRID, [sizes["segment_tokens"], candidates, sizes["kept"]]
 
 
 class DynamicPruneFollow(QuickPlugin):
@@ -114,12 +114,12 @@ class DynamicPruneFollow(QuickPlugin):
     outputs = ("retained_keys", "retained_values")
     sizes = ("segment_tokens",)
 
-    def describe(self, inputs: Tensors, sizes: Sizes) -> list[tuple[tuple[Size, ...], trt.DataType]]:
+    def describe(self, inputs: Tensors, sizes: Sizes) -> Described:
         batch, heads, _, width = inputs[2].shape_expr
         shape = (batch, heads, inputs[4].shape_expr[0] * sizes["segment_tokens"], width)
         return [(shape, inputs[2].dtype)] * 2
 
-    def launch(self, inputs: Tensors, sizes: Sizes) -> tuple[tuple[Size, Size, Size], list[Size]]:
+    def launch(self, inputs: Tensors, sizes: Sizes) -> Launch:
         transition, _, new, _, indices = (tensor.shape_expr for tensor in inputs)
         grid = compact_grid(new[0], new[1], sizes["segment_tokens"], indices[0])
         return grid, [transition[2], new[2], sizes["segment_tokens"], indices[0]]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from forcingkv.headmaps.errors import MissingExtraError
-from forcingkv.headmaps.files import unwritable, write_bytes
+from forcingkv.headmaps.files import write_bytes
 from forcingkv.prune.launcher import COMPACT_BLOCK, COSINE_BLOCK, KERNELS, MAX_CANDIDATES, SELECT_BLOCK
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import KernelName, KernelRecord
@@ -215,33 +215,19 @@ def compile_kernels(folder: Path, dtype: Dtype, width: int, sms: Sequence[int] =
         InputError: the folder cannot be written.
         RuntimeError: a kernel needs more registers than there are (its width is too large), or ptxas fails.
     """
-    try:
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
     records = []
     for sm in sms:
         for name in KERNELS:
             file = f"{FOLDER}/{name}-{dtype}-sm{sm}.cubin"
             compiled = compile_for(name, dtype, width, sm)
+            made = compiled.metadata
             cubin, registers, spilled = assemble(compiled.asm["ptx"], sm)
             if spilled:
                 raise RuntimeError(f"{name} for sm_{sm} spills {spilled} bytes a thread (width {width})")
             write_bytes(folder / file, cubin)
-            records.append(
-                KernelRecord(
-                    name,
-                    dtype,
-                    width,
-                    sm,
-                    file,
-                    symbol=compiled.metadata.name,
-                    warps=compiled.metadata.num_warps,
-                    shared_bytes=compiled.metadata.shared,
-                    registers=registers,
-                    spill_bytes=spilled,
-                )
-            )
+            facts: dict[str, Any] = {"symbol": made.name, "warps": made.num_warps}
+            facts |= {"shared_bytes": made.shared, "registers": registers, "spill_bytes": spilled}
+            records.append(KernelRecord(name, dtype, width, sm, file, **facts))
     return records
 
 

@@ -7,16 +7,13 @@ from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from forcingkv.export import EngineError, bundle_writer, engine_builder, export_bundle
-from forcingkv.export.engine_builder import (
-    EngineTarget,
-    build_engine,
-    parse_report,
-)
+from forcingkv.export.engine_builder import EngineTarget, build_engine, run_child
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import load_weights, random_weights
@@ -25,7 +22,7 @@ from forcingkv.prune import triton_kernels
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.bundle import Manifest
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.flavour import FLAVOURS
+from forcingkv.runtime.flavour import FLAVOURS, Flavour
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder
@@ -52,6 +49,11 @@ def demo() -> Path:
         target="tensorrt-rtx",
         sms=(89,),
     )
+
+
+def parse_report(graph: Path, flavour: Flavour, *, plugins: bool) -> dict[str, Any]:
+    """What the parser makes of a graph, where the plugins are registered or not. Builds nothing."""
+    return run_child(graph, flavour, plugins="python" if plugins else None)
 
 
 def rebuilt(bundle: Path, graph: str, sm: int, out: Path, *, plugins: bool = True) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.models.wan import KeysValues
-from forcingkv.prune.launcher import compact_grid, cosine_grid, select_grid
+from forcingkv.prune.launcher import SELECT_GRID, compact_grid, cosine_grid
 
 Bits = npt.NDArray[Any]
 
@@ -124,7 +124,7 @@ def _select(cosines: Bits, segment_tokens: int, kept: int, constants: Mapping[st
 
     # One place more than is asked for: a kernel that writes past its output shows.
     indices = torch.full((kept + 1,), -1)
-    triton_kernels.select_segments[select_grid()](
+    triton_kernels.select_segments[SELECT_GRID](
         torch.from_numpy(cosines),
         indices,
         segment_tokens,

@@ -92,7 +92,7 @@ def test_a_kernel_that_would_spill_is_refused(tmp_path: Path) -> None:
         RuntimeError, match=r"token_cosines for sm_80 spills \d+ bytes a thread \(width 512\)"
     ):
         compile_kernels(tmp_path, "bfloat16", 512, (80,))
-    assert list((tmp_path / "kernels").iterdir()) == []
+    assert not (tmp_path / "kernels").exists()
 
 
 @pytest.mark.usefixtures("fresh")

@@ -19,12 +19,12 @@ from forcingkv.models.wan import KeysValues
 from forcingkv.prune.launcher import (
     KERNELS,
     MAX_CANDIDATES,
+    SELECT_GRID,
     KernelLauncher,
     LaunchSizes,
     best_sm,
     compact_grid,
     cosine_grid,
-    select_grid,
 )
 from forcingkv.prune.reference import prune_score
 from forcingkv.runtime.engines import KernelRecord
@@ -119,7 +119,7 @@ def test_grids_cover_what_is_left_over() -> None:
     assert cosine_grid(17, 34, 16) == (2, 2, 1)
     assert cosine_grid(16, 32, 16) == (1, 2, 1)
     assert compact_grid(2, 3, 33, 5, 32) == (10, 6, 2)
-    assert select_grid() == (1, 1, 1)
+    assert SELECT_GRID == (1, 1, 1)
     assert SIZES.workspace_bytes == 4 * 4680
 
 

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from forcingkv.headmaps.errors import InputError
 from forcingkv.prune import onnx_operators, plugin
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes
-from forcingkv.prune.plugin import OPERATORS, DynamicPrune, DynamicPruneFollow
+from forcingkv.prune.plugin import OPERATORS, DynamicPrune, DynamicPruneFollow, check, launch
 
 ROOT = Path(__file__).parents[2]
 HEADS, WIDTH, FRAME, SEGMENTS, KEPT = 2, 16, 12, 6, 6
@@ -53,44 +53,41 @@ class Recorder:
 def test_scoring_launches_scores_then_collects(transition: int) -> None:
     recorder = Recorder()
     keys, new = (2, HEADS, transition, WIDTH), (2, HEADS, NEW, WIDTH)
-    operator = DynamicPrune(frame_tokens=FRAME, segments=SEGMENTS, kept=KEPT)
-    operator.check([keys, keys, new, new])
-    launcher = cast(KernelLauncher, recorder)
-    operator.run(launcher, [keys, keys, new, new], [1, 2, 3, 4, 5, 6, 7], 8, 9)
-    sizes = asdict(LaunchSizes(2, HEADS, transition, NEW, SIZE, KEPT, FRAME))
+    sizes = DynamicPrune(FRAME, SEGMENTS, KEPT).sizes([keys, keys, new, new])
+    assert sizes == LaunchSizes(2, HEADS, transition, NEW, SIZE, KEPT, FRAME)
+    check(sizes)
+    launch(cast(KernelLauncher, recorder), sizes, [1, 2, 3, 4], [5, 6, 7], 8, 9)
     assert recorder.calls == [
-        ("score", [1, 3, 8, 7], sizes, 9),
-        ("collect", [1, 2, 3, 4, 7, 5, 6], sizes, 9),
+        ("score", [1, 3, 8, 7], asdict(sizes), 9),
+        ("collect", [1, 2, 3, 4, 7, 5, 6], asdict(sizes), 9),
     ]
-    assert operator.workspace_bytes([keys, keys, new, new]) == 4 * (transition + 2 * FRAME)
+    assert sizes.workspace_bytes == 4 * (transition + 2 * FRAME)
 
 
 @pytest.mark.parametrize("transition", [0, FRAME])
 def test_following_only_collects(transition: int) -> None:
     recorder = Recorder()
     keys, new = (1, HEADS, transition, WIDTH), (1, HEADS, NEW, WIDTH)
-    operator = DynamicPruneFollow(segment_tokens=SIZE)
-    operator.check([keys, keys, new, new, (KEPT,)])
-    launcher = cast(KernelLauncher, recorder)
-    operator.run(launcher, [keys, keys, new, new, (KEPT,)], [1, 2, 3, 4, 5, 6, 7], 0, 9)
-    sizes = asdict(LaunchSizes(1, HEADS, transition, NEW, SIZE, KEPT))
-    assert recorder.calls == [("collect", [1, 2, 3, 4, 5, 6, 7], sizes, 9)]
+    sizes = DynamicPruneFollow(SIZE).sizes([keys, keys, new, new, (KEPT,)])
+    assert sizes == LaunchSizes(1, HEADS, transition, NEW, SIZE, KEPT)
+    check(sizes)
+    launch(cast(KernelLauncher, recorder), sizes, [1, 2, 3, 4, 5], [6, 7], 0, 9)
+    assert recorder.calls == [("collect", [1, 2, 3, 4, 5, 6, 7], asdict(sizes), 9)]
+    assert sizes.workspace_bytes == 0
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="no segments of equal size"):
         DynamicPrune(frame_tokens=FRAME, segments=5, kept=KEPT)
-    one_frame, part = (1, HEADS, FRAME, WIDTH), (1, HEADS, FRAME + 1, WIDTH)
+    one_frame, part, eleven = ((1, HEADS, tokens, WIDTH) for tokens in (FRAME, FRAME + 1, 11 * FRAME))
     with pytest.raises(ValueError, match="new keys hold 13 tokens, which is no multiple of 12"):
-        DynamicPrune(FRAME, SEGMENTS, KEPT).check([one_frame, one_frame, part, part])
+        check(DynamicPrune(FRAME, SEGMENTS, KEPT).sizes([one_frame, one_frame, part, part]))
     with pytest.raises(ValueError, match="7 segments are to be kept, of 6"):
-        DynamicPrune(FRAME, SEGMENTS, 7).check([one_frame] * 4)
+        check(DynamicPrune(FRAME, SEGMENTS, 7).sizes([one_frame] * 4))
     with pytest.raises(InputError, match="has 66 segments to choose"):
-        DynamicPrune(FRAME, SEGMENTS, KEPT).check(
-            [one_frame, one_frame, *[(1, HEADS, 11 * FRAME, WIDTH)] * 2]
-        )
+        check(DynamicPrune(FRAME, SEGMENTS, KEPT).sizes([*[one_frame] * 2, *[eleven] * 2]))
     with pytest.raises(ValueError, match="transition keys hold 13 tokens, which is no multiple of 2"):
-        DynamicPruneFollow(SIZE).check([part, part, one_frame, one_frame, (KEPT,)])
+        check(DynamicPruneFollow(SIZE).sizes([part, part, one_frame, one_frame, (KEPT,)]))
 
 
 def test_the_plugins_are_the_operators_that_export_writes() -> None:
