@@ -69,8 +69,8 @@ def measure_file(path: Path, reference: Path | None, layout: ChunkLayout, top: i
         "frames": own.frames,
         "fps": fps,
         "values": own.values,
-        "boundaries": list(own.boundaries),
-        "seams": {name: list(ratios) for name, ratios in vars(own.seams).items()},
+        "boundaries": own.boundaries,
+        "seams": own.seams,
     }
     if reference is not None:
         with open_video(path) as file, open_video(reference) as other:

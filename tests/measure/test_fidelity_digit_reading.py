@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from forcingkv.measure.fidelity.digit_reading import read_digits
 from forcingkv.models.demo.data import Clip, make_clip
+from forcingkv.models.demo.judge import read_digits
 
 
 def video_of(clip: Clip) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from forcingkv.commands.console import default_prompts
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.demo import data
-from forcingkv.models.demo.judge import Judge, verdict
+from forcingkv.models.demo.judge import verdict
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.text import encode_words
 
@@ -50,9 +50,9 @@ def test_every_shipped_prompt_is_understood() -> None:
 
 def test_the_judge_reads_real_held_out_clips() -> None:
     """Its own accuracy, on scans that it was not trained on: the documentation says 98% of digits."""
-    judge, rng = Judge.fit(), np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     clips = [data.make_clip(rng, 18, "held-out") for _ in range(100)]
-    verdicts = [verdict(judge, clip.frames, clip.moves, 3, 5) for clip in clips]
+    verdicts = [verdict(clip.frames, clip.moves, 3, 5) for clip in clips]
     assert np.mean([v.digits for v in verdicts]) >= 0.94
     assert np.mean([v.directions for v in verdicts]) == 1
 
@@ -62,9 +62,9 @@ def test_the_judge_can_say_no() -> None:
     (digit, way), right = clip.moves
     axis = {"left": "up", "right": "up", "up": "left", "down": "left"}[way]
     wrong = (((digit + 1) % 10, axis), right)
-    seen = verdict(Judge.fit(), clip.frames, wrong, 3, 5)
+    seen = verdict(clip.frames, wrong, 3, 5)
     assert (seen.digits[0], seen.directions[0]) == (False, False)
-    empty = verdict(Judge.fit(), np.full_like(clip.frames, -1), clip.moves, 3, 5)
+    empty = verdict(np.full_like(clip.frames, -1), clip.moves, 3, 5)
     assert empty.digits == empty.directions == (False, False)
 
 
