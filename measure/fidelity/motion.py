@@ -122,9 +122,10 @@ def measure_motion(frames: Iterable[Frame], fps: float) -> Motion:
     interval = max(1, round(fps / SAMPLED_FPS))
     magnitude, change, residual, fastest = list[float](), list[float](), list[float](), list[float]()
     video = iter(frames)
-    last = sampled = next(video, None)
-    if last is None:
+    first = next(video, None)
+    if first is None:
         raise ValueError("there are no two frames")
+    last = sampled = first
     meter, flow = FlowMeter(*last.shape[:2]), None
     for number, frame in enumerate(video, 1):
         pair = meter.between(last, frame)

@@ -20,7 +20,7 @@ from forcingkv.runtime.spec import ModelSpec
 
 Floats = npt.NDArray[np.float64]
 Ratios = tuple[float | None, ...]
-"""For each boundary of a video, what is there over what is at crossings inside the two chunks that meet there.
+"""For each boundary of a video, what is there over what is at crossings inside the two chunks that meet.
 1: the boundary is like them. None: those chunks have no crossings."""
 
 FLOOR_PIXELS = 0.05
