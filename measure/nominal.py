@@ -1,4 +1,4 @@
-"""Which heads shapes and costs are derived for: the user's, the published number of each label, or an assumption.
+"""Which heads shapes and costs are derived for: the user's, those published, or an assumption.
 
 Which head has which label is of no meaning in a map that is made here from numbers.
 """
@@ -37,7 +37,8 @@ class _Published:
 def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
     """The map that ships for a model, or one with the published shares of labels; None for a policy without.
 
-    Published labels are spread evenly over the layers. Raises InputError where there is neither for that model and policy.
+    Published labels are spread evenly over the layers. Raises InputError where there is neither for that
+    model and policy.
     """
     if not policy.needs_headmap:
         return None
@@ -56,9 +57,9 @@ def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
 def known_map(spec: ModelSpec, policy: Policy) -> tuple[HeadMap, str] | None:
     """The map of `nominal_map`, and a text with its heads and their origin; None where there is none."""
     shipped = _shipped(spec.name)
-    if shipped and (shipped.model.layers, shipped.model.heads) == (spec.layers, spec.heads):
-        if set(shipped.counts()) <= set(policy.groups):
-            return shipped, f"{_in_words(shipped)}: the map that ships"
+    same_size = shipped and (shipped.model.layers, shipped.model.heads) == (spec.layers, spec.heads)
+    if shipped and same_size and set(shipped.counts()) <= set(policy.groups):
+        return shipped, f"{_in_words(shipped)}: the map that ships"
     models = _published().get(policy.name, {})
     published = models.get(spec.name, models.get(ANY_MODEL))
     # A policy of the same name may be a user's own, with other groups.
@@ -75,8 +76,8 @@ def plan_for(
 ) -> tuple[CachePlan, str]:
     """The cache plan of a policy, and which heads it was made with, in words.
 
-    A policy that needs labels and is given none that it knows is planned with `known_map`. Where there is none,
-    every head has the same label: the one that takes most memory, as the check before a session does it.
+    A policy that needs labels and is given none that it knows is planned with `known_map`. Where there is
+    none, every head has the same label: the one that takes most memory, as in the check before a session.
 
     Raises InputError where map, segments or frames do not fit the model.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +15,7 @@ from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 
 if TYPE_CHECKING:
-    from forcingkv.measure.bench.cases import BenchCase
+    from forcingkv.runtime import Bundle
 
 
 POLICIES = "full,window,dummy-forcing,forcing-kv"
@@ -79,7 +79,12 @@ def bench(
         need("analyze", "matplotlib")
     setup, sizes = BenchSetup(rounds, backend, threads or cores(), decode), _geometries(model, geometry)
     results, across = [], []
-    with _shown() as progress:
+    with progress_bar() as shown:
+        task = shown.add_task("exporting", total=None)
+
+        def progress(doing: str) -> None:
+            shown.update(task, description=doing)
+
         for size in sizes:
             with _cases(bundle, model, layers, size, policies, headmap, decoder) as cases:
                 measured = take_turns(cases, setup, seconds=minutes * 60, progress=progress)
@@ -104,7 +109,7 @@ def _geometries(model: str | None, geometry: str | None) -> Sequence[str | None]
     """Those asked for, all of them known to the model; None for its own, or a bundle's."""
     if not geometry:
         return [None]
-    sizes = _several(geometry, "--geometry")
+    sizes = _names(geometry, "--geometry")
     if model:
         from forcingkv.models.presets import load_spec
 
@@ -122,7 +127,7 @@ def _cases(
     policies: str,
     headmap: Path | None,
     decoder: str | None,
-) -> Iterator[list[BenchCase]]:
+) -> Iterator[list[Bundle]]:
     from forcingkv.measure.bench.cases import bundle_cases, preset_cases
 
     if bundles:
@@ -138,7 +143,7 @@ def _cases(
     from forcingkv.models.presets import load_spec
 
     assert model is not None
-    names = _several(policies, "--policies")
+    names = _names(policies, "--policies")
     spec, heads = load_spec(model), read_headmap(headmap) if headmap else None
     if decoder and spec.decoder.kind == "pixels":
         raise InputError(f"the latents of {spec.name} are pixels: it has no decoder", where="--decoder")
@@ -148,15 +153,7 @@ def _cases(
         yield cases
 
 
-@contextmanager
-def _shown() -> Iterator[Callable[[str], None]]:
-    """A display of what is being done, beside a clock."""
-    with progress_bar() as shown:
-        task = shown.add_task("exporting", total=None)
-        yield lambda doing: shown.update(task, description=doing)
-
-
-def _several(text: str, option: str) -> list[str]:
+def _names(text: str, option: str) -> list[str]:
     names = listed(text)
     if not names:
         raise InputError("names nothing", where=option, expected="names, with commas between them")
