@@ -42,8 +42,8 @@ def lengths(
 
     Returns:
         For each policy and `chunk`, counted from 1: `seconds` of all its passes, measured in its phase;
-        `total_seconds` of all passes so far; `decode_seconds` of a chunk, the same under every policy, None if
-        it was not timed; `kv_bytes` that attention reads; `flops` of a pass.
+        `total_seconds` of all passes so far; `decode_seconds` of a chunk, the same under every policy, None
+        if it was not timed; `kv_bytes` that attention reads; `flops` of a pass.
     """
     begins = {bundle: {phase.first_chunk for phase in bundle.plan.phases} for bundle in bundles}
     took: dict[tuple[str, int], BenchTurns] = {}
@@ -76,8 +76,8 @@ def resolutions(found: Sequence[tuple[str, Sequence[BenchTurns]]]) -> list[Point
     """Points of what was measured at several resolutions, each a name and all its policies.
 
     Returns:
-        For each policy and `resolution`, in the last phase: `chunk_tokens`; `seconds` of all passes of a chunk;
-        `speedup`, `speedup_undisturbed`, `flop_limit` and `kv_bytes` as in `BenchRow`.
+        For each policy and `resolution`, in the last phase: `chunk_tokens`; `seconds` of all passes of a
+        chunk; `speedup`, `speedup_undisturbed`, `flop_limit` and `kv_bytes` as in `BenchRow`.
     """
     same = ("speedup", "speedup_undisturbed", "flop_limit", "kv_bytes")
     return [
