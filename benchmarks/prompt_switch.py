@@ -22,10 +22,9 @@ import numpy as np
 from forcingkv.commands.console import default_prompts, progress_bar
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import read_headmap
-from forcingkv.measure.fidelity.digit_reading import grey
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.demo.data import moves_of
-from forcingkv.models.demo.judge import Judge
+from forcingkv.models.demo.judge import grey, read
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Session
 from forcingkv.runtime.kv.policies import load_policy
@@ -36,7 +35,7 @@ WITHIN = 2
 
 def switched(session: Session, prompts: list[str], recache: bool, before: int, after: int) -> dict[str, Any]:
     """Switch each prompt to the one seven places on; what the judge reads afterwards."""
-    judge, rows = Judge.fit(), []
+    rows = []
     pairs = [(old, prompts[(place + 7) % len(prompts)]) for place, old in enumerate(prompts)]
     with progress_bar() as shown:
         task = shown.add_task(f"{session.plan.policy.name}, recache {recache}", total=len(pairs))
@@ -47,10 +46,10 @@ def switched(session: Session, prompts: list[str], recache: bool, before: int, a
                 if chunk.index == before - 1:
                     video.switch(new, recache=recache)
                 elif chunk.index >= before:
-                    read = judge.read(grey(chunk.frames))
+                    digits = read(grey(chunk.frames))
                     row.append(
                         [
-                            [seen == digit for seen, (digit, _) in zip(read, moves_of(text), strict=True)]
+                            [seen == digit for seen, (digit, _) in zip(digits, moves_of(text), strict=True)]
                             for text in (new, old)
                         ]
                     )

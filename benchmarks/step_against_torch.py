@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from forcingkv.export.graphs import step_graph
-from forcingkv.measure.bench.cases import BenchCase, preset_cases
+from forcingkv.measure.bench.cases import preset_cases
 from forcingkv.measure.bench.results import machine
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
-from forcingkv.runtime import Session
+from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.kv.plan import CachePlan
 
 PASSES = 3
@@ -51,21 +51,21 @@ class TorchStep:
         return time.perf_counter() - started
 
 
-def compare(case: BenchCase, rounds: int, threads: int) -> dict[str, Any]:
+def compare(bundle: Bundle, rounds: int, threads: int) -> dict[str, Any]:
     """Both in turn."""
-    plan = case.bundle.plan
+    plan = bundle.plan
     eager = TorchStep(plan)
     taken: dict[str, list[float]] = {"onnxruntime": [], "torch": []}
-    with Session.open(case.bundle, threads=threads) as session:
+    with Session.open(bundle, threads=threads) as session:
         timer = session.pass_timer(plan.phases[-1].first_chunk)
         for number in range(rounds):
             for name, run in (("onnxruntime", timer.clean), ("torch", eager.seconds)):
                 passes = [run() for _ in range(PASSES)][1:]
                 taken[name].append(statistics.median(passes))
-            print(f"{case.name} {number + 1}/{rounds}", file=sys.stderr, flush=True)
+            print(f"{plan.policy.name} {number + 1}/{rounds}", file=sys.stderr, flush=True)
     ratios = [ours / theirs for ours, theirs in zip(*taken.values(), strict=True)]
     return {
-        "policy": case.name,
+        "policy": plan.policy.name,
         **{f"{name}_seconds": round(statistics.median(seconds), 4) for name, seconds in taken.items()},
         "ratio": round(statistics.median(ratios), 3),
         "ratio_least": round(min(ratios), 3),

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from rich.table import Table
 
 from forcingkv.headmaps.files import write_bytes
-from forcingkv.measure.fidelity.digit_reading import READ_CHUNK, read_chunk
 from forcingkv.measure.fidelity.pairs import mean_psnr
+from forcingkv.measure.tables import printable
 from forcingkv.models.demo.data import Moves, prompt_of
+from forcingkv.models.demo.judge import READ_CHUNK, grey, verdict
 from forcingkv.plotting import figure, png
 from forcingkv.runtime import Session, Timing
 from forcingkv.runtime.video import Mp4Writer
@@ -68,7 +69,7 @@ def comparison_rows(
     for name, run in runs.items():
         spec = sessions[name].spec
         seen = [
-            read_chunk(video, moves, spec.frames_per_chunk, READ_CHUNK)
+            verdict(grey(video), moves, spec.frames_per_chunk, READ_CHUNK)
             for video, moves in zip(run.videos, prompts, strict=True)
         ]
         last = [timings[-1] for timings in run.timings]
@@ -92,22 +93,21 @@ def comparison_rows(
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], chunks: int) -> Table:
     """The rows of `comparison_rows` for people."""
-    table = Table(title=f"policies, same prompts and seeds; times of chunk {chunks}, decoding included")
-    titles = ("policy", "KV MB", "s/chunk", "frames/s", "PSNR to full", "digits read", "direction right")
-    for title in titles:
-        table.add_column(title, justify="left" if title == "policy" else "right")
-    for row in rows:
-        psnr = row["psnr_to_full"]
-        table.add_row(
+    title = f"policies, same prompts and seeds; times of chunk {chunks}, decoding included"
+    columns = ("policy", "KV MB", "s/chunk", "frames/s", "PSNR to full", "digits read", "direction right")
+    cells = (
+        (
             row["policy"],
             f"{row['kv_bytes'] / 1e6:.2f}",
             f"{row['seconds_per_chunk']:.3f}",
             f"{row['frames_per_second']:.1f}",
-            "-" if psnr is None else f"{psnr:.1f} dB",
+            "-" if row["psnr_to_full"] is None else f"{row['psnr_to_full']:.1f} dB",
             f"{row['digits_read']:.0%}",
             f"{row['direction_right']:.0%}",
         )
-    return table
+        for row in rows
+    )
+    return printable(title, columns, cells)
 
 
 def write_comparison_video(runs: Mapping[str, PolicyRun], path: Path, fps: float) -> None:

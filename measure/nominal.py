@@ -1,4 +1,7 @@
-"""Head maps for shapes and costs where the user gives none: as many heads of each label as published."""
+"""Which heads shapes and costs are derived for: the user's, those published, or an assumption.
+
+Which head has which label is of no meaning in a map that is made here from numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
+from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, Rule, uniform
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.spec import Geometry, ModelSpec
 
+KnownHeads = HeadMap | Mapping[str, int] | None
+"""What a user knows of a model's heads: a map, or how many heads of the whole model have each label."""
 ANY_MODEL = "*"
 GOLDEN = (5**0.5 - 1) / 2
 """The golden ratio: the fractional parts of its multiples never lie close together."""
@@ -31,14 +37,14 @@ class _Published:
 def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
     """The map that ships for a model, or one with the published shares of labels; None for a policy without.
 
-    Published labels are spread evenly over the layers: which head has which label is of no meaning there.
-    Raises InputError where there is neither for that model and policy.
+    Published labels are spread evenly over the layers. Raises InputError where there is neither for that
+    model and policy.
     """
     if not policy.needs_headmap:
         return None
     known = known_map(spec, policy)
     if known is None:
-        models = _file().get(policy.name, {})
+        models = _published().get(policy.name, {})
         raise InputError(
             f"no head map of {spec.name} for the policy {policy.name} is published",
             where="headmap",
@@ -51,20 +57,66 @@ def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
 def known_map(spec: ModelSpec, policy: Policy) -> tuple[HeadMap, str] | None:
     """The map of `nominal_map`, and a text with its heads and their origin; None where there is none."""
     shipped = _shipped(spec.name)
-    if shipped and _fits(shipped, spec, policy):
-        return shipped, f"{heads_in_words(shipped)}: the map that ships"
-    published = _published(spec, policy)
-    if published is None:
+    same_size = shipped and (shipped.model.layers, shipped.model.heads) == (spec.layers, spec.heads)
+    if shipped and same_size and set(shipped.counts()) <= set(policy.groups):
+        return shipped, f"{_in_words(shipped)}: the map that ships"
+    models = _published().get(policy.name, {})
+    published = models.get(spec.name, models.get(ANY_MODEL))
+    # A policy of the same name may be a user's own, with other groups.
+    if published is None or not set(published.heads) <= set(policy.groups):
         return None
     headmap = map_with_counts(spec, policy.groups, published.heads)
     origin = "as published" if headmap.counts() == published.heads else "in published shares"
     note = f" ({published.note})" if published.note else ""
-    return headmap, f"{heads_in_words(headmap)} {origin}, spread evenly over the layers{note}"
+    return headmap, f"{_in_words(headmap)} {origin}, spread evenly over the layers{note}"
 
 
-def heads_in_words(headmap: HeadMap) -> str:
-    """Such as "134 static, 226 dynamic"."""
-    return ", ".join(f"{number} {label}" for label, number in headmap.counts().items())
+def plan_for(
+    spec: ModelSpec, geometry: Geometry, policy: Policy, known: KnownHeads = None
+) -> tuple[CachePlan, str]:
+    """The cache plan of a policy, and which heads it was made with, in words.
+
+    A policy that needs labels and is given none that it knows is planned with `known_map`. Where there is
+    none, every head has the same label: the one that takes most memory, as in the check before a session.
+
+    Raises InputError where map, segments or frames do not fit the model.
+    """
+    if not policy.needs_headmap:
+        return build_plan(spec, geometry, policy), "every head alike"
+    if known and labels_of(known) <= set(policy.groups):
+        if isinstance(known, HeadMap):
+            return build_plan(spec, geometry, policy, known), _in_words(known)
+        headmap = spread(spec, known)
+        words = f"{_in_words(headmap)}, spread evenly over the layers"
+        return build_plan(spec, geometry, policy, headmap), words
+    published = known_map(spec, policy)
+    if published is not None:
+        headmap, words = published
+        return build_plan(spec, geometry, policy, headmap), words
+    identity = ModelIdentity(spec.name, spec.layers, spec.heads)
+    plans = {label: build_plan(spec, geometry, policy, uniform(identity, label)) for label in policy.groups}
+    label = max(plans, key=lambda name: plans[name].kv_bytes())
+    return plans[label], f"assumed: every head {label}, which takes most"
+
+
+def labels_of(known: KnownHeads) -> set[str]:
+    """The labels that heads are known to have."""
+    return set(known.counts() if isinstance(known, HeadMap) else known or ())
+
+
+def spread(spec: ModelSpec, counts: Mapping[str, int]) -> HeadMap:
+    """A map with exactly so many heads of each label in the whole model (`map_with_counts`).
+
+    Raises InputError unless the counts add up to the model's heads.
+    """
+    total = spec.layers * spec.heads
+    if sum(counts.values()) != total or min(counts.values()) < 0:
+        raise InputError(
+            f"{sum(counts.values())} heads are given",
+            where="heads",
+            expected=f"{total} in all, {spec.heads} in each of {spec.layers} layers",
+        )
+    return map_with_counts(spec, counts, counts)
 
 
 def map_with_counts(
@@ -104,8 +156,13 @@ def _whole(shares: Sequence[int], total: int) -> list[int]:
     return [whole + (place in largest) for place, (whole, _) in enumerate(parts)]
 
 
+def _in_words(headmap: HeadMap) -> str:
+    """Such as "134 static, 226 dynamic"."""
+    return ", ".join(f"{number} {label}" for label, number in headmap.counts().items())
+
+
 @cache
-def _file() -> dict[str, dict[str, _Published]]:
+def _published() -> dict[str, dict[str, _Published]]:
     """Policy -> model -> what is published."""
     text = (resources.files(__package__) / "nominal.toml").read_text(encoding="utf-8")
     return {
@@ -117,21 +174,9 @@ def _file() -> dict[str, dict[str, _Published]]:
     }
 
 
-def _published(spec: ModelSpec, policy: Policy) -> _Published | None:
-    models = _file().get(policy.name, {})
-    found = models.get(spec.name, models.get(ANY_MODEL))
-    # A policy of the same name may be a user's own, with other groups.
-    return found if found and set(found.heads) <= set(policy.groups) else None
-
-
 @cache
 def _shipped(model: str) -> HeadMap | None:
     file = resources.files("forcingkv.headmaps") / "maps" / f"{model}.json"
     if not file.is_file():
         return None
     return HeadMap.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
-
-
-def _fits(headmap: HeadMap, spec: ModelSpec, policy: Policy) -> bool:
-    same = (headmap.model.layers, headmap.model.heads) == (spec.layers, spec.heads)
-    return same and set(headmap.counts()) <= set(policy.groups)

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 from forcingkv.headmaps.fields import from_data
 from forcingkv.headmaps.files import write_text
+from forcingkv.measure.nominal import plan_for
 from forcingkv.measure.planner import published as shipped
-from forcingkv.measure.planner.gpus import Gpu, gpu_classes, load_gpu
-from forcingkv.measure.planner.known_heads import plan_for
-from forcingkv.measure.planner.prediction import VideoWork, pass_seconds, predict, video_work
+from forcingkv.measure.planner.gpus import Gpu, load_gpu
 from forcingkv.measure.planner.published import BOUND, Efficiency
+from forcingkv.measure.planner.speed import VideoWork, pass_seconds, predict, video_work
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.footprint import kv_parts
 from forcingkv.runtime.kv.plan import CachePlan
@@ -56,19 +56,35 @@ class PublishedFigure:
 
 
 @dataclass(frozen=True)
-class _PublishedFile:
+class GpuClass:
+    """GPUs that share one efficiency constant."""
+
+    summary: str
+    carried_from: str | None = None
+    """The class whose constant it uses, where no published figure is from a GPU of its own."""
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """`published.toml`."""
+
     rows: tuple[PublishedFigure, ...]
+    classes: Mapping[str, GpuClass]
 
 
-def rows_from(text: str) -> tuple[PublishedFigure, ...]:
-    """The rows of a TOML text. Raises InputError naming the field that is wrong."""
-    return from_data(_PublishedFile, tomllib.loads(text), "published.toml").rows
+def parse_published(text: str) -> PublishedFile:
+    """The rows and classes of a TOML text. Raises InputError naming the field that is wrong."""
+    return from_data(PublishedFile, tomllib.loads(text), "published.toml")
 
 
 @cache
+def _file() -> PublishedFile:
+    return parse_published(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
+
+
 def published_rows() -> tuple[PublishedFigure, ...]:
     """The figures in `published.toml`."""
-    return rows_from(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
+    return _file().rows
 
 
 class FigureWork:
@@ -136,7 +152,7 @@ def efficiencies() -> dict[str, Efficiency]:
     """The constant of each class, fitted to the rows of `published.toml`."""
     found: dict[str, Efficiency] = {}
     cases = [FigureWork(row) for row in published_rows() if row.measure == "fps"]
-    classes = gpu_classes()
+    classes = _file().classes
     for name in sorted(classes, key=lambda one: classes[one].carried_from is not None):
         origin = classes[name].carried_from
         if origin is not None:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.commands.console import progress_bar
-from forcingkv.measure.fidelity.motion import SAMPLED_FPS, MotionMeter
+from forcingkv.measure.fidelity.motion import SAMPLED_FPS, measure_motion
 from forcingkv.measure.fidelity.seams import ChunkLayout, chunk_discontinuity, seam, seams
 from forcingkv.measure.fidelity.video_files import open_video
 
@@ -96,11 +96,9 @@ def _limited(frames: npt.NDArray[np.int16]) -> Frames:
 
 def seams_of(video: npt.NDArray[np.uint8], layout: ChunkLayout, top: int | None) -> dict[str, float | None]:
     """What is measured at boundaries, of frames (frames, height, width, 3)."""
-    meter = MotionMeter(SAMPLED_FPS)  # dynamic degree, which is not asked for, then takes no flow of its own
-    for frame in video:
-        meter.add(frame)
-    motion, count = meter.motion(), len(layout.boundaries(len(video)))
-    jumps = {name: seam(ratios) for name, ratios in vars(seams(motion, layout)).items()}
+    # At this rate dynamic degree, which is not asked for, takes no flow of its own.
+    motion, count = measure_motion(video, SAMPLED_FPS), len(layout.boundaries(len(video)))
+    jumps = {name: seam(ratios) for name, ratios in seams(motion, layout).items()}
     return {"chunk_discontinuity": chunk_discontinuity(motion.magnitude, top or count)} | jumps
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,27 +16,19 @@ from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 
-@dataclass(frozen=True)
-class BenchCase:
-    """A policy, and the bundle that runs it."""
-
-    name: str
-    bundle: Bundle
-
-
-def bundle_cases(paths: Sequence[Path]) -> list[BenchCase]:
-    """Bundles under the names of their policies. Raises InputError for two of one policy."""
-    cases: dict[str, BenchCase] = {}
+def bundle_cases(paths: Sequence[Path]) -> list[Bundle]:
+    """Bundles of different policies. Raises InputError for two of one policy."""
+    cases: dict[str, Bundle] = {}
     for path in paths:
         bundle = Bundle.open(path)
         name = bundle.plan.policy.name
         if name in cases:
             raise InputError(
-                f"has the policy {name}, as {cases[name].bundle.path} has",
+                f"has the policy {name}, as {cases[name].path} has",
                 where=str(path),
                 expected="one bundle a policy",
             )
-        cases[name] = BenchCase(name, bundle)
+        cases[name] = bundle
     return list(cases.values())
 
 
@@ -49,7 +41,7 @@ def preset_cases(
     resolution: str | None = None,
     headmap: HeadMap | None = None,
     decoder: str | None = "taehv",
-) -> Iterator[list[BenchCase]]:
+) -> Iterator[list[Bundle]]:
     """A model with random weights under each policy: bundles in a folder that goes when this ends.
 
     Args:
@@ -72,7 +64,8 @@ def preset_cases(
         cases = []
         for place, name in enumerate(dict.fromkeys(policies)):
             policy = load_policy(name)
-            heads = _map_for(spec, policy, headmap)
+            fits = headmap and policy.needs_headmap and set(headmap.counts()) <= set(policy.groups)
+            heads = headmap if fits else nominal_map(spec, policy)
             part, policy, heads = typical_layers(spec, policy, heads, layers or spec.layers)
             out = Path(folder) / str(place)
             export_bundle(
@@ -85,7 +78,7 @@ def preset_cases(
                 decoder=made,
                 verify=False,
             )
-            cases.append(BenchCase(policy.name, Bundle.open(out)))
+            cases.append(Bundle.open(out))
         yield cases
 
 
@@ -106,21 +99,9 @@ def typical_layers(
     if layers == spec.layers:
         return spec, policy, headmap
     part = replace(spec, layers=layers)
-    return (
-        part,
-        policy.in_any_layer(),
-        headmap and map_with_counts(part, policy.groups, _split_counts(policy, headmap)),
-    )
-
-
-def _split_counts(policy: Policy, headmap: HeadMap) -> Mapping[str, int]:
-    """Heads of each label in the layers that are split."""
+    if headmap is None:
+        return part, policy.in_any_layer(), None
     whole = policy.unsplit.layers if policy.unsplit else ()
-    rows = [row for layer, row in enumerate(headmap.labels) if layer not in whole]
-    return {label: sum(row.count(label) for row in rows) for label in policy.groups}
-
-
-def _map_for(spec: ModelSpec, policy: Policy, headmap: HeadMap | None) -> HeadMap | None:
-    if headmap and policy.needs_headmap and set(headmap.counts()) <= set(policy.groups):
-        return headmap
-    return nominal_map(spec, policy)
+    split = [row for layer, row in enumerate(headmap.labels) if layer not in whole]
+    counts = {label: sum(row.count(label) for row in split) for label in policy.groups}
+    return part, policy.in_any_layer(), map_with_counts(part, policy.groups, counts)

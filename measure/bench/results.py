@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from forcingkv.measure.bench.turns import BenchSetup, BenchTurns, decode_seconds
+from forcingkv.measure.tables import printable
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.footprint import footprint
 
@@ -58,8 +60,8 @@ class BenchRow:
 
 def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
     """All that was measured and where, for JSON."""
-    bundles = {one.case.name: one.case.bundle for one in measured}
-    plan = next(iter(bundles.values())).plan
+    plan = measured[0].bundle.plan
+    headmaps = {one.policy: one.bundle.headmap for one in measured}
     return {
         "machine": machine(setup.threads),
         "backend": setup.backend,
@@ -67,20 +69,15 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
         "layers": plan.spec.layers,
         "geometry": f"{plan.geometry.width}x{plan.geometry.height}",
         "rounds": len(measured[0].turns),
-        "heads": {name: bundle.headmap.counts() for name, bundle in bundles.items() if bundle.headmap},
+        "heads": {name: headmap.counts() for name, headmap in headmaps.items() if headmap},
         "rows": [asdict(row) for row in rows(measured)],
     }
 
 
-def rows(measured: Sequence[BenchTurns], chunk: int | None = None) -> list[BenchRow]:
-    """A row a policy, in the order they were given."""
-    against, decoding = baseline(measured), decode_seconds(measured)
-    return [_row(one, against, decoding, chunk) for one in measured]
-
-
-def baseline(measured: Sequence[BenchTurns]) -> BenchTurns:
-    """What the others are compared with: the policy with most keys and values."""
-    return max(measured, key=lambda one: one.case.bundle.plan.kv_bytes())
+def rows(measured: Sequence[BenchTurns]) -> list[BenchRow]:
+    """A row a policy, in the order they were given. They are compared with that of most keys and values."""
+    against, decoding = max(measured, key=lambda one: one.bundle.plan.kv_bytes()), decode_seconds(measured)
+    return [_row(one, against, decoding) for one in measured]
 
 
 def cores() -> int:
@@ -92,8 +89,13 @@ def machine(threads: int | None) -> dict[str, Any]:
     """Where it was measured."""
     import onnxruntime
 
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):  # not Linux
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
     return {
-        "processor": _processor(),
+        "processor": processor,
         "cores": cores(),
         "threads": threads,
         "onnxruntime": onnxruntime.__version__,
@@ -113,76 +115,55 @@ def title_of(result: Mapping[str, Any], *, resolution: bool = True) -> str:
 
 def results_table(result: Mapping[str, Any]) -> Table:
     """The rows of a report for people."""
-    table = Table(title=f"{title_of(result)}: a pass, median of {result['rounds']} rounds (least to most)")
-    for name in (
-        "policy",
-        "s/pass",
-        "speed-up",
-        "undisturbed",
-        "FLOP limit",
-        "share",
-        "with decoding",
-        "KV read",
-        "KV held",
-        "memory",
-        "GFLOP/s",
-    ):
-        table.add_column(name, justify="left" if name == "policy" else "right")
-    for row in result["rows"]:
-        whole = row["speedup_with_decoding"]
-        table.add_row(
-            row["policy"],
-            f"{row['seconds']:.3g} ({row['seconds_least']:.3g} to {row['seconds_most']:.3g})",
-            f"{row['speedup']:.2f} ({row['speedup_least']:.2f} to {row['speedup_most']:.2f})",
-            f"{row['speedup_undisturbed']:.2f}",
-            f"{row['flop_limit']:.2f}",
-            f"{row['share_of_limit']:.2f}",
-            "-" if whole is None else f"{whole:.2f}",
-            f"{row['kv_bytes'] / 1e6:.1f} MB",
-            f"{row['cache_bytes'] / 1e6:.1f} MB",
-            f"{row['grown_bytes'] / 1e6:.0f} MB",
-            f"{row['gflops']:.0f}",
-        )
-    return table
+    title = f"{title_of(result)}: a pass, median of {result['rounds']} rounds (least to most)"
+    return printable(title, list(SHOWN), ([show(row) for show in SHOWN.values()] for row in result["rows"]))
 
 
-def _row(one: BenchTurns, against: BenchTurns, decoding: float | None, chunk: int | None) -> BenchRow:
-    plan = one.case.bundle.plan
-    flops, most = (pass_flops(m.case.bundle.plan, chunk).total for m in (one, against))
-    ratios = [b.pass_seconds / a.pass_seconds for a, b in zip(one.turns, against.turns, strict=True)]
-    taken = [turn.pass_seconds for turn in one.turns]
-    per_chunk, per_chunk_against = one.chunk_seconds, against.chunk_seconds
-    speedup, limit = statistics.median(ratios), most / flops
+SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "policy": lambda row: row["policy"],
+    "s/pass": lambda row: f"{row['seconds']:.3g} ({row['seconds_least']:.3g} to {row['seconds_most']:.3g})",
+    "speed-up": lambda row: f"{row['speedup']:.2f} ({row['speedup_least']:.2f} to {row['speedup_most']:.2f})",
+    "undisturbed": lambda row: f"{row['speedup_undisturbed']:.2f}",
+    "FLOP limit": lambda row: f"{row['flop_limit']:.2f}",
+    "share": lambda row: f"{row['share_of_limit']:.2f}",
+    "with decoding": lambda row: _or_dash(row["speedup_with_decoding"]),
+    "KV read": lambda row: f"{row['kv_bytes'] / 1e6:.1f} MB",
+    "KV held": lambda row: f"{row['cache_bytes'] / 1e6:.1f} MB",
+    "memory": lambda row: f"{row['grown_bytes'] / 1e6:.0f} MB",
+    "GFLOP/s": lambda row: f"{row['gflops']:.0f}",
+}
+"""The columns of the table for people."""
+
+
+def _or_dash(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def _row(one: BenchTurns, against: BenchTurns, decoding: float | None) -> BenchRow:
+    plan = one.bundle.plan
+    flops, most = (pass_flops(m.bundle.plan).total for m in (one, against))
+    taken, taken_against = ([turn.pass_seconds for turn in m.turns] for m in (one, against))
+    ratios = [b / a for a, b in zip(taken, taken_against, strict=True)]
+    speedup, limit, with_decoding = statistics.median(ratios), most / flops, None
+    if decoding is not None:
+        with_decoding = (against.chunk_seconds + decoding) / (one.chunk_seconds + decoding)
     return BenchRow(
-        policy=one.case.name,
+        policy=one.policy,
         seconds=one.pass_seconds,
         seconds_least=min(taken),
         seconds_most=max(taken),
         speedup=speedup,
         speedup_least=min(ratios),
         speedup_most=max(ratios),
-        speedup_undisturbed=min(turn.pass_seconds for turn in against.turns) / min(taken),
+        speedup_undisturbed=min(taken_against) / min(taken),
         flop_limit=limit,
         share_of_limit=speedup / limit,
         kv_bytes=plan.kv_bytes(),
         cache_bytes=one.turns[-1].cache_bytes,
-        needed_bytes=sum(footprint(one.case.bundle.manifest, plan).values()),
+        needed_bytes=sum(footprint(one.bundle.manifest, plan).values()),
         grown_bytes=max(turn.grown_bytes for turn in one.turns),
         gflops=flops / one.pass_seconds / 1e9,
-        seconds_per_chunk=per_chunk,
+        seconds_per_chunk=one.chunk_seconds,
         seconds_to_decode=decoding,
-        speedup_with_decoding=None
-        if decoding is None
-        else (per_chunk_against + decoding) / (per_chunk + decoding),
+        speedup_with_decoding=with_decoding,
     )
-
-
-def _processor() -> str:
-    """The name of the processor, where the system knows it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()

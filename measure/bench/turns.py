@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from forcingkv.measure.bench.cases import BenchCase
 from forcingkv.measure.process import watched
-from forcingkv.runtime import Session
+from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.memory import give_back
 
 LONG_PASS = 10.0
@@ -39,10 +38,15 @@ class Turn:
 
 @dataclass
 class BenchTurns:
-    """All turns of a case."""
+    """All turns of a bundle."""
 
-    case: BenchCase
+    bundle: Bundle
     turns: list[Turn]
+
+    @property
+    def policy(self) -> str:
+        """The name of the bundle's policy."""
+        return self.bundle.plan.policy.name
 
     @property
     def pass_seconds(self) -> float:
@@ -54,7 +58,7 @@ class BenchTurns:
         """All denoising passes of a chunk and the clean one, which counts as one of them where it was not
         timed."""
         return statistics.median(
-            len(self.case.bundle.plan.spec.schedule.timesteps) * turn.pass_seconds
+            len(self.bundle.plan.spec.schedule.timesteps) * turn.pass_seconds
             + (turn.pass_seconds if turn.clean_seconds is None else turn.clean_seconds)
             for turn in self.turns
         )
@@ -65,7 +69,7 @@ class BenchSetup:
     """How turns are taken."""
 
     rounds: int = 3
-    """Turns of each case."""
+    """Turns of each bundle."""
     backend: str = "onnxruntime"
     """As of `Session.open`."""
     threads: int | None = None
@@ -75,17 +79,17 @@ class BenchSetup:
 
 
 def take_turns(
-    cases: Sequence[BenchCase],
+    bundles: Sequence[Bundle],
     setup: BenchSetup,
     *,
     chunk: int | None = None,
     seconds: float | None = None,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> list[BenchTurns]:
-    """Time a pass of every case, in the order A B C A B C: what slows the machine down meets all of them.
+    """Time a pass of every bundle, in the order A B C A B C: what slows the machine down meets all of them.
 
     Args:
-        cases: what is timed.
+        bundles: of different policies.
         setup: how.
         chunk: index of the chunk whose passes are timed; None: the first of the last phase, whose caches are
             as long as they get.
@@ -93,7 +97,7 @@ def take_turns(
             out. The first always runs.
         progress: called with a text that says what is being done.
     """
-    made = [BenchTurns(case, []) for case in cases]
+    made = [BenchTurns(bundle, []) for bundle in bundles]
     began, last = time.perf_counter(), 0.0
     for number in range(setup.rounds):
         opened = time.perf_counter()
@@ -103,9 +107,9 @@ def take_turns(
             )
             break
         for place, one in enumerate(made):
-            progress(f"round {number + 1} of {setup.rounds}: {one.case.name}")
+            progress(f"round {number + 1} of {setup.rounds}: {one.policy}")
             decoding = setup.decode and place == number % len(made)
-            one.turns.append(take_turn(one.case, setup, chunk, decode=decoding))
+            one.turns.append(take_turn(one.bundle, setup, chunk, decode=decoding))
         last = time.perf_counter() - opened
     return made
 
@@ -117,23 +121,19 @@ def decode_seconds(measured: Iterable[BenchTurns]) -> float | None:
     return statistics.median(seen) if seen else None
 
 
-def take_turn(case: BenchCase, setup: BenchSetup, chunk: int | None, *, decode: bool) -> Turn:
-    """One turn of one case, with or without decoding."""
-    index = case.bundle.plan.phases[-1].first_chunk if chunk is None else chunk
+def take_turn(bundle: Bundle, setup: BenchSetup, chunk: int | None, *, decode: bool) -> Turn:
+    """One turn of one bundle, with or without decoding."""
+    index = bundle.plan.phases[-1].first_chunk if chunk is None else chunk
     give_back()  # or what an earlier turn left would be taken again, and not counted
     with ExitStack() as stack:
         with watched() as memory:
-            session = stack.enter_context(_open(case, setup))
+            session = stack.enter_context(Session.open(bundle, backend=setup.backend, threads=setup.threads))
             session.pass_timer(0).denoise()
             rehearsal = session.pass_timer(index)
             seconds = list(_passes(rehearsal.denoise))
             clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < LONG_PASS else None
         decoding = rehearsal.decode() if decode else None
         return Turn(statistics.median(seconds), clean, decoding, rehearsal.cache_bytes, memory.grown)
-
-
-def _open(case: BenchCase, setup: BenchSetup) -> Session:
-    return Session.open(case.bundle, backend=setup.backend, threads=setup.threads)
 
 
 def _passes(run: Callable[[], float]) -> Iterator[float]:

@@ -5,11 +5,14 @@ Autoregressive models feed on their own output, so small errors of colour and sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 Frame = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -19,6 +22,9 @@ BINS = 256
 """One bin a unit: L* is 0 to 100, a* and b* of sRGB colours -108 to 99."""
 FLOOR_SHARPNESS = 1.0
 """Grey levels squared, added to both sharpnesses before they are divided: frames without any edge."""
+_LEVELS = np.arange(256) / 255
+LINEAR = np.where(_LEVELS <= 0.04045, _LEVELS / 12.92, ((_LEVELS + 0.055) / 1.055) ** 2.4).astype(np.float32)
+"""Linear light, 0 to 1, of the 256 levels of sRGB (IEC 61966-2-1)."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +41,6 @@ class Look:
     """(3,) mean L*, a*, b*."""
     histogram: Floats
     """(3, 256) shares of pixels by L*, a*, b* (rounded)."""
-
-
-@dataclass(frozen=True)
-class Drift:
-    """From the first second of a video to its last."""
-
-    sharpness: float
-    """log2(last / first) of the mean sharpness: -1 where it halved."""
-    contrast: float
-    """Last - first, in units of L*."""
-    chroma: float
-    """Last - first, in units of a* and b*: above 0 where colours became stronger."""
-    colour: float
-    """Distance of the mean colours (CIE76 delta E)."""
-    colour_most: float
-    """The largest distance of the mean colour of any second from that of the first."""
-    histogram: float
-    """Mean over L*, a*, b* of the distance of the histograms (`histogram_distance`)."""
 
 
 def look_of(frame: Frame) -> Look:
@@ -72,32 +60,39 @@ def look_of(frame: Frame) -> Look:
     )
 
 
-def drift(looks: list[Look], fps: float) -> Drift:
-    """The drift of a video from the looks of its frames. Of a video under two seconds: of its halves.
+def drift(looks: Sequence[Look], fps: float) -> dict[str, float]:
+    """The drift of a video from the looks of its frames: from its first second to its last.
 
-    Raises ValueError for fewer than two frames.
+    Of a video under two seconds from its first half to its last. Raises ValueError for fewer than two frames.
+
+    Returns:
+        By metric. `sharpness_drift`: log2(last / first) of the mean sharpness, -1 where it halved.
+        `contrast_drift`: last - first, in units of L*. `chroma_drift`: last - first, in units of a* and b*,
+        above 0 where colours became stronger. `colour_drift`: distance of the mean colours (CIE76 delta E).
+        `colour_drift_most`: the largest distance of the mean colour of any second from that of the first.
+        `histogram_drift`: mean over L*, a*, b* of the distance of the histograms (`histogram_distance`).
     """
     if len(looks) < 2:
         raise ValueError(f"{len(looks)} frames")
     window = min(max(1, round(fps)), len(looks) // 2)
-    first, last = looks[:window], looks[-window:]
 
-    def change(name: str) -> float:
-        start, end = (float(np.mean([getattr(look, name) for look in part])) for part in (first, last))
-        return end - start
+    def ends(name: str) -> tuple[Any, Any]:
+        first, last = ([getattr(look, name) for look in part] for part in (looks[:window], looks[-window:]))
+        return np.mean(first, axis=0), np.mean(last, axis=0)
 
-    sharpness = [np.mean([look.sharpness for look in part]) + FLOOR_SHARPNESS for part in (first, last)]
-    colours = _running_mean(np.array([look.colour for look in looks]), window)
-    apart = np.linalg.norm(colours - colours[0], axis=1)
-    histograms = [np.mean([look.histogram for look in part], axis=0) for part in (first, last)]
-    return Drift(
-        sharpness=float(np.log2(sharpness[1] / sharpness[0])),
-        contrast=change("contrast"),
-        chroma=change("chroma"),
-        colour=float(apart[-1]),
-        colour_most=float(apart.max()),
-        histogram=float(np.mean([histogram_distance(*pair) for pair in zip(*histograms, strict=True)])),
+    (sharp, sharp_last), (contrast, contrast_last), (chroma, chroma_last), histograms = map(
+        ends, ("sharpness", "contrast", "chroma", "histogram")
     )
+    colours = sliding_window_view(np.array([look.colour for look in looks]), window, axis=0).mean(-1)
+    apart = np.linalg.norm(colours - colours[0], axis=1)
+    return {
+        "sharpness_drift": float(np.log2((sharp_last + FLOOR_SHARPNESS) / (sharp + FLOOR_SHARPNESS))),
+        "contrast_drift": float(contrast_last - contrast),
+        "chroma_drift": float(chroma_last - chroma),
+        "colour_drift": float(apart[-1]),
+        "colour_drift_most": float(apart.max()),
+        "histogram_drift": float(np.mean([histogram_distance(*p) for p in zip(*histograms, strict=True)])),
+    }
 
 
 def histogram_distance(shares: Floats, others: Floats) -> float:
@@ -113,21 +108,5 @@ def _lab(frame: Frame) -> npt.NDArray[np.float32]:
 
     OpenCV's conversion from sRGB itself interpolates in a table, which gives grey up to 0.1 of colour.
     """
-    lab = cv2.cvtColor(_LINEAR[frame], cv2.COLOR_LRGB2Lab)
+    lab = cv2.cvtColor(LINEAR[frame], cv2.COLOR_LRGB2Lab)
     return np.asarray(np.round(lab, 3), np.float32)
-
-
-def _linear() -> npt.NDArray[np.float32]:
-    """Linear light, 0 to 1, of the 256 levels of sRGB (IEC 61966-2-1)."""
-    levels = np.arange(256) / 255
-    return np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4).astype(np.float32)
-
-
-_LINEAR = _linear()
-
-
-def _running_mean(values: Floats, window: int) -> Floats:
-    """(n - window + 1, ...) means of each window of values (n, ...)."""
-    windows = np.lib.stride_tricks.sliding_window_view(values, window, axis=0)
-    means: Floats = windows.mean(-1)
-    return means

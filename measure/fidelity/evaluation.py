@@ -2,25 +2,38 @@
 
 A video of a bundle and the reference's video of the same prompt and seed are a pair. Differences are taken
 pair by pair: what is special about a prompt cancels.
+
+Intervals are made by resampling prompts: videos of one prompt are alike, so prompts are what is drawn, each
+with all its seeds (a cluster bootstrap: Davison and Hinkley, "Bootstrap methods and their application", 1997,
+section 3.8). More seeds make each prompt better known; they do not stand in for prompts.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.measure.fidelity.digit_reading import read_digits, shows_digits
-from forcingkv.measure.fidelity.intervals import FEW, Estimate, estimate
 from forcingkv.measure.fidelity.seams import ChunkLayout
-from forcingkv.measure.fidelity.video_measures import METRICS, Values, measure_pair, measure_video
+from forcingkv.measure.fidelity.video_measures import METRICS, measure_pair, measure_video
+from forcingkv.models.demo.judge import read_digits, shows_digits
+from forcingkv.resampling import ratio_interval
 from forcingkv.runtime import Session
+from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import Prompt
 
 Frames = npt.NDArray[np.uint8]
+VideoRow = dict[str, Any]
+"""`policy`, `prompt` and `seed` of a video, and its `METRICS` by name; None where it has no value."""
+
+FEW = 32
+"""Videos below which intervals are known to be too narrow, and a result warns."""
+RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
@@ -34,21 +47,30 @@ class SeededPrompt:
 
 
 @dataclass(frozen=True)
-class VideoRow:
-    """The numbers of one video."""
+class Estimate:
+    """A mean over videos, and the interval that holds the mean over all such prompts."""
 
-    policy: str
-    prompt: str
-    seed: int
-    values: Values
+    mean: float | None
+    """None where no video has a value."""
+    low: float | None
+    high: float | None
+    """None for fewer than two prompts, and where all prompts have the same mean: resampling equal values
+    cannot show how others would differ."""
+    videos: int
+    """How many have a value."""
+    prompts: int
+    """How many they are of."""
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval is on one side of 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
 class MetricResult:
     """One metric of one policy."""
 
-    policy: str
-    metric: str
     value: Estimate
     difference: Estimate | None
     """To the reference, pair by pair; None for the reference itself, and where only pairs have the metric."""
@@ -59,11 +81,22 @@ class EvaluationSummary:
     """What an evaluation found."""
 
     reference: str | None
-    results: tuple[MetricResult, ...]
+    policies: Mapping[str, Mapping[str, MetricResult]]
+    """Policy -> metric -> result."""
     videos: int
     """Of each policy."""
     prompts: int
-    warnings: tuple[str, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why intervals are narrower than they should be."""
+        if self.videos < FEW:
+            return [f"{self.videos} videos of each policy: intervals of fewer than {FEW} are too narrow."]
+        if self.prompts < FEW // 2:
+            return [
+                f"{self.prompts} prompts: intervals are too narrow, since seeds do not stand in for prompts."
+            ]
+        return []
 
 
 def seeded_prompts(prompts: Sequence[tuple[str, Prompt | None]], seeds: int, seed: int) -> list[SeededPrompt]:
@@ -108,80 +141,87 @@ def evaluate_sessions(
         InputError: the sessions make videos of different kinds, or a prompt cannot be used.
         SessionError: a session could not go on.
     """
-    _comparable(sessions)
-    order = sorted(sessions, key=lambda name: name != reference)  # the reference first
-    rows = []
-    for sample in samples:
-        kept: Frames | None = None
-        for name in order:
-            video = _generated(sessions[name], sample, chunks)
-            if name == reference:
-                kept = video
-            rows.append(_row_of(name, sessions[name], sample, video, None if name == reference else kept))
-            progress()
-    return rows
-
-
-def summarize(rows: Sequence[VideoRow], reference: str | None) -> EvaluationSummary:
-    """Means over videos and differences to the reference, with intervals over prompts."""
-    policies = list(dict.fromkeys(row.policy for row in rows))
-    by_pair = {(row.policy, row.prompt, row.seed): row.values for row in rows}
-    results = []
-    for policy in policies:
-        own = [row for row in rows if row.policy == policy]
-        prompts = [row.prompt for row in own]
-        for metric in METRICS:
-            values = [row.values.get(metric) for row in own]
-            if all(value is None for value in values):
-                continue
-            difference = None
-            if reference not in (None, policy):
-                others = [by_pair[reference, row.prompt, row.seed].get(metric) for row in own]
-                apart = [_minus(*pair) for pair in zip(values, others, strict=True)]
-                difference = estimate(apart, prompts)
-            compared = difference if difference and difference.videos else None
-            results.append(MetricResult(policy, metric, estimate(values, prompts), compared))
-    videos = len(rows) // len(policies)
-    prompts_seen = len({row.prompt for row in rows})
-    return EvaluationSummary(reference, tuple(results), videos, prompts_seen, _warnings(videos, prompts_seen))
-
-
-def _warnings(videos: int, prompts: int) -> tuple[str, ...]:
-    found = []
-    if videos < FEW:
-        found.append(f"{videos} videos of each policy: intervals of fewer than {FEW} are too narrow.")
-    elif prompts < FEW // 2:
-        found.append(f"{prompts} prompts: intervals are too narrow, since seeds do not stand in for prompts.")
-    return tuple(found)
-
-
-def _comparable(sessions: Mapping[str, Session]) -> None:
     kinds = {name: (s.spec.name, s.bundle.manifest.resolution) for name, s in sessions.items()}
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{name} is {model} at {w}x{h}" for name, (model, (w, h)) in kinds.items())
         raise InputError(
             f"cannot be compared: {listed}", where="bundles", expected="one model at one resolution"
         )
+    order = sorted(sessions, key=lambda name: name != reference)  # the reference first
+    rows = []
+    for sample in samples:
+        kept: Frames | None = None
+        for name in order:
+            session, text = sessions[name], sample.prompt if sample.embedded is None else sample.embedded
+            made = session.generate(text, seed=sample.seed, chunks=chunks)
+            video = np.concatenate([chunk.frames for chunk in made])
+            row = {"policy": name, "prompt": sample.prompt, "seed": sample.seed}
+            rows.append(row | _metrics(name, session.spec, video, sample.prompt, kept))
+            if name == reference:
+                kept = video
+            progress()
+    return rows
 
 
-def _generated(session: Session, sample: SeededPrompt, chunks: int) -> Frames:
-    text = sample.prompt if sample.embedded is None else sample.embedded
-    made = session.generate(text, seed=sample.seed, chunks=chunks)
-    return np.concatenate([chunk.frames for chunk in made])
-
-
-def _row_of(
-    name: str, session: Session, sample: SeededPrompt, video: Frames, other: Frames | None
-) -> VideoRow:
-    spec = session.spec
+def _metrics(
+    name: str, spec: ModelSpec, video: Frames, prompt: str, reference: Frames | None
+) -> dict[str, float | None]:
     values = dict(measure_video(video, ChunkLayout.of(spec), spec.fps, where=name).values)
-    if other is not None:
-        values |= measure_pair(video, other, where=name).values
+    if reference is not None:
+        values |= measure_pair(video, reference, where=name).values
     if shows_digits(spec):
-        digits, directions = read_digits(video, sample.prompt, spec.frames_per_chunk)
+        digits, directions = read_digits(video, prompt, spec.frames_per_chunk)
         values |= {"digits_read": digits, "direction_right": directions}
-    return VideoRow(name, sample.prompt, sample.seed, values)
+    return values
 
 
-def _minus(value: float | None, other: float | None) -> float | None:
-    return None if value is None or other is None else value - other
+def summarize(rows: Sequence[VideoRow], reference: str | None) -> EvaluationSummary:
+    """Means over videos and differences to the reference, with intervals over prompts."""
+    by_policy = defaultdict[str, list[VideoRow]](list)
+    for row in rows:
+        by_policy[row["policy"]].append(row)
+    # Videos of all policies are in the same order, so those in one place are a pair.
+    results: dict[str, dict[str, MetricResult]] = {}
+    for policy, own in by_policy.items():
+        prompts, results[policy] = [row["prompt"] for row in own], {}
+        for metric in METRICS:
+            values = [row.get(metric) for row in own]
+            if all(value is None for value in values):
+                continue
+            difference = None
+            if reference not in (None, policy):
+                others = [row.get(metric) for row in by_policy[reference]]
+                difference = estimate(differences(values, others), prompts)
+            compared = difference if difference and difference.videos else None
+            results[policy][metric] = MetricResult(estimate(values, prompts), compared)
+    prompts_seen = len({row["prompt"] for row in rows})
+    return EvaluationSummary(reference, results, len(rows) // len(results), prompts_seen)
+
+
+def differences(values: Sequence[float | None], others: Sequence[float | None]) -> list[float | None]:
+    """Of each pair; None where one of the two has no value."""
+    pairs = zip(values, others, strict=True)
+    return [None if value is None or other is None else value - other for value, other in pairs]
+
+
+def estimate(values: Sequence[float | None], prompts: Sequence[str]) -> Estimate:
+    """The mean of the values that are known, with its bias-corrected and accelerated bootstrap interval.
+
+    Args:
+        values: of each video; None where it has none.
+        prompts: of each video; those of one prompt are drawn together.
+    """
+    groups = defaultdict[str, list[float]](list)
+    for value, prompt in zip(values, prompts, strict=True):
+        if value is not None:
+            groups[prompt].append(value)
+    videos = sum(map(len, groups.values()))
+    if not groups:
+        return Estimate(None, None, None, 0, 0)
+    sums = np.array([sum(group) for group in groups.values()], np.float64)
+    counts = np.array([len(group) for group in groups.values()], np.float64)
+    mean, means = float(sums.sum() / counts.sum()), sums / counts
+    if len(groups) < 2 or np.ptp(means) <= 1e-12 * max(1.0, float(np.abs(means).max())):
+        return Estimate(mean, None, None, videos, len(groups))
+    low, high = ratio_interval(sums, counts, RESAMPLES)
+    return Estimate(mean, low, high, videos, len(groups))

@@ -6,6 +6,7 @@ OpenCV: it needs no weights and runs on a CPU. VBench uses RAFT, a network.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +72,13 @@ class FlowMeter:
         columns, rows = self._columns + moved[..., 0], self._rows + moved[..., 1]
         back = cv2.remap(second, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         flow = moved / np.float32(self.enlarged)
-        lengths = np.hypot(flow[..., 0], flow[..., 1])
+        lengths = _lengths(flow)
+        count = max(1, int(lengths.size * FASTEST))
+        largest = np.partition(lengths, -count, axis=None)[-count:]
         return PairFlow(
             flow=flow,
             magnitude=float(lengths.mean(dtype=np.float64)),
-            fastest=_mean_of_largest(lengths),
+            fastest=float(largest.mean(dtype=np.float64)),
             residual=float(cv2.absdiff(back, first).mean()),
         )
 
@@ -90,11 +93,6 @@ class FlowMeter:
 def enlargement(height: int, width: int) -> int:
     """The whole number by which frames are enlarged before flow is looked for; 1 for all but tiny frames."""
     return max(1, -(-SHORTEST // min(height, width)))
-
-
-def _mean_of_largest(lengths: Floats32) -> float:
-    count = max(1, int(lengths.size * FASTEST))
-    return float(np.partition(lengths, -count, axis=None)[-count:].mean(dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -112,71 +110,54 @@ class Motion:
     """Whether VBench's rule calls it moving (`moves`)."""
 
 
-class MotionMeter:
-    """Takes the frames of one video, one by one.
+def measure_motion(frames: Iterable[Frame], fps: float) -> Motion:
+    """The motion of a video, in one pass over its frames, each uint8 (height, width, 3).
+
+    Raises ValueError for fewer than two frames.
 
     Args:
-        fps: frames a second of the video.
+        frames: all of one size; two or three are kept at a time.
+        fps: frames a second.
     """
-
-    def __init__(self, fps: float) -> None:
-        self._interval = max(1, round(fps / SAMPLED_FPS))
-        self._meter: FlowMeter | None = None
-        self._frames = 0
-        self._last: Frame | None = None
-        self._sampled: Frame | None = None
-        self._flow: PairFlow | None = None
-        self._magnitude, self._change = list[float](), list[float]()
-        self._residual, self._fastest = list[float](), list[float]()
-
-    def add(self, frame: Frame) -> None:
-        """Take the next frame, uint8 (height, width, 3)."""
-        self._meter = self._meter or FlowMeter(*frame.shape[:2])
-        if self._last is not None:
-            self._add_pair(self._meter.between(self._last, frame))
-        if self._frames % self._interval == 0:
-            self._sample(self._meter, frame)
-        self._last, self._frames = frame, self._frames + 1
-
-    def motion(self) -> Motion:
-        """Of the frames so far, of which there are two or more."""
-        if self._last is None or not self._magnitude:
-            raise RuntimeError("there are no two frames yet")
-        sampled = (self._frames - 1) // self._interval + 1
-        return Motion(
-            magnitude=np.array(self._magnitude),
-            change=np.array(self._change),
-            residual=np.array(self._residual),
-            dynamic=moves(self._fastest, sampled, min(self._last.shape[:2])),
-        )
-
-    def _add_pair(self, pair: PairFlow) -> None:
-        self._magnitude.append(pair.magnitude)
-        self._residual.append(pair.residual)
-        if self._flow is not None:
-            turned = pair.flow - self._flow.flow
-            self._change.append(float(np.hypot(turned[..., 0], turned[..., 1]).mean(dtype=np.float64)))
-        self._flow = pair
-
-    def _sample(self, meter: FlowMeter, frame: Frame) -> None:
-        """The same at 8 frames a second, of which dynamic degree alone is made."""
-        if self._sampled is not None:
-            adjacent = self._flow if self._interval == 1 else None
-            self._fastest.append((adjacent or meter.between(self._sampled, frame)).fastest)
-        self._sampled = frame
+    interval = max(1, round(fps / SAMPLED_FPS))
+    magnitude, change, residual, fastest = list[float](), list[float](), list[float](), list[float]()
+    video = iter(frames)
+    first = next(video, None)
+    if first is None:
+        raise ValueError("there are no two frames")
+    last = sampled = first
+    meter, flow = FlowMeter(*last.shape[:2]), None
+    for number, frame in enumerate(video, 1):
+        pair = meter.between(last, frame)
+        magnitude.append(pair.magnitude)
+        residual.append(pair.residual)
+        if flow is not None:
+            change.append(float(_lengths(pair.flow - flow).mean(dtype=np.float64)))
+        if number % interval == 0:
+            fastest.append((pair if interval == 1 else meter.between(sampled, frame)).fastest)
+            sampled = frame
+        last, flow = frame, pair.flow
+    if flow is None:
+        raise ValueError("there are no two frames")
+    dynamic = moves(fastest, min(last.shape[:2]))
+    return Motion(np.array(magnitude), np.array(change), np.array(residual), dynamic)
 
 
-def moves(fastest: list[float], frames: int, side: int) -> bool:
+def _lengths(flow: Floats32) -> Floats32:
+    return np.hypot(flow[..., 0], flow[..., 1])
+
+
+def moves(fastest: Sequence[float], side: int) -> bool:
     """VBench's dynamic degree of one video; its score is the share of videos that move.
 
-    A video moves if at least round(4 * frames / 16) pairs of frames are faster than 6 * side / 256 pixels
+    A video of n frames moves if at least round(4 * n / 16) pairs are faster than 6 * side / 256 pixels
     (Huang et al., "VBench: comprehensive benchmark suite for video generative models", CVPR 2024, and its
     public code). VBench takes the flow from RAFT; here it is that of DIS.
 
     Args:
-        fastest: for each pair of frames at 8 frames a second, the mean flow of its fastest 5% of pixels.
-        frames: how many frames the pairs are of.
+        fastest: for each of the n - 1 pairs of frames at 8 frames a second, the mean flow of its fastest 5%
+            of pixels.
         side: pixels of the shorter side.
     """
     count = sum(speed > THRESHOLD * side / SIDE for speed in fastest)
-    return count >= max(1, round(MOVING * frames / OF))
+    return count >= max(1, round(MOVING * (len(fastest) + 1) / OF))

@@ -19,6 +19,9 @@ from forcingkv.measure.fidelity.motion import Motion
 from forcingkv.runtime.spec import ModelSpec
 
 Floats = npt.NDArray[np.float64]
+Ratios = tuple[float | None, ...]
+"""For each boundary of a video, what is there over what is at crossings inside the two chunks that meet.
+1: the boundary is like them. None: those chunks have no crossings."""
 
 FLOOR_PIXELS = 0.05
 """Added above and below in ratios of motion: a smaller flow of DIS is noise, and nothing may be divided by
@@ -81,22 +84,6 @@ class ChunkLayout:
         return range(boundary - length + 1, boundary + self.later)
 
 
-@dataclass(frozen=True)
-class Seams:
-    """For each boundary, how much larger something is there than at crossings inside the chunks.
-
-    1: the boundary is like the crossings around it. None: those two chunks have none to compare with.
-    """
-
-    motion: tuple[float | None, ...]
-    """Of the mean flow: everything moves further, or less far, than before and after."""
-    jolt: tuple[float | None, ...]
-    """Of the change of flow into and out of the pair: motion that what was before does not lead to, also
-    where it cancels motion and so makes the flow itself smaller."""
-    residual: tuple[float | None, ...]
-    """Of the difference that the flow leaves: colour, brightness or texture that jumps in place."""
-
-
 def chunk_discontinuity(magnitude: Floats, top: int) -> float | None:
     """The published chunk discontinuity: mean of the `top` largest over the mean of all.
 
@@ -113,14 +100,20 @@ def chunk_discontinuity(magnitude: Floats, top: int) -> float | None:
     return float(np.sort(magnitude)[-top:].mean()) / mean if mean else None
 
 
-def seams(motion: Motion, layout: ChunkLayout) -> Seams:
-    """The ratios at each boundary of a video."""
-    frames = len(motion.magnitude) + 1
-    return Seams(
-        motion=seam_ratios(motion.magnitude, layout, FLOOR_PIXELS),
-        jolt=_jolts(motion.change, layout, frames),
-        residual=seam_ratios(motion.residual, layout, FLOOR_LEVELS),
-    )
+def seams(motion: Motion, layout: ChunkLayout) -> dict[str, Ratios]:
+    """For each boundary of a video, how much larger something is there than at crossings inside the chunks.
+
+    Returns:
+        `motion`: of the mean flow: everything moves further, or less far, than before and after.
+        `jolt`: of the change of flow into and out of the pair: motion that what was before does not lead to,
+        also where it cancels motion and so makes the flow itself smaller.
+        `residual`: of the difference that the flow leaves: colour, brightness or texture that jumps in place.
+    """
+    return {
+        "motion": seam_ratios(motion.magnitude, layout, FLOOR_PIXELS),
+        "jolt": _jolts(motion.change, layout),
+        "residual": seam_ratios(motion.residual, layout, FLOOR_LEVELS),
+    }
 
 
 def seam(ratios: Sequence[float | None]) -> float | None:
@@ -129,7 +122,7 @@ def seam(ratios: Sequence[float | None]) -> float | None:
     return float(np.exp(np.mean(np.log(known)))) if known else None
 
 
-def seam_ratios(values: Floats, layout: ChunkLayout, floor: float) -> tuple[float | None, ...]:
+def seam_ratios(values: Floats, layout: ChunkLayout, floor: float) -> Ratios:
     """(value at the boundary + floor) / (median at crossings of the two chunks + floor), for each boundary.
 
     Args:
@@ -138,29 +131,29 @@ def seam_ratios(values: Floats, layout: ChunkLayout, floor: float) -> tuple[floa
         floor: in the unit of the values, above 0.
     """
     frames = len(values) + 1
-    crossings = layout.crossings(frames)
-    at = {boundary: float(values[boundary]) for boundary in layout.boundaries(frames)}
-    return _ratios(at, {pair: float(values[pair]) for pair in crossings}, layout, floor)
+    at = {boundary: values[boundary] for boundary in layout.boundaries(frames)}
+    return _ratios(at, {pair: values[pair] for pair in layout.crossings(frames)}, layout, floor)
 
 
-def _jolts(change: Floats, layout: ChunkLayout, frames: int) -> tuple[float | None, ...]:
+def _jolts(change: Floats, layout: ChunkLayout) -> Ratios:
     """The same of the change of flow. Changes that touch a boundary are no part of what it is compared with.
 
     Change `i` is from pair `i` to `i + 1`, so pair `p` is touched by changes `p - 1` and `p`.
     """
+    frames = len(change) + 2
     boundaries = layout.boundaries(frames)
     touched = {i for pair in boundaries for i in (pair - 1, pair)}
     inside = {i for pair in layout.crossings(frames) for i in (pair - 1, pair)} - touched
-    at = {pair: float(np.mean(change[max(0, pair - 1) : pair + 1])) for pair in boundaries if len(change)}
-    steps = {i: float(change[i]) for i in inside if 0 <= i < len(change)}
+    at = {pair: change[max(0, pair - 1) : pair + 1].mean() for pair in boundaries if len(change)}
+    steps = {i: change[i] for i in inside if 0 <= i < len(change)}
     return _ratios(at, steps, layout, FLOOR_PIXELS)
 
 
 def _ratios(
     at: Mapping[int, float], inside: Mapping[int, float], layout: ChunkLayout, floor: float
-) -> tuple[float | None, ...]:
+) -> Ratios:
     found: list[float | None] = []
     for boundary, value in at.items():
         around = [inside[pair] for pair in layout.around(boundary) if pair in inside]
-        found.append((value + floor) / (float(np.median(around)) + floor) if around else None)
+        found.append(float((value + floor) / (np.median(around) + floor)) if around else None)
     return tuple(found)

@@ -21,7 +21,6 @@ from forcingkv.measure.fidelity.video_measures import measure_pair, measure_vide
 class VideoFile:
     """A video file that is open."""
 
-    path: Path
     fps: float
     """Frames a second, on average, as the file has it."""
     frames: Iterator[npt.NDArray[np.uint8]]
@@ -48,7 +47,7 @@ def open_video(path: Path) -> Iterator[VideoFile]:
         rate = stream.average_rate
         if not rate:
             raise _not_a_video(path, "it has no frame rate")
-        yield VideoFile(path, float(rate), _decoded(opened, path))
+        yield VideoFile(float(rate), _decoded(opened, path))
 
 
 def measure_file(path: Path, reference: Path | None, layout: ChunkLayout, top: int | None) -> dict[str, Any]:
@@ -69,8 +68,8 @@ def measure_file(path: Path, reference: Path | None, layout: ChunkLayout, top: i
         "frames": own.frames,
         "fps": fps,
         "values": own.values,
-        "boundaries": list(own.boundaries),
-        "seams": {name: list(ratios) for name, ratios in vars(own.seams).items()},
+        "boundaries": own.boundaries,
+        "seams": own.seams,
     }
     if reference is not None:
         with open_video(path) as file, open_video(reference) as other:

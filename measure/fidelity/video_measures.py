@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.fidelity.drift import Look, drift, look_of
-from forcingkv.measure.fidelity.motion import MotionMeter
+from forcingkv.measure.fidelity.motion import measure_motion
 from forcingkv.measure.fidelity.pairs import psnr, squared_error, ssim
-from forcingkv.measure.fidelity.seams import ChunkLayout, Seams, chunk_discontinuity, seam, seams
+from forcingkv.measure.fidelity.seams import ChunkLayout, Ratios, chunk_discontinuity, seam, seams
 
-Frames = Iterable[npt.NDArray[np.uint8]]
+Frame = npt.NDArray[np.uint8]
+Frames = Iterable[Frame]
 Values = dict[str, float | None]
 """Metric -> its value for one video; None where it has none."""
 
@@ -59,8 +60,8 @@ class VideoMeasures:
     frames: int
     boundaries: tuple[int, ...]
     """Pairs of frames at the boundaries of chunks."""
-    seams: Seams
-    """The ratios at each of them."""
+    seams: dict[str, Ratios]
+    """`seams.seams`: the ratios at each of them."""
 
 
 @dataclass(frozen=True)
@@ -88,38 +89,36 @@ def measure_video(
     Raises:
         InputError: it has fewer than two frames, fewer pairs than `top`, or frames of several sizes.
     """
-    meter, looks = MotionMeter(fps), list[Look]()
-    size: tuple[int, ...] | None = None
-    for frame in frames:
-        size = size or frame.shape
-        if frame.shape != size:
-            raise InputError(f"changes its size after {len(looks)} frames", where=where)
-        meter.add(frame)
-        looks.append(look_of(frame))
-    count = len(looks)
-    if count < 2:
-        raise InputError(f"has {count} frame{'s' * (count != 1)}", where=where, expected="two or more")
-    motion, boundaries = meter.motion(), tuple(layout.boundaries(count))
-    if top is not None and top >= count:
+    looks: list[Look] = []
+
+    def looked_at() -> Iterator[Frame]:
+        size: tuple[int, ...] | None = None
+        for frame in frames:
+            size = size or frame.shape
+            if frame.shape != size:
+                raise InputError(f"changes its size after {len(looks)} frames", where=where)
+            looks.append(look_of(frame))
+            yield frame
+        if len(looks) < 2:
+            raise InputError(
+                f"has {len(looks)} frame{'s' * (not looks)}", where=where, expected="two or more"
+            )
+
+    motion = measure_motion(looked_at(), fps)
+    pairs, boundaries = len(looks) - 1, tuple(layout.boundaries(len(looks)))
+    if top is not None and top > pairs:
         raise InputError(
-            f"has {count - 1} pairs of frames, and the {top} with most motion are asked for", where=where
+            f"has {pairs} pairs of frames, and the {top} with most motion are asked for", where=where
         )
-    jumps, drifted, largest = seams(motion, layout), drift(looks, fps), top or len(boundaries)
+    jumps, largest = seams(motion, layout), top or len(boundaries)
     values: Values = {
         "motion": float(motion.magnitude.mean()),
         "dynamic_degree": float(motion.dynamic),
         "chunk_discontinuity": chunk_discontinuity(motion.magnitude, largest) if largest else None,
-        "seam_motion": seam(jumps.motion),
-        "seam_jolt": seam(jumps.jolt),
-        "seam_residual": seam(jumps.residual),
-        "sharpness_drift": drifted.sharpness,
-        "contrast_drift": drifted.contrast,
-        "chroma_drift": drifted.chroma,
-        "colour_drift": drifted.colour,
-        "colour_drift_most": drifted.colour_most,
-        "histogram_drift": drifted.histogram,
+        **{f"seam_{name}": seam(ratios) for name, ratios in jumps.items()},
+        **drift(looks, fps),
     }
-    return VideoMeasures(values, count, boundaries, jumps)
+    return VideoMeasures(values, len(looks), boundaries, jumps)
 
 
 def measure_pair(frames: Frames, reference: Frames, *, where: str = "video") -> PairMeasures:
@@ -128,11 +127,17 @@ def measure_pair(frames: Frames, reference: Frames, *, where: str = "video") -> 
     Raises InputError where they differ in size or length.
     """
     errors, similar = list[float](), list[float]()
-    ours, theirs = iter(frames), iter(reference)
-    for frame in ours:
-        other: Any = next(theirs, None)
-        if other is None:
-            raise _other_length(f"more than {len(errors)}", f"{len(errors)}", where)
+    for frame, other in zip_longest(frames, reference):
+        if frame is None or other is None:
+            shorter = len(errors)
+            counts = (f"{shorter}", f"more than {shorter}")
+            own, wanted = counts if frame is None else counts[::-1]
+            raise InputError(
+                f"has {own} frames",
+                where=where,
+                expected=f"{wanted}, as the reference has",
+                hint="Compare videos of one prompt, seed and length.",
+            )
         if frame.shape != other.shape:
             (height, width), (tall, wide) = frame.shape[:2], other.shape[:2]
             raise InputError(
@@ -142,18 +147,7 @@ def measure_pair(frames: Frames, reference: Frames, *, where: str = "video") -> 
             )
         errors.append(squared_error(frame, other))
         similar.append(ssim(frame, other))
-    if next(theirs, None) is not None:
-        raise _other_length(f"{len(errors)}", f"more than {len(errors)}", where)
     if not errors:
         raise InputError("has no frames", where=where)
     values: Values = {"psnr": psnr(float(np.mean(errors))), "ssim": float(np.mean(similar))}
     return PairMeasures(values, tuple(map(psnr, errors)), tuple(similar))
-
-
-def _other_length(found: str, expected: str, where: str) -> InputError:
-    return InputError(
-        f"has {found} frames",
-        where=where,
-        expected=f"{expected}, as the reference has",
-        hint="Compare videos of one prompt, seed and length.",
-    )

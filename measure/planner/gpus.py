@@ -7,19 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data
-
-
-@dataclass(frozen=True)
-class GpuClass:
-    """GPUs that share one efficiency constant."""
-
-    summary: str
-    carried_from: str | None = None
-    """The class whose constant it uses, where no published figure is from a GPU of its own."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +20,7 @@ class Gpu:
     """Its name on the command line."""
     name: str
     family: str
-    """Its class, a name of `gpu_classes`."""
+    """Its class: GPUs that share one efficiency constant (`published.efficiencies`)."""
     sm: int
     """Compute capability, 90 for 9.0."""
     memory_mib: int
@@ -55,26 +45,21 @@ class Gpu:
 
 
 @cache
-def _file() -> dict[str, Any]:
-    return tomllib.loads(resources.files(__package__).joinpath("gpus.toml").read_text(encoding="utf-8"))
-
-
-@cache
-def gpu_classes() -> Mapping[str, GpuClass]:
-    """All classes by name."""
-    return {name: from_data(GpuClass, one, f"gpus.toml: {name}") for name, one in _file()["classes"].items()}
+def _gpus() -> Mapping[str, Gpu]:
+    text = (resources.files(__package__) / "gpus.toml").read_text(encoding="utf-8")
+    return {
+        key: from_data(Gpu, one | {"key": key}, f"gpus.toml: {key}")
+        for key, one in tomllib.loads(text).items()
+    }
 
 
 def gpu_names() -> list[str]:
     """Names that `load_gpu` knows, in the order of the file."""
-    return list(_file()["gpus"])
+    return list(_gpus())
 
 
 def load_gpu(name: str) -> Gpu:
     """The GPU of that name. Raises InputError naming those there are."""
-    key = name.lower()
-    if key not in _file()["gpus"]:
-        raise InputError(
-            f"there is no GPU {name!r}", where="gpu", expected=f"one of {', '.join(gpu_names())}"
-        )
-    return from_data(Gpu, _file()["gpus"][key] | {"key": key}, f"gpus.toml: {key}")
+    if name.lower() not in _gpus():
+        raise InputError(f"there is no GPU {name!r}", where="gpu", expected=f"one of {', '.join(_gpus())}")
+    return _gpus()[name.lower()]

@@ -40,9 +40,8 @@ class Efficiency:
 
 
 @cache
-def _file() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8"))
-    return data
+def _file() -> Any:
+    return json.loads((resources.files(__package__) / FILE).read_text(encoding="utf-8"))
 
 
 @cache
@@ -81,7 +80,7 @@ def uncertainty() -> str:
 
 def published_lines() -> Iterator[str]:
     """Published figures against predictions: Markdown."""
-    rows = _file()["rows"]
+    figures = [(one, one["row"]) for one in _file()["rows"]]
     for name, constant in efficiencies().items():
         origin = (
             f"carried over from `{constant.carried_from}`: not fitted, never measured"
@@ -89,49 +88,31 @@ def published_lines() -> Iterator[str]:
             else f"fitted to {', '.join(constant.rows)}"
         )
         yield f"- efficiency of class `{name}`: {constant.value:.4f}, {origin}"
-    columns = (
-        "setting",
-        "measure",
-        "published",
-        "predicted",
-        "error",
-        "efficiency needed",
-        "frames needed, policy",
-        "frames needed, full",
-    )
-    yield from ("", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
-    yield from map(_published_row, rows)
+    columns = "setting, measure, published, predicted, error, efficiency needed"
+    yield from ("", f"| {columns.replace(', ', ' | ')} | frames needed, policy | frames needed, full |")
+    yield "|---" * 8 + "|"
+    for one, row in figures:
+        error = f"**{one['error']:+.1%}**" if one["off"] else f"{one['error']:+.1%}"
+        cells = (
+            row["name"],
+            row["measure"],
+            *(_figure(row["measure"], value) for value in (row["published"], one["predicted"])),
+            "fitted" if row["fitted"] else error,
+            "" if one["needed"] is None else f"{one['needed']:.2f}",
+            *("" if one[n] is None else f"{one[n]:.1f}" for n in ("policy_frames", "full_frames")),
+        )
+        yield f"| {' | '.join(cells)} |"
     yield from ("", f"Off by more than {BOUND:.0%}, and why:", "")
-    for one in rows:
+    for one, row in figures:
         if one["off"]:
-            figure = one["row"]
-            yield f"- {figure['name']}, {figure['measure']} ({one['error']:+.1%}): {figure['reason']}."
+            yield f"- {row['name']}, {row['measure']} ({one['error']:+.1%}): {row['reason']}."
     yield from ("", "Assumed, since the source does not say it:", "")
-    for figure in (one["row"] for one in rows):
-        if figure["note"] and not figure["fitted"]:
-            yield f"- {figure['name']}, {figure['measure']}: {figure['note']}."
-
-
-def _published_row(one: Mapping[str, Any]) -> str:
-    figure, error = one["row"], f"{one['error']:+.1%}"
-    cells = (
-        figure["name"],
-        figure["measure"],
-        _figure(figure["measure"], figure["published"]),
-        _figure(figure["measure"], one["predicted"]),
-        "fitted" if figure["fitted"] else f"**{error}**" if one["off"] else error,
-        _or_none(one["needed"], ".2f"),
-        _or_none(one["policy_frames"], ".1f"),
-        _or_none(one["full_frames"], ".1f"),
-    )
-    return f"| {' | '.join(cells)} |"
+    for _, row in figures:
+        if row["note"] and not row["fitted"]:
+            yield f"- {row['name']}, {row['measure']}: {row['note']}."
 
 
 def _figure(measure: str, value: float) -> str:
     if measure == "kv_bytes":
         return readable(round(value))
     return f"{value:.0%}" if measure == "attention_share" else f"{value:.2f}"
-
-
-def _or_none(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

@@ -3,66 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.headmap import HeadMap
+from forcingkv.measure.nominal import KnownHeads, labels_of, plan_for, spread
 from forcingkv.measure.planner.gpus import Gpu, gpu_names, load_gpu
-from forcingkv.measure.planner.known_heads import KnownHeads, plan_for, spread
-from forcingkv.measure.planner.prediction import VideoWork, predict, video_work
 from forcingkv.measure.planner.published import basis, efficiencies
-from forcingkv.measure.planner.session_memory import RESERVE_BYTES, SessionMemory, session_memory
+from forcingkv.measure.planner.session_memory import RESERVE_BYTES, session_memory
+from forcingkv.measure.planner.speed import VideoWork, predict, video_work
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.preflight import Fit, resolution_name, what_fits
 from forcingkv.runtime.spec import Dtype, ModelSpec
 
 
-@dataclass(frozen=True)
-class PlanRequest:
-    """What is to be planned."""
-
-    spec: ModelSpec
-    policies: Sequence[Policy]
-    gpus: Sequence[Gpu]
-    resolution: str | None = None
-    seconds: float = 30.0
-    dtype: Dtype = "bfloat16"
-    known: KnownHeads = field(default_factory=KnownHeads)
-    strict: bool = True
-    """Whether a policy that cannot be planned is an error; otherwise it is left out and reported as such."""
-
-
-def plan_report(request: PlanRequest) -> dict[str, Any]:
+def plan_report(
+    spec: ModelSpec,
+    policies: Sequence[Policy],
+    gpus: Sequence[Gpu],
+    *,
+    resolution: str | None = None,
+    seconds: float = 30.0,
+    dtype: Dtype = "bfloat16",
+    known: KnownHeads = None,
+    strict: bool = True,
+) -> dict[str, Any]:
     """Memory, speed and what fits, for each policy on each GPU: plain data, bytes and seconds.
+
+    Args:
+        spec: the model.
+        policies: those to plan.
+        gpus: those to plan for.
+        resolution: "WxH" or a name; None: the model's.
+        seconds: of video.
+        dtype: of weights, activations, keys and values.
+        known: what is known of the model's heads.
+        strict: whether a policy that cannot be planned is an error; otherwise it is left out and reported.
 
     Raises InputError where the heads that are given fit no policy, or a policy does not fit the model.
     """
-    spec, known = request.spec, request.known
-    _check(request)
-    geometry = spec.geometry(request.resolution)
-    chunks = spec.chunks_for(request.seconds)
-    baseline, _ = plan_for(spec, geometry, load_policy("full"))
-    full = video_work(baseline, chunks, request.dtype)
+    labels = labels_of(known)
+    if known and not any(labels <= set(policy.groups) for policy in policies):
+        raise InputError(
+            f"its labels are {', '.join(sorted(labels))}",
+            where="head map" if isinstance(known, HeadMap) else "--heads",
+            expected="labels that one of the policies has groups for",
+        )
+    if known:
+        headmap = known if isinstance(known, HeadMap) else spread(spec, known)
+        headmap.check_model(spec.layers, spec.heads, labels)
+    geometry = spec.geometry(resolution)
+    chunks = spec.chunks_for(seconds)
+    full = video_work(plan_for(spec, geometry, load_policy("full"))[0], chunks, dtype)
     planned, left_out = [], {}
-    for policy in request.policies:
+    for policy in policies:
         try:
             plan, heads = plan_for(spec, geometry, policy, known)
         except InputError as error:
-            if request.strict:
+            if strict:
                 raise
             left_out[policy.name] = str(error)
             continue
-        planned.append(_policy(request, plan, heads, video_work(plan, chunks, request.dtype), full))
-    families = {gpu.family for gpu in request.gpus}
+        memory, video = session_memory(plan, dtype), video_work(plan, chunks, dtype)
+        on = []
+        for gpu in gpus:
+            missing = memory.missing(gpu.memory_bytes)
+            on.append(
+                {
+                    "gpu": gpu.key,
+                    "name": gpu.name,
+                    "memory_bytes": gpu.memory_bytes,
+                    "efficiency": efficiencies()[gpu.family].value,
+                    "efficiency_basis": basis(gpu),
+                    "fits": not missing,
+                    "missing_bytes": missing,
+                    "what_fits": _instead(plan, gpu, known, dtype) if missing else [],
+                    **_speed(gpu, video, full),
+                }
+            )
+        planned.append(
+            {
+                "policy": policy.name,
+                "heads": heads,
+                "kv_attended_bytes": plan.kv_bytes(dtype),
+                "memory": {"parts": memory.parts, "total": memory.total, "not_counted": memory.unknown},
+                "pass": {kind: asdict(work) for kind, work in video.steady.items()},
+                "gpus": on,
+            }
+        )
+    families = {gpu.family for gpu in gpus}
     return {
         "model": spec.name,
         "width": geometry.width,
         "height": geometry.height,
         "frame_tokens": geometry.frame_tokens,
-        "dtype": request.dtype,
+        "dtype": dtype,
         "decoder": spec.decoder.kind,
-        "seconds": request.seconds,
+        "seconds": seconds,
         "chunks": chunks,
         "passes": full.passes,
         "reserve_bytes": RESERVE_BYTES,
@@ -72,50 +111,10 @@ def plan_report(request: PlanRequest) -> dict[str, Any]:
     }
 
 
-def _check(request: PlanRequest) -> None:
-    """Raise InputError for heads that are not this model's, or that no policy has groups for."""
-    spec, known = request.spec, request.known
-    if not known.labels:
-        return
-    if not any(known.labels <= set(policy.groups) for policy in request.policies):
-        raise InputError(
-            f"its labels are {', '.join(sorted(known.labels))}",
-            where="head map" if known.headmap else "--heads",
-            expected="labels that one of the policies has groups for",
-        )
-    headmap = known.headmap or spread(spec, known.counts or {})
-    headmap.check_model(spec.layers, spec.heads, known.labels)
-
-
-def _policy(
-    request: PlanRequest, plan: CachePlan, heads: str, video: VideoWork, full: VideoWork
-) -> dict[str, Any]:
-    memory = session_memory(plan, request.dtype)
-    return {
-        "policy": plan.policy.name,
-        "heads": heads,
-        "kv_attended_bytes": plan.kv_bytes(request.dtype),
-        "memory": {"parts": memory.parts, "total": memory.total, "not_counted": list(memory.unknown)},
-        "pass": {kind: asdict(work) for kind, work in video.steady.items()},
-        "gpus": [_on(request, gpu, plan, memory, video, full) for gpu in request.gpus],
-    }
-
-
-def _on(
-    request: PlanRequest, gpu: Gpu, plan: CachePlan, memory: SessionMemory, video: VideoWork, full: VideoWork
-) -> dict[str, Any]:
+def _speed(gpu: Gpu, video: VideoWork, full: VideoWork) -> dict[str, Any]:
     constant = efficiencies()[gpu.family]
     found = predict(video, gpu, constant.value)
-    missing = memory.missing(gpu.memory_bytes)
     return {
-        "gpu": gpu.key,
-        "name": gpu.name,
-        "memory_bytes": gpu.memory_bytes,
-        "efficiency": constant.value,
-        "efficiency_basis": basis(gpu),
-        "fits": not missing,
-        "missing_bytes": missing,
-        "what_fits": _instead(plan, gpu, request.known, request.dtype) if missing else [],
         "pass_seconds": found.steady_pass,
         "pass_seconds_by_kind": found.kinds,
         "chunk_seconds": found.steady_chunk,

@@ -51,32 +51,29 @@ class DecoderCosts:
 
 
 @cache
-def _file() -> dict[str, DecoderCosts]:
-    text = resources.files(__package__).joinpath("decoders.toml").read_text(encoding="utf-8")
-    return {
-        kind: from_data(DecoderCosts, entry, f"decoders.toml: {kind}")
-        for kind, entry in tomllib.loads(text).items()
-    }
-
-
 def decoder_costs(kind: str) -> DecoderCosts:
     """The sizes of a decoder. Raises InputError naming the kinds there are."""
-    if kind not in _file():
+    known = tomllib.loads((resources.files(__package__) / "decoders.toml").read_text(encoding="utf-8"))
+    if kind not in known:
         raise InputError(
-            f"there is no decoder {kind!r}", where="decoder", expected=f"one of {', '.join(_file())}"
+            f"there is no decoder {kind!r}", where="decoder", expected=f"one of {', '.join(known)}"
         )
-    return _file()[kind]
+    return from_data(DecoderCosts, known[kind], f"decoders.toml: {kind}")
 
 
 def parameters(spec: ModelSpec) -> int:
     """Numbers in a model's weights, norms and biases included (`models/wan.py`)."""
+
+    def linear(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
+
     dim, ffn = spec.dim, spec.ffn_width
     cell = spec.latent_channels * spec.patch**2
-    attention = 4 * _linear(dim, dim) + 2 * dim
-    block = 2 * attention + 2 * dim + _linear(dim, ffn) + _linear(ffn, dim) + 6 * dim
-    ends = _linear(cell, dim) + _linear(dim, cell) + 2 * dim
-    text = _linear(spec.text_width, dim) + _linear(dim, dim)
-    time = _linear(spec.time_width, dim) + _linear(dim, dim) + _linear(dim, 6 * dim)
+    attention = 4 * linear(dim, dim) + 2 * dim
+    block = 2 * attention + 2 * dim + linear(dim, ffn) + linear(ffn, dim) + 6 * dim
+    ends = linear(cell, dim) + linear(dim, cell) + 2 * dim
+    text = linear(spec.text_width, dim) + linear(dim, dim)
+    time = linear(spec.time_width, dim) + linear(dim, dim) + linear(dim, 6 * dim)
     places = spec.geometry().frame_tokens * dim if spec.position_table else 0
     return spec.layers * block + ends + text + time + places
 
@@ -132,7 +129,3 @@ def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> SessionMemory:
     if decoder.activation_bytes is None:
         unknown.append(f"activations of the decoder {spec.decoder.kind}: never built")
     return SessionMemory(parts, tuple(unknown))
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs

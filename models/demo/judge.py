@@ -6,7 +6,6 @@ clips of the training scans, and the direction of the ink's centre.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,9 +16,14 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from forcingkv.models.demo.data import DIRECTIONS, HALF, Moves, Split, make_clip
+from forcingkv.models.demo.data import DIRECTIONS, HALF, HEIGHT, WIDTH, Moves, make_clip, moves_of
+from forcingkv.runtime.spec import ModelSpec
 
 Frames = npt.NDArray[np.floating]
+Video = npt.NDArray[np.uint8]
+
+READ_CHUNK = 5
+"""Index of the chunk whose digits are read: by then the caches have been pruned several times."""
 
 CROP = 12
 """Side a digit's box is brought to before it is read."""
@@ -39,45 +43,30 @@ class Verdict:
     """Whether it moved as prompted."""
 
 
-class Judge:
-    """Reads digits from frames; `Judge.fit()` trains one."""
-
-    def __init__(self, classifier: Pipeline) -> None:
-        self.classifier = classifier
-
-    @classmethod
-    @cache
-    def fit(cls) -> Judge:
-        """Train on real clips of the training scans."""
-        crops, classes = _crops("train", TRAINING_CLIPS, SEED)
-        classifier = make_pipeline(StandardScaler(), SVC(C=10, gamma="scale"))
-        classifier.fit(crops, classes)
-        return cls(classifier)
-
-    def read(self, frames: Frames) -> tuple[int | None, int | None]:
-        """The digit of the left and right half, by majority over frames (n, HEIGHT, WIDTH) in [-1, 1].
-
-        None where no frame of that half shows any ink.
-        """
-        left, right = (self._majority([_crop(half) for half in halves]) for halves in _halves(frames))
-        return left, right
-
-    def _majority(self, crops: Sequence[npt.NDArray[np.float32] | None]) -> int | None:
-        seen = [crop.ravel() for crop in crops if crop is not None]
-        if not seen:
-            return None
-        votes = self.classifier.predict(np.stack(seen))
-        values, counts = np.unique(votes, return_counts=True)
-        return int(values[counts.argmax()])
+@cache
+def _classifier() -> Pipeline:
+    """Trained on crops of real clips of the training scans."""
+    rng, crops, classes = np.random.default_rng(SEED), [], []
+    for _ in range(TRAINING_CLIPS):
+        clip = make_clip(rng, 1, "train")
+        for half, mover in zip(_halves(clip.frames), clip.movers, strict=True):
+            crop = _crop(half[0])
+            if crop is not None:
+                crops.append(crop.ravel())
+                classes.append(mover.digit)
+    return make_pipeline(StandardScaler(), SVC(C=10, gamma="scale")).fit(np.stack(crops), classes)
 
 
-def direction(frames: Frames) -> tuple[str | None, str | None]:
-    """The main direction of the ink's centre, in each half, from the first frame to the last."""
-    left, right = (_direction([_centre(half) for half in halves]) for halves in _halves(frames))
+def read(frames: Frames) -> tuple[int | None, int | None]:
+    """The digit of the left and right half, by majority over frames (n, HEIGHT, WIDTH) in [-1, 1].
+
+    None where no frame of that half shows any ink.
+    """
+    left, right = map(_majority, _halves(frames))
     return left, right
 
 
-def verdict(judge: Judge, frames: Frames, wanted: Moves, frames_per_chunk: int, chunk: int) -> Verdict:
+def verdict(frames: Frames, wanted: Moves, frames_per_chunk: int, chunk: int) -> Verdict:
     """Judge one video (frames, HEIGHT, WIDTH) against the prompted (digit, direction) of each half.
 
     Digits are read in the frames of that chunk. A direction is right if the digit sets out as
@@ -85,14 +74,45 @@ def verdict(judge: Judge, frames: Frames, wanted: Moves, frames_per_chunk: int, 
     have bounced).
     """
     later = frames[chunk * frames_per_chunk : (chunk + 1) * frames_per_chunk]
-    read = judge.read(later)
-    started, moving = direction(frames[:frames_per_chunk]), direction(later)
-    digits = [seen == digit for seen, (digit, _) in zip(read, wanted, strict=True)]
+    started, moving = ([*map(_direction, _halves(part))] for part in (frames[:frames_per_chunk], later))
+    digits = [seen == digit for seen, (digit, _) in zip(read(later), wanted, strict=True)]
     directions = [
         first == way and now is not None and _axis(now) == _axis(way)
         for first, now, (_, way) in zip(started, moving, wanted, strict=True)
     ]
     return Verdict((digits[0], digits[1]), (directions[0], directions[1]))
+
+
+def shows_digits(spec: ModelSpec) -> bool:
+    """Whether videos of a model look like the clips that the judge was trained on: grey, of their size."""
+    size = spec.width, spec.height, spec.latent_channels
+    return spec.decoder.kind == "pixels" and size == (WIDTH, HEIGHT, 1)
+
+
+def grey(video: Video) -> npt.NDArray[np.float64]:
+    """The first channel of grey frames (frames, height, width, 3) as (frames, height, width) in [-1, 1]."""
+    return video[..., 0] / 127.5 - 1
+
+
+def read_digits(video: Video, prompt: str, frames_per_chunk: int) -> tuple[float | None, float | None]:
+    """Shares of the two digits that are read as prompted, and that move as prompted, in `READ_CHUNK`.
+
+    None for both where the video is too short to have that chunk, and where the prompt is not one of two
+    moving digits.
+
+    Args:
+        video: uint8 (frames, 32, 48, 3).
+        prompt: what it was to show.
+        frames_per_chunk: of the demo model.
+    """
+    if len(video) < (READ_CHUNK + 1) * frames_per_chunk:
+        return None, None
+    try:
+        moves = moves_of(prompt)
+    except ValueError:
+        return None, None
+    seen = verdict(grey(video), moves, frames_per_chunk, READ_CHUNK)
+    return float(np.mean(seen.digits)), float(np.mean(seen.directions))
 
 
 def _axis(way: str) -> int:
@@ -101,6 +121,14 @@ def _axis(way: str) -> int:
 
 def _halves(frames: Frames) -> tuple[Frames, Frames]:
     return frames[:, :, :HALF], frames[:, :, HALF:]
+
+
+def _majority(half: Frames) -> int | None:
+    seen = [crop.ravel() for crop in map(_crop, half) if crop is not None]
+    if not seen:
+        return None
+    values, counts = np.unique(_classifier().predict(np.stack(seen)), return_counts=True)
+    return int(values[counts.argmax()])
 
 
 def _crop(half: Frames) -> npt.NDArray[np.float32] | None:
@@ -127,8 +155,9 @@ def _centre(half: Frames) -> npt.NDArray[np.float64] | None:
     return np.array([(ink * rows).sum() / total, (ink * columns).sum() / total])
 
 
-def _direction(centres: Sequence[npt.NDArray[np.float64] | None]) -> str | None:
-    seen = [centre for centre in centres if centre is not None]
+def _direction(half: Frames) -> str | None:
+    """The main direction of the ink's centre, from the first frame of a half to the last."""
+    seen = [centre for centre in map(_centre, half) if centre is not None]
     if len(seen) < 2:
         return None
     moved = seen[-1] - seen[0]
@@ -136,16 +165,3 @@ def _direction(centres: Sequence[npt.NDArray[np.float64] | None]) -> str | None:
         # It turned round within these frames: the longest single step shows the axis.
         moved = max(np.diff(seen, axis=0), key=lambda step: float(np.abs(step).max()))
     return max(DIRECTIONS, key=lambda way: float(np.dot(DIRECTIONS[way], moved)))
-
-
-def _crops(split: Split, clips: int, seed: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    rng = np.random.default_rng(seed)
-    crops, classes = [], []
-    for _ in range(clips):
-        clip = make_clip(rng, 1, split)
-        for halves, mover in zip(_halves(clip.frames), clip.movers, strict=True):
-            crop = _crop(halves[0])
-            if crop is not None:
-                crops.append(crop.ravel())
-                classes.append(mover.digit)
-    return np.stack(crops), np.asarray(classes)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from forcingkv.measure.fidelity.intervals import Estimate
+from forcingkv.measure.fidelity.evaluation import Estimate
 from forcingkv.plotting import INK, SOFT, png
 from forcingkv.plotting import figure as new_figure
 from studies.ablation.point_labels import place_labels

@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from forcingkv.measure.fidelity.digit_reading import READ_CHUNK, read_chunk
-from forcingkv.measure.fidelity.evaluation import SeededPrompt
-from forcingkv.measure.fidelity.intervals import Estimate, estimate
+from forcingkv.measure.fidelity.evaluation import Estimate, SeededPrompt, differences, estimate
 from forcingkv.measure.fidelity.pairs import psnr, squared_error, ssim
 from forcingkv.models.demo.data import moves_of
+from forcingkv.models.demo.judge import READ_CHUNK, grey, verdict
 from studies.ablation.variant_videos import Videos
 from studies.ablation.variants import PROFILED, REFERENCE, Variant
 
@@ -112,8 +111,9 @@ def _read(
     video: npt.NDArray[np.uint8], prompt: str, frames_per_chunk: int
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """(chunks, 2): which digits are read, and which directions are right."""
-    moves, chunks = moves_of(prompt), range(len(video) // frames_per_chunk)
-    seen = [read_chunk(video, moves, frames_per_chunk, chunk) for chunk in chunks]
+    moves, frames = moves_of(prompt), grey(video)
+    chunks = range(len(video) // frames_per_chunk)
+    seen = [verdict(frames, moves, frames_per_chunk, chunk) for chunk in chunks]
     return np.array([v.digits for v in seen]), np.array([v.directions for v in seen])
 
 
@@ -133,13 +133,7 @@ def _row(
         draws=len(draws),
         kv_bytes=round(float(np.mean([one.kv_bytes for one in draws]))),
         means=pooled(lambda one, m: one.values[m]),
-        to_full=pooled(lambda one, m: _differences(one.values[m], full.values[m])),
-        to_profiled=pooled(lambda one, m: _differences(one.values[m], profiled.values[m])),
+        to_full=pooled(lambda one, m: differences(one.values[m], full.values[m])),
+        to_profiled=pooled(lambda one, m: differences(one.values[m], profiled.values[m])),
         spread={m: (min(values), max(values)) for m, values in known.items() if values},
     )
-
-
-def _differences(values: Values, others: Values) -> Values:
-    """Paired; None where one of the two has no value."""
-    pairs = zip(values, others, strict=True)
-    return [None if value is None or other is None else value - other for value, other in pairs]

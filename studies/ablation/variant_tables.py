@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from forcingkv.measure.fidelity.digit_reading import READ_CHUNK
-from forcingkv.measure.fidelity.intervals import Estimate
+from forcingkv.measure.fidelity.evaluation import Estimate
+from forcingkv.models.demo.judge import READ_CHUNK
 from studies.ablation.variant_scores import MEASURES, Measure, VariantRow, frontier
 from studies.ablation.variants import PROFILED, REFERENCE
 

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 from forcingkv.headmaps import InputError
-from forcingkv.measure.fidelity.evaluation import evaluate_sessions
-from forcingkv.measure.fidelity.intervals import estimate
+from forcingkv.measure.fidelity.evaluation import estimate, evaluate_sessions
 from forcingkv.measure.fidelity.pairs import mean_psnr
 from forcingkv.measure.fidelity.seams import ChunkLayout
 from forcingkv.measure.fidelity.video_measures import METRICS, measure_video

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from forcingkv.measure.fidelity.intervals import Estimate, estimate
+from forcingkv.measure.fidelity.evaluation import Estimate, estimate
 
 
 def width(found: Estimate) -> float:

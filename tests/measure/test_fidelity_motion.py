@@ -6,15 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
-from forcingkv.measure.fidelity.motion import FlowMeter, Motion, MotionMeter, enlargement, moves
+from forcingkv.measure.fidelity.motion import FlowMeter, Motion, enlargement, measure_motion, moves
 from tests.measure.textures import Frames, moving
 
 
 def motion_of(video: Frames, fps: float = 8.0) -> Motion:
-    meter = MotionMeter(fps)
-    for frame in video:
-        meter.add(frame)
-    return meter.motion()
+    return measure_motion(iter(video), fps)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +85,11 @@ def test_even_motion_has_no_change() -> None:
 
 def test_what_moves() -> None:
     """VBench: 4 pairs of 16 frames above 6 pixels, where the shorter side has 256 pixels."""
-    assert moves([6.1] * 4 + [0.0] * 11, 16, 256)
-    assert not moves([6.1] * 3 + [5.9] * 12, 16, 256)
-    assert moves([0.8] * 4 + [0.0] * 11, 16, 32)  # in proportion
-    assert moves([6.1] * 10 + [0.0] * 29, 40, 256)
-    assert not moves([6.1] * 9 + [0.0] * 30, 40, 256)
+    assert moves([6.1] * 4 + [0.0] * 11, 256)
+    assert not moves([6.1] * 3 + [5.9] * 12, 256)
+    assert moves([0.8] * 4 + [0.0] * 11, 32)  # in proportion
+    assert moves([6.1] * 10 + [0.0] * 29, 256)
+    assert not moves([6.1] * 9 + [0.0] * 30, 256)
 
 
 def test_dynamic_degree_is_judged_at_eight_frames_a_second() -> None:
@@ -106,7 +103,6 @@ def test_dynamic_degree_is_judged_at_eight_frames_a_second() -> None:
 
 
 def test_one_frame_has_no_motion() -> None:
-    meter = MotionMeter(8)
-    meter.add(moving(1)[0])
-    with pytest.raises(RuntimeError, match="no two frames"):
-        meter.motion()
+    for frames in (0, 1):
+        with pytest.raises(ValueError, match="no two frames"):
+            motion_of(moving(2)[:frames])

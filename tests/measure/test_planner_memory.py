@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.headmap import ModelIdentity, Rule
+from forcingkv.measure.nominal import plan_for
 from forcingkv.measure.planner.gpus import gpu_names, load_gpu
-from forcingkv.measure.planner.known_heads import KnownHeads, plan_for
 from forcingkv.measure.planner.session_memory import (
     RESERVE_BYTES,
     decoder_costs,
@@ -59,7 +59,7 @@ def test_keys_and_values_are_what_a_session_asks_for_to_the_byte(
     policy: str, model: str, resolution: str
 ) -> None:
     spec, chosen = load_spec(model), load_policy(policy)
-    plan, _ = plan_for(spec, spec.geometry(resolution), chosen, KnownHeads(headmap=mixed(spec, chosen)))
+    plan, _ = plan_for(spec, spec.geometry(resolution), chosen, mixed(spec, chosen))
     lane = CountingLane()
     held = CacheBuffers(plan, lane, "bfloat16").nbytes  # type: ignore[arg-type]
     assert kv(session_memory(plan).parts) == held == lane.state_bytes > 0
@@ -92,7 +92,7 @@ def built_engines() -> list[tuple[str, str, float, float]]:
 def test_activations_are_near_those_of_engines_that_were_built(data: Path) -> None:
     """The document's figures have two or three digits."""
     spec = load_spec("self-forcing")
-    released = KnownHeads(headmap=read_headmap(data / "headmaps" / "forcingkv_heads_selfforcing.json"))
+    released = read_headmap(data / "headmaps" / "forcingkv_heads_selfforcing.json")
     rows = built_engines()
     assert len(rows) == 6
     for resolution, policy, step, decode in rows:

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from forcingkv.headmaps import read_headmap
-from forcingkv.measure.nominal import known_map
+from forcingkv.measure.nominal import known_map, plan_for
 from forcingkv.measure.planner.gpus import gpu_names, load_gpu
-from forcingkv.measure.planner.known_heads import KnownHeads, plan_for
-from forcingkv.measure.planner.prediction import predict, video_work
 from forcingkv.measure.planner.published import basis, efficiencies
+from forcingkv.measure.planner.speed import predict, video_work
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import Ran
@@ -34,7 +33,7 @@ def test_counts_stand_for_the_released_maps(data: Path) -> None:
             predict(
                 video_work(plan_for(spec, spec.geometry(), policy, heads)[0], 40), load_gpu("h200"), 0.3
             ).fps
-            for heads in (KnownHeads(headmap=headmap), KnownHeads())
+            for heads in (headmap, None)
         )
         assert counted == pytest.approx(exact, rel=0.005)
 

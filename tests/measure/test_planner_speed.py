@@ -15,11 +15,19 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from forcingkv.commands.plan import parse_counts
 from forcingkv.headmaps.errors import InputError
-from forcingkv.measure.planner.gpus import gpu_classes, gpu_names, load_gpu
-from forcingkv.measure.planner.known_heads import KnownHeads, parse_counts, plan_for, spread
-from forcingkv.measure.planner.prediction import pass_seconds, predict, video_work, work_seconds
-from forcingkv.measure.planner.work import Work, elementwise_bytes, pass_work
+from forcingkv.measure.nominal import plan_for, spread
+from forcingkv.measure.planner.gpus import gpu_names, load_gpu
+from forcingkv.measure.planner.published import efficiencies
+from forcingkv.measure.planner.speed import (
+    Work,
+    elementwise_bytes,
+    pass_seconds,
+    pass_work,
+    predict,
+    video_work,
+)
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime.cost import pass_flops
@@ -27,7 +35,7 @@ from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-HEADS = KnownHeads(counts={"static": 134, "dynamic": 226})
+HEADS = {"static": 134, "dynamic": 226}
 PRODUCTS = {"addmm", "mm"}
 VIEWS = {
     "_unsafe_view",
@@ -55,8 +63,8 @@ def plan_of(policy: str, resolution: str = "480p", model: str = "self-forcing") 
 
 def test_bytes_count_where_there_are_more_of_them() -> None:
     gpu = load_gpu("a100")
-    assert work_seconds(Work(312 * 10**12, 0), gpu, 0.5) == pytest.approx(2.0)
-    assert work_seconds(Work(1, 2039 * 10**9), gpu, 0.5) == pytest.approx(1.0)
+    works = {"computed": Work(312 * 10**12, 0), "moved": Work(1, 2039 * 10**9)}
+    assert pass_seconds(works, gpu, 0.5) == pytest.approx({"computed": 2.0, "moved": 1.0})
 
 
 class Traffic(TorchDispatchMode):
@@ -152,7 +160,7 @@ def test_a_window_is_faster_than_all_and_slower_than_static_and_dynamic_heads(
     model: str, resolution: str, gpu: str
 ) -> None:
     spec = load_spec(model)
-    counts = KnownHeads(counts={"static": 100, "dynamic": spec.layers * spec.heads - 100})
+    counts = {"static": 100, "dynamic": spec.layers * spec.heads - 100}
     rates = [
         predict(
             video_work(plan_for(spec, spec.geometry(resolution), load_policy(name), counts)[0], 40),
@@ -197,7 +205,7 @@ def test_the_map_that_ships_comes_before_counts_and_what_is_given_before_it() ->
     spec, policy = load_spec("demo"), load_policy("forcing-kv")
     _, words = plan_for(spec, spec.geometry(), policy)
     assert words == "7 static, 17 dynamic: the map that ships"
-    _, words = plan_for(spec, spec.geometry(), policy, KnownHeads(counts={"static": 12, "dynamic": 12}))
+    _, words = plan_for(spec, spec.geometry(), policy, {"static": 12, "dynamic": 12})
     assert words == "12 static, 12 dynamic, spread evenly over the layers"
 
 
@@ -209,10 +217,9 @@ def test_where_nothing_is_published_the_costliest_is_assumed_and_said() -> None:
 
 
 def test_every_gpu_has_a_class_and_a_source() -> None:
-    classes = gpu_classes()
     for name in gpu_names():
         gpu = load_gpu(name)
         assert gpu.source
-        assert gpu.family in classes
-    carried = {one.carried_from for one in classes.values()} - {None}
-    assert carried <= set(classes)
+        assert gpu.family in efficiencies()
+    carried = {one.carried_from for one in efficiencies().values()} - {None}
+    assert carried <= set(efficiencies())

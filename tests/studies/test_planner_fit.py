@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from forcingkv.headmaps import InputError
 from forcingkv.measure.nominal import known_map
-from forcingkv.measure.planner.prediction import predict
+from forcingkv.measure.planner.speed import predict
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.kv.policies import load_policy
 from studies.planner_fit import (
@@ -23,8 +23,8 @@ from studies.planner_fit import (
     fit_efficiency,
     hold,
     outcomes,
+    parse_published,
     published_rows,
-    rows_from,
 )
 
 FPS = [row for row in published_rows() if row.measure == "fps"]
@@ -115,7 +115,7 @@ def test_what_the_documentation_reads_from_it() -> None:
 
 def test_a_row_with_a_wrong_field_is_refused() -> None:
     with pytest.raises(InputError, match=r"published\.toml.*measure"):
-        rows_from(
+        parse_published(
             '[[rows]]\nname = "x"\nmodel = "longlive"\nresolution = "480p"\nchunks = 7\npolicy = "full"\n'
             'measure = "speed"\npublished = 1.0\n'
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,10 +13,6 @@ from forcingkv.commands.console import console, emit, listed, need, progress_bar
 from forcingkv.commands.models import Backend
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
-
-if TYPE_CHECKING:
-    from forcingkv.measure.bench.cases import BenchCase
-
 
 POLICIES = "full,window,dummy-forcing,forcing-kv"
 
@@ -65,6 +61,7 @@ def bench(
 
     Example: forcingkv bench --model self-forcing --layers 1 --geometry 480p --policies full,forcing-kv
     """
+    from forcingkv.measure.bench.cases import bundle_cases, preset_cases
     from forcingkv.measure.bench.results import cores, report, results_table, title_of
     from forcingkv.measure.bench.sweeps import lengths, resolutions, write_lengths, write_resolutions
     from forcingkv.measure.bench.turns import BenchSetup, take_turns
@@ -75,18 +72,48 @@ def bench(
             where="bench",
             expected="--model NAME, or --bundle FOLDER",
         )
+    if bundle and (layers or geometry or headmap or decoder):
+        raise InputError(
+            "a bundle has its layers, geometry, head map and decoder already",
+            where="--bundle",
+            hint="Leave out --layers, --geometry, --headmap and --decoder.",
+        )
     if sweep:
         need("analyze", "matplotlib")
-    setup, sizes = BenchSetup(rounds, backend, threads or cores(), decode), _geometries(model, geometry)
+    sizes: Sequence[str | None] = [None]
+    if model is None:
+        opened = bundle_cases(bundle or ())
+    else:
+        need("export", "torch", "onnx", "onnxscript")
+        from forcingkv.models.presets import load_spec
+
+        spec, names = load_spec(model), _names(policies, "--policies")
+        sizes = _names(geometry, "--geometry") if geometry else sizes
+        for size in sizes:  # or the last would be refused when the first has been timed
+            spec.geometry(size)
+        if decoder and spec.decoder.kind == "pixels":
+            raise InputError(f"the latents of {spec.name} are pixels: it has no decoder", where="--decoder")
+        heads = read_headmap(headmap) if headmap else None
+    setup = BenchSetup(rounds, backend, threads or cores(), decode)
     results, across = [], []
-    with _shown() as progress:
+    with progress_bar() as shown:
+        task = shown.add_task("exporting", total=None)
+
+        def progress(doing: str) -> None:
+            shown.update(task, description=doing)
+
         for size in sizes:
-            with _cases(bundle, model, layers, size, policies, headmap, decoder) as cases:
-                measured = take_turns(cases, setup, seconds=minutes * 60, progress=progress)
+            with ExitStack() as stack:
+                if model is not None:
+                    made = preset_cases(
+                        spec, names, layers=layers, resolution=size, headmap=heads, decoder=decoder or "taehv"
+                    )
+                    opened = stack.enter_context(made)
+                measured = take_turns(opened, setup, seconds=minutes * 60, progress=progress)
                 results.append(report(measured, setup))
                 across.append((size or results[0]["geometry"], measured))
                 if sweep and len(sizes) == 1:
-                    points = lengths(cases, setup, progress=progress)
+                    points = lengths(opened, setup, progress=progress)
                     results[0]["written"] = [*map(str, write_lengths(sweep, points, title_of(results[0])))]
     if sweep and len(sizes) > 1:
         title = title_of(results[0], resolution=False)
@@ -100,63 +127,7 @@ def bench(
             print(f"written: {path}")
 
 
-def _geometries(model: str | None, geometry: str | None) -> Sequence[str | None]:
-    """Those asked for, all of them known to the model; None for its own, or a bundle's."""
-    if not geometry:
-        return [None]
-    sizes = _several(geometry, "--geometry")
-    if model:
-        from forcingkv.models.presets import load_spec
-
-        for size in sizes:  # or the last would be refused when the first has been timed
-            load_spec(model).geometry(size)
-    return sizes
-
-
-@contextmanager
-def _cases(
-    bundles: Sequence[Path] | None,
-    model: str | None,
-    layers: int | None,
-    geometry: str | None,
-    policies: str,
-    headmap: Path | None,
-    decoder: str | None,
-) -> Iterator[list[BenchCase]]:
-    from forcingkv.measure.bench.cases import bundle_cases, preset_cases
-
-    if bundles:
-        if layers or geometry or headmap or decoder:
-            raise InputError(
-                "a bundle has its layers, geometry, head map and decoder already",
-                where="--bundle",
-                hint="Leave out --layers, --geometry, --headmap and --decoder.",
-            )
-        yield bundle_cases(bundles)
-        return
-    need("export", "torch", "onnx", "onnxscript")
-    from forcingkv.models.presets import load_spec
-
-    assert model is not None
-    names = _several(policies, "--policies")
-    spec, heads = load_spec(model), read_headmap(headmap) if headmap else None
-    if decoder and spec.decoder.kind == "pixels":
-        raise InputError(f"the latents of {spec.name} are pixels: it has no decoder", where="--decoder")
-    with preset_cases(
-        spec, names, layers=layers, resolution=geometry, headmap=heads, decoder=decoder or "taehv"
-    ) as cases:
-        yield cases
-
-
-@contextmanager
-def _shown() -> Iterator[Callable[[str], None]]:
-    """A display of what is being done, beside a clock."""
-    with progress_bar() as shown:
-        task = shown.add_task("exporting", total=None)
-        yield lambda doing: shown.update(task, description=doing)
-
-
-def _several(text: str, option: str) -> list[str]:
+def _names(text: str, option: str) -> list[str]:
     names = listed(text)
     if not names:
         raise InputError("names nothing", where=option, expected="names, with commas between them")

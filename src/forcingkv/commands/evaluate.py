@@ -78,12 +78,13 @@ def evaluate(
 
     from forcingkv.measure.fidelity.evaluation import evaluate_sessions, seeded_prompts, summarize
     from forcingkv.measure.fidelity.evaluation_tables import (
+        metric_columns,
         print_files,
         print_policies,
         summary_data,
-        write_csv,
     )
     from forcingkv.measure.fidelity.seams import ChunkLayout
+    from forcingkv.measure.tables import write_csv
 
     if bool(bundle) == bool(video):
         given = "are both given" if bundle else "are both missing"
@@ -104,7 +105,8 @@ def evaluate(
                 shown.add_task(path.name, total=None)
                 files.append(measure_file(path, other, layout, top))
         if out is not None:
-            write_csv([{"video": file["video"]} | file["values"] for file in files], out)
+            rows = [{"video": file["video"]} | file["values"] for file in files]
+            write_csv(out, metric_columns(rows), rows)
         emit({"videos": files}) if as_json else print_files(files)
         return
     with _sessions(bundle or (), backend, threads) as sessions, progress_bar() as shown:
@@ -117,8 +119,7 @@ def evaluate(
         places = {name: str(session.bundle.path) for name, session in sessions.items()}
     summary = summarize(rows, compared)
     if out is not None:
-        about = [{"policy": row.policy, "prompt": row.prompt, "seed": row.seed} for row in rows]
-        write_csv([first | row.values for first, row in zip(about, rows, strict=True)], out)
+        write_csv(out, metric_columns(rows), rows)
     emit(summary_data(summary, places, length)) if as_json else print_policies(summary)
 
 

@@ -60,31 +60,24 @@ def plan(
     if model is None:
         raise InputError("is not given", where="--model", expected="a preset, a spec file, or --published")
     from forcingkv.measure.planner.gpus import gpu_names, load_gpu
-    from forcingkv.measure.planner.known_heads import KnownHeads, parse_counts
     from forcingkv.measure.planner.plan_tables import plan_lines
-    from forcingkv.measure.planner.report import PlanRequest, plan_report
+    from forcingkv.measure.planner.report import plan_report
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.kv.policies import load_policy, policy_names
 
     if headmap and heads:
         raise InputError("use either --headmap or --heads, not both")
-    known = KnownHeads(read_headmap(headmap) if headmap else None, parse_counts(heads) if heads else None)
     report = plan_report(
-        PlanRequest(
-            spec=_with_decoder(load_spec(model), decoder),
-            policies=[load_policy(name) for name in listed(policy) or policy_names()],
-            gpus=[load_gpu(name) for name in listed(gpu) or gpu_names()],
-            resolution=resolution,
-            seconds=seconds,
-            dtype=_dtype(dtype),
-            known=known,
-            strict=bool(policy),
-        )
+        _with_decoder(load_spec(model), decoder),
+        [load_policy(name) for name in listed(policy) or policy_names()],
+        [load_gpu(name) for name in listed(gpu) or gpu_names()],
+        resolution=resolution,
+        seconds=seconds,
+        dtype=_dtype(dtype),
+        known=read_headmap(headmap) if headmap else parse_counts(heads) if heads else None,
+        strict=bool(policy),
     )
-    if as_json:
-        emit(report)
-        return
-    print("\n".join(plan_lines(report)))
+    emit(report) if as_json else print("\n".join(plan_lines(report)))
 
 
 def _refuse_others(context: typer.Context, *accepted: str) -> None:
@@ -92,7 +85,8 @@ def _refuse_others(context: typer.Context, *accepted: str) -> None:
     others = [
         param.opts[0]
         for param in context.command.params
-        if param.opts[0] not in accepted and _was_given(context, param.name or "")
+        if param.opts[0] not in accepted
+        and getattr(context.get_parameter_source(param.name or ""), "name", None) == "COMMANDLINE"
     ]
     if others:
         raise InputError(
@@ -101,9 +95,17 @@ def _refuse_others(context: typer.Context, *accepted: str) -> None:
         )
 
 
-def _was_given(context: typer.Context, parameter: str) -> bool:
-    source = context.get_parameter_source(parameter)
-    return source is not None and source.name == "COMMANDLINE"
+def parse_counts(text: str) -> dict[str, int]:
+    """Counts of the form "static=134,dynamic=226". Raises InputError for any other."""
+    counts: dict[str, int] = {}
+    for part in text.split(","):
+        label, _, number = (word.strip() for word in part.partition("="))
+        if not label or not number.isdecimal() or label in counts:
+            raise InputError(
+                f"is {text!r}", where="--heads", expected="labels and numbers, such as static=134,dynamic=226"
+            )
+        counts[label] = int(number)
+    return counts
 
 
 def _dtype(name: str) -> Dtype:

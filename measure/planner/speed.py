@@ -1,0 +1,204 @@
+"""The work of a pass, and how long it takes: seconds of a pass, of a chunk and of a video, without decoding.
+
+Operations come from `runtime.cost`. Bytes between device memory and the chip are derived here, for a
+transformer that runs operator by operator, as PyTorch does: each operator reads its inputs and writes its
+output once. An engine that fuses neighbours moves less; how much less has not been measured.
+
+A pass takes, for each kind of work, the longer of computing it and moving its bytes: the roofline of
+Williams, Waterman and Patterson (2009), with one change: kernels reach a share of the peak, the
+**efficiency**, one constant for each class of GPUs (`published.py`). Kinds of work follow one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from forcingkv.measure.planner.gpus import Gpu
+from forcingkv.runtime.cost import pass_flops
+from forcingkv.runtime.dtypes import DTYPES
+from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.spec import Dtype
+
+MODEL_TRIPS: dict[str, int] = {
+    "three layer norms": 6,
+    "modulation before attention and feed-forward: a product and a sum each": 8,
+    "queries, keys and queries to the prompt, read to be normalised": 3,
+    "queries to the prompt, written": 1,
+    "rotated queries and keys, written": 2,
+    "two gates and three sums with the residual stream": 13,
+    "heads of both attentions laid side by side": 4,
+}
+"""How often a block reads or writes a tensor (tokens, width) of the model's dtype, beside its products and
+attentions. Counted in `models/wan.py`; tests compare the sum with what torch does."""
+
+FLOAT_TRIPS: dict[str, int] = {
+    "three RMS norms: cast, square, mean, two products": 24,
+    "queries to the prompt, read to be cast back": 1,
+    "two rotations: four products of halves, a difference, a sum, halves laid together": 18,
+    "rotated queries and keys, read to be cast back": 2,
+}
+"""The same for tensors in float32, which norms and rotation compute in."""
+
+HIDDEN_TRIPS = 2
+"""The same for the feed-forward's hidden tensor (tokens, ffn_width): its activation reads and writes it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of one kind."""
+
+    flops: int
+    """Floating-point operations, a multiply-add counted as two."""
+    bytes: int
+    """Bytes read and written."""
+
+
+PassWork = dict[str, Work]
+"""The work of one pass over a chunk, by kind.
+
+linear: projections and feed-forward: weights, inputs and outputs of each product.
+attention: self-attention: queries, keys, values, result.
+cross: attention to the prompt.
+elementwise: norms, rotation, modulation, gates, activation: no operations counted, bytes alone.
+cache: keys and values joined to be attended to, and the next caches.
+"""
+
+
+def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat16") -> PassWork:
+    """The work of one pass of a chunk; None: of a chunk of the last phase.
+
+    The clean pass does the same work as a denoising pass: engines compute all outputs of the step graph in
+    every pass, the next caches too (docs/decisions/0004).
+    """
+    spec, size, tokens = plan.spec, DTYPES[dtype].bytes, plan.chunk_tokens
+    at = plan.phases[-1].first_chunk if chunk is None else chunk
+    flops, stream = pass_flops(plan, at), tokens * spec.dim * size
+    held = sum(math.prod(plan.entry_shape(entry, at)) for entry in plan.entries)
+    # The next cache as the graph gives it (`CacheBuffers`): segments whether the next chunk sees them or not,
+    # the sink in the first chunk alone.
+    following = sum(math.prod(plan.next_shape(entry, at)) for entry in plan.entries)
+    # Read and written where the cache's keys and values are laid before those of the chunk.
+    joined = 0
+    for group in plan.groups:
+        cached = sum(plan.tokens(group, role, at) for role in group.roles)
+        joined += 2 * 2 * group.heads * spec.head_dim * (cached + tokens) if cached else 0
+    prompt = 2 * spec.text_length * spec.dim * size
+    return {
+        "linear": Work(flops.linear, _linear_bytes(plan, size)),
+        # Queries in and the result out; keys and values of the cache and of the chunk in.
+        "attention": Work(flops.attention, spec.layers * 4 * stream + size * held),
+        "cross": Work(flops.cross, spec.layers * (2 * stream + prompt)),
+        "elementwise": Work(0, spec.layers * elementwise_bytes(plan, dtype)),
+        "cache": Work(0, size * (joined + 2 * following)),
+    }
+
+
+def elementwise_bytes(plan: CachePlan, dtype: Dtype = "bfloat16") -> int:
+    """Bytes that one block moves beside its products, attentions and caches."""
+    size, wide = DTYPES[dtype].bytes, DTYPES["float32"].bytes
+    trips = sum(MODEL_TRIPS.values()) * size + sum(FLOAT_TRIPS.values()) * wide
+    hidden = HIDDEN_TRIPS * size * plan.spec.ffn_width
+    return plan.chunk_tokens * (trips * plan.spec.dim + hidden)
+
+
+def _linear_bytes(plan: CachePlan, size: int) -> int:
+    """Of six products (dim, dim), the two of the feed-forward, patch embedding and head."""
+    spec, tokens = plan.spec, plan.chunk_tokens
+    weights = 6 * spec.dim**2 + 2 * spec.dim * spec.ffn_width
+    moved = tokens * (6 * 2 * spec.dim + 2 * (spec.dim + spec.ffn_width))
+    cell = spec.latent_channels * spec.patch**2
+    ends = 2 * (cell * spec.dim + tokens * (cell + spec.dim))
+    return size * (spec.layers * (weights + moved) + ends)
+
+
+def pass_seconds(works: PassWork, gpu: Gpu, efficiency: float) -> Mapping[str, float]:
+    """Seconds of a pass by kind of work; their sum is the pass.
+
+    `efficiency` is the share of the peak that is reached, above 0.
+    """
+    computing, moving = efficiency * gpu.peak_flops, gpu.bandwidth
+    return {kind: max(work.flops / computing, work.bytes / moving) for kind, work in works.items()}
+
+
+@dataclass(frozen=True)
+class VideoWork:
+    """The work of a video: that of a pass in each phase, and how many chunks are in the phase."""
+
+    phases: tuple[tuple[int, PassWork], ...]
+    """(chunks, work of a pass), in order; phases that the video does not reach are left out."""
+    steady: PassWork
+    """Work of a pass in the last phase of the plan, reached or not."""
+    passes: int
+    """Passes a chunk, the clean pass included."""
+    frames: int
+    """Pixel frames a chunk, as published figures count them: the decoder's temporal stride x latent frames,
+    in the first chunk too."""
+
+    @property
+    def chunks(self) -> int:
+        return sum(count for count, _ in self.phases)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How fast a video is made, decoding and text left out. All times in seconds."""
+
+    kinds: dict[str, float]
+    """Of a pass in the last phase, by kind of work."""
+    passes: int
+    mean_pass: float
+    """Of a pass, on average over the video: caches grow over its first chunks."""
+    fps: float
+    """Frames a second, over the whole video: temporal stride x latent frames / time in the transformer."""
+    attention_operations: float
+    """Share of self-attention in all operations of a pass in the last phase."""
+
+    @property
+    def steady_pass(self) -> float:
+        """Of a pass in the last phase."""
+        return sum(self.kinds.values())
+
+    @property
+    def steady_chunk(self) -> float:
+        """Of a chunk in the last phase: its denoising passes and its clean pass."""
+        return self.passes * self.steady_pass
+
+    @property
+    def mean_chunk(self) -> float:
+        """Of a chunk, on average over the video."""
+        return self.passes * self.mean_pass
+
+    @property
+    def attention_time(self) -> float:
+        """Share of self-attention in the time of a pass in the last phase. Blocks take all of that time but
+        some 0.1%, so it is a block's share too."""
+        return self.kinds["attention"] / self.steady_pass
+
+
+def video_work(plan: CachePlan, chunks: int, dtype: Dtype = "bfloat16") -> VideoWork:
+    """The work of a video of so many chunks."""
+    begins = [phase.first_chunk for phase in plan.phases]
+    counts = Counter(max(begin for begin in begins if begin <= chunk) for chunk in range(chunks))
+    return VideoWork(
+        phases=tuple((counts[begin], pass_work(plan, begin, dtype)) for begin in begins if counts[begin]),
+        steady=pass_work(plan, None, dtype),
+        passes=len(plan.spec.schedule.timesteps) + 1,
+        frames=plan.spec.frames_per_chunk * plan.spec.decoder.temporal_stride,
+    )
+
+
+def predict(video: VideoWork, gpu: Gpu, efficiency: float) -> Prediction:
+    """Predict a video on a GPU whose kernels reach that share of the peak."""
+    kinds = dict(pass_seconds(video.steady, gpu, efficiency))
+    total = sum(count * sum(pass_seconds(works, gpu, efficiency).values()) for count, works in video.phases)
+    mean = total / video.chunks
+    return Prediction(
+        kinds=kinds,
+        passes=video.passes,
+        mean_pass=mean,
+        fps=video.frames / (video.passes * mean),
+        attention_operations=video.steady["attention"].flops / sum(w.flops for w in video.steady.values()),
+    )

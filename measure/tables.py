@@ -1,0 +1,32 @@
+"""Results as tables: in the terminal, and as CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from forcingkv.headmaps.files import write_text
+
+
+def printable(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for people: the first column begins on the left, the others end on the right."""
+    table = Table(title=title)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV; a cell without a value is empty. Raises InputError where that cannot be written."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
