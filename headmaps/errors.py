@@ -5,11 +5,12 @@ It lives in `headmaps` because that is the one folder every other may import.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
-PREDICATES = frozenset(
-    "is are was has have holds names lacks lets needs takes gives does cannot decodes describes leaves lists"
-    " uses".split()
+PREDICATES = re.compile(
+    "(is|are|was|has|have|holds|names|lacks|lets|needs|takes|gives|does|cannot|decodes|describes|leaves|lists|uses)"
+    "( |$)"
 )
 """Words with which a `what` goes on with the sentence that `where` begins."""
 
@@ -28,7 +29,7 @@ class InputError(ValueError):
         self.what, self.where, self.expected, self.hint = what, where, expected, hint
         message = what
         if where:
-            message = f"{where} {what}" if what.split(" ", 1)[0] in PREDICATES else f"{where}: {what}"
+            message = f"{where} {what}" if PREDICATES.match(what) else f"{where}: {what}"
         message += f"; expected {expected}." if expected else "."
         super().__init__(f"{message} {hint}" if hint else message)
 

@@ -109,7 +109,7 @@ def _stability(analysis: Analysis) -> str:
     steps = figure(roles(analysis, "steps"), _band("step", analysis), title="By denoising step")
     chunks = figure(roles(analysis, "chunks"), _band("chunk", analysis), title="By chunk")
     figures = node("div", kept, sources, steps, chunks, klass="figures")
-    return "".join((_other_rule(analysis), unknown, figures, _needed(analysis), _undecided(analysis)))
+    return Markup(_other_rule(analysis) + unknown + figures + _needed(analysis) + _undecided(analysis))
 
 
 def _band(one: str, analysis: Analysis) -> str:
