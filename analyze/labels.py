@@ -72,10 +72,7 @@ class RuleKind:
 
 
 def context_mass(recorded: Recorded) -> Array:
-    """Mean mass of each head on the first frame and on the context after it: (2, layers, heads).
-
-    Raises InputError as `scores.frame_mass` does.
-    """
+    """Mean mass of each head on the first frame and on the context after it: (2, layers, heads)."""
     found = frame_mass(recorded)
     sink = found.key_frame < DUMMY_SINK_FRAMES
     neighbour = ~sink & (found.key_frame < found.first)
@@ -236,11 +233,8 @@ def _quota(scores: Array, asked: int | None, sink: int) -> Decision:
     heads = scores.shape[1]
     quota = heads // 2 if asked is None else asked
     if not 0 <= quota <= heads:
-        raise InputError(
-            f"cannot make {quota} heads of each layer static",
-            where="the rule quota",
-            expected=f"0 to {heads}",
-        )
+        what = f"cannot make {quota} heads of each layer static"
+        raise InputError(what, where="the rule quota", expected=f"0 to {heads}")
     cuts = np.array([_between(row, quota) for row in scores])
     return _cut(cuts, Rule("quota", static_per_layer=quota, sink_frames=sink))
 

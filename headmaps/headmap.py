@@ -163,16 +163,13 @@ class HeadMap:
 
     @classmethod
     def from_json(cls, data: Any, where: str = "head map") -> HeadMap:
-        """Build from parsed JSON. Raises InputError as `read` does."""
+        """Build from parsed JSON, with the checks of `read`."""
         file = from_data(_File, data, where)
         model = file.model
         numbers = [layer.layer for layer in file.layers]
         if len(numbers) != model.layers or numbers != list(range(model.layers)):
-            raise InputError(
-                f"lists the layers {numbers}",
-                where=where,
-                expected=f"each of the {model.layers} layers once, in order",
-            )
+            expected = f"each of the {model.layers} layers once, in order"
+            raise InputError(f"lists the layers {numbers}", where=where, expected=expected)
         for layer in file.layers:
             for name in EVIDENCE[:3]:
                 values = getattr(layer, name)
@@ -252,13 +249,10 @@ class HeadMap:
                 expected=f"{layers} layers of {heads} heads",
                 hint="Use the map made for this model, or analyze it: forcingkv analyze heads",
             )
-        others = sorted(set(self._used) - labels)
+        others = ", ".join(map(repr, sorted(set(self._used) - labels)))
         if others:
-            raise InputError(
-                f"uses the label {', '.join(map(repr, others))}",
-                where="the head map",
-                expected=f"only {', '.join(sorted(labels))}",
-            )
+            expected = f"only {', '.join(sorted(labels))}"
+            raise InputError(f"uses the label {others}", where="the head map", expected=expected)
 
     @property
     def _used(self) -> list[str]:
@@ -274,24 +268,17 @@ def labels_of(number: int, groups: Mapping[str, Sequence[int]], heads: int, wher
     for label, members in groups.items():
         for head in members:
             if not 0 <= head < heads:
-                raise InputError(
-                    f"layer {number} names head {head}", where=where, expected=f"0 to {heads - 1}"
-                )
+                expected = f"0 to {heads - 1}"
+                raise InputError(f"layer {number} names head {head}", where=where, expected=expected)
             if head in found:
-                raise InputError(
-                    f"layer {number} gives head {head} twice ({found[head]} and {label})",
-                    where=where,
-                    expected="each head exactly once",
-                )
+                twice = f"layer {number} gives head {head} twice ({found[head]} and {label})"
+                raise InputError(twice, where=where, expected="each head exactly once")
             found[head] = label
     if len(found) < heads:
         # Not all of them: a damaged number of heads must not take the memory.
         missing = itertools.islice((head for head in range(heads) if head not in found), 40)
-        raise InputError(
-            f"layer {number} leaves out head {', '.join(map(str, missing))}",
-            where=where,
-            expected="each head exactly once",
-        )
+        absent = f"layer {number} leaves out head {', '.join(map(str, missing))}"
+        raise InputError(absent, where=where, expected="each head exactly once")
     return tuple(found[head] for head in range(heads))
 
 

@@ -194,16 +194,12 @@ def _rules(analysis: Analysis) -> str:
     )
     rows = []
     for name, found in maps.items():
-        with_shown, comparable = agreement[SHOWN, name], bool(kinds[SHOWN] & kinds[name])
-        rows.append(
-            [
-                f"{SHOWN} ({found.rule.name})" if name == SHOWN else name,
-                ", ".join(f"{count} {label}" for label, count in found.counts().items()),
-                f"{with_shown.share:.0%}" if comparable else "–",
-                f"{with_shown.kappa:.2f}" if comparable else "–",
-                f"{with_shown.rand:.2f}",
-            ]
-        )
+        title = f"{SHOWN} ({found.rule.name})" if name == SHOWN else name
+        counts = ", ".join(f"{count} {label}" for label, count in found.counts().items())
+        beside = agreement[SHOWN, name]
+        comparable = (f"{beside.share:.0%}", f"{beside.kappa:.2f}")
+        shown = comparable if kinds[SHOWN] & kinds[name] else ("–", "–")
+        rows.append([title, counts, *shown, f"{beside.rand:.2f}"])
     for name, why in analysis.missing.items():
         rows.append([name, node("td", f"not applied: {why}", colspan=4, klass="words")])
     head = [("rule", "labels", "heads labelled as in this map", "kappa", "adjusted Rand")]
