@@ -129,8 +129,8 @@ def observe(recorded: Recorded, sink_frames: int) -> Observations:
     transition = found.share((found.key_frame == found.first - 1) & kept)
     history = found.share((found.key_frame < found.first - 1) & kept)
     recent = current + transition
-    floored = [np.maximum(part, FLOOR) / np.maximum(history, FLOOR) for part in (current, transition)]
-    values = [recent / (recent + history), *np.log(floored)]
+    ratios = [np.maximum(part, FLOOR) / np.maximum(history, FLOOR) for part in (current, transition)]
+    values = [recent / (recent + history), *(np.log(ratio) for ratio in ratios)]
     chunks = tuple(range(recorded.recording.first_chunk, recorded.recording.chunks))
     return Observations(np.stack(values, -1), recorded.samples, chunks, sink_frames)
 
