@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -127,7 +128,7 @@ def _draw_cells(axes: Axes, a: HeadMap, b: HeadMap, kinds: list[_Kind]) -> None:
 
 
 def _draw_letters(axes: Axes, changed: Sequence[Change], letters: Mapping[str, str], cell: float) -> None:
-    font = {"color": "white", "fontsize": min(9.0, cell * 26), "fontweight": "bold"}
+    font: dict[str, Any] = {"color": "white", "fontsize": min(9.0, cell * 26), "fontweight": "bold"}
     for change in changed:
         text = "".join(letters[label] for label in change.labels)
         axes.text(change.head + 0.5, change.layer + 0.54, text, ha="center", va="center", **font)

@@ -80,7 +80,7 @@ def histogram(headmap: HeadMap, scores: Array) -> Picture:
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         colours = [colour for _, colour in theme.coloured(parts)]
-        edges = {"edgecolor": theme.paper, "linewidth": 0.8}
+        edges: dict[str, Any] = {"edgecolor": theme.paper, "linewidth": 0.8}
         axes.hist([*parts.values()], 20, (0, 1), stacked=True, label=list(parts), color=colours, **edges)
         axes.set(xlabel="mean recency score", ylabel="heads", xlim=(0, 1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -180,7 +180,12 @@ def roles(analysis: Analysis, reason: str) -> Picture:
                 axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
                 axes.plot(places, band.mean(1), "o-", color=colour, markersize=4, linewidth=2, label=name)
         for (layer, head), style in zip(flipping[:FOLLOWED], DASHES[: len(flipping)], strict=True):
-            line = {"linestyle": style, "marker": ".", "color": theme.accent, "linewidth": 1.4}
+            line: dict[str, Any] = {
+                "linestyle": style,
+                "marker": ".",
+                "color": theme.accent,
+                "linewidth": 1.4,
+            }
             axes.plot(places, scores[:, layer, head], label=f"L{layer} H{head}", **line)
         every = -(-len(ticks) // 10)
         axes.set_xticks(places[::every], ticks[::every])

@@ -120,12 +120,12 @@ def test_convert_takes_what_a_file_leaves_open(tmp_path: Path, run: Callable[...
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--to", "yaml"], "to: 'yaml'; expected one of forcingkv, forcing-kv-json"),
+        (["--to", "yaml"], "--to is 'yaml'; expected one of forcingkv, forcing-kv-json"),
         (["--to", "forcing-kv-json"], "uses the label 'anchor', 'veil', 'wave'"),
-        (["--labels", "-1"], "labels: '-1'; expected old=new,old=new"),
+        (["--labels", "-1"], "--labels is '-1'; expected old=new,old=new"),
         (["--labels", "-1=static,-1=dynamic"], "each old one once"),
         (["--model", "demo"], "is for 2 layers of 3 heads; expected 6 layers of 4 heads"),
-        (["--model", "demo", "--heads", 3], "heads: 3; expected 4, as demo has"),
+        (["--model", "demo", "--heads", 3], "--heads is 3; expected 4, as demo has"),
         (["--threshold", 0.5], "has no use for --threshold"),
         (["--out", "FOLDER/a.csv/out.json"], "out.json cannot be written"),
     ],
