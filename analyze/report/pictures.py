@@ -80,8 +80,9 @@ def histogram(headmap: HeadMap, scores: Array) -> Picture:
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         colours = [colour for _, colour in theme.coloured(parts)]
-        edges: dict[str, Any] = {"edgecolor": theme.paper, "linewidth": 0.8}
-        axes.hist([*parts.values()], 20, (0, 1), stacked=True, label=list(parts), color=colours, **edges)
+        bars: dict[str, Any] = {"edgecolor": theme.paper, "linewidth": 0.8, "color": colours}
+        values, labels = list(parts.values()), list(parts)
+        axes.hist(values, bins=20, range=(0, 1), stacked=True, label=labels, **bars)
         axes.set(xlabel="mean recency score", ylabel="heads", xlim=(0, 1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axes)
@@ -204,7 +205,7 @@ def roles(analysis: Analysis, reason: str) -> Picture:
 
 def variance_bars(split: Mapping[str, float], unknown: frozenset[str]) -> Picture:
     """What the variance of scores comes from; interactions with the head stand out."""
-    shares = {name: 0.0 if name in unknown else split[name] for name in reversed(split)}
+    shares = {name: 0.0 if name in unknown else split[name] for name in reversed(list(split))}
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()

@@ -145,8 +145,8 @@ def _undecided(analysis: Analysis) -> str:
         f"Nearest to the boundary first{more}. Kept: share of samples, steps and chunks in which the head has"
         " the rule's label."
     )
-    columns = ("head", "by the rule", "score", "95% interval", "margin")
-    columns += ("kept: samples", "steps", "chunks", "why")
+    columns = ["head", "by the rule", "score", "95% interval", "margin"]
+    columns += ["kept: samples", "steps", "chunks", "why"]
     rows = [_undecided_row(analysis, at) for at in nearest[:LISTED]]
     return Markup(title + why + table(caption, [columns], rows))
 
