@@ -105,15 +105,13 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
         headmap = headmap_of(decision, stability, recording.model, measured, choice)
     alternatives: dict[str, HeadMap] = {}
     missing: dict[str, str] = {}
-    for rule in [name for name, kind in RULES.items() if kind.compared]:
+    for rule in [name for name, other in RULES.items() if other.compared or name == asked.rule == "budget"]:
         try:
-            other = _decide(observations, recorded, replace(asked, rule=rule))
+            found = _decide(observations, recorded, replace(asked, rule=rule))
         except InputError as error:
             missing[rule] = error.what
-            continue
-        alternatives[rule] = labels_of_rule(other, observations, recording.model)
-    if asked.rule == "budget":
-        alternatives["budget"] = labels_of_rule(decision, observations, recording.model)
+        else:
+            alternatives[rule] = labels_of_rule(found, observations, recording.model)
     return Analysis(
         recorded,
         asked,
@@ -179,44 +177,42 @@ def verdict(stability: Stability, undecided: Undecided) -> Verdict:
     """Whether a map that is the same for every video, step and chunk is safe for the model."""
     total, open_heads = stability.static.size, int(stability.undecided.sum())
     if stability.samples < 2:
-        return Verdict(
-            "unknown",
-            (
-                f"One sample says nothing about others; within it {open_heads} of {total} heads change"
-                " sides with the step or chunk.",
-                "Record more samples before you trust this map.",
-            ),
+        alone = (
+            f"One sample says nothing about others; within it {open_heads} of {total} heads change"
+            " sides with the step or chunk."
         )
-    keeps = "it keeps" if open_heads == 1 else "they keep"
-    treated = "treated as dynamic" if undecided == "dynamic" else f"{keeps} the rule's label"
-    sentences = [
+        return Verdict("unknown", (alone, "Record more samples before you trust this map."))
+    are, they_keep = ("is", "it keeps") if open_heads == 1 else ("are", "they keep")
+    treated = "treated as dynamic" if undecided == "dynamic" else f"{they_keep} the rule's label"
+    kept = (
         f"{int(stability.firm.sum())} of {total} heads keep their label in {CONFIDENCE:.0%} of samples;"
-        f" {open_heads} {'is' if open_heads == 1 else 'are'} undecided: {treated}."
-    ]
+        f" {open_heads} {are} undecided: {treated}."
+    )
     static = int(stability.static.sum())
     shaky = int((stability.static & stability.undecided).sum())
     share = shaky / static if static else 0.0
-    level: Literal["safe", "care", "unsafe"] = (
-        "safe" if share <= SAFE else "unsafe" if share >= UNSAFE else "care"
-    )
     of = f"{shaky} of the {static} heads that the rule calls static are undecided"
-    if not static:
-        of = "the rule calls no head static"
-    if level == "safe":
-        sentences.append(f"A static map is safe for this model ({of}).")
-    elif level == "care":
-        sentences.append(f"A static map is safe only with the undecided heads dynamic ({of}).")
+    of = f"({of})" if static else "(the rule calls no head static)"
+    level: Literal["safe", "care", "unsafe"]
+    if share <= SAFE:
+        level, judged = "safe", f"A static map is safe for this model {of}."
+    elif share < UNSAFE:
+        level, judged = "care", f"A static map is safe only with the undecided heads dynamic {of}."
     else:
-        sentences.append(f"A static map is not safe for this model ({of}): roles change while it runs.")
-    if stability.samples < FEW_SAMPLES:
-        sentences.append(f"Measured on {stability.samples} samples only: intervals are too narrow.")
-    return Verdict(level, tuple(sentences))
+        level, judged = "unsafe", f"A static map is not safe for this model {of}: roles change while it runs."
+    few = f"Measured on {stability.samples} samples only: intervals are too narrow."
+    return Verdict(level, (kept, judged, few) if stability.samples < FEW_SAMPLES else (kept, judged))
 
 
 def summary_json(analysis: Analysis) -> dict[str, Any]:
     """The content of stability.json."""
-    stability, recorded, apart = analysis.stability, analysis.recorded, analysis.divergence
+    stability, recorded = analysis.stability, analysis.recorded
     rules = pairwise(analysis.alternatives)
+    agreement = [
+        {"a": a, "b": b} | {name: _round(getattr(found, name)) for name in ("share", "kappa", "rand")}
+        for (a, b), found in rules.items()
+        if a < b
+    ]
     return {
         "schema": "forcingkv.stability/1",
         "model": to_data(recorded.recording.model),
@@ -229,22 +225,9 @@ def summary_json(analysis: Analysis) -> dict[str, Any]:
         "undecided": int(stability.undecided.sum()),
         "undecided_for": {name: int(found.sum()) for name, found in stability.reasons.items()},
         "variance": {name: _round(share) for name, share in analysis.variance.items()},
-        "divergence": {"intra": _round(apart.intra), "inter": _round(apart.inter)},
+        "divergence": {name: _round(share) for name, share in vars(analysis.divergence).items()},
         "samples_needed": needed(stability.spread),
-        "rules": {
-            "agreement": [
-                {
-                    "a": a,
-                    "b": b,
-                    "share": _round(found.share),
-                    "kappa": _round(found.kappa),
-                    "rand": _round(found.rand),
-                }
-                for (a, b), found in rules.items()
-                if a < b
-            ],
-            "not_applied": analysis.missing,
-        },
+        "rules": {"agreement": agreement, "not_applied": analysis.missing},
         "heads": _heads(analysis),
     }
 
@@ -254,6 +237,8 @@ def summary_lines(analysis: Analysis) -> list[tuple[str, str]]:
     stability, rule = analysis.stability, analysis.headmap.rule
     counts = analysis.headmap.counts()
     how = rule.name if rule.alpha is None else f"{rule.name}, cut at {rule.alpha:g}"
+    reasons = [f"{int(found.sum())} by {name}" for name, found in stability.reasons.items() if found.any()]
+    undecided = f"{int(stability.undecided.sum())} of {stability.static.size} heads"
     apart, split = analysis.divergence, analysis.variance
     largest = sorted(split, key=lambda name: -split[name])[:4]
     recording = analysis.recorded.recording
@@ -261,7 +246,7 @@ def summary_lines(analysis: Analysis) -> list[tuple[str, str]]:
         ("labels", ", ".join(f"{n} {label}" for label, n in counts.items())),
         ("rule", how + (f" ({rule.reason})" if rule.reason else "")),
         ("score of a head", f"{stability.score.min():.3f} to {stability.score.max():.3f}"),
-        ("undecided", _reasons(analysis)),
+        ("undecided", undecided + (f" ({', '.join(reasons)})" if reasons else "")),
         ("variance explained by", ", ".join(f"{name} {split[name]:.0%}" for name in largest)),
         ("divergence", f"{apart.intra:.2f} within heads, {apart.inter:.2f} between them"),
     ]
@@ -270,13 +255,9 @@ def summary_lines(analysis: Analysis) -> list[tuple[str, str]]:
     measured = analysis.headmap.statistics
     if measured:
         rows = "all query rows" if measured.rows is None else f"{measured.rows} query rows a pass"
-        lines.append(
-            (
-                "measured on",
-                f"{measured.samples} samples x {measured.chunks} chunks x {measured.steps} steps, {rows},"
-                f" {recording.width}x{recording.height}, policy {recording.policy}",
-            )
-        )
+        size = f"{measured.samples} samples x {measured.chunks} chunks x {measured.steps} steps"
+        where = f"{recording.width}x{recording.height}, policy {recording.policy}"
+        lines.append(("measured on", f"{size}, {rows}, {where}"))
     return lines
 
 
@@ -284,15 +265,15 @@ def needed(spread: npt.NDArray[Any]) -> dict[str, dict[str, int]]:
     """Half-width -> samples that the median head, 95% of heads and all heads need; {} for one sample."""
     if not np.isfinite(spread).all():
         return {}
-    found = {}
-    for width in HALF_WIDTHS:
-        counts = samples_needed(spread, width)
-        found[f"{width:g}"] = {
-            "median": int(np.median(counts)),
-            "95% of heads": int(np.quantile(counts, 0.95, method="higher")),
-            "all": int(counts.max()),
+    counts = {f"{width:g}": samples_needed(spread, width) for width in HALF_WIDTHS}
+    return {
+        width: {
+            "median": int(np.median(samples)),
+            "95% of heads": int(np.quantile(samples, 0.95, method="higher")),
+            "all": int(samples.max()),
         }
-    return found
+        for width, samples in counts.items()
+    }
 
 
 def _decide(observations: Observations, recorded: Recorded, asked: Labelling) -> Decision:
@@ -308,25 +289,11 @@ def _rows(values: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(round(float(v), 6) for v in row) for row in values)
 
 
-def _reasons(analysis: Analysis) -> str:
-    stability = analysis.stability
-    total = int(stability.undecided.sum())
-    named = [f"{int(found.sum())} by {name}" for name, found in stability.reasons.items() if found.any()]
-    return f"{total} of {stability.static.size} heads" + (f" ({', '.join(named)})" if named else "")
-
-
 def _heads(analysis: Analysis) -> list[dict[str, Any]]:
     stability, labels = analysis.stability, analysis.headmap.labels
-    figures = {
-        "score": stability.score,
-        "low": stability.interval.low,
-        "high": stability.interval.high,
-        "margin": stability.margin,
-        "kept_samples": stability.kept_samples,
-        "kept_steps": stability.kept_steps,
-        "kept_chunks": stability.kept_chunks,
-        "kept": stability.kept,
-    }
+    figures = {"score": stability.score, **vars(stability.interval)}
+    for name in ("margin", "kept_samples", "kept_steps", "kept_chunks", "kept"):
+        figures[name] = getattr(stability, name)
     return [
         {
             "layer": layer,

@@ -10,14 +10,12 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.metrics import adjusted_rand_score, cohen_kappa_score
 
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
 
 RUN_FILE = "headmap.json"
 
-Bools = npt.NDArray[np.bool_]
 Pair = tuple[str, str]
 """A head's labels in the first and in the second map."""
 
@@ -33,7 +31,7 @@ class Agreement:
     rand: float
     """Adjusted Rand index."""
     iou: dict[str, float]
-    """Label -> intersection over union of the heads that have it; 1 where neither map uses it."""
+    """Label that either map uses -> intersection over union of the heads that have it."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +71,27 @@ def agree(a: HeadMap, b: HeadMap) -> Agreement:
     if not a.model.layers * a.model.heads:
         raise InputError("the maps have no heads", where="compare", expected="at least one")
     first, second = (np.array(one.labels).ravel() for one in (a, b))
-    same = bool((first == second).all())
+    same = first == second
+    iou = {}
+    for label in sorted({*first, *second}):
+        either = (first == label) | (second == label)
+        iou[str(label)] = int((same & either).sum()) / int(either.sum())
     return Agreement(
-        share=float((first == second).mean()),
+        share=float(same.mean()),
         # With the same single label everywhere kappa would be 0 / 0.
-        kappa=1.0 if same else float(cohen_kappa_score(first, second)),
+        kappa=1.0 if same.all() else float(cohen_kappa_score(first, second)),
         rand=float(adjusted_rand_score(first, second)),
-        iou={str(label): _iou(first == label, second == label) for label in sorted({*first, *second})},
+        iou=iou,
     )
 
 
 def changes(a: HeadMap, b: HeadMap) -> list[Change]:
     """The heads whose labels differ, the farthest from a boundary first, then in order."""
-    found = [
-        Change(
-            layer,
-            head,
-            (a.labels[layer][head], b.labels[layer][head]),
-            (_at(a.scores, layer, head), _at(b.scores, layer, head)),
-            (_distance(a, layer, head), _distance(b, layer, head)),
-            (_undecided(a, layer, head), _undecided(b, layer, head)),
-        )
-        for layer in range(a.model.layers)
-        for head in range(a.model.heads)
-        if a.labels[layer][head] != b.labels[layer][head]
-    ]
+    found = []
+    for layer, head in np.ndindex(a.model.layers, a.model.heads):
+        old, new = (_evidence(one, layer, head) for one in (a, b))
+        if old[0] != new[0]:
+            found.append(Change(layer, head, *zip(old, new, strict=True)))  # type: ignore[arg-type]
     return sorted(found, key=lambda change: -max(distance or 0.0 for distance in change.distances))
 
 
@@ -120,15 +114,11 @@ def read_map_or_run(place: Path) -> HeadMap:
 
     Raises InputError for what `read_headmap` refuses, and for a folder without headmap.json.
     """
-    if not os.path.isdir(place):
-        return read_headmap(place)
-    if not os.path.isfile(place / RUN_FILE):
-        raise InputError(
-            f"has no {RUN_FILE}",
-            where=str(place),
-            expected="a folder that `forcingkv analyze heads --out` wrote, or a head map",
-        )
-    return read_headmap(place / RUN_FILE)
+    file = place / RUN_FILE if os.path.isdir(place) else place
+    if file != place and not os.path.isfile(file):
+        expected = "a folder that `forcingkv analyze heads --out` wrote, or a head map"
+        raise InputError(f"has no {RUN_FILE}", where=str(place), expected=expected)
+    return read_headmap(file)
 
 
 def short_names(a: Path, b: Path) -> Pair:
@@ -165,22 +155,11 @@ def label_pairs(a: HeadMap, b: HeadMap) -> dict[Pair, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _iou(first: Bools, second: Bools) -> float:
-    union = int((first | second).sum())
-    return int((first & second).sum()) / union if union else 1.0
-
-
-def _at(rows: tuple[tuple[float, ...], ...] | None, layer: int, head: int) -> float | None:
-    return rows[layer][head] if rows else None
-
-
-def _distance(found: HeadMap, layer: int, head: int) -> float | None:
-    margin = _at(found.margins, layer, head)
-    score = _at(found.scores, layer, head)
+def _evidence(found: HeadMap, layer: int, head: int) -> tuple[str, float | None, float | None, bool | None]:
+    """A head's label, score and distance from the boundary, and whether it is undecided; None: unknown."""
+    score = found.scores[layer][head] if found.scores else None
+    margin = found.margins[layer][head] if found.margins else None
     if margin is None and score is not None and found.rule.alpha is not None:
         margin = score - found.rule.alpha
-    return None if margin is None else abs(margin)
-
-
-def _undecided(found: HeadMap, layer: int, head: int) -> bool | None:
-    return None if found.undecided is None else head in found.undecided[layer]
+    undecided = None if found.undecided is None else head in found.undecided[layer]
+    return found.labels[layer][head], score, None if margin is None else abs(margin), undecided

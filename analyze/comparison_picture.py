@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
@@ -110,12 +111,8 @@ def _kind(
 
 def _draw_cells(axes: Axes, a: HeadMap, b: HeadMap, kinds: list[_Kind]) -> None:
     number = {pair: index for index, kind in enumerate(kinds) for pair in kind.pairs}
-    cells: npt.NDArray[np.int64] = np.array(
-        [
-            [number[pair] for pair in zip(first, second, strict=True)]
-            for first, second in zip(a.labels, b.labels, strict=True)
-        ]
-    )
+    pairs = zip(itertools.chain(*a.labels), itertools.chain(*b.labels), strict=True)
+    cells = np.array([number[pair] for pair in pairs]).reshape(a.model.layers, a.model.heads)
     axes.pcolormesh(
         cells,
         cmap=ListedColormap([kind.colour for kind in kinds]),
@@ -127,23 +124,14 @@ def _draw_cells(axes: Axes, a: HeadMap, b: HeadMap, kinds: list[_Kind]) -> None:
     axes.set_aspect("equal", anchor="NW")
     axes.invert_yaxis()
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _draw_letters(axes: Axes, changed: Sequence[Change], letters: Mapping[str, str], cell: float) -> None:
+    font: dict[str, Any] = {"color": "white", "fontsize": min(9.0, cell * 26), "fontweight": "bold"}
     for change in changed:
         text = "".join(letters[label] for label in change.labels)
-        axes.text(
-            change.head + 0.5,
-            change.layer + 0.54,
-            text,
-            color="white",
-            fontsize=min(9.0, cell * 26),
-            ha="center",
-            va="center",
-            fontweight="bold",
-        )
+        axes.text(change.head + 0.5, change.layer + 0.54, text, ha="center", va="center", **font)
 
 
 def _draw_undecided(axes: Axes, changed: Sequence[Change], cell: float) -> Line2D | None:
@@ -152,16 +140,9 @@ def _draw_undecided(axes: Axes, changed: Sequence[Change], cell: float) -> Line2
     if not found:
         return None
     rows, columns = [c.layer + 0.18 for c in found], [c.head + 0.82 for c in found]
+    label = f"undecided in A or B ({len(found)})"
     (drawn,) = axes.plot(
-        columns,
-        rows,
-        "o",
-        markersize=cell * 11,
-        markerfacecolor="white",
-        markeredgecolor="black",
-        markeredgewidth=cell * 2,
-        linestyle="none",
-        label=f"undecided in A or B ({len(found)})",
+        columns, rows, "o", color="white", mec="black", ms=cell * 11, mew=cell * 2, label=label
     )
     return drawn
 

@@ -17,11 +17,9 @@ import numpy.typing as npt
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
-from forcingkv.analyze.dummy import context_mass, label_dummies
-from forcingkv.analyze.scores import FEATURES, Observations
+from forcingkv.analyze.scores import FEATURES, Observations, frame_mass
 from forcingkv.analyze.storage import Recorded
-from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError, ModelIdentity, Rule, Statistics
-from forcingkv.headmaps.headmap import Budget
+from forcingkv.headmaps import DYNAMIC, STATIC, Budget, HeadMap, InputError, ModelIdentity, Rule, Statistics
 from forcingkv.runtime.cost import chunk_flops
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
@@ -29,6 +27,8 @@ from forcingkv.runtime.spec import ModelSpec
 
 ALPHA = 0.8
 """The published threshold (`docs/method.md`, "Head profile")."""
+DUMMY_CLASSES = ("sink", "neighbour", "dummy")
+DUMMY_SINK_FRAMES = 1
 MIXTURE_POINTS = 20_000
 """Observations, drawn at random, that a mixture is fitted to at most."""
 LEAST_SHARE = 1 / 6
@@ -71,8 +71,35 @@ class RuleKind:
     """The project whose classes those are."""
 
 
-def _dummies(recorded: Recorded, scores: Array, statistics: Statistics) -> HeadMap:
-    return label_dummies(context_mass(recorded), scores, recorded.recording.model, statistics=statistics)
+def context_mass(recorded: Recorded) -> Array:
+    """Mean mass of each head on the first frame and on the context after it: (2, layers, heads)."""
+    found = frame_mass(recorded)
+    sink = found.key_frame < DUMMY_SINK_FRAMES
+    neighbour = ~sink & (found.key_frame < found.first)
+    return np.stack([found.share(mask).mean((0, 1, 2)) for mask in (sink, neighbour)])
+
+
+def label_dummies(mass: Array, scores: Array, model: ModelIdentity, statistics: Statistics) -> HeadMap:
+    """The classes of Dummy Forcing (csguoh/DummyForcing), found offline instead of anew for each video.
+
+    As in its released code, the mass of each head on the first frame and on the frames between it and the
+    current chunk (see `context_mass`) is divided by its sum over all heads of the model. The half of the
+    heads whose larger share is smallest are dummies. Of the others, those with the larger share on the first
+    frame are sink heads, the rest neighbour heads. Scores (layers, heads) and statistics go into the map.
+    """
+    flat = mass.reshape(2, -1)
+    shares = flat / np.maximum(flat.sum(1, keepdims=True), 1e-12)
+    dummies = shares.shape[1] // 2
+    found = np.where(shares[0] >= shares[1], 0, 1)
+    found[np.argsort(shares.max(0), kind="stable")[:dummies]] = 2
+    rows = found.reshape(model.layers, model.heads)
+    return HeadMap(
+        model=model,
+        labels=tuple(tuple(DUMMY_CLASSES[index] for index in row) for row in rows.tolist()),
+        rule=Rule("dummy", sink_frames=DUMMY_SINK_FRAMES, dummy_heads=dummies),
+        scores=tuple(_rounded(row) for row in scores),
+        statistics=statistics,
+    )
 
 
 RULES: dict[str, RuleKind] = {
@@ -82,7 +109,14 @@ RULES: dict[str, RuleKind] = {
     "kmeans": RuleKind(compared=True),
     "mixture": RuleKind(compared=True),
     "budget": RuleKind(fixes_count=True),
-    "dummy": RuleKind("dummy-forcing", fixes_count=True, classes=_dummies, origin="Dummy Forcing"),
+    "dummy": RuleKind(
+        "dummy-forcing",
+        fixes_count=True,
+        classes=lambda recorded, scores, measured: label_dummies(
+            context_mass(recorded), scores, recorded.recording.model, measured
+        ),
+        origin="Dummy Forcing",
+    ),
 }
 """Every rule by its name. One with labels of its own is an entry here and a policy that uses them."""
 
@@ -104,7 +138,7 @@ def decide(
     (see `scores.FEATURES`); the one with more recent mass is static; the margin is the distance from
     the line halfway. `mixture`: two Gaussians of one covariance, fitted to the observations; the margin
     is the log-odds. `auto`: the threshold where it splits the heads, else kmeans, with the reason.
-    (`budget` needs a plan, see `decide_budget`; `dummy` has other classes, see `analyze.dummy`.)
+    (`budget` needs a plan, see `decide_budget`; `dummy` has other classes, see `label_dummies`.)
 
     Raises InputError for a quota that no layer has, or heads that do not form two clusters, and
     ValueError for `budget` and `dummy`.
@@ -199,11 +233,8 @@ def _quota(scores: Array, asked: int | None, sink: int) -> Decision:
     heads = scores.shape[1]
     quota = heads // 2 if asked is None else asked
     if not 0 <= quota <= heads:
-        raise InputError(
-            f"cannot make {quota} heads of each layer static",
-            where="the rule quota",
-            expected=f"0 to {heads}",
-        )
+        what = f"cannot make {quota} heads of each layer static"
+        raise InputError(what, where="the rule quota", expected=f"0 to {heads}")
     cuts = np.array([_between(row, quota) for row in scores])
     return _cut(cuts, Rule("quota", static_per_layer=quota, sink_frames=sink))
 

@@ -6,7 +6,7 @@ does), so memory grows neither with the number of keys nor with that of queries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,8 +65,13 @@ def attention_statistics(
         frame_tokens: tokens of a frame (N).
     """
     heads, frames, rows, _ = queries.shape
-    pieces = [piece for run in runs for piece in _split(run)]
-    membership = torch.zeros(len(pieces), slots, dtype=_working(queries), device=queries.device)
+    pieces = [
+        KeyRun(keys, run.slot, run.offset + block * KEY_BLOCK)
+        for run in runs
+        for block, keys in enumerate(run.keys.split(KEY_BLOCK, 1))
+    ]
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32  # never half precision
+    membership = torch.zeros(len(pieces), slots, dtype=dtype, device=queries.device)
     membership[range(len(pieces)), [piece.slot for piece in pieces]] = 1
     longest = max(piece.keys.shape[1] for piece in pieces)
     step = max(1, LOGITS // (heads * longest))
@@ -112,13 +117,3 @@ def _piece_values(scaled: Tensor, piece: KeyRun, places: Tensor) -> tuple[Tensor
     mean = weights.mul_(logits).sum(-1) / weight
     highest = highest.squeeze(-1)
     return highest + weight.log(), highest + mean, own
-
-
-def _split(run: KeyRun) -> Iterator[KeyRun]:
-    for start, keys in enumerate(run.keys.split(KEY_BLOCK, 1)):
-        yield KeyRun(keys, run.slot, run.offset + start * KEY_BLOCK)
-
-
-def _working(queries: Tensor) -> torch.dtype:
-    """Half precision is measured in single."""
-    return torch.float64 if queries.dtype == torch.float64 else torch.float32

@@ -78,7 +78,11 @@ class Recorder:
                 mine = torch.unflatten(queries[0, part], 1, (-1, self.plan.frame_tokens))
                 if self._rows < self.plan.frame_tokens:
                     mine = torch.stack([mine[:, f, p] for f, p in enumerate(places)], 1)
-                self._note(chunk, step, layer, group, mine, held, current.keys[0, part], places)
+                runs, slots = self._runs(chunk, group, held, current.keys[0, part])
+                values = attention_statistics(mine, runs, places, len(slots), self.plan.frame_tokens)
+                keys = sum(run.keys.shape[1] for run in runs)
+                heads = self._orders[layer][part]
+                self._parts.append(_Part(chunk, step, layer, heads, keys, slots, tuple(values)))
             return attend(layer, queries, current)
 
         return recorded
@@ -103,23 +107,6 @@ class Recorder:
         generator = np.random.default_rng((self.seed, chunk, step, layer))
         drawn = [generator.choice(tokens, self._rows, replace=False) for _ in range(frames)]
         return torch.from_numpy(np.sort(np.stack(drawn), axis=1))
-
-    def _note(
-        self,
-        chunk: int,
-        step: int,
-        layer: int,
-        group: HeadGroup,
-        queries: Tensor,
-        held: GroupCache,
-        current: Tensor,
-        places: Tensor,
-    ) -> None:
-        runs, slots = self._runs(chunk, group, held, current)
-        found = attention_statistics(queries, runs, places, len(slots), self.plan.frame_tokens)
-        heads = self._orders[layer][group.start : group.stop]
-        keys = sum(run.keys.shape[1] for run in runs)
-        self._parts.append(_Part(chunk, step, layer, heads, keys, slots, tuple(found)))
 
     def _runs(
         self, chunk: int, group: HeadGroup, held: GroupCache, current: Tensor

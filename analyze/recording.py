@@ -44,21 +44,12 @@ RecordedDtype = Literal["float32", "bfloat16"]
 SCHEMA: Schema = "forcingkv.statistics/1"
 METADATA_KEY = "forcingkv"
 
-_INTEGERS = ("sample", "chunk", "step", "layer", "head", "query_frame", "keys")
 COLUMNS = pl.Schema(
-    [
-        *((name, pl.Int32()) for name in _INTEGERS),
-        ("entropy", pl.Float32()),
-        ("same_position", pl.Float32()),
-        ("sink", pl.Float32()),
-        ("key_frame", pl.List(pl.Int32)),
-        ("role", pl.List(pl.String)),
-        ("mass", pl.List(pl.Float32)),
-        ("mass_error", pl.List(pl.Float32)),
-        ("entropy_error", pl.Float32()),
-        ("same_position_error", pl.Float32()),
-        ("sink_error", pl.Float32()),
-    ]
+    dict.fromkeys(("sample", "chunk", "step", "layer", "head", "query_frame", "keys"), pl.Int32())
+    | dict.fromkeys(("entropy", "same_position", "sink"), pl.Float32())
+    | {"key_frame": pl.List(pl.Int32), "role": pl.List(pl.String)}
+    | dict.fromkeys(("mass", "mass_error"), pl.List(pl.Float32))
+    | dict.fromkeys(("entropy_error", "same_position_error", "sink_error"), pl.Float32())
 )
 
 
@@ -97,16 +88,10 @@ class Recording:
         """The geometry that was generated at."""
         return self.spec.geometry(f"{self.width}x{self.height}")
 
-    @property
-    def rows_per_sample(self) -> int:
-        """Rows that a whole file has."""
-        spec = self.spec
-        passes = self.chunks * len(spec.schedule.timesteps)
-        return passes * spec.layers * spec.heads * spec.frames_per_chunk
-
     def of(self, sample: int, text: npt.NDArray[np.float32]) -> Recording:
         """The metadata of one file."""
-        return replace(self, sample=sample, text=text_digest(text))
+        digest = hashlib.sha256(np.ascontiguousarray(text).tobytes()).hexdigest()
+        return replace(self, sample=sample, text=digest)
 
     def common(self) -> Recording:
         """Without what is a single file's own."""
@@ -144,8 +129,3 @@ class Recording:
                 hint="Record it anew with this version: forcingkv analyze heads --restart",
             )
         return from_data(cls, data, where)
-
-
-def text_digest(text: npt.NDArray[np.float32]) -> str:
-    """SHA-256 of a text input."""
-    return hashlib.sha256(np.ascontiguousarray(text).tobytes()).hexdigest()

@@ -31,8 +31,6 @@ from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-STATS = "stats"
-
 Device = Literal["cpu", "cuda"]
 Progress = Callable[[int, int], None]
 """(samples done, chunks done of those under way)."""
@@ -119,7 +117,12 @@ class SampleRecorder:
         self.plan = job.plan()
         self.orders = head_orders(job.spec, self.plan.policy, job.headmap)
         self.dtype: torch.dtype = getattr(torch, job.dtype)
-        self.model = build_model(job.spec, self._ordered(), job.device, self.dtype)
+        weights, spec, orders = job.weights, job.spec, self.orders
+        if self.plan.policy.needs_headmap:
+            weights = Weights(
+                weights.shapes, lambda name: permute_tensor(name, job.weights[name], spec, orders)
+            )
+        self.model = build_model(spec, weights, job.device, self.dtype)
 
     def record(
         self, sample: int, text: npt.NDArray[np.float32], progress: Callable[[int], None] = lambda chunk: None
@@ -138,22 +141,13 @@ class SampleRecorder:
             progress=progress,
         )
 
-    def _ordered(self) -> Weights:
-        """The weights with heads as the plan groups them; as they are where it does not."""
-        weights, spec = self.job.weights, self.job.spec
-        if not self.plan.policy.needs_headmap:
-            return weights
-        return Weights(weights.shapes, lambda n: permute_tensor(n, weights[n], spec, self.orders))
-
 
 def choose_device(name: str | None) -> Device:
     """`cpu` or `cuda`; None: a GPU where torch sees one. Raises InputError for another, or none there."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     device: Device = one_of(Device, name, "device")
-    if device == "cpu":
-        return device
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "torch finds no GPU",
             where="device",
@@ -194,7 +188,7 @@ def analyze_heads(
         InputError: there are no prompts, too few chunks, recordings of another run or by other versions,
             or the rule cannot be applied.
     """
-    place = stats or out / STATS
+    place = stats or out / "stats"
     record_samples(
         job, place, samples=samples, restart=restart, cluster=cluster, workers=workers, progress=progress
     )
@@ -266,11 +260,12 @@ def _missing(job: Job, storage: Storage, samples: int) -> list[int]:
     """Samples to be recorded. Raises InputError where what is there does not belong to this run."""
     recording, there = job.recording, storage.samples()
     if there and there[-1] >= samples:
+        are, highest = "is" if samples == 1 else "are", there[-1]
         raise InputError(
-            f"holds sample {there[-1]}, and {samples} {'is' if samples == 1 else 'are'} asked for",
+            f"holds sample {highest}, and {samples} {are} asked for",
             where=storage.place,
             expected=f"samples 0 to {samples - 1}",
-            hint=f"Ask for --samples {there[-1] + 1}, choose another folder, or measure anew with --restart.",
+            hint=f"Ask for --samples {highest + 1}, choose another folder, or measure anew with --restart.",
         )
     for sample in there:
         wanted = recording.of(sample, job.text(sample))

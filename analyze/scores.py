@@ -117,26 +117,20 @@ def observe(recorded: Recorded, sink_frames: int) -> Observations:
 
     Score = mass on the last frames / (total mass - mass on the first `sink_frames`), the last frames
     being the transition frame and the current chunk. Every aggregate anywhere is a mean of these.
-    Raises InputError as `frame_mass` does, and for so many sink frames that no history is left.
+    Raises InputError for so many sink frames that no history is left.
     """
     oldest = (recorded.recording.chunks - 1) * recorded.recording.spec.frames_per_chunk - 1
     if not 0 <= sink_frames < oldest:
-        raise InputError(
-            f"{sink_frames} frames are left out, which leaves no history to any chunk",
-            where="sink_frames",
-            expected=f"0 to {oldest - 1}",
-        )
+        what = f"{sink_frames} frames are left out, which leaves no history to any chunk"
+        raise InputError(what, where="sink_frames", expected=f"0 to {oldest - 1}")
     found = frame_mass(recorded)
     kept = found.key_frame >= sink_frames
     current = found.share(found.key_frame >= found.first)
     transition = found.share((found.key_frame == found.first - 1) & kept)
     history = found.share((found.key_frame < found.first - 1) & kept)
     recent = current + transition
-    values = [
-        recent / (recent + history),
-        np.log(np.maximum(current, FLOOR) / np.maximum(history, FLOOR)),
-        np.log(np.maximum(transition, FLOOR) / np.maximum(history, FLOOR)),
-    ]
+    ratios = [np.maximum(part, FLOOR) / np.maximum(history, FLOOR) for part in (current, transition)]
+    values = [recent / (recent + history), *(np.log(ratio) for ratio in ratios)]
     chunks = tuple(range(recorded.recording.first_chunk, recorded.recording.chunks))
     return Observations(np.stack(values, -1), recorded.samples, chunks, sink_frames)
 

@@ -44,16 +44,9 @@ class Storage:
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.place)
         except (ValueError, ImportError) as error:
-            raise InputError(
-                f"cannot be reached ({error})",
-                where=self.place,
-                expected="a folder, or a URL that fsspec knows",
-            ) from error
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is on this machine's file system."""
-        return bool(self._files.protocol[0] == "file")
+            expected = "a folder, or a URL that fsspec knows"
+            raise InputError(f"cannot be reached ({error})", where=self.place, expected=expected) from error
+        self._is_local = self._files.protocol[0] == "file"
 
     def samples(self) -> list[int]:
         """The samples that are there, in order."""
@@ -63,9 +56,8 @@ class Storage:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise InputError(
-                f"cannot be listed ({error.strerror or error})", where=self.place, expected="a folder"
-            ) from error
+            what = f"cannot be listed ({error.strerror or error})"
+            raise InputError(what, where=self.place, expected="a folder") from error
         return sorted(int(found[1]) for name in names if (found := _NAME.match(name)))
 
     def path(self, sample: int) -> str:
@@ -97,11 +89,8 @@ class Storage:
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"cannot be read ({first_line(error)})",
-                where=where,
-                hint="Measure everything anew with --restart.",
-            ) from error
+            hint = "Measure everything anew with --restart."
+            raise InputError(f"cannot be read ({first_line(error)})", where=where, hint=hint) from error
         if recorded != current:
             raise InputError(
                 f"was recorded by {_listed(recorded)}",
@@ -114,7 +103,7 @@ class Storage:
     def _put(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all."""
         path = posixpath.join(self._root, name)
-        if self.is_local:
+        if self._is_local:
             write_bytes(Path(path), content)
             return
         try:
@@ -149,9 +138,8 @@ class Storage:
 
     def scan(self, samples: Sequence[int]) -> pl.LazyFrame:
         """One lazy scan over those files."""
-        if self.is_local:
-            return pl.scan_parquet([self._file(sample) for sample in samples])
-        return pl.scan_parquet([self._content(sample) for sample in samples])
+        files = [self._file(sample) for sample in samples]
+        return pl.scan_parquet(files if self._is_local else [self._files.cat_file(file) for file in files])
 
     def clear(self) -> None:
         """Delete all samples, and the note of what recorded them."""
@@ -159,10 +147,6 @@ class Storage:
             self._files.rm_file(self._file(sample))
         if self._files.exists(posixpath.join(self._root, VERSIONS)):
             self._files.rm_file(posixpath.join(self._root, VERSIONS))
-
-    def _content(self, sample: int) -> bytes:
-        content: bytes = self._files.cat_file(self._file(sample))
-        return content
 
     def _file(self, sample: int) -> str:
         return posixpath.join(self._root, _name(sample))

@@ -131,14 +131,12 @@ def _cluster(cluster: str, workers: int | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if cluster != LOCAL:
         _check_answers(cluster)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if cluster == LOCAL:
+        # More workers than cores may be asked for: torch's threads share the cores.
+        options |= {"num_cpus": max(workers or 1, os.cpu_count() or 1), "include_dashboard": False}
     try:
-        if cluster == LOCAL:
-            # More workers than cores may be asked for: torch's threads share the cores.
-            cores = max(workers or 1, os.cpu_count() or 1)
-            ray.init(address=LOCAL, num_cpus=cores, include_dashboard=False, **quiet)
-        else:
-            ray.init(address=cluster, **quiet)
+        ray.init(address=cluster, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(cluster, error) from error
     try:

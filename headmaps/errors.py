@@ -5,30 +5,12 @@ It lives in `headmaps` because that is the one folder every other may import.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
-PREDICATES = frozenset(
-    (
-        "is",
-        "are",
-        "was",
-        "has",
-        "have",
-        "holds",
-        "names",
-        "lacks",
-        "lets",
-        "needs",
-        "takes",
-        "gives",
-        "does",
-        "cannot",
-        "decodes",
-        "describes",
-        "leaves",
-        "lists",
-        "uses",
-    )
+PREDICATES = re.compile(
+    "(is|are|was|has|have|holds|names|lacks|lets|needs|takes|gives|does|cannot|decodes|describes|leaves|lists|uses)"
+    "( |$)"
 )
 """Words with which a `what` goes on with the sentence that `where` begins."""
 
@@ -42,23 +24,14 @@ class InputError(ValueError):
     """
 
     def __init__(
-        self,
-        what: str,
-        *,
-        where: str | None = None,
-        expected: str | None = None,
-        hint: str | None = None,
+        self, what: str, *, where: str | None = None, expected: str | None = None, hint: str | None = None
     ) -> None:
         self.what, self.where, self.expected, self.hint = what, where, expected, hint
         message = what
         if where:
-            message = f"{where} {what}" if what.split(" ", 1)[0] in PREDICATES else f"{where}: {what}"
-        if expected:
-            message += f"; expected {expected}"
-        message += "."
-        if hint:
-            message += f" {hint}"
-        super().__init__(message)
+            message = f"{where} {what}" if PREDICATES.match(what) else f"{where}: {what}"
+        message += f"; expected {expected}." if expected else "."
+        super().__init__(f"{message} {hint}" if hint else message)
 
     def __reduce__(self) -> tuple[Callable[..., InputError], tuple[object, ...]]:
         """Errors come back from other processes whole."""

@@ -71,11 +71,8 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
 
 def unwritable(path: Path, error: OSError) -> InputError:
     """The error for an output that cannot be written."""
-    return InputError(
-        f"cannot be written ({error.strerror})",
-        where=str(path),
-        hint="Choose a place that you may write to.",
-    )
+    hint = "Choose a place that you may write to."
+    return InputError(f"cannot be written ({error.strerror})", where=str(path), hint=hint)
 
 
 @contextmanager
@@ -103,7 +100,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text whole or not at all, in UTF-8. Raises InputError as `write_bytes` does."""
+    """Write a file of text whole or not at all, in UTF-8."""
     write_bytes(path, text.encode())
 
 

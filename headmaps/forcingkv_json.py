@@ -89,14 +89,10 @@ def from_data(data: Any, sha256: str, where: str, choices: Choices) -> HeadMap:
         reasons.append(f"the file leaves out layer {_listed(missing)}: {choices.missing_layers}, as given")
     if halves:
         reasons.append(f"the file gives one list for layer {_listed(halves)}: the other is its complement")
-    return HeadMap(
-        ModelIdentity(
-            choices.model or (profile if isinstance(profile, str) else "") or "unknown", total, heads
-        ),
-        labels,
-        Rule("given", "; ".join(reasons) or None),
-        source=Source(FORMAT, sha256, fields, None if layers == _layers(labels) else tuple(layers)),
-    )
+    name = choices.model or (profile if isinstance(profile, str) else "") or "unknown"
+    source = Source(FORMAT, sha256, fields, None if layers == _layers(labels) else tuple(layers))
+    rule = Rule("given", "; ".join(reasons) or None)
+    return HeadMap(ModelIdentity(name, total, heads), labels, rule, source=source)
 
 
 def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
@@ -125,10 +121,13 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
             "description": f"forcingkv, rule {headmap.rule.name}{origin}{reason}",
             "layers": layers,
         }
-    # Where layers were left out, what they hold was a choice, which the file does not give back.
-    given = source.layers or ()
-    if len(given) == headmap.model.layers and _labels(given, headmap.model) == headmap.labels:
-        layers = list(given)
+    # Where layers were left out, what they hold was a choice, which the file does not give back. Or the map
+    # may have got other labels since it was read.
+    model, given = headmap.model, list(source.layers or ())
+    if len(given) == model.layers:
+        known = Choices(layers=model.layers, heads=model.heads)
+        if from_data(given, "", "the source in the head map", known).labels == headmap.labels:
+            layers = given
     return layers if source.fields is None else {**source.fields, "layers": layers}
 
 
@@ -153,30 +152,20 @@ def _layers(labels: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     ]
 
 
-def _labels(layers: Sequence[Any], model: ModelIdentity) -> tuple[tuple[str, ...], ...]:
-    """The labels that those layers give; the map may have got others since it was read from them."""
-    choices = Choices(layers=model.layers, heads=model.heads)
-    return from_data(list(layers), "", "the source in the head map", choices).labels
-
-
 def _numbered(layers: list[Any], where: str) -> dict[int, Groups]:
     """Each layer's lists by its number."""
     found: dict[int, Groups] = {}
     named = ["layer_idx" in layer for layer in layers if isinstance(layer, Mapping)]
     for place, layer in enumerate(layers):
+        entry = f"entry {place} of the layers"
         if not isinstance(layer, Mapping):
-            raise InputError(f"entry {place} of the layers is {layer!r:.60}", where=where, expected="a table")
+            raise InputError(f"{entry} is {layer!r:.60}", where=where, expected="a table")
         if "layer_idx" not in layer and any(named):
-            raise InputError(
-                f"entry {place} of the layers has no layer_idx", where=where, expected="one in all or in none"
-            )
+            raise InputError(f"{entry} has no layer_idx", where=where, expected="one in all or in none")
         number = layer.get("layer_idx", place)
         if type(number) is not int or number < 0:
-            raise InputError(
-                f"entry {place} of the layers has the layer_idx {number!r:.60}",
-                where=where,
-                expected="the number of a layer, from 0",
-            )
+            wrong = f"{entry} has the layer_idx {number!r:.60}"
+            raise InputError(wrong, where=where, expected="the number of a layer, from 0")
         if number in found:
             raise InputError(f"gives layer {number} twice", where=where, expected="each layer once")
         found[number] = _groups(layer, number, where)
@@ -196,22 +185,16 @@ def _groups(layer: Mapping[str, Any], number: int, where: str) -> Groups:
                     expected=f"one of {', '.join(NAMES[STATIC] + NAMES[DYNAMIC])}",
                 )
             continue
+        said = f"layer {number}: {name}"
         if not isinstance(heads, list):
-            raise InputError(
-                f"layer {number}: {name} is {heads!r:.60}", where=where, expected="a list of heads"
-            )
+            raise InputError(f"{said} is {heads!r:.60}", where=where, expected="a list of heads")
         for head in heads:
             if type(head) is not int:
-                raise InputError(
-                    f"layer {number}: {name} names {head!r:.60}", where=where, expected="the number of a head"
-                )
+                raise InputError(f"{said} names {head!r:.60}", where=where, expected="the number of a head")
         groups.setdefault(label, []).extend(heads)
     if not groups:
-        raise InputError(
-            f"layer {number} has no list of heads",
-            where=where,
-            expected="static_head or dynamic_head or both",
-        )
+        lists = "static_head or dynamic_head or both"
+        raise InputError(f"layer {number} has no list of heads", where=where, expected=lists)
     return groups
 
 
@@ -230,17 +213,13 @@ def _common_heads(given: Mapping[int, Groups], where: str) -> int:
     sizes: dict[int, int] = {}
     for number, groups in given.items():
         if len(groups) == 1:
-            raise InputError(
-                f"layer {number} gives only its {next(iter(groups))} heads, and the file no num_heads",
-                where=where,
-                hint=hint,
-            )
+            half = f"layer {number} gives only its {next(iter(groups))} heads, and the file no num_heads"
+            raise InputError(half, where=where, hint=hint)
         sizes.setdefault(1 + max((head for heads in groups.values() for head in heads), default=-1), number)
     if len(sizes) > 1:
         shown = ", ".join(f"0 to {size - 1} in layer {number}" for size, number in sorted(sizes.items()))
-        raise InputError(
-            f"has no num_heads, and its layers name different heads: {shown}", where=where, hint=hint
-        )
+        wrong = f"has no num_heads, and its layers name different heads: {shown}"
+        raise InputError(wrong, where=where, hint=hint)
     return size_limit(next(iter(sizes)), "the number of heads", where)
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
@@ -16,11 +16,12 @@ from forcingkv.headmaps.files import write_text
 
 SCHEMA = "forcingkv.headmap/1"
 STATIC, DYNAMIC = "static", "dynamic"
+EVIDENCE = ("scores", "confidence", "margins", "undecided")
+"""What a map may say of each layer's heads, beside their labels."""
 MOST = 4096
 """More layers or heads than any model has: a damaged number must not take the memory."""
 
 Scores = tuple[tuple[float, ...], ...]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -162,18 +163,15 @@ class HeadMap:
 
     @classmethod
     def from_json(cls, data: Any, where: str = "head map") -> HeadMap:
-        """Build from parsed JSON. Raises InputError as `read` does."""
+        """Build from parsed JSON, with the checks of `read`."""
         file = from_data(_File, data, where)
         model = file.model
         numbers = [layer.layer for layer in file.layers]
         if len(numbers) != model.layers or numbers != list(range(model.layers)):
-            raise InputError(
-                f"lists the layers {numbers}",
-                where=where,
-                expected=f"each of the {model.layers} layers once, in order",
-            )
+            expected = f"each of the {model.layers} layers once, in order"
+            raise InputError(f"lists the layers {numbers}", where=where, expected=expected)
         for layer in file.layers:
-            for name in ("scores", "confidence", "margins"):
+            for name in EVIDENCE[:3]:
                 values = getattr(layer, name)
                 if values is not None and len(values) != model.heads:
                     raise InputError(
@@ -188,17 +186,12 @@ class HeadMap:
                     where=where,
                     expected=f"heads 0 to {model.heads - 1}, in order, each once",
                 )
-        return cls(
-            model=model,
-            labels=tuple(labels_of(layer.layer, layer.heads, model.heads, where) for layer in file.layers),
-            rule=file.rule,
-            scores=_all_or_none([layer.scores for layer in file.layers]),
-            confidence=_all_or_none([layer.confidence for layer in file.layers]),
-            statistics=file.statistics,
-            source=file.source,
-            margins=_all_or_none([layer.margins for layer in file.layers]),
-            undecided=_all_or_none([layer.undecided for layer in file.layers]),
-        )
+        labels = tuple(labels_of(layer.layer, layer.heads, model.heads, where) for layer in file.layers)
+        rows: dict[str, Any] = {
+            name: tuple(getattr(layer, name) for layer in file.layers) for name in EVIDENCE
+        }
+        whole = {name: found for name, found in rows.items() if None not in found}
+        return cls(model, labels, file.rule, statistics=file.statistics, source=file.source, **whole)
 
     def to_json(self) -> dict[str, Any]:
         """The content of the file."""
@@ -209,16 +202,12 @@ class HeadMap:
                     label: tuple(head for head, given in enumerate(labels) if given == label)
                     for label in sorted(set(self._used), reverse=True)
                 },
-                scores=self.scores[number] if self.scores else None,
-                confidence=self.confidence[number] if self.confidence else None,
-                margins=self.margins[number] if self.margins else None,
-                undecided=self.undecided[number] if self.undecided else None,
+                **{name: getattr(self, name)[number] for name in EVIDENCE if getattr(self, name)},
             )
             for number, labels in enumerate(self.labels)
         )
-        data: dict[str, Any] = to_data(
-            _File("forcingkv.headmap/1", self.model, self.rule, layers, self.statistics, self.source)
-        )
+        file = _File("forcingkv.headmap/1", self.model, self.rule, layers, self.statistics, self.source)
+        data: dict[str, Any] = to_data(file)
         return data
 
     def write(self, path: Path) -> None:
@@ -260,13 +249,10 @@ class HeadMap:
                 expected=f"{layers} layers of {heads} heads",
                 hint="Use the map made for this model, or analyze it: forcingkv analyze heads",
             )
-        others = sorted(set(self._used) - labels)
+        others = ", ".join(map(repr, sorted(set(self._used) - labels)))
         if others:
-            raise InputError(
-                f"uses the label {', '.join(map(repr, others))}",
-                where="the head map",
-                expected=f"only {', '.join(sorted(labels))}",
-            )
+            expected = f"only {', '.join(sorted(labels))}"
+            raise InputError(f"uses the label {others}", where="the head map", expected=expected)
 
     @property
     def _used(self) -> list[str]:
@@ -282,30 +268,18 @@ def labels_of(number: int, groups: Mapping[str, Sequence[int]], heads: int, wher
     for label, members in groups.items():
         for head in members:
             if not 0 <= head < heads:
-                raise InputError(
-                    f"layer {number} names head {head}", where=where, expected=f"0 to {heads - 1}"
-                )
+                expected = f"0 to {heads - 1}"
+                raise InputError(f"layer {number} names head {head}", where=where, expected=expected)
             if head in found:
-                raise InputError(
-                    f"layer {number} gives head {head} twice ({found[head]} and {label})",
-                    where=where,
-                    expected="each head exactly once",
-                )
+                twice = f"layer {number} gives head {head} twice ({found[head]} and {label})"
+                raise InputError(twice, where=where, expected="each head exactly once")
             found[head] = label
     if len(found) < heads:
         # Not all of them: a damaged number of heads must not take the memory.
         missing = itertools.islice((head for head in range(heads) if head not in found), 40)
-        raise InputError(
-            f"layer {number} leaves out head {', '.join(map(str, missing))}",
-            where=where,
-            expected="each head exactly once",
-        )
+        absent = f"layer {number} leaves out head {', '.join(map(str, missing))}"
+        raise InputError(absent, where=where, expected="each head exactly once")
     return tuple(found[head] for head in range(heads))
-
-
-def _all_or_none(rows: Sequence[tuple[T, ...] | None]) -> tuple[tuple[T, ...], ...] | None:
-    given = [row for row in rows if row is not None]
-    return tuple(given) if len(given) == len(rows) else None
 
 
 def uniform(model: ModelIdentity, label: str) -> HeadMap:

@@ -107,11 +107,8 @@ def _read_json(text: str, sha256: str, where: str, choices: Choices) -> tuple[He
     if isinstance(data, dict) and "schema" in data:
         rows = data.get("layers")
         if isinstance(rows, list) and any(isinstance(row, dict) and "layer_idx" in row for row in rows):
-            raise InputError(
-                "has a schema as forcingkv's maps and layer_idx as Forcing-KV's",
-                where=where,
-                expected="one or the other",
-            )
+            both = "has a schema as forcingkv's maps and layer_idx as Forcing-KV's"
+            raise InputError(both, where=where, expected="one or the other")
         headmap = HeadMap.from_json(data, where)
         if choices.model is not None and choices.model != headmap.model.name:
             # The weights' digest belongs to the model the file names.
@@ -152,11 +149,8 @@ def read_pyramid(text: str, sha256: str, where: str, choices: Choices) -> HeadMa
     used = {code for row in rows for code in row}
     unknown = sorted(set(given) - set(CLASSES) - set(CLASSES.values()) - used)
     if unknown:
-        raise InputError(
-            f"has no class {', '.join(map(repr, unknown))}",
-            where=where,
-            expected=f"labels for {', '.join(sorted(used))}",
-        )
+        expected = f"labels for {', '.join(sorted(used))}"
+        raise InputError(f"has no class {', '.join(map(repr, unknown))}", where=where, expected=expected)
     names = {code: given.get(code, given.get(known[code], known[code])) for code in used}
     return HeadMap(
         ModelIdentity(choices.model or "unknown", len(rows), len(rows[0])),
@@ -208,9 +202,8 @@ def _grid(text: str, separator: str, where: str) -> list[list[str]]:
         if row == [""]:
             raise InputError(f"line {layer + 1} is empty", where=where, expected="a row for each layer")
         if len(row) != len(rows[0]):
-            raise InputError(
-                f"layer {layer} has {len(row)} heads", where=where, expected=f"{len(rows[0])}, as layer 0 has"
-            )
+            expected = f"{len(rows[0])}, as layer 0 has"
+            raise InputError(f"layer {layer} has {len(row)} heads", where=where, expected=expected)
     size_limit(len(rows), "the number of layers", where)
     size_limit(len(rows[0]), "the number of heads", where)
     return rows
@@ -238,11 +231,8 @@ def _relabel(headmap: HeadMap, labels: Mapping[str, str], where: str) -> HeadMap
     used = headmap.counts()
     unknown = sorted(set(labels) - set(used) - {STATIC, DYNAMIC})
     if unknown:
-        raise InputError(
-            f"has no label {', '.join(map(repr, unknown))}",
-            where=where,
-            expected=f"new labels for {', '.join(used)}",
-        )
+        expected = f"new labels for {', '.join(used)}"
+        raise InputError(f"has no label {', '.join(map(repr, unknown))}", where=where, expected=expected)
     rows = tuple(tuple(labels.get(label, label) for label in row) for row in headmap.labels)
     reasons = [headmap.rule.reason, _relabelled(labels)]
     rule = replace(headmap.rule, reason="; ".join(reason for reason in reasons if reason))

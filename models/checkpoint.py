@@ -140,16 +140,19 @@ def load_weights(
     wanted = weight_shapes(spec)
     shapes = {wan: files.shapes[name] for wan, name in names.items()}
     check_fit(shapes, wanted, where=where, what=f"the model {spec.name}")
-    added = lora or found.lora
-    merge = _open_lora(spec, added, wanted) if added else None
+    added, alpha = lora or found.lora, spec.source.lora_alpha if spec.source else None
+    merge = read_lora(open_tensors(added, None, LORA_KEY), wanted, alpha) if added else None
 
     def read(name: str) -> Tensor:
         tensor = files.read(names[name])
         return merge.merged(name, tensor) if merge else tensor
 
+    def digest() -> str:
+        return f"{files.digest()}+{merge.files.digest()}" if merge else files.digest()
+
     absolute = Path(checkpoint).resolve() if checkpoint and Path(checkpoint).exists() else checkpoint
     again = partial(load_weights, spec, absolute, key=key, lora=lora and lora.resolve())
-    return Weights(wanted, read, lambda: _digest(files.digest(), merge), again)
+    return Weights(wanted, read, digest, again)
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
@@ -204,15 +207,6 @@ def _shipped(spec: ModelSpec) -> Path:
     return path
 
 
-def _open_lora(spec: ModelSpec, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
-    files = open_tensors(path, None, LORA_KEY)
-    return read_lora(files, shapes, spec.source.lora_alpha if spec.source else None)
-
-
-def _digest(weights: str, lora: Lora | None) -> str:
-    return weights if lora is None else f"{weights}+{lora.files.digest()}"
-
-
 def to_wan(name: str) -> str | None:
     """The Wan name of a diffusers name; None if there is none."""
     match = _LEAF.match(name)
@@ -231,7 +225,14 @@ def wan_names(stored: Iterable[str], where: str) -> dict[str, str]:
     A name that neither naming knows is kept as it is, for the strict check to report. Raises
     InputError where two names of the file come to the same.
     """
-    bare = {name: _unwrapped(name) for name in stored}
+    bare = {}
+    for name in stored:
+        inner = name
+        for wrapper in WRAPPERS:
+            inner = inner.replace(wrapper, "")
+        for prefix in PREFIXES:
+            inner = inner.removeprefix(prefix)
+        bare[name] = inner
     if any(name.startswith("condition_embedder.") for name in bare.values()):
         bare = {name: to_wan(inner) or inner for name, inner in bare.items()}
     found: dict[str, str] = {}
@@ -240,14 +241,6 @@ def wan_names(stored: Iterable[str], where: str) -> dict[str, str]:
             raise InputError(f"{found[wan]} and {name} are both {wan}", where=where)
         found[wan] = name
     return found
-
-
-def _unwrapped(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,10 @@ class GeneratedChunk:
     """Segments retained at the chunk's clean pass, if any were chosen (see `cache.advance`)."""
 
 
-def latent_shape(plan: CachePlan, batch: int = 1) -> tuple[int, int, int, int, int]:
-    """(batch, channels, frames, height, width) of a chunk."""
-    spec, geometry = plan.spec, plan.geometry
-    return (
-        batch,
-        spec.latent_channels,
-        spec.frames_per_chunk,
-        geometry.latent_height,
-        geometry.latent_width,
-    )
+def latent_shape(plan: CachePlan) -> tuple[int, int, int, int, int]:
+    """(1, channels, frames, height, width) of a chunk."""
+    size = plan.geometry.latent_height, plan.geometry.latent_width
+    return (1, plan.spec.latent_channels, plan.spec.frames_per_chunk, *size)
 
 
 def seeded_noise(plan: CachePlan, seed: int) -> Noise:
@@ -73,30 +67,27 @@ def generate(
     """
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
+    schedule = plan.spec.schedule
+
+    def run(
+        latents: Tensor, timestep: float, rotary: tuple[Tensor, Tensor], attend: Attend
+    ) -> tuple[Tensor, list[KeysValues]]:
+        features = positions.time_features(plan.spec, np.array([[timestep]]))
+        time = torch.from_numpy(features).to(text).expand(len(latents), -1, -1)
+        flow, new = model(latents.to(text), time, rotary, prompt, attend)
+        return flow.to(latents), new
+
     for chunk in range(chunks):
         rotary = _rotary(plan, chunk, text.device)
-
-        def run(
-            latents: Tensor,
-            timestep: float,
-            attend: Attend,
-            rotary: tuple[Tensor, Tensor] = rotary,
-        ) -> tuple[Tensor, list[KeysValues]]:
-            features = positions.time_features(plan.spec, np.array([[timestep]]))
-            time = torch.from_numpy(features).to(text).expand(len(latents), -1, -1)
-            flow, new = model(latents.to(text), time, rotary, prompt, attend)
-            return flow.to(latents), new
-
         attend = attend_cache(plan, cache)
         latents = noise(chunk, 0).to(text.device)
-        schedule = plan.spec.schedule
         for step, timestep in enumerate(schedule.timesteps):
             seen = watch(chunk, step, cache, attend) if watch else attend
-            flow, _ = run(latents, timestep, seen)
+            flow, _ = run(latents, timestep, rotary, seen)
             fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
             sigma, following = schedule.sigmas[step : step + 2]
             latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
-        _, new = run(latents, schedule.context_timestep, attend)
+        _, new = run(latents, schedule.context_timestep, rotary, attend)
         cache, indices = advance(plan, cache, new, chunk=chunk)
         yield GeneratedChunk(chunk, latents, indices)
 
@@ -111,8 +102,8 @@ def next_latents(
 ) -> Tensor:
     """Latents for the next pass: x0 = latents - sigma * flow, mixed with noise at the level `following`.
 
-    With "fresh" the noise is drawn anew (METHOD.md section 5); with "predicted" it is the model's
-    own, which makes the pass an Euler step.
+    With "fresh" the noise is drawn anew (`docs/method.md`, "Schedule and renoising"); with "predicted" it is
+    the model's own, which makes the pass an Euler step.
     """
     if renoise == "predicted":
         return latents + (following - sigma) * flow

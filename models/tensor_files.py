@@ -99,11 +99,8 @@ class _Safetensors(TensorFiles):
             with safe_open(path, "pt") as file:
                 self.shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"cannot be read as safetensors ({error})",
-                where=str(path),
-                expected="a whole .safetensors file",
-            ) from error
+            what, expected = f"cannot be read as safetensors ({error})", "a whole .safetensors file"
+            raise InputError(what, where=str(path), expected=expected) from error
 
     def read(self, name: str) -> Tensor:
         # Opened for each tensor, so that what was read before leaves the memory.
@@ -121,12 +118,11 @@ class _Shards(TensorFiles):
         try:
             where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             places = {str(name): inside(folder, str(file)) for name, file in where.items()}
+        except InputError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                "is not an index of shards", where=str(index), expected='JSON with a table "weight_map"'
-            ) from error
+            expected = 'JSON with a table "weight_map"'
+            raise InputError("is not an index of shards", where=str(index), expected=expected) from error
         absent = sorted({path.name for path in places.values() if not path.is_file()})
         if absent:
             raise InputError(f"lacks the shard {', '.join(absent)}", where=str(folder))
@@ -188,15 +184,10 @@ class _Torch(TensorFiles):
 def _entry(content: Any, key: str | None, keys: Sequence[str], where: str) -> Any:
     table: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
     entries = [name for name, value in table.items() if isinstance(value, Mapping)]
-    if key is not None:
-        if key not in entries:
-            raise InputError(
-                f"has no entry {key!r}",
-                where=where,
-                expected=f"one of {', '.join(entries) or 'none: it is flat'}",
-            )
-        return content[key]
-    return next((content[name] for name in keys if name in entries), content)
+    if key is not None and key not in entries:
+        expected = f"one of {', '.join(entries) or 'none: it is flat'}"
+        raise InputError(f"has no entry {key!r}", where=where, expected=expected)
+    return next((content[name] for name in (keys if key is None else (key,)) if name in entries), content)
 
 
 def _tensors(state: Any, where: str) -> Mapping[str, Tensor]:
@@ -279,8 +270,16 @@ def locate(spec: ModelSpec, checkpoint: str | Path) -> CheckpointFiles:
 
 
 def _in_folder(spec: ModelSpec, folder: Path) -> CheckpointFiles:
-    if spec.source and (folder / spec.source.file).is_file():
-        return CheckpointFiles(folder / spec.source.file, _lora(spec, folder))
+    source = spec.source
+    if source and (folder / source.file).is_file():
+        lora = folder / source.lora if source.lora else None
+        if lora and not lora.is_file():
+            raise InputError(
+                f"holds {source.file} but not {source.lora}, which {spec.name} adds to it",
+                where=str(folder),
+                hint="Fetch it too, or name the one file to use it alone.",
+            )
+        return CheckpointFiles(folder / source.file, lora)
     for place in (folder, folder / "transformer"):
         if any(place.glob(INDEX)):
             return CheckpointFiles(place)
@@ -294,24 +293,9 @@ def _in_folder(spec: ModelSpec, folder: Path) -> CheckpointFiles:
                 expected="one, or an index of shards",
                 hint="Name the file.",
             )
-    own = f"{spec.source.file}, " if spec.source else ""
-    raise InputError(
-        "holds no weights", where=str(folder), expected=f"{own}one .safetensors file or an index of shards"
-    )
-
-
-def _lora(spec: ModelSpec, folder: Path) -> Path | None:
-    assert spec.source
-    if spec.source.lora is None:
-        return None
-    path = folder / spec.source.lora
-    if not path.is_file():
-        raise InputError(
-            f"holds {spec.source.file} but not {spec.source.lora}, which {spec.name} adds to it",
-            where=str(folder),
-            hint="Fetch it too, or name the one file to use it alone.",
-        )
-    return path
+    own = f"{source.file}, " if source else ""
+    expected = f"{own}one .safetensors file or an index of shards"
+    raise InputError("holds no weights", where=str(folder), expected=expected)
 
 
 def _downloaded(spec: ModelSpec, repository: str) -> Path:

@@ -92,40 +92,30 @@ def load_prompt_encoder(place: str | Path, tokenizer: str | Path | None = None) 
     for module in ("transformers", "ftfy"):
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError(module, EXTRA)
-    _check_transformers()
+    release = importlib.metadata.version("transformers")
+    if release.startswith(BROKEN_TRANSFORMERS):
+        raise InputError(
+            f"is release {release}, which loads UMT5 with wrong embeddings",
+            where="transformers",
+            expected="4.51 or later, but not 5.0",
+            hint="Install another: pip install 'transformers>=5.1'",
+        )
     path = Path(place)
     if path.is_file() or (path / WAN_ENCODER).is_file():
         file = path if path.is_file() else path / WAN_ENCODER
-        model = _wan_encoder(open_tensors(file))
-        return PromptEncoder(model, _tokenizer(tokenizer or file.parent / WAN_TOKENIZER), file.name)
-    inner = path / "text_encoder"
-    parts = {"subfolder": "text_encoder"} if inner.is_dir() or not path.exists() else {}
+        model, words = _wan_encoder(open_tensors(file)), tokenizer or file.parent / WAN_TOKENIZER
+        return PromptEncoder(model, _pretrained("AutoTokenizer", words), file.name)
     if not path.exists() and not is_hub_id(place):
         raise InputError(
             "cannot be read: there is no such file or folder",
             where=str(place),
             expected="a folder with the text encoder, a file, or a hub id (owner/name)",
         )
-    model = _pretrained("UMT5EncoderModel", place, dtype="auto", **parts).eval()
-    beside = {"subfolder": "tokenizer"} if parts else {}
-    return PromptEncoder(
-        model, _tokenizer(tokenizer) if tokenizer else _tokenizer(place, **beside), path.name
-    )
-
-
-def _check_transformers() -> None:
-    found = importlib.metadata.version("transformers")
-    if found.startswith(BROKEN_TRANSFORMERS):
-        raise InputError(
-            f"is release {found}, which loads UMT5 with wrong embeddings",
-            where="transformers",
-            expected="4.51 or later, but not 5.0",
-            hint="Install another: pip install 'transformers>=5.1'",
-        )
-
-
-def _tokenizer(place: str | Path, **options: str) -> Any:
-    return _pretrained("AutoTokenizer", place, **options)
+    in_folders = (path / "text_encoder").is_dir() or not path.exists()
+    encoder, beside = ({"subfolder": name} if in_folders else {} for name in ("text_encoder", "tokenizer"))
+    model = _pretrained("UMT5EncoderModel", place, dtype="auto", **encoder).eval()
+    words = _pretrained("AutoTokenizer", tokenizer or place, **({} if tokenizer else beside))
+    return PromptEncoder(model, words, path.name)
 
 
 def _pretrained(kind: str, place: str | Path, **options: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,16 +27,6 @@ Pass = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Example:
-    """A head that stands for a kind of head."""
-
-    kind: str
-    head: Head
-    over_chunks: bool = False
-    """Whether it is shown for what it does at different chunks."""
-
-
-@dataclass(frozen=True)
 class FrameAttention:
     """Frame-wise attention of a head in a pass, mean over samples."""
 
@@ -51,80 +41,95 @@ class FrameAttention:
         return float(np.nansum(self.mass[:, within], axis=1).mean())
 
 
-def examples(stability: Stability) -> list[Example]:
-    """A head of each kind, none twice: typical ones, the most borderline one, and those that flip most."""
-    decided = ~stability.undecided
-    found = [
-        _first("typical static head", _typical(stability.margin, stability.static & decided), []),
-        _first("typical dynamic head", _typical(stability.margin, ~stability.static & decided), []),
-    ]
-    every = np.argwhere(np.isfinite(stability.margin))
-    kinds = [("head nearest to the boundary", _lowest(np.abs(stability.margin), every))]
-    for reason, kept in (
-        ("steps", stability.kept_steps),
-        ("chunks", stability.kept_chunks),
-        ("samples", stability.kept_samples),
-    ):
-        one = reason.removesuffix("s")
-        kinds.append(
-            (f"head that changes sides with the {one}", _lowest(kept, np.argwhere(stability.reasons[reason])))
-        )
-    for kind, heads in kinds:
-        found.append(_first(kind, heads, [one.head for one in found if one]))
-    return [one for one in found if one]
+def examples(stability: Stability) -> dict[Head, str]:
+    """A head of each kind and its kind: typical ones, the most borderline one, and those that flip most."""
+    margin, static, decided = stability.margin, stability.static, ~stability.undecided
+    kinds: dict[str, list[Head]] = {}
+    for side, mask in (("static", static), ("dynamic", ~static)):
+        heads = _ordered(margin, mask & decided)
+        kinds[f"typical {side} head"] = heads[len(heads) // 2 :][:1]
+    kinds["head nearest to the boundary"] = _ordered(np.abs(margin), np.isfinite(margin))
+    kept = {"step": stability.kept_steps, "chunk": stability.kept_chunks, "sample": stability.kept_samples}
+    for part, share in kept.items():
+        kinds[f"head that changes sides with the {part}"] = _ordered(share, stability.reasons[f"{part}s"])
+    found: dict[Head, str] = {}
+    for kind, heads in kinds.items():
+        spare = [head for head in heads if head not in found]
+        if spare:
+            found[spare[0]] = kind
+    return found
+
+
+def _ordered(values: Array, mask: npt.NDArray[np.bool_]) -> list[Head]:
+    """The heads where the mask holds, the lowest value first."""
+    heads = [(int(layer), int(head)) for layer, head in np.argwhere(mask)]
+    return sorted(heads, key=lambda at: float(values[at]))
 
 
 def frame_attention(
-    recorded: Recorded, heads: Sequence[Head], passes: Sequence[Pass]
+    recorded: Recorded, heads: Iterable[Head], passes: Sequence[Pass]
 ) -> dict[tuple[Head, Pass], FrameAttention]:
     """Frame-wise attention of those heads in those passes."""
-    spec = recorded.recording.spec
-    wanted = pl.any_horizontal(
-        [(pl.col("layer") == layer) & (pl.col("head") == head) for layer, head in heads]
+    wanted = pl.DataFrame(
+        [(*head, *at) for head in heads for at in passes],
+        dict.fromkeys(("layer", "head", "chunk", "step"), pl.Int32),
+        orient="row",
     )
-    at = pl.any_horizontal([(pl.col("chunk") == chunk) & (pl.col("step") == step) for chunk, step in passes])
-    keys = ("layer", "head", "chunk", "step", "sample", "query_frame")
-    rows = collect(
-        recorded.rows.filter(wanted & at).select(*keys, "key_frame", "mass").sort(keys), recorded.place
-    )
-    frames = {chunk: _frames(rows.filter(chunk=chunk)) for chunk, _ in passes}
+    keys = (*wanted.columns, "sample", "query_frame")
+    lazy = recorded.rows.join(wanted.lazy(), on=wanted.columns, how="semi")
+    rows = collect(lazy.select(*keys, "key_frame", "mass").sort(keys), recorded.place)
+    queries = recorded.recording.spec.frames_per_chunk
+    frames = {
+        chunk: tuple(np.unique(rows.filter(chunk=chunk)["key_frame"].explode().to_numpy()).tolist())
+        for chunk, _ in passes
+    }
     return {
         ((layer, head), (chunk, step)): FrameAttention(
             frames[chunk],
-            _mass(
-                rows.filter(layer=layer, head=head, chunk=chunk, step=step),
-                frames[chunk],
-                spec,
-                len(recorded.samples),
-            ),
+            _mass(rows.filter(layer=layer, head=head, chunk=chunk, step=step), frames[chunk], queries)
+            / len(recorded.samples),
         )
-        for layer, head in heads
-        for chunk, step in passes
+        for layer, head, chunk, step in wanted.iter_rows()
     }
 
 
-def attention_pictures(analysis: Analysis) -> list[tuple[Example, Picture]]:
-    """A picture of each example: first and last denoising step of the last chunk, on one scale."""
+def _mass(rows: pl.DataFrame, frames: Sequence[int], query_frames: int) -> Array:
+    """Mass by query and key frame, summed over samples; NaN where no row has the key frame."""
+    lengths = rows["key_frame"].list.len().to_numpy()
+    queries = np.repeat(rows["query_frame"].to_numpy(), lengths)
+    places = np.searchsorted(frames, rows["key_frame"].explode().to_numpy())
+    # A frame can be there twice, once retained in part and once whole.
+    total = np.zeros((query_frames, len(frames)))
+    np.add.at(total, (queries, places), rows["mass"].explode().to_numpy().astype(np.float64))
+    seen = np.zeros(total.shape, bool)
+    seen[queries, places] = True
+    return np.where(seen, total, np.nan)
+
+
+def attention_pictures(analysis: Analysis) -> dict[Head, tuple[str, Picture]]:
+    """Head -> its kind and picture: first and last denoising step of the last chunk, on one scale."""
     recorded = analysis.recorded
     spec, shown = recorded.recording.spec, examples(analysis.stability)
-    chunks, steps = analysis.observations.chunks, len(spec.schedule.timesteps)
-    ends = sorted({0, steps - 1})
+    first, last = analysis.observations.chunks[0], analysis.observations.chunks[-1]
     passes = {
-        one: [
+        head: [
             (chunk, step)
-            for chunk in sorted({chunks[0 if one.over_chunks else -1], chunks[-1]})
-            for step in ends
+            for chunk in sorted({first if kind.endswith("chunk") else last, last})
+            for step in sorted({0, len(spec.schedule.timesteps) - 1})
         ]
-        for one in shown
+        for head, kind in shown.items()
     }
-    every = sorted({at for given in passes.values() for at in given})
-    found = frame_attention(recorded, [one.head for one in shown], every)
-    drawings = {one: {at: found[one.head, at] for at in passes[one]} for one in shown}
-    top = max(float(np.nanmax(part.mass)) for parts in drawings.values() for part in parts.values())
-    return [(one, _picture(one, parts, spec, top)) for one, parts in drawings.items()]
+    found = frame_attention(recorded, shown, sorted({at for given in passes.values() for at in given}))
+    parts = {head: {at: found[head, at] for at in given} for head, given in passes.items()}
+    top = max(float(np.nanmax(part.mass)) for given in parts.values() for part in given.values())
+    return {head: (kind, _picture(head, kind, parts[head], spec, top)) for head, kind in shown.items()}
 
 
-def _picture(one: Example, parts: dict[Pass, FrameAttention], spec: ModelSpec, top: float) -> Picture:
+def _picture(
+    head: Head, kind: str, parts: dict[Pass, FrameAttention], spec: ModelSpec, top: float
+) -> Picture:
+    queries = spec.frames_per_chunk
+
     def draw(figure: Figure, theme: Theme) -> None:
         rows = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
         for axes, ((chunk, step), part) in zip(rows, parts.items(), strict=True):
@@ -133,16 +138,12 @@ def _picture(one: Example, parts: dict[Pass, FrameAttention], spec: ModelSpec, t
                 part.mass, vmin=0, vmax=top, cmap=theme.mass, edgecolors=theme.paper, linewidth=0.6
             )
             axes.invert_yaxis()
-            first = chunk * spec.frames_per_chunk
-            recent = sum(frame < first - 1 for frame in part.frames)
-            axes.axvline(recent, color=theme.labels[0], linewidth=2)
+            first, frames = chunk * queries, part.frames
+            axes.axvline(sum(frame < first - 1 for frame in frames), color=theme.labels[0], linewidth=2)
             axes.set_title(f"chunk {chunk}, timestep {spec.schedule.timesteps[step]:.0f}", loc="left")
-            places = list(_numbered(part.frames, spec.frames_per_chunk))
-            axes.set_xticks([place + 0.5 for place in places], [str(part.frames[place]) for place in places])
-            axes.set_yticks(
-                np.arange(spec.frames_per_chunk) + 0.5,
-                [str(first + frame) for frame in range(spec.frames_per_chunk)],
-            )
+            numbered = [at for at, f in enumerate(frames) if len(frames) <= NUMBERED or f % queries == 0]
+            axes.set_xticks([at + 0.5 for at in numbered], [str(frames[at]) for at in numbered])
+            axes.set_yticks(np.arange(queries) + 0.5, [str(first + frame) for frame in range(queries)])
             axes.tick_params(length=0)
             axes.set_ylabel("query frame")
             axes.spines[:].set_visible(False)
@@ -150,11 +151,8 @@ def _picture(one: Example, parts: dict[Pass, FrameAttention], spec: ModelSpec, t
         figure.colorbar(mesh, ax=list(rows), label="share of attention").outline.set_visible(False)
 
     said = "; ".join(_said(at, part, spec) for at, part in parts.items())
-    height = 0.75 + len(parts) * (0.55 + 0.27 * max(spec.frames_per_chunk, 3))
-    layer, head = one.head
-    return drawn(
-        f"Frame-wise attention of layer {layer} head {head}, {one.kind}: {said}", WIDTH, height, draw
-    )
+    alt = f"Frame-wise attention of layer {head[0]} head {head[1]}, {kind}: {said}"
+    return drawn(alt, WIDTH, 0.75 + len(parts) * (0.55 + 0.27 * max(queries, 3)), draw)
 
 
 def _said(at: Pass, part: FrameAttention, spec: ModelSpec) -> str:
@@ -165,44 +163,3 @@ def _said(at: Pass, part: FrameAttention, spec: ModelSpec) -> str:
         f"chunk {chunk} at timestep {spec.schedule.timesteps[step]:.0f}: {current:.0%} on the current chunk,"
         f" {part.share(first - 1, first - 1):.0%} on the transition frame, {part.share(0, 0):.0%} on frame 0"
     )
-
-
-def _numbered(frames: Sequence[int], chunk: int) -> Iterator[int]:
-    for place, frame in enumerate(frames):
-        if len(frames) <= NUMBERED or frame % chunk == 0:
-            yield place
-
-
-def _typical(margin: Array, mask: npt.NDArray[np.bool_]) -> list[Head]:
-    """The head with the median margin."""
-    heads = sorted(_heads(mask), key=lambda at: float(margin[at]))
-    return heads[len(heads) // 2 :][:1]
-
-
-def _lowest(values: Array, heads: npt.NDArray[np.int64]) -> list[Head]:
-    return sorted(((int(layer), int(head)) for layer, head in heads), key=lambda at: float(values[at]))
-
-
-def _heads(mask: npt.NDArray[np.bool_]) -> list[Head]:
-    return [(int(layer), int(head)) for layer, head in np.argwhere(mask)]
-
-
-def _first(kind: str, heads: Sequence[Head], taken: Sequence[Head]) -> Example | None:
-    spare = [head for head in heads if head not in taken]
-    return Example(kind, spare[0], kind.endswith("chunk")) if spare else None
-
-
-def _frames(rows: pl.DataFrame) -> tuple[int, ...]:
-    return tuple(int(frame) for frame in np.unique(rows["key_frame"].explode().to_numpy()))
-
-
-def _mass(rows: pl.DataFrame, frames: Sequence[int], spec: ModelSpec, samples: int) -> Array:
-    lengths = rows["key_frame"].list.len().to_numpy()
-    queries = np.repeat(rows["query_frame"].to_numpy(), lengths)
-    places = np.searchsorted(frames, rows["key_frame"].explode().to_numpy())
-    # A frame can be there twice, once retained in part and once whole.
-    total = np.zeros((spec.frames_per_chunk, len(frames)))
-    np.add.at(total, (queries, places), rows["mass"].explode().to_numpy().astype(np.float64))
-    seen = np.zeros(total.shape, bool)
-    seen[queries, places] = True
-    return np.where(seen, total / samples, np.nan)

@@ -8,6 +8,8 @@ import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from forcingkv.plotting import INK, LABEL_COLOURS, SOFT, style
-from forcingkv.plotting import figure as new_figure
+from forcingkv import plotting
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class Theme:
 
 LIGHT = Theme(
     paper="#ffffff",
-    ink=INK,
-    soft=SOFT,
+    ink=plotting.INK,
+    soft=plotting.SOFT,
     line="#d0d7de",
     shade="#f3f5f8",
     accent="#c3262f",
     levels=("#1a7f37", "#885a00", "#c3262f", "#57606a"),
-    labels=LABEL_COLOURS,
+    labels=plotting.LABEL_COLOURS,
     mass="magma_r",
 )
 DARK = Theme(
@@ -69,7 +70,6 @@ DARK = Theme(
 DPI = 160
 COLOURS = 256
 """Of a picture: a third of the bytes that all of them would take."""
-LEVELS = ("safe", "care", "unsafe", "unknown")
 
 
 class Markup(str):
@@ -132,9 +132,8 @@ def table(caption: str, head: Iterable[Sequence[str]], rows: Iterable[Sequence[s
     lines = [
         node("tr", _cell("th", row[0], scope="row"), *(_cell("td", text) for text in row[1:])) for row in rows
     ]
-    whole = node(
-        "table", node("caption", node("span", caption)), node("thead", *heads), node("tbody", *lines)
-    )
+    title = node("caption", node("span", caption))
+    whole = node("table", title, node("thead", *heads), node("tbody", *lines))
     return node("div", whole, klass="scroll", tabindex=0, role="region", aria_label=caption)
 
 
@@ -163,19 +162,17 @@ def page(title: str, level: str, head: Sequence[str], sections: Sequence[tuple[s
         )
         for anchor, name, content in sections
     ]
-    body = node(
-        "main",
-        node("h1", title),
-        *head,
-        node("nav", node("ul", *contents), aria_label="Contents"),
-        *parts,
-        klass=level,
+    colours = (
+        f":root{{{_variables(LIGHT)}}}@media (prefers-color-scheme: dark){{:root{{{_variables(DARK)}}}}}"
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"{node('title', title)}<style>{_style()}</style></head><body>{body}</body></html>\n"
+    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        title=_markup(title),
+        colours=colours,
+        level=level,
+        head="".join(head),
+        contents="".join(contents),
+        sections="".join(parts),
     )
 
 
@@ -196,8 +193,8 @@ def _png(
     draw: Draw, width: float, height: float, theme: Theme, places: Places | None
 ) -> tuple[bytes, Places]:
     """The drawing, in few colours, and where its axes were placed: laying them out takes most of the time."""
-    with style(_rc(theme)):
-        figure = new_figure(width, height, DPI)
+    with plotting.style(_rc(theme)):
+        figure = plotting.figure(width, height, DPI)
         canvas = FigureCanvasAgg(figure)
         draw(figure, theme)
         if places is not None:
@@ -215,71 +212,18 @@ def _png(
 
 
 def _rc(theme: Theme) -> dict[Any, Any]:
-    soft = dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), theme.soft)
-    return {
-        **soft,
-        "font.size": 11,
-        "axes.titlesize": 11,
-        "axes.titlecolor": theme.soft,
-        "text.color": theme.ink,
-        "axes.edgecolor": theme.line,
-        "figure.facecolor": theme.paper,
-        "axes.facecolor": theme.paper,
-        "savefig.facecolor": theme.paper,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
+    colours = {
+        theme.ink: ["text.color"],
+        theme.soft: ["axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"],
+        theme.line: ["axes.edgecolor"],
+        theme.paper: ["axes.facecolor", "figure.facecolor", "savefig.facecolor"],
     }
+    settings = {name: colour for colour, names in colours.items() for name in names}
+    sizes = dict.fromkeys(("font.size", "axes.titlesize"), 11)
+    return settings | sizes | dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
 
 
 def _variables(theme: Theme) -> str:
     colours = {name: getattr(theme, name) for name in ("paper", "ink", "soft", "line", "shade", "accent")}
-    colours |= dict(zip(LEVELS, theme.levels, strict=True))
+    colours |= dict(zip(("safe", "care", "unsafe", "unknown"), theme.levels, strict=True))
     return "".join(f"--{name}:{value};" for name, value in colours.items())
-
-
-def _style() -> str:
-    levels = "".join(f".{level}{{--level:var(--{level})}}" for level in LEVELS)
-    dark = f"@media (prefers-color-scheme: dark){{:root{{{_variables(DARK)}}}}}"
-    return f":root{{{_variables(LIGHT)}}}{dark}{levels}{_CSS}"
-
-
-_CSS = """
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:1.0625rem/1.55 system-ui,sans-serif}
-main{max-width:64rem;margin:0 auto;padding:1.25rem 1rem 4rem}
-h1{font-size:1.9rem;line-height:1.2;margin:.5rem 0 1.25rem;overflow-wrap:anywhere}
-h2{font-size:1.4rem;margin:3rem 0 .75rem;padding-top:.75rem;border-top:1px solid var(--line)}
-h3{font-size:1.0625rem;margin:0 0 .6rem}
-p{max-width:46rem}
-a{color:inherit;text-decoration-color:var(--soft);text-underline-offset:.2em}
-:focus-visible{outline:2px solid var(--soft);outline-offset:2px}
-code{font:.95em ui-monospace,monospace;overflow-wrap:anywhere}
-.verdict{margin:0 0 1.5rem;padding:.9rem 1.1rem;background:var(--shade);border-left:.4rem solid var(--level);
-border-radius:0 .4rem .4rem 0}
-.verdict p{margin:.35rem 0}
-.verdict .level{margin:0;font-weight:700;font-size:1.2rem;color:var(--level)}
-nav ul{display:flex;flex-wrap:wrap;gap:.5rem 1.25rem;list-style:none;margin:1.75rem 0 0;padding:0}
-dl{margin:1rem 0}
-dl>div{display:grid;grid-template-columns:minmax(9rem,14rem) 1fr;gap:.15rem 1.25rem;padding:.45rem 0;
-border-bottom:1px solid var(--line)}
-dt{color:var(--soft)}
-dd{margin:0;overflow-wrap:anywhere}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr));gap:2rem 2.5rem;
-align-items:start;margin:1.5rem 0}
-figure{margin:0;min-width:0}
-img{display:block;max-width:100%;height:auto}
-figcaption{max-width:30rem;margin-top:.5rem;color:var(--soft);font-size:1rem}
-.scroll{overflow-x:auto;margin:1.5rem 0;max-width:100%}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding-bottom:.4rem}
-caption span{display:block;position:sticky;left:0;max-width:min(46rem,calc(100vw - 2rem))}
-.share{display:block;color:var(--soft)}
-th,td{padding:.4rem 1.1rem .4rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-thead th{color:var(--soft);font-weight:600;vertical-align:bottom}
-tbody th{font-weight:600;white-space:nowrap}
-td{white-space:nowrap}
-td.words{white-space:normal;min-width:16rem}
-.unknown-part{padding:.7rem 1rem;border:1px dashed var(--line);border-radius:.4rem}
-@media (max-width:36rem){dl>div{grid-template-columns:1fr}h1{font-size:1.6rem}}
-"""

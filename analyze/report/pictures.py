@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,11 +34,6 @@ Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
-def headmap_picture(headmap: HeadMap) -> bytes:
-    """PNG: mean recency score of each head, layers x heads, with its label's letter in each cell."""
-    return headmap_drawing(headmap).light
-
-
 def undecided_heads(headmap: HeadMap) -> Bools:
     """(layers, heads): the heads that the map calls undecided."""
     found = np.zeros((headmap.model.layers, headmap.model.heads), bool)
@@ -46,8 +42,8 @@ def undecided_heads(headmap: HeadMap) -> Bools:
     return found
 
 
-def headmap_drawing(headmap: HeadMap) -> Picture:
-    """The map: scores as colours; labels as letters, or as marks where letters would be too small."""
+def headmap_picture(headmap: HeadMap) -> Picture:
+    """Layers x heads: scores as colours; labels as letters, or as marks where letters would be too small."""
     model, letters, unsure = headmap.model, headmap.letters(), undecided_heads(headmap)
     values = np.array(headmap.scores or np.full((model.layers, model.heads), np.nan))
     lettered = model.heads <= LETTERED
@@ -71,39 +67,27 @@ def headmap_drawing(headmap: HeadMap) -> Picture:
 
     counts = ", ".join(f"{count} {label}" for label, count in headmap.counts().items())
     alt = f"Head map of {model.name}: of {values.size} heads {counts}"
-    if unsure.any():
-        alt += f"; {int(unsure.sum())} undecided"
-    if headmap.scores:
-        alt += f"; scores from {values.min():.2f} to {values.max():.2f}"
+    alt += f"; {int(unsure.sum())} undecided" if unsure.any() else ""
+    alt += f"; scores from {values.min():.2f} to {values.max():.2f}" if headmap.scores else ""
     return drawn(alt, *_map_size(model.layers, model.heads), draw)
 
 
 def histogram(headmap: HeadMap, scores: Array) -> Picture:
     """How many heads have which mean score, by label."""
-    labels = list(headmap.letters())
     given = np.array(headmap.labels)
-    parts = [scores[given == label] for label in labels]
+    parts = {label: scores[given == label] for label in headmap.letters()}
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        axes.hist(
-            parts,
-            bins=20,
-            range=(0, 1),
-            stacked=True,
-            label=labels,
-            color=[colour for _, colour in theme.coloured(labels)],
-            edgecolor=theme.paper,
-            linewidth=0.8,
-        )
+        colours = [colour for _, colour in theme.coloured(parts)]
+        bars: dict[str, Any] = {"edgecolor": theme.paper, "linewidth": 0.8, "color": colours}
+        values, labels = list(parts.values()), list(parts)
+        axes.hist(values, bins=20, range=(0, 1), stacked=True, label=labels, **bars)
         axes.set(xlabel="mean recency score", ylabel="heads", xlim=(0, 1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axes)
 
-    means = "; ".join(
-        f"{len(part)} {label}, median {np.median(part):.2f}"
-        for label, part in zip(labels, parts, strict=True)
-    )
+    means = "; ".join(f"{len(part)} {label}, median {np.median(part):.2f}" for label, part in parts.items())
     return drawn(f"Histogram of the mean scores of {scores.size} heads: {means}", WIDTH, 3.1, draw)
 
 
@@ -118,6 +102,7 @@ def intervals(analysis: Analysis) -> Picture:
     cut = float(cuts[0]) if cuts is not None and np.ptp(cuts) == 0 else None
     named = len(order) <= NAMED
     size = 4.0 if named else 1.4
+    several = stability.samples > 1
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
@@ -129,7 +114,7 @@ def intervals(analysis: Analysis) -> Picture:
         for label, colour in theme.coloured(headmap.letters()):
             for open_ones in (False, True):
                 at = np.flatnonzero((labels == label) & (unsure == open_ones))
-                if stability.samples > 1:
+                if several:
                     axes.hlines(at, low[at], high[at], color=colour, linewidth=size / 2, alpha=0.6)
                 face = theme.paper if open_ones else colour
                 axes.plot(score[at], at, "o", color=colour, markerfacecolor=face, markersize=size + 1)
@@ -145,12 +130,9 @@ def intervals(analysis: Analysis) -> Picture:
         axes.set_ylabel("" if named else "heads, sorted by score")
         _legend(axes, handles)
 
-    width = float(np.median(high - low))
-    wide = (
-        f"; the median 95% interval is {width:.3f} wide" if stability.samples > 1 else "; intervals unknown"
-    )
+    wide = f"the median 95% interval is {np.median(high - low):.3f} wide" if several else "intervals unknown"
     at_cut = "" if cut is None else f"; the cut is at {cut:.3g}"
-    alt = f"Scores of {len(order)} heads, sorted, from {score[0]:.2f} to {score[-1]:.2f}{wide}{at_cut}"
+    alt = f"Scores of {len(order)} heads, sorted, from {score[0]:.2f} to {score[-1]:.2f}; {wide}{at_cut}"
     return drawn(alt, WIDTH, 1.4 + 0.175 * max(len(order), 8) if named else 6.0, draw)
 
 
@@ -176,9 +158,7 @@ def kept_labels(analysis: Analysis) -> Picture:
 def roles(analysis: Analysis, reason: str) -> Picture:
     """Mean scores by denoising step or chunk: decided heads as two bands, heads that flip one by one.
 
-    Args:
-        analysis: what was found.
-        reason: `steps` or `chunks`.
+    `reason` is `steps` or `chunks`.
     """
     observations, stability = analysis.observations, analysis.stability
     scores = observations.scores.mean((0, 1) if reason == "steps" else (0, 2))
@@ -201,26 +181,21 @@ def roles(analysis: Analysis, reason: str) -> Picture:
                 axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
                 axes.plot(places, band.mean(1), "o-", color=colour, markersize=4, linewidth=2, label=name)
         for (layer, head), style in zip(flipping[:FOLLOWED], DASHES[: len(flipping)], strict=True):
-            axes.plot(
-                places,
-                scores[:, layer, head],
-                linestyle=style,
-                marker=".",
-                color=theme.accent,
-                linewidth=1.4,
-                label=f"L{layer} H{head}",
-            )
+            line: dict[str, Any] = {
+                "linestyle": style,
+                "marker": ".",
+                "color": theme.accent,
+                "linewidth": 1.4,
+            }
+            axes.plot(places, scores[:, layer, head], label=f"L{layer} H{head}", **line)
         every = -(-len(ticks) // 10)
         axes.set_xticks(places[::every], ticks[::every])
         axes.set(ylabel="mean recency score", ylim=(0, 1))
         axes.set_xlabel("timestep of the denoising step" if reason == "steps" else "chunk")
         _legend(axes)
 
-    said = "; ".join(
-        f"{name} from {band.mean(1)[0]:.2f} to {band.mean(1)[-1]:.2f}"
-        for name, band in bands.items()
-        if band.size
-    )
+    ends = {name: band.mean(1)[[0, -1]] for name, band in bands.items() if band.size}
+    said = "; ".join(f"{name} from {first:.2f} to {last:.2f}" for name, (first, last) in ends.items())
     alt = (
         f"Mean score from the first to the last of {len(ticks)} {reason}: {said or 'no head is decided'};"
         f" {len(flipping)} heads change sides"
@@ -230,17 +205,16 @@ def roles(analysis: Analysis, reason: str) -> Picture:
 
 def variance_bars(split: Mapping[str, float], unknown: frozenset[str]) -> Picture:
     """What the variance of scores comes from; interactions with the head stand out."""
-    names = list(split)[::-1]
+    shares = {name: 0.0 if name in unknown else split[name] for name in reversed(list(split))}
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        colours = [theme.accent if " x " in name else theme.labels[0] for name in names]
-        shares = [0.0 if name in unknown else split[name] for name in names]
-        axes.barh(names, shares, color=colours)
-        for place, (name, share) in enumerate(zip(names, shares, strict=True)):
+        colours = [theme.accent if " x " in name else theme.labels[0] for name in shares]
+        axes.barh(list(shares), list(shares.values()), color=colours)
+        for place, (name, share) in enumerate(shares.items()):
             said = "unknown" if name in unknown else f"{share:.1%}"
             axes.text(share + 0.01, place, said, va="center", color=theme.soft)
-        axes.set(xlim=(0, max(*shares, 0.1) * 1.25), xticks=[])
+        axes.set(xlim=(0, max(*shares.values(), 0.1) * 1.25), xticks=[])
         axes.spines["bottom"].set_visible(False)
 
     said = ", ".join(f"{name} {share:.1%}" for name, share in split.items() if name not in unknown)
@@ -254,12 +228,12 @@ def kappa_matrix(names: list[str], kappas: Array) -> Picture:
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         _heatmap(axes, kappas, "viridis", (0, 1), "kappa", theme, texts)
-        axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(np.arange(len(names)) + 0.5, names, rotation=0)
+        places = np.arange(len(names)) + 0.5
+        axes.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(places, names, rotation=0)
 
-    said = ", ".join(
-        f"{a} and {b} {texts[i][j]}" for i, a in enumerate(names) for j, b in enumerate(names) if i < j
-    )
+    every = itertools.combinations(range(len(names)), 2)
+    said = ", ".join(f"{names[a]} and {names[b]} {texts[a][b]}" for a, b in every)
     return drawn(f"Cohen's kappa between maps: {said}", WIDTH, 3.6, draw)
 
 
@@ -276,22 +250,21 @@ def _heatmap(
 
     figure = axes.get_figure(root=True)
     assert figure is not None
-    every = 1 if texts else 5
+    ticks = dict.fromkeys(("xticklabels", "yticklabels"), 1 if texts else 5)
     figure.set_layout_engine("none")  # seaborn draws, and need not lay out what is not whole yet
     sns.heatmap(
         values,
-        annot=None if texts is None else np.array(texts),
-        fmt="",
         vmin=scale[0],
         vmax=scale[1],
         cmap=colours,
-        linewidths=0.5 if texts else 0,
-        linecolor=theme.paper,
         ax=axes,
         cbar=False,
+        annot=None if texts is None else np.array(texts),
         annot_kws={"fontsize": 9},
-        xticklabels=every,
-        yticklabels=every,
+        fmt="",
+        linewidths=0.5 if texts else 0,
+        linecolor=theme.paper,
+        **ticks,
     )
     figure.set_layout_engine("constrained")
     slim = 20 * max(1.0, figure.get_figheight() / 3.5)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
+import tomllib
 from collections.abc import Sequence
+from importlib import resources
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from forcingkv.analyze.report.costs import cost_table
 from forcingkv.analyze.report.page import Markup, figure, node, page, pairs, table
 from forcingkv.analyze.report.pictures import (
     FOLLOWED,
-    headmap_drawing,
+    headmap_picture,
     histogram,
     intervals,
     kappa_matrix,
@@ -27,7 +29,6 @@ from forcingkv.analyze.report.pictures import (
     variance_bars,
 )
 from forcingkv.analyze.stability import REASONS
-from forcingkv.resampling import CONFIDENCE
 
 LISTED = 40
 """Undecided heads listed; the others are counted."""
@@ -37,51 +38,17 @@ FROM_SAMPLES = frozenset(("sample", "head x sample"))
 """Sources of variance that one sample does not show."""
 VERSIONED = ("torch", "polars", "scikit-learn")
 
-DEFINITIONS = (
-    (
-        "recency score",
-        "Attention mass on the transition frame and the current chunk, over the total mass less"
-        " that on the sink frames; mean over query frames, then over samples, chunks and denoising steps"
-        ' (docs/method.md, "Head profile"; Forcing-KV, arXiv 2605.09681). A static head attends to what is'
-        " recent, a dynamic head to the history.",
-    ),
-    (
-        "undecided",
-        "The statistics do not settle the head's label, for one of the reasons listed under"
-        " Stability. Samples stand for videos yet to be made, so a map has to hold across them.",
-    ),
-    (
-        "interval",
-        f"Percentile bootstrap over samples, {CONFIDENCE:.0%}: samples are drawn with replacement,"
-        " steps and chunks stay as they are.",
-    ),
-    ("margin", "Signed distance from the rule's boundary in the rule's own units; static from 0 on."),
-    (
-        "divergence",
-        "Of the frame-wise attention in the last chunk: the share of the squared distances from"
-        " the common mean that lies within heads (over samples and steps), and the share between the heads'"
-        " means. The paper reports 0.16 and 0.83.",
-    ),
-    (
-        "kappa",
-        "Cohen's kappa: agreement beyond chance; 1 is full agreement, 0 what chance gives. The"
-        " adjusted Rand index does not ask which group has which name.",
-    ),
-)
-
 
 def report_html(analysis: Analysis, command: Sequence[str]) -> str:
-    """The page. The same analysis and command give the same text.
+    """The page, which names the command that a person would run to repeat it.
 
-    Args:
-        analysis: what was found.
-        command: what a person would run to repeat it.
+    The same analysis and command give the same text.
     """
     verdict = node(
         "div",
         node("p", f"Verdict: {analysis.verdict.level}", klass="level"),
         *(node("p", sentence) for sentence in analysis.verdict.sentences),
-        node("p", _other_rule(analysis)) if _is_other_rule(analysis) else "",
+        _other_rule(analysis),
         klass="verdict",
     )
     sections = [
@@ -100,68 +67,49 @@ def _map(analysis: Analysis) -> str:
     caption = "Colour: mean recency score."
     if undecided_heads(analysis.headmap).any():
         caption += " Undecided: the statistics do not settle the label."
-    return node("div", figure(headmap_drawing(analysis.headmap), caption), klass="figures")
+    return node("div", figure(headmap_picture(analysis.headmap), caption), klass="figures")
 
 
 def _scores(analysis: Analysis) -> str:
-    stability = analysis.stability
-    one = (
-        "Intervals are unknown: one sample was measured."
-        if stability.samples < 2
-        else ("Bars: 95% bootstrap intervals over samples.")
-    )
-    cuts = analysis.decision.cuts
-    name = analysis.decision.rule.name
+    stability, cuts, name = analysis.stability, analysis.decision.cuts, analysis.decision.rule.name
+    bars = "Bars: 95% bootstrap intervals over samples."
+    if stability.samples < 2:
+        bars = "Intervals are unknown: one sample was measured."
     cut = f" The rule {name} does not cut the score at one value, so no cut is drawn."
     if cuts is not None and np.ptp(cuts) == 0:
         cut = f" Dashed: the cut of the rule {name}."
+    drawn = histogram(analysis.headmap, stability.score)
     return node(
         "div",
-        figure(intervals(analysis), one + cut, title="Score of each head"),
-        figure(
-            histogram(analysis.headmap, stability.score),
-            "Each head once, by its label in the map.",
-            title="Distribution",
-        ),
+        figure(intervals(analysis), bars + cut, title="Score of each head"),
+        figure(drawn, "Each head once, by its label in the map.", title="Distribution"),
         klass="figures",
     )
 
 
 def _stability(analysis: Analysis) -> str:
     several = analysis.stability.samples > 1
-    figures = [
-        *(
-            [
-                figure(
-                    kept_labels(analysis),
-                    "How often a sample, judged by itself, gives the head the label that"
-                    " all samples together give it.",
-                    title="Labels kept over samples",
-                )
-            ]
-            if several
-            else []
-        ),
-        figure(
-            variance_bars(analysis.variance, frozenset() if several else FROM_SAMPLES),
-            "Red: interactions with the head, which endanger a fixed label. The other sources move all"
-            " heads alike, or set heads apart for good.",
-            title="Where the variance of scores comes from",
-        ),
-        figure(roles(analysis, "steps"), _band("step", analysis), title="By denoising step"),
-        figure(roles(analysis, "chunks"), _band("chunk", analysis), title="By chunk"),
-    ]
-    return Markup(
-        (node("p", _other_rule(analysis)) if _is_other_rule(analysis) else "")
-        + (
-            ""
-            if several
-            else _unknown("How far labels hold over samples is unknown: one sample was measured.")
+    if several:
+        unknown = ""
+        kept = figure(
+            kept_labels(analysis),
+            "How often a sample, judged by itself, gives the head the label that all samples together give"
+            " it.",
+            title="Labels kept over samples",
         )
-        + node("div", *figures, klass="figures")
-        + _needed(analysis)
-        + _undecided(analysis)
+    else:
+        unknown = _unknown("How far labels hold over samples is unknown: one sample was measured.")
+        kept = Markup()
+    sources = figure(
+        variance_bars(analysis.variance, frozenset() if several else FROM_SAMPLES),
+        "Red: interactions with the head, which endanger a fixed label. The other sources move all"
+        " heads alike, or set heads apart for good.",
+        title="Where the variance of scores comes from",
     )
+    steps = figure(roles(analysis, "steps"), _band("step", analysis), title="By denoising step")
+    chunks = figure(roles(analysis, "chunks"), _band("chunk", analysis), title="By chunk")
+    figures = node("div", kept, sources, steps, chunks, klass="figures")
+    return Markup(_other_rule(analysis) + unknown + figures + _needed(analysis) + _undecided(analysis))
 
 
 def _band(one: str, analysis: Analysis) -> str:
@@ -192,27 +140,15 @@ def _undecided(analysis: Analysis) -> str:
     counts = [(name, int(found.sum())) for name, found in stability.reasons.items() if found.any()]
     why = pairs((f"{name}: {count}", REASONS[name]) for name, count in counts)
     nearest = sorted(heads, key=lambda at: abs(float(stability.margin[at])))
-    rows = [_undecided_row(analysis, at) for at in nearest[:LISTED]]
     more = f"; {len(heads) - LISTED} more are in stability.json" if len(heads) > LISTED else ""
-    listed = table(
+    caption = (
         f"Nearest to the boundary first{more}. Kept: share of samples, steps and chunks in which the head has"
-        " the rule's label.",
-        [
-            (
-                "head",
-                "by the rule",
-                "score",
-                "95% interval",
-                "margin",
-                "kept: samples",
-                "steps",
-                "chunks",
-                "why",
-            )
-        ],
-        rows,
+        " the rule's label."
     )
-    return Markup(title + why + listed)
+    columns = ["head", "by the rule", "score", "95% interval", "margin"]
+    columns += ["kept: samples", "steps", "chunks", "why"]
+    rows = [_undecided_row(analysis, at) for at in nearest[:LISTED]]
+    return Markup(title + why + table(caption, [columns], rows))
 
 
 def _undecided_row(analysis: Analysis, at: tuple[int, int]) -> list[str]:
@@ -221,7 +157,7 @@ def _undecided_row(analysis: Analysis, at: tuple[int, int]) -> list[str]:
     low, high = stability.interval.low[at], stability.interval.high[at]
     return [
         f"L{at[0]} H{at[1]}",
-        "static" if stability.static[at] else "dynamic",
+        _side(analysis, at),
         f"{stability.score[at]:.3f}",
         f"{low:.3f} to {high:.3f}" if several else UNKNOWN,
         f"{stability.margin[at]:+.3f}",
@@ -234,18 +170,18 @@ def _undecided_row(analysis: Analysis, at: tuple[int, int]) -> list[str]:
 
 def _attention(analysis: Analysis) -> str:
     stability = analysis.stability
+    pruned = analysis.recorded.recording.policy != "full"
     said = node(
         "p",
         "Share of each query frame's attention on each key frame, mean over samples, all on one scale. Right"
         " of the blue line lie the transition frame and the current chunk, which the recency score counts.",
-        " Grey frames are not in the head's cache." if analysis.recorded.recording.policy != "full" else "",
+        " Grey frames are not in the head's cache." if pruned else "",
     )
     figures = []
-    for one, picture in attention_pictures(analysis):
-        side = "static" if stability.static[one.head] else "dynamic"
-        unsure = ", undecided" if stability.undecided[one.head] else ""
-        caption = f"Score {stability.score[one.head]:.2f}, {side} by the rule{unsure}."
-        figures.append(figure(picture, caption, title=f"L{one.head[0]} H{one.head[1]}: {one.kind}"))
+    for head, (kind, picture) in attention_pictures(analysis).items():
+        unsure = ", undecided" if stability.undecided[head] else ""
+        caption = f"Score {stability.score[head]:.2f}, {_side(analysis, head)} by the rule{unsure}."
+        figures.append(figure(picture, caption, title=f"L{head[0]} H{head[1]}: {kind}"))
     return Markup(said + node("div", *figures, klass="figures"))
 
 
@@ -258,29 +194,22 @@ def _rules(analysis: Analysis) -> str:
     )
     rows = []
     for name, found in maps.items():
-        with_shown, comparable = agreement[SHOWN, name], bool(kinds[SHOWN] & kinds[name])
-        rows.append(
-            [
-                f"{SHOWN} ({found.rule.name})" if name == SHOWN else name,
-                ", ".join(f"{count} {label}" for label, count in found.counts().items()),
-                f"{with_shown.share:.0%}" if comparable else "–",
-                f"{with_shown.kappa:.2f}" if comparable else "–",
-                f"{with_shown.rand:.2f}",
-            ]
-        )
+        title = f"{SHOWN} ({found.rule.name})" if name == SHOWN else name
+        counts = ", ".join(f"{count} {label}" for label, count in found.counts().items())
+        beside = agreement[SHOWN, name]
+        comparable = (f"{beside.share:.0%}", f"{beside.kappa:.2f}")
+        shown = comparable if kinds[SHOWN] & kinds[name] else ("–", "–")
+        rows.append([title, counts, *shown, f"{beside.rand:.2f}"])
     for name, why in analysis.missing.items():
         rows.append([name, node("td", f"not applied: {why}", colspan=4, klass="words")])
     head = [("rule", "labels", "heads labelled as in this map", "kappa", "adjusted Rand")]
     note = "Undecided heads keep the rule's label in all maps."
     if analysis.headmap.rule.undecided == "dynamic":
         note = "In this map undecided heads are dynamic; in those of the rules they keep the rule's label."
-    if _is_other_rule(analysis):
+    if _other_rule(analysis):
         note = "Where two maps have no label in common, only the adjusted Rand index says how alike they are."
-    matrix = figure(
-        kappa_matrix(list(maps), kappas),
-        "1: the same labels. 0: no more alike than by chance.",
-        title="Agreement of the rules",
-    )
+    caption = "1: the same labels. 0: no more alike than by chance."
+    matrix = figure(kappa_matrix(list(maps), kappas), caption, title="Agreement of the rules")
     return Markup(
         node("p", note)
         + table("Labels, and how far they agree with this map", head, rows)
@@ -291,45 +220,50 @@ def _rules(analysis: Analysis) -> str:
 
 def _making(analysis: Analysis, command: Sequence[str]) -> str:
     recording = analysis.recorded.recording
-    model = recording.model
-    timesteps = ", ".join(f"{t:g}" for t in recording.spec.schedule.timesteps)
+    model, spec = recording.model, recording.spec
     versions = [f"forcingkv {forcingkv.__version__}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in VERSIONED]
+    chunks = (
+        f"{recording.chunks} of {spec.frames_per_chunk} latent frames, scored from {recording.first_chunk} on"
+    )
     lines = [
         ("command", node("code", shlex.join(command) or UNKNOWN)),
         ("model", f"{model.name}, {model.layers} layers of {model.heads} heads"),
         ("weights, SHA-256", node("code", model.weights or UNKNOWN)),
         ("policy", recording.policy),
         ("samples", f"{len(analysis.recorded.samples)}, seeds from {recording.seed} on"),
-        (
-            "chunks",
-            f"{recording.chunks} of {recording.spec.frames_per_chunk} latent frames, scored from"
-            f" {recording.first_chunk} on",
-        ),
+        ("chunks", chunks),
         ("query rows", "all" if recording.rows is None else f"{recording.rows} a pass"),
         ("dtype", recording.dtype),
         ("resolution", f"{recording.width}x{recording.height}"),
-        ("timesteps", timesteps),
+        ("timesteps", ", ".join(f"{t:g}" for t in spec.schedule.timesteps)),
         ("sink frames left out", str(analysis.observations.sink_frames)),
         ("head map, SHA-256", node("code", analysis.headmap.digest)),
         ("versions", ", ".join(versions)),
     ]
     if recording.headmap:
         lines.insert(4, ("grouped by, SHA-256", node("code", recording.headmap)))
-    return Markup(pairs(lines) + node("h3", "What the words mean") + pairs(DEFINITIONS))
-
-
-def _is_other_rule(analysis: Analysis) -> bool:
-    """Whether what is judged is another rule than the one that labelled."""
-    return RULES[analysis.labelling.rule].classes is not None
+    words = tomllib.loads(
+        resources.files(__package__).joinpath("definitions.toml").read_text(encoding="utf-8")
+    )
+    return Markup(pairs(lines) + node("h3", "What the words mean") + pairs(words.items()))
 
 
 def _other_rule(analysis: Analysis) -> str:
-    return (
-        f"The classes of {RULES[analysis.labelling.rule].origin} are not two sides of a boundary. The verdict"
+    """A paragraph, where another rule is judged than the one that labelled."""
+    kind, static = RULES[analysis.labelling.rule], analysis.stability.static
+    if kind.classes is None:
+        return ""
+    return node(
+        "p",
+        f"The classes of {kind.origin} are not two sides of a boundary. The verdict"
         f" and the section on stability are about another rule: {analysis.decision.rule.name}, which calls"
-        f" {int(analysis.stability.static.sum())} of {analysis.stability.static.size} heads static."
+        f" {int(static.sum())} of {static.size} heads static.",
     )
+
+
+def _side(analysis: Analysis, head: tuple[int, int]) -> str:
+    return "static" if analysis.stability.static[head] else "dynamic"
 
 
 def _unknown(text: str) -> Markup:

@@ -228,16 +228,14 @@ def _from_config(path: Path) -> AutoencoderKLWan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(
-            "is not there", where=str(path), expected=f"a diffusers VAE: {CONFIG} and {WEIGHTS}"
-        ) from error
+        expected = f"a diffusers VAE: {CONFIG} and {WEIGHTS}"
+        raise InputError("is not there", where=str(path), expected=expected) from error
     except (OSError, ValueError) as error:
         raise InputError(f"cannot be read ({error})", where=str(path), expected="JSON") from error
     kind = content.get("_class_name") if isinstance(content, dict) else None
-    if kind != AutoencoderKLWan.__name__:
-        raise InputError(
-            f"describes {kind or 'no model'}", where=str(path), expected=AutoencoderKLWan.__name__
-        )
+    name = AutoencoderKLWan.__name__
+    if kind != name:
+        raise InputError(f"describes {kind or 'no model'}", where=str(path), expected=name)
     return _empty({name: v for name, v in content.items() if not name.startswith("_")}, str(path))
 
 

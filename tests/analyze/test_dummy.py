@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from forcingkv.analyze.analysis import Labelling
-from forcingkv.analyze.dummy import context_mass, label_dummies
+from forcingkv.analyze.labels import context_mass, label_dummies
 from forcingkv.analyze.run import Job, analyze_heads
 from forcingkv.analyze.storage import read_statistics
-from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule, Statistics
+from forcingkv.headmaps import HeadMap, ModelIdentity, Rule, Statistics
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy
@@ -25,9 +25,8 @@ MEASURED = Statistics(1, 1, 1, 0, "full")
 SCORES = np.array([[0.5, 0.25, 1.0], [0.1, 0.2, 1 / 3]])
 
 
-def label(sink: list[float], neighbour: list[float], dummies: int | None = None) -> HeadMap:
-    mass = np.array([sink, neighbour]).reshape(2, 2, 3)
-    return label_dummies(mass, SCORES, IDENTITY, statistics=MEASURED, dummies=dummies)
+def label(sink: list[float], neighbour: list[float]) -> HeadMap:
+    return label_dummies(np.array([sink, neighbour]).reshape(2, 2, 3), SCORES, IDENTITY, MEASURED)
 
 
 def test_the_half_with_the_least_context_are_dummies() -> None:
@@ -38,15 +37,6 @@ def test_the_half_with_the_least_context_are_dummies() -> None:
     assert headmap.rule == Rule("dummy", sink_frames=1, dummy_heads=3)
     assert headmap.scores == ((0.5, 0.25, 1.0), (0.1, 0.2, 0.333333))
     assert (headmap.model, headmap.statistics) == (IDENTITY, MEASURED)
-    none = label(sink, neighbour, dummies=0)
-    assert none.labels == (("sink", "neighbour", "sink"), ("sink", "sink", "neighbour"))
-    assert label(sink, neighbour, dummies=6).counts() == {"dummy": 6}
-
-
-@pytest.mark.parametrize("dummies", [-1, 7])
-def test_a_model_has_no_more_dummies_than_heads(dummies: int) -> None:
-    with pytest.raises(InputError, match=f"{dummies} dummy heads; expected 0 to 6"):
-        label([0.1] * 6, [0.1] * 6, dummies)
 
 
 @pytest.mark.parametrize(("sink", "neighbour"), [(0.0, 0.1), (0.1, 0.0), (0.0, 0.0)])
@@ -89,5 +79,5 @@ def test_an_analysis_can_label_for_dummy_forcing(tmp_path: Path) -> None:
         mass,
         np.array(headmap.scores),
         statistics.recording.model,
-        statistics=statistics.recording.measured(2),
+        statistics.recording.measured(2),
     )

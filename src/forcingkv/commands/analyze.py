@@ -254,20 +254,13 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
 
     headmap = analysis.headmap
     if as_json:
-        emit(
-            {
-                "out": str(out),
-                "headmap": headmap.to_json(),
-                "digest": headmap.digest,
-                "stability": summary_json(analysis),
-            }
-        )
+        found = {"headmap": headmap.to_json(), "digest": headmap.digest, "stability": summary_json(analysis)}
+        emit({"out": str(out)} | found)
         return
     screen = Console(highlight=False)
-    style = LEVEL_STYLES[analysis.verdict.level]
-    screen.print(
-        Panel("\n".join(analysis.verdict.sentences), title=analysis.verdict.level, border_style=style)
-    )
+    level = analysis.verdict.level
+    style = LEVEL_STYLES[level]
+    screen.print(Panel("\n".join(analysis.verdict.sentences), title=level, border_style=style))
     print_map(headmap, screen)
     table = Table.grid(padding=(0, 2))
     for name, value in summary_lines(analysis):

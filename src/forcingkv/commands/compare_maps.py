@@ -43,7 +43,10 @@ def compare(
 
     Example: forcingkv analyze compare heads-a heads-b
     """
-    _check_options(out, min_agreement)
+    if out is not None and out.suffix.lower() != ".png":
+        raise InputError(f"is {str(out)!r}", where="--out", expected="a name that ends in .png")
+    if min_agreement is not None and not 0 <= min_agreement <= 1:
+        raise InputError(f"is {min_agreement}", where="--min-agreement", expected="0 to 1")
     need("analyze", "sklearn", "seaborn", "polars", "torch")
     from forcingkv.analyze.comparison import agree, changes, read_map_or_run, short_names
 
@@ -64,13 +67,6 @@ def compare(
         raise typer.Exit(1)
 
 
-def _check_options(out: Path | None, min_agreement: float | None) -> None:
-    if out is not None and out.suffix.lower() != ".png":
-        raise InputError(f"is {str(out)!r}", where="--out", expected="a name that ends in .png")
-    if min_agreement is not None and not 0 <= min_agreement <= 1:
-        raise InputError(f"is {min_agreement}", where="--min-agreement", expected="0 to 1")
-
-
 def _as_json(places: Places, maps: Maps, agreement: Agreement, changed: Sequence[Change]) -> dict[str, Any]:
     from forcingkv.analyze.comparison import moves, score_difference, undecided_among
 
@@ -78,9 +74,7 @@ def _as_json(places: Places, maps: Maps, agreement: Agreement, changed: Sequence
         **{side: _side(place, found) for side, place, found in zip("ab", places, maps, strict=True)},
         "heads": maps[0].model.layers * maps[0].model.heads,
         "agreement": agreement.share,
-        "kappa": agreement.kappa,
-        "rand": agreement.rand,
-        "iou": agreement.iou,
+        **{name: getattr(agreement, name) for name in ("kappa", "rand", "iou")},
         "scores": to_data(score_difference(*maps)),
         "changed": len(changed),
         "changed_undecided": undecided_among(*maps, changed),
@@ -90,23 +84,11 @@ def _as_json(places: Places, maps: Maps, agreement: Agreement, changed: Sequence
 
 
 def _side(place: Path, found: HeadMap) -> dict[str, Any]:
-    return {
-        "path": str(place),
-        "model": to_data(found.model),
-        "rule": to_data(found.rule),
-        "statistics": to_data(found.statistics),
-        "counts": found.counts(),
-        "digest": found.digest,
-    }
+    parts = {name: to_data(getattr(found, name)) for name in ("model", "rule", "statistics")}
+    return {"path": str(place), **parts, "counts": found.counts(), "digest": found.digest}
 
 
-def _show(
-    places: Places,
-    maps: Maps,
-    agreement: Agreement,
-    changed: Sequence[Change],
-    limit: int,
-) -> None:
+def _show(places: Places, maps: Maps, agreement: Agreement, changed: Sequence[Change], limit: int) -> None:
     """Print the comparison for people."""
     out = Console(highlight=False, markup=False)
     for side, place, found in zip("AB", places, maps, strict=True):
@@ -205,29 +187,19 @@ def _conclusions(maps: Maps, agreement: Agreement, changed: Sequence[Change]) ->
     if not changed:
         return [*lines, "no head changed"]
     found = ", ".join(f"{old} -> {new} {number}" for (old, new), number in moves(*maps).items())
-    lines.append(f"{_heads(len(changed))} changed: {found}")
+    lines.append(f"{len(changed)} head{'' if len(changed) == 1 else 's'} changed: {found}")
     undecided = undecided_among(*maps, changed)
-    if undecided is not None:
-        lines.append(_explained(undecided, len(changed)))
-        lines += [
-            f"{side} does not say which heads are undecided"
-            for side, found_map in zip("AB", maps, strict=True)
-            if found_map.undecided is None
-        ]
-    return lines
-
-
-def _explained(undecided: int, changed: int) -> str:
-    """Whether uncertainty explains the difference."""
-    if undecided == changed:
-        return "each of them is undecided in at least one map: uncertainty explains the difference"
-    if not undecided:
-        return "none of them is undecided in either map: uncertainty does not explain the difference"
-    return (
-        f"undecided in at least one map: {undecided} of them; uncertainty does not explain the other"
-        f" {changed - undecided}"
-    )
-
-
-def _heads(number: int) -> str:
-    return f"{number} head{'' if number == 1 else 's'}"
+    if undecided is None:
+        return lines
+    if undecided == len(changed):
+        lines.append("each of them is undecided in at least one map: uncertainty explains the difference")
+    elif not undecided:
+        lines.append("none of them is undecided in either map: uncertainty does not explain the difference")
+    else:
+        lines.append(
+            f"undecided in at least one map: {undecided} of them; uncertainty does not explain the other"
+            f" {len(changed) - undecided}"
+        )
+    sides = zip("AB", maps, strict=True)
+    silent = [side for side, one in sides if one.undecided is None]
+    return lines + [f"{side} does not say which heads are undecided" for side in silent]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -33,9 +32,8 @@ def listed(texts: str | Iterable[str] | None) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))
 
 
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A progress display on standard error."""
+def progress_bar() -> Progress:
+    """A progress display on standard error, shown inside a `with` block."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -43,8 +41,7 @@ def progress_bar() -> Iterator[Progress]:
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as shown:
-        yield shown
+    return Progress(*columns, console=console)
 
 
 def need(extra: str, *modules: str) -> None:

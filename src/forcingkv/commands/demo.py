@@ -83,7 +83,7 @@ def demo(
                 sessions, moves, chunks, seed, lambda done: shown.update(task, completed=done)
             )
             rows = comparison_rows(runs, sessions, moves)
-    write_bytes(out / "headmap.png", headmap_picture(headmap))
+    write_bytes(out / "headmap.png", headmap_picture(headmap).light)
     write_comparison_video(runs, out / "policies.mp4", spec.fps)
     write_comparison_sheet(runs, texts, out / "policies.png")
     if as_json:

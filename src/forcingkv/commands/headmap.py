@@ -151,26 +151,20 @@ def _pairs(text: str) -> dict[str, str]:
 def _summary(headmap: HeadMap) -> dict[str, Any]:
     """What a map says, for `--json`; `static` and `dynamic` are always there."""
     counts = headmap.counts()
+    # Without the layers that a source may hold: those are what the labels say.
+    source = replace(headmap.source, layers=None) if headmap.source else None
     return {
         "model": to_data(headmap.model),
         "layers": headmap.model.layers,
         "heads": headmap.model.heads,
-        STATIC: counts.get(STATIC, 0),
-        DYNAMIC: counts.get(DYNAMIC, 0),
+        **{label: counts.get(label, 0) for label in (STATIC, DYNAMIC)},
         "counts": counts,
         "rule": to_data(headmap.rule),
-        "source": _source(headmap),
+        "source": to_data(source),
         "statistics": to_data(headmap.statistics),
         "digest": headmap.digest,
-        "labels": headmap.labels,
-        "scores": headmap.scores,
-        "confidence": headmap.confidence,
+        **{name: getattr(headmap, name) for name in ("labels", "scores", "confidence")},
     }
-
-
-def _source(headmap: HeadMap) -> dict[str, Any] | None:
-    """The source, without the layers it may hold: those are what the labels say."""
-    return to_data(replace(headmap.source, layers=None)) if headmap.source else None
 
 
 def _evidence(headmap: HeadMap) -> list[str]:

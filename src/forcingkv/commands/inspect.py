@@ -96,18 +96,14 @@ def _model(opened: Bundle) -> Iterator[str]:
     digest = f", head map {manifest.headmap[:12]}" if manifest.headmap else ""
     yield from _beside("policy", manifest.policy.name + digest)
     yield from _beside("graphs", f"compute in {manifest.compute}")
-    if manifest.kernels:
-        yield from _beside("kernels", _kernels(opened))
+    kernels = manifest.kernels
+    if kernels:
+        names = ", ".join(dict.fromkeys(record.kernel for record in kernels))
+        sms = ", ".join(f"sm_{sm}" for sm in sorted({record.sm for record in kernels}))
+        most = max(record.registers for record in kernels)
+        yield from _beside("kernels", f"{names} for {sms}; at most {most} registers")
     made = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     yield from _beside("made by", made)
-
-
-def _kernels(opened: Bundle) -> str:
-    """Of the plugin, in a line."""
-    records = opened.manifest.kernels
-    names = ", ".join(dict.fromkeys(record.kernel for record in records))
-    sms = ", ".join(f"sm_{sm}" for sm in sorted({record.sm for record in records}))
-    return f"{names} for {sms}; at most {max(record.registers for record in records)} registers"
 
 
 def _attention(opened: Bundle) -> Iterator[str]:
