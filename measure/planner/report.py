@@ -14,7 +14,7 @@ from forcingkv.measure.planner.published import basis, efficiencies
 from forcingkv.measure.planner.session_memory import RESERVE_BYTES, session_memory
 from forcingkv.measure.planner.speed import VideoWork, predict, video_work
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.kv.policies import Policy
+from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.preflight import Fit, resolution_name, what_fits
 from forcingkv.runtime.spec import Dtype, ModelSpec
 
