@@ -1,4 +1,4 @@
-"""DynamicPrune: the ONNX body and the torch operator against a loop written from METHOD.md section 3."""
+"""DynamicPrune: the ONNX body and the torch operator against a loop written from docs/method.md."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_forcing_kv_costs_five_frames_a_static_head_and_six_a_dynamic_one() -> N
 
 
 def test_attention_takes_shares_like_the_published_ones() -> None:
-    """The paper measured 24%, 61% and 89% of a block's time "as the sequence grows" (METHOD.md section 4),
+    """The paper measured 24%, 61% and 89% of a block's time "as the sequence grows" (docs/method.md),
     without saying at which sizes. Of operations it is 25% in the first chunk at 480p and 70% in the last
     phase, 43 to 84% at 720p, and 63 to 92% at 1080p, so the published shares are those of videos that
     begin at 480p and go on to 1080p."""

@@ -1,4 +1,4 @@
-"""Cache plans: the numbers of METHOD.md, and what must hold for any plan."""
+"""Cache plans: the numbers of docs/method.md, and what must hold for any plan."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_forcing_kv_keeps_five_and_six_frames() -> None:
 
 
 def test_a_sink_of_a_whole_chunk_is_not_attended_twice() -> None:
-    """With a sink of 3 frames nothing but the sink is cached after chunk 0 (METHOD.md section 3)."""
+    """With a sink of 3 frames nothing but the sink is cached after chunk 0 (docs/method.md)."""
     spec = small_spec()
     plan = build_plan(spec, spec.geometry(), load_policy("window"))
     group = plan.layers[0][0]
