@@ -191,7 +191,9 @@ def test_a_policy_that_cannot_be_is_left_out_unless_it_was_named(run: Callable[.
     words = ("plan", "--model", "self-forcing", "--resolution", "528x336", "--gpu", "h200")
     ran = run(*words)
     assert ran.code == 0
-    assert "left out: policy forcing-kv: 6 segments do not divide" in " ".join(ran.out.split())
+    assert "left out: policy forcing-kv: groups.dynamic: 6 segments do not divide" in " ".join(
+        ran.out.split()
+    )
     named = run(*words, "--policy", "forcing-kv")
     assert named.code == 2
     assert "6 segments do not divide" in named.err
