@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from forcingkv.export import VerificationError, export_bundle, passes
+from forcingkv.export import VerificationError, export_bundle, onnx_writer
 from forcingkv.export.graphs import step_graph
 from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.export.onnxruntime_passes import branch_on_clean, make_caches_early, taken_branches
@@ -69,7 +69,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
     def without_branches(out: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(passes, "branch_on_clean", lambda *_: None)
+            patch.setattr(onnx_writer, "branch_on_clean", lambda *_: None)
             export_bundle(SPEC, weights, policy, out, headmap=headmap, verify=False)
 
     return Pair(
@@ -262,6 +262,6 @@ def test_an_export_that_makes_next_caches_in_every_pass_does_not_pass(
         told = ir.Value(name=CLEAN, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
         graph.inputs.append(told)
 
-    monkeypatch.setattr(passes, "branch_on_clean", told_in_vain)
+    monkeypatch.setattr(onnx_writer, "branch_on_clean", told_in_vain)
     with pytest.raises(VerificationError, match="graph step differs from torch by inf"):
         export_bundle(spec, random_model(spec).state_dict(), load_policy("window"), tmp_path / "b")
