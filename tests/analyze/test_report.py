@@ -176,7 +176,7 @@ def test_one_sample_says_what_is_unknown_and_warns_of_nothing(made: Callable[...
 def test_classes_of_dummy_forcing_are_shown_with_another_rules_stability(made: Callable[..., Made]) -> None:
     analysis, page = made(rule="dummy").analysis, Page(made(rule="dummy").page)
     assert page.text.count("The classes of Dummy Forcing are not two sides of a boundary") == 2
-    assert f"of another rule: {analysis.decision.rule.name}" in page.text
+    assert f"about another rule: {analysis.decision.rule.name}" in page.text
     assert "this map, dummy-forcing" in page.words
     assert "dummy" in (page.images[0]["alt"] or "")
 
