@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +18,7 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.presets import shipped_file
-from forcingkv.models.tensor_files import (
-    CheckpointFiles,
-    TensorFiles,
-    check_fit,
-    listed,
-    locate,
-    open_tensors,
-)
+from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed, locate, open_tensors
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import ModelSpec
 
@@ -113,11 +105,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def load_weights(
-    spec: ModelSpec,
-    checkpoint: str | Path | None = None,
-    *,
-    key: str | None = None,
-    lora: Path | None = None,
+    spec: ModelSpec, checkpoint: str | Path | None = None, *, key: str | None = None, lora: Path | None = None
 ) -> Weights:
     """Open a checkpoint and check it against the spec.
 
@@ -132,23 +120,21 @@ def load_weights(
         InputError: the checkpoint cannot be read, or a tensor is missing, unexpected or wrongly
             shaped: all are listed.
     """
-    found = locate(spec, checkpoint) if checkpoint is not None else CheckpointFiles(_shipped(spec))
-    preferred = spec.source.key if spec.source else None
-    files = open_tensors(found.weights, key, preferred)
-    where = str(files.where)
-    names = wan_names(files.shapes, where)
-    wanted = weight_shapes(spec)
-    shapes = {wan: files.shapes[name] for wan, name in names.items()}
-    check_fit(shapes, wanted, where=where, what=f"the model {spec.name}")
-    added, alpha = lora or found.lora, spec.source.lora_alpha if spec.source else None
-    merge = read_lora(open_tensors(added, None, LORA_KEY), wanted, alpha) if added else None
+    source = spec.source
+    path, own_lora = locate(spec, checkpoint) if checkpoint is not None else (_shipped(spec), None)
+    files = open_tensors(path, key, source.key if source else None)
+    names, wanted = wan_names(files), weight_shapes(spec)
+    check_fit(files, names, wanted, f"the model {spec.name}")
+    added = lora or own_lora
+    updates = open_tensors(added, None, LORA_KEY) if added else None
+    merged = read_lora(updates, wanted, source.lora_alpha if source else None) if updates else None
 
     def read(name: str) -> Tensor:
         tensor = files.read(names[name])
-        return merge.merged(name, tensor) if merge else tensor
+        return merged(name, tensor) if merged else tensor
 
     def digest() -> str:
-        return f"{files.digest()}+{merge.files.digest()}" if merge else files.digest()
+        return "+".join(each.digest() for each in (files, updates) if each)
 
     absolute = Path(checkpoint).resolve() if checkpoint and Path(checkpoint).exists() else checkpoint
     again = partial(load_weights, spec, absolute, key=key, lora=lora and lora.resolve())
@@ -167,9 +153,7 @@ def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
         if name.endswith("norm3.weight") or ".norm_" in name:
             return torch.ones(shape)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
-        if name.endswith("bias"):
-            return torch.randn(shape, generator=generator) * 0.02
-        scale: float = math.prod(shape[1:]) ** -0.5
+        scale: float = 0.02 if name.endswith("bias") else math.prod(shape[1:]) ** -0.5
         return torch.randn(shape, generator=generator) * scale
 
     return Weights(shapes, draw, opened=partial(random_weights, spec, seed))
@@ -199,34 +183,28 @@ def _shipped(spec: ModelSpec) -> Path:
     path = shipped_file(spec.name, "weights.safetensors")
     if path is None:
         place = f", for example --checkpoint {spec.source.hub}" if spec.source else ""
-        raise InputError(
-            f"no weights ship with {spec.name}",
-            where="checkpoint",
-            hint=f"Give them with --checkpoint{place}, or use --random-weights.",
-        )
+        hint = f"Give them with --checkpoint{place}, or use --random-weights."
+        raise InputError(f"no weights ship with {spec.name}", where="checkpoint", hint=hint)
     return path
 
 
 def to_wan(name: str) -> str | None:
     """The Wan name of a diffusers name; None if there is none."""
     match = _LEAF.match(name)
-    if match is None:
-        return None
-    number, module, leaf = match["block"], match["module"], match["leaf"] or ""
-    wan = (_WHOLE if number is None else _BLOCK).get(module)
-    if wan is None:
-        return None
-    return f"blocks.{number}.{wan}{leaf}" if number is not None else wan + leaf
+    number, module, leaf = match.groups("") if match else ("", "", "")
+    wan = (_BLOCK if number else _WHOLE).get(module)
+    place = f"blocks.{number}." if number else ""
+    return place + wan + leaf if wan else None
 
 
-def wan_names(stored: Iterable[str], where: str) -> dict[str, str]:
-    """Wan name -> name in the file, for names with or without wrappers and prefixes, in either naming.
+def wan_names(files: TensorFiles) -> dict[str, str]:
+    """Wan name -> name in the files, for names with or without wrappers and prefixes, in either naming.
 
     A name that neither naming knows is kept as it is, for the strict check to report. Raises
-    InputError where two names of the file come to the same.
+    InputError where two names of the files come to the same.
     """
     bare = {}
-    for name in stored:
+    for name in files.shapes:
         inner = name
         for wrapper in WRAPPERS:
             inner = inner.replace(wrapper, "")
@@ -238,64 +216,45 @@ def wan_names(stored: Iterable[str], where: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, wan in bare.items():
         if wan in found:
-            raise InputError(f"{found[wan]} and {name} are both {wan}", where=where)
+            raise InputError(f"{found[wan]} and {name} are both {wan}", where=str(files.where))
         found[wan] = name
     return found
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank updates of some weights."""
-
-    files: TensorFiles
-    pairs: Mapping[str, tuple[str, str]]
-    """Wan name of a weight -> names in the file of A (rank, in) and B (out, rank)."""
-    alpha: float | None
-    """None: equal to the rank, so that updates are not scaled."""
-
-    def merged(self, name: str, weight: Tensor) -> Tensor:
-        """The weight plus alpha / rank * B A, computed in float32, in the weight's dtype."""
-        if name not in self.pairs:
-            return weight
-        a, b = (self.files.read(part).float() for part in self.pairs[name])
-        scale = 1.0 if self.alpha is None else self.alpha / a.shape[0]
-        return (weight.float() + scale * (b @ a)).to(weight.dtype)
-
-
-def read_lora(files: TensorFiles, shapes: Mapping[str, tuple[int, ...]], alpha: float | None) -> Lora:
+def read_lora(files: TensorFiles, shapes: Shapes, alpha: float | None) -> Callable[[str, Tensor], Tensor]:
     """Read and check a LoRA against the shapes of the weights (by Wan name).
 
-    Raises InputError listing every tensor that has no partner, no weight, or the wrong shape.
+    Returns (name, weight) -> the weight plus alpha / rank * B A, computed in float32, in the weight's dtype;
+    alpha None: equal to the rank. Raises InputError listing every tensor that has no partner, no weight, or
+    the wrong shape.
     """
-    where = str(files.where)
-    names = wan_names(files.shapes, where)
     sides: dict[str, dict[str, str]] = {}
     faults = []
-    for wan, name in names.items():
+    for wan, name in wan_names(files).items():
         match = _LORA_NAME.match(wan)
         if match is None:
             faults.append(f"unexpected {name}")
         else:
             sides.setdefault(f"{match['module']}.weight", {})[match["side"]] = name
-    pairs = {}
     for weight, pair in sides.items():
         if set(pair) != {"A", "B"}:
             faults.append(f"{weight} has only {', '.join(pair.values())}")
-            continue
-        pairs[weight] = (pair["A"], pair["B"])
-        faults += _shape_faults(weight, files.shapes[pair["A"]], files.shapes[pair["B"]], shapes)
-    if not pairs and not faults:
+        elif weight not in shapes:
+            faults.append(f"the model has no {weight}")
+        else:
+            a, b = files.shapes[pair["A"]], files.shapes[pair["B"]]
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != shapes[weight]:
+                faults.append(f"A {a} and B {b} do not make {weight} {shapes[weight]}")
+    if not sides and not faults:
         faults.append("no lora_A and lora_B")
     if faults:
-        raise InputError(f"is not a LoRA of this model: {listed(faults)}", where=where)
-    return Lora(files, pairs, alpha)
+        raise InputError(f"is not a LoRA of this model: {listed(faults)}", where=str(files.where))
 
+    def merged(name: str, weight: Tensor) -> Tensor:
+        if name not in sides:
+            return weight
+        a, b = (files.read(sides[name][side]).float() for side in "AB")
+        scale = 1.0 if alpha is None else alpha / a.shape[0]
+        return (weight.float() + scale * (b @ a)).to(weight.dtype)
 
-def _shape_faults(
-    weight: str, a: tuple[int, ...], b: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    if weight not in shapes:
-        return [f"the model has no {weight}"]
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != tuple(shapes[weight]):
-        return [f"A {a} and B {b} do not make {weight} {tuple(shapes[weight])}"]
-    return []
+    return merged

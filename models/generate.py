@@ -13,7 +13,6 @@ from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.positions import chunk_noise
 from forcingkv.runtime.spec import Renoise
 
 Noise = Callable[[int, int], Tensor]
@@ -31,7 +30,7 @@ class GeneratedChunk:
     latents: Tensor
     """(batch, latent_channels, frames, height, width)."""
     indices: Tensor | None
-    """Segments retained at the chunk's clean pass, if any were chosen (see `cache.advance`)."""
+    """Segments retained at the chunk's clean pass, if any were chosen (see `kv.advance`)."""
 
 
 def latent_shape(plan: CachePlan) -> tuple[int, int, int, int, int]:
@@ -43,17 +42,12 @@ def latent_shape(plan: CachePlan) -> tuple[int, int, int, int, int]:
 def seeded_noise(plan: CachePlan, seed: int) -> Noise:
     """The noise the runtime draws for that seed."""
     shape = latent_shape(plan)
-    return lambda chunk, step: torch.from_numpy(chunk_noise(seed, chunk, step, shape))
+    return lambda chunk, step: torch.from_numpy(positions.chunk_noise(seed, chunk, step, shape))
 
 
 @torch.no_grad()
 def generate(
-    model: WanModel,
-    plan: CachePlan,
-    text: Tensor,
-    noise: Noise,
-    chunks: int,
-    watch: Watch | None = None,
+    model: WanModel, plan: CachePlan, text: Tensor, noise: Noise, chunks: int, watch: Watch | None = None
 ) -> Iterator[GeneratedChunk]:
     """Generate chunk by chunk.
 
@@ -67,7 +61,7 @@ def generate(
     """
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
-    schedule = plan.spec.schedule
+    schedule, frames = plan.spec.schedule, plan.spec.frames_per_chunk
 
     def run(
         latents: Tensor, timestep: float, rotary: tuple[Tensor, Tensor], attend: Attend
@@ -78,7 +72,8 @@ def generate(
         return flow.to(latents), new
 
     for chunk in range(chunks):
-        rotary = _rotary(plan, chunk, text.device)
+        tables = positions.rotary(plan.spec, plan.geometry, chunk * frames, frames)
+        rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
         latents = noise(chunk, 0).to(text.device)
         for step, timestep in enumerate(schedule.timesteps):
@@ -109,9 +104,3 @@ def next_latents(
         return latents + (following - sigma) * flow
     assert noise is not None, "fresh noise is needed"
     return (1 - following) * (latents - sigma * flow) + following * noise
-
-
-def _rotary(plan: CachePlan, chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    frames = plan.spec.frames_per_chunk
-    cosines, sines = positions.rotary(plan.spec, plan.geometry, chunk * frames, frames)
-    return torch.from_numpy(cosines).to(device), torch.from_numpy(sines).to(device)

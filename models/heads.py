@@ -18,12 +18,8 @@ from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 
 _SELF_ATTENTION = re.compile(r"^blocks\.(?P<layer>\d+)\.self_attn\.(?P<part>.+)$")
-_AXES = {
-    **{f"{layer}.{leaf}": 0 for layer in ("q", "k", "v") for leaf in ("weight", "bias")},
-    "norm_q.weight": 0,
-    "norm_k.weight": 0,
-    "o.weight": 1,
-}
+_AXES = {f"{layer}.{leaf}": 0 for layer in "qkv" for leaf in ("weight", "bias")}
+_AXES |= {"norm_q.weight": 0, "norm_k.weight": 0, "o.weight": 1}
 """Tensor of self-attention -> the axis along which its heads lie."""
 
 

@@ -126,35 +126,27 @@ class _TorchRetained(TorchRole):
         transition = done.held[Recent.name]
         if Recent(frames=1) not in done.group.roles:
             transition = _tokens(transition, slice(-done.plan.frame_tokens, None))
-        indices = done.chosen[0] if done.chosen and role.shared else self._ahead(role, done, choice)
-        if indices is None:
-            kept, indices = prune_score(
-                transition, done.new, choice.segment_tokens, role.segments, choice.kept
-            )
+        size = choice.segment_tokens
+        if done.chosen and role.shared:
+            indices = done.chosen[0]
         else:
-            kept = prune_follow(transition, done.new, indices, choice.segment_tokens)
+            ahead = choose_ahead(role, choice.candidates, choice.kept, done.layer, done.chunk)
+            indices = None if ahead is None else torch.tensor(ahead, device=done.new.keys.device)
+        if indices is None:
+            kept, indices = prune_score(transition, done.new, size, role.segments, choice.kept)
+        else:
+            kept = prune_follow(transition, done.new, indices, size)
         done.chosen.append(indices)
         return KeysValues(*kept)
-
-    def _ahead(self, role: Retained, done: CleanPass, choice: Choice) -> Tensor | None:
-        """The indices of a choice that looks at no keys; None where keys have to be scored."""
-        indices = choose_ahead(role, choice.candidates, choice.kept, done.layer, done.chunk)
-        return None if indices is None else torch.tensor(indices, device=done.new.keys.device)
 
 
 def choose_ahead(
     role: Retained, candidates: int, kept: int, layer: int, chunk: int | None
 ) -> list[int] | None:
-    """The segments to keep where the choice looks at no keys; None where they have to be scored.
+    """The `kept` segments of the candidates where the choice looks at no keys; None: they have to be scored.
 
-    Args:
-        role: how segments are chosen.
-        candidates: how many there are.
-        kept: how many are kept.
-        layer: the layer that chooses.
-        chunk: the chunk whose clean pass this is; `random` draws anew for each.
-
-    Raises ValueError where `random` is not told the chunk.
+    `random` draws anew for each layer that chooses and each chunk. Raises ValueError where it is not told the
+    chunk.
     """
     if role.choose == "least-similar":
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import importlib.metadata
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from forcingkv.headmaps.errors import InputError, MissingExtraError, first_line
-from forcingkv.models.tensor_files import TensorFiles, check_fit, is_hub_id, open_tensors
+from forcingkv.headmaps.errors import InputError, first_line
+from forcingkv.models.tensor_files import TensorFiles, check_fit, hub_id, open_tensors
 
 WAN_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 WAN_TOKENIZER = "google/umt5-xxl"
-EXTRA = "text"
 BROKEN_TRANSFORMERS = "5.0."
 """Releases of transformers that load UMT5 without its embeddings, silently: what they encode is noise."""
 
@@ -34,6 +32,8 @@ _BLOCK = {
     "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
 }
 _WHOLE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+TIED = "encoder.embed_tokens.weight"
+"""What transformers also calls `shared.weight`."""
 _IN_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 
@@ -84,14 +84,9 @@ def load_prompt_encoder(place: str | Path, tokenizer: str | Path | None = None) 
         tokenizer: its folder or hub id; None: the one beside the encoder (`google/umt5-xxl/` in
             Wan's folder, `tokenizer/` in that of diffusers, the folder itself in that of transformers).
 
-    Raises:
-        InputError: encoder or tokenizer cannot be found or read, a tensor does not fit, or this release of
-            transformers is known to load UMT5 wrongly.
-        MissingExtraError: transformers or ftfy is not installed.
+    Raises InputError where encoder or tokenizer cannot be found or read, a tensor does not fit, or this
+    release of transformers is known to load UMT5 wrongly.
     """
-    for module in ("transformers", "ftfy"):
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(module, EXTRA)
     release = importlib.metadata.version("transformers")
     if release.startswith(BROKEN_TRANSFORMERS):
         raise InputError(
@@ -105,12 +100,8 @@ def load_prompt_encoder(place: str | Path, tokenizer: str | Path | None = None) 
         file = path if path.is_file() else path / WAN_ENCODER
         model, words = _wan_encoder(open_tensors(file)), tokenizer or file.parent / WAN_TOKENIZER
         return PromptEncoder(model, _pretrained("AutoTokenizer", words), file.name)
-    if not path.exists() and not is_hub_id(place):
-        raise InputError(
-            "cannot be read: there is no such file or folder",
-            where=str(place),
-            expected="a folder with the text encoder, a file, or a hub id (owner/name)",
-        )
+    if not path.exists():
+        hub_id(place, "a folder with the text encoder, a file")
     in_folders = (path / "text_encoder").is_dir() or not path.exists()
     encoder, beside = ({"subfolder": name} if in_folders else {} for name in ("text_encoder", "tokenizer"))
     model = _pretrained("UMT5EncoderModel", place, dtype="auto", **encoder).eval()
@@ -135,15 +126,15 @@ def _wan_encoder(files: TensorFiles) -> Any:
     """The encoder of transformers with weights in Wan's naming; sizes follow from their shapes."""
     import transformers
 
-    shapes, where = files.shapes, str(files.where)
-    names = {_transformers_name(name): name for name in shapes}
+    shapes = files.shapes
     try:
         vocabulary, width = shapes["token_embedding.weight"]
         inner = shapes["blocks.0.attn.q.weight"][0]
         buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
         hidden = shapes["blocks.0.ffn.fc1.weight"][0]
     except (KeyError, ValueError) as error:
-        raise InputError("is not the text encoder of Wan", where=where, expected=WAN_ENCODER) from error
+        what = "is not the text encoder of Wan"
+        raise InputError(what, where=str(files.where), expected=WAN_ENCODER) from error
     layers = 1 + max(int(match[1]) for name in shapes if (match := _IN_BLOCK.match(name)))
     config = transformers.UMT5Config(
         vocab_size=vocabulary,
@@ -159,15 +150,12 @@ def _wan_encoder(files: TensorFiles) -> Any:
     with torch.device("meta"):
         model = transformers.UMT5EncoderModel(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = wanted.keys() & {"encoder.embed_tokens.weight"}
-    check_fit(
-        {name: shapes[stored] for name, stored in names.items()},
-        {name: shape for name, shape in wanted.items() if name not in tied},
-        where=where,
-        what="the text encoder of Wan",
-    )
+    tied = wanted.pop(TIED, None) is not None
+    names = {_transformers_name(name): name for name in shapes}
+    check_fit(files, names, wanted, "the text encoder of Wan")
     state = {name: files.read(stored) for name, stored in names.items()}
-    state |= dict.fromkeys(tied, state["shared.weight"])
+    if tied:
+        state[TIED] = state["shared.weight"]
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 

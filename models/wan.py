@@ -180,8 +180,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.patch = spec.patch
-        shape = (spec.dim, spec.latent_channels, 1, spec.patch, spec.patch)
-        self.weight = nn.Parameter(torch.empty(shape))
+        self.weight = nn.Parameter(torch.empty(spec.dim, spec.latent_channels, 1, spec.patch, spec.patch))
         self.bias = nn.Parameter(torch.zeros(spec.dim))
         nn.init.xavier_uniform_(self.weight.view(spec.dim, -1))
 
@@ -204,9 +203,7 @@ class WanModel(nn.Module):
             tokens = spec.geometry().frame_tokens
             self.position_embedding = nn.Parameter(torch.randn(1, tokens, spec.dim) * 0.2)
         self.text_embedding = nn.Sequential(
-            nn.Linear(spec.text_width, spec.dim),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(spec.dim, spec.dim),
+            nn.Linear(spec.text_width, spec.dim), nn.GELU(approximate="tanh"), nn.Linear(spec.dim, spec.dim)
         )
         self.time_embedding = nn.Sequential(
             nn.Linear(spec.time_width, spec.dim), nn.SiLU(), nn.Linear(spec.dim, spec.dim)

@@ -200,7 +200,7 @@ class PngWriter(FrameWriter):
         names = set(os.listdir(self.path))
         other = sorted(name for name in names - {RECORD} if not _NAME.fullmatch(name))
         if other or (names and not self._ends_a_result()):
-            lacks = f"such as {other[0]}" if other else f"it has no {RECORD} that ends one"
+            lacks = f"such as {other[0]}" if other else f"it has no {RECORD} of an earlier result"
             raise InputError(
                 f"holds other files than an earlier result ({lacks})",
                 where=str(self.path),

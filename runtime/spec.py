@@ -42,17 +42,12 @@ class Schedule:
         steps = self.denoising_steps
         falling = all(a > b for a, b in itertools.pairwise(steps))
         if not steps or not falling or steps[0] > 1000 or steps[-1] <= 0:
-            raise InputError(
-                f"denoising_steps {list(steps)} cannot be run",
-                where="schedule",
-                expected="at least one timestep, falling, each above 0 and at most 1000",
-            )
+            what = f"denoising_steps {list(steps)} cannot be run"
+            expected = "at least one timestep, falling, each above 0 and at most 1000"
+            raise InputError(what, where="schedule", expected=expected)
         if self.redraw_from is not None and not 0 <= self.redraw_from < len(steps):
-            raise InputError(
-                f"redraw_from is {self.redraw_from}",
-                where="schedule",
-                expected=f"a pass, 0 to {len(steps) - 1}",
-            )
+            what = f"redraw_from is {self.redraw_from}"
+            raise InputError(what, where="schedule", expected=f"a pass, 0 to {len(steps) - 1}")
 
     @cached_property
     def timesteps(self) -> tuple[float, ...]:
@@ -158,12 +153,11 @@ class ModelSpec:
         if self.decoder.kind == "pixels" and self.latent_channels not in (1, 3):
             faults.append(("latent_channels", "1 (grey) or 3 (colour) with the decoder 'pixels'"))
         if not faults and (self.attended_frames % self.frames_per_chunk or not self.attended_frames):
-            faults.append(("attended_frames", f"a multiple of the {self.frames_per_chunk} frames a chunk"))
+            faults.append(("attended_frames", f"a multiple of frames_per_chunk, {self.frames_per_chunk}"))
         if faults:
             name, expected = faults[0]
-            raise InputError(
-                f"{name} is {getattr(self, name)}", where=f"model {self.name}", expected=expected
-            )
+            what = f"{name} is {getattr(self, name)}"
+            raise InputError(what, where=f"model {self.name}", expected=expected)
 
     @property
     def dim(self) -> int:
@@ -202,17 +196,16 @@ class ModelSpec:
         width, height = self._pixels(resolution)
         cell = self.decoder.spatial_stride * self.patch
         if width < cell or height < cell or width % cell or height % cell:
+            nearest = (max(cell, round(side / cell) * cell) for side in (width, height))
             raise InputError(
                 f"{width}x{height} does not divide into tokens of {cell}x{cell} pixels",
                 where="resolution",
                 expected=f"width and height that are multiples of {cell}",
-                hint=f"The nearest that fits is {_nearest(width, cell)}x{_nearest(height, cell)}.",
+                hint="The nearest that fits is {}x{}.".format(*nearest),
             )
         if self.position_table and (width, height) != (self.width, self.height):
-            raise InputError(
-                f"{self.name} runs at {self.width}x{self.height} only: it was trained with a position table",
-                where="resolution",
-            )
+            what = f"{self.name} runs at {self.width}x{self.height} only, the size of its position table"
+            raise InputError(what, where="resolution")
         stride = self.decoder.spatial_stride
         return Geometry(width, height, width // stride, height // stride, self.patch)
 
@@ -224,12 +217,9 @@ class ModelSpec:
         sides = resolution.lower().split("x")
         if len(sides) == 2 and all(side.isdecimal() for side in sides):
             return int(sides[0]), int(sides[1])
-        known = ", ".join(sorted(self.resolutions)) or "none by name"
-        raise InputError(
-            f"{resolution!r} is not a resolution of {self.name}",
-            where="resolution",
-            expected=f"WIDTHxHEIGHT, or a name ({known})",
-        )
+        what = f"{resolution!r} is not a resolution of {self.name}"
+        known = " or ".join(["WIDTHxHEIGHT", *sorted(self.resolutions)])
+        raise InputError(what, where="resolution", expected=known)
 
 
 @dataclass(frozen=True)
@@ -252,7 +242,3 @@ class Geometry:
         """Tokens of a latent frame."""
         rows, columns = self.grid
         return rows * columns
-
-
-def _nearest(pixels: int, cell: int) -> int:
-    return max(cell, round(pixels / cell) * cell)

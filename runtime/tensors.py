@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,52 +73,34 @@ def read_header(path: Path | str) -> tuple[dict[str, StoredTensor], dict[str, st
             raise InputError(f"the tensor {name!r} {fault}", where=where)
         end += tensor.bytes
     if end != size:
-        raise InputError(
-            f"has {size} bytes",
-            where=where,
-            expected=f"{end}, as its header says",
-            hint="The file was cut short: copy it again." if size < end else None,
-        )
+        hint = "The file was cut short: copy it again." if size < end else None
+        raise InputError(f"has {size} bytes", where=where, expected=f"{end}, as its header says", hint=hint)
     return tensors, metadata
 
 
-def read_arrays(path: Path | str, names: Iterable[str] | None = None) -> dict[str, npt.NDArray[Any]]:
-    """The named tensors (default: all) as arrays of their shape; BF16 comes as float32.
+def read_arrays(path: Path | str) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a file as arrays of their shape; BF16 comes as float32.
 
-    Raises InputError as `read_header` does, for a name that is not there, and for a dtype that numpy
-    has no type for (the 8-bit floats).
+    Raises InputError as `read_header` does, and for a dtype that numpy has no type for (the 8-bit floats).
     """
     tensors, _ = read_header(path)
-    wanted = list(tensors) if names is None else list(names)
-    absent = sorted(set(wanted) - set(tensors))
-    if absent:
-        raise InputError(
-            f"has no tensor {', '.join(map(repr, absent[:5]))}",
-            where=str(path),
-            expected=f"{', '.join(list(tensors)[:5])}{', ...' if len(tensors) > 5 else ''}",
-        )
     arrays = {}
     with Path(path).open("rb") as file:
-        for name in wanted:
-            tensor = tensors[name]
+        for name, tensor in tensors.items():
             dtype = STORED_AS[tensor.dtype]
             if tensor.dtype != "BF16" and dtype.array is None:
                 raise InputError(f"the tensor {name!r} is {tensor.dtype}, which numpy lacks", where=str(path))
             file.seek(tensor.offset)
-            array: npt.NDArray[Any] = np.fromfile(file, dtype.bits, math.prod(tensor.shape)).reshape(
-                tensor.shape
-            )
+            array: npt.NDArray[Any] = np.fromfile(file, dtype.bits, math.prod(tensor.shape))
             if tensor.dtype == "BF16":  # the upper half of a float32
                 array = (array.astype("<u4") << 16).view("<f4")
-            arrays[name] = array
+            arrays[name] = array.reshape(tensor.shape)
     return arrays
 
 
 @contextmanager
 def new_tensors(
-    path: Path,
-    planned: Mapping[str, tuple[str, tuple[int, ...]]],
-    metadata: Mapping[str, str] | None = None,
+    path: Path, planned: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> Iterator[TensorWriter]:
     """A safetensors file of the tensors {name: (dtype, shape)}, which are written one by one in that order.
 
@@ -166,9 +148,8 @@ class TensorWriter:
         integers). Raises ValueError for a tensor out of order or of another size.
         """
         if self.left[:1] != [name]:
-            raise ValueError(
-                f"{name!r} is not the next tensor; expected {', '.join(self.left[:1]) or 'none'}"
-            )
+            expected = ", ".join(self.left[:1]) or "none"
+            raise ValueError(f"{name!r} is not the next tensor; expected {expected}")
         planned = self.tensors[name]
         if isinstance(data, np.ndarray):
             kind = np.dtype(STORED_AS[planned.dtype].bits)
@@ -190,34 +171,25 @@ def _header_text(file: BinaryIO, size: int, where: str) -> tuple[int, bytes]:
     if not 2 <= length <= MAX_HEADER:
         raise _no_safetensors(where, f"its header would have {length} bytes")
     if 8 + length > size:
-        raise InputError(
-            f"has {size} bytes, fewer than its header of {length}",
-            where=where,
-            hint="The file was cut short, or is not safetensors.",
-        )
+        hint = "The file was cut short, or is not safetensors."
+        raise InputError(f"has {size} bytes, fewer than its header of {length}", where=where, hint=hint)
     return 8 + length, file.read(length)
 
 
 def _stored(name: str, entry: Any, start: int, where: str) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _no_safetensors(where, f"the tensor {name!r} lacks dtype, shape or data_offsets")
+        raise _no_safetensors(where, f"the tensor {name!r} does not have just dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in STORED_AS:
-        raise InputError(
-            f"the tensor {name!r} has the dtype {dtype!r}",
-            where=where,
-            expected=f"one of {', '.join(STORED_AS)}",
-        )
+        what, expected = f"the tensor {name!r} has the dtype {dtype!r}", f"one of {', '.join(STORED_AS)}"
+        raise InputError(what, where=where, expected=expected)
     if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:
         raise _no_safetensors(where, f"the tensor {name!r} has a faulty shape or data_offsets")
     begin, end = offsets
     needed = math.prod(shape) * STORED_AS[dtype].bytes
     if end - begin != needed:
-        raise InputError(
-            f"the tensor {name!r} has {end - begin} bytes",
-            where=where,
-            expected=f"{needed} for {dtype} {tuple(shape)}",
-        )
+        expected = f"{needed} for {dtype} {tuple(shape)}"
+        raise InputError(f"the tensor {name!r} has {end - begin} bytes", where=where, expected=expected)
     return StoredTensor(dtype, tuple(shape), start + begin, needed)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,9 +38,8 @@ def prompt_input(spec: ModelSpec, prompt: Prompt) -> Array:
         return encode_words(spec, prompt)
     shape = (1, spec.text_length, spec.text_width)
     if not isinstance(prompt, np.ndarray):
-        raise InputError(
-            f"is a {type(prompt).__name__}", where="prompt", expected=f"words, or an array {shape}"
-        )
+        expected = f"words, or an array {shape}"
+        raise InputError(f"is a {type(prompt).__name__}", where="prompt", expected=expected)
     if prompt.shape != shape:
         raise InputError(f"has the shape {prompt.shape}", where="prompt", expected=str(shape))
     if not np.isfinite(prompt).all():
@@ -60,26 +59,19 @@ def encode_words(spec: ModelSpec, prompt: str) -> Array:
             f"{spec.name} takes text embeddings, not words",
             where="prompt",
             expected=f"an array (1, {spec.text_length}, {spec.text_width}), or a file of them",
-            hint="Make them with: forcingkv encode --prompts prompts.txt --out embeds.safetensors,"
-            " and give them with --embeds",
+            hint=f"{HINT}, and give it with --embeds",
         )
     vocabulary = spec.text.vocabulary
     words = prompt.lower().split()
     if not words:
         raise InputError("the prompt is empty", where="prompt", expected="some words")
     if len(words) > spec.text_length:
-        raise InputError(
-            f"{prompt!r} has {len(words)} words",
-            where="prompt",
-            expected=f"at most {spec.text_length}",
-        )
+        expected = f"at most {spec.text_length}"
+        raise InputError(f"{prompt!r} has {len(words)} words", where="prompt", expected=expected)
     unknown = sorted(set(words) - set(vocabulary))
     if unknown:
-        raise InputError(
-            f"the model {spec.name} does not know the word {', '.join(map(repr, unknown))}",
-            where="prompt",
-            expected=f"words among: {' '.join(vocabulary)}",
-        )
+        what = f"the model {spec.name} does not know the word {', '.join(map(repr, unknown))}"
+        raise InputError(what, where="prompt", expected=f"words among: {' '.join(vocabulary)}")
     text = np.zeros((1, spec.text_length, spec.text_width), np.float32)
     for place, word in enumerate(words):
         text[0, place, vocabulary.index(word)] = 1
@@ -89,25 +81,19 @@ def encode_words(spec: ModelSpec, prompt: str) -> Array:
 
 @dataclass(frozen=True)
 class Embeds:
-    """Prompts and their embeddings."""
+    """Prompts and their embeddings. Raises InputError where those are not one each, finite, of one width."""
 
     prompts: tuple[str, ...]
     arrays: tuple[Array, ...]
     """One a prompt: (tokens, text_width)."""
-    made: Mapping[str, str] = field(default_factory=dict)
-    """What made them, as the file's metadata says: `encoder`, `text_length`, ..."""
     where: str = "embeds"
     """The file, for messages."""
 
     def __post_init__(self) -> None:
-        """Raises InputError for arrays that are not one a prompt, not finite, or of different widths."""
         prompts, arrays = self.prompts, self.arrays
         if not prompts or len(prompts) != len(arrays):
-            raise InputError(
-                f"has {len(arrays)} embeddings for {len(prompts)} prompts",
-                where=self.where,
-                expected="one for each",
-            )
+            what = f"has {len(arrays)} embeddings for {len(prompts)} prompts"
+            raise InputError(what, where=self.where, expected="one for each")
         for prompt, array in zip(prompts, arrays, strict=True):
             if array.ndim != 2:
                 fault = f"{array.ndim} dimensions"
@@ -117,11 +103,9 @@ class Embeds:
                 fault = "values that are not finite"
             else:
                 continue
-            raise InputError(
-                f"the embedding of {_short(prompt)} has {fault}",
-                where=self.where,
-                expected="finite values of (tokens, text_width), of one width",
-            )
+            what = f"the embedding of {_short(prompt)} has {fault}"
+            expected = "finite values (tokens, text_width), all of one width"
+            raise InputError(what, where=self.where, expected=expected)
 
     def get(self, prompt: str | None, spec: ModelSpec) -> Array:
         """The embedding of a prompt (None: the only one) as the model takes it, zero-padded.
@@ -129,23 +113,16 @@ class Embeds:
         Returns (1, text_length, text_width). Raises InputError for a prompt that is not in the file, for
         None where there are several, and for an embedding of another width or with too many tokens.
         """
-        more = len(self.prompts) - 5
-        known = ", ".join(map(_short, self.prompts[:5])) + (f" and {more} more" if more > 0 else "")
-        if prompt is None and len(self.prompts) > 1:
-            raise InputError(
-                f"has {len(self.prompts)} prompts, and none was asked for",
-                where=self.where,
-                expected=f"one of {known}",
-            )
+        count = len(self.prompts)
+        known = ", ".join(map(_short, self.prompts[:5])) + (f" and {count - 5} more" if count > 5 else "")
+        if prompt is None and count > 1:
+            what = f"has {count} prompts, and none was asked for"
+            raise InputError(what, where=self.where, expected=f"one of {known}")
         wanted = self.prompts[0] if prompt is None else prompt
         place = next((i for i, text in enumerate(self.prompts) if text.strip() == wanted.strip()), None)
         if place is None:
-            raise InputError(
-                f"has no embedding of {_short(wanted)}",
-                where=self.where,
-                expected=f"one of {known}",
-                hint=HINT,
-            )
+            what = f"has no embedding of {_short(wanted)}"
+            raise InputError(what, where=self.where, expected=f"one of {known}", hint=HINT)
         array = self.arrays[place]
         tokens, width = array.shape
         if width != spec.text_width:
@@ -156,11 +133,8 @@ class Embeds:
                 hint="Encode the prompts with the text encoder of this model.",
             )
         if tokens > spec.text_length:
-            raise InputError(
-                f"has {tokens} tokens for {_short(wanted)}",
-                where=self.where,
-                expected=f"at most {spec.text_length}, as {spec.name} takes",
-            )
+            expected = f"at most {spec.text_length}, as {spec.name} takes"
+            raise InputError(f"has {tokens} tokens for {_short(wanted)}", where=self.where, expected=expected)
         text = np.zeros((1, spec.text_length, spec.text_width), np.float32)
         text[0, :tokens] = array
         return text
@@ -175,9 +149,8 @@ def read_embeds(path: Path | str) -> Embeds:
     where = str(path)
     tensors, metadata = read_header(path)
     if metadata.get("schema") != SCHEMA:
-        raise InputError(
-            f"has the schema {metadata.get('schema')!r}", where=where, expected=repr(SCHEMA), hint=HINT
-        )
+        what = f"has the schema {metadata.get('schema')!r}"
+        raise InputError(what, where=where, expected=repr(SCHEMA), hint=HINT)
     try:
         prompts = json.loads(metadata.get("prompts", ""))
     except (ValueError, RecursionError):
@@ -186,22 +159,13 @@ def read_embeds(path: Path | str) -> Embeds:
         raise InputError("its metadata has no list of prompts", where=where, hint=HINT)
     names = [f"embeds.{place}" for place in range(len(prompts))]
     if set(tensors) != set(names):
-        raise InputError(
-            f"has {len(tensors)} tensors for {len(prompts)} prompts",
-            where=where,
-            expected=f"embeds.0 to {names[-1]}",
-        )
+        what = f"has {len(tensors)} tensors for {len(prompts)} prompts"
+        raise InputError(what, where=where, expected=f"embeds.0 to {names[-1]}")
     for name in names:
-        if len(tensors[name].shape) != 2 or tensors[name].dtype not in ("F32", "F16", "BF16"):
-            raise InputError(
-                f"{name} is {tensors[name].dtype} of {len(tensors[name].shape)} dimensions",
-                where=where,
-                expected="floats of (tokens, text_width)",
-            )
-    arrays = read_arrays(path, names)
-    made = {name: text for name, text in metadata.items() if name not in ("schema", "prompts")}
-    floats = tuple(arrays[name].astype(np.float32, copy=False) for name in names)
-    return Embeds(tuple(prompts), floats, made, where)
+        if tensors[name].dtype not in ("F32", "F16", "BF16"):
+            raise InputError(f"{name} is {tensors[name].dtype}", where=where, expected="F32, F16 or BF16")
+    arrays = read_arrays(path)
+    return Embeds(tuple(prompts), tuple(arrays[name].astype(np.float32, copy=False) for name in names), where)
 
 
 def write_embeds(
@@ -219,8 +183,8 @@ def write_embeds(
     the file cannot be written.
     """
     stored = tuple(np.asarray(array, np.float32) for array in arrays)
+    embeds = Embeds(tuple(prompts), stored, str(path))
     made = {name: str(item) for name, item in model_text.items()}
-    embeds = Embeds(tuple(prompts), stored, made, str(path))
     metadata = {"schema": SCHEMA, "prompts": json.dumps(list(prompts)), **made}
     planned = {f"embeds.{place}": ("F32", array.shape) for place, array in enumerate(embeds.arrays)}
     with new_tensors(path, planned, metadata) as writer:

@@ -37,12 +37,9 @@ def open_writer(
     kind = RawWriter if str(out) == "-" else kinds.get(path.suffix.lower())
     kind = kind or (PngWriter if path.is_dir() else None)
     if kind is None:
-        raise InputError(
-            "is not an mp4 file or another place for frames",
-            where=str(out),
-            expected="a name ending in .mp4, one ending in .rgb (bare bytes), a folder (PNG files), or -"
-            " (bare bytes to standard output)",
-        )
+        files = "a name ending in .mp4, one ending in .rgb (bare bytes), a folder (PNG files)"
+        expected = f"{files}, or - (bare bytes to standard output)"
+        raise InputError("is not an mp4 file or another place for frames", where=str(out), expected=expected)
     return kind(path, fps, enlarge, metadata)
 
 
@@ -81,8 +78,6 @@ class Mp4Writer(FrameWriter):
 
         if "libx264" not in av.codecs_available:
             raise MissingExtraError("PyAV with libx264", "video")
-        if path.suffix.lower() != ".mp4":
-            raise InputError("is not an mp4 file", where=str(path), expected="a name ending in .mp4")
         super().__init__(path, fps, enlarge, metadata)
         self._file: FileIO | None = None
         self._head: Any = None
@@ -128,9 +123,8 @@ class Mp4Writer(FrameWriter):
         try:
             self._head.start_encoding()
         except av.error.FFmpegError as error:
-            raise InputError(
-                f"are {width}x{height}, which cannot be encoded ({error.strerror})", where="frames"
-            ) from error
+            what = f"are {width}x{height}, which cannot be encoded ({error.strerror})"
+            raise InputError(what, where="frames") from error
         return memory.getvalue()
 
     def _fragment(self, frames: Frames) -> bytes:
@@ -143,10 +137,8 @@ class Mp4Writer(FrameWriter):
         import av
 
         self._fragments += 1
-        memory = BytesIO()
-        with av.open(
-            memory, "w", format="mp4", options=_MUXER | {"fragment_index": str(self._fragments)}
-        ) as muxer:
+        memory, options = BytesIO(), _MUXER | {"fragment_index": str(self._fragments)}
+        with av.open(memory, "w", format="mp4", options=options) as muxer:
             stream: Any = muxer.add_stream_from_template(self._stream)
             stream.time_base = self._stream.time_base
             muxer.start_encoding()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import one_of
+from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit
 from forcingkv.runtime.spec import Decoder, ModelSpec
 
 DecoderKind = Literal["wan-vae", "taehv"]
@@ -78,16 +81,38 @@ def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> Strea
             or wrongly shaped (all are listed).
         MissingExtraError: wan-vae without diffusers.
     """
-    if one_of(DecoderKind, kind, "decoder") == "wan-vae":
-        if find_spec("diffusers") is None:
-            raise MissingExtraError("diffusers", "models")
-        # Imported where it is wanted: diffusers takes seconds to import, and taehv does without.
-        from forcingkv.models.decoders.wan_vae import load_wan_vae, random_wan_vae
+    decoder: StreamingDecoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if one_of(DecoderKind, kind, "decoder") == "wan-vae":
+            if find_spec("diffusers") is None:
+                raise MissingExtraError("diffusers", "models")
+            # Imported where it is wanted: diffusers takes seconds to import, and taehv does without.
+            from forcingkv.models.decoders.wan_vae import WanVaeDecoder, load_wan_vae
 
-        return random_wan_vae(seed=seed) if path is None else load_wan_vae(path)
-    from forcingkv.models.decoders.taehv import load_taehv, random_taehv
+            decoder = WanVaeDecoder() if path is None else load_wan_vae(path)
+        else:
+            from forcingkv.models.decoders.taehv import TaehvDecoder, load_taehv
 
-    return random_taehv(seed=seed) if path is None else load_taehv(path)
+            decoder = TaehvDecoder() if path is None else load_taehv(path)
+    return decoder.eval().requires_grad_(False)
+
+
+D = TypeVar("D", bound=StreamingDecoder)
+
+
+def filled(
+    decoder: D, files: TensorFiles, names: Mapping[str, str], what: str, optional: Shapes | None = None
+) -> D:
+    """A decoder without storage, given its parameters from files, in float32.
+
+    Names, `what`, `optional` and errors as in `check_fit`.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    check_fit(files, names, wanted, what, optional)
+    state = {name: files.read(names[name]).to(torch.float32, copy=True) for name in wanted}
+    decoder.load_state_dict({**dict(decoder.named_buffers()), **state}, assign=True)
+    return decoder
 
 
 def decoder_for(
@@ -111,22 +136,16 @@ def decoder_for(
         return spec, None
     name: DecoderKind = one_of(DecoderKind, kind or spec.decoder.kind, "decoder")
     if path is None and not random:
-        raise InputError(
-            f"the weights of the decoder {name} are not given",
-            where="decoder",
-            hint="Name them: --vae Wan2.1_VAE.pth, or --decoder taehv --vae taew2_1.pth.",
-        )
+        hint = "Name them: --vae Wan2.1_VAE.pth, or --decoder taehv --vae taew2_1.pth."
+        raise InputError(f"the weights of the decoder {name} are not given", where="decoder", hint=hint)
     decoder = load_decoder(name, path)
     own = Decoder(name, decoder.spatial_stride, decoder.temporal_stride)
-    if (
-        replace(own, kind=spec.decoder.kind) != spec.decoder
-        or decoder.latent_channels != spec.latent_channels
-    ):
-        raise InputError(
-            f"decodes {decoder.latent_channels} channels at strides {own.temporal_stride},"
-            f" {own.spatial_stride}",
-            where=str(path or name),
-            expected=f"{spec.latent_channels} channels at strides {spec.decoder.temporal_stride},"
-            f" {spec.decoder.spatial_stride}, as {spec.name} has them",
-        )
+    found, wanted = _latents(decoder.latent_channels, own), _latents(spec.latent_channels, spec.decoder)
+    if found != wanted:
+        expected = f"{wanted}, as {spec.name} has them"
+        raise InputError(f"decodes {found}", where=str(path or name), expected=expected)
     return replace(spec, decoder=own), decoder
+
+
+def _latents(channels: int, of: Decoder) -> str:
+    return f"{channels} channels at strides {of.temporal_stride} (time), {of.spatial_stride} (space)"

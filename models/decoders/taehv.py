@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forcingkv.models.decoders import StreamingDecoder
-from forcingkv.models.tensor_files import check_fit, open_tensors
+from forcingkv.models.decoders import StreamingDecoder, filled
+from forcingkv.models.tensor_files import open_tensors
 
 WIDTHS = (256, 128, 64, 64)
 LATENT_CHANNELS = 16
@@ -30,13 +30,8 @@ class MemoryBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(2 * width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
+        convs = [nn.Conv2d(channels, width, 3, padding=1) for channels in (2 * width, width, width)]
+        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, frames: Tensor, past: Tensor) -> Tensor:
         """Frames (n, width, h, w) and those before them, of the same shape."""
@@ -72,18 +67,10 @@ class TaehvDecoder(StreamingDecoder):
         self.temporal_stride = 4
         self.spatial_stride = 2 ** len(GROWTH)
         # The places without weights keep the others at the numbers they have in the checkpoints.
-        layers: list[nn.Module] = [
-            nn.Identity(),
-            nn.Conv2d(latent_channels, widths[0], 3, padding=1),
-            nn.ReLU(),
-        ]
+        layers = [nn.Identity(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
         for width, following, growth in zip(widths[:-1], widths[1:], GROWTH, strict=True):
-            layers += [MemoryBlock(width) for _ in range(MEMORIES)]
-            layers += [
-                nn.Identity(),
-                Grow(width, growth),
-                nn.Conv2d(width, following, 3, padding=1, bias=False),
-            ]
+            layers += [*(MemoryBlock(width) for _ in range(MEMORIES)), nn.Identity(), Grow(width, growth)]
+            layers.append(nn.Conv2d(width, following, 3, padding=1, bias=False))
         layers += [nn.ReLU(), nn.Conv2d(widths[-1], 3, 3, padding=1)]
         self.decoder = nn.Sequential(*layers)
         self._widths = tuple(widths)
@@ -115,13 +102,6 @@ class TaehvDecoder(StreamingDecoder):
         return pixels.transpose(0, 1)[None], following
 
 
-def random_taehv(seed: int = 0) -> TaehvDecoder:
-    """The decoder with weights drawn at random."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return TaehvDecoder().eval().requires_grad_(False)
-
-
 def load_taehv(path: Path) -> TaehvDecoder:
     """Read `taew2_1.pth` or .safetensors; the encoder in it is left aside.
 
@@ -130,10 +110,6 @@ def load_taehv(path: Path) -> TaehvDecoder:
     """
     files = open_tensors(path)
     with torch.device("meta"):
-        model = TaehvDecoder()
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: shape for name, shape in files.shapes.items() if not name.startswith("encoder.")}
-    check_fit(found, wanted, where=str(path), what="the decoder of taew2_1")
-    weights = {name: files.read(name).to(torch.float32, copy=True) for name in wanted}
-    model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
+        decoder = TaehvDecoder()
+    names = {name: name for name in files.shapes if not name.startswith("encoder.")}
+    return filled(decoder, files, names, "the decoder of taew2_1")

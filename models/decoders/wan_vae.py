@@ -22,16 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.decoders import StreamingDecoder
-from forcingkv.models.tensor_files import check_fit, open_tensors
+from forcingkv.models.decoders import StreamingDecoder, filled
+from forcingkv.models.tensor_files import open_tensors
 
 PAST = 2
 """Frames that a temporal kernel of 3 looks back."""
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+NAME = AutoencoderKLWan.__name__
 WAN_NAMES = ("decoder.middle.", "decoder.upsamples.")
 """How names start that only files in Wan's own naming have."""
-PARTS = ("decoder.", "post_quant_conv.")
-"""What of an autoencoder the decoder is made of."""
 
 
 class WanVaeDecoder(StreamingDecoder):
@@ -39,13 +38,15 @@ class WanVaeDecoder(StreamingDecoder):
 
     Args:
         vae: an autoencoder of Wan 2.1's kind; its decoder's modules are taken over, not copied.
+            None: Wan 2.1's own, with weights drawn at random.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan | None = None) -> None:
         super().__init__()
+        vae = vae or AutoencoderKLWan()
         config = vae.config
         self.latent_channels = config.z_dim
         self.temporal_stride = 2 ** sum(config.temperal_downsample)
@@ -181,13 +182,6 @@ def _attend_frame(block: Any, frame: Tensor) -> Tensor:
     return out[:, :, None]
 
 
-def random_wan_vae(seed: int = 0, config: Mapping[str, Any] | None = None) -> WanVaeDecoder:
-    """The decoder with weights drawn at random. `config`: fields that differ from Wan 2.1's."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return WanVaeDecoder(AutoencoderKLWan(**(config or {}))).eval().requires_grad_(False)
-
-
 def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeDecoder:
     """Read a VAE; the encoder in it is checked and left aside.
 
@@ -209,19 +203,8 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
     names = {name: name for name in files.shapes}
     if any(name.startswith(WAN_NAMES) for name in names):
         names = convert_wan_vae_to_diffusers(names)
-    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    wanted = {name: shape for name, shape in shapes.items() if name.startswith(PARTS)}
-    check_fit(
-        {name: files.shapes[stored] for name, stored in names.items()},
-        wanted,
-        optional=shapes,
-        where=str(weights),
-        what="the Wan 2.1 VAE (names as in diffusers)",
-    )
-    read = {name: files.read(names[name]).to(torch.float32, copy=True) for name in wanted}
-    decoder = WanVaeDecoder(vae)
-    decoder.load_state_dict({**dict(decoder.named_buffers()), **read}, assign=True)
-    return decoder.eval().requires_grad_(False)
+    whole = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    return filled(WanVaeDecoder(vae), files, names, "the Wan 2.1 VAE (names as in diffusers)", whole)
 
 
 def _from_config(path: Path) -> AutoencoderKLWan:
@@ -233,9 +216,8 @@ def _from_config(path: Path) -> AutoencoderKLWan:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot be read ({error})", where=str(path), expected="JSON") from error
     kind = content.get("_class_name") if isinstance(content, dict) else None
-    name = AutoencoderKLWan.__name__
-    if kind != name:
-        raise InputError(f"describes {kind or 'no model'}", where=str(path), expected=name)
+    if kind != NAME:
+        raise InputError(f"describes {kind or 'no model'}", where=str(path), expected=NAME)
     return _empty({name: v for name, v in content.items() if not name.startswith("_")}, str(path))
 
 
@@ -254,18 +236,12 @@ def _empty(config: dict[str, Any], where: str) -> AutoencoderKLWan:
         }
         mean_std = [float(value) for value in (*found.latents_mean, *found.latents_std)]
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise InputError(
-            f"makes no {AutoencoderKLWan.__name__} ({error})",
-            where=where,
-            hint="A field that is not known may need a newer diffusers.",
-        ) from error
+        what, hint = f"does not describe an {NAME} ({error})", "An unknown field may need a newer diffusers."
+        raise InputError(what, where=where, hint=hint) from error
     if not all(map(math.isfinite, mean_std)):
         raise InputError("latents_mean or latents_std is not finite", where=where)
     wrong = [f"{name} = {getattr(found, name)!r}" for name, fault in faults.items() if fault]
     if wrong:
-        raise InputError(
-            f"is not of Wan 2.1's kind: {', '.join(wrong)}",
-            where=where,
-            hint="Take the VAE of Wan 2.1. That of Wan 2.2's 5B model is another.",
-        )
+        hint = "Take the VAE of Wan 2.1. That of Wan 2.2's 5B model is another."
+        raise InputError(f"is not of Wan 2.1's kind: {', '.join(wrong)}", where=where, hint=hint)
     return vae

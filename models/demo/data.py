@@ -31,12 +31,7 @@ SPEEDS = (1, 2)
 STRAIGHT_FRAMES = 3
 """No digit bounces within these first frames, so the prompted direction is the one seen."""
 
-DIRECTIONS: dict[str, tuple[int, int]] = {
-    "left": (0, -1),
-    "right": (0, 1),
-    "up": (-1, 0),
-    "down": (1, 0),
-}
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Unit steps (rows, columns)."""
 
 

@@ -35,17 +35,14 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge saw in one video."""
+    """Whether the prompted digits were read and moved as prompted, in the left and in the right half."""
 
     digits: tuple[bool, bool]
-    """Whether the prompted digit was read, in the left and the right half."""
     directions: tuple[bool, bool]
-    """Whether it moved as prompted."""
 
 
 @cache
 def _classifier() -> Pipeline:
-    """Trained on crops of real clips of the training scans."""
     rng, crops, classes = np.random.default_rng(SEED), [], []
     for _ in range(TRAINING_CLIPS):
         clip = make_clip(rng, 1, "train")

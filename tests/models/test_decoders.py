@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from forcingkv.models import decoders
 from forcingkv.models.decoders import StreamingDecoder, load_decoder
-from forcingkv.models.decoders.taehv import TaehvDecoder, random_taehv
+from forcingkv.models.decoders.taehv import TaehvDecoder
 
 diffusers = pytest.importorskip("diffusers")
 
-from forcingkv.models.decoders.wan_vae import WanVaeDecoder, random_wan_vae  # noqa: E402
+from forcingkv.models.decoders import wan_vae  # noqa: E402
+from forcingkv.models.decoders.wan_vae import WanVaeDecoder  # noqa: E402
 
 TOLERANCE = 1e-4
 FRAMES, HEIGHT, WIDTH = 7, 3, 5
@@ -140,10 +141,11 @@ def test_the_vae_of_the_real_width_streams_too() -> None:
     torch.testing.assert_close(torch.cat(parts, 2)[:, :, 3:], whole, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("draw", [lambda seed: random_wan_vae(seed, SMALL), random_taehv])
-def test_random_weights_follow_the_seed(draw: Callable[[int], StreamingDecoder]) -> None:
+@pytest.mark.parametrize("kind", decoders.KINDS)
+def test_random_weights_follow_the_seed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wan_vae, "AutoencoderKLWan", lambda: diffusers.AutoencoderKLWan(**SMALL))
     before = torch.random.get_rng_state()
-    one, same, other = (draw(seed).state_dict() for seed in (3, 3, 4))
+    one, same, other = (load_decoder(kind, seed=seed).state_dict() for seed in (3, 3, 4))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))

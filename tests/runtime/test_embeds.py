@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from forcingkv.headmaps import InputError
@@ -36,8 +37,10 @@ def test_reading_gives_back_what_was_written(given: list[tuple[str, int]]) -> No
         write_embeds(path, prompts, arrays, MADE)
         embeds = read_embeds(path)
         stored = load_file(path)
+        with safe_open(path, "numpy") as opened:
+            metadata = opened.metadata()
     assert embeds.prompts == tuple(prompts)
-    assert embeds.made == {"encoder": "umt5-xxl", "text_length": "5"}
+    assert (metadata["encoder"], metadata["text_length"]) == ("umt5-xxl", "5")
     for place, array in enumerate(arrays):
         np.testing.assert_array_equal(embeds.arrays[place], array, strict=True)
         np.testing.assert_array_equal(stored[f"embeds.{place}"], array, strict=True)
@@ -113,9 +116,13 @@ ZEROS = np.zeros((3, 10), np.float32)
         (
             {"embeds.0": ZEROS.astype(np.int64)},
             {"schema": SCHEMA, "prompts": '["a"]'},
-            "embeds.0 is I64 of 2 dim",
+            "embeds.0 is I64; expected F32, F16 or BF16",
         ),
-        ({"embeds.0": ZEROS[0]}, {"schema": SCHEMA, "prompts": '["a"]'}, "embeds.0 is F32 of 1 dimensions"),
+        (
+            {"embeds.0": ZEROS[0]},
+            {"schema": SCHEMA, "prompts": '["a"]'},
+            "of 'a' has 1 dimensions",
+        ),
         ({"embeds.0": ZEROS + np.float32(np.inf)}, {"schema": SCHEMA, "prompts": '["a"]'}, "not finite"),
     ],
 )

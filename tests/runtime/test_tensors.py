@@ -86,8 +86,6 @@ def test_what_the_library_wrote_is_read(
         save_file(arrays, path, metadata or None)
         assert_same(dict(sorted(read_arrays(path).items())), dict(sorted(arrays.items())))
         assert read_header(path)[1] == metadata
-        some = sorted(arrays)[:1]
-        assert_same(read_arrays(path, some), {name: arrays[name] for name in some})
 
 
 def test_bfloat16_is_read_as_float32_and_written_as_bits(tmp_path: Path) -> None:
@@ -134,8 +132,8 @@ def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: Any = "F3
         (packed(b'{"a": 1, "a": 1}'), "'a' is given twice in a table"),
         (packed([]), "is not a table of tensors"),
         (packed({"__metadata__": {"a": 1}}), "__metadata__ is not a table of texts"),
-        (packed({"a": [1]}), "lacks dtype, shape or data_offsets"),
-        (packed({"a": {"dtype": "F32"}}), "lacks dtype, shape or data_offsets"),
+        (packed({"a": [1]}), "does not have just dtype, shape and data_offsets"),
+        (packed({"a": {"dtype": "F32"}}), "does not have just dtype, shape and data_offsets"),
         (packed({"a": entry(0, 4, dtype="F33")}, b"1234"), "has the dtype 'F33'; expected one of BOOL"),
         (packed({"a": entry(0, 4, dtype=[])}, b"1234"), "has the dtype []"),
         (packed({"a": entry(0, 4, [-1])}, b"1234"), "has a faulty shape"),
@@ -158,13 +156,11 @@ def test_a_faulty_file_is_refused(content: bytes, message: str, tmp_path: Path) 
     assert str(path) in str(raised.value)
 
 
-def test_absent_files_names_and_types_are_refused(tmp_path: Path) -> None:
+def test_absent_files_and_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_header(tmp_path / "absent")
     with new_tensors(tmp_path / "a", {"a": ("F8_E4M3", (1,))}) as writer:
         writer.write("a", b"1")
-    with pytest.raises(InputError, match="has no tensor 'b'; expected a"):
-        read_arrays(tmp_path / "a", ["b"])
     with pytest.raises(InputError, match="'a' is F8_E4M3, which numpy lacks"):
         read_arrays(tmp_path / "a")
 
