@@ -93,8 +93,6 @@ class Weights(Mapping[str, Tensor]):
         return self._digest()
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
         return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -116,9 +114,8 @@ def load_weights(
         key: entry of a `.pt` file, for example `generator`; None: see `models.tensor_files`.
         lora: a LoRA in PEFT naming to merge; None: the one that comes with the checkpoint, if any.
 
-    Raises:
-        InputError: the checkpoint cannot be read, or a tensor is missing, unexpected or wrongly
-            shaped: all are listed.
+    Raises InputError where the checkpoint cannot be read, and listing every tensor that is missing,
+    unexpected or wrongly shaped.
     """
     source = spec.source
     path, own_lora = locate(spec, checkpoint) if checkpoint is not None else (_shipped(spec), None)

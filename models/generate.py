@@ -21,6 +21,9 @@ Noise = Callable[[int, int], Tensor]
 Watch = Callable[[int, int, Cache, Attend], Attend]
 """(chunk, step, cache, attend) -> attend; lets analysis see the attention of denoising passes."""
 
+Level = Tensor | float
+"""A noise level, sigma."""
+
 
 @dataclass(frozen=True)
 class GeneratedChunk:
@@ -88,12 +91,7 @@ def generate(
 
 
 def next_latents(
-    renoise: Renoise,
-    latents: Tensor,
-    flow: Tensor,
-    sigma: Tensor | float,
-    following: Tensor | float,
-    noise: Tensor | None,
+    renoise: Renoise, latents: Tensor, flow: Tensor, sigma: Level, following: Level, noise: Tensor | None
 ) -> Tensor:
     """Latents for the next pass: x0 = latents - sigma * flow, mixed with noise at the level `following`.
 

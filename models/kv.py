@@ -128,7 +128,7 @@ class _TorchRetained(TorchRole):
             transition = _tokens(transition, slice(-done.plan.frame_tokens, None))
         size = choice.segment_tokens
         if done.chosen and role.shared:
-            indices = done.chosen[0]
+            indices: Tensor | None = done.chosen[0]
         else:
             ahead = choose_ahead(role, choice.candidates, choice.kept, done.layer, done.chunk)
             indices = None if ahead is None else torch.tensor(ahead, device=done.new.keys.device)

@@ -69,8 +69,7 @@ def open_tensors(path: Path, key: str | None = None, preferred: str | None = Non
             `preferred` and `KEYS`, else the file itself.
         preferred: entry that is looked for first.
 
-    Raises:
-        InputError: the file cannot be read, holds something else than tensors, or lacks the key.
+    Raises InputError where the file cannot be read, holds something else than tensors, or lacks the key.
     """
     if path.is_dir():
         opened = _sharded(path)
@@ -180,28 +179,20 @@ def _tensors(content: Any, key: str | None, keys: Sequence[str], where: str) -> 
         raise InputError(f"holds a {type(state).__name__}", where=where, expected="a table of tensors")
     others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise InputError(
-            f"holds what is not a tensor: {', '.join(sorted(others)[:20])}",
-            where=where,
-            expected=f"tensors, by themselves or in one of the entries {', '.join(KEYS)}",
-            hint="Name the entry with --key.",
-        )
+        what = f"holds what is not a tensor: {', '.join(sorted(others)[:20])}"
+        expected = f"tensors, by themselves or in one of the entries {', '.join(KEYS)}"
+        raise InputError(what, where=where, expected=expected, hint="Name the entry with --key.")
     return {str(name): tensor.detach() for name, tensor in state.items()}
 
 
 def check_fit(
     files: TensorFiles, names: Mapping[str, str], wanted: Shapes, what: str, optional: Shapes | None = None
 ) -> None:
-    """Compare names and shapes in files with those of a model.
+    """Compare names and shapes in files with those of a model, which messages call `what`.
 
-    Args:
-        files: the files.
-        names: the model's name -> the name in the files.
-        wanted: what the model needs.
-        what: the model, in messages.
-        optional: tensors that may be absent; where they are there they too must have their shape.
-
-    Raises InputError listing every tensor that is missing, unexpected or wrongly shaped.
+    `names`: the model's name of each tensor of the files -> the name in the files. Tensors in `optional` may
+    be absent, but where they are there they too must have their shape. Raises InputError listing every tensor
+    that is missing, unexpected or wrongly shaped.
     """
     known = {**(optional or {}), **wanted}
     faults = [f"missing {name}" for name in wanted.keys() - names.keys()]
@@ -240,9 +231,8 @@ def locate(spec: ModelSpec, checkpoint: str | Path) -> tuple[Path, Path | None]:
     or in `transformer/`, as diffusers lays it out. What is neither, but looks like a repository
     (`owner/name`), is downloaded.
 
-    Raises:
-        InputError: nothing is found, or more than one file could be meant.
-        MissingExtraError: huggingface_hub is needed and not installed.
+    Raises InputError where nothing is found or more than one file could be meant, MissingExtraError where
+    huggingface_hub is needed and not installed.
     """
     path = Path(checkpoint)
     if path.is_file():
@@ -255,11 +245,9 @@ def _in_folder(spec: ModelSpec, folder: Path) -> tuple[Path, Path | None]:
     if source and (folder / source.file).is_file():
         lora = folder / source.lora if source.lora else None
         if lora and not lora.is_file():
-            raise InputError(
-                f"holds {source.file} but not {source.lora}, which {spec.name} adds to it",
-                where=str(folder),
-                hint=f"Fetch it too, or name {source.file} itself to use it alone.",
-            )
+            what = f"holds {source.file} but not {source.lora}, which {spec.name} adds to it"
+            hint = f"Fetch it too, or name {source.file} itself to use it alone."
+            raise InputError(what, where=str(folder), hint=hint)
         return folder / source.file, lora
     for place in (folder, folder / "transformer"):
         if any(place.glob(INDEX)):
@@ -268,12 +256,9 @@ def _in_folder(spec: ModelSpec, folder: Path) -> tuple[Path, Path | None]:
         if len(files) == 1:
             return files[0], None
         if files:
-            raise InputError(
-                f"holds {len(files)} safetensors files: {', '.join(file.name for file in files)}",
-                where=str(place),
-                expected="one, or an index of shards",
-                hint="Name the file.",
-            )
+            what = f"holds {len(files)} safetensors files: {', '.join(file.name for file in files)}"
+            expected = "one, or an index of shards"
+            raise InputError(what, where=str(place), expected=expected, hint="Name the file.")
     own = f"{source.file}, " if source else ""
     expected = f"{own}one .safetensors file or an index of shards"
     raise InputError("holds no weights", where=str(folder), expected=expected)
@@ -291,8 +276,6 @@ def _downloaded(spec: ModelSpec, checkpoint: str | Path) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # HTTP, connection and repository errors are OSErrors
-        raise InputError(
-            f"is no file or folder here, and cannot be fetched from the hub ({first_line(error)})",
-            where=repository,
-            hint="Check the name, the network and the access rights, or fetch it by other means.",
-        ) from error
+        what = f"is no file or folder here, and cannot be fetched from the hub ({first_line(error)})"
+        hint = "Check the name, the network and the access rights, or fetch it by other means."
+        raise InputError(what, where=repository, hint=hint) from error

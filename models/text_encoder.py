@@ -89,12 +89,9 @@ def load_prompt_encoder(place: str | Path, tokenizer: str | Path | None = None) 
     """
     release = importlib.metadata.version("transformers")
     if release.startswith(BROKEN_TRANSFORMERS):
-        raise InputError(
-            f"is release {release}, which loads UMT5 with wrong embeddings",
-            where="transformers",
-            expected="4.51 or later, but not 5.0",
-            hint="Install another: pip install 'transformers>=5.1'",
-        )
+        what = f"is release {release}, which loads UMT5 with wrong embeddings"
+        expected, hint = "4.51 or later, but not 5.0", "Install another: pip install 'transformers>=5.1'"
+        raise InputError(what, where="transformers", expected=expected, hint=hint)
     path = Path(place)
     if path.is_file() or (path / WAN_ENCODER).is_file():
         file = path if path.is_file() else path / WAN_ENCODER
@@ -115,11 +112,9 @@ def _pretrained(kind: str, place: str | Path, **options: str) -> Any:
     try:
         return getattr(transformers, kind).from_pretrained(str(place), **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"cannot be read by transformers' {kind} ({first_line(error)})",
-            where=str(place),
-            hint="Name the folder with --text-encoder and, if it lies elsewhere, --tokenizer.",
-        ) from error
+        what = f"cannot be read by transformers' {kind} ({first_line(error)})"
+        hint = "Name the folder with --text-encoder and, if it lies elsewhere, --tokenizer."
+        raise InputError(what, where=str(place), hint=hint) from error
 
 
 def _wan_encoder(files: TensorFiles) -> Any:

@@ -143,8 +143,7 @@ class RawWriter(FrameWriter):
 
     For another program, which must know size and rate: to standard output (`-`), or to a file or FIFO.
 
-    Raises:
-        InputError: the place cannot be written to, or standard output is a terminal.
+    Raises InputError where the place cannot be written to, or standard output is a terminal.
     """
 
     _file: FileIO | None = None
@@ -182,9 +181,8 @@ class PngWriter(FrameWriter):
     `frames.json` comes last: schema, fps, count, width, height and metadata. A folder without it was cut
     short. An earlier result in the folder is removed when the first frames come.
 
-    Raises:
-        InputError: the folder holds other files than an earlier result, or cannot be written to.
-        MissingExtraError: PyAV is not installed.
+    Raises InputError where the folder holds other files than an earlier result or cannot be written to,
+    MissingExtraError where PyAV is not installed.
     """
 
     _encoder: Any = None
@@ -201,11 +199,9 @@ class PngWriter(FrameWriter):
         other = sorted(name for name in names - {RECORD} if not _NAME.fullmatch(name))
         if other or (names and not self._ends_a_result()):
             lacks = f"such as {other[0]}" if other else f"it has no {RECORD} of an earlier result"
-            raise InputError(
-                f"holds other files than an earlier result ({lacks})",
-                where=str(self.path),
-                hint="Choose a new or empty folder: this one would be replaced.",
-            )
+            what = f"holds other files than an earlier result ({lacks})"
+            hint = "Choose a new or empty folder: this one would be replaced."
+            raise InputError(what, where=str(self.path), hint=hint)
         if not os.access(self.path, os.W_OK):
             raise _os_error(errno.EACCES)
 

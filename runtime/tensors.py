@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ def new_tensors(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
-    start = struct.pack("<Q", len(text)) + text
+    start = len(text).to_bytes(8, "little") + text
     tensors = {name: _stored(name, header[name], len(start), str(path)) for name in planned}
     with new_file(path) as partial, partial.open("wb") as file:
         file.write(start)
@@ -167,7 +166,7 @@ def _header_text(file: BinaryIO, size: int, where: str) -> tuple[int, bytes]:
     first = file.read(8)
     if len(first) < 8:
         raise _no_safetensors(where, f"it has {size} bytes")
-    (length,) = struct.unpack("<Q", first)
+    length = int.from_bytes(first, "little")
     if not 2 <= length <= MAX_HEADER:
         raise _no_safetensors(where, f"its header would have {length} bytes")
     if 8 + length > size:

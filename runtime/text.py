@@ -55,12 +55,9 @@ def encode_words(spec: ModelSpec, prompt: str) -> Array:
     encoder is too large for the runtime.
     """
     if spec.text.kind != "words":
-        raise InputError(
-            f"{spec.name} takes text embeddings, not words",
-            where="prompt",
-            expected=f"an array (1, {spec.text_length}, {spec.text_width}), or a file of them",
-            hint=f"{HINT}, and give it with --embeds",
-        )
+        what = f"{spec.name} takes text embeddings, not words"
+        expected = f"an array (1, {spec.text_length}, {spec.text_width}), or a file of them"
+        raise InputError(what, where="prompt", expected=expected, hint=f"{HINT}, and give it with --embeds")
     vocabulary = spec.text.vocabulary
     words = prompt.lower().split()
     if not words:
@@ -126,12 +123,9 @@ class Embeds:
         array = self.arrays[place]
         tokens, width = array.shape
         if width != spec.text_width:
-            raise InputError(
-                f"has embeddings of width {width}",
-                where=self.where,
-                expected=f"{spec.text_width}, as {spec.name} takes",
-                hint="Encode the prompts with the text encoder of this model.",
-            )
+            what, expected = f"has embeddings of width {width}", f"{spec.text_width}, as {spec.name} takes"
+            hint = "Encode the prompts with the text encoder of this model."
+            raise InputError(what, where=self.where, expected=expected, hint=hint)
         if tokens > spec.text_length:
             expected = f"at most {spec.text_length}, as {spec.name} takes"
             raise InputError(f"has {tokens} tokens for {_short(wanted)}", where=self.where, expected=expected)

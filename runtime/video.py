@@ -28,9 +28,8 @@ def open_writer(
         enlarge: whole number by which each pixel is repeated, for tiny videos.
         metadata: what the file says of itself. Bare bytes say nothing.
 
-    Raises:
-        InputError: another name, or a place that cannot be written to, as far as can be found out now.
-        MissingExtraError: PyAV, which mp4 and PNG need, is not installed.
+    Raises InputError for another name and for a place that cannot be written to, as far as can be found out
+    now, MissingExtraError where PyAV, which mp4 and PNG need, is not installed.
     """
     path = Path(out)
     kinds: dict[str, type[FrameWriter]] = {".mp4": Mp4Writer, ".rgb": RawWriter, "": PngWriter}
@@ -67,9 +66,8 @@ class Mp4Writer(FrameWriter):
     yuv420p needs even sizes: an odd width or height is made even by repeating the last column or row.
     All of `metadata` is written, whatever its keys.
 
-    Raises:
-        InputError: the place cannot be written to, or PyAV has no encoder for H.264.
-        MissingExtraError: PyAV is not installed.
+    Raises InputError where the place cannot be written to, MissingExtraError where PyAV or its encoder for
+    H.264 is not installed.
     """
 
     def __init__(self, path: Path, fps: float, enlarge: int = 1, metadata: Mapping[str, str] = {}) -> None:

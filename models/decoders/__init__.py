@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,13 @@ class StreamingDecoder(nn.Module, ABC):
 
     The caches come in and go out; the module keeps nothing between calls, and one static graph serves the
     first call and all later ones. A video decoded in one call or in many is the same video.
-
-    Attributes:
-        latent_channels: channels of the latents.
-        temporal_stride: pixel frames a latent frame.
-        spatial_stride: pixels a latent pixel, in height and in width.
     """
 
     latent_channels: int
     temporal_stride: int
+    """Pixel frames a latent frame."""
     spatial_stride: int
+    """Pixels a latent pixel, in height and in width."""
 
     @abstractmethod
     def state_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -46,6 +43,16 @@ class StreamingDecoder(nn.Module, ABC):
         weight = next(self.parameters())
         shapes = self.state_shapes(height, width)
         return {name: weight.new_zeros(shape, requires_grad=False) for name, shape in shapes.items()}
+
+    def fill(
+        self, files: TensorFiles, names: Mapping[str, str], what: str, optional: Shapes | None = None
+    ) -> Self:
+        """Take over the parameters that files hold, in float32. Arguments and errors as in `check_fit`."""
+        wanted = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        check_fit(files, names, wanted, what, optional)
+        state = {name: files.read(names[name]).to(torch.float32, copy=True) for name in wanted}
+        self.load_state_dict({**dict(self.named_buffers()), **state}, assign=True)
+        return self
 
     @abstractmethod
     def forward(
@@ -76,10 +83,8 @@ def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> Strea
             None: weights drawn at random.
         seed: of the random weights.
 
-    Raises:
-        InputError: there is no such kind, the file cannot be read, or a tensor is missing, unexpected
-            or wrongly shaped (all are listed).
-        MissingExtraError: wan-vae without diffusers.
+    Raises InputError where there is no such kind, the file cannot be read, or a tensor is missing, unexpected
+    or wrongly shaped (all are listed), MissingExtraError for wan-vae without diffusers.
     """
     decoder: StreamingDecoder
     with torch.random.fork_rng(devices=[]):
@@ -98,23 +103,6 @@ def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> Strea
     return decoder.eval().requires_grad_(False)
 
 
-D = TypeVar("D", bound=StreamingDecoder)
-
-
-def filled(
-    decoder: D, files: TensorFiles, names: Mapping[str, str], what: str, optional: Shapes | None = None
-) -> D:
-    """A decoder without storage, given its parameters from files, in float32.
-
-    Names, `what`, `optional` and errors as in `check_fit`.
-    """
-    wanted = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
-    check_fit(files, names, wanted, what, optional)
-    state = {name: files.read(names[name]).to(torch.float32, copy=True) for name in wanted}
-    decoder.load_state_dict({**dict(decoder.named_buffers()), **state}, assign=True)
-    return decoder
-
-
 def decoder_for(
     spec: ModelSpec, kind: str | None, path: Path | None, *, random: bool = False
 ) -> tuple[ModelSpec, StreamingDecoder | None]:
@@ -126,9 +114,8 @@ def decoder_for(
         path: the decoder's weights.
         random: draw them at random where no path is given.
 
-    Raises:
-        InputError: the model needs no decoder, or its weights are not given, cannot be read, or are
-            for latents of another shape.
+    Raises InputError where the model needs no decoder, or where the weights are not given, cannot be read, or
+    are for latents of another shape.
     """
     if spec.decoder.kind == "pixels":
         if kind or path:

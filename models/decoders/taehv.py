@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forcingkv.models.decoders import StreamingDecoder, filled
+from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.tensor_files import open_tensors
 
 WIDTHS = (256, 128, 64, 64)
@@ -105,11 +105,11 @@ class TaehvDecoder(StreamingDecoder):
 def load_taehv(path: Path) -> TaehvDecoder:
     """Read `taew2_1.pth` or .safetensors; the encoder in it is left aside.
 
-    Raises InputError: the file cannot be read, or a tensor of the decoder is missing, unexpected or
+    Raises InputError where the file cannot be read, or a tensor of the decoder is missing, unexpected or
     wrongly shaped, as in the files for other video models.
     """
     files = open_tensors(path)
     with torch.device("meta"):
         decoder = TaehvDecoder()
     names = {name: name for name in files.shapes if not name.startswith("encoder.")}
-    return filled(decoder, files, names, "the decoder of taew2_1")
+    return decoder.fill(files, names, "the decoder of taew2_1")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.decoders import StreamingDecoder, filled
+from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.tensor_files import open_tensors
 
 PAST = 2
@@ -190,9 +190,8 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
             diffusers' naming or Wan's own (`Wan2.1_VAE.pth`), distinguished by the names in it.
         config: of a single file, the fields that differ from Wan 2.1's.
 
-    Raises:
-        InputError: a file cannot be read, the config is not of a VAE of Wan 2.1's kind, or a tensor is
-            missing, unexpected or wrongly shaped.
+    Raises InputError where a file cannot be read, the config is not of a VAE of Wan 2.1's kind, or a tensor
+    is missing, unexpected or wrongly shaped.
     """
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
@@ -204,7 +203,7 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
     if any(name.startswith(WAN_NAMES) for name in names):
         names = convert_wan_vae_to_diffusers(names)
     whole = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    return filled(WanVaeDecoder(vae), files, names, "the Wan 2.1 VAE (names as in diffusers)", whole)
+    return WanVaeDecoder(vae).fill(files, names, "the Wan 2.1 VAE (names as in diffusers)", whole)
 
 
 def _from_config(path: Path) -> AutoencoderKLWan:

@@ -94,13 +94,8 @@ def grey(video: Video) -> npt.NDArray[np.float64]:
 def read_digits(video: Video, prompt: str, frames_per_chunk: int) -> tuple[float | None, float | None]:
     """Shares of the two digits that are read as prompted, and that move as prompted, in `READ_CHUNK`.
 
-    None for both where the video is too short to have that chunk, and where the prompt is not one of two
-    moving digits.
-
-    Args:
-        video: uint8 (frames, 32, 48, 3).
-        prompt: what it was to show.
-        frames_per_chunk: of the demo model.
+    The video is uint8 (frames, 32, 48, 3). None for both where it is too short to have that chunk, and where
+    the prompt is not one of two moving digits.
     """
     if len(video) < (READ_CHUNK + 1) * frames_per_chunk:
         return None, None
