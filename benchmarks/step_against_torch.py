@@ -39,7 +39,7 @@ class TorchStep:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         graph = step_graph(model, plan)
-        rows = {each.name for each in plan.rows_inputs}  # none: the sink is made by the first chunk
+        rows = set(plan.rows(0))  # none: the sink is made by the first chunk
         self._module = graph.module
         self._inputs = {name: tensor[:0] if name in rows else tensor for name, tensor in graph.inputs.items()}
 

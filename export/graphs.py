@@ -70,7 +70,7 @@ class StepModule(nn.Module):
         flow, new = self.model(latents.to(kind), inputs["time"].to(kind), rotary, prompt, attend)
         flow = flow.to(latents)
         # Every output is there in every phase; the session takes those the phase calls for.
-        rows = {each.name: inputs[each.name] for each in plan.rows_inputs}
+        rows = {name: inputs[name] for name in plan.rows(0)}
         following, indices = advance(plan, cache, new, chunk=None, rows=rows)
         x0 = latents - sigma * flow
         following_latents = next_latents(
@@ -169,7 +169,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
             for e in plan.entries
         },
         # In the steady phase no token goes to the sink; the tracer wants a length of at least 2.
-        **{each.name: torch.arange(2, dtype=torch.int32) for each in plan.rows_inputs},
+        **{name: torch.arange(2, dtype=torch.int32) for name in plan.rows(0)},
     }
     outputs = ("next_latents", "x0", *(f"next.{entry.name}" for entry in plan.entries))
     if plan.choice:
@@ -178,7 +178,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     if plan.choice:
         by_layer[plan.choice.layer].append("retained_indices")
     dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role.name}_tokens") for entry in plan.entries}
-    dynamic |= {each.name: (0, each.name.replace(".", "_")) for each in plan.rows_inputs}
+    dynamic |= {name: (0, name.replace(".", "_")) for name in plan.rows(0)}
     clean = tuple(tuple(names) for names in by_layer if names)
     return Graph(StepModule(model, plan), inputs, outputs, dynamic, clean)
 

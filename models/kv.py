@@ -40,7 +40,7 @@ class CleanPass:
     new: KeysValues
     """Keys and values of the chunk, of the group's heads."""
     rows: Mapping[str, Tensor] | None
-    """Which of the chunk's tokens roles take, by `RowsInput.name`; None: what the roles say for the chunk."""
+    """Which of the chunk's tokens roles take, by `rows_name`; None: what the roles say for the chunk."""
     choice: Choice | None
     """What is chosen in this pass; None: nothing, and what was chosen before stays."""
     chunk: int | None
@@ -207,7 +207,7 @@ def advance(
         cache: the cache the pass read.
         new: each layer's keys and values of the pass.
         chunk: index of the chunk. None in a graph, which chooses segments in every pass.
-        rows: which of the chunk's tokens roles take, by `RowsInput.name`. None: what the roles say.
+        rows: which of the chunk's tokens roles take, by `rows_name`. None: what the roles say.
 
     Returns:
         The next cache, and the indices of the retained segments where they were chosen: (kept,), or

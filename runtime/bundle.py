@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
@@ -16,6 +16,8 @@ from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import Dtype, ModelSpec
+
+T = TypeVar("T")
 
 SCHEMA = "forcingkv.bundle/1"
 MANIFEST, HEADMAP = "manifest.json", "headmap.json"
@@ -163,7 +165,7 @@ class Bundle:
                 where=str(folder / MANIFEST),
                 hint="Export the bundle again with this version of forcingkv.",
             )
-        cached = {entry.name for entry in bundle.plan.entries} | {r.name for r in bundle.plan.rows_inputs}
+        cached = {entry.name for entry in bundle.plan.entries} | set(bundle.plan.rows(0))
         absent = sorted(cached - set(manifest.graphs["step"].inputs))
         if absent:
             raise InputError(
@@ -192,6 +194,17 @@ class Bundle:
         return inside(self.path, self.manifest.graphs[name].file)
 
 
+def read_data(kind: type[T], path: Path) -> T:
+    """The dataclass `kind` from a file of JSON. Raises InputError where it cannot be read or does not fit."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not JSON ({error})", where=str(path)) from error
+    return from_data(kind, data, str(path))
+
+
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
@@ -200,11 +213,7 @@ def _read_manifest(folder: Path) -> Manifest:
             where=str(folder),
             hint="Make one with: forcingkv export",
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"is not JSON ({error})", where=str(path)) from error
-    manifest = from_data(Manifest, data, str(path))
+    manifest = read_data(Manifest, path)
     for name in manifest.files:
         inside(folder, name)
     named: set[str | None] = {HEADMAP} if manifest.headmap else set()

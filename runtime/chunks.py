@@ -12,25 +12,22 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import positions
-from forcingkv.runtime.backends import Fetch, Lane, Mark, Pass, Queue, Tensor
+from forcingkv.runtime.backends import Array, Fetch, Lane, Mark, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord, TensorRecord, next_name
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.kv.buffers import CacheBuffers
+from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.spec import ModelSpec
 
-Floats = npt.NDArray[np.float32]
 FramesOn: TypeAlias = Literal["host", "device"]
 NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
 """(chunk, step, shape) -> standard normal noise: step 0 starts a chunk, step i + 1 renews it in pass i (the
 last pass leaves none, and asks for none). A switch of prompts that redraws chunks asks for steps past those
 of all passes."""
 
-CLEAN_PASS = -1
-"""The step of the clean pass."""
 FIRST = "first"
 """Input of `decode` that is 1 in a video's first call and 0 in the others, of graphs with caches."""
 
@@ -89,6 +86,8 @@ class ChunkMaker:
     def __init__(self, bundle: Bundle, lane: Lane, frames: FramesOn) -> None:
         self.lane, self._plan, self._frames_on = lane, bundle.plan, frames
         self._spec, self._schedule = bundle.plan.spec, bundle.plan.spec.schedule
+        self._steps = len(self._schedule.timesteps)
+        """Denoising passes of a chunk. The step of that number is the clean pass."""
         prompt, step, decode = (bundle.manifest.graphs[name] for name in ("prompt", "step", "decode"))
         self.cache = CacheBuffers(self._plan, lane, bundle.manifest.compute)
         self._cross = {name: _tensor(lane, r, state=True) for name, r in prompt.outputs.items()}
@@ -112,7 +111,7 @@ class ChunkMaker:
 
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
-        self.cache.restart()
+        self.cache.passes = 0
         self.decoder.restart()
 
     def prompt(self, text: Floats) -> None:
@@ -129,7 +128,7 @@ class ChunkMaker:
         renewing = self._renewing_noise(noise, index, 0, 0)
         self._latents[0].write(noise(index, 0, self.latent_shape), queue)
         steps = []
-        for step in range(len(self._schedule.timesteps)):
+        for step in range(self._steps):
             self._denoise(step, renewing)
             steps.append(self._latents[(step + 1) % 2].fetch(queue))
         denoised = queue.mark()
@@ -165,17 +164,17 @@ class ChunkMaker:
         there first: a model that was not trained with switches of prompts follows what it sees in clean
         latents, and those show the old prompt. That noise is of steps which no chunk has when it is made.
         """
-        passes = len(self._schedule.timesteps)
+        steps = self._steps
         self._write_positions(index)
         if redraw_from is None:
-            self._latents[passes % 2].write(latents, self.lane.main)
+            self._latents[steps % 2].write(latents, self.lane.main)
         else:
             sigma = np.float32(self._schedule.sigmas[redraw_from])
-            renewing = self._renewing_noise(noise, index, redraw_from, passes + 1)
-            fresh = noise(index, passes + 1 + redraw_from, self.latent_shape)
+            renewing = self._renewing_noise(noise, index, redraw_from, steps + 1)
+            fresh = noise(index, steps + 1 + redraw_from, self.latent_shape)
             noised = (1 - sigma) * latents + sigma * fresh
             self._latents[redraw_from % 2].write(noised, self.lane.main)
-            for step in range(redraw_from, passes):
+            for step in range(redraw_from, steps):
                 self._denoise(step, renewing)
         self._clean()
 
@@ -188,7 +187,7 @@ class ChunkMaker:
         """The queue that reads and writes a tensor of the state."""
         return self.lane.side if name.startswith("decoder/") else self.lane.main
 
-    def restore(self, passes: int, decoder_calls: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def restore(self, passes: int, decoder_calls: int, arrays: Mapping[str, Array]) -> None:
         """Take what `state` held after that many clean passes and calls of the decoder.
 
         Raises InputError where an array is missing or does not fit; nothing has changed then.
@@ -214,8 +213,7 @@ class ChunkMaker:
         """
         if self._noise is None:
             return {}
-        steps = range(first, len(self._schedule.timesteps))
-        renewed = [step for step in steps if self._schedule.sigmas[step + 1]]
+        renewed = [step for step in range(first, self._steps) if self._schedule.sigmas[step + 1]]
         return {step: noise(index, offset + step + 1, self.latent_shape) for step in renewed}
 
     def _denoise(self, step: int, renewing: Mapping[int, Floats]) -> None:
@@ -224,8 +222,8 @@ class ChunkMaker:
         self._pass(step).run()
 
     def _clean(self) -> None:
-        self._pass(CLEAN_PASS).run()
-        self.cache.swap()
+        self._pass(self._steps).run()
+        self.cache.passes += 1
 
     def _write_positions(self, index: int) -> None:
         frames = self._spec.frames_per_chunk
@@ -243,37 +241,34 @@ class ChunkMaker:
         """
         key = (*self.cache.key, step)
         if key not in self._passes:
-            # The clean pass comes after the last denoising pass, so it reads what that one wrote.
-            place = len(self._schedule.timesteps) if step == CLEAN_PASS else step
-            current, spare = self._latents[place % 2], self._latents[1 - place % 2]
+            current, spare = self._latents[step % 2], self._latents[1 - step % 2]
             inputs = {"latents": current, **self._rotary, **self._levels[step], **self._cross}
             if self._noise is not None:
                 inputs["noise"] = self._noise
             outputs = {"next_latents": spare}
-            if step == CLEAN_PASS or not self._skips_caches:
+            if step == self._steps or not self._skips_caches:
                 outputs |= self.cache.outputs()
             inputs |= self.cache.inputs()
             self._passes[key] = self.lane.bind("step", self.cache.phase, inputs, outputs)
         return self._passes[key]
 
-    def _noise_levels(self, record: GraphRecord) -> dict[int, dict[str, Tensor]]:
+    def _noise_levels(self, record: GraphRecord) -> list[dict[str, Tensor]]:
         """For each step its time features, noise levels and whether it is the clean pass, written once."""
-        schedule = self._schedule
-        levels: dict[int, dict[str, Tensor]] = {}
-        sigmas = schedule.sigmas
-        steps = [(step, at, sigmas[step], sigmas[step + 1]) for step, at in enumerate(schedule.timesteps)]
-        steps.append((CLEAN_PASS, schedule.context_timestep, 0.0, 0.0))
-        for step, timestep, sigma, next_sigma in steps:
+        levels = []
+        timesteps = *self._schedule.timesteps, self._schedule.context_timestep
+        sigmas = *self._schedule.sigmas, 0.0
+        for step, timestep in enumerate(timesteps):
             values = {
                 "time": positions.time_features(self._spec, np.array([[timestep]])),
-                "sigma": np.array([sigma], np.float32),
-                "sigma_next": np.array([next_sigma], np.float32),
+                "sigma": np.array([sigmas[step]], np.float32),
+                "sigma_next": np.array([sigmas[step + 1]], np.float32),
             }
             if record.skips_caches:
-                values[CLEAN] = np.array([step == CLEAN_PASS])
-            levels[step] = {name: _tensor(self.lane, record.inputs[name]) for name in values}
+                values[CLEAN] = np.array([step == self._steps])
+            tensors = {name: _tensor(self.lane, record.inputs[name]) for name in values}
             for name, value in values.items():
-                levels[step][name].write(value, self.lane.main)
+                tensors[name].write(value, self.lane.main)
+            levels.append(tensors)
         return levels
 
 
@@ -350,11 +345,14 @@ class PassTimer:
 
     How long a pass takes does not depend on what the caches hold, only on how much: they have the lengths of
     that chunk, and are full of zeros. What comes out means nothing.
+
+    Attributes:
+        cache_bytes: of all buffers for keys and values.
     """
 
     def __init__(self, maker: ChunkMaker, chunk: int) -> None:
         """For `Session.pass_timer`."""
-        self._maker, self._chunk = maker, chunk
+        self._maker, self._chunk, self.cache_bytes = maker, chunk, maker.cache.nbytes
         maker.cache.passes = maker.decoder.called = chunk
         for name, tensor in maker.state().items():
             tensor.clear(maker.queue_of(name))
@@ -362,34 +360,30 @@ class PassTimer:
             tensor.clear(maker.lane.main)
         maker._write_positions(chunk)
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of all buffers for keys and values."""
-        return self._maker.cache.nbytes
-
     def denoise(self) -> float:
         """Seconds of a denoising pass."""
-        return self._seconds(self._maker.lane.main, self._maker._pass(0).run)
+        return _seconds(self._maker.lane.main, self._maker._pass(0).run)
 
     def clean(self) -> float:
         """Seconds of the clean pass, which makes the next caches too. The chunk stays the next one."""
-        return self._seconds(self._maker.lane.main, self._maker._pass(CLEAN_PASS).run)
+        return _seconds(self._maker.lane.main, self._maker._pass(self._maker._steps).run)
 
     def decode(self) -> float:
         """Seconds of decoding a chunk."""
         zeros = np.zeros(self._maker.latent_shape, np.float32)
-        return self._seconds(self._maker.lane.side, lambda: self._maker.decoder.decode(zeros, self._chunk))
-
-    def _seconds(self, queue: Queue, work: Callable[[], object]) -> float:
-        started = queue.mark()
-        work()
-        done = queue.mark()
-        done.wait()
-        return done.since(started)
+        return _seconds(self._maker.lane.side, lambda: self._maker.decoder.decode(zeros, self._chunk))
 
 
-def _as_bits(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-    """bfloat16 that was read as float32, as its bits."""
+def _seconds(queue: Queue, work: Callable[[], object]) -> float:
+    started = queue.mark()
+    work()
+    done = queue.mark()
+    done.wait()
+    return done.since(started)
+
+
+def _as_bits(array: Array) -> Array:
+    """bfloat16 that was read as float32, as its bits: uint16."""
     return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 

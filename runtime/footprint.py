@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeAlias
 
 from forcingkv.runtime.bundle import GRAPHS, Manifest, TensorRecord
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
+
+EngineSet: TypeAlias = tuple[EngineRecord, ...]
+"""The engines that one TensorRT runs on one kind of GPU, in the order of `GRAPHS`."""
 
 
 def part_notes() -> dict[str, str]:
@@ -48,39 +51,30 @@ def part_notes() -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class EngineSet:
-    """The engines that one TensorRT runs on one kind of GPU."""
-
-    flavour: FlavourName
-    version: str
-    sm: int
-    engines: tuple[EngineRecord, ...]
-    """In the order of `GRAPHS`."""
-
-
-def engine_sets(manifest: Manifest) -> tuple[EngineSet, ...]:
+def engine_sets(manifest: Manifest) -> list[EngineSet]:
     """The engines of a bundle by flavour, version and GPU."""
-    sets: dict[tuple[FlavourName, str, int], list[EngineRecord]] = {}
-    for engine in sorted(manifest.engines, key=lambda engine: (*GRAPHS, engine.graph).index(engine.graph)):
-        sets.setdefault((engine.flavour, engine.version, engine.sm), []).append(engine)
-    return tuple(EngineSet(*key, tuple(engines)) for key, engines in sorted(sets.items()))
+
+    def runs_on(engine: EngineRecord) -> tuple[str, str, int]:
+        return engine.flavour, engine.version, engine.sm
+
+    in_order = sorted(manifest.engines, key=lambda e: (*runs_on(e), (*GRAPHS, e.graph).index(e.graph)))
+    return [tuple(engines) for _, engines in groupby(in_order, runs_on)]
 
 
-def grouped_by_need(sets: Iterable[EngineSet]) -> tuple[tuple[EngineSet, ...], ...]:
+def grouped_by_need(sets: Iterable[EngineSet]) -> list[list[EngineSet]]:
     """The sets grouped by the memory that they need: one report serves a group."""
     groups: dict[tuple[tuple[str, int, int], ...], list[EngineSet]] = {}
     for one in sets:
-        needs = tuple((e.graph, e.weight_bytes, e.activation_bytes) for e in one.engines)
+        needs = tuple((e.graph, e.weight_bytes, e.activation_bytes) for e in one)
         groups.setdefault(needs, []).append(one)
-    return tuple(tuple(group) for group in groups.values())
+    return list(groups.values())
 
 
 def named(sets: Iterable[EngineSet]) -> str:
     """What sets are for, in words: tensorrt-rtx 1.7.1 for sm_89, sm_120."""
     sms: dict[str, list[str]] = {}
-    for one in sets:
-        sms.setdefault(f"{one.flavour} {one.version}", []).append(f"sm_{one.sm}")
+    for first, *_ in sets:
+        sms.setdefault(f"{first.flavour} {first.version}", []).append(f"sm_{first.sm}")
     return "; ".join(f"{made} for {', '.join(of)}" for made, of in sms.items())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
@@ -22,8 +22,7 @@ SUGGESTED = 3
 """Suggestions in a message."""
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """A policy and a resolution of a model, and the bytes that a session would take."""
 
     policy: str
@@ -82,7 +81,7 @@ def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
         return
     listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
     fits = what_fits(bundle.plan, available, lambda *other: bytes_of_other(bundle, parts, *other))
-    suggested = [f"{fit.policy} at {fit.resolution} ({readable(fit.bytes)})" for fit in fits[:SUGGESTED]]
+    suggested = [f"{policy} at {size} ({readable(needs)})" for policy, size, needs in fits[:SUGGESTED]]
     width, height = bundle.manifest.resolution
     raise InputError(
         f"a session of {bundle.plan.policy.name} at {width}x{height} needs {readable(needed)} ({listed}),"

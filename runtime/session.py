@@ -15,10 +15,10 @@ from forcingkv.runtime.backends import Lane, open_backend
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, FramesOn, NoiseSource, PassTimer, PendingChunk
 from forcingkv.runtime.faults import MemoryShortError, SessionError
-from forcingkv.runtime.kv.rebuild import LatentHistory
-from forcingkv.runtime.positions import chunk_noise
+from forcingkv.runtime.kv.rebuild import replayed
+from forcingkv.runtime.positions import Floats, chunk_noise
 from forcingkv.runtime.preflight import check_memory
-from forcingkv.runtime.snapshot import SavedState, Snapshot, read_snapshot, write_snapshot
+from forcingkv.runtime.snapshot import read_snapshot, write_snapshot
 from forcingkv.runtime.text import Prompt, prompt_input
 
 
@@ -110,12 +110,7 @@ class Session:
             lane.close()
 
     def generate(
-        self,
-        prompt: Prompt,
-        *,
-        seed: int,
-        chunks: int | None = None,
-        noise: NoiseSource | None = None,
+        self, prompt: Prompt, *, seed: int, chunks: int | None = None, noise: NoiseSource | None = None
     ) -> Video:
         """Begin a video: an iterator that yields each chunk as soon as it is decoded.
 
@@ -150,11 +145,12 @@ class Session:
         and SessionError as iterating over a video does.
         """
         maker = self._memory()
-        saved = read_snapshot(Path(folder), self.bundle)
-        state = saved.snapshot
-        video = Video(self, state.seed, state.chunks if chunks is None else chunks, None, saved)
+        state, arrays, latents, ready = read_snapshot(Path(folder), self.bundle)
+        video = Video(self, state.seed, state.chunks if chunks is None else chunks, None)
+        video.index, video._begun = state.index, state.made
+        video._latents, video._ready = latents, deque(ready)
         try:
-            maker.restore(state.passes, state.decoder_calls, saved.arrays)
+            maker.restore(state.passes, state.decoder_calls, arrays)
         except SessionError:
             self._video = None  # its caches may be half overwritten
             raise
@@ -189,29 +185,21 @@ class Video:
         index: of the chunk that is handed out next.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        seed: int,
-        chunks: int | None,
-        noise: NoiseSource | None,
-        saved: SavedState | None = None,
-    ) -> None:
+    def __init__(self, session: Session, seed: int, chunks: int | None, noise: NoiseSource | None) -> None:
         """For the session. It is asked for its memory each time: a video that has ended keeps none of it."""
         seed = operator.index(seed)  # numpy's whole numbers would not go into JSON
         if seed < 0:
             raise InputError(f"is {seed}", where="seed", expected="0 or more")
         self.seed, self.chunks = seed, None if chunks is None else operator.index(chunks)
-        self.index = saved.snapshot.index if saved else 0
+        self.index = 0
         self._session, self._own_noise = session, noise is not None
         self._noise = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
-        self._begun = saved.snapshot.made if saved else 0
+        self._begun = 0
         """Chunks whose passes were put into the queue."""
         self._pending: deque[PendingChunk] = deque()
-        self._ready = deque(saved.ready if saved else ())
-        self._history = LatentHistory(session.plan)
-        for index, latents in sorted(saved.latents.items()) if saved else ():
-            self._history.add(index, latents)
+        self._ready: deque[Chunk] = deque()
+        self._latents: dict[int, Floats] = {}
+        """Of the chunks that a rebuild of the cache needs, in order."""
         self._failed = False
 
     def __iter__(self) -> Self:
@@ -262,8 +250,8 @@ class Video:
             maker.prompt(text)
             if recache:
                 redraw_from = self._session.spec.schedule.redraw_from
-                maker.cache.restart()
-                for index, latents in self._history.get(self._begun).items():
+                maker.cache.passes = 0
+                for index, latents in self._latents.items():
                     maker.replay(index, latents, self._noise, redraw_from)
         return self._begun
 
@@ -284,20 +272,15 @@ class Video:
                 where="noise",
                 expected="noise of a seed",
             )
-        snapshot = Snapshot(
-            bundle=self._session.bundle.digest,
-            seed=self.seed,
-            chunks=self.chunks,
-            index=self.index,
-            made=self._begun,
-            passes=maker.cache.passes,
-            decoder_calls=maker.decoder.called,
-        )
-        write_snapshot(Path(folder), snapshot, maker, self._history.get(self._begun), tuple(self._ready))
+        bundle = self._session.bundle.digest
+        known = {"bundle": bundle, "seed": self.seed, "chunks": self.chunks, "index": self.index}
+        write_snapshot(Path(folder), maker, self._latents, self._ready, **known)
 
     def _finish_one(self, maker: ChunkMaker) -> None:
         chunk = maker.finish(self._pending.popleft())
-        self._history.add(chunk.index, chunk.latents)
+        self._latents[chunk.index] = chunk.latents.copy()  # the caller may change the chunk's own
+        needed = replayed(self._session.plan, chunk.index + 1)
+        self._latents = {index: self._latents[index] for index in needed}
         self._ready.append(chunk)
 
     @contextmanager

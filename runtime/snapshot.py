@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import FileRecord, inside, record_file, unwritable, write_text
-from forcingkv.runtime.backends import Tensor
-from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.backends import Array, Tensor
+from forcingkv.runtime.bundle import Bundle, read_data
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.rebuild import replayed
@@ -31,8 +30,6 @@ from forcingkv.runtime.tensors import new_tensors, read_arrays
 STATE = "state.json"
 TENSORS = re.compile(r"\.?state-\d{6,}(-\d+)?\.safetensors(\.partial)?")
 """Files of tensors, with those that a process left half written."""
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -59,41 +56,31 @@ class Snapshot:
     passes: int
     """Clean passes behind the KV cache; less than `made` after a rebuild."""
     decoder_calls: int
-    ready: tuple[ReadyChunk, ...] = ()
-    tensors: str = ""
+    ready: tuple[ReadyChunk, ...]
+    tensors: str
     """The file of tensors."""
-    record: FileRecord = field(default_factory=lambda: FileRecord("", 0))
+    record: FileRecord
     """Its digest and size."""
     schema: Literal["forcingkv.snapshot/1"] = "forcingkv.snapshot/1"
 
 
-@dataclass(frozen=True)
-class SavedState:
-    """A state that was read."""
-
-    snapshot: Snapshot
-    arrays: dict[str, Array]
-    """By the names of `ChunkMaker.state`, among others."""
-    latents: dict[int, npt.NDArray[np.float32]]
-    """Of the chunks that a rebuild needs, by index."""
-    ready: tuple[Chunk, ...]
-    """Chunks that were made, but not handed out."""
-
-
 def write_snapshot(
-    folder: Path,
-    snapshot: Snapshot,
-    maker: ChunkMaker,
-    latents: Mapping[int, npt.NDArray[np.float32]],
-    ready: tuple[Chunk, ...],
+    folder: Path, maker: ChunkMaker, latents: Mapping[int, Array], ready: Sequence[Chunk], **known: Any
 ) -> None:
     """Write a state, in the place of the one that the folder may hold.
 
+    Args:
+        folder: where.
+        maker: the session's memory.
+        latents: of the chunks that a rebuild needs, by index.
+        ready: chunks that were made, but not handed out.
+        known: the fields `bundle`, `seed`, `chunks` and `index` of `Snapshot`.
+
     Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved.
     """
-    earlier = _earlier(folder)
+    earlier, made = _earlier(folder), known["index"] + len(ready)
     # A name that no file has: one of them may be in use until the new state is whole.
-    stem = f"state-{snapshot.made:06}"
+    stem = f"state-{made:06}"
     names = (f"{stem}-{again}.safetensors" if again else f"{stem}.safetensors" for again in count())
     name = next(name for name in names if name not in earlier)
     stored: dict[str, Tensor | Array] = {**maker.state()}
@@ -110,33 +97,35 @@ def write_snapshot(
             if not isinstance(value, np.ndarray):
                 value = value.fetch(maker.queue_of(key)).array()
             writer.write(key, value)
-    whole = replace(
-        snapshot,
+    snapshot = Snapshot(
+        **known,
+        made=made,
+        passes=maker.cache.passes,
+        decoder_calls=maker.decoder.called,
         ready=tuple(ReadyChunk(chunk.index, chunk.timing) for chunk in ready),
         tensors=name,
         record=record_file(folder / name),
     )
-    write_text(folder / STATE, json.dumps(to_data(whole), indent=1) + "\n")
+    write_text(folder / STATE, json.dumps(to_data(snapshot), indent=1) + "\n")
     for file in earlier - {name}:
         with suppress(OSError):
             (folder / file).unlink()
 
 
-def read_snapshot(folder: Path, bundle: Bundle) -> SavedState:
+def read_snapshot(
+    folder: Path, bundle: Bundle
+) -> tuple[Snapshot, dict[str, Array], dict[int, Array], list[Chunk]]:
     """Read a state that was saved of a bundle.
+
+    Returns it with its arrays, by the names of `ChunkMaker.state` and others; the latents of the chunks that
+    a rebuild needs, by index; and the chunks that were made, but not handed out.
 
     Raises InputError for a folder without a state, a damaged one, and one of another bundle.
     """
     path = folder / STATE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"holds no saved state ({error.strerror})", where=str(path), hint="Save one with Video.save."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error})", where=str(path)) from error
-    snapshot = from_data(Snapshot, data, str(path))
+    if not path.is_file():
+        raise InputError("holds no saved state", where=str(folder), hint="Save one with Video.save.")
+    snapshot = read_data(Snapshot, path)
     if snapshot.bundle != bundle.digest:
         raise InputError(
             f"was saved of the bundle {snapshot.bundle[:12]}...",
@@ -161,11 +150,11 @@ def read_snapshot(folder: Path, bundle: Bundle) -> SavedState:
         return arrays[name]
 
     latents = {index: array(f"latents/{index}") for index in replayed(bundle.plan, snapshot.made)}
-    ready = tuple(
+    ready = [
         Chunk(one.index, array(f"ready/{one.index}/frames"), array(f"ready/{one.index}/latents"), one.timing)
         for one in snapshot.ready
-    )
-    return SavedState(snapshot, arrays, latents, ready)
+    ]
+    return snapshot, arrays, latents, ready
 
 
 def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:

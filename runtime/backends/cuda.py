@@ -1,14 +1,14 @@
 """The GPU through cuda-core: the device, streams, events and captured graphs. Memory is `cuda_memory`'s.
 
-Whatever cuda-core or the driver raises leaves here as `MemoryShortError` or `DeviceError`.
+Whatever cuda-core or the driver raises leaves `Gpu.asked` as `MemoryShortError` or `DeviceError`.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
@@ -27,25 +27,12 @@ def fault(doing: str, message: str, nbytes: int | None = None) -> SessionError:
     return DeviceError(f"could not {doing} ({message})")
 
 
-def close_all(doing: str, closes: Iterable[Callable[[], None]]) -> None:
-    """Call them all, in order, whatever they raise; then raise the first error as one of ours."""
-    first: Exception | None = None
-    for close in closes:
-        try:
-            close()
-        except Exception as error:
-            first = first or error
-    if isinstance(first, SessionError):
-        raise first
-    if first is not None:
-        raise fault(doing, str(first)) from first
-
-
 class Gpu:
-    """The first GPU.
+    """The first GPU, as one lane uses it until it is closed.
 
     Attributes:
         core: the module `cuda.core`.
+        held: gives back what was taken, when the lane is closed.
     """
 
     def __init__(self) -> None:
@@ -54,7 +41,8 @@ class Gpu:
         Raises MissingExtraError without cuda-core, DeviceError where the GPU cannot be used.
         """
         self.core = cuda_core()
-        self._threads = threading.local()
+        self._threads, self._closed = threading.local(), False
+        self.held, self._streams = ExitStack(), list[Any]()
         with self.asked("use the GPU"):
             pass
 
@@ -67,9 +55,12 @@ class Gpu:
     def asked(self, doing: str, nbytes: int | None = None) -> Iterator[None]:
         """Around everything that is asked of CUDA and TensorRT; `doing` and `nbytes` are those of `fault`.
 
-        The device is current in it, whatever thread this is, and errors become those of `faults`.
+        The device is current in it, whatever thread this is, and errors become those of `faults`. Raises
+        DeviceError once the lane is closed: what is put into a closed stream would go to CUDA's default one.
         """
         try:
+            if self._closed:
+                raise DeviceError("the lane is closed")
             if not getattr(self._threads, "current", False):
                 self.device.set_current()
                 self._threads.current = True
@@ -78,6 +69,26 @@ class Gpu:
             raise
         except Exception as error:  # CUDAError has no public name, and TensorRT has its own
             raise fault(doing, f"{type(error).__name__}: {error}", nbytes) from error
+
+    def stream(self) -> Any:
+        """A stream of cuda-core's, until the lane is closed."""
+        with self.asked("make a stream"):
+            stream = self.device.create_stream()
+        self.held.callback(stream.close)
+        self._streams.append(stream)
+        return stream
+
+    def close(self) -> None:
+        """Wait for the streams, then give back all that is held, the newest first.
+
+        What fails does not keep the rest. Raises the last error.
+        """
+        if not self._closed:
+            with self.asked("close the lane"):
+                self._closed = True
+                for stream in self._streams:
+                    self.held.callback(stream.sync)
+                self.held.close()
 
 
 class CudaMark:
@@ -106,25 +117,17 @@ class CudaQueue:
     """A stream of its own.
 
     Attributes:
+        stream: cuda-core's, to be used within `Gpu.asked`.
         handle: of the stream, for TensorRT.
     """
 
     def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
+        self._gpu, self.stream = gpu, gpu.stream()
+        self.handle = int(self.stream.handle)
         # Whoever waits for an event sleeps: frames may have to be encoded on that core.
         self._timed = gpu.core.EventOptions(timing_enabled=True, blocking_sync=True)
         self._marks: weakref.WeakSet[CudaMark] = weakref.WeakSet()
-        with gpu.asked("make a stream"):
-            self._stream = gpu.device.create_stream()
-            self.handle = int(self._stream.handle)
-
-    @property
-    def stream(self) -> Any:
-        """cuda-core's stream. Raises DeviceError once it is closed: what is put into a closed one would go
-        to CUDA's default stream."""
-        if self._stream is None:
-            raise DeviceError("the lane is closed")
-        return self._stream
+        gpu.held.callback(self._close_marks)
 
     def mark(self) -> CudaMark:
         with self._gpu.asked("mark a place in a stream"):
@@ -137,40 +140,33 @@ class CudaQueue:
         with self._gpu.asked("finish the work that was asked for"):
             self.stream.sync()
 
-    def close(self) -> None:
-        """Give the stream and its marks back."""
-        stream, self._stream = self.stream, None
-        close_all("give a stream back", [*(mark.event.close for mark in self._marks), stream.close])
+    def captured(self, work: Callable[[], None], what: str) -> Callable[[], None]:
+        """Capture what `work` puts into the queue as a CUDA graph; `what` is its name in messages.
 
-
-class CudaGraph:
-    """Work that was captured once, to be launched as a whole."""
-
-    def __init__(self, gpu: Gpu, queue: CudaQueue, work: Callable[[], None], what: str) -> None:
-        """Capture what `work` puts into a queue. Nothing of it is done yet; `what` is its name in messages.
-
-        The work must have been done before, so that nothing is loaded or allocated while it is captured.
+        What comes back does it all, each time it is called; capturing does nothing of it. The work must have
+        been done before, so that nothing is loaded or allocated meanwhile.
         """
-        self._gpu, self._what = gpu, what
-        with gpu.asked(f"capture {what} as a CUDA graph"):
-            builder = queue.stream.create_graph_builder()
+        with self._gpu.asked(f"capture {what} as a CUDA graph"):
+            builder = self.stream.create_graph_builder()
             try:
                 # The relaxed mode, cuda-core's own: in the others the stream loses its capture when Python
                 # happens to free some other session's memory meanwhile.
                 builder.begin_building()
                 work()
-                self._graph = builder.end_building().complete()
+                graph = builder.end_building().complete()
+                self._gpu.held.callback(graph.close)
             except BaseException:
                 with suppress(Exception):  # the first error is the one to show
                     builder.close()
                 raise
             builder.close()
 
-    def launch(self, queue: CudaQueue) -> None:
-        """Do the work, in that queue's order."""
-        with self._gpu.asked(f"launch the CUDA graph of {self._what}"):
-            self._graph.launch(queue.stream)
+        def launch() -> None:
+            with self._gpu.asked(f"launch the CUDA graph of {what}"):
+                graph.launch(self.stream)
 
-    def close(self) -> None:
-        """Give the graph back."""
-        self._graph.close()
+        return launch
+
+    def _close_marks(self) -> None:
+        for mark in self._marks:
+            mark.event.close()

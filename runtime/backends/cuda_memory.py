@@ -8,12 +8,10 @@ from collections import deque
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from forcingkv.runtime.backends import Array, Queue
-from forcingkv.runtime.backends.cuda import CudaQueue, Gpu, close_all
+from forcingkv.runtime.backends.cuda import CudaQueue, Gpu
 from forcingkv.runtime.dtypes import DTYPES
-from forcingkv.runtime.faults import DeviceError
 
 LEAST = 16
 """Bytes of the smallest allocation: an empty tensor needs an address too."""
@@ -24,39 +22,55 @@ IN_FLIGHT = 64
 
 
 class CudaMemory:
-    """What a lane has taken, to be given back together.
+    """Memory of a lane, until it is closed.
 
-    The device memory comes from a pool of the lane's own: cuda-core keeps what is given back to the
-    device's common pool, and then no other allocator has the use of it.
+    On the device it comes from a pool of the lane's own: cuda-core keeps what is given back to the device's
+    common pool, and then no other allocator has the use of it. On the host it is pinned, in pieces that are
+    used again; none is handed out that a copy may still use.
     """
 
     def __init__(self, gpu: Gpu, queue: CudaQueue) -> None:
         """Memory is taken and given back in the order of a queue."""
         self.gpu, self._queue = gpu, queue
-        self.staging = Staging(gpu)
-        self._buffers: list[Any] = []
+        self._pinned = gpu.core.LegacyPinnedMemoryResource()
+        self._idle: dict[int, deque[Pinned]] = {}
         with gpu.asked("make a memory pool"):
             options = gpu.core.DeviceMemoryResourceOptions()
             self._pool = gpu.core.DeviceMemoryResource(gpu.device, options)
+            gpu.held.callback(self._pool.close)
+            gpu.held.callback(queue.stream.sync)  # once all tensors are given back, in its order
 
     def tensor(self, shape: tuple[int, ...], dtype: str) -> CudaTensor:
         """New memory, for whatever queue; multiples of 256 bytes begin it. Its contents are not defined.
 
         Raises MemoryShortError where there is not enough.
         """
-        nbytes = max(LEAST, math.prod(shape) * host_dtype(dtype).itemsize)
+        nbytes = max(LEAST, math.prod(shape) * DTYPES[dtype].bytes)
         with self.gpu.asked(f"take memory for a tensor of {dtype} {shape}", nbytes):
             buffer = self._pool.allocate(nbytes, stream=self._queue.stream)
-            self._buffers.append(buffer)
+            self.gpu.held.callback(buffer.close)
             address = int(buffer.handle)
         self._queue.sync()  # other queues may use it at once
         return CudaTensor(self, buffer, address, shape, dtype)
 
-    def close(self) -> None:
-        """Give everything back; no queue may be using it any more."""
-        buffers, self._buffers = self._buffers, []
-        closes = [*(buffer.close for buffer in buffers), self._queue.sync]
-        close_all("give memory back", [*closes, self.staging.close, self._pool.close])
+    def take(self, nbytes: int) -> Pinned:
+        """A piece of pinned memory of at least that size. Raises MemoryShortError where there is none."""
+        size = -(-nbytes // PAGE) * PAGE
+        idle = self._idle.setdefault(size, deque())
+        for place, piece in enumerate(idle):
+            if piece.free():
+                del idle[place]
+                return piece
+        if len(idle) >= IN_FLIGHT:
+            oldest = idle.popleft()
+            oldest.wait()
+            return oldest
+        with self.gpu.asked("take pinned memory on the host", size):
+            return Pinned(self.gpu, self._pinned.allocate(size), size)
+
+    def give(self, piece: Pinned) -> None:
+        """A piece that only a copy may still use."""
+        self._idle[piece.size].append(piece)
 
 
 class CudaTensor:
@@ -74,7 +88,8 @@ class CudaTensor:
     ) -> None:
         self._memory, self._buffer, self.address = memory, buffer, address
         self.shape, self.dtype = shape, dtype
-        self._host = host_dtype(dtype)
+        # What an array of it is on the host: numpy has no bfloat16, so its bits.
+        self._host = np.dtype(DTYPES[dtype].bits)
         self.nbytes = math.prod(shape) * self._host.itemsize
 
     def first(self, shape: tuple[int, ...]) -> CudaTensor:
@@ -99,13 +114,12 @@ class CudaTensor:
             raise ValueError(f"{array.dtype} {array.shape} does not fit into {self.dtype} {self.shape}")
         if not self.nbytes:
             return
-        staging = self._memory.staging
-        piece = staging.take(self.nbytes)
+        piece = self._memory.take(self.nbytes)
         np.copyto(piece.array(self.shape, self._host), array, casting="same_kind")
         with self._memory.gpu.asked("copy an array to the GPU", self.nbytes):
             self.view().copy_from(piece.view(self.nbytes), stream=stream_of(queue))
             piece.used(queue)
-        staging.give(piece)
+        self._memory.give(piece)
 
     def clear(self, queue: Queue) -> None:
         if self.nbytes:
@@ -114,12 +128,12 @@ class CudaTensor:
 
     def fetch(self, queue: Queue) -> CudaFetch:
         if not self.nbytes:
-            return CudaFetch(self._memory.staging, None, self.shape, self._host)
-        piece = self._memory.staging.take(self.nbytes)
+            return CudaFetch(self._memory, None, self.shape, self._host)
+        piece = self._memory.take(self.nbytes)
         with self._memory.gpu.asked("copy an array to the host", self.nbytes):
             piece.view(self.nbytes).copy_from(self.view(), stream=stream_of(queue))
             piece.used(queue)
-        return CudaFetch(self._memory.staging, piece, self.shape, self._host)
+        return CudaFetch(self._memory, piece, self.shape, self._host)
 
     def copy_from(self, source: CudaTensor, queue: Queue) -> None:
         """Take what another tensor of that size holds, in the queue's order."""
@@ -143,9 +157,9 @@ class CudaFetch:
     """A copy on its way through pinned memory, which goes back when the copy was read or dropped."""
 
     def __init__(
-        self, staging: Staging, piece: Pinned | None, shape: tuple[int, ...], host: np.dtype[Any]
+        self, memory: CudaMemory, piece: Pinned | None, shape: tuple[int, ...], host: np.dtype[Any]
     ) -> None:
-        self._staging, self._piece, self._shape, self._host = staging, piece, shape, host
+        self._memory, self._piece, self._shape, self._host = memory, piece, shape, host
         self._array: Array | None = None
 
     def array(self) -> Array:
@@ -162,7 +176,7 @@ class CudaFetch:
     def _release(self) -> None:
         piece, self._piece = self._piece, None
         if piece is not None:
-            self._staging.give(piece)
+            self._memory.give(piece)
 
     def __del__(self) -> None:
         self._release()  # its event tells when it may be used again
@@ -175,17 +189,16 @@ class Pinned:
         self._gpu, self._buffer, self.size = gpu, buffer, size
         self._address = int(buffer.handle)
         self._event: Any = None
+        gpu.held.callback(buffer.close)
 
-    def array(self, shape: tuple[int, ...], host: np.dtype[Any]) -> npt.NDArray[Any]:
+    def array(self, shape: tuple[int, ...], host: np.dtype[Any]) -> Array:
         """An array in it."""
-        self._open()
         count = math.prod(shape)
         memory = (ctypes.c_ubyte * (count * host.itemsize)).from_address(self._address)
         return np.frombuffer(memoryview(memory), host, count).reshape(shape)
 
     def view(self, nbytes: int) -> Any:
         """cuda-core's `Buffer` of its first bytes, which frees nothing."""
-        self._open()
         return self._gpu.core.Buffer.from_handle(self._address, nbytes, owner=self._buffer)
 
     def used(self, queue: Queue) -> None:
@@ -193,6 +206,7 @@ class Pinned:
         if self._event is None:
             options = self._gpu.core.EventOptions(blocking_sync=True)
             self._event = stream_of(queue).record(options=options)
+            self._gpu.held.callback(self._event.close)
         else:
             stream_of(queue).record(self._event)
 
@@ -202,63 +216,10 @@ class Pinned:
             return self._event is None or bool(self._event.is_done)
 
     def wait(self) -> None:
-        """Wait until no copy uses it. Raises DeviceError if it was given back."""
-        self._open()
+        """Wait until no copy uses it. Raises DeviceError if the lane was closed."""
         with self._gpu.asked("finish the work that was asked for"):
             if self._event is not None:
                 self._event.sync()
-
-    def close(self) -> None:
-        """Give it back."""
-        buffer, event = self._buffer, self._event
-        self._buffer = self._event = None
-        close_all("give pinned memory back", [buffer.close, *([event.close] if event else [])])
-
-    def _open(self) -> None:
-        if self._buffer is None:
-            raise DeviceError("the lane was closed before this copy was read")
-
-
-class Staging:
-    """Pinned memory, in pieces that are used again. No piece is handed out that a copy may still use."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
-        self._resource = gpu.core.LegacyPinnedMemoryResource()
-        self._pieces: list[Pinned] = []
-        self._idle: dict[int, deque[Pinned]] = {}
-
-    def take(self, nbytes: int) -> Pinned:
-        """A piece of at least that size. Raises MemoryShortError where there is none."""
-        size = -(-nbytes // PAGE) * PAGE
-        idle = self._idle.setdefault(size, deque())
-        for place, piece in enumerate(idle):
-            if piece.free():
-                del idle[place]
-                return piece
-        if len(idle) >= IN_FLIGHT:
-            oldest = idle.popleft()
-            oldest.wait()
-            return oldest
-        with self._gpu.asked("take pinned memory on the host", size):
-            piece = Pinned(self._gpu, self._resource.allocate(size), size)
-        self._pieces.append(piece)
-        return piece
-
-    def give(self, piece: Pinned) -> None:
-        """A piece that only a copy may still use."""
-        self._idle.setdefault(piece.size, deque()).append(piece)
-
-    def close(self) -> None:
-        """Give all pieces back; those that are lent, too."""
-        pieces, self._pieces = self._pieces, []
-        self._idle = {}
-        close_all("give pinned memory back", [piece.close for piece in pieces])
-
-
-def host_dtype(dtype: str) -> np.dtype[Any]:
-    """What an array of that dtype is on the host: numpy has no bfloat16, so its bits."""
-    return np.dtype(DTYPES[dtype].bits)
 
 
 def stream_of(queue: Queue) -> Any:

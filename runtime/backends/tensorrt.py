@@ -19,7 +19,7 @@ from forcingkv.headmaps.files import inside
 from forcingkv.prune.launcher import KernelLauncher
 from forcingkv.prune.plugin import raise_plugin_error, register_plugins
 from forcingkv.runtime.backends import Lane, Pass, Queue, Tensor
-from forcingkv.runtime.backends.cuda import CudaGraph, CudaQueue, Gpu, close_all, fault
+from forcingkv.runtime.backends.cuda import CudaQueue, Gpu, fault
 from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import device_sm, find_engine
@@ -101,29 +101,21 @@ class TensorRTLane:
     """Two streams, one for passes and one for decoding, with the contexts that run in each.
 
     `prompt` and `step` share one block of activation memory, since they run one after the other. `decode`
-    has its own, since it runs while the passes of the next chunk do.
-
-    Attributes:
-        main: the queue of passes.
-        side: the queue of decoding.
-        lookahead: the passes of one chunk are begun while the one before is decoded.
-        cuda_graphs: whether passes that come again are captured.
+    has its own, since it runs while the passes of the next chunk do (`lookahead`).
     """
 
     def __init__(
         self, gpu: Gpu, bundle: Bundle, engines: Mapping[str, trt.ICudaEngine], *, cuda_graphs: bool
     ) -> None:
-        self.lookahead, self.cuda_graphs = 1, cuda_graphs
+        self.lookahead, self._cuda_graphs = 1, cuda_graphs
         self._gpu, self._bundle, self._engines = gpu, bundle, engines
-        self._queues: list[CudaQueue] = []
-        self._graphs: list[CudaGraph] = []
         self._contexts: dict[str, list[PhaseContext]] = {name: [] for name in GRAPHS}
         self._scratch: dict[tuple[str, str], CudaTensor] = {}
-        self._memory: CudaMemory | None = None
         try:
-            for _ in range(2):
-                self._queues.append(CudaQueue(gpu))
-            main, side = self._queues
+            main, side = CudaQueue(gpu), CudaQueue(gpu)
+            self.main: Queue = main
+            self.side: Queue = side
+            self._queues = {"prompt": main, "step": main, "decode": side}
             self._memory = CudaMemory(gpu, main)
             blocks = {
                 main: self._block(engines["prompt"], engines["step"]),
@@ -131,26 +123,19 @@ class TensorRTLane:
             }
             # The shapes of inputs that vary by phase, for each phase. Engines have a profile each.
             phases = {"step": [bundle.plan.phase_shapes(phase) for phase in bundle.plan.phases]}
-            for graph in GRAPHS:
-                queue = self._queue_of(graph)
+            for graph, queue in self._queues.items():
+                record = bundle.manifest.graphs[graph]
                 for phase, shapes in enumerate(phases.get(graph, [{}])):
                     context = PhaseContext(gpu, engines[graph], f"{graph} in phase {phase}")
+                    context.prepare(phase, shapes, blocks[queue], queue, [*record.inputs, *record.outputs])
                     self._contexts[graph].append(context)
-                    context.prepare(phase, shapes, blocks[queue], queue)
         except BaseException:
             with suppress(Exception):  # the first error is the one to show
                 self.close()
             raise
-        self.main: Queue = main
-        self.side: Queue = side
 
     def tensor(self, shape: Shape, dtype: str, *, state: bool = False) -> CudaTensor:
-        """Memory on the GPU, whether it is state or not, until the lane is closed.
-
-        Raises MemoryShortError, with the bytes that were needed.
-        """
-        if self._memory is None:
-            raise DeviceError("the lane is closed")
+        """Memory on the GPU, whether it is state or not, until the lane is closed."""
         return self._memory.tensor(tuple(shape), dtype)
 
     def bind(
@@ -165,10 +150,10 @@ class TensorRTLane:
                 f"{graph} takes {sorted(record.inputs)} and gives {sorted(record.outputs)}; bound were"
                 f" {sorted(inputs)} and {sorted(outputs)}"
             )
-        bound = TensorRTPass(self, context, self._queue_of(graph))
+        bound = TensorRTPass(context, self._queues[graph], self._cuda_graphs)
         given = {**inputs, **outputs}
         for name, planned in {**record.inputs, **record.outputs}.items():
-            tensor, shape, dtype = given.get(name), context.shape(name), planned.dtype
+            tensor, shape, dtype = given.get(name), context.shapes[name], planned.dtype
             if tensor is None:
                 place = self._scratch_for(graph, name, dtype).first(shape)
             elif not isinstance(tensor, CudaTensor) or (tensor.shape, tensor.dtype) != (shape, dtype):
@@ -190,42 +175,17 @@ class TensorRTLane:
         engines = self._engines  # once: another thread may close the lane
         if not engines:
             raise DeviceError("the lane is closed")
-        return TensorRTLane(self._gpu, self._bundle, engines, cuda_graphs=self.cuda_graphs)
+        return TensorRTLane(Gpu(), self._bundle, engines, cuda_graphs=self._cuda_graphs)
 
     def close(self) -> None:
-        """Wait for both streams, then give everything back; what fails does not keep the rest.
-
-        TensorRT frees the weights with the last lane that has the engines. Raises the first error.
-        """
-        self._engines = {}
-        queues, graphs, memory = self._queues, self._graphs, self._memory
-        contexts = [context for of_graph in self._contexts.values() for context in of_graph]
-        self._queues, self._graphs, self._memory, self._contexts = [], [], None, {}
-        close_all(
-            "close the lane",
-            [
-                *(queue.sync for queue in queues),
-                *(graph.close for graph in graphs),
-                *(context.close for context in contexts),
-                *([memory.close] if memory else []),
-                *(queue.close for queue in queues),
-            ],
-        )
-
-    def captured(self, work: Callable[[], None], queue: CudaQueue, what: str) -> CudaGraph:
-        """What that work puts into a queue, as a CUDA graph of this lane."""
-        graph = CudaGraph(self._gpu, queue, work, what)
-        self._graphs.append(graph)
-        return graph
-
-    def _queue_of(self, graph: str) -> CudaQueue:
-        main, side = self._queues
-        return side if graph == "decode" else main
+        """TensorRT frees the weights with the last lane that has the engines."""
+        self._engines, self._contexts = {}, {}
+        self._gpu.close()
 
     def _scratch_for(self, graph: str, name: str, dtype: str) -> CudaTensor:
         """Memory of the largest phase. All passes of the graph use it, which run one after the other."""
         if (graph, name) not in self._scratch:
-            shape = max((context.shape(name) for context in self._contexts[graph]), key=math.prod)
+            shape = max((context.shapes[name] for context in self._contexts[graph]), key=math.prod)
             self._scratch[graph, name] = self.tensor(shape, dtype)
         return self._scratch[graph, name]
 
@@ -240,22 +200,22 @@ class TensorRTLane:
 class TensorRTPass:
     """An execution on fixed addresses. With `cuda_graphs` the second run captures it, later ones replay."""
 
-    lane: TensorRTLane
     context: PhaseContext
     queue: CudaQueue
+    cuda_graphs: bool
     addresses: dict[str, int] = field(default_factory=dict)
     before: list[tuple[CudaTensor, CudaTensor]] = field(default_factory=list)
     """Copies (target, source) to make before it runs, and after."""
     after: list[tuple[CudaTensor, CudaTensor]] = field(default_factory=list)
     ran: bool = False
-    graph: CudaGraph | None = None
+    launch: Callable[[], None] | None = None
 
     def run(self) -> None:
         """Raises DeviceError or MemoryShortError with what TensorRT reported."""
-        if self.ran and self.lane.cuda_graphs:
-            if self.graph is None:
-                self.graph = self.lane.captured(self._enqueue, self.queue, self.context.what)
-            self.graph.launch(self.queue)
+        if self.ran and self.cuda_graphs:
+            if self.launch is None:
+                self.launch = self.queue.captured(self._enqueue, self.context.what)
+            self.launch()
         else:
             self._enqueue()
             self.ran = True
@@ -276,59 +236,53 @@ class PhaseContext:
 
     Attributes:
         what: graph and phase, for messages.
+        shapes: of all inputs and outputs, in this phase.
     """
 
     def __init__(self, gpu: Gpu, engine: trt.ICudaEngine, what: str) -> None:
         """Raises MemoryShortError or DeviceError, as everything here does."""
         self.what, self._gpu = what, gpu
-        self._context: trt.IExecutionContext | None = None
-        self._known: dict[str, Shape] = {}
+        self.shapes: dict[str, Shape] = {}
         with gpu.asked(f"make a context of {what}"):
-            self._context = _new_context(engine)
-            if self._context is None:
+            context = _new_context(engine)
+            if context is None:
                 raise self._refusal("make a context of")
+            self._context = context
+        gpu.held.callback(self._close)
 
-    def prepare(self, phase: int, shapes: Mapping[str, Shape], block: CudaTensor, queue: CudaQueue) -> None:
-        """Choose the profile, the shapes of the inputs that vary by phase, and the activation memory."""
+    def prepare(
+        self, phase: int, varied: Mapping[str, Shape], block: CudaTensor, queue: CudaQueue, names: list[str]
+    ) -> None:
+        """Choose the profile, the shapes of the inputs that vary by phase, and the activation memory.
+
+        `names` are those of all inputs and outputs, whose shapes follow.
+        """
+        context = self._context
         with self._gpu.asked(f"prepare {self.what}"):
-            context = self._open
             if not context.set_optimization_profile_async(phase, queue.handle):
                 raise self._refusal("choose the profile of")
             queue.sync()
-            for name, shape in shapes.items():
+            for name, shape in varied.items():
                 if not context.set_input_shape(name, shape):
                     raise self._refusal(f"set {name} to {shape} for")
             context.set_device_memory(block.address, block.nbytes)
             raise_plugin_error()
-
-    def shape(self, name: str) -> Shape:
-        """Of an input or output, in this phase."""
-        if name not in self._known:
-            with self._gpu.asked(f"ask for the shape of {name} of {self.what}"):
-                self._known[name] = tuple(self._open.get_tensor_shape(name)[:])
-        return self._known[name]
+            self.shapes = {name: tuple(context.get_tensor_shape(name)[:]) for name in names}
 
     def enqueue(self, addresses: Mapping[str, int], queue: CudaQueue) -> None:
         """Put one execution, on those addresses of all inputs and outputs, into a queue."""
         with self._gpu.asked(f"run {self.what}"):
-            context = self._open
             for name, address in addresses.items():
-                if not context.set_tensor_address(name, address):
+                if not self._context.set_tensor_address(name, address):
                     raise self._refusal(f"place {name} of")
-            done = context.execute_async_v3(queue.handle)
+            done = self._context.execute_async_v3(queue.handle)
             raise_plugin_error()  # after some errors of the plugin TensorRT says that all is well
             if not done:
                 raise self._refusal("run")
 
-    def close(self) -> None:
-        """Let go of it: TensorRT frees it then."""
-        self._context = None
-
-    @property
-    def _open(self) -> trt.IExecutionContext:
-        if self._context is None:
-            raise DeviceError("the lane is closed")
-        return self._context
+    def _close(self) -> None:
+        """Let go of it, whoever still has a pass: TensorRT frees it then."""
+        del self._context
 
     def _refusal(self, doing: str) -> SessionError:
         """The error for what TensorRT just refused. What the plugin raised meanwhile is raised instead."""

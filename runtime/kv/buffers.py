@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 
 from forcingkv.runtime.backends import Lane, Tensor
+from forcingkv.runtime.bundle import next_name
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
@@ -16,8 +17,9 @@ class CacheBuffers:
     A role that is written once has one buffer for both. A tensor of a phase is a view of its buffer's start.
 
     Attributes:
-        passes: clean passes whose keys and values the cache holds, or has held. In a video that was never
-            rebuilt this is the index of the chunk that comes next.
+        passes: clean passes whose keys and values the cache holds, or has held: counted up, the buffers are
+            swapped; 0: the cache is empty. In a video that was never rebuilt this is the index of the chunk
+            that comes next.
     """
 
     def __init__(self, plan: CachePlan, lane: Lane, dtype: Dtype) -> None:
@@ -32,7 +34,7 @@ class CacheBuffers:
                 side[entry.name] = buffers[number % len(buffers)]
         self._rows: list[dict[str, Tensor]] = []  # for each phase
         for begin in self._begins:
-            rows = {each.name: each.rows(plan, begin) for each in plan.rows_inputs}
+            rows = plan.rows(begin)
             self._rows.append({name: lane.tensor(tokens.shape, "int32") for name, tokens in rows.items()})
             for name, tokens in rows.items():
                 self._rows[-1][name].write(tokens, lane.main)
@@ -53,10 +55,6 @@ class CacheBuffers:
         """What the memory of a pass depends on: the phase, and which of the two buffers is read."""
         return self.phase, self.passes % 2
 
-    def restart(self) -> None:
-        """Forget everything."""
-        self.passes = 0
-
     def held(self) -> dict[str, Tensor]:
         """What the cache holds, by input name."""
         side = self._sides[self.passes % 2]
@@ -70,10 +68,6 @@ class CacheBuffers:
         """Where a pass may write the next cache, by output name. Nothing that passes read is among it."""
         side = self._sides[1 - self.passes % 2]
         return {
-            f"next.{e.name}": side[e.name].first(self.plan.next_shape(e, self.passes))
+            next_name(e.name): side[e.name].first(self.plan.next_shape(e, self.passes))
             for e in self.plan.entries
         }
-
-    def swap(self) -> None:
-        """Make what the clean pass wrote the cache."""
-        self.passes += 1

@@ -56,24 +56,8 @@ class CacheEntry:
         return f"cache.{self.layer}.{self.group.label}.{self.role.name}.{self.part}"
 
 
-@dataclass(frozen=True)
-class RowsInput:
-    """An input of the step graph: which tokens of the chunk a role of a group takes, in all layers."""
-
-    group: HeadGroup
-    role: Role
-
-    @property
-    def name(self) -> str:
-        return rows_name(self.group, self.role)
-
-    def rows(self, plan: CachePlan, chunk: int) -> Rows:
-        """The tokens that the role takes of a chunk; the same in all chunks of a phase."""
-        return self.role.rows(plan, self.group, chunk)
-
-
 def rows_name(group: HeadGroup, role: Role) -> str:
-    """Name of the input that says which tokens of the chunk the role takes."""
+    """Name of the step graph's input that says which tokens of the chunk the role takes, in all layers."""
     return f"{role.name}_rows.{group.label}"
 
 
@@ -148,16 +132,19 @@ class CachePlan:
             for part in PARTS
         )
 
-    @cached_property
-    def rows_inputs(self) -> tuple[RowsInput, ...]:
-        """Inputs of the step graph that say which tokens of the chunk a role takes: one a label and role.
+    def rows(self, chunk: int) -> dict[str, Rows]:
+        """Inputs of the step graph (`rows_name`) -> the tokens of the chunk that are taken; equal in a phase.
 
         For the sink: all tokens of its frames in the first chunk, none in the others. So the output that
         makes the sink is empty once it is made, and nothing copies it, though every pass makes all outputs.
         """
-        inputs = [RowsInput(group, role) for group in self.groups for role in group.roles if role.takes_rows]
-        by_name = {each.name: each for each in reversed(inputs)}
-        return tuple(by_name[name] for name in sorted(by_name))
+        rows = {
+            rows_name(group, role): role.rows(self, group, chunk)
+            for group in reversed(self.groups)  # of a label's groups, the first layer's
+            for role in group.roles
+            if role.takes_rows
+        }
+        return dict(sorted(rows.items()))
 
     def tokens(self, group: HeadGroup, role: Role, chunk: int) -> int:
         """Cached tokens of that role which the chunk of that index sees."""
@@ -184,7 +171,7 @@ class CachePlan:
         shapes: dict[str, tuple[int, ...]] = {
             entry.name: self.entry_shape(entry, chunk) for entry in self.entries
         }
-        return shapes | {each.name: each.rows(self, chunk).shape for each in self.rows_inputs}
+        return shapes | {name: rows.shape for name, rows in self.rows(chunk).items()}
 
     def phase(self, chunk: int) -> Phase:
         """The phase a chunk belongs to."""

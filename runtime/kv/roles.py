@@ -124,11 +124,27 @@ class Role(Tagged, ABC):
 
 
 @dataclass(frozen=True)
-class Sink(Role):
-    """The video's first frames, kept for ever: heads lean on them (StreamingLLM's attention sink)."""
+class WholeFrames(Role):
+    """A role that keeps a number of whole frames."""
 
     frames: int | None = None
-    """None: as many as the model was made for (`ModelSpec.sink_frames`)."""
+    """None: as many as the model asks for."""
+
+    def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        return plan.frame_tokens * self._count
+
+    @property
+    def _count(self) -> int:
+        assert self.frames is not None, "asked of a role that was not fitted to a model"
+        return self.frames
+
+
+@dataclass(frozen=True)
+class Sink(WholeFrames):
+    """The video's first frames, kept for ever: heads lean on them (StreamingLLM's attention sink).
+
+    `frames` None: as many as the model was made for (`ModelSpec.sink_frames`).
+    """
 
     name: ClassVar[str] = "sink"
     buffers: ClassVar[int] = 1  # the first clean pass writes it and reads none of it; no later one writes it
@@ -136,9 +152,6 @@ class Sink(Role):
 
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         return plan.frame_tokens * min(self._count, chunk * plan.spec.frames_per_chunk)
-
-    def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
-        return plan.frame_tokens * self._count
 
     def spans(
         self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
@@ -170,18 +183,13 @@ class Sink(Role):
                 expected=f"0 to {spec.frames_per_chunk}, the frames of the first chunk",
             )
 
-    @property
-    def _count(self) -> int:
-        assert self.frames is not None, "asked of a role that was not fitted to a model"
-        return self.frames
-
 
 @dataclass(frozen=True)
-class Recent(Role):
-    """The newest frames that are not in the sink: a rolling window. With 1 frame: the transition frame."""
+class Recent(WholeFrames):
+    """The newest frames that are not in the sink: a rolling window. With 1 frame: the transition frame.
 
-    frames: int | None = None
-    """None: as many as the model attends to (`ModelSpec.attended_frames`), less sink and current chunk."""
+    `frames` None: as many as the model attends to (`ModelSpec.attended_frames`), less sink and current chunk.
+    """
 
     name: ClassVar[str] = "recent"
 
@@ -192,9 +200,6 @@ class Recent(Role):
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         past = chunk * plan.spec.frames_per_chunk
         return plan.frame_tokens * min(self._count, past - min(group.opening_frames(plan.spec), past))
-
-    def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
-        return plan.frame_tokens * self._count
 
     def spans(
         self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
@@ -211,11 +216,6 @@ class Recent(Role):
             opening = sum(role.opening_frames(spec) for role in roles)
             frames = spec.attended_frames - spec.frames_per_chunk - opening
         return replace(self, frames=frames) if frames else None
-
-    @property
-    def _count(self) -> int:
-        assert self.frames is not None, "asked of a role that was not fitted to a model"
-        return self.frames
 
 
 Choose = Literal["least-similar", "uniform", "random"]
@@ -287,9 +287,8 @@ class Retained(Role):
         return [Span(oldest + i // self.segments, size, i % self.segments * size) for i in chosen]
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
-        return self.steady_tokens(
-            plan, group
-        )  # in the graph in every phase; the session takes it when it is due
+        # In the graph in every phase; the session takes it when it is due.
+        return self.steady_tokens(plan, group)
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         return self if layer >= self.score_layer else None

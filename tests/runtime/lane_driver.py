@@ -35,14 +35,12 @@ class Driver:
         self._cross = self._like(records["prompt"].outputs)
         sizes = {e: (math.prod(bundle.plan.entry_shape(e, last)),) for e in bundle.plan.entries}
         self._sides = [{e: lane.tensor(s, "float32", state=True) for e, s in sizes.items()} for _ in range(2)]
-        varied = {entry.name for entry in (*bundle.plan.entries, *bundle.plan.rows_inputs)}
+        varied = {entry.name for entry in bundle.plan.entries} | set(bundle.plan.rows(0))
         self._clean = self._clean_flags() if records["step"].skips_caches else {}
         known = varied | set(self._cross) | set(self._clean)
         step = {n: r for n, r in records["step"].inputs.items() if n not in known}
         self._given = self._like(step)
-        self._rows = {
-            each.name: lane.tensor((bundle.plan.chunk_tokens,), "int32") for each in bundle.plan.rows_inputs
-        }
+        self._rows = {name: lane.tensor((bundle.plan.chunk_tokens,), "int32") for name in bundle.plan.rows(0)}
         self._spare = self._like({"latents": step["latents"]})["latents"]
         self._decoded = self._like({**records["decode"].inputs, **records["decode"].outputs})
         self._passes: dict[tuple[int, int, str], Pass] = {}
@@ -100,8 +98,7 @@ class Driver:
         if key not in self._passes:
             held = {entry.name: tensor for entry, tensor in self._views(number).items()}
             rows = {
-                each.name: self._rows[each.name].first(each.rows(self._plan, number).shape)
-                for each in self._plan.rows_inputs
+                name: self._rows[name].first(rows.shape) for name, rows in self._plan.rows(number).items()
             }
             following = {f"next.{e.name}": self._next(e, number) for e in self._plan.entries}
             if self._clean and kind == "noisy":

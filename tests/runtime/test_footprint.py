@@ -163,14 +163,14 @@ def test_engines_come_by_flavour_version_and_gpu_in_the_order_of_graphs(bundle: 
     larger = tuple(replace(one, sm=86, activation_bytes=one.activation_bytes + 1) for one in ENGINES)
     manifest = replace(bundle.manifest, engines=(*for_120[::-1], *ENGINES, *larger))
     sets = engine_sets(manifest)
-    assert [(one.sm, [e.graph for e in one.engines]) for one in sets] == [
-        (sm, ["prompt", "step", "decode"]) for sm in (86, 89, 120)
+    assert [[(e.sm, e.graph) for e in one] for one in sets] == [
+        [(sm, graph) for graph in ("prompt", "step", "decode")] for sm in (86, 89, 120)
     ]
     assert [named(group) for group in grouped_by_need(sets)] == [
         "tensorrt-rtx 1.7.1 for sm_86",
         "tensorrt-rtx 1.7.1 for sm_89, sm_120",
     ]
-    assert engine_sets(bundle.manifest) == ()
+    assert engine_sets(bundle.manifest) == []
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def _title(group: Sequence[EngineSet]) -> str:
 
 
 def _memory(bundle: Bundle, group: Sequence[EngineSet]) -> list[_Part]:
-    engines = group[0].engines if group else ()
+    engines = group[0] if group else ()
     parts = footprint(bundle.manifest, bundle.plan, engines)
     notes = dict.fromkeys(("decoder_caches", *(f"kv_{n}" for n in Role.KINDS)), "two buffers, in turn")
     notes |= {f"kv_{n}": "one buffer, written once" for n, role in Role.KINDS.items() if role.buffers == 1}

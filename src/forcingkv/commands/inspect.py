@@ -58,9 +58,9 @@ def _footprints(opened: Bundle) -> list[dict[str, Any]]:
 
     manifest, plan = opened.manifest, opened.plan
     found = []
-    for one in engine_sets(manifest) or (None,):
-        names = {name: getattr(one, name) if one else None for name in ("flavour", "version", "sm")}
-        parts = footprint(manifest, plan, one.engines if one else ())
+    for one in engine_sets(manifest) or ((),):
+        names = {name: getattr(one[0], name) if one else None for name in ("flavour", "version", "sm")}
+        parts = footprint(manifest, plan, one)
         found.append(names | {"parts": parts, "total": sum(parts.values())})
     return found
 
@@ -133,17 +133,17 @@ def _engines(opened: Bundle, one: EngineSet) -> Iterator[str]:
 
     files = opened.manifest.files
     rows: list[tuple[str, list[str]]] = [
-        ("graph", [engine.graph for engine in one.engines]),
-        ("file", [readable(files[engine.file].bytes) for engine in one.engines]),
-        ("sha256", [files[engine.file].sha256[:12] for engine in one.engines]),
-        ("layers", [f"{engine.layers:,}" for engine in one.engines]),
-        ("plugin nodes", [str(engine.plugin_layers) for engine in one.engines]),
-        ("phases", [str(engine.phases) for engine in one.engines]),
-        ("weights", [readable(engine.weight_bytes) for engine in one.engines]),
-        ("activations", [readable(engine.activation_bytes) for engine in one.engines]),
-        ("of them scratch", [readable(engine.scratch_bytes) for engine in one.engines]),
-        ("built in", [f"{engine.seconds:.1f} s" for engine in one.engines]),
-        ("host memory, peak", [readable(engine.peak_bytes) for engine in one.engines]),
+        ("graph", [engine.graph for engine in one]),
+        ("file", [readable(files[engine.file].bytes) for engine in one]),
+        ("sha256", [files[engine.file].sha256[:12] for engine in one]),
+        ("layers", [f"{engine.layers:,}" for engine in one]),
+        ("plugin nodes", [str(engine.plugin_layers) for engine in one]),
+        ("phases", [str(engine.phases) for engine in one]),
+        ("weights", [readable(engine.weight_bytes) for engine in one]),
+        ("activations", [readable(engine.activation_bytes) for engine in one]),
+        ("of them scratch", [readable(engine.scratch_bytes) for engine in one]),
+        ("built in", [f"{engine.seconds:.1f} s" for engine in one]),
+        ("host memory, peak", [readable(engine.peak_bytes) for engine in one]),
     ]
     yield f"engines of {named([one])}"
     for name, cells in rows:
@@ -155,8 +155,7 @@ def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
     from forcingkv.runtime.footprint import footprint, named, part_notes, readable
 
     manifest, plan = opened.manifest, opened.plan
-    engines = group[0].engines if group else ()
-    parts = footprint(manifest, plan, engines)
+    parts = footprint(manifest, plan, group[0] if group else ())
     total = sum(parts.values())
     if group:
         yield from textwrap.wrap(
