@@ -195,11 +195,7 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pi
         latents = torch.zeros(latent_shape(plan))
         return Graph(PixelDecodeModule(), {"latents": latents}, ("frames",), {})
     state = decoder.empty_state(height, width)
-    inputs = {
-        "latents": torch.zeros(batch, channels, 1, height, width),
-        "first": torch.ones(1),
-        **state,
-    }
+    inputs = {"latents": torch.zeros(batch, channels, 1, height, width), "first": torch.ones(1), **state}
     shown = ("frames", "pixels") if pixels else ("frames",)
     outputs = (*shown, *(f"next.{name}" for name in state))
     return Graph(StreamDecodeModule(decoder, list(state), pixels), inputs, outputs, {})

@@ -21,16 +21,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from forcingkv.export.passes import (
-    constant,
-    input_of,
-    make,
-    makers,
-    read_by,
-    replace_node,
-    shape_of,
-    size_of,
-)
+from forcingkv.export.passes import constant, input_of, make, makers, read_by, replace_node, shape_of, size_of
 from forcingkv.runtime.bundle import CLEAN
 
 ORT_DOMAIN, ORT_VERSION = "com.microsoft", 1
