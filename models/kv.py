@@ -128,11 +128,10 @@ class _TorchRetained(TorchRole):
             transition = _tokens(transition, slice(-done.plan.frame_tokens, None))
         indices = done.chosen[0] if done.chosen and role.shared else self._ahead(role, done, choice)
         if indices is None:
-            kept, indices = prune_score(
-                transition, done.new, choice.segment_tokens, role.segments, choice.kept
-            )
+            frame_tokens = choice.segment_tokens * role.segments
+            *kept, indices = prune_score(*transition, *done.new, frame_tokens, role.segments, choice.kept)
         else:
-            kept = prune_follow(transition, done.new, indices, choice.segment_tokens)
+            kept = prune_follow(*transition, *done.new, indices, choice.segment_tokens)
         done.chosen.append(indices)
         return KeysValues(*kept)
 

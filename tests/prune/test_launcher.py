@@ -219,7 +219,7 @@ def test_the_gpu_chooses_and_collects_as_torch_does(
     launcher.collect(pointers, sizes, stream)
     torch.cuda.synchronize()
 
-    expected, chosen = prune_score(transition, new, size, segments, kept)
+    *expected, chosen = prune_score(*transition, *new, frame, segments, kept)
     assert indices.tolist() == chosen.tolist()
     for found, wanted in zip(retained, expected, strict=True):
         assert torch.equal(found, wanted)

@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.wan import KeysValues
 from forcingkv.prune import onnx_operators, quick_plugin, triton_kernels
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes
 from forcingkv.prune.quick_plugin import QUICK_PLUGINS, QuickPlugin, kernel_text, register_quick_plugins
@@ -251,13 +250,8 @@ def test_an_engine_runs_the_kernels_where_no_plugin_is_known(transition: int, tm
         assert done.returncode == 0, done.stderr
     outputs = torch.load(tmp_path / "outputs.pt")
     exact = {name: tensor.float() for name, tensor in inputs.items()}
-    retained, indices = prune_score(
-        KeysValues(exact["transition_keys"], exact["transition_values"]),
-        KeysValues(exact["new_keys"], exact["new_values"]),
-        SIZE,
-        SEGMENTS,
-        KEPT,
-    )
+    tensors = [exact[f"{when}_{kind}"] for when in lengths for kind in ("keys", "values")]
+    *retained, indices = prune_score(*tensors, FRAME, SEGMENTS, KEPT)
     assert outputs["indices"].tolist() == indices.tolist()
     for names in (("keys", "values"), ("keys2", "values2")):
         for name, wanted in zip(names, retained, strict=True):
