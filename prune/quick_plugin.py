@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import GenericAlias
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.prune.launcher import SELECT_GRID, check_candidates, compact_grid, cosine_grid
@@ -40,15 +40,6 @@ Launch: TypeAlias = tuple[tuple[Size, Size, Size], list[Size]]
 
 STATIC_SHARED_BYTES = 48 * 1024
 """Shared memory that a kernel has without asking for more, which TensorRT does not."""
-
-
-class KernelText(NamedTuple):
-    """A kernel as it goes into an engine."""
-
-    symbol: str
-    ptx: str
-    warps: int
-    shared_bytes: int
 
 
 class QuickPlugin(ABC):
@@ -134,15 +125,9 @@ _sm: list[int] = []
 def register_quick_plugins(sm: int) -> None:
     """Make the three plugins known to TensorRT, for graphs that are parsed from now on.
 
-    May be called again, for another GPU. The plugins of `prune.plugin` share a name with these, so a
-    process registers one or the other.
-
-    Args:
-        sm: compute capability of the GPU that engines are built for, 90 for 9.0.
-
-    Raises:
-        InputError: the process does not use the flavour tensorrt, or one without such plugins.
-        RuntimeError: other plugins of these names are registered.
+    Engines are built for compute capability `sm`, 90 for 9.0; to be called again for another. Raises
+    InputError where the process uses no flavour of TensorRT with such plugins, RuntimeError where other
+    plugins of these names are registered: `prune.plugin` has one, so a process registers one or the other.
     """
     flavour = chosen()
     if flavour is None or flavour.name != "tensorrt" or not hasattr(trt, "QuickPluginCreationRequest"):
@@ -174,13 +159,14 @@ def _register(trtp: Any, plugin: QuickPlugin) -> None:
         inputs, sizes = values[:count], dict(zip(plugin.sizes, values[count:-2], strict=True))
         shape = inputs[0].shape
         width = shape[3] if len(shape) == 4 else 1  # cosines have no width, and need none
-        text = kernel_text(plugin.kernel, len(plugin.outputs), key_types()[inputs[0].dtype], width, _sm[0])
+        dtype = key_types()[inputs[0].dtype]
+        ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), dtype, width, _sm[0])
         grid, numbers = plugin.launch(inputs, sizes)
         launch = trtp.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.grid_z = grid
-        launch.block_x, launch.shared_mem = 32 * text.warps, text.shared_bytes
+        launch.block_x, launch.shared_mem = 32 * made.num_warps, made.shared
         extra = trtp.SymIntExprs.from_tuple([trtp.SymInt32(number) for number in numbers])
-        return text.symbol, text.ptx, launch, extra
+        return made.name, ptx, launch, extra
 
     described = dict.fromkeys(plugin.inputs, trtp.TensorDesc) | dict.fromkeys(plugin.sizes, int)
     outputs = GenericAlias(tuple, (trtp.TensorDesc,) * len(plugin.outputs))
@@ -199,34 +185,22 @@ def _signed(function: Callable[..., Any], parameters: dict[str, Any], result: An
 
 
 @cache
-def kernel_text(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: int) -> KernelText:
-    """A kernel as TensorRT launches it: inputs, sizes, outputs.
+def kernel_text(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: int) -> tuple[str, Any]:
+    """A kernel as TensorRT launches it: PTX that takes inputs, sizes, outputs, and Triton's metadata of it.
 
-    Args:
-        kernel: which.
-        outputs: how many of its pointers are outputs, the last ones.
-        dtype: of keys and values.
-        width: of a head.
-        sm: compute capability, 90 for 9.0.
-
-    Raises:
-        RuntimeError: the kernel cannot be launched that way.
+    The last `outputs` of its pointers are outputs; dtype and width are those of keys and values. Raises
+    RuntimeError where the kernel cannot be launched that way.
     """
-    compiled = compile_for(kernel, dtype, width, sm)
-    if compiled.metadata.shared > STATIC_SHARED_BYTES:
-        raise RuntimeError(f"{kernel} needs {compiled.metadata.shared} bytes of shared memory")
+    ptx, made = compile_for(kernel, dtype, width, sm)
+    if made.shared > STATIC_SHARED_BYTES:
+        raise RuntimeError(
+            f"{kernel} needs {made.shared} bytes of shared memory; expected at most {STATIC_SHARED_BYTES}"
+        )
     types = [kind for kind in argument_types(kernel, dtype).values() if kind != "constexpr"]
     pointers = sum(kind.startswith("*") for kind in types)
     places = list(range(len(types)))
     inputs, results = places[: pointers - outputs], places[pointers - outputs : pointers]
-    # As in the cubins: code for the capability and its successors, not for this one chip.
-    ptx = compiled.asm["ptx"].replace(f".target sm_{sm}a", f".target sm_{sm}")
-    return KernelText(
-        compiled.metadata.name,
-        _arranged(ptx, [*inputs, *places[pointers:], *results]),
-        compiled.metadata.num_warps,
-        compiled.metadata.shared,
-    )
+    return _arranged(ptx, [*inputs, *places[pointers:], *results]), made
 
 
 def _arranged(ptx: str, order: Sequence[int]) -> str:

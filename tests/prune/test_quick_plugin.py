@@ -87,12 +87,8 @@ def test_what_is_launched_is_what_the_runtime_launches(
     kernels = [framework.kernel(plugin, nodes(transition)[plugin.name]) for plugin in QUICK_PLUGINS]
     assert [(kernel.symbol, kernel.grid, kernel.numbers) for kernel in kernels] == launched
     for plugin, kernel in zip(QUICK_PLUGINS, kernels, strict=True):
-        text = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, SM)
-        assert (kernel.ptx, kernel.threads, kernel.shared_bytes) == (
-            text.ptx,
-            32 * text.warps,
-            text.shared_bytes,
-        )
+        ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, SM)
+        assert (kernel.ptx, kernel.threads, kernel.shared_bytes) == (ptx, 32 * made.num_warps, made.shared)
 
 
 ORDER: dict[KernelName, list[int]] = {
@@ -106,8 +102,8 @@ ORDER: dict[KernelName, list[int]] = {
 @pytest.mark.parametrize("plugin", QUICK_PLUGINS, ids=lambda plugin: plugin.name)
 @pytest.mark.parametrize("sm", triton_kernels.SMS)
 def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin, sm: int) -> None:
-    text = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, sm)
-    entry = re.search(rf"\.entry {text.symbol}\(\n(.*?)\n\)", text.ptx, re.DOTALL)
+    ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, sm)
+    entry = re.search(rf"\.entry {made.name}\(\n(.*?)\n\)", ptx, re.DOTALL)
     assert entry is not None
     taken = re.findall(r"\.param (\.u\d+).* \w+_(\d+)", entry[1])
     assert [int(place) for _, place in taken] == ORDER[plugin.kernel]
@@ -117,9 +113,9 @@ def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin,
         *[".u32"] * sizes,
         *[".u64"] * len(plugin.outputs),
     ]
-    assert f".target sm_{sm}\n" in text.ptx
-    assert "/" not in "".join(re.findall(r'\.file.*"(.*)"', text.ptx))
-    cubin, _, spilled = triton_kernels.assemble(text.ptx, sm)
+    assert f".target sm_{sm}\n" in ptx
+    assert "/" not in "".join(re.findall(r'\.file.*"(.*)"', ptx))
+    cubin, _, spilled = triton_kernels.assemble(ptx, sm)
     assert cubin
     assert spilled == 0
 
