@@ -130,10 +130,10 @@ def check_choice(plan: CachePlan) -> None:
     role = plan.choice.role if plan.choice else None
     if role and (role.choose != "least-similar" or not role.shared):
         raise InputError(
-            f"chooses segments by choose = {role.choose!r} and shared = {str(role.shared).lower()}",
-            where=f"policy {plan.policy.name}",
+            f"has choose = {role.choose!r} and shared = {str(role.shared).lower()}, which is not exported",
+            where=f"the policy {plan.policy.name}",
             expected="choose = 'least-similar' and shared = true",
-            hint="Other choices can be compared in torch (models/generate.py), but not exported.",
+            hint="Other choices run in torch only (models/generate.py).",
         )
 
 
