@@ -88,8 +88,8 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> AbstractContextManager[None]:
     """While this is open, linear layers of a model in float32 round their inputs to FP8 and back.
 
-    `scales`: name of each such layer -> the scale of its input. With weights that are dequantized, they compute
-    what a graph does after `quantize_linears`.
+    `scales`: name of each such layer -> the scale of its input. With weights that are dequantized, they
+    compute what a graph does after `quantize_linears`.
     """
 
     def round_input(name: str, x: Tensor) -> Tensor:
@@ -125,9 +125,9 @@ def quantize_linears(
     same for an integer product and refuses the graph (1.31), so for it a weight is cast and multiplied,
     which it folds when it loads the graph.
 
-    Requires: weights by the name of their layer: graph inputs whose contents lie elsewhere, as (in, out) or
-    (1, in, out), each the right side of MatMul only. The scale of each layer's input, the same for layers
-    with one input.
+    Requires: by the name of each layer its weight, a graph input whose contents lie elsewhere, as (in, out)
+    or (1, in, out), and the right side of MatMul only; and the scale of its input, the same for layers with
+    one input.
     Ensures: one QuantizeLinear for each value that quantized layers take, however many take it; the dtype
     of each weight is FP8, that of products and what follows as before.
 
