@@ -127,14 +127,15 @@ class _Flat(torch.nn.Module):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self.model, self.graph = graph.model, graph
+        self.graph = graph
+        self.module = torch.nn.ModuleDict({"model": graph.model} if graph.model else {})
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         return self.graph.run(dict(zip(self.graph.inputs, tensors, strict=True)))
 
 
-_WRAPPED = "model."
-"""What `_Flat` puts before the name of a parameter."""
+_WRAPPED = "module.model."
+"""What `_Flat` puts before the name of a parameter; values that are made of parameters keep it in bundles."""
 
 
 def _bare(name: str | None) -> str:
@@ -204,8 +205,7 @@ def _quiet() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         log.setLevel(level)
