@@ -30,11 +30,9 @@ IN_PLACE = {"Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Tanh"}
 def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape]]) -> int:
     """Bytes that a pass needs at most for what is neither input nor output nor weight.
 
-    Of passes that take branches and passes that do not, those that do: the others run some of the same nodes.
-
-    Args:
-        model: the graph, its nodes in the order they run in. Inputs and outputs are the caller's memory.
-        phases: for each phase the shape of every input that varies; one empty mapping if none does.
+    Nodes run in the order of the graph. Of passes that take branches and passes that do not, those that do
+    count: the others run some of the same nodes. `phases` has for each phase the shape of every input that
+    varies; one empty mapping if none does.
     """
     flat = taken_branches(model)
     return max(_peak(flat, shapes) for shapes in phases)

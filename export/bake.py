@@ -41,7 +41,7 @@ def bake_weights(
     precision: Precision,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, StoredTensor]:
-    """Reorder the heads of every layer and write the file; matrices lie as (in, out).
+    """Reorder the heads of every layer and write the safetensors file; matrices lie as (in, out).
 
     Before each weight in FP8 lie its scales, bfloat16 (out,), as `precision.scale_name` names them.
 
@@ -49,12 +49,11 @@ def bake_weights(
         weights: tensors by Wan name, read one at a time.
         spec: the model.
         orders: for each layer the old index of the head at each new place.
-        path: the safetensors file.
+        path: the file.
         precision: what each tensor is stored as.
         progress: called with a line on what is done next.
 
-    Returns:
-        Name -> where each tensor lies in the file.
+    Returns name -> where each tensor lies in the file.
     """
     shapes = weight_shapes(spec)
     scaled = {scale_name(name): name for name in shapes if precision.quantizes(name)}

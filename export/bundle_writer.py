@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import onnx
@@ -55,9 +55,6 @@ from forcingkv.runtime.tensors import StoredTensor
 
 WEIGHTS, DECODER = "weights.safetensors", "decoder.safetensors"
 """Files that the graphs point into."""
-
-ENGINES = "engines"
-"""The folder of the engines in a bundle."""
 
 TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, in float32, that an export passes with."""
@@ -117,9 +114,8 @@ def export_bundle(
     if (sms or aot) and engines is None:
         where = "--aot" if aot else "--sm"
         raise InputError("is for engines only", where=where, expected="--target tensorrt or tensorrt-rtx")
-    precision = precision_of(
-        dtype or ("bfloat16" if engines else spec.dtype), target, engines.sms if engines else ()
-    )
+    gpus = engines.sms if engines else ()
+    precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target, gpus)
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
     check_choice(plan)
@@ -137,7 +133,7 @@ def export_bundle(
         check_memory_to_calibrate(plan)
     if engines:
         check_plugin(plan)
-    check_disk(out, baked_bytes(spec, precision), len(engines.sms) if engines else 0)
+    check_disk(out, baked_bytes(spec, precision), len(gpus))
     with new_folder(out, MANIFEST) as folder:
         bundle = _Writer(folder, plan, decoder, precision, engines, verify, progress)
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
@@ -196,8 +192,11 @@ class _Writer:
     scales: dict[str, float] = field(default_factory=dict)
     stored: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
     """For each file of weights where each tensor lies in it."""
-    model: WanModel | None = None
-    """The baked model, in float32, once it is needed."""
+
+    @cached_property
+    def model(self) -> WanModel:
+        """The baked model, in float32."""
+        return baked_model(self.plan.spec, self.folder / WEIGHTS)
 
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder."""
@@ -211,9 +210,9 @@ class _Writer:
 
     def calibrate(self, texts: CalibrationTexts) -> None:
         """Find the scales of the inputs of linear layers in FP8."""
-        model = baked_model(self.plan.spec, self.folder / WEIGHTS)
-        self.scales, self.calibration = calibrate(model, self.plan, self.precision, texts, self.progress)
-        self.model = model if self.verify else None
+        self.scales, self.calibration = calibrate(self.model, self.plan, self.precision, texts, self.progress)
+        if not self.verify:
+            del self.model  # nothing needs its memory any more
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
@@ -223,8 +222,8 @@ class _Writer:
         record = GraphRecord(
             file=path.name,
             weights=self._weights_of(name),
-            inputs={value.name: _tensor_record(value) for value in traced.graph.input},
-            outputs={value.name: _tensor_record(value) for value in traced.graph.output},
+            inputs=_tensor_records(traced.graph.input),
+            outputs=_tensor_records(traced.graph.output),
         )
         if precision.compute == "float32":  # ONNX Runtime runs the graph
             shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
@@ -250,7 +249,7 @@ class _Writer:
             self.progress("compiling kernels")
             head_dim = self.plan.spec.head_dim
             self.kernels = compile_kernels(self.folder, self.precision.compute, head_dim)
-        folder = self.folder / ENGINES
+        folder = self.folder / "engines"
         folder.mkdir()
         for sm in target.sms:
             for name in GRAPHS:
@@ -262,7 +261,7 @@ class _Writer:
     def _trace(self, name: str, path: Path, precision: Precision) -> onnx.ModelProto:
         file = self._weights_of(name)
         return write_onnx(
-            lambda: self._untied(name, precision),
+            lambda: self._graph(name, precision),
             path,
             self.stored[file] if file else {},
             file or WEIGHTS,
@@ -278,9 +277,9 @@ class _Writer:
 
     def _compare(self, name: str, path: Path) -> None:
         """Compare a graph for ONNX Runtime with torch."""
-        graph, limits = self._real(name), {name: TOLERANCE}
+        graph, limits = self._graph(name), {name: TOLERANCE}
         found: tuple[float, ...]
-        if name == "step" and self.model and self.scales:
+        if name == "step" and self.scales:
             rounded = partial(rounded_inputs, self.model, self.scales)
             limits["step.fp8"] = FP8_TOLERANCE
             found = fp8_differences(graph, path, self.plan, rounded)
@@ -294,39 +293,36 @@ class _Writer:
                 )
             self.differences[key] = difference
 
-    def _untied(self, name: str, precision: Precision) -> Graph:
-        """The graph with parameters of the right shapes and dtypes and no contents (fake tensors are on)."""
-        if name == "decode":
-            if self.decoder is None:
-                return decode_graph(self.plan)
-            kind = torch_dtype(precision.compute)
-            with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
-                decoder = copy.deepcopy(self.decoder)
-            _empty(decoder, lambda parameter: kind)
-            return decode_graph(self.plan, decoder, pixels=precision.compute == "float32")
-        model = WanModel(self.plan.spec).eval()
-        _empty(model, precision.computed_in)
-        return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
+    def _graph(self, name: str, precision: Precision | None = None) -> Graph:
+        """The graph with the contents that the bundle has, in float32.
 
-    def _real(self, name: str) -> Graph:
-        """The graph with the contents that the bundle has, to compare with."""
+        With a precision (fake tensors are on): with parameters of its dtypes and without contents.
+        """
         if name == "decode":
-            return decode_graph(self.plan, self.decoder)
-        if self.model is None:
-            self.model = baked_model(self.plan.spec, self.folder / WEIGHTS)
-        return prompt_graph(self.model) if name == "prompt" else step_graph(self.model, self.plan)
+            decoder, kind = self.decoder, precision.compute if precision else "float32"
+            if decoder and precision:
+                with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
+                    decoder = copy.deepcopy(decoder)
+                _empty(decoder, lambda parameter: torch_dtype(kind))
+            return decode_graph(self.plan, decoder, pixels=kind == "float32")
+        model = WanModel(self.plan.spec).eval() if precision else self.model
+        if precision:
+            _empty(model, precision.computed_in)
+        return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
 
 
 def _empty(module: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
     """Give a module parameters of the same shapes, of those dtypes by name, without contents."""
-    state = {
-        name: torch.empty(tensor.shape, dtype=dtype(name)) for name, tensor in module.state_dict().items()
-    }
+    state = {name: torch.empty(value.shape, dtype=dtype(name)) for name, value in module.state_dict().items()}
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
 
 
-def _tensor_record(value: onnx.ValueInfoProto) -> TensorRecord:
-    kind = value.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    return TensorRecord(str(dtype), tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim))
+def _tensor_records(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorRecord]:
+    records = {}
+    for value in values:
+        kind = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
+        records[value.name] = TensorRecord(str(dtype), shape)
+    return records

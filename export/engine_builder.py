@@ -54,14 +54,9 @@ class EngineTarget:
 def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = False) -> EngineTarget:
     """Check that engines can be built here for that flavour and those GPUs.
 
-    Args:
-        name: the flavour.
-        sms: compute capabilities (89 for 8.9); none: that of this machine's GPU.
-        aot: whether the plugin's kernels go into the engines.
-
-    Raises:
-        MissingExtraError: the flavour is not installed.
-        InputError: a GPU that the flavour does not build for, or that has to be there and is not.
+    `sms` are compute capabilities (89 for 8.9); none: that of this machine's GPU. Raises MissingExtraError
+    where the flavour is not installed, InputError for a GPU that it does not build for, or that has to be
+    there and is not.
     """
     flavour = FLAVOURS[name]
     if aot and flavour.sms:
@@ -77,16 +72,14 @@ def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = Fal
                 f"{name} builds no engines for sm_{sm}",
                 where="--sm",
                 expected=f"one of {', '.join(map(str, flavour.sms))}",
-                hint="For other GPUs build with --target tensorrt, on a machine that has one.",
+                hint="For other GPUs build with --target tensorrt, on a machine with that GPU.",
             )
     require(name)
     if sms and flavour.sms:
         return EngineTarget(flavour, tuple(dict.fromkeys(sms)), aot)
     here = device_sm()
     if not sms and here is None:
-        hint = (
-            "Name the GPU to build for, such as --sm 89." if flavour.sms else "Export on the GPU's machine."
-        )
+        hint = "Name the GPU to build for, such as --sm 89." if flavour.sms else "Export where the GPU is."
         raise InputError("no GPU was found to build for", where=f"--target {name}", hint=hint)
     if set(sms) - {here}:
         there = f"this machine's GPU is sm_{here}" if here else "no GPU was found"
@@ -103,9 +96,8 @@ def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = Fal
 def check_plugin(plan: CachePlan) -> None:
     """Check that the plugin can serve a plan, and that its kernels can be compiled here.
 
-    Raises:
-        MissingExtraError: Triton is not installed.
-        InputError: more segments to choose from, or wider heads, than the kernels take.
+    Raises MissingExtraError where Triton is not installed, InputError for more segments to choose from, or
+    wider heads, than the kernels take.
     """
     if plan.choice is None:
         return
@@ -140,24 +132,15 @@ def warnings_of(plan: CachePlan, compute: Dtype) -> list[str]:
 def build_engine(
     graph: Path, name: str, plan: CachePlan, target: EngineTarget, sm: int, engine: Path
 ) -> EngineRecord:
-    """Build the engine of a graph.
+    """Build the engine of a graph (an ONNX file) for the GPU `sm`, and write it to the file `engine`.
 
-    Args:
-        graph: the ONNX file.
-        name: the graph's name; `step` gets a profile for each phase of the plan.
-        plan: the cache plan.
-        target: flavour and GPUs.
-        sm: for which of them.
-        engine: the file to write.
-
-    Raises:
-        EngineError: TensorRT refused the graph, aborted, or took more memory than there is.
+    The graph called `step` gets a profile for each phase of the plan. Raises EngineError where TensorRT
+    refuses the graph, aborts, or needs more memory than there is.
     """
     phases = [dict(plan.phase_shapes(phase)) for phase in plan.phases] if name == "step" else []
     prunes = name == "step" and plan.choice is not None
     plugins = ("compiled" if target.aot else "python") if prunes else None
     report = run_child(graph, target.flavour, plugins=plugins, sm=sm, phases=phases, engine=str(engine))
-    record = {key: report[key] for key in EngineRecord.__dataclass_fields__ if key in report}
     return EngineRecord(
         graph=name,
         flavour=target.flavour.name,
@@ -165,7 +148,7 @@ def build_engine(
         file=f"{engine.parent.name}/{engine.name}",
         phases=len(phases) or 1,
         needs_plugin=prunes and not target.aot,
-        **record,
+        **report,
     )
 
 

@@ -64,26 +64,16 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         check()
         if engine is None:
             raise RuntimeError("the builder made no engine")
-        with Path(request["engine"]).open("wb") as file:
-            file.write(memoryview(engine))
+        Path(request["engine"]).write_bytes(memoryview(engine))
         report |= figures
-    return report | {
-        "version": trt.__version__,
-        "seconds": time.perf_counter() - started,
-        "peak_bytes": _peak_bytes(),
-    }
+    seconds = time.perf_counter() - started
+    return report | {"version": trt.__version__, "seconds": seconds, "peak_bytes": _peak_bytes()}
 
 
 def _peak_bytes() -> int:
     """The most memory this process held. Not ru_maxrss, which begins with what its parent held."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(
-            int(line.split()[1]) * 1024
-            for line in status.read_text(encoding="ascii").splitlines()
-            if line.startswith("VmHWM:")
-        )
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _plugins(request: dict[str, Any]) -> Callable[[], None]:

@@ -26,7 +26,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from forcingkv.export.passes import constant, input_of, make
+from forcingkv.export.passes import constant, input_of, make, shape_of
 from forcingkv.export.precision import Precision, scale_name
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
@@ -88,11 +88,8 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> AbstractContextManager[None]:
     """While this is open, linear layers of a model in float32 round their inputs to FP8 and back.
 
-    With weights that are dequantized, they then compute what a graph does after `quantize_linears`.
-
-    Args:
-        model: the model.
-        scales: name of a linear layer -> the scale of its input.
+    `scales`: name of each such layer -> the scale of its input. With weights that are dequantized, they
+    compute what a graph does after `quantize_linears`.
     """
 
     def round_input(name: str, x: Tensor) -> Tensor:
@@ -114,7 +111,7 @@ def _hooked(
             def before(layer: nn.Module, inputs: tuple[Any, ...], name: str = name) -> Any:
                 return hook(name, inputs[0])
 
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(before).remove)
+            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(before))
         yield
 
 
@@ -128,20 +125,14 @@ def quantize_linears(
     same for an integer product and refuses the graph (1.31), so for it a weight is cast and multiplied,
     which it folds when it loads the graph.
 
-    Requires: weights whose contents lie elsewhere, as (in, out) or (1, in, out), each the right side of
-    MatMul only; for each its layer's scale in `scales`, the same for layers with one input.
+    Requires: by the name of each layer its weight, a graph input whose contents lie elsewhere, as (in, out)
+    or (1, in, out), and the right side of MatMul only; and the scale of its input, the same for layers with
+    one input.
     Ensures: one QuantizeLinear for each value that quantized layers take, however many take it; the dtype
     of each weight is FP8, that of products and what follows as before.
 
-    Args:
-        graph: the graph.
-        weights: name of each quantized layer -> its weight, a graph input.
-        scales: name of each quantized layer -> the scale of its input.
-        tensorrt: write DequantizeLinear on both sides.
-
-    Returns:
-        The scales of the weights, as new graph inputs: (out,), in the dtype the graph computes in, with the
-        names they have in the file of weights.
+    Returns the scales of the weights, as new graph inputs: (out,), in the dtype the graph computes in, with
+    the names they have in the file of weights.
     """
     rounded: dict[ir.Value, tuple[ir.Value, float]] = {}
     added = []
@@ -169,20 +160,17 @@ def _dequantized(
 ) -> tuple[ir.Value, ir.Value]:
     """Make a weight FP8. Returns the matrix that it stands for, and its scale."""
     assert weight.name is not None
-    assert weight.shape is not None
-    axis = len(weight.shape) - 1
+    name, axis = weight.name, len(shape_of(weight)) - 1
     weight.dtype = ir.DataType.FLOAT8E4M3FN
-    channels = ir.Shape([weight.shape[axis]])
-    scale = ir.Value(name=scale_name(weight.name), type=ir.TensorType(kind), shape=channels)
+    channels = ir.Shape([shape_of(weight)[axis]])
+    scale = ir.Value(name=scale_name(name), type=ir.TensorType(kind), shape=channels)
     graph.inputs.append(scale)
-    name = weight.name
+    to = int(kind)
     if tensorrt:
-        attributes = {"axis": axis, "output_dtype": int(kind)}
-        named = f"{name}.dequantizelinear"
+        attributes, named = {"axis": axis, "output_dtype": to}, f"{name}.dequantizelinear"
         nodes = [make("DequantizeLinear", [weight, scale], weight, None, named, attributes, dtype=kind)]
     else:
-        to = {"to": int(kind)}
-        nodes = [make("Cast", [weight], weight, None, f"{name}.cast", to, dtype=kind)]
+        nodes = [make("Cast", [weight], weight, None, f"{name}.cast", {"to": to}, dtype=kind)]
         nodes.append(make("Mul", [nodes[0][1], scale], weight, None, f"{name}.mul", dtype=kind))
     graph.insert_before(graph[0], [node for node, _ in nodes])
     return nodes[-1][1], scale
@@ -207,17 +195,16 @@ def without_rounding(model: onnx.ModelProto) -> None:
     Requires: what `quantize_linears` wrote for ONNX Runtime.
     Ensures: the same graph, but for the rounding of inputs.
     """
-    nodes = model.graph.node
-    origins = {node.output[0]: node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
-    restored = {
-        node.output[0]: origins[node.input[0]] for node in nodes if node.op_type == "DequantizeLinear"
-    }
-    kept = [node for node in nodes if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
-    for node in kept:
-        for place, name in enumerate(node.input):
-            node.input[place] = restored.get(name, name)
-    del nodes[:]
-    nodes.extend(kept)
+    kept: list[onnx.NodeProto] = []
+    origins: dict[str, str] = {}
+    for node in model.graph.node:
+        node.input[:] = [origins.get(name, name) for name in node.input]
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            origins[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 @dataclass(frozen=True)
@@ -233,10 +220,9 @@ class CalibrationTexts:
 
 def random_texts(spec: ModelSpec) -> CalibrationTexts:
     """Two random embeddings, for models with random weights: they stand for no text."""
-    generator = np.random.default_rng(SEED)
-    shape = (1, spec.text_length, spec.text_width)
-    arrays = tuple(generator.standard_normal(shape, dtype=np.float32) for _ in range(2))
-    return CalibrationTexts("random", (), arrays)
+    shape = (2, 1, spec.text_length, spec.text_width)
+    drawn = np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32)
+    return CalibrationTexts("random", (), tuple(drawn))
 
 
 def calibrate(
@@ -257,13 +243,12 @@ def calibrate(
         texts: what to generate for.
         progress: called with a line on what is done next.
 
-    Returns:
-        Name of each layer -> the scale of its input; and what it was found with, for the manifest.
+    Returns the name of each layer -> the scale of its input, and what it was found with, for the manifest.
     """
     small = calibration_plan(plan)
     chunks = min(CHUNKS, small.phases[-1].first_chunk + 1)
-    layers = [n.removesuffix(".weight") for n in weight_shapes(plan.spec) if precision.quantizes(n)]
-    largest = dict.fromkeys(layers, 0.0)
+    quantized = filter(precision.quantizes, weight_shapes(plan.spec))
+    largest = dict.fromkeys((name.removesuffix(".weight") for name in quantized), 0.0)
 
     def see(name: str, x: Tensor) -> None:
         value = float(x.abs().amax())
@@ -275,20 +260,14 @@ def calibrate(
             )
         largest[name] = max(largest[name], value)
 
-    with _hooked(model, layers, see):
+    with _hooked(model, largest, see):
         for place, text in enumerate(texts.arrays):
             made = generate(model, small, torch.from_numpy(text), seeded_noise(small, SEED + place), chunks)
             for chunk in made:
                 done = f"text {place + 1} of {len(texts.arrays)}, chunk {chunk.index + 1} of {chunks}"
                 progress(f"calibrating: {done}")
-    record = CalibrationRecord(
-        texts=texts.kind,
-        prompts=texts.prompts,
-        chunks=chunks,
-        seed=SEED,
-        resolution=(small.geometry.width, small.geometry.height),
-        largest=largest,
-    )
+    size = small.geometry.width, small.geometry.height
+    record = CalibrationRecord(texts.kind, texts.prompts, chunks, SEED, size, largest)
     return {layer: input_scale(value) for layer, value in largest.items()}, record
 
 

@@ -1,11 +1,12 @@
-"""The three graphs of a bundle as torch modules with flat, named inputs and outputs.
+"""The three graphs of a bundle in torch, with flat, named inputs and outputs.
 
 `prompt` runs once a prompt, `step` once a pass, `decode` once a chunk.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,137 +17,64 @@ from forcingkv.models.generate import latent_shape, next_latents
 from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
+from forcingkv.runtime.bundle import next_name
 from forcingkv.runtime.kv.plan import CachePlan
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A module to trace, with example inputs and the names of what goes in and out.
+    """What to trace, with example inputs and the names of what goes in and out."""
 
-    Its parameters are those of its attribute `model`, where it has one.
-    """
-
-    module: nn.Module
+    model: nn.Module | None
+    """Has the parameters."""
+    run: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
-    dynamic: dict[str, tuple[int, str]]
+    dynamic: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Input name -> the dimension that varies by phase, and its symbol."""
     clean_outputs: tuple[tuple[str, ...], ...] = ()
     """Outputs that only a clean pass is asked for, those together that are made together."""
 
 
-def _cross_names(layers: int) -> list[str]:
-    return [f"cross.{layer}.{part}" for layer in range(layers) for part in KeysValues._fields]
+def prompt_graph(model: WanModel) -> Graph:
+    """The graph `prompt`: text -> cross-attention keys and values of every layer."""
+    spec = model.spec
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        text = inputs["text"].to(compute_dtype(model))
+        return tuple(tensor for kv in model.prompt(text) for tensor in kv)
+
+    text = torch.zeros(1, spec.text_length, spec.text_width)
+    return Graph(model, run, {"text": text}, tuple(_cross_names(spec.layers)))
 
 
-class PromptModule(nn.Module):
-    """text -> cross-attention keys and values of every layer."""
+def step_graph(model: WanModel, plan: CachePlan) -> Graph:
+    """The graph `step`, one pass: next latents, x0, and the cache as it is after a clean pass.
 
-    def __init__(self, model: WanModel) -> None:
-        super().__init__()
-        self.model = model
+    Its example inputs are those of the first pass of a chunk in the last phase.
+    """
+    spec, kind = plan.spec, compute_dtype(model)
 
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        text = inputs["text"].to(compute_dtype(self.model))
-        return tuple(tensor for kv in self.model.prompt(text) for tensor in kv)
-
-
-class StepModule(nn.Module):
-    """One pass: next latents, x0, and the cache as it is after a clean pass."""
-
-    def __init__(self, model: WanModel, plan: CachePlan) -> None:
-        super().__init__()
-        self.model, self.plan = model, plan
-
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        plan = self.plan
-        cross = [inputs[name] for name in _cross_names(plan.spec.layers)]
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        cross = [inputs[name] for name in _cross_names(spec.layers)]
         prompt = [KeysValues(*pair) for pair in zip(cross[::2], cross[1::2], strict=True)]
-        cache = unflatten_cache(plan, [inputs[entry.name] for entry in plan.entries])
+        cache = _unflatten_cache(plan, [inputs[entry.name] for entry in plan.entries])
         rotary = inputs["cosines"], inputs["sines"]
         latents, sigma = inputs["latents"], inputs["sigma"]
-        kind = compute_dtype(self.model)
         attend = attend_cache(plan, cache)
-        flow, new = self.model(latents.to(kind), inputs["time"].to(kind), rotary, prompt, attend)
+        flow, new = model(latents.to(kind), inputs["time"].to(kind), rotary, prompt, attend)
         flow = flow.to(latents)
         # Every output is there in every phase; the session takes those the phase calls for.
         rows = {name: inputs[name] for name in plan.rows(0)}
         following, indices = advance(plan, cache, new, chunk=None, rows=rows)
         x0 = latents - sigma * flow
         following_latents = next_latents(
-            plan.spec.schedule.renoise, latents, flow, sigma, inputs["sigma_next"], inputs.get("noise")
+            spec.schedule.renoise, latents, flow, sigma, inputs["sigma_next"], inputs.get("noise")
         )
-        out = (following_latents, x0, *flatten_cache(plan, following))
+        flat = (tensor for groups in following for held in groups for kv in held.values() for tensor in kv)
+        out = (following_latents, x0, *flat)
         return out if indices is None else (*out, indices)
 
-
-class PixelDecodeModule(nn.Module):
-    """Latents that are pixels already: (1, C, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return to_frames(inputs["latents"])
-
-
-class StreamDecodeModule(nn.Module):
-    """Latents and feature caches -> frames, the pixels they are rounded from, and the next caches.
-
-    Pixels are there to be compared with torch. They take time and memory in every call, so graphs for
-    TensorRT have none.
-    """
-
-    def __init__(self, decoder: StreamingDecoder, state: list[str], pixels: bool) -> None:
-        super().__init__()
-        self.model, self.state, self.pixels = decoder, state, pixels
-
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        state = {name: inputs[name] for name in self.state}
-        kind = compute_dtype(self.model)
-        pixels, following = self.model(inputs["latents"].to(kind), inputs["first"].to(kind), state)
-        pixels = pixels.float()
-        shown = (to_frames(pixels), pixels) if self.pixels else (to_frames(pixels),)
-        return (*shown, *(following[name] for name in self.state))
-
-
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype a model computes in: that of its weights. Latents and noise levels stay float32."""
-    return next(model.parameters()).dtype
-
-
-def to_frames(pixels: Tensor) -> Tensor:
-    """(1, 1 or 3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
-    frames = ((pixels[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round()
-    frames = frames.expand(-1, -1, -1, 3) if frames.shape[-1] == 1 else frames
-    return frames.to(torch.uint8)  # last: TensorRT has uint8 at the borders of a network only
-
-
-def unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
-    """Tensors in the order of `plan.entries` as a cache."""
-    cache: list[list[dict[str, KeysValues]]] = [[{} for _ in groups] for groups in plan.layers]
-    pairs = zip(plan.entries[::2], tensors[::2], tensors[1::2], strict=True)
-    for entry, keys, values in pairs:
-        place = plan.layers[entry.layer].index(entry.group)
-        cache[entry.layer][place][entry.role.name] = KeysValues(keys, values)
-    return cache
-
-
-def flatten_cache(plan: CachePlan, cache: Cache) -> list[Tensor]:
-    """A cache as tensors in the order of `plan.entries`."""
-    return [
-        getattr(cache[e.layer][plan.layers[e.layer].index(e.group)][e.role.name], e.part)
-        for e in plan.entries
-    ]
-
-
-def prompt_graph(model: WanModel) -> Graph:
-    """The graph `prompt`."""
-    spec = model.spec
-    text = torch.zeros(1, spec.text_length, spec.text_width)
-    return Graph(PromptModule(model), {"text": text}, tuple(_cross_names(spec.layers)), {})
-
-
-def step_graph(model: WanModel, plan: CachePlan) -> Graph:
-    """The graph `step`. Its example inputs are those of the first pass of a chunk in the last phase."""
-    spec, kind = plan.spec, compute_dtype(model)
     last = plan.phases[-1].first_chunk
     first_frame = last * spec.frames_per_chunk
     tables = positions.rotary(spec, plan.geometry, first_frame, spec.frames_per_chunk)
@@ -171,35 +99,63 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         # In the steady phase no token goes to the sink; the tracer wants a length of at least 2.
         **{name: torch.arange(2, dtype=torch.int32) for name in plan.rows(0)},
     }
-    outputs = ("next_latents", "x0", *(f"next.{entry.name}" for entry in plan.entries))
+    outputs = ["next_latents", "x0", *(next_name(entry.name) for entry in plan.entries)]
+    by_layer: list[list[str]] = [[] for _ in plan.layers]
+    for entry in plan.entries:
+        by_layer[entry.layer].append(next_name(entry.name))
     if plan.choice:
-        outputs += ("retained_indices",)
-    by_layer = [[f"next.{e.name}" for e in plan.entries if e.layer == layer] for layer in range(spec.layers)]
-    if plan.choice:
+        outputs.append("retained_indices")
         by_layer[plan.choice.layer].append("retained_indices")
     dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role.name}_tokens") for entry in plan.entries}
     dynamic |= {name: (0, name.replace(".", "_")) for name in plan.rows(0)}
     clean = tuple(tuple(names) for names in by_layer if names)
-    return Graph(StepModule(model, plan), inputs, outputs, dynamic, clean)
+    return Graph(model, run, inputs, tuple(outputs), dynamic, clean)
 
 
 def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pixels: bool = True) -> Graph:
     """The graph `decode`: of a chunk whose latents are pixels, or of one latent frame with a decoder.
 
-    With `pixels` a decoder's graph also gives what its frames are rounded from.
-
-    A latent frame at a time, since a decoder's activations are many times its latents.
+    With a decoder: latents and feature caches -> frames, the pixels they are rounded from, and the next
+    caches. A latent frame at a time, since a decoder's activations are many times its latents. `pixels` are
+    for comparing with torch. They take time and memory in every call, so graphs for TensorRT have none.
     """
     batch, channels, _, height, width = latent_shape(plan)
     if decoder is None:
         latents = torch.zeros(latent_shape(plan))
-        return Graph(PixelDecodeModule(), {"latents": latents}, ("frames",), {})
+        return Graph(None, lambda inputs: (to_frames(inputs["latents"]),), {"latents": latents}, ("frames",))
     state = decoder.empty_state(height, width)
-    inputs = {
-        "latents": torch.zeros(batch, channels, 1, height, width),
-        "first": torch.ones(1),
-        **state,
-    }
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        held, kind = {name: inputs[name] for name in state}, compute_dtype(decoder)
+        made, following = decoder(inputs["latents"].to(kind), inputs["first"].to(kind), held)
+        made = made.float()
+        shown = (to_frames(made), made) if pixels else (to_frames(made),)
+        return (*shown, *(following[name] for name in state))
+
+    inputs = {"latents": torch.zeros(batch, channels, 1, height, width), "first": torch.ones(1), **state}
     shown = ("frames", "pixels") if pixels else ("frames",)
-    outputs = (*shown, *(f"next.{name}" for name in state))
-    return Graph(StreamDecodeModule(decoder, list(state), pixels), inputs, outputs, {})
+    return Graph(decoder, run, inputs, (*shown, *map(next_name, state)))
+
+
+def _cross_names(layers: int) -> list[str]:
+    return [f"cross.{layer}.{part}" for layer in range(layers) for part in KeysValues._fields]
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype a model computes in: that of its weights. Latents and noise levels stay float32."""
+    return next(model.parameters()).dtype
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """(1, 1 or 3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
+    frames = ((pixels[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round()
+    frames = frames.expand(-1, -1, -1, 3) if frames.shape[-1] == 1 else frames
+    return frames.to(torch.uint8)  # last: TensorRT has uint8 at the borders of a network only
+
+
+def _unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
+    """Tensors in the order of `plan.entries` as a cache."""
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return [
+        [{role.name: KeysValues(*next(pairs)) for role in g.roles} for g in groups] for groups in plan.layers
+    ]

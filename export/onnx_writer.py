@@ -51,19 +51,16 @@ def write_onnx(
     """Trace a graph and write it; inputs, outputs and varying dimensions get their names.
 
     Args:
-        make: makes the graph. Called with fake tensors on, so that the parameters of a module it
-            makes take no memory.
+        make: makes the graph. Called with fake tensors on, so that parameters made there take no memory.
         path: the ONNX file.
-        weights: where each parameter of the graph's model lies.
+        weights: where each parameter of the graph's model lies. Those that are stored in another dtype than
+            the graph computes in are cast.
         file: the safetensors file they lie in, named relative to the ONNX file.
         tensorrt: for TensorRT; what its parser makes few layers of is slower in ONNX Runtime (multiplying
             by a matrix of rank 3) or no faster.
         single_kernels: write DynamicPrune as nodes of one kernel each (`split_prune`).
         input_scales: name of each linear layer that multiplies in FP8 -> the scale of its input. They
             are written into the graph; the scales of weights lie in the file.
-
-    Returns:
-        The model. Parameters that are stored in another dtype than the graph computes in are cast.
     """
     graph, program = _trace(make)
     parameters = _initializers_to_inputs(program.model.graph)
@@ -126,18 +123,19 @@ def _trace(make: Callable[[], Graph]) -> tuple[Graph, torch.onnx.ONNXProgram]:
 
 
 class _Flat(torch.nn.Module):
-    """The graph's module, called with its inputs by position."""
+    """The graph as a module, called with its inputs by position."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self.module, self.names = graph.module, list(graph.inputs)
+        self.graph = graph
+        self.module = torch.nn.ModuleDict({"model": graph.model} if graph.model else {})
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        return self.module(dict(zip(self.names, tensors, strict=True)))
+        return self.graph.run(dict(zip(self.graph.inputs, tensors, strict=True)))
 
 
 _WRAPPED = "module.model."
-"""What `_Flat` and the graph's module put before the name of a parameter."""
+"""What `_Flat` puts before the name of a parameter; values that are made of parameters keep it in bundles."""
 
 
 def _bare(name: str | None) -> str:
@@ -207,8 +205,7 @@ def _quiet() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         log.setLevel(level)

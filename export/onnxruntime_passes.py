@@ -21,16 +21,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from forcingkv.export.passes import (
-    constant,
-    input_of,
-    make,
-    makers,
-    read_by,
-    replace_node,
-    shape_of,
-    size_of,
-)
+from forcingkv.export.passes import constant, input_of, make, makers, read_by, replace_node, shape_of, size_of
 from forcingkv.runtime.bundle import CLEAN
 
 ORT_DOMAIN, ORT_VERSION = "com.microsoft", 1
@@ -52,9 +43,7 @@ def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int]) -> None:
     known shape.
     Ensures: no such Attention with scores of at least `LARGE_SCORES` is left; shapes and results stay.
 
-    Args:
-        graph: to be changed.
-        lengths: symbol of each dimension that varies -> its largest size.
+    `lengths`: symbol of each dimension that varies -> its largest size.
     """
     for node in list(graph):
         if node.op_type != "Attention" or node.domain:
@@ -101,18 +90,15 @@ def _attend_by_head(graph: ir.Graph, node: ir.Node, heads: int, tokens: int) -> 
 
 
 def branch_on_clean(graph: ir.Graph, groups: Sequence[Sequence[str]]) -> None:
-    """Put the nodes that only certain outputs need behind the input `clean`.
+    """Put the nodes that only certain outputs need, named in `groups`, behind the input `clean`.
 
     There is an `If` for each group, since what its nodes read must wait for it: of one `If` for all, keys and
     values of every layer would. What several groups need is made by the first of them and handed on.
 
     Requires: outputs of known dtype, and of known sizes but along their tokens.
     Ensures: with `clean` every output is what it was. Without, the named ones have no tokens (their dimension
-    before the last, or the only one), and no node runs that only they need; the others stay.
-
-    Args:
-        graph: to be changed; the new nodes stand last, in the order of the groups.
-        groups: names of outputs.
+    before the last, or the only one), and no node runs that only they need; the others stay. The new nodes
+    stand last, in the order of the groups.
     """
     clean = ir.Value(name=CLEAN, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
     graph.inputs.append(clean)

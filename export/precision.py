@@ -69,20 +69,15 @@ def precision_of(dtype: ExportDtype, target: Target, sms: Sequence[int] = ()) ->
 
     ONNX Runtime computes in float32 on a CPU, whatever the weights are stored as; TensorRT computes in
     what they are stored as, and has no fused attention in float32. With fp8 all but the linear layers of
-    the blocks is as with bfloat16.
-
-    Args:
-        dtype: what is asked for.
-        target: what is to run the graphs.
-        sms: compute capabilities of the GPUs that engines are built for.
+    the blocks is as with bfloat16. `sms` are compute capabilities of the GPUs that engines are built for.
 
     Raises InputError for float32 with TensorRT, and for fp8 with a GPU that has none.
     """
     if dtype == "fp8":
-        old = [sm for sm in sms if sm < FP8_FROM]
+        old = ", ".join(f"sm_{sm}" for sm in sms if sm < FP8_FROM)
         if old:
             raise InputError(
-                f"{', '.join(f'sm_{sm}' for sm in old)} cannot multiply in FP8",
+                f"{old} cannot multiply in FP8",
                 where="--dtype fp8",
                 expected=f"GPUs from sm_{FP8_FROM} on",
                 hint="Leave --dtype out for these GPUs: bfloat16 is the default.",

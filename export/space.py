@@ -73,12 +73,9 @@ def check_memory_to_calibrate(plan: CachePlan) -> None:
 
 
 def check_disk(out: Path, weights: int, engines: int) -> None:
-    """Raise InputError unless a bundle fits on the disk.
+    """Raise InputError unless a bundle fits on the disk of the folder `out`.
 
-    Args:
-        out: its folder.
-        weights: bytes of its weights.
-        engines: for how many GPUs; each engine holds the weights again.
+    `weights` are bytes, which the engines for each GPU hold again; `engines` is for how many GPUs.
     """
     place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
     needed, free = int(weights * (1 + ENGINE_WEIGHTS * engines)) + OTHER_FILES, shutil.disk_usage(place).free

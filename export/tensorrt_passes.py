@@ -137,10 +137,10 @@ def pair_lone_heads(graph: ir.Graph) -> None:
     Ensures: no Attention over one head.
     """
     for node in list(graph):
-        queries = node.inputs[0] if node.op_type == "Attention" else None
-        if queries is None or queries.shape is None:
+        if node.op_type != "Attention":
             continue
-        batch, heads, tokens, _ = queries.shape
+        queries = input_of(node, 0)
+        batch, heads, tokens, _ = shape_of(queries)
         if heads != 1 or not isinstance(tokens, int) or tokens % 2:
             continue
         width = size_of(queries, 3)

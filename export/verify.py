@@ -16,13 +16,13 @@ import torch
 from forcingkv.export.fp8 import without_rounding
 from forcingkv.export.graphs import Graph
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
-from forcingkv.runtime.bundle import CLEAN
+from forcingkv.runtime.bundle import CLEAN, next_name
 from forcingkv.runtime.faults import DeviceError
 from forcingkv.runtime.kv.plan import CachePlan
 
 Arrays = dict[str, npt.NDArray[Any]]
 SEED = 0
-FEATURES = "next.feature."
+FEATURES = next_name("feature.")
 """How the outputs begin that are a decoder's caches."""
 SMALL = 1e-4
 """Where rounding changes less than that, differences are in units of that."""
@@ -30,15 +30,12 @@ HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines"}
 
 
 def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
-    """Largest absolute difference of any output, in every phase, for random contents.
+    """Largest absolute difference of any output between the file in ONNX Runtime and torch, in every phase.
 
-    In a decoder's caches it is relative to their largest value where that is above 1: such features have
-    no scale of their own.
-
-    Infinite where a denoising pass of the file gives other latents than the clean pass, or makes next caches.
-
-    ONNX Runtime runs the file at `path`; torch runs the graph's module. Inputs that the host computes
-    (positions, times, noise levels) are the graph's examples: random ones would not be angles.
+    Inputs are random but for those that the host computes (positions, times, noise levels), which are the
+    graph's examples: random ones would not be angles. In a decoder's caches the difference is relative to
+    their largest value where that is above 1: such features have no scale of their own. Infinite where a
+    denoising pass of the file gives other latents than the clean pass, or makes next caches.
     """
     runnable = OnnxGraph(path)
     worst = 0.0
@@ -66,11 +63,7 @@ def fp8_differences(
     2. with it, x0 is compared by root mean square in units of what rounding changes. Independent roundings
        are at the square root of 2, and above 2 ONNX Runtime rounds more than torch does.
 
-    Args:
-        graph: the graph; its module rounds no inputs.
-        path: the graph for ONNX Runtime, which rounds them.
-        plan: the cache plan.
-        rounded: while what it returns is open, the module rounds inputs too.
+    The file at `path` rounds inputs; the graph in torch does so while what `rounded` returns is open.
     """
     exact = path.with_suffix(".exact.onnx")
     model = onnx.load(path, load_external_data=False)
@@ -131,10 +124,9 @@ def _cases(graph: Graph, plan: CachePlan) -> Iterator[Arrays]:
 
 
 def _torch(graph: Graph, inputs: Arrays) -> Arrays:
-    """The outputs of the graph's module."""
+    """The outputs of the graph in torch."""
     with torch.no_grad():
-        out = graph.module({name: torch.from_numpy(array) for name, array in inputs.items()})
-    tensors = out if isinstance(out, tuple) else (out,)
+        tensors = graph.run({name: torch.from_numpy(array) for name, array in inputs.items()})
     return {name: tensor.numpy() for name, tensor in zip(graph.outputs, tensors, strict=True)}
 
 

@@ -126,16 +126,16 @@ class _TorchRetained(TorchRole):
         transition = done.held[Recent.name]
         if Recent(frames=1) not in done.group.roles:
             transition = _tokens(transition, slice(-done.plan.frame_tokens, None))
-        size = choice.segment_tokens
         if done.chosen and role.shared:
             indices: Tensor | None = done.chosen[0]
         else:
             ahead = choose_ahead(role, choice.candidates, choice.kept, done.layer, done.chunk)
             indices = None if ahead is None else torch.tensor(ahead, device=done.new.keys.device)
         if indices is None:
-            kept, indices = prune_score(transition, done.new, size, role.segments, choice.kept)
+            frame_tokens = choice.segment_tokens * role.segments
+            *kept, indices = prune_score(*transition, *done.new, frame_tokens, role.segments, choice.kept)
         else:
-            kept = prune_follow(transition, done.new, indices, size)
+            kept = prune_follow(*transition, *done.new, indices, choice.segment_tokens)
         done.chosen.append(indices)
         return KeysValues(*kept)
 

@@ -6,7 +6,7 @@ common with the compilation, the quick plugins and the tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -88,14 +88,6 @@ def check_candidates(candidates: int) -> None:
         )
 
 
-def best_sm(sms: Iterable[int], device: int) -> int | None:
-    """The best of the compute capabilities whose cubins run on a device, if one does.
-
-    Those of the same major version do, up to the device's own.
-    """
-    return max((sm for sm in sms if sm // 10 == device // 10 and sm <= device), default=None)
-
-
 class KernelLauncher:
     """The kernels of a bundle, loaded for one GPU.
 
@@ -108,20 +100,15 @@ class KernelLauncher:
     """
 
     def __init__(self, folder: Path, records: Sequence[KernelRecord], sm: int) -> None:
-        """Load the kernels.
+        """Load the kernels of the bundle in `folder` that run on compute capability `sm`, 89 for 8.9.
 
-        Args:
-            folder: the bundle.
-            records: its kernels, for any number of GPUs.
-            sm: the GPU's compute capability, 89 for 8.9.
-
-        Raises:
-            InputError: none were compiled for such a GPU.
-            MissingExtraError: cuda-core is not installed.
+        Raises InputError where there are none, MissingExtraError where cuda-core is not installed.
         """
-        chosen = best_sm((record.sm for record in records), sm)
+        sms = sorted({record.sm for record in records})
+        # Cubins run on GPUs of the same major version and the same or a higher minor one.
+        chosen = max((known for known in sms if sm // 10 * 10 <= known <= sm), default=None)
         if chosen is None:
-            there = ", ".join(f"sm_{known}" for known in sorted({record.sm for record in records}))
+            there = ", ".join(f"sm_{known}" for known in sms)
             raise InputError(
                 f"holds no kernels that run on sm_{sm}",
                 where=str(folder),
@@ -131,7 +118,10 @@ class KernelLauncher:
         self._records = {record.kernel: record for record in records if record.sm == chosen}
         kinds = {(record.dtype, record.width) for record in records}
         if len(kinds) > 1 or set(self._records) != set(KERNELS):
-            raise ValueError(f"{folder}: kernels of {sorted(kinds)}: {sorted(self._records)} for sm_{chosen}")
+            raise ValueError(
+                f"{folder} lacks a kernel, or mixes dtypes or widths: there are {sorted(self._records)}"
+                f" for sm_{chosen}, and kernels of {sorted(kinds)}"
+            )
         self.dtype, self.width = kinds.pop()
         self._cuda = cuda_core()
         self._kernels: dict[KernelName, Any] = {}
@@ -172,9 +162,8 @@ class KernelLauncher:
         if any(pointer % ALIGNMENT for pointer in pointers):
             raise ValueError(f"{name}: not all pointers are multiples of {ALIGNMENT}: {pointers}")
         record = self._records[name]
-        config = self._cuda.LaunchConfig(
-            grid=grid, block=(32 * record.warps, 1, 1), shmem_size=record.shared_bytes
-        )
+        block = 32 * record.warps, 1, 1
+        config = self._cuda.LaunchConfig(grid=grid, block=block, shmem_size=record.shared_bytes)
         # Every kernel of Triton's ends with two pointers to scratch memory, which these do not use.
         arguments = (*pointers, *map(np.int32, sizes), 0, 0)
         handle = self._cuda.Stream.from_handle(stream)

@@ -1,9 +1,8 @@
 """The ONNX operators DynamicPrune and DynamicPruneFollow (domain `forcingkv`).
 
 Each is one node with a function body in standard operators: ONNX Runtime runs the body, and TensorRT
-runs the plugin where one is registered under `plugin_namespace` (docs/decisions/0003). Plugin and kernels
-are tested against the body, and the body against the torch operators, which `translation_table` exports to
-these nodes.
+runs the plugin where one is registered under `plugin_namespace` (docs/decisions/0003). `translation_table`
+exports the torch operators to these nodes.
 
 TokenCosines, SelectSegments and DynamicPruneFollow are the three kernels as operators, for plugins that hold
 one kernel each: `split_prune` puts them in DynamicPrune's place. They are not nodes of its body, since
@@ -129,14 +128,13 @@ _FUNCTIONS = {
 def check_choice(plan: CachePlan) -> None:
     """Raise InputError unless the operators choose segments as the plan says: scored once, and shared."""
     role = plan.choice.role if plan.choice else None
-    if role is None or (role.choose == "least-similar" and role.shared):
-        return
-    raise InputError(
-        f"chooses segments by choose = {role.choose!r} and shared = {str(role.shared).lower()}",
-        where=f"policy {plan.policy.name}",
-        expected="choose = 'least-similar' and shared = true",
-        hint="Other choices can be compared in torch (models/generate.py), but not exported.",
-    )
+    if role and (role.choose != "least-similar" or not role.shared):
+        raise InputError(
+            f"has choose = {role.choose!r} and shared = {str(role.shared).lower()}, which is not exported",
+            where=f"the policy {plan.policy.name}",
+            expected="choose = 'least-similar' and shared = true",
+            hint="Other choices run in torch only (models/generate.py).",
+        )
 
 
 def prune_functions() -> list[onnx.FunctionProto]:
@@ -214,25 +212,20 @@ def translation_table() -> dict[Any, Any]:
 @cache
 def _opset() -> Any:
     """The schemas of the two operators that torch exports to, registered with onnx once a process."""
-    formal, attribute = defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
     kinds = defs.OpSchema.AttrType
 
     def tensors(names: Iterable[str]) -> list[defs.OpSchema.FormalParameter]:
+        formal = defs.OpSchema.FormalParameter
         return [formal(name, "tensor(int64)" if name == "indices" else "T") for name in names]
 
-    keys_types = ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "keys and values")
-    for function in prune_functions()[:2]:
-        *sizes, namespace = function.attribute
-        attributes = [attribute(name, kinds.INT, "", required=True) for name in sizes]
-        attributes.append(attribute(namespace, kinds.STRING, "", required=True))
+    keys = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "keys and values")]
+    for body in prune_functions()[:2]:
+        takes, gives, given = tensors(body.input), tensors(body.output), []
+        for name in body.attribute:
+            kind = kinds.STRING if name == "plugin_namespace" else kinds.INT
+            given.append(defs.OpSchema.Attribute(name, kind, "", required=True))
         schema = defs.OpSchema(
-            function.name,
-            DOMAIN,
-            VERSION,
-            inputs=tensors(function.input),
-            outputs=tensors(function.output),
-            type_constraints=[keys_types],
-            attributes=attributes,
+            body.name, DOMAIN, VERSION, inputs=takes, outputs=gives, type_constraints=keys, attributes=given
         )
         defs.register_schema(schema)
     return values.Opset(DOMAIN, VERSION)

@@ -45,7 +45,6 @@ class DynamicPrune:
     segments: int
     kept: int
 
-    name: ClassVar[str] = "DynamicPrune"
     outputs: ClassVar[int] = 3
     indices_place: ClassVar[int] = 6
     """Place of the indices among inputs and outputs."""
@@ -56,10 +55,8 @@ class DynamicPrune:
 
     def sizes(self, inputs: list[Shape]) -> LaunchSizes:
         """What the kernels are to work on."""
-        (batch, heads, new_tokens, _), segment_tokens = inputs[2], self.frame_tokens // self.segments
-        return LaunchSizes(
-            batch, heads, inputs[0][2], new_tokens, segment_tokens, self.kept, self.frame_tokens
-        )
+        (batch, heads, new, _), segment_tokens = inputs[2], self.frame_tokens // self.segments
+        return LaunchSizes(batch, heads, inputs[0][2], new, segment_tokens, self.kept, self.frame_tokens)
 
     def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
         """Shapes of the outputs."""
@@ -77,14 +74,13 @@ class DynamicPruneFollow:
 
     segment_tokens: int
 
-    name: ClassVar[str] = "DynamicPruneFollow"
     outputs: ClassVar[int] = 2
     indices_place: ClassVar[int] = 4
 
     def sizes(self, inputs: list[Shape]) -> LaunchSizes:
         """What the kernel is to work on."""
-        batch, heads, new_tokens, _ = inputs[2]
-        return LaunchSizes(batch, heads, inputs[0][2], new_tokens, self.segment_tokens, inputs[4][0])
+        batch, heads, new, _ = inputs[2]
+        return LaunchSizes(batch, heads, inputs[0][2], new, self.segment_tokens, inputs[4][0])
 
     def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
         """Shapes of the outputs."""
@@ -109,7 +105,7 @@ def check(sizes: LaunchSizes) -> None:
             raise ValueError(f"{name} keys hold {tokens} tokens, which is no multiple of {whole}")
     if sizes.frame_tokens:
         if sizes.candidates < sizes.kept:
-            raise ValueError(f"{sizes.kept} segments are to be kept, of {sizes.candidates}")
+            raise ValueError(f"{sizes.kept} segments are to be kept, and there are {sizes.candidates}")
         check_candidates(sizes.candidates)
 
 
@@ -146,7 +142,7 @@ def register_plugins(launcher: KernelLauncher | None) -> None:
         creator = creator_of(kind)
         if not trt.get_plugin_registry().register_creator(creator, PLUGIN_NAMESPACE):
             unregister_plugins()
-            raise RuntimeError(f"TensorRT already knows a plugin {PLUGIN_NAMESPACE}::{kind.name}")
+            raise RuntimeError(f"TensorRT already knows a plugin {PLUGIN_NAMESPACE}::{kind.__name__}")
         _creators.append(creator)
 
 
@@ -202,8 +198,8 @@ def _shapes(descriptions: Tensors) -> list[Shape]:
 
 
 @cache
-def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
-    """The plugin; a class of its own in each process, as it inherits from the chosen flavour's."""
+def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
+    """What TensorRT asks for plugins. Made in each process: the classes inherit from the chosen flavour's."""
 
     class PrunePlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         """What the two operators have in common."""
@@ -214,7 +210,7 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
             trt.IPluginV3OneBuild.__init__(self)
             trt.IPluginV3OneRuntime.__init__(self)
             self.operator = operator
-            self.plugin_name = operator.name
+            self.plugin_name = type(operator).__name__
             self.plugin_namespace, self.plugin_version = PLUGIN_NAMESPACE, PLUGIN_VERSION
             self.num_outputs = operator.outputs
             self.timing_cache_id = ""
@@ -280,18 +276,10 @@ def _plugin_class() -> Callable[[Operator], trt.IPluginV3]:
             launcher = _launchers.get((key_types()[keys.type], keys.dims[3]))
             if launcher is None:
                 raise RuntimeError(
-                    f"{self.operator.name} has no kernels for {key_types()[keys.type]} keys of width"
+                    f"{self.plugin_name} has no kernels for {key_types()[keys.type]} keys of width"
                     f" {keys.dims[3]}: give register_plugins the bundle's KernelLauncher before running"
                 )
             launch(launcher, self.operator.sizes(_shapes(input_desc)), inputs, outputs, workspace, stream)
-
-    return PrunePlugin
-
-
-@cache
-def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
-    """The class whose instances TensorRT asks for plugins."""
-    plugin_of = _plugin_class()
 
     class PruneCreator(trt.IPluginCreatorV3One):
         """Makes the plugin of one operator."""
@@ -299,7 +287,7 @@ def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
         def __init__(self, kind: type[Operator]) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.kind = kind
-            self.name = kind.name
+            self.name = kind.__name__
             self.plugin_namespace, self.plugin_version = PLUGIN_NAMESPACE, PLUGIN_VERSION
             self.attributes = _Fields(dict.fromkeys((field.name for field in fields(kind)), 0))
             self.field_names = self.attributes.collection
@@ -312,8 +300,8 @@ def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
             given = {field.name: int(field.data[0]) for field in values}
             missing = sorted({field.name for field in fields(self.kind)} - given.keys())
             if missing:
-                raise ValueError(f"node {name} of {self.kind.name} lacks the attributes {missing}")
-            return plugin_of(self.kind(**given))
+                raise ValueError(f"node {name} of {self.name} lacks the attributes {missing}")
+            return PrunePlugin(self.kind(**given))
 
     return PruneCreator
 

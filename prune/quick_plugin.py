@@ -14,11 +14,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import GenericAlias
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.prune.launcher import SELECT_GRID, check_candidates, compact_grid, cosine_grid
@@ -30,102 +29,59 @@ from forcingkv.runtime.spec import Dtype
 
 Size: TypeAlias = Any
 """A number, or TensorRT's expression of one, which is computed with like a number."""
-Sizes: TypeAlias = dict[str, int]
 Tensors: TypeAlias = Sequence[Any]
 """tensorrt.plugin.TensorDesc: `shape_expr` always, `shape` where a kernel is asked for."""
-Described: TypeAlias = "list[tuple[tuple[Size, ...], trt.DataType]]"
-"""Shapes and types of the outputs."""
-Launch: TypeAlias = tuple[tuple[Size, Size, Size], list[Size]]
-"""The grid, and the kernel's sizes in the order of its signature."""
+Planned: TypeAlias = "tuple[list[tuple[tuple[Size, ...], trt.DataType]], tuple[Size, Size, Size], list[Size]]"
+"""Shapes and types of the outputs, the grid, and the kernel's sizes in the order of its signature."""
 
 STATIC_SHARED_BYTES = 48 * 1024
 """Shared memory that a kernel has without asking for more, which TensorRT does not."""
 
 
-class KernelText(NamedTuple):
-    """A kernel as it goes into an engine."""
-
-    symbol: str
-    ptx: str
-    warps: int
-    shared_bytes: int
-
-
-class QuickPlugin(ABC):
+class QuickPlugin(NamedTuple):
     """One node, one kernel."""
 
-    name: ClassVar[str]
-    kernel: ClassVar[KernelName]
-    inputs: ClassVar[tuple[str, ...]]
-    outputs: ClassVar[tuple[str, ...]]
-    sizes: ClassVar[tuple[str, ...]]
+    name: str
+    kernel: KernelName
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sizes: tuple[str, ...]
     """The node's attributes."""
-
-    @abstractmethod
-    def describe(self, inputs: Tensors, sizes: Sizes) -> Described:
-        """What it gives."""
-
-    @abstractmethod
-    def launch(self, inputs: Tensors, sizes: Sizes) -> Launch:
-        """What is launched."""
+    plan: Callable[..., Planned]
+    """What inputs and attributes come to."""
 
 
-class TokenCosines(QuickPlugin):
+def _cosines(inputs: Tensors, frame_tokens: int) -> Planned:
     """Transition and new keys -> a cosine for each candidate token."""
-
-    name, kernel = "TokenCosines", "token_cosines"
-    inputs, outputs = ("transition_keys", "new_keys"), ("cosines",)
-    sizes = ("frame_tokens",)
-
-    def describe(self, inputs: Tensors, sizes: Sizes) -> Described:
-        transition, new = (tensor.shape_expr for tensor in inputs)
-        return [((transition[2] + new[2] - sizes["frame_tokens"],), trt.DataType.FLOAT)]
-
-    def launch(self, inputs: Tensors, sizes: Sizes) -> Launch:
-        transition, new = (tensor.shape_expr for tensor in inputs)
-        frame_tokens = sizes["frame_tokens"]
-        grid = cosine_grid(frame_tokens, transition[2] + new[2] - frame_tokens)
-        return grid, [new[1], transition[2], new[2], frame_tokens]
+    transition, new = (tensor.shape_expr for tensor in inputs)
+    tokens = transition[2] + new[2] - frame_tokens
+    numbers = [new[1], transition[2], new[2], frame_tokens]
+    return [((tokens,), trt.DataType.FLOAT)], cosine_grid(frame_tokens, tokens), numbers
 
 
-class SelectSegments(QuickPlugin):
+def _select(inputs: Tensors, segment_tokens: int, kept: int) -> Planned:
     """Cosines -> indices of the segments to keep."""
-
-    name, kernel = "SelectSegments", "select_segments"
-    inputs, outputs = ("cosines",), ("indices",)
-    sizes = ("segment_tokens", "kept")
-
-    def describe(self, inputs: Tensors, sizes: Sizes) -> Described:
-        return [((sizes["kept"],), trt.DataType.INT64)]
-
-    def launch(self, inputs: Tensors, sizes: Sizes) -> Launch:
-        # Checked now: when the engine runs, nothing else does.
-        shape = inputs[0].shape
-        check_candidates((shape.max if shape.is_dynamic else shape)[0] // sizes["segment_tokens"])
-        candidates = inputs[0].shape_expr[0] // sizes["segment_tokens"]
-        return SELECT_GRID, [sizes["segment_tokens"], candidates, sizes["kept"]]
+    candidates = inputs[0].shape_expr[0] // segment_tokens
+    return [((kept,), trt.DataType.INT64)], SELECT_GRID, [segment_tokens, candidates, kept]
 
 
-class DynamicPruneFollow(QuickPlugin):
+def _collect(inputs: Tensors, segment_tokens: int) -> Planned:
     """Keys, values and indices -> retained keys and values."""
-
-    name, kernel = "DynamicPruneFollow", "compact_segments"
-    inputs = ("transition_keys", "transition_values", "new_keys", "new_values", "indices")
-    outputs = ("retained_keys", "retained_values")
-    sizes = ("segment_tokens",)
-
-    def describe(self, inputs: Tensors, sizes: Sizes) -> Described:
-        batch, heads, _, width = inputs[2].shape_expr
-        shape = (batch, heads, inputs[4].shape_expr[0] * sizes["segment_tokens"], width)
-        return [(shape, inputs[2].dtype)] * 2
-
-    def launch(self, inputs: Tensors, sizes: Sizes) -> Launch:
-        transition, _, new, _, indices = (tensor.shape_expr for tensor in inputs)
-        grid = compact_grid(new[0], new[1], sizes["segment_tokens"], indices[0])
-        return grid, [transition[2], new[2], sizes["segment_tokens"], indices[0]]
+    transition, _, (batch, heads, tokens, width), _, (kept,) = (tensor.shape_expr for tensor in inputs)
+    retained = (batch, heads, kept * segment_tokens, width), inputs[2].dtype
+    grid = compact_grid(batch, heads, segment_tokens, kept)
+    return [retained] * 2, grid, [transition[2], tokens, segment_tokens, kept]
 
 
-QUICK_PLUGINS: tuple[QuickPlugin, ...] = (TokenCosines(), SelectSegments(), DynamicPruneFollow())
+_KEYS, _RETAINED = ("transition_keys", "new_keys"), ("retained_keys", "retained_values")
+_TENSORS = ("transition_keys", "transition_values", "new_keys", "new_values", "indices")
+QUICK_PLUGINS = (
+    QuickPlugin("TokenCosines", "token_cosines", _KEYS, ("cosines",), ("frame_tokens",), _cosines),
+    QuickPlugin(
+        "SelectSegments", "select_segments", ("cosines",), ("indices",), ("segment_tokens", "kept"), _select
+    ),
+    QuickPlugin("DynamicPruneFollow", "compact_segments", _TENSORS, _RETAINED, ("segment_tokens",), _collect),
+)
 
 _sm: list[int] = []
 """What the kernels are compiled for; empty until the plugins are registered."""
@@ -134,15 +90,9 @@ _sm: list[int] = []
 def register_quick_plugins(sm: int) -> None:
     """Make the three plugins known to TensorRT, for graphs that are parsed from now on.
 
-    May be called again, for another GPU. The plugins of `prune.plugin` share a name with these, so a
-    process registers one or the other.
-
-    Args:
-        sm: compute capability of the GPU that engines are built for, 90 for 9.0.
-
-    Raises:
-        InputError: the process does not use the flavour tensorrt, or one without such plugins.
-        RuntimeError: other plugins of these names are registered.
+    Engines are built for compute capability `sm`, 90 for 9.0; to be called again for another. Raises
+    InputError where the process uses no flavour of TensorRT with such plugins, RuntimeError where other
+    plugins of these names are registered: `prune.plugin` has one, so a process registers one or the other.
     """
     flavour = chosen()
     if flavour is None or flavour.name != "tensorrt" or not hasattr(trt, "QuickPluginCreationRequest"):
@@ -166,21 +116,25 @@ def _register(trtp: Any, plugin: QuickPlugin) -> None:
     count = len(plugin.inputs)
 
     def describe(*inputs: Any, **sizes: int) -> tuple[Any, ...]:
-        described = plugin.describe(inputs, sizes)
+        described, *_ = plugin.plan(inputs, **sizes)
         return tuple(trtp.from_shape_expr(shape, dtype) for shape, dtype in described)
 
     def implement(*values: Any) -> tuple[str, str, Any, Any]:
         # TensorRT passes inputs, attributes, outputs and a tactic, of which there is one.
         inputs, sizes = values[:count], dict(zip(plugin.sizes, values[count:-2], strict=True))
         shape = inputs[0].shape
+        if plugin.kernel == "select_segments":  # checked now: when the engine runs, nothing else does
+            tokens = (shape.max if shape.is_dynamic else shape)[0]
+            check_candidates(tokens // sizes["segment_tokens"])
         width = shape[3] if len(shape) == 4 else 1  # cosines have no width, and need none
-        text = kernel_text(plugin.kernel, len(plugin.outputs), key_types()[inputs[0].dtype], width, _sm[0])
-        grid, numbers = plugin.launch(inputs, sizes)
+        dtype = key_types()[inputs[0].dtype]
+        ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), dtype, width, _sm[0])
+        _, grid, numbers = plugin.plan(inputs, **sizes)
         launch = trtp.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.grid_z = grid
-        launch.block_x, launch.shared_mem = 32 * text.warps, text.shared_bytes
+        launch.block_x, launch.shared_mem = 32 * made.num_warps, made.shared
         extra = trtp.SymIntExprs.from_tuple([trtp.SymInt32(number) for number in numbers])
-        return text.symbol, text.ptx, launch, extra
+        return made.name, ptx, launch, extra
 
     described = dict.fromkeys(plugin.inputs, trtp.TensorDesc) | dict.fromkeys(plugin.sizes, int)
     outputs = GenericAlias(tuple, (trtp.TensorDesc,) * len(plugin.outputs))
@@ -199,34 +153,22 @@ def _signed(function: Callable[..., Any], parameters: dict[str, Any], result: An
 
 
 @cache
-def kernel_text(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: int) -> KernelText:
-    """A kernel as TensorRT launches it: inputs, sizes, outputs.
+def kernel_text(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: int) -> tuple[str, Any]:
+    """A kernel as TensorRT launches it: PTX that takes inputs, sizes, outputs, and Triton's metadata of it.
 
-    Args:
-        kernel: which.
-        outputs: how many of its pointers are outputs, the last ones.
-        dtype: of keys and values.
-        width: of a head.
-        sm: compute capability, 90 for 9.0.
-
-    Raises:
-        RuntimeError: the kernel cannot be launched that way.
+    The last `outputs` of its pointers are outputs; dtype and width are those of keys and values. Raises
+    RuntimeError where the kernel cannot be launched that way.
     """
-    compiled = compile_for(kernel, dtype, width, sm)
-    if compiled.metadata.shared > STATIC_SHARED_BYTES:
-        raise RuntimeError(f"{kernel} needs {compiled.metadata.shared} bytes of shared memory")
+    ptx, made = compile_for(kernel, dtype, width, sm)
+    if made.shared > STATIC_SHARED_BYTES:
+        raise RuntimeError(
+            f"{kernel} needs {made.shared} bytes of shared memory; expected at most {STATIC_SHARED_BYTES}"
+        )
     types = [kind for kind in argument_types(kernel, dtype).values() if kind != "constexpr"]
     pointers = sum(kind.startswith("*") for kind in types)
     places = list(range(len(types)))
     inputs, results = places[: pointers - outputs], places[pointers - outputs : pointers]
-    # As in the cubins: code for the capability and its successors, not for this one chip.
-    ptx = compiled.asm["ptx"].replace(f".target sm_{sm}a", f".target sm_{sm}")
-    return KernelText(
-        compiled.metadata.name,
-        _arranged(ptx, [*inputs, *places[pointers:], *results]),
-        compiled.metadata.num_warps,
-        compiled.metadata.shared,
-    )
+    return _arranged(ptx, [*inputs, *places[pointers:], *results]), made
 
 
 def _arranged(ptx: str, order: Sequence[int]) -> str:

@@ -1,22 +1,13 @@
-"""The algorithm of DynamicPrune in torch, and its two operators, which export keeps as one node each.
+"""The algorithm of DynamicPrune in torch: two operators, which export keeps as one node each.
 
-A layer scores its segments or follows the choice of the layer that did:
-
-    forcingkv::dynamic_prune          chooses segments and collects their keys and values
-    forcingkv::dynamic_prune_follow   collects segments that were chosen elsewhere
-
-Definitions: docs/method.md, "Segment similarity and retention".
+A layer scores its segments, or follows the choice of the layer that did. Keys and values are (batch, heads,
+tokens, head_dim). Definitions: docs/method.md, "Segment similarity and retention".
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
-
-KeysAndValues: TypeAlias = tuple[Tensor, Tensor]
-"""Keys and values, (batch, heads, tokens, head_dim) each."""
 
 
 def segment_similarity(frames: Tensor, segments: int) -> Tensor:
@@ -44,36 +35,8 @@ def gather_segments(x: Tensor, indices: Tensor, segment_tokens: int) -> Tensor:
     return runs.index_select(2, indices).flatten(2, 3)
 
 
-def prune_score(
-    transition: KeysAndValues, new: KeysAndValues, segment_tokens: int, segments: int, kept: int
-) -> tuple[KeysAndValues, Tensor]:
-    """Choose and collect the `kept` least similar segments.
-
-    Args:
-        transition: the old transition frame of the layer's dynamic heads.
-        new: the finished chunk of the same heads.
-        segment_tokens: tokens of a segment.
-        segments: segments of a frame.
-        kept: segments to keep.
-
-    Returns:
-        The retained keys and values, and their indices (kept,) int64, ascending. Candidates are the
-        frames [old transition, new 0, new 1, ...] but the last; batch item 0 decides.
-    """
-    keys, values, indices = _score(*transition, *new, segment_tokens * segments, segments, kept)
-    return (keys, values), indices
-
-
-def prune_follow(
-    transition: KeysAndValues, new: KeysAndValues, indices: Tensor, segment_tokens: int
-) -> KeysAndValues:
-    """Collect the segments that the scoring layer chose."""
-    keys, values = _follow(*transition, *new, indices, segment_tokens)
-    return keys, values
-
-
 @torch.library.custom_op("forcingkv::dynamic_prune", mutates_args=())
-def _score(
+def prune_score(
     transition_keys: Tensor,
     transition_values: Tensor,
     new_keys: Tensor,
@@ -82,17 +45,23 @@ def _score(
     segments: int,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose and collect the `kept` least similar segments, of `segments` a frame.
+
+    The transition is the old transition frame of the layer's dynamic heads, new is the finished chunk of the
+    same heads. Candidates are the frames [old transition, new 0, new 1, ...] but the last; batch item 0
+    decides. Returns retained keys, retained values, and their indices (kept,) int64, ascending.
+    """
     keys = torch.cat([transition_keys, new_keys], 2)
-    values = torch.cat([transition_values, new_values], 2)
     similarity = segment_similarity(torch.unflatten(keys[0], 1, (-1, frame_tokens)), segments)
     # A stable sort breaks ties by the lowest index, as the ONNX body does.
     chosen = similarity.sort(stable=True).indices[:kept].sort().values
     size = frame_tokens // segments
+    values = torch.cat([transition_values, new_values], 2)
     return gather_segments(keys, chosen, size), gather_segments(values, chosen, size), chosen
 
 
 @torch.library.custom_op("forcingkv::dynamic_prune_follow", mutates_args=())
-def _follow(
+def prune_follow(
     transition_keys: Tensor,
     transition_values: Tensor,
     new_keys: Tensor,
@@ -100,6 +69,7 @@ def _follow(
     indices: Tensor,
     segment_tokens: int,
 ) -> tuple[Tensor, Tensor]:
+    """Collect the segments that the scoring layer chose: retained keys and retained values."""
     keys = torch.cat([transition_keys, new_keys], 2)
     values = torch.cat([transition_values, new_values], 2)
     return gather_segments(keys, indices, segment_tokens), gather_segments(values, indices, segment_tokens)
@@ -108,17 +78,17 @@ def _follow(
 # Shapes alone, for tracing.
 
 
-@_score.register_fake
+@prune_score.register_fake
 def _(tk: Tensor, tv: Tensor, nk: Tensor, nv: Tensor, frame_tokens: int, segments: int, kept: int) -> object:
     indices = nk.new_empty((kept,), dtype=torch.int64)
     return *_retained(nk, kept * (frame_tokens // segments)), indices
 
 
-@_follow.register_fake
+@prune_follow.register_fake
 def _(tk: Tensor, tv: Tensor, nk: Tensor, nv: Tensor, indices: Tensor, segment_tokens: int) -> object:
     return _retained(nk, indices.shape[0] * segment_tokens)
 
 
-def _retained(keys: Tensor, tokens: int) -> KeysAndValues:
+def _retained(keys: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     batch, heads, _, width = keys.shape
     return keys.new_empty((batch, heads, tokens, width)), keys.new_empty((batch, heads, tokens, width))

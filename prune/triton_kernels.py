@@ -43,16 +43,6 @@ except ImportError as error:
 SMS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are compiled for by default: every GPU since Ampere runs one of them."""
 
-FOLDER = "kernels"
-"""Where cubins lie in a bundle."""
-
-WARPS: Mapping[KernelName, int] = {"token_cosines": 4, "select_segments": 8, "compact_segments": 4}
-
-_BLOCKS: Mapping[KernelName, int] = {
-    "token_cosines": COSINE_BLOCK,
-    "select_segments": SELECT_BLOCK,
-    "compact_segments": COMPACT_BLOCK,
-}
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
@@ -189,11 +179,12 @@ def compact_segments(
     tl.store(retained + out * WIDTH + spot, tl.load(source + row * WIDTH + spot, mask), mask)
 
 
-_KERNELS: Mapping[KernelName, Any] = {
-    "token_cosines": token_cosines,
-    "select_segments": select_segments,
-    "compact_segments": compact_segments,
+_KERNELS: Mapping[KernelName, tuple[Any, int, int]] = {
+    "token_cosines": (token_cosines, COSINE_BLOCK, 4),
+    "select_segments": (select_segments, SELECT_BLOCK, 8),
+    "compact_segments": (compact_segments, COMPACT_BLOCK, 4),
 }
+"""Each with its BLOCK and the warps of a program."""
 
 
 def compile_kernels(folder: Path, dtype: Dtype, width: int, sms: Sequence[int] = SMS) -> list[KernelRecord]:
@@ -208,26 +199,21 @@ def compile_kernels(folder: Path, dtype: Dtype, width: int, sms: Sequence[int] =
         width: of a head.
         sms: compute capabilities, 89 for 8.9.
 
-    Returns:
-        Their records, by compute capability, then kernel.
-
-    Raises:
-        InputError: the folder cannot be written.
-        RuntimeError: a kernel needs more registers than there are (its width is too large), or ptxas fails.
+    Returns their records, by compute capability, then kernel. Raises InputError where the folder cannot be
+    written, RuntimeError where ptxas fails or a head is so wide that a kernel needs more registers than
+    there are.
     """
     records = []
     for sm in sms:
         for name in KERNELS:
-            file = f"{FOLDER}/{name}-{dtype}-sm{sm}.cubin"
-            compiled = compile_for(name, dtype, width, sm)
-            made = compiled.metadata
-            cubin, registers, spilled = assemble(compiled.asm["ptx"], sm)
+            file = f"kernels/{name}-{dtype}-sm{sm}.cubin"
+            ptx, made = compile_for(name, dtype, width, sm)
+            cubin, registers, spilled = assemble(ptx, sm)
             if spilled:
                 raise RuntimeError(f"{name} for sm_{sm} spills {spilled} bytes a thread (width {width})")
             write_bytes(folder / file, cubin)
-            facts: dict[str, Any] = {"symbol": made.name, "warps": made.num_warps}
-            facts |= {"shared_bytes": made.shared, "registers": registers, "spill_bytes": spilled}
-            records.append(KernelRecord(name, dtype, width, sm, file, **facts))
+            launch = made.name, made.num_warps, made.shared
+            records.append(KernelRecord(name, dtype, width, sm, file, *launch, registers, spilled))
     return records
 
 
@@ -236,7 +222,7 @@ def argument_types(name: KernelName, dtype: Dtype) -> dict[str, str]:
     keys = DTYPES[dtype].triton
     assert keys is not None
     pointers = {"cosines": "*fp32", "indices": "*i64"}  # all others are keys and values
-    annotations = _KERNELS[name].fn.__annotations__
+    annotations = _KERNELS[name][0].fn.__annotations__
     return {
         argument: {"tl.int32": "i32", "tl.constexpr": "constexpr"}.get(kind, pointers.get(argument, keys))
         for argument, kind in annotations.items()
@@ -244,20 +230,21 @@ def argument_types(name: KernelName, dtype: Dtype) -> dict[str, str]:
     }
 
 
-def compile_for(name: KernelName, dtype: Dtype, width: int, sm: int) -> Any:
-    """Triton's compilation of a kernel for a compute capability: `asm["ptx"]` and `metadata`."""
+def compile_for(name: KernelName, dtype: Dtype, width: int, sm: int) -> tuple[str, Any]:
+    """A kernel's PTX for a compute capability and those it serves, and Triton's metadata of it."""
+    kernel, block, warps = _KERNELS[name]
     types = argument_types(name, dtype)
-    constants = {"WIDTH": width, "CANDIDATES": MAX_CANDIDATES, "BLOCK": _BLOCKS[name]}
+    constants = {"WIDTH": width, "CANDIDATES": MAX_CANDIDATES, "BLOCK": block}
     # Pointers are multiples of 16 bytes, so rows are read 16 bytes at a time. Sizes may be any.
     pointers = [place for place, kind in enumerate(types.values()) if kind.startswith("*")]
     source = ASTSource(
-        _KERNELS[name],
+        kernel,
         types,
         {argument: constants[argument] for argument, kind in types.items() if kind == "constexpr"},
         {(place,): [["tt.divisibility", 16]] for place in pointers},
     )
     options = {
-        "num_warps": WARPS[name],
+        "num_warps": warps,
         # Old enough for drivers of 2024 where they know the GPU: engines can hold the PTX itself.
         "ptx_version": 84 if sm < 100 else 87 if sm in (100, 120) else 88,
         "enable_fp_fusion": False,  # one rounding for each operation, as in the interpreter
@@ -267,14 +254,14 @@ def compile_for(name: KernelName, dtype: Dtype, width: int, sm: int) -> Any:
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
         raise RuntimeError(f"{name} needs scratch memory, which launches do not give")
-    return compiled
+    return compiled.asm["ptx"].replace(f".target sm_{sm}a", f".target sm_{sm}"), compiled.metadata
 
 
 def assemble(ptx: str, sm: int) -> tuple[bytes, int, int]:
     """The cubin, its registers, and the bytes a thread keeps in local memory."""
     with tempfile.TemporaryDirectory() as place:
         source, cubin = Path(place, "kernel.ptx"), Path(place, "kernel.cubin")
-        source.write_text(ptx.replace(f".target sm_{sm}a", f".target sm_{sm}"), encoding="ascii")
+        source.write_text(ptx, encoding="ascii")
         ptxas = triton.knobs.nvidia.ptxas.path
         command = [ptxas, "-v", "--fmad=false", f"--gpu-name=sm_{sm}", source.name, "-o", cubin.name]
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)

@@ -24,7 +24,7 @@ def changed(**changes: Any) -> Policy:
 def test_a_choice_that_only_torch_knows_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     spec = small_spec()
     weights, out = random_model(spec).state_dict(), tmp_path / "bundle"
-    with pytest.raises(InputError, match=r"policy tried: chooses segments by .* can be compared in torch"):
+    with pytest.raises(InputError, match=r"the policy tried has choose = .* run in torch only"):
         export_bundle(spec, weights, changed(**changes), out, headmap=mixed_map(spec))
     assert not out.exists()
 

@@ -28,7 +28,7 @@ from tests.conftest import mixed_map, small_spec
     ("name", "sms", "words"),
     [
         ("tensorrt-rtx", (90,), "builds no engines for sm_90; expected one of 75, 80, 86, 89, 120, 121"),
-        ("tensorrt-rtx", (89, 100), "--target tensorrt, on a machine that has one"),
+        ("tensorrt-rtx", (89, 100), "--target tensorrt, on a machine with that GPU"),
     ],
 )
 def test_gpus_that_the_flavour_does_not_serve(name: str, sms: tuple[int, ...], words: str) -> None:

@@ -109,9 +109,9 @@ def test_body_and_operator_equal_the_loop(case: tuple[KeysValues, KeysValues, in
     places = np.concatenate([np.arange(i * size, (i + 1) * size) for i in expected])
     tokens = [torch.cat(pair, 2).numpy()[:, :, places] for pair in zip(transition, new, strict=True)]
 
-    retained, indices = prune_score(transition, new, size, segments, kept)
+    *retained, indices = prune_score(*transition, *new, frame, segments, kept)
     assert indices.tolist() == expected
-    followed = prune_follow(transition, new, indices, size)
+    followed = prune_follow(*transition, *new, indices, size)
     for found, wanted in zip((*retained, *followed), tokens * 2, strict=True):
         np.testing.assert_array_equal(found.numpy(), wanted)
 
@@ -131,7 +131,7 @@ def test_ties_go_to_the_lowest_index() -> None:
         KeysValues(frame, frame),
         KeysValues(frame.repeat(1, 1, 3, 1), frame.repeat(1, 1, 3, 1)),
     )
-    _, indices = prune_score(transition, new, 2, 6, 6)
+    *_, indices = prune_score(*transition, *new, 12, 6, 6)
     assert indices.tolist() == [0, 1, 2, 3, 4, 5]
     names = ["transition_keys", "transition_values", "new_keys", "new_values"]
     feed = dict(zip(names, (t.numpy() for t in (*transition, *new)), strict=True))

@@ -82,7 +82,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     one_frame, part, eleven = ((1, HEADS, tokens, WIDTH) for tokens in (FRAME, FRAME + 1, 11 * FRAME))
     with pytest.raises(ValueError, match="new keys hold 13 tokens, which is no multiple of 12"):
         check(DynamicPrune(FRAME, SEGMENTS, KEPT).sizes([one_frame, one_frame, part, part]))
-    with pytest.raises(ValueError, match="7 segments are to be kept, of 6"):
+    with pytest.raises(ValueError, match="7 segments are to be kept, and there are 6"):
         check(DynamicPrune(FRAME, SEGMENTS, 7).sizes([one_frame] * 4))
     with pytest.raises(InputError, match="has 66 segments to choose"):
         check(DynamicPrune(FRAME, SEGMENTS, KEPT).sizes([*[one_frame] * 2, *[eleven] * 2]))
@@ -94,7 +94,7 @@ def test_the_plugins_are_the_operators_that_export_writes() -> None:
     assert plugin.PLUGIN_NAMESPACE == onnx_operators.PLUGIN_NAMESPACE
     attributes = {f.name: set(f.attribute) - {"plugin_namespace"} for f in onnx_operators.prune_functions()}
     for kind in OPERATORS:
-        assert attributes[kind.name] == {field.name for field in fields(kind)}
+        assert attributes[kind.__name__] == {field.name for field in fields(kind)}
 
 
 def model(segments: int = SEGMENTS) -> bytes:

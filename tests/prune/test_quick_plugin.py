@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.wan import KeysValues
 from forcingkv.prune import onnx_operators, quick_plugin, triton_kernels
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes
 from forcingkv.prune.quick_plugin import QUICK_PLUGINS, QuickPlugin, kernel_text, register_quick_plugins
@@ -88,12 +87,8 @@ def test_what_is_launched_is_what_the_runtime_launches(
     kernels = [framework.kernel(plugin, nodes(transition)[plugin.name]) for plugin in QUICK_PLUGINS]
     assert [(kernel.symbol, kernel.grid, kernel.numbers) for kernel in kernels] == launched
     for plugin, kernel in zip(QUICK_PLUGINS, kernels, strict=True):
-        text = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, SM)
-        assert (kernel.ptx, kernel.threads, kernel.shared_bytes) == (
-            text.ptx,
-            32 * text.warps,
-            text.shared_bytes,
-        )
+        ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, SM)
+        assert (kernel.ptx, kernel.threads, kernel.shared_bytes) == (ptx, 32 * made.num_warps, made.shared)
 
 
 ORDER: dict[KernelName, list[int]] = {
@@ -107,8 +102,8 @@ ORDER: dict[KernelName, list[int]] = {
 @pytest.mark.parametrize("plugin", QUICK_PLUGINS, ids=lambda plugin: plugin.name)
 @pytest.mark.parametrize("sm", triton_kernels.SMS)
 def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin, sm: int) -> None:
-    text = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, sm)
-    entry = re.search(rf"\.entry {text.symbol}\(\n(.*?)\n\)", text.ptx, re.DOTALL)
+    ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, sm)
+    entry = re.search(rf"\.entry {made.name}\(\n(.*?)\n\)", ptx, re.DOTALL)
     assert entry is not None
     taken = re.findall(r"\.param (\.u\d+).* \w+_(\d+)", entry[1])
     assert [int(place) for _, place in taken] == ORDER[plugin.kernel]
@@ -118,9 +113,9 @@ def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin,
         *[".u32"] * sizes,
         *[".u64"] * len(plugin.outputs),
     ]
-    assert f".target sm_{sm}\n" in text.ptx
-    assert "/" not in "".join(re.findall(r'\.file.*"(.*)"', text.ptx))
-    cubin, _, spilled = triton_kernels.assemble(text.ptx, sm)
+    assert f".target sm_{sm}\n" in ptx
+    assert "/" not in "".join(re.findall(r'\.file.*"(.*)"', ptx))
+    cubin, _, spilled = triton_kernels.assemble(ptx, sm)
     assert cubin
     assert spilled == 0
 
@@ -251,13 +246,8 @@ def test_an_engine_runs_the_kernels_where_no_plugin_is_known(transition: int, tm
         assert done.returncode == 0, done.stderr
     outputs = torch.load(tmp_path / "outputs.pt")
     exact = {name: tensor.float() for name, tensor in inputs.items()}
-    retained, indices = prune_score(
-        KeysValues(exact["transition_keys"], exact["transition_values"]),
-        KeysValues(exact["new_keys"], exact["new_values"]),
-        SIZE,
-        SEGMENTS,
-        KEPT,
-    )
+    tensors = [exact[f"{when}_{kind}"] for when in lengths for kind in ("keys", "values")]
+    *retained, indices = prune_score(*tensors, FRAME, SEGMENTS, KEPT)
     assert outputs["indices"].tolist() == indices.tolist()
     for names in (("keys", "values"), ("keys2", "values2")):
         for name, wanted in zip(names, retained, strict=True):

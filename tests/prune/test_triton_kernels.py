@@ -122,10 +122,8 @@ def split(keys: Tensor, transition: int, generator: torch.Generator) -> tuple[Ke
 def check(pool: Executor, transition: KeysValues, new: KeysValues, sizes: Sizes) -> tuple[Tensor, list[int]]:
     """Kernels, body and torch operator choose and collect the same; returns cosines and indices."""
     cosines, indices, retained = prune(pool, transition, new, sizes)
-    others = [
-        body(transition, new, sizes),
-        prune_score(transition, new, sizes.segment_tokens, sizes.segments, sizes.kept)[::-1],
-    ]
+    *kept, chosen = prune_score(*transition, *new, sizes.frame_tokens, sizes.segments, sizes.kept)
+    others = [body(transition, new, sizes), (chosen, KeysValues(*kept))]
     for chosen, kept in others:
         assert indices.tolist() == chosen.tolist()
         for mine, its in zip(retained, kept, strict=True):
