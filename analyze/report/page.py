@@ -218,9 +218,10 @@ def _rc(theme: Theme) -> dict[Any, Any]:
         theme.line: ["axes.edgecolor"],
         theme.paper: ["axes.facecolor", "figure.facecolor", "savefig.facecolor"],
     }
-    settings = {name: colour for colour, names in colours.items() for name in names}
-    sizes = dict.fromkeys(("font.size", "axes.titlesize"), 11)
-    return settings | sizes | dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
+    settings: dict[Any, Any] = {name: colour for colour, names in colours.items() for name in names}
+    settings |= {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
+    settings |= {"legend.frameon": False, "legend.fontsize": 10}
+    return settings | {"legend.columnspacing": 1.2, "legend.handletextpad": 0.5}
 
 
 def _variables(theme: Theme) -> str:

@@ -292,13 +292,5 @@ def _map_size(layers: int, heads: int) -> tuple[float, float]:
 def _legend(axes: Axes, handles: list[Line2D] | None = None) -> None:
     """Above the axes, where it hides nothing."""
     given = handles if handles is not None else axes.get_legend_handles_labels()[0]
-    axes.legend(
-        handles=given,
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        ncols=2 if len(given) > 4 else 3,
-        frameon=False,
-        fontsize=10,
-        columnspacing=1.2,
-        handletextpad=0.5,
-    )
+    columns = 2 if len(given) > 4 else 3
+    axes.legend(handles=given, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns)
