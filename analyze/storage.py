@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 from polars.exceptions import PolarsError
 
@@ -29,6 +31,8 @@ VERSIONS = "versions.json"
 """File beside the samples that says what recorded them: not in theirs, so equal samples stay equal."""
 MEASURING = ("forcingkv", "torch", "numpy")
 """Packages that a sample depends on."""
+
+Ints = npt.NDArray[np.int64]
 
 _NAME = re.compile(r"^sample-(\d{4,})\.parquet$")
 
@@ -206,6 +210,13 @@ def collect(rows: pl.LazyFrame, place: str) -> pl.DataFrame:
         return rows.collect()
     except (OSError, PolarsError) as error:
         raise _damaged(place, error) from error
+
+
+def by_frame(rows: pl.DataFrame) -> tuple[Ints, Ints, npt.NDArray[np.float64]]:
+    """Each key frame of each row, one after the other: the row's index, the frame, and the mass on it."""
+    lengths = rows["key_frame"].list.len().to_numpy()
+    frames, mass = (rows[name].explode().to_numpy() for name in ("key_frame", "mass"))
+    return np.repeat(np.arange(len(rows)), lengths), frames.astype(np.int64), mass.astype(np.float64)
 
 
 def _damaged(where: str, error: Exception) -> InputError:
