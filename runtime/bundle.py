@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
-from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_file
+from forcingkv.headmaps.files import FileRecord, inside, read_json, record_file, verify_file
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
@@ -200,11 +200,7 @@ def _read_manifest(folder: Path) -> Manifest:
             where=str(folder),
             hint="Make one with: forcingkv export",
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"is not JSON ({error})", where=str(path)) from error
-    manifest = from_data(Manifest, data, str(path))
+    manifest = from_data(Manifest, read_json(path), str(path))
     for name in manifest.files:
         inside(folder, name)
     named: set[str | None] = {HEADMAP} if manifest.headmap else set()

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data, to_data
-from forcingkv.headmaps.files import FileRecord, inside, record_file, unwritable, write_text
+from forcingkv.headmaps.files import FileRecord, inside, read_json, record_file, unwritable, write_text
 from forcingkv.runtime.backends import Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
@@ -128,15 +128,9 @@ def read_snapshot(folder: Path, bundle: Bundle) -> SavedState:
     Raises InputError for a folder without a state, a damaged one, and one of another bundle.
     """
     path = folder / STATE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"holds no saved state ({error.strerror})", where=str(path), hint="Save one with Video.save."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error})", where=str(path)) from error
-    snapshot = from_data(Snapshot, data, str(path))
+    if not path.is_file():
+        raise InputError("holds no saved state", where=str(path), hint="Save one with Video.save.")
+    snapshot = from_data(Snapshot, read_json(path), str(path))
     if snapshot.bundle != bundle.digest:
         raise InputError(
             f"was saved of the bundle {snapshot.bundle[:12]}...",
