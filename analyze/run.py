@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +119,7 @@ class SampleRecorder:
             weights = Weights(
                 weights.shapes, lambda name: permute_tensor(name, job.weights[name], spec, orders)
             )
-        self._placed = {"dtype": getattr(torch, job.dtype), "device": job.device}
+        self._placed: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "device": job.device}
         model = build_model(spec, weights, **self._placed)
         self._record = partial(
             record_sample, model, plan, chunks=recording.chunks, rows=recording.rows, orders=orders

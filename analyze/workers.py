@@ -60,9 +60,8 @@ def record_with_ray(
         if job.threads is None and cluster == LOCAL:
             job = replace(job, threads=max(1, (os.cpu_count() or 1) // count))
         needs = {"num_gpus": 1} if job.device == "cuda" else {"num_cpus": job.threads or 1}
-        actor: Any = ray.remote(SampleRecorder).options(
-            max_restarts=RETRIES, max_task_retries=RETRIES, **needs
-        )
+        needs |= {"max_restarts": RETRIES, "max_task_retries": RETRIES}
+        actor: Any = ray.remote(SampleRecorder).options(**needs)
         # A worker started anew needs its arguments again, so they are small: texts go with the samples.
         arguments = (replace(job, texts=()), job.recording, storage.place)
         pool = ActorPool([actor.remote(*arguments) for _ in range(count)])
