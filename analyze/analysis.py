@@ -271,17 +271,14 @@ def needed(spread: npt.NDArray[Any]) -> dict[str, dict[str, int]]:
 def _decide(observations: Observations, recorded: Recorded, asked: Labelling) -> Decision:
     if asked.rule != "budget":
         return decide(observations, asked.rule, alpha=asked.alpha, static_per_layer=asked.static_per_layer)
-    recording = recorded.recording
-    budget = asked.budget or Budget("forcing-kv", f"{recording.width}x{recording.height}")
-    scores = observations.mean()[..., 0]
-    return decide_budget(scores, recording.spec, budget, observations.sink_frames)
+    budget, spec = asked.budget or Budget("forcing-kv", ""), recorded.recording.spec
+    return decide_budget(observations.mean()[..., 0], spec, budget, observations.sink_frames)
 
 
 def _heads(analysis: Analysis) -> list[dict[str, Any]]:
     stability, labels = analysis.stability, analysis.headmap.labels
-    figures = {"score": stability.score, **vars(stability.interval)}
-    for name in ("margin", "kept_samples", "kept_steps", "kept_chunks", "kept"):
-        figures[name] = getattr(stability, name)
+    kept = {f"kept_{part}": share for part, share in stability.kept_parts.items()} | {"kept": stability.kept}
+    figures = {"score": stability.score, **vars(stability.interval), "margin": stability.margin} | kept
     return [
         {
             "layer": layer,

@@ -49,9 +49,9 @@ def examples(stability: Stability) -> dict[Head, str]:
         heads = _ordered(margin, mask & decided)
         kinds[f"typical {side} head"] = heads[len(heads) // 2 :][:1]
     kinds["head nearest to the boundary"] = _ordered(np.abs(margin), np.isfinite(margin))
-    kept = {"step": stability.kept_steps, "chunk": stability.kept_chunks, "sample": stability.kept_samples}
-    for part, share in kept.items():
-        kinds[f"head that changes sides with the {part}"] = _ordered(share, stability.reasons[f"{part}s"])
+    for parts in ("steps", "chunks", "samples"):
+        flipping = _ordered(stability.kept_parts[parts], stability.reasons[parts])
+        kinds[f"head that changes sides with the {parts[:-1]}"] = flipping
     found: dict[Head, str] = {}
     for kind, heads in kinds.items():
         spare = [head for head in heads if head not in found]

@@ -138,7 +138,7 @@ def intervals(analysis: Analysis) -> Picture:
 
 def kept_labels(analysis: Analysis) -> Picture:
     """Share of samples that, each by itself, give a head its label."""
-    kept = analysis.stability.kept_samples
+    kept = analysis.stability.kept_parts["samples"]
     layers, heads = kept.shape
     texts: Texts = None
     if heads <= LETTERED:
@@ -169,7 +169,7 @@ def roles(analysis: Analysis, reason: str) -> Picture:
         name: scores[:, side & ~stability.undecided]
         for name, side in (("static", stability.static), ("dynamic", ~stability.static))
     }
-    kept = stability.kept_steps if reason == "steps" else stability.kept_chunks
+    kept = stability.kept_parts[reason]
     flipping = sorted(np.argwhere(stability.reasons[reason]).tolist(), key=lambda at: float(kept[tuple(at)]))
     places = np.arange(len(ticks))
 
