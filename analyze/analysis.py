@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.analyze.comparison import pairwise
-from forcingkv.analyze.labels import ALPHA, RULES, Decision, decide, decide_budget, label_rows, rule_name
+from forcingkv.analyze.labels import ALPHA, RULES, Decision, decide, decide_budget, label_rows, rounded_rows
 from forcingkv.analyze.scores import Divergence, Observations, divergence, observe, variance_split
 from forcingkv.analyze.stability import Stability, judge_stability, samples_needed
 from forcingkv.analyze.storage import Recorded, read_statistics
 from forcingkv.headmaps import Budget, HeadMap, InputError, ModelIdentity, Statistics
-from forcingkv.headmaps.fields import to_data
+from forcingkv.headmaps.fields import one_of, to_data
 from forcingkv.resampling import CONFIDENCE
 
 SINK_FRAMES = 1
@@ -90,7 +90,7 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
     asked = labelling or Labelling()
     recorded = read_statistics(place)
     observations = observe(recorded, asked.sink_frames)
-    kind = RULES[rule_name(asked.rule)]
+    kind = RULES[one_of(RULES, asked.rule, "rule")]
     decision = _decide(observations, recorded, replace(asked, rule="auto") if kind.classes else asked)
     stability = judge_stability(observations, decision)
     recording = recorded.recording
@@ -103,27 +103,19 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
         judged = Verdict(judged.level, (about, *judged.sentences))
     else:
         headmap = headmap_of(decision, stability, recording.model, measured, choice)
-    alternatives: dict[str, HeadMap] = {}
+    others: dict[str, HeadMap] = {}
     missing: dict[str, str] = {}
     for rule in [name for name, other in RULES.items() if other.compared or name == asked.rule == "budget"]:
         try:
-            found = _decide(observations, recorded, replace(asked, rule=rule))
+            same = rule == asked.rule
+            found = decision if same else _decide(observations, recorded, replace(asked, rule=rule))
         except InputError as error:
             missing[rule] = error.what
         else:
-            alternatives[rule] = labels_of_rule(found, observations, recording.model)
+            others[rule] = labels_of_rule(found, observations, recording.model)
+    split, apart = variance_split(observations), divergence(recorded)
     return Analysis(
-        recorded,
-        asked,
-        observations,
-        headmap,
-        decision,
-        stability,
-        judged,
-        variance_split(observations),
-        divergence(recorded),
-        alternatives,
-        missing,
+        recorded, asked, observations, headmap, decision, stability, judged, split, apart, others, missing
     )
 
 
@@ -159,10 +151,10 @@ def headmap_of(
         model=model,
         labels=label_rows(static),
         rule=replace(decision.rule, undecided=undecided),
-        scores=_rows(stability.score),
-        confidence=_rows(agree),
+        scores=rounded_rows(stability.score),
+        confidence=rounded_rows(agree),
         statistics=measured,
-        margins=_rows(stability.margin),
+        margins=rounded_rows(stability.margin),
         undecided=tuple(tuple(int(head) for head in np.flatnonzero(row)) for row in open_heads),
     )
 
@@ -170,7 +162,7 @@ def headmap_of(
 def labels_of_rule(decision: Decision, observations: Observations, model: ModelIdentity) -> HeadMap:
     """The map of a rule's labels alone, to be compared with others."""
     mean = observations.mean()
-    return HeadMap(model, label_rows(decision.static(mean)), decision.rule, scores=_rows(mean[..., 0]))
+    return HeadMap(model, label_rows(decision.static(mean)), decision.rule, scores=rounded_rows(mean[..., 0]))
 
 
 def verdict(stability: Stability, undecided: Undecided) -> Verdict:
@@ -279,27 +271,20 @@ def needed(spread: npt.NDArray[Any]) -> dict[str, dict[str, int]]:
 def _decide(observations: Observations, recorded: Recorded, asked: Labelling) -> Decision:
     if asked.rule != "budget":
         return decide(observations, asked.rule, alpha=asked.alpha, static_per_layer=asked.static_per_layer)
-    recording = recorded.recording
-    budget = asked.budget or Budget("forcing-kv", f"{recording.width}x{recording.height}")
-    scores = observations.mean()[..., 0]
-    return decide_budget(scores, recording.spec, budget, observations.sink_frames)
-
-
-def _rows(values: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(round(float(v), 6) for v in row) for row in values)
+    budget, spec = asked.budget or Budget("forcing-kv", ""), recorded.recording.spec
+    return decide_budget(observations.mean()[..., 0], spec, budget, observations.sink_frames)
 
 
 def _heads(analysis: Analysis) -> list[dict[str, Any]]:
     stability, labels = analysis.stability, analysis.headmap.labels
-    figures = {"score": stability.score, **vars(stability.interval)}
-    for name in ("margin", "kept_samples", "kept_steps", "kept_chunks", "kept"):
-        figures[name] = getattr(stability, name)
+    kept = {f"kept_{part}": share for part, share in stability.kept_parts.items()} | {"kept": stability.kept}
+    figures = {"score": stability.score, **vars(stability.interval), "margin": stability.margin} | kept
     return [
         {
             "layer": layer,
             "head": head,
             "label": labels[layer][head],
-            **{name: _round(float(values[layer, head])) for name, values in figures.items()},
+            **{name: _round(values[layer, head]) for name, values in figures.items()},
             "undecided_for": [name for name, found in stability.reasons.items() if found[layer, head]],
         }
         for layer, head in np.ndindex(stability.static.shape)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from forcingkv.analyze.comparison import Agreement, Change, Pair, agree, changes, common_letters, label_pairs
+from forcingkv.analyze.comparison import Change, Pair, agree, changes, common_letters, label_pairs
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap
 from forcingkv.plotting import figure, png, style
 
 # Names in a picture are shown as they are, not read as formulas.
-STYLE = {"font.size": 9, "text.parse_math": False, "text.usetex": False}
+STYLE: dict[str, Any] = {"font.size": 9, "text.parse_math": False, "text.usetex": False}
+STYLE |= {"legend.frameon": False, "legend.borderaxespad": 0}
+STYLE |= {"legend.handlelength": 1, "legend.handleheight": 1}
 COLOURS: dict[Pair, str] = {
     (STATIC, STATIC): "#cfe2f0",
     (DYNAMIC, DYNAMIC): "#e9e9e9",
@@ -58,69 +57,58 @@ def comparison_picture(a: HeadMap, b: HeadMap, names: Pair) -> bytes:
         drawing = figure(max(4.5, 0.8 + cell * heads + legend), max(2.4, height), 120)
         axes = drawing.subplots()
         _draw_cells(axes, a, b, kinds)
-        ring = None
         if cell >= LEGIBLE:
             _draw_letters(axes, changed, common_letters(a, b), cell)
-            ring = _draw_undecided(axes, changed, cell)
-        _draw_legend(axes, kinds, ring)
+            _draw_undecided(axes, changed, cell)
+        patches: list[Any] = [Patch(color=kind.colour, label=kind.text) for kind in kinds]
+        rings, _ = axes.get_legend_handles_labels()
+        axes.legend(handles=patches + rings, loc="upper left", bbox_to_anchor=(1.01, 1.0))
         _number(axes, layers, heads, cell)
-        title = _title(agreement, len(changed), layers * heads, names)
+        title = "\n".join(f"{side}  {_cut(name, 48)}" for side, name in zip("AB", names, strict=True))
+        title += f"\nagreement {agreement.share:.1%}, Cohen's kappa {agreement.kappa:.3f}"
+        title += f"\n{len(changed)} of {layers * heads} heads changed"
         drawing.suptitle(title, fontsize=10, ha="left", x=0.02)
         return png(drawing)
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     """Heads drawn alike."""
 
     colour: str
-    pairs: tuple[Pair, ...]
+    pairs: list[Pair]
     text: str
 
 
 def _kinds(a: HeadMap, b: HeadMap) -> list[_Kind]:
     """The kinds of heads there are: same static, same dynamic, changed between them, and the others."""
-    counts = label_pairs(a, b)
-    letters = common_letters(a, b)
-    plain = [pair for pair in COLOURS if pair in counts]
-    kinds = [_kind(COLOURS[pair], (pair,), counts, letters) for pair in plain]
+    counts, letters = label_pairs(a, b), common_letters(a, b)
+    groups = [(COLOURS[pair], [pair]) for pair in COLOURS if pair in counts]
     for same, palette, rest in ((True, SAME, REST_SAME), (False, CHANGED, REST_CHANGED)):
         others = [pair for pair in counts if pair not in COLOURS and (pair[0] == pair[1]) is same]
-        coloured = zip(palette[: len(others)], others[: len(palette)], strict=True)
-        kinds += [_kind(colour, (pair,), counts, letters) for colour, pair in coloured]
-        left = tuple(others[len(palette) :])
-        if left:
-            kinds.append(_kind(rest, left, counts, letters))
+        groups += [(colour, [pair]) for colour, pair in zip(palette, others, strict=False)]
+        if len(others) > len(palette):
+            groups.append((rest, others[len(palette) :]))
+    kinds = []
+    for colour, pairs in groups:
+        first, second = pairs[0]
+        if len(pairs) > 1:
+            text = f"{len(pairs)} other {'labels, same' if first == second else 'changes'}"
+        elif first == second:
+            text = f"same: {_cut(first)}"
+        else:
+            text = f"{letters[first]}{letters[second]}  {_cut(first)} → {_cut(second)}"
+        kinds.append(_Kind(colour, pairs, f"{text} ({sum(counts[pair] for pair in pairs)})"))
     return kinds
-
-
-def _kind(
-    colour: str, pairs: tuple[Pair, ...], counts: Mapping[Pair, int], letters: Mapping[str, str]
-) -> _Kind:
-    number = sum(counts[pair] for pair in pairs)
-    first, second = pairs[0]
-    same = first == second
-    if len(pairs) > 1:
-        text = f"{len(pairs)} other {'labels, same' if same else 'changes'}"
-    elif same:
-        text = f"same: {_cut(first)}"
-    else:
-        text = f"{letters[first]}{letters[second]}  {_cut(first)} → {_cut(second)}"
-    return _Kind(colour, pairs, f"{text} ({number})")
 
 
 def _draw_cells(axes: Axes, a: HeadMap, b: HeadMap, kinds: list[_Kind]) -> None:
     number = {pair: index for index, kind in enumerate(kinds) for pair in kind.pairs}
-    pairs = zip(itertools.chain(*a.labels), itertools.chain(*b.labels), strict=True)
-    cells = np.array([number[pair] for pair in pairs]).reshape(a.model.layers, a.model.heads)
-    axes.pcolormesh(
-        cells,
-        cmap=ListedColormap([kind.colour for kind in kinds]),
-        vmin=-0.5,
-        vmax=len(kinds) - 0.5,
-        edgecolors="white",
-        linewidth=0.8 if max(cells.shape) <= 50 else 0.0,
-    )
+    rows = zip(a.labels, b.labels, strict=True)
+    cells = np.array([[number[pair] for pair in zip(*row, strict=True)] for row in rows])
+    colours = ListedColormap([kind.colour for kind in kinds])
+    gap = 0.8 if max(cells.shape) <= 50 else 0.0
+    limits: dict[str, Any] = {"vmin": -0.5, "vmax": len(kinds) - 0.5}
+    axes.pcolormesh(cells, cmap=colours, edgecolors="white", linewidth=gap, **limits)
     axes.set_aspect("equal", anchor="NW")
     axes.invert_yaxis()
     axes.tick_params(length=0)
@@ -134,31 +122,13 @@ def _draw_letters(axes: Axes, changed: Sequence[Change], letters: Mapping[str, s
         axes.text(change.head + 0.5, change.layer + 0.54, text, ha="center", va="center", **font)
 
 
-def _draw_undecided(axes: Axes, changed: Sequence[Change], cell: float) -> Line2D | None:
-    """A ring in the corner of changed heads that a map calls undecided, and its line of the legend."""
+def _draw_undecided(axes: Axes, changed: Sequence[Change], cell: float) -> None:
+    """A ring in the corner of changed heads that a map calls undecided."""
     found = [change for change in changed if any(change.undecided)]
-    if not found:
-        return None
-    rows, columns = [c.layer + 0.18 for c in found], [c.head + 0.82 for c in found]
-    label = f"undecided in A or B ({len(found)})"
-    (drawn,) = axes.plot(
-        columns, rows, "o", color="white", mec="black", ms=cell * 11, mew=cell * 2, label=label
-    )
-    return drawn
-
-
-def _draw_legend(axes: Axes, kinds: list[_Kind], ring: Line2D | None) -> None:
-    """To the right of the grid."""
-    handles: list[Patch | Line2D] = [Patch(color=kind.colour, label=kind.text) for kind in kinds]
-    axes.legend(
-        handles=handles + ([ring] if ring else []),
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
-        frameon=False,
-        handlelength=1.0,
-        handleheight=1.0,
-        borderaxespad=0.0,
-    )
+    if found:
+        rows, columns = [c.layer + 0.18 for c in found], [c.head + 0.82 for c in found]
+        ring: dict[str, Any] = {"color": "white", "mec": "black", "ms": cell * 11, "mew": cell * 2}
+        axes.plot(columns, rows, "o", label=f"undecided in A or B ({len(found)})", **ring)
 
 
 def _number(axes: Axes, layers: int, heads: int, cell: float) -> None:
@@ -166,14 +136,6 @@ def _number(axes: Axes, layers: int, heads: int, cell: float) -> None:
     axes.set_xticks(np.arange(0, heads, step) + 0.5, [str(n) for n in range(0, heads, step)])
     axes.set_yticks(np.arange(0, layers, step) + 0.5, [str(n) for n in range(0, layers, step)])
     axes.set(xlabel="head", ylabel="layer")
-
-
-def _title(agreement: Agreement, changed: int, heads: int, names: Pair) -> str:
-    places = "\n".join(f"{side}  {_cut(name, 48)}" for side, name in zip("AB", names, strict=True))
-    return (
-        f"{places}\nagreement {agreement.share:.1%}, Cohen's kappa {agreement.kappa:.3f}\n"
-        f"{changed} of {heads} heads changed"
-    )
 
 
 def _cut(text: str, length: int = 18) -> str:

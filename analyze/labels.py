@@ -8,9 +8,9 @@ a step, a chunk), which is how stability is judged.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -97,7 +97,7 @@ def label_dummies(mass: Array, scores: Array, model: ModelIdentity, statistics: 
         model=model,
         labels=tuple(tuple(DUMMY_CLASSES[index] for index in row) for row in rows.tolist()),
         rule=Rule("dummy", sink_frames=DUMMY_SINK_FRAMES, dummy_heads=dummies),
-        scores=tuple(_rounded(row) for row in scores),
+        scores=rounded_rows(scores),
         statistics=statistics,
     )
 
@@ -156,7 +156,7 @@ def decide(
             reason = f"the threshold {alpha} would make {share:.0%} of the heads static, which splits nothing"
     if rule == "threshold":
         return _cut(np.full(len(features), alpha), Rule("threshold", reason, alpha, sink_frames=sink))
-    return _clusters(observations, "mixture" if rule == "mixture" else "kmeans", reason)
+    return _clusters(observations, rule, reason)
 
 
 def decide_budget(scores: Array, spec: ModelSpec, budget: Budget, sink_frames: int) -> Decision:
@@ -180,25 +180,22 @@ def decide_budget(scores: Array, spec: ModelSpec, budget: Budget, sink_frames: i
     heads = scores.size
     order = np.argsort(scores, axis=None, kind="stable")
 
-    def meets(dynamic: int) -> bool:
+    def cost_with(dynamic: int) -> float:
+        """The cost of so many dynamic heads; it rises with their number."""
         static = np.ones(heads, bool)
         static[order[:dynamic]] = False
-        return cost(plan_for(spec, static.reshape(scores.shape), budget)) <= target
+        return cost(plan_for(spec, static.reshape(scores.shape), budget))
 
-    if not meets(0):
+    dynamic = bisect_right(range(heads + 1), target, key=cost_with) - 1
+    if dynamic < 0:
         # Rounded up, so that what is named can be asked for.
-        least = math.ceil(cost(plan_for(spec, np.ones(scores.shape, bool), budget)) * 1e6) / 1e6
+        least = math.ceil(cost_with(0) * 1e6) / 1e6
         raise InputError(
             f"the target {target:.15g} {unit} cannot be met",
             where="budget",
             expected=f"at least {least:.15g} {unit}, which is what static heads alone take",
         )
-    # Costs rise with the number of dynamic heads: the last count that meets the target.
-    low, high = 0, heads
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if meets(middle) else (low, middle - 1)
-    return least_static(scores, heads - low, Rule("budget", sink_frames=sink_frames, budget=budget))
+    return least_static(scores, heads - dynamic, Rule("budget", sink_frames=sink_frames, budget=budget))
 
 
 def plan_for(spec: ModelSpec, static: npt.NDArray[np.bool_], budget: Budget) -> CachePlan:
@@ -218,11 +215,9 @@ def label_rows(static: Bools) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(STATIC if value else DYNAMIC for value in row) for row in static.tolist())
 
 
-def rule_name(name: str) -> str:
-    """The name, once it is known to be that of a rule. Raises InputError naming those there are."""
-    if name not in RULES:
-        raise InputError(f"there is no rule {name!r}", where="rule", expected=f"one of {', '.join(RULES)}")
-    return name
+def rounded_rows(values: Array) -> tuple[tuple[float, ...], ...]:
+    """Values (layers, heads) as a head map holds them."""
+    return tuple(_rounded(row) for row in values)
 
 
 def _cut(cuts: Array, rule: Rule) -> Decision:
@@ -248,7 +243,8 @@ def _between(values: Array, count: int) -> float:
     return float(above) - 1 if np.isinf(below) else float((above + below) / 2)
 
 
-def _clusters(observations: Observations, kind: Literal["kmeans", "mixture"], reason: str | None) -> Decision:
+def _clusters(observations: Observations, kind: str, reason: str | None) -> Decision:
+    """`kmeans` or `mixture`."""
     points = observations.mean()[..., 1:].reshape(-1, len(FEATURES) - 1)
     if len(np.unique(points, axis=0)) < 2:
         raise InputError("all heads look alike", where="rule", expected="heads that form two clusters")

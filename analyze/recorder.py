@@ -1,17 +1,20 @@
-"""Recording: what every head attends to while a video is generated, under any policy."""
+"""Recording: what every head attends to while a video is generated, under any policy.
+
+The attention matrix is never held: queries and keys are gone through in blocks, of which each query's
+log-sum-exp is kept (as in FlashAttention), so memory grows neither with the number of keys nor of queries.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import torch
 from torch import Tensor
 
-from forcingkv.analyze.mass import KeyRun, attention_statistics
 from forcingkv.analyze.recording import COLUMNS
 from forcingkv.headmaps import InputError
 from forcingkv.models.generate import generate, seeded_noise
@@ -23,8 +26,111 @@ from forcingkv.runtime.kv.roles import whole_frames
 CURRENT = "current"
 LEAST_ROWS = 2
 """Rows of a frame; fewer give no standard error."""
+KEY_BLOCK = 2048
+"""Keys looked at together."""
+LOGITS = 2**20
+"""Logits held together, over all heads."""
 
-Array = npt.NDArray[np.float32]
+
+class KeyRun(NamedTuple):
+    """Keys of tokens that lie one after the other in a latent frame."""
+
+    keys: Tensor
+    """(heads, tokens, head_dim), after RoPE."""
+    slot: int
+    """Place in the output that their mass is added to."""
+    offset: int = 0
+    """Place of the first of them in its frame."""
+
+
+class AttentionStatistics(NamedTuple):
+    """Means over the measured query rows of each query frame, and their standard errors.
+
+    Each (heads, query frames) but `mass` (heads, query frames, slots); float64.
+    """
+
+    mass: Tensor
+    """Share of attention on each slot; sums to 1 over slots."""
+    entropy: Tensor
+    """Of the attention over keys, in nats: -sum p ln p."""
+    same_position: Tensor
+    """Share of attention on keys that lie where the query does in its frame, its own included."""
+    mass_error: Tensor
+    entropy_error: Tensor
+    same_position_error: Tensor
+
+
+def attention_statistics(
+    queries: Tensor, runs: Sequence[KeyRun], places: Tensor, slots: int, frame_tokens: int
+) -> AttentionStatistics:
+    """Measure the attention of some query rows of each query frame over all keys.
+
+    The error of a mean over n of the N rows of a frame, drawn without replacement, is
+    s / sqrt(n) * sqrt(1 - n / N), s being the standard deviation of the rows (Cochran, Sampling
+    Techniques, 2.6): 0 if all rows are measured. 1.96 errors hold the mean of all rows in 95% of draws as
+    far as the mean is normally distributed: for mass and entropy it is, from some dozens of rows on;
+    for the same-position mass of a sharp head, to which a few rows contribute nearly all, less.
+
+    Args:
+        queries: (heads, query frames, rows, head_dim), after RoPE.
+        runs: every key that the queries attend to, each once.
+        places: (query frames, rows) int64, where each row lies in its frame.
+        slots: how many slots the runs name.
+        frame_tokens: tokens of a frame (N).
+    """
+    heads, frames, rows, _ = queries.shape
+    pieces = [
+        KeyRun(keys, run.slot, run.offset + block * KEY_BLOCK)
+        for run in runs
+        for block, keys in enumerate(run.keys.split(KEY_BLOCK, 1))
+    ]
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32  # never half precision
+    membership = torch.zeros(len(pieces), slots, dtype=dtype, device=queries.device)
+    membership[range(len(pieces)), [piece.slot for piece in pieces]] = 1
+    longest = max(piece.keys.shape[1] for piece in pieces)
+    step = max(1, LOGITS // (heads * longest))
+    sums = torch.zeros(2, heads, frames, slots + 2, dtype=torch.float64, device=queries.device)
+    for frame in range(frames):
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            values = _row_values(queries[:, frame, part], pieces, places[frame, part], membership).double()
+            sums[0, :, frame] += values.sum(1)
+            sums[1, :, frame] += values.square().sum(1)
+    mean = sums[0] / rows
+    spread = (sums[1] / rows - mean.square()).clamp(min=0) / max(rows - 1, 1)
+    error = (spread * (1 - rows / frame_tokens)).sqrt()
+    return AttentionStatistics(
+        *(part for both in (mean, error) for part in (both[..., :slots], both[..., slots], both[..., -1]))
+    )
+
+
+def _row_values(queries: Tensor, pieces: Sequence[KeyRun], places: Tensor, membership: Tensor) -> Tensor:
+    """(heads, rows, slots + 2): mass of each slot, entropy and same-position mass of each row."""
+    scaled = queries.to(membership) * queries.shape[-1] ** -0.5
+    logs, means, owns = zip(*(_piece_values(scaled, piece, places) for piece in pieces), strict=True)
+    by_piece = torch.stack(logs, -1)
+    total = by_piece.logsumexp(-1, keepdim=True)
+    share = (by_piece - total).exp()
+    entropy = total - (share * torch.stack(means, -1)).sum(-1, keepdim=True)
+    own = (torch.stack(owns, -1) - total).exp().sum(-1, keepdim=True)
+    return torch.cat([share @ membership, entropy, own], -1)
+
+
+def _piece_values(scaled: Tensor, piece: KeyRun, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(heads, rows) each: log-sum-exp of a row's logits, their mean under its softmax, the own place's."""
+    logits = scaled @ piece.keys.to(scaled).transpose(1, 2)
+    tokens = logits.shape[-1]
+    place = places - piece.offset
+    here = (place >= 0) & (place < tokens)
+    index = place.clamp(0, tokens - 1).expand(len(logits), -1).unsqueeze(-1)
+    own = logits.gather(-1, index).squeeze(-1).masked_fill(~here, -torch.inf)
+    highest = logits.amax(-1, keepdim=True)
+    logits -= highest
+    weights = logits.exp()
+    weight = weights.sum(-1)
+    mean = weights.mul_(logits).sum(-1) / weight
+    highest = highest.squeeze(-1)
+    return highest + weight.log(), highest + mean, own
 
 
 @dataclass(frozen=True)
@@ -113,19 +219,20 @@ class Recorder:
     ) -> tuple[list[KeyRun], list[tuple[str, int]]]:
         """The keys a group meets, and for each slot its role and latent frame."""
         plan = self.plan
-        own = whole_frames(plan, chunk * plan.spec.frames_per_chunk, plan.chunk_tokens)
         seen = [
             (role.name, held[role.name].keys[0], role.spans(plan, group, chunk, self._chosen))
             for role in group.roles
         ]
-        slots: list[tuple[str, int]] = []
+        seen.append(
+            (CURRENT, current, whole_frames(plan, chunk * plan.spec.frames_per_chunk, plan.chunk_tokens))
+        )
+        slots: dict[tuple[str, int], int] = {}
         runs: list[KeyRun] = []
-        for role, keys, spans in [*seen, (CURRENT, current, own)]:
+        for role, keys, spans in seen:
             for span, part in zip(spans, keys.split([span.tokens for span in spans], 1), strict=True):
-                if (role, span.frame) not in slots:
-                    slots.append((role, span.frame))
-                runs.append(KeyRun(part, slots.index((role, span.frame)), span.offset))
-        return runs, slots
+                slot = slots.setdefault((role, span.frame), len(slots))
+                runs.append(KeyRun(part, slot, span.offset))
+        return runs, list(slots)
 
     def _rows_of(self, part: _Part) -> pl.DataFrame:
         arrays = [value.cpu().numpy().astype(np.float32) for value in part.values]
@@ -137,40 +244,31 @@ class Recorder:
                 hint="Check the checkpoint for NaN weights.",
             )
         mass, entropy, same, mass_error, entropy_error, same_error = arrays
-        heads, frames, _ = mass.shape
         sink = np.array([frame == 0 for _, frame in part.slots])  # one slot at most
-        head, frame = np.indices((heads, frames), dtype=np.int32).reshape(2, -1)
-
-        def column(name: str, value: int) -> pl.Series:
-            return pl.Series(name, np.full(heads * frames, value, np.int32))
-
-        def lists(name: str, values: Array) -> pl.Series:
-            return pl.Series(name, values.reshape(heads * frames, -1)).arr.to_list()
-
+        head, frame = np.indices(entropy.shape, dtype=np.int32).reshape(2, -1)
         roles, key_frames = zip(*part.slots, strict=True)
-        rows = pl.DataFrame(
-            [
-                column("sample", self.sample),
-                column("chunk", part.chunk),
-                column("step", part.step),
-                column("layer", part.layer),
-                pl.Series("head", np.asarray(part.heads, np.int32)[head]),
-                pl.Series("query_frame", frame),
-                column("keys", part.keys),
-                pl.Series("entropy", entropy.ravel()),
-                pl.Series("same_position", same.ravel()),
-                pl.Series("sink", mass[..., sink].sum(-1).ravel()),
-                pl.Series("key_frame", [key_frames] * len(head), pl.List(pl.Int32)),
-                pl.Series("role", [roles] * len(head), pl.List(pl.String)),
-                lists("mass", mass),
-                lists("mass_error", mass_error),
-                pl.Series("entropy_error", entropy_error.ravel()),
-                pl.Series("same_position_error", same_error.ravel()),
-                pl.Series("sink_error", mass_error[..., sink].sum(-1).ravel()),
-            ]
+        return pl.DataFrame(
+            {
+                "sample": self.sample,
+                "chunk": part.chunk,
+                "step": part.step,
+                "layer": part.layer,
+                "head": np.asarray(part.heads)[head],
+                "query_frame": frame,
+                "keys": part.keys,
+                "entropy": entropy.ravel(),
+                "same_position": same.ravel(),
+                "sink": mass[..., sink].sum(-1).ravel(),
+                "key_frame": [key_frames] * len(head),
+                "role": [roles] * len(head),
+                "mass": mass.reshape(len(head), -1),
+                "mass_error": mass_error.reshape(len(head), -1),
+                "entropy_error": entropy_error.ravel(),
+                "same_position_error": same_error.ravel(),
+                "sink_error": mass_error[..., sink].sum(-1).ravel(),
+            },
+            schema=COLUMNS,
         )
-        assert rows.schema == COLUMNS, rows.schema
-        return rows
 
 
 def record_sample(

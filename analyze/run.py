@@ -1,6 +1,6 @@
 """A run: what is to be measured, recording the samples that are not there yet, and writing what follows.
 
-`Job` says what, `SampleRecorder` records one sample in any process, `analyze_heads` does everything.
+`Job` says what, `SampleRecorder` records samples in any process, `analyze_heads` does everything.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import torch
 
 from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics, summary_json
@@ -32,6 +31,7 @@ from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 Device = Literal["cpu", "cuda"]
+Text = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 """(samples done, chunks done of those under way)."""
 
@@ -42,7 +42,7 @@ class Job:
 
     spec: ModelSpec
     weights: Weights
-    texts: Sequence[npt.NDArray[np.float32]]
+    texts: Sequence[Text]
     """Text inputs, each (1, text_length, text_width); sample i uses text i, in turn."""
     seed: int = 0
     """Seed of sample 0; sample i has this plus i."""
@@ -102,44 +102,35 @@ class Job:
             dtype=self.dtype,
         )
 
-    def text(self, sample: int) -> npt.NDArray[np.float32]:
+    def text(self, sample: int) -> Text:
         """The text input of a sample."""
         return self.texts[sample % len(self.texts)]
 
 
 class SampleRecorder:
-    """A model on its device, ready to record samples of a job."""
+    """A model on its device, ready to record samples of a job. Their files go to `place`."""
 
-    def __init__(self, job: Job, recording: Recording) -> None:
+    def __init__(self, job: Job, recording: Recording, place: str) -> None:
         if job.threads:
             torch.set_num_threads(job.threads)
-        self.job, self.recording = job, recording
-        self.plan = job.plan()
-        self.orders = head_orders(job.spec, self.plan.policy, job.headmap)
-        self.dtype: torch.dtype = getattr(torch, job.dtype)
-        weights, spec, orders = job.weights, job.spec, self.orders
-        if self.plan.policy.needs_headmap:
+        plan, weights, spec = job.plan(), job.weights, job.spec
+        orders = head_orders(spec, plan.policy, job.headmap)
+        if plan.policy.needs_headmap:
             weights = Weights(
                 weights.shapes, lambda name: permute_tensor(name, job.weights[name], spec, orders)
             )
-        self.model = build_model(spec, weights, job.device, self.dtype)
-
-    def record(
-        self, sample: int, text: npt.NDArray[np.float32], progress: Callable[[int], None] = lambda chunk: None
-    ) -> pl.DataFrame:
-        """The rows of a sample with that text. Raises InputError where attention is not a number."""
-        placed = torch.tensor(text, dtype=self.dtype, device=self.job.device)
-        return record_sample(
-            self.model,
-            self.plan,
-            placed,
-            self.job.seed + sample,
-            sample,
-            self.recording.chunks,
-            rows=self.recording.rows,
-            orders=self.orders,
-            progress=progress,
+        self._placed: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "device": job.device}
+        model = build_model(spec, weights, **self._placed)
+        self._record = partial(
+            record_sample, model, plan, chunks=recording.chunks, rows=recording.rows, orders=orders
         )
+        self._recording, self._storage = recording, Storage(place)
+
+    def record(self, sample: int, text: Text, progress: Callable[[int], None] = lambda chunk: None) -> None:
+        """Record a sample with that text. Raises InputError where attention is not a number."""
+        placed = torch.tensor(text, **self._placed)
+        rows = self._record(placed, self._recording.seed + sample, sample, progress=progress)
+        self._storage.write(rows, self._recording.of(sample, text))
 
 
 def choose_device(name: str | None) -> Device:
@@ -236,11 +227,9 @@ def record_samples(
 
         record_with_ray(job, storage, missing, cluster, workers, lambda left: finished(samples - left))
         return missing
-    recorder = SampleRecorder(job, recording)
+    recorder = SampleRecorder(job, recording, storage.place)
     for done, sample in enumerate(missing, samples - len(missing)):
-        text = job.text(sample)
-        rows = recorder.record(sample, text, lambda chunk, done=done: progress(done, chunk))  # type: ignore[misc]
-        storage.write(rows, recording.of(sample, text))
+        recorder.record(sample, job.text(sample), partial(progress, done))
         finished(done + 1)
     return missing
 

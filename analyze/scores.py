@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from forcingkv.analyze.storage import Recorded, collect
+from forcingkv.analyze.storage import Ints, Recorded, by_frame, collect
 from forcingkv.headmaps.errors import InputError
 
 FEATURES = ("score", "current", "transition")
@@ -60,10 +60,10 @@ class FrameMass:
     """The mass on every key frame of every scored row, flat."""
 
     mass: Array
-    key_frame: npt.NDArray[np.int64]
-    first: npt.NDArray[np.int64]
+    key_frame: Ints
+    first: Ints
     """The first frame of the current chunk of that row."""
-    starts: npt.NDArray[np.int64]
+    starts: Ints
     """Where each row begins."""
     shape: tuple[int, ...]
     """(samples, chunks, steps, layers, heads, query frames)."""
@@ -100,14 +100,9 @@ def frame_mass(recorded: Recorded) -> FrameMass:
     steps = len(spec.schedule.timesteps)
     shape = (len(recorded.samples), chunks, steps, spec.layers, spec.heads, spec.frames_per_chunk)
     _check(rows, recorded, int(np.prod(shape[1:])))
-    lengths = rows["key_frame"].list.len().to_numpy()
-    found = FrameMass(
-        mass=rows["mass"].explode().to_numpy().astype(np.float64),
-        key_frame=rows["key_frame"].explode().to_numpy().astype(np.int64),
-        first=np.repeat(rows["chunk"].to_numpy().astype(np.int64) * spec.frames_per_chunk, lengths),
-        starts=np.concatenate([[0], np.cumsum(lengths[:-1])]).astype(np.int64),
-        shape=shape,
-    )
+    row, key_frame, mass = by_frame(rows)
+    first = rows["chunk"].to_numpy().astype(np.int64)[row] * spec.frames_per_chunk
+    found = FrameMass(mass, key_frame, first, np.searchsorted(row, np.arange(len(rows))), shape)
     _check_mass(found.share(found.key_frame >= 0), recorded)
     return found
 
@@ -181,11 +176,10 @@ def divergence(recorded: Recorded) -> Divergence:
     rows = collect(lazy.select(*keys, "key_frame", "mass").sort(keys), recorded.place)
     spec = recorded.recording.spec
     heads = spec.layers * spec.heads
-    key_frame = rows["key_frame"].explode().to_numpy()
-    row = np.repeat(np.arange(len(rows)), rows["key_frame"].list.len().to_numpy())
+    row, key_frame, mass = by_frame(rows)
     # Under policies that prune, heads see different frames: those not seen have no mass.
     features = np.zeros((len(rows), int(key_frame.max()) + 1))
-    np.add.at(features, (row, key_frame), rows["mass"].explode().to_numpy())
+    np.add.at(features, (row, key_frame), mass)
     points = features.reshape(heads, len(recorded.samples) * len(spec.schedule.timesteps), -1)
     means = points.mean(1)
     within = float(((points - means[:, None]) ** 2).sum(-1).mean())

@@ -23,7 +23,7 @@ REASONS = {
     "interval": "the interval of its score holds the boundary: more samples may settle it",
     "samples": "its label differs in more than 5% of samples",
     "steps": "at some denoising step it is clearly on the other side",
-    "chunks": "at some chunk, so length of history, it is clearly on the other side",
+    "chunks": "at some chunk, that is, length of history, it is clearly on the other side",
 }
 """Why a head is undecided."""
 
@@ -45,10 +45,8 @@ class Stability:
     """Distance from the rule's boundary, in its own units."""
     spread: Array
     """Standard deviation of the score over samples; NaN for one sample."""
-    kept_samples: Array
-    """Share of samples in which the head, judged by that sample alone, has its label."""
-    kept_steps: Array
-    kept_chunks: Array
+    kept_parts: dict[str, Array]
+    """For `samples`, `steps` and `chunks` the share of them that alone give the head its label."""
     kept: Array
     """Share of single observations (sample, chunk, step) in which it has its label."""
     reasons: dict[str, Bools]
@@ -64,7 +62,7 @@ class Stability:
     @property
     def firm(self) -> Bools:
         """Heads that keep their label in `CONFIDENCE` of samples."""
-        return self.kept_samples >= CONFIDENCE
+        return self.kept_parts["samples"] >= CONFIDENCE
 
 
 def judge_stability(observations: Observations, decision: Decision) -> Stability:
@@ -83,8 +81,7 @@ def judge_stability(observations: Observations, decision: Decision) -> Stability
     def kept(axes: tuple[int, ...]) -> Array:
         """Share of parts (what is left when the axes are averaged) in which the label holds."""
         same = decision.static(values.mean(axes)) == static
-        flat = same.reshape(-1, *static.shape)
-        return np.asarray(flat.mean(0))
+        return np.asarray(same.reshape(-1, *static.shape).mean(0))
 
     weights = resampling_weights(samples, RESAMPLES)
 
@@ -105,9 +102,10 @@ def judge_stability(observations: Observations, decision: Decision) -> Stability
 
     overall = margins(values.mean((1, 2)))
     by_sample = values[..., 0].mean((1, 2))
+    kept_parts = {"samples": kept((1, 2)), "steps": kept((0, 1)), "chunks": kept((0, 2))}
     reasons = {
         "interval": (overall.low < 0) & (overall.high >= 0),
-        "samples": kept((1, 2)) < CONFIDENCE,
+        "samples": kept_parts["samples"] < CONFIDENCE,
         "steps": opposite(values.mean(1)),
         "chunks": opposite(values.mean(2)),
     }
@@ -117,9 +115,7 @@ def judge_stability(observations: Observations, decision: Decision) -> Stability
         interval=percentile_interval(np.tensordot(weights, by_sample, 1), samples),
         margin=decision.margin(mean),
         spread=by_sample.std(0, ddof=1) if samples > 1 else np.full(static.shape, np.nan),
-        kept_samples=kept((1, 2)),
-        kept_steps=kept((0, 1)),
-        kept_chunks=kept((0, 2)),
+        kept_parts=kept_parts,
         kept=kept(()),
         reasons=reasons,
         samples=samples,

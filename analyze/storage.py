@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 from polars.exceptions import PolarsError
 
@@ -29,6 +31,8 @@ VERSIONS = "versions.json"
 """File beside the samples that says what recorded them: not in theirs, so equal samples stay equal."""
 MEASURING = ("forcingkv", "torch", "numpy")
 """Packages that a sample depends on."""
+
+Ints = npt.NDArray[np.int64]
 
 _NAME = re.compile(r"^sample-(\d{4,})\.parquet$")
 
@@ -82,15 +86,14 @@ class Storage:
         """
         if not self.samples():
             return
-        current = _installed()
-        where = posixpath.join(self.place, VERSIONS)
         try:
-            recorded = json.loads(self._files.cat_file(posixpath.join(self._root, VERSIONS)))
+            recorded = json.loads(self._files.cat_file(self._at(VERSIONS)))
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            hint = "Measure everything anew with --restart."
+            where, hint = posixpath.join(self.place, VERSIONS), "Measure everything anew with --restart."
             raise InputError(f"cannot be read ({first_line(error)})", where=where, hint=hint) from error
+        current = _installed()
         if recorded != current:
             raise InputError(
                 f"was recorded by {_listed(recorded)}",
@@ -102,13 +105,12 @@ class Storage:
 
     def _put(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all."""
-        path = posixpath.join(self._root, name)
         if self._is_local:
-            write_bytes(Path(path), content)
+            write_bytes(Path(self._at(name)), content)
             return
         try:
             self._files.makedirs(self._root, exist_ok=True)
-            self._files.pipe_file(path, content)  # an object appears whole
+            self._files.pipe_file(self._at(name), content)  # an object appears whole
         except OSError as error:
             raise unwritable(Path(self.place, name), error) from error
 
@@ -116,7 +118,7 @@ class Storage:
         """What a file says it holds. Raises InputError for a damaged file, or another's."""
         where = self.path(sample)
         try:
-            with self._files.open(self._file(sample), "rb") as file:
+            with self._files.open(self._at(_name(sample)), "rb") as file:
                 metadata = pl.read_parquet_metadata(file)
                 file.seek(0)
                 columns = pl.read_parquet_schema(file)
@@ -138,18 +140,18 @@ class Storage:
 
     def scan(self, samples: Sequence[int]) -> pl.LazyFrame:
         """One lazy scan over those files."""
-        files = [self._file(sample) for sample in samples]
+        files = [self._at(_name(sample)) for sample in samples]
         return pl.scan_parquet(files if self._is_local else [self._files.cat_file(file) for file in files])
 
     def clear(self) -> None:
         """Delete all samples, and the note of what recorded them."""
         for sample in self.samples():
-            self._files.rm_file(self._file(sample))
-        if self._files.exists(posixpath.join(self._root, VERSIONS)):
-            self._files.rm_file(posixpath.join(self._root, VERSIONS))
+            self._files.rm_file(self._at(_name(sample)))
+        if self._files.exists(self._at(VERSIONS)):
+            self._files.rm_file(self._at(VERSIONS))
 
-    def _file(self, sample: int) -> str:
-        return posixpath.join(self._root, _name(sample))
+    def _at(self, name: str) -> str:
+        return posixpath.join(self._root, name)
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,13 @@ def collect(rows: pl.LazyFrame, place: str) -> pl.DataFrame:
         return rows.collect()
     except (OSError, PolarsError) as error:
         raise _damaged(place, error) from error
+
+
+def by_frame(rows: pl.DataFrame) -> tuple[Ints, Ints, npt.NDArray[np.float64]]:
+    """Each key frame of each row, one after the other: the row's index, the frame, and the mass on it."""
+    lengths = rows["key_frame"].list.len().to_numpy()
+    frames, mass = (rows[name].explode().to_numpy() for name in ("key_frame", "mass"))
+    return np.repeat(np.arange(len(rows)), lengths), frames.astype(np.int64), mass.astype(np.float64)
 
 
 def _damaged(where: str, error: Exception) -> InputError:

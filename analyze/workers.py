@@ -1,6 +1,6 @@
 """Samples spread over Ray workers, each with its own model and device.
 
-A worker writes each sample where the run's statistics lie; only numbers of samples travel back. A worker
+A worker writes each sample where the run's statistics lie; nothing travels back. A worker
 that dies is started anew and its sample recorded again: since a sample's file appears whole or not at
 all, and always under the same name, nothing is counted twice.
 """
@@ -17,32 +17,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from forcingkv.analyze.recording import Recording
 from forcingkv.analyze.run import Job, SampleRecorder
 from forcingkv.analyze.storage import Storage
 from forcingkv.headmaps.errors import InputError, MissingExtraError, first_line
 
-Text = npt.NDArray[np.float32]
-
 LOCAL = "local"
 RETRIES = 3
 """How often a worker may die over one run before it is given up."""
-
-
-class SampleWorker:
-    """A Ray actor: records samples of one job, each with the text it is given."""
-
-    def __init__(self, job: Job, recording: Recording, place: str) -> None:
-        self._recorder, self._storage = SampleRecorder(job, recording), Storage(place)
-        self._recording = recording
-
-    def record(self, sample: int, text: Text) -> int:
-        """Record a sample and write its file. Returns its number."""
-        self._storage.write(self._recorder.record(sample, text), self._recording.of(sample, text))
-        return sample
 
 
 def record_with_ray(
@@ -79,7 +60,8 @@ def record_with_ray(
         if job.threads is None and cluster == LOCAL:
             job = replace(job, threads=max(1, (os.cpu_count() or 1) // count))
         needs = {"num_gpus": 1} if job.device == "cuda" else {"num_cpus": job.threads or 1}
-        actor: Any = ray.remote(SampleWorker).options(max_restarts=RETRIES, max_task_retries=RETRIES, **needs)
+        needs |= {"max_restarts": RETRIES, "max_task_retries": RETRIES}
+        actor: Any = ray.remote(SampleRecorder).options(**needs)
         # A worker started anew needs its arguments again, so they are small: texts go with the samples.
         arguments = (replace(job, texts=()), job.recording, storage.place)
         pool = ActorPool([actor.remote(*arguments) for _ in range(count)])

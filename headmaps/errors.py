@@ -5,8 +5,8 @@ It lives in `headmaps` because that is the one folder every other may import.
 
 from __future__ import annotations
 
+import copyreg
 import re
-from collections.abc import Callable
 
 PREDICATES = re.compile(
     "(is|are|was|has|have|holds|names|lacks|lets|needs|takes|gives|does|cannot|decodes|describes|leaves|lists|uses)"
@@ -33,16 +33,9 @@ class InputError(ValueError):
         message += f"; expected {expected}." if expected else "."
         super().__init__(f"{message} {hint}" if hint else message)
 
-    def __reduce__(self) -> tuple[Callable[..., InputError], tuple[object, ...]]:
-        """Errors come back from other processes whole."""
-        return _rebuilt, (type(self), self.args, self.__dict__)
-
-
-def _rebuilt(kind: type[InputError], args: tuple[object, ...], parts: dict[str, object]) -> InputError:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    error.__dict__.update(parts)
-    return error
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors come back from other processes whole, without a call of `__init__`."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class MissingExtraError(InputError):

@@ -1,8 +1,7 @@
 """Reading a frozen dataclass from JSON or TOML data, strictly, with errors that name the field.
 
-The runtime may import nothing but numpy and its backends, so this stands in for a validation
-library. It knows what the files of forcingkv need: scalars, literals, tuples, mappings, optional
-values and nested dataclasses.
+It stands in for a validation library, which the runtime would have to install beside numpy, and knows what
+the files of forcingkv need: scalars, literals, tuples, mappings, optional values and nested dataclasses.
 """
 
 from __future__ import annotations
@@ -97,8 +96,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def one_of(kind: Any, name: str, what: str) -> Any:
-    """The value of a Literal that a user named. Raises InputError, listing those there are."""
-    known = typing.get_args(kind)
+    """What a user named of a Literal or of several names. Raises InputError, listing those there are."""
+    known = typing.get_args(kind) or kind
     if name not in known:
         raise InputError(f"there is no {what} {name!r}", where=what, expected=f"one of {', '.join(known)}")
     return name
@@ -119,7 +118,7 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         return data
     if origin is tuple:
         return _tuple(args, data, where)
-    if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
+    if origin in (dict, Mapping):
         if not isinstance(data, Mapping):
             raise InputError(f"is {shown(data)}", where=where, expected="a table")
         return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in data.items()}

@@ -1,14 +1,16 @@
-"""Files: names that stay inside a folder, digests, and writing that is all or nothing."""
+"""Files: names that stay inside a folder, digests, reading JSON, and writing that is all or nothing."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from forcingkv.headmaps.errors import InputError
 
@@ -67,6 +69,16 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
             hint="The file was changed: export or copy the bundle again.",
         )
     return path
+
+
+def read_json(path: Path | str) -> Any:
+    """The content of a JSON file. Raises InputError where it cannot be read, or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not JSON ({error})", where=str(path)) from error
 
 
 def unwritable(path: Path, error: OSError) -> InputError:

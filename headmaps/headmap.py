@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, Literal
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
-from forcingkv.headmaps.files import write_text
+from forcingkv.headmaps.files import read_json, write_text
 
-SCHEMA = "forcingkv.headmap/1"
+SCHEMA: Literal["forcingkv.headmap/1"] = "forcingkv.headmap/1"
 STATIC, DYNAMIC = "static", "dynamic"
 EVIDENCE = ("scores", "confidence", "margins", "undecided")
 """What a map may say of each layer's heads, beside their labels."""
@@ -152,14 +153,7 @@ class HeadMap:
         Raises InputError for a file that cannot be read, a wrong field, a number that is not
         finite, or heads that do not cover every layer exactly once.
         """
-        where = str(path)
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"cannot be read ({error.strerror})", where=where) from error
-        except ValueError as error:
-            raise InputError(f"is not JSON ({error})", where=where) from error
-        return cls.from_json(data, where)
+        return cls.from_json(read_json(path), str(path))
 
     @classmethod
     def from_json(cls, data: Any, where: str = "head map") -> HeadMap:
@@ -200,13 +194,13 @@ class HeadMap:
                 layer=number,
                 heads={
                     label: tuple(head for head, given in enumerate(labels) if given == label)
-                    for label in sorted(set(self._used), reverse=True)
+                    for label in self.counts()
                 },
                 **{name: getattr(self, name)[number] for name in EVIDENCE if getattr(self, name)},
             )
             for number, labels in enumerate(self.labels)
         )
-        file = _File("forcingkv.headmap/1", self.model, self.rule, layers, self.statistics, self.source)
+        file = _File(SCHEMA, self.model, self.rule, layers, self.statistics, self.source)
         data: dict[str, Any] = to_data(file)
         return data
 
@@ -225,7 +219,7 @@ class HeadMap:
 
     def counts(self) -> dict[str, int]:
         """Heads of each label."""
-        return {label: self._used.count(label) for label in sorted(set(self._used), reverse=True)}
+        return dict(sorted(Counter(itertools.chain(*self.labels)).items(), reverse=True))
 
     def letters(self) -> dict[str, str]:
         """A letter for each label, to draw the map with: its first that no other label has."""
@@ -249,14 +243,10 @@ class HeadMap:
                 expected=f"{layers} layers of {heads} heads",
                 hint="Use the map made for this model, or analyze it: forcingkv analyze heads",
             )
-        others = ", ".join(map(repr, sorted(set(self._used) - labels)))
+        others = ", ".join(map(repr, sorted(set(self.counts()) - labels)))
         if others:
             expected = f"only {', '.join(sorted(labels))}"
             raise InputError(f"uses the label {others}", where="the head map", expected=expected)
-
-    @property
-    def _used(self) -> list[str]:
-        return [label for row in self.labels for label in row]
 
 
 def labels_of(number: int, groups: Mapping[str, Sequence[int]], heads: int, where: str) -> tuple[str, ...]:

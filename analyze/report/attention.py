@@ -14,7 +14,7 @@ from forcingkv.analyze.analysis import Analysis
 from forcingkv.analyze.report.page import Picture, Theme, drawn
 from forcingkv.analyze.report.pictures import WIDTH
 from forcingkv.analyze.stability import Stability
-from forcingkv.analyze.storage import Recorded, collect
+from forcingkv.analyze.storage import Recorded, by_frame, collect
 from forcingkv.runtime.spec import ModelSpec
 
 NUMBERED = 12
@@ -49,9 +49,9 @@ def examples(stability: Stability) -> dict[Head, str]:
         heads = _ordered(margin, mask & decided)
         kinds[f"typical {side} head"] = heads[len(heads) // 2 :][:1]
     kinds["head nearest to the boundary"] = _ordered(np.abs(margin), np.isfinite(margin))
-    kept = {"step": stability.kept_steps, "chunk": stability.kept_chunks, "sample": stability.kept_samples}
-    for part, share in kept.items():
-        kinds[f"head that changes sides with the {part}"] = _ordered(share, stability.reasons[f"{part}s"])
+    for parts in ("steps", "chunks", "samples"):
+        flipping = _ordered(stability.kept_parts[parts], stability.reasons[parts])
+        kinds[f"head that changes sides with the {parts[:-1]}"] = flipping
     found: dict[Head, str] = {}
     for kind, heads in kinds.items():
         spare = [head for head in heads if head not in found]
@@ -95,15 +95,12 @@ def frame_attention(
 
 def _mass(rows: pl.DataFrame, frames: Sequence[int], query_frames: int) -> Array:
     """Mass by query and key frame, summed over samples; NaN where no row has the key frame."""
-    lengths = rows["key_frame"].list.len().to_numpy()
-    queries = np.repeat(rows["query_frame"].to_numpy(), lengths)
-    places = np.searchsorted(frames, rows["key_frame"].explode().to_numpy())
-    # A frame can be there twice, once retained in part and once whole.
-    total = np.zeros((query_frames, len(frames)))
-    np.add.at(total, (queries, places), rows["mass"].explode().to_numpy().astype(np.float64))
-    seen = np.zeros(total.shape, bool)
-    seen[queries, places] = True
-    return np.where(seen, total, np.nan)
+    row, key_frame, mass = by_frame(rows)
+    cells = rows["query_frame"].to_numpy()[row], np.searchsorted(frames, key_frame)
+    total = np.full((query_frames, len(frames)), np.nan)
+    total[cells] = 0
+    np.add.at(total, cells, mass)  # a frame can be there twice, once retained in part and once whole
+    return total
 
 
 def attention_pictures(analysis: Analysis) -> dict[Head, tuple[str, Picture]]:

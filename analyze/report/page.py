@@ -152,23 +152,15 @@ def page(title: str, level: str, head: Sequence[str], sections: Sequence[tuple[s
         sections: (anchor, title, content).
     """
     contents = [node("li", node("a", name, href=f"#{anchor}")) for anchor, name, _ in sections]
-    parts = [
-        node(
-            "section",
-            node("h2", name, id=f"{anchor}-title"),
-            content,
-            id=anchor,
-            aria_labelledby=f"{anchor}-title",
-        )
-        for anchor, name, content in sections
-    ]
-    colours = (
-        f":root{{{_variables(LIGHT)}}}@media (prefers-color-scheme: dark){{:root{{{_variables(DARK)}}}}}"
-    )
+    parts = []
+    for anchor, name, content in sections:
+        heading = node("h2", name, id=f"{anchor}-title")
+        parts.append(node("section", heading, content, id=anchor, aria_labelledby=f"{anchor}-title"))
+    dark = f"@media (prefers-color-scheme: dark){{:root{{{_variables(DARK)}}}}}"
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         title=_markup(title),
-        colours=colours,
+        colours=f":root{{{_variables(LIGHT)}}}{dark}",
         level=level,
         head="".join(head),
         contents="".join(contents),
@@ -204,10 +196,9 @@ def _png(
         canvas.draw()  # type: ignore[no-untyped-call]
         pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
         image = Image.fromarray(pixels).convert("RGB")
+        few = image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         target = io.BytesIO()
-        image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-            target, "png", optimize=True
-        )
+        few.save(target, "png", optimize=True)
         return target.getvalue(), [axes.get_position() for axes in figure.axes]
 
 
@@ -218,9 +209,10 @@ def _rc(theme: Theme) -> dict[Any, Any]:
         theme.line: ["axes.edgecolor"],
         theme.paper: ["axes.facecolor", "figure.facecolor", "savefig.facecolor"],
     }
-    settings = {name: colour for colour, names in colours.items() for name in names}
-    sizes = dict.fromkeys(("font.size", "axes.titlesize"), 11)
-    return settings | sizes | dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
+    settings: dict[Any, Any] = {name: colour for colour, names in colours.items() for name in names}
+    settings |= {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
+    settings |= {"legend.frameon": False, "legend.fontsize": 10}
+    return settings | {"legend.columnspacing": 1.2, "legend.handletextpad": 0.5}
 
 
 def _variables(theme: Theme) -> str:

@@ -32,6 +32,7 @@ FOLLOWED = len(DASHES)
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Texts = list[list[str]] | None
 
 
 def undecided_heads(headmap: HeadMap) -> Bools:
@@ -53,8 +54,7 @@ def headmap_picture(headmap: HeadMap) -> Picture:
     ]
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
-        _heatmap(axes, values, "viridis", (0, 1), "recency score", theme, texts if lettered else None)
+        axes = _heatmap(figure, theme, values, "recency score", texts if lettered else None)
         if lettered:
             title = ", ".join(f"{letter} {label}" for label, letter in letters.items())
         else:
@@ -138,14 +138,15 @@ def intervals(analysis: Analysis) -> Picture:
 
 def kept_labels(analysis: Analysis) -> Picture:
     """Share of samples that, each by itself, give a head its label."""
-    kept = analysis.stability.kept_samples
+    kept = analysis.stability.kept_parts["samples"]
     layers, heads = kept.shape
-    texts = [[f"{100 * share:.0f}" if share < 1 else "" for share in row] for row in kept]
+    texts: Texts = None
+    if heads <= LETTERED:
+        texts = [[f"{100 * share:.0f}" if share < 1 else "" for share in row] for row in kept]
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
         fade = LinearSegmentedColormap.from_list("fade", [theme.accent, theme.shade])
-        _heatmap(axes, kept, fade, (0.5, 1), "share of samples", theme, texts if heads <= LETTERED else None)
+        axes = _heatmap(figure, theme, kept, "share of samples", texts, fade, 0.5)
         axes.set(xlabel="head", ylabel="layer", title="% of samples, where below 100")
 
     alt = (
@@ -168,7 +169,7 @@ def roles(analysis: Analysis, reason: str) -> Picture:
         name: scores[:, side & ~stability.undecided]
         for name, side in (("static", stability.static), ("dynamic", ~stability.static))
     }
-    kept = stability.kept_steps if reason == "steps" else stability.kept_chunks
+    kept = stability.kept_parts[reason]
     flipping = sorted(np.argwhere(stability.reasons[reason]).tolist(), key=lambda at: float(kept[tuple(at)]))
     places = np.arange(len(ticks))
 
@@ -181,13 +182,8 @@ def roles(analysis: Analysis, reason: str) -> Picture:
                 axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
                 axes.plot(places, band.mean(1), "o-", color=colour, markersize=4, linewidth=2, label=name)
         for (layer, head), style in zip(flipping[:FOLLOWED], DASHES[: len(flipping)], strict=True):
-            line: dict[str, Any] = {
-                "linestyle": style,
-                "marker": ".",
-                "color": theme.accent,
-                "linewidth": 1.4,
-            }
-            axes.plot(places, scores[:, layer, head], label=f"L{layer} H{head}", **line)
+            line: dict[str, Any] = {"linestyle": style, "marker": ".", "linewidth": 1.4}
+            axes.plot(places, scores[:, layer, head], color=theme.accent, label=f"L{layer} H{head}", **line)
         every = -(-len(ticks) // 10)
         axes.set_xticks(places[::every], ticks[::every])
         axes.set(ylabel="mean recency score", ylim=(0, 1))
@@ -226,8 +222,7 @@ def kappa_matrix(names: list[str], kappas: Array) -> Picture:
     texts = [["–" if np.isnan(k) else f"{k:.2f}" for k in row] for row in kappas]
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots()
-        _heatmap(axes, kappas, "viridis", (0, 1), "kappa", theme, texts)
+        axes = _heatmap(figure, theme, kappas, "kappa", texts)
         places = np.arange(len(names)) + 0.5
         axes.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(places, names, rotation=0)
@@ -238,39 +233,23 @@ def kappa_matrix(names: list[str], kappas: Array) -> Picture:
 
 
 def _heatmap(
-    axes: Axes,
-    values: Array,
-    colours: object,
-    scale: tuple[float, float],
-    name: str,
-    theme: Theme,
-    texts: list[list[str]] | None,
-) -> None:
+    figure: Figure, theme: Theme, cells: Array, name: str, texts: Texts, cmap: Any = "viridis", low: float = 0
+) -> Axes:
+    """Values from `low` to 1 as colours, with a colour bar of that name; with texts a cell is outlined."""
     import seaborn as sns
 
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    ticks = dict.fromkeys(("xticklabels", "yticklabels"), 1 if texts else 5)
+    axes = figure.subplots()
+    words = {"annot": np.array(texts), "annot_kws": {"fontsize": 9}, "fmt": ""} if texts else {}
+    look: dict[str, Any] = dict.fromkeys(("xticklabels", "yticklabels"), 1 if texts else 5)
+    look |= {"linecolor": theme.paper, "linewidths": 0.5 if texts else 0}
     figure.set_layout_engine("none")  # seaborn draws, and need not lay out what is not whole yet
-    sns.heatmap(
-        values,
-        vmin=scale[0],
-        vmax=scale[1],
-        cmap=colours,
-        ax=axes,
-        cbar=False,
-        annot=None if texts is None else np.array(texts),
-        annot_kws={"fontsize": 9},
-        fmt="",
-        linewidths=0.5 if texts else 0,
-        linecolor=theme.paper,
-        **ticks,
-    )
+    sns.heatmap(cells, vmin=low, vmax=1, cmap=cmap, ax=axes, cbar=False, **words, **look)
     figure.set_layout_engine("constrained")
     slim = 20 * max(1.0, figure.get_figheight() / 3.5)
     figure.colorbar(axes.collections[0], ax=axes, label=name, aspect=slim).outline.set_visible(False)
     axes.tick_params(length=0)
     axes.tick_params("y", rotation=0)
+    return axes
 
 
 def _marked(axes: Axes, labels: npt.NDArray[np.str_], marked: list[str]) -> str:
@@ -291,14 +270,6 @@ def _map_size(layers: int, heads: int) -> tuple[float, float]:
 
 def _legend(axes: Axes, handles: list[Line2D] | None = None) -> None:
     """Above the axes, where it hides nothing."""
-    given = handles if handles is not None else axes.get_legend_handles_labels()[0]
-    axes.legend(
-        handles=given,
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        ncols=2 if len(given) > 4 else 3,
-        frameon=False,
-        fontsize=10,
-        columnspacing=1.2,
-        handletextpad=0.5,
-    )
+    given = handles or axes.get_legend_handles_labels()[0]
+    columns = 2 if len(given) > 4 else 3
+    axes.legend(handles=given, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns)

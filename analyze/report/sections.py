@@ -89,17 +89,11 @@ def _scores(analysis: Analysis) -> str:
 
 def _stability(analysis: Analysis) -> str:
     several = analysis.stability.samples > 1
+    kept = Markup()
+    unknown = _unknown("How far labels hold over samples is unknown: one sample was measured.")
     if several:
-        unknown = ""
-        kept = figure(
-            kept_labels(analysis),
-            "How often a sample, judged by itself, gives the head the label that all samples together give"
-            " it.",
-            title="Labels kept over samples",
-        )
-    else:
-        unknown = _unknown("How far labels hold over samples is unknown: one sample was measured.")
-        kept = Markup()
+        words = "How often a sample, judged by itself, gives the head the label that all samples together do."
+        unknown, kept = Markup(), figure(kept_labels(analysis), words, title="Labels kept over samples")
     sources = figure(
         variance_bars(analysis.variance, frozenset() if several else FROM_SAMPLES),
         "Red: interactions with the head, which endanger a fixed label. The other sources move all"
@@ -115,7 +109,7 @@ def _stability(analysis: Analysis) -> str:
 def _band(one: str, analysis: Analysis) -> str:
     count = int(analysis.stability.reasons[f"{one}s"].sum())
     said = f"Bands: decided heads, mean and middle 80%. {count} {'head is' if count == 1 else 'heads are'}"
-    more = f"; the {FOLLOWED} that keep it least are drawn" if count > FOLLOWED else ""
+    more = f"; the {FOLLOWED} that keep their label least are drawn" if count > FOLLOWED else ""
     return f"{said} clearly on the other side at some {one}{more}."
 
 
@@ -138,7 +132,7 @@ def _undecided(analysis: Analysis) -> str:
     if not heads:
         return Markup(title + node("p", "No head is undecided."))
     counts = [(name, int(found.sum())) for name, found in stability.reasons.items() if found.any()]
-    why = pairs((f"{name}: {count}", REASONS[name]) for name, count in counts)
+    causes = pairs((f"{name}: {count}", REASONS[name]) for name, count in counts)
     nearest = sorted(heads, key=lambda at: abs(float(stability.margin[at])))
     more = f"; {len(heads) - LISTED} more are in stability.json" if len(heads) > LISTED else ""
     caption = (
@@ -147,25 +141,17 @@ def _undecided(analysis: Analysis) -> str:
     )
     columns = ["head", "by the rule", "score", "95% interval", "margin"]
     columns += ["kept: samples", "steps", "chunks", "why"]
-    rows = [_undecided_row(analysis, at) for at in nearest[:LISTED]]
-    return Markup(title + why + table(caption, [columns], rows))
-
-
-def _undecided_row(analysis: Analysis, at: tuple[int, int]) -> list[str]:
-    stability = analysis.stability
-    several = stability.samples > 1
-    low, high = stability.interval.low[at], stability.interval.high[at]
-    return [
-        f"L{at[0]} H{at[1]}",
-        _side(analysis, at),
-        f"{stability.score[at]:.3f}",
-        f"{low:.3f} to {high:.3f}" if several else UNKNOWN,
-        f"{stability.margin[at]:+.3f}",
-        f"{stability.kept_samples[at]:.0%}" if several else UNKNOWN,
-        f"{stability.kept_steps[at]:.0%}",
-        f"{stability.kept_chunks[at]:.0%}",
-        ", ".join(name for name, found in stability.reasons.items() if found[at]),
-    ]
+    rows = []
+    for at in nearest[:LISTED]:
+        head, score = f"L{at[0]} H{at[1]}", f"{stability.score[at]:.3f}"
+        margin = f"{stability.margin[at]:+.3f}"
+        interval = f"{stability.interval.low[at]:.3f} to {stability.interval.high[at]:.3f}"
+        samples, steps, chunks = (f"{kept[at]:.0%}" for kept in stability.kept_parts.values())
+        if stability.samples < 2:
+            interval = samples = UNKNOWN
+        why = ", ".join(name for name, found in stability.reasons.items() if found[at])
+        rows.append([head, _side(analysis, at), score, interval, margin, samples, steps, chunks, why])
+    return Markup(title + causes + table(caption, [columns], rows))
 
 
 def _attention(analysis: Analysis) -> str:

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
-from forcingkv.analyze.labels import RULES, Decision, decide, least_static, policy_of, rule_name
+from forcingkv.analyze.labels import RULES, Decision, decide, least_static, policy_of
 from forcingkv.analyze.recording import SCHEMA, Recording
 from forcingkv.analyze.scores import FLOOR, Observations, observe
 from forcingkv.analyze.storage import Recorded
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
+from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import small_spec
 
@@ -296,9 +297,9 @@ def test_the_threshold_is_kept_where_a_sixth_lies_on_either_side(static: int) ->
 
 def test_a_rule_is_found_by_its_name() -> None:
     names = ("auto", "threshold", "quota", "kmeans", "mixture", "budget", "dummy")
-    assert tuple(map(rule_name, names)) == names
+    assert tuple(RULES) == names
     with pytest.raises(InputError, match=f"no rule 'clusters'; expected one of {', '.join(names)}"):
-        rule_name("clusters")
+        one_of(RULES, "clusters", "rule")
 
 
 @pytest.mark.parametrize("rule", ["budget", "dummy"])

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import forcingkv.analyze.mass as mass_module
-from forcingkv.analyze.mass import AttentionStatistics, KeyRun, attention_statistics
+from forcingkv.analyze import recorder
+from forcingkv.analyze.recorder import AttentionStatistics, KeyRun, attention_statistics
 
 
 class Case(NamedTuple):
@@ -117,8 +117,8 @@ def test_half_precision_is_measured_in_single() -> None:
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch, block: int, logits: int) -> None:
     found = case(3, 2, 4, 11, 8, 2.0, 7)
     whole = measured(found)
-    monkeypatch.setattr(mass_module, "KEY_BLOCK", block)
-    monkeypatch.setattr(mass_module, "LOGITS", logits)
+    monkeypatch.setattr(recorder, "KEY_BLOCK", block)
+    monkeypatch.setattr(recorder, "LOGITS", logits)
     for name, part in whole._asdict().items():
         torch.testing.assert_close(getattr(measured(found), name), part, atol=1e-6, rtol=0)
 

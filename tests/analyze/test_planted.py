@@ -116,7 +116,7 @@ def test_a_switching_head_is_undecided_for_its_steps(
     np.testing.assert_array_equal(stability.reasons["steps"], switching)
     # Static in three steps of four, whatever the rule makes of the mean.
     np.testing.assert_array_equal(
-        stability.kept_steps, np.where(switching, np.where(stability.static, 0.75, 0.25), 1)
+        stability.kept_parts["steps"], np.where(switching, np.where(stability.static, 0.75, 0.25), 1)
     )
     assert analyzed(RULES[rule]).headmap.undecided == tuple(
         tuple(np.flatnonzero(row).tolist()) for row in stability.undecided

@@ -104,11 +104,12 @@ def test_kept_shares_are_counts() -> None:
         def share(means: list[float], static: bool = static) -> float:
             return sum((value >= CUT) == static for value in means) / len(means)
 
-        assert found.kept_samples[layer, head] == share([one[i].mean() for i in range(4)])
-        assert found.kept_chunks[layer, head] == pytest.approx(share([one[:, i].mean() for i in range(3)]))
-        assert found.kept_steps[layer, head] == share([one[:, :, i].mean() for i in range(2)])
+        kept = {part: shares[layer, head] for part, shares in found.kept_parts.items()}
+        assert kept["samples"] == share([one[i].mean() for i in range(4)])
+        assert kept["chunks"] == pytest.approx(share([one[:, i].mean() for i in range(3)]))
+        assert kept["steps"] == share([one[:, :, i].mean() for i in range(2)])
         assert found.kept[layer, head] == pytest.approx(share(list(one.ravel())))
-    np.testing.assert_array_equal(found.firm, found.kept_samples == 1)
+    np.testing.assert_array_equal(found.firm, found.kept_parts["samples"] == 1)
     np.testing.assert_allclose(found.margin, scores.mean((0, 1, 2)) - CUT)
 
 
@@ -143,7 +144,7 @@ def test_one_sample_in_twenty_may_differ() -> None:
     values = np.full((40, 1, 2), 0.7)
     values[:2, 0, 0] = values[:3, 0, 1] = 0.4
     found = judged(of_samples(values))
-    assert found.kept_samples.tolist() == [[0.95, 0.925]]
+    assert found.kept_parts["samples"].tolist() == [[0.95, 0.925]]
     assert found.firm.tolist() == [[True, False]]
     assert found.undecided.tolist() == [[False, True]]
 
@@ -154,7 +155,7 @@ def test_a_step_must_be_clearly_on_the_other_side() -> None:
     scores[:, :, 1] = 0.45
     scores[:2, :, 1, :, 1] = 0.6
     found = judged(scores)
-    assert found.kept_steps == pytest.approx(np.full((1, 2), 2 / 3))
+    assert found.kept_parts["steps"] == pytest.approx(np.full((1, 2), 2 / 3))
     assert found.reasons["steps"].tolist() == [[True, False]]
 
 
@@ -165,7 +166,7 @@ def test_one_sample_says_nothing_of_others() -> None:
     found = judged(scores)
     for unknown in (found.interval.low, found.interval.high, found.spread):
         assert np.isnan(unknown).all()
-    assert found.kept_samples.tolist() == [[1.0] * 4]
+    assert found.kept_parts["samples"].tolist() == [[1.0] * 4]
     assert [name for name, heads in found.reasons.items() if heads.any()] == ["steps", "chunks"]
     assert found.undecided.tolist() == [[False, True, True, False]]
     said = verdict(found, "dynamic")
@@ -234,7 +235,7 @@ def case(
     reasons = dict.fromkeys(REASONS, np.zeros((30, 12), bool)) | {"samples": undecided}
     kept = np.where(heads < firm, 0.95, 0.94)
     return Stability(
-        heads < static, zero, Interval(zero, zero), zero, zero, kept, zero, zero, zero, reasons, samples
+        heads < static, zero, Interval(zero, zero), zero, zero, {"samples": kept}, zero, reasons, samples
     )
 
 

@@ -68,7 +68,7 @@ def workers() -> dict[int, str]:
             title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except (OSError, UnicodeDecodeError):
             continue
-        if entry.name.isdigit() and title.startswith("ray::SampleWorker"):
+        if entry.name.isdigit() and title.startswith("ray::SampleRecorder"):
             found[int(entry.name)] = title
     return found
 
@@ -76,7 +76,7 @@ def workers() -> dict[int, str]:
 def kill_one_at_work(stats: Path, killed: list[int], over: threading.Event) -> None:
     """Kill a worker that is recording, once the first sample is there."""
     while not over.is_set():
-        busy = [number for number, title in workers().items() if "record" in title]
+        busy = [number for number, title in workers().items() if ".record" in title]
         if any(stats.glob("sample-*.parquet")) and busy:
             os.kill(busy[0], signal.SIGKILL)
             killed.append(busy[0])

@@ -81,9 +81,9 @@ class LabelOptions:
         """
         from forcingkv.analyze import Labelling
         from forcingkv.analyze.analysis import Undecided
-        from forcingkv.analyze.labels import rule_name
+        from forcingkv.analyze.labels import RULES
 
-        rule = rule_name(self.rule)
+        rule = one_of(RULES, self.rule, "rule")
         undecided: Undecided | None = None
         if self.undecided is not None:
             if self.undecided not in get_args(Undecided):
