@@ -82,12 +82,12 @@ def resolutions(found: Sequence[tuple[str, Sequence[BenchTurns]]]) -> list[Point
     same = ("speedup", "speedup_undisturbed", "flop_limit", "kv_bytes")
     return [
         {
-            "policy": row.policy,
+            "policy": one.policy,
             "resolution": resolution,
             "chunk_tokens": one.bundle.plan.chunk_tokens,
-            "seconds": row.seconds_per_chunk,
+            "seconds": row["seconds_per_chunk"],
         }
-        | {name: getattr(row, name) for name in same}
+        | {name: row[name] for name in same}
         for resolution, measured in found
         for one, row in zip(measured, rows(measured), strict=True)
     ]

@@ -65,10 +65,6 @@ class ChunkLayout:
         """Pixel frames of a latent frame other than the video's first."""
         return self.later - self.first + 1
 
-    def chunk_of(self, frame: int) -> int:
-        """The index of the chunk that a pixel frame is in."""
-        return max(0, (frame - self.first) // self.later + 1)
-
     def boundaries(self, frames: int) -> list[int]:
         """Pairs at the boundaries of chunks, of a video of that many frames."""
         return list(range(self.first - 1, frames - 1, self.later))
@@ -88,14 +84,12 @@ def chunk_discontinuity(magnitude: Floats, top: int) -> float | None:
     """The published chunk discontinuity: mean of the `top` largest over the mean of all.
 
     As in the public code of Forcing-KV (arXiv 2605.09681), which has 7, 39 and 79 for `top` in videos of 5,
-    30 and 60 s. None for a video without any motion. Raises ValueError unless 1 <= top <= pairs.
+    30 and 60 s. None for a video without any motion.
 
     Args:
         magnitude: (pairs,) mean flow of each adjacent pair of frames, in any unit.
-        top: how many.
+        top: how many, from 1 to pairs.
     """
-    if not 1 <= top <= len(magnitude):
-        raise ValueError(f"top is {top}, of {len(magnitude)} pairs")
     mean = float(magnitude.mean())
     return float(np.sort(magnitude)[-top:].mean()) / mean if mean else None
 

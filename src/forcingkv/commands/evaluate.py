@@ -77,12 +77,7 @@ def evaluate(
     import cv2
 
     from forcingkv.measure.fidelity.evaluation import evaluate_sessions, seeded_prompts, summarize
-    from forcingkv.measure.fidelity.evaluation_tables import (
-        metric_columns,
-        print_files,
-        print_policies,
-        summary_data,
-    )
+    from forcingkv.measure.fidelity.evaluation_tables import metric_columns, print_files, print_policies
     from forcingkv.measure.fidelity.seams import ChunkLayout
     from forcingkv.measure.tables import write_csv
 
@@ -117,10 +112,10 @@ def evaluate(
         task = shown.add_task("generating and measuring (videos)", total=len(chosen) * len(sessions))
         rows = evaluate_sessions(sessions, chosen, length, compared, lambda: shown.advance(task))
         places = {name: str(session.bundle.path) for name, session in sessions.items()}
-    summary = summarize(rows, compared)
+    report = summarize(rows, compared, places, length)
     if out is not None:
         write_csv(out, metric_columns(rows), rows)
-    emit(summary_data(summary, places, length)) if as_json else print_policies(summary)
+    emit(report) if as_json else print_policies(report)
 
 
 @contextmanager
