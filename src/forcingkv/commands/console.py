@@ -51,6 +51,14 @@ def need(extra: str, *modules: str) -> None:
             raise MissingExtraError(module, extra)
 
 
+def check_suffix(path: Path | None, suffix: str) -> None:
+    """Raise InputError for a file to write whose name ends in another way, such as ".png"."""
+    if path is not None and path.suffix.lower() != suffix:
+        raise InputError(
+            f"is not a {suffix[1:]} file", where=str(path), expected=f"a name that ends in {suffix}"
+        )
+
+
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a text file, one a line, or of a `.jsonl` with `{"prompts": [...]}` a line.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forcingkv.commands.console import default_prompts, emit, need, progress_bar, read_prompts
+from forcingkv.commands.console import check_suffix, default_prompts, emit, need, progress_bar, read_prompts
 from forcingkv.commands.models import Backend
 from forcingkv.headmaps.errors import InputError
 
@@ -86,8 +86,7 @@ def evaluate(
         raise InputError(f"--bundle and --video {given}", where="evaluate", expected="one of the two")
     if bundle and (reference_video or top):
         raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
-    if out is not None and out.suffix.lower() != ".csv":
-        raise InputError("is not a csv file", where=str(out), expected="a name that ends in .csv")
+    check_suffix(out, ".csv")
     if threads:
         cv2.setNumThreads(threads)
     if video:

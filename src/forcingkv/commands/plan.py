@@ -59,6 +59,7 @@ def plan(
         return
     if model is None:
         raise InputError("is not given", where="--model", expected="a preset, a spec file, or --published")
+    from forcingkv.measure.nominal import in_words, spread
     from forcingkv.measure.planner.gpus import gpu_names, load_gpu
     from forcingkv.measure.planner.plan_tables import plan_lines
     from forcingkv.measure.planner.report import plan_report
@@ -67,14 +68,20 @@ def plan(
 
     if headmap and heads:
         raise InputError("use either --headmap or --heads, not both")
+    spec, known = _with_decoder(load_spec(model), decoder), None
+    if headmap:
+        given = read_headmap(headmap)
+        known = given, in_words(given)
+    elif heads:
+        known = spread(spec, parse_counts(heads))
     report = plan_report(
-        _with_decoder(load_spec(model), decoder),
+        spec,
         [load_policy(name) for name in listed(policy) or policy_names()],
         [load_gpu(name) for name in listed(gpu) or gpu_names()],
         resolution=resolution,
         seconds=seconds,
         dtype=_dtype(dtype),
-        known=read_headmap(headmap) if headmap else parse_counts(heads) if heads else None,
+        known=known,
         strict=bool(policy),
     )
     emit(report) if as_json else print("\n".join(plan_lines(report)))
