@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from forcingkv.commands.console import console, emit, listed, need, progress_bar
+from forcingkv.commands.console import AsJson, console, emit, listed, need, progress_bar
 from forcingkv.commands.models import Backend
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -51,7 +51,7 @@ def bench(
             " geometries (480p,720p) cost against resolution."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time policies side by side in one process, taking turns: A B C A B C.
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forcingkv.commands.console import check_suffix, default_prompts, emit, need, progress_bar, read_prompts
+from forcingkv.commands.console import (
+    AsJson,
+    check_suffix,
+    default_prompts,
+    emit,
+    need,
+    progress_bar,
+    read_prompts,
+)
 from forcingkv.commands.models import Backend
 from forcingkv.headmaps.errors import InputError
 
@@ -62,7 +70,7 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="CSV file to write too, one row a video.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure generated video: against full KV, at the seams of chunks, drift over time.
 

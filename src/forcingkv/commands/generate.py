@@ -16,7 +16,7 @@ import numpy as np
 import typer
 
 from forcingkv import __version__
-from forcingkv.commands.console import emit, progress_bar
+from forcingkv.commands.console import AsJson, emit, progress_bar
 from forcingkv.commands.models import Backend, text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Prompt, Session, Video
@@ -60,7 +60,7 @@ def generate(
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     enlarge: Annotated[int, typer.Option(min=1, help="Repeat each pixel this many times.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Generate a video from a bundle, chunk by chunk.
 
@@ -91,15 +91,15 @@ def generate(
             else:
                 text = text_input(session.spec, prompt, embeds)
                 video = session.generate(text, seed=seed, chunks=chunks_for(seconds or 5.0))
-            changes = [change for change in changes if change.chunk >= video.index]
+            changes = [(chunk, text) for chunk, text in changes if chunk >= video.index]
             if out == "-":
                 width, height = (size * enlarge for size in session.bundle.manifest.resolution)
                 print(f"rgb24, {width}x{height}, {rate:g} frames a second", file=sys.stderr)
             metadata = _metadata(session, prompt, video.seed)
             with open_writer(out, fps=rate, enlarge=enlarge, metadata=metadata) as writer:
                 for _ in _write(video, writer, written):
-                    if changes and video.index >= changes[0].chunk:
-                        video.switch(changes.pop(0).text, recache=recache)
+                    if changes and video.index >= changes[0][0]:
+                        video.switch(changes.pop(0)[1], recache=recache)
                     if save and not video.index % save_every:
                         video.save(save)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -160,18 +160,10 @@ def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
     )
 
 
-@dataclass(frozen=True)
-class PromptChange:
-    """Another prompt, from a chunk on."""
-
-    chunk: int
-    text: Prompt
-
-
 def _prompt_changes(
     options: Sequence[str], spec: ModelSpec, embeds: Path | None, chunks_for: Callable[[float], int]
-) -> list[PromptChange]:
-    """The changes that "SECONDS:PROMPT" asks for, in order.
+) -> list[tuple[int, Prompt]]:
+    """The changes that "SECONDS:PROMPT" asks for, in order: each the index of a chunk and its new prompt.
 
     The prompt changes with the first chunk that begins at that second or later. Raises InputError for one
     that is not of that form, or whose prompt cannot be used.
@@ -187,8 +179,8 @@ def _prompt_changes(
             raise InputError(
                 f"has no time above 0 in {option!r}", where="--switch", expected='"SECONDS:PROMPT"'
             )
-        changes.append(PromptChange(chunks_for(seconds), text_input(spec, prompt.strip(), embeds)))
-    return sorted(changes, key=lambda change: change.chunk)
+        changes.append((chunks_for(seconds), text_input(spec, prompt.strip(), embeds)))
+    return sorted(changes, key=lambda change: change[0])
 
 
 def _metadata(session: Session, prompt: str | None, seed: int) -> dict[str, str]:

@@ -14,6 +14,7 @@ from forcingkv.commands.console import AsJson, emit
 from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_text
+from forcingkv.measure.nominal import in_words
 
 app = typer.Typer(help="Look at, check and convert head maps.", no_args_is_help=True)
 
@@ -105,24 +106,15 @@ def convert(
     """
     if to not in WRITERS:
         raise InputError(f"is {to!r}", where="--to", expected=f"one of {', '.join(WRITERS)}")
+    given = _pairs(labels) if labels is not None else {}
     size = _choices(model, heads)
-    headmap = read_headmap(
-        file,
-        Choices(
-            model=size.model,
-            layers=size.layers,
-            heads=size.heads,
-            threshold=threshold,
-            labels=_pairs(labels) if labels is not None else {},
-            missing_layers=missing_layers,
-        ),
-    )
+    choices = replace(size, threshold=threshold, labels=given, missing_layers=missing_layers)
+    headmap = read_headmap(file, choices)
     write_text(out, WRITERS[to](headmap))
     if as_json:
         emit({"out": str(out), "to": to, **_summary(headmap)})
         return
-    counts = ", ".join(f"{n} {label}" for label, n in headmap.counts().items())
-    print(f"{out}: {headmap.model.layers} layers x {headmap.model.heads} heads, {counts}")
+    print(f"{out}: {headmap.model.layers} layers x {headmap.model.heads} heads, {in_words(headmap)}")
 
 
 def _choices(model: str | None, heads: int | None) -> Choices:

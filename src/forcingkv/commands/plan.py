@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from forcingkv.commands.console import emit, listed
+from forcingkv.commands.console import AsJson, emit, listed
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
@@ -45,7 +45,7 @@ def plan(
     published: Annotated[
         bool, typer.Option("--published", help="Show published figures beside predictions instead.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a model needs on a GPU under each policy, and how fast it should be.
 
