@@ -7,9 +7,9 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
@@ -108,36 +108,21 @@ class LabelOptions:
         )
 
 
-NO_LABEL_OPTIONS = LabelOptions()
-
-
 def takes_label_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameter `labels` (a `LabelOptions`) is given as the options that make one up."""
-    hints, own = get_type_hints(LabelOptions, include_extras=True), [one.name for one in fields(LabelOptions)]
-    options = [
-        inspect.Parameter(
-            one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=one.default, annotation=hints[one.name]
-        )
-        for one in fields(LabelOptions)
-    ]
+    options = inspect.signature(LabelOptions, eval_str=True).parameters
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        labels = LabelOptions(**{name: given.pop(name) for name in own})
-        command(**given, labels=labels)
+        command(labels=LabelOptions(**{name: given.pop(name) for name in options}), **given)
 
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        parameters += options if parameter.name == "labels" else [parameter]
+        parameters += options.values() if parameter.name == "labels" else [parameter]
     # What typer reads a command's options from.
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
-
-
-@app.callback()
-def _group() -> None:
-    """Record attention statistics, label heads, judge and compare."""
 
 
 @app.command()
@@ -160,7 +145,8 @@ def heads(
     ] = 512,
     policy: Annotated[str, typer.Option(help="Policy to generate under.")] = "full",
     headmap: Annotated[Path | None, typer.Option(help="Head map, for policies that need one.")] = None,
-    labels: LabelOptions = NO_LABEL_OPTIONS,
+    *,
+    labels: LabelOptions,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="What to compute in: float32 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -227,7 +213,8 @@ def heads(
 @takes_label_options
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that `analyze heads` wrote.")],
-    labels: LabelOptions = NO_LABEL_OPTIONS,
+    *,
+    labels: LabelOptions,
     stats: Annotated[str | None, typer.Option(help="Place of the statistics; default: FOLDER/stats.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: FOLDER.")] = None,
     as_json: AsJson = False,
@@ -257,10 +244,9 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
         found = {"headmap": headmap.to_json(), "digest": headmap.digest, "stability": summary_json(analysis)}
         emit({"out": str(out)} | found)
         return
-    screen = Console(highlight=False)
-    level = analysis.verdict.level
-    style = LEVEL_STYLES[level]
-    screen.print(Panel("\n".join(analysis.verdict.sentences), title=level, border_style=style))
+    screen, level = Console(highlight=False), analysis.verdict.level
+    told = "\n".join(analysis.verdict.sentences)
+    screen.print(Panel(told, title=level, border_style=LEVEL_STYLES[level]))
     print_map(headmap, screen)
     table = Table.grid(padding=(0, 2))
     for name, value in summary_lines(analysis):

@@ -31,8 +31,7 @@ def bench(
     ] = None,
     policies: Annotated[str, typer.Option(help="Policies, separated by commas.")] = POLICIES,
     headmap: Annotated[
-        Path | None,
-        typer.Option(help="Head map; default: as many heads of each label as published."),
+        Path | None, typer.Option(help="Head map; default: as many heads of each label as published.")
     ] = None,
     backend: Backend = "onnxruntime",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each policy.")] = 3,

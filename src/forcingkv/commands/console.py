@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -57,6 +58,20 @@ def check_suffix(path: Path | None, suffix: str) -> None:
         raise InputError(
             f"is not a {suffix[1:]} file", where=str(path), expected=f"a name that ends in {suffix}"
         )
+
+
+def parse_pairs(text: str, option: str, expected: str, value: str = ".+") -> dict[str, str]:
+    """What "name=value,name=value" says. Raises InputError unless each name is given once, with such a value.
+
+    `value` is the pattern (`re`) that a value is to be of.
+    """
+    pairs: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, given = (word.strip() for word in part.partition("="))
+        if not name or not re.fullmatch(value, given) or name in pairs:
+            raise InputError(f"is {text!r}", where=option, expected=expected)
+        pairs[name] = given
+    return pairs
 
 
 def read_prompts(path: Path) -> list[str]:

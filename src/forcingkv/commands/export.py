@@ -16,13 +16,14 @@ from forcingkv.commands.models import (
     Model,
     RandomWeights,
     Resolution,
+    text_inputs,
     weights_for,
 )
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import encode_words, read_embeds
+from forcingkv.runtime.text import read_embeds
 
 if TYPE_CHECKING:
     from forcingkv.export.fp8 import CalibrationTexts
@@ -151,13 +152,9 @@ def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTe
 
     if spec.text.kind == "words" and (file is None or file.suffix != ".safetensors"):
         prompts = read_prompts(file) if file else default_prompts(spec.name)[:PROMPTS]
-        return CalibrationTexts(
-            "prompts", tuple(prompts), tuple(encode_words(spec, text) for text in prompts)
-        )
+        return CalibrationTexts("prompts", tuple(prompts), tuple(text_inputs(spec, prompts, None)))
     if file:
-        known = read_embeds(file)
-        arrays = tuple(known.get(prompt, spec) for prompt in known.prompts)
-        return CalibrationTexts("embeddings", known.prompts, arrays)
+        return CalibrationTexts("embeddings", read_embeds(file).prompts, tuple(text_inputs(spec, None, file)))
     if random:
         return random_texts(spec)
     raise InputError(

@@ -30,8 +30,7 @@ TERMINATED = 128 + signal.SIGTERM
 def generate(
     bundle: Annotated[Path, typer.Option(help="Folder that export wrote.")],
     out: Annotated[
-        str,
-        typer.Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output."),
+        str, typer.Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
     ],
     prompt: Annotated[str | None, typer.Option(help="What to show; or which prompt of --embeds.")] = None,
     embeds: Annotated[Path | None, typer.Option(help="Text embeddings that `encode` wrote.")] = None,

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from forcingkv.commands.console import AsJson, emit
+from forcingkv.commands.console import AsJson, emit, parse_pairs
 from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_text
@@ -106,7 +106,8 @@ def convert(
     """
     if to not in WRITERS:
         raise InputError(f"is {to!r}", where="--to", expected=f"one of {', '.join(WRITERS)}")
-    given = _pairs(labels) if labels is not None else {}
+    form = "old=new,old=new, each old one once"
+    given = parse_pairs(labels, "--labels", form) if labels is not None else {}
     size = _choices(model, heads)
     choices = replace(size, threshold=threshold, labels=given, missing_layers=missing_layers)
     headmap = read_headmap(file, choices)
@@ -127,17 +128,6 @@ def _choices(model: str | None, heads: int | None) -> Choices:
     if heads not in (None, spec.heads):
         raise InputError(f"is {heads}", where="--heads", expected=f"{spec.heads}, as {spec.name} has")
     return Choices(model=spec.name, layers=spec.layers, heads=spec.heads)
-
-
-def _pairs(text: str) -> dict[str, str]:
-    """The labels of `old=new,old=new`."""
-    pairs: dict[str, str] = {}
-    for part in text.split(","):
-        old, equals, new = (word.strip() for word in part.partition("="))
-        if not (old and equals and new) or old in pairs:
-            raise InputError(f"is {text!r}", where="--labels", expected="old=new,old=new, each old one once")
-        pairs[old] = new
-    return pairs
 
 
 def _summary(headmap: HeadMap) -> dict[str, Any]:

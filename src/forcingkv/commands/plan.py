@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from forcingkv.commands.console import AsJson, emit, listed
+from forcingkv.commands.console import AsJson, emit, listed, parse_pairs
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
@@ -104,15 +104,8 @@ def _refuse_others(context: typer.Context, *accepted: str) -> None:
 
 def parse_counts(text: str) -> dict[str, int]:
     """Counts of the form "static=134,dynamic=226". Raises InputError for any other."""
-    counts: dict[str, int] = {}
-    for part in text.split(","):
-        label, _, number = (word.strip() for word in part.partition("="))
-        if not label or not number.isdecimal() or label in counts:
-            raise InputError(
-                f"is {text!r}", where="--heads", expected="labels and numbers, such as static=134,dynamic=226"
-            )
-        counts[label] = int(number)
-    return counts
+    form = "labels and numbers, such as static=134,dynamic=226"
+    return {label: int(number) for label, number in parse_pairs(text, "--heads", form, r"\d+").items()}
 
 
 def _dtype(name: str) -> Dtype:
