@@ -32,21 +32,13 @@ class Watched:
     before: int
     most: int
 
-    @property
-    def grown(self) -> int:
-        """By how much it grew at most."""
-        return self.most - self.before
-
 
 @contextmanager
 def watched(every: float = 0.02) -> Iterator[Watched]:
-    """Watch how much memory of its own the process takes while the block runs.
+    """Watch how much memory of its own the process takes while the block runs, looking every so many seconds.
 
     Pages of files (libraries, weights as they lie on disk) are left out: the system takes them back when
     memory is short.
-
-    Args:
-        every: seconds between two looks.
     """
     now = resident()
     seen, over = Watched(now, now), threading.Event()

@@ -106,9 +106,8 @@ def evaluate_sessions(
         reference: a name of `sessions`; None: nothing is compared frame by frame.
         progress: called after each video.
 
-    Raises:
-        InputError: the sessions make videos of different kinds, or a prompt cannot be used.
-        SessionError: a session could not go on.
+    Raises InputError where sessions make videos of different kinds or a prompt cannot be used, SessionError
+    where one cannot go on.
     """
     kinds = {name: (s.spec.name, s.bundle.manifest.resolution) for name, s in sessions.items()}
     if len(set(kinds.values())) > 1:
@@ -201,11 +200,9 @@ def differences(values: Sequence[float | None], others: Sequence[float | None]) 
 
 
 def estimate(values: Sequence[float | None], prompts: Sequence[str]) -> Estimate:
-    """The mean of the values that are known, with its bias-corrected and accelerated bootstrap interval.
+    """The mean of the values that are known, with its bootstrap interval.
 
-    Args:
-        values: of each video; None where it has none.
-        prompts: of each video; those of one prompt are drawn together.
+    Each video has a value, or None, and a prompt; those of one prompt are drawn together.
     """
     groups = defaultdict[str, list[float]](list)
     for value, prompt in zip(values, prompts, strict=True):

@@ -102,9 +102,7 @@ class Motion:
 def measure_motion(frames: Iterable[Frame], fps: float) -> Motion:
     """The motion of a video of two frames or more, in one pass; two or three are kept at a time.
 
-    Args:
-        frames: each uint8 (height, width, 3), all of one size.
-        fps: frames a second.
+    Frames are uint8 (height, width, 3), all of one size.
     """
     interval = max(1, round(fps / SAMPLED_FPS))
     magnitude, change, residual, fastest = list[float](), list[float](), list[float](), list[float]()
@@ -137,8 +135,7 @@ def moves(fastest: Sequence[float], side: int) -> bool:
     public code). VBench takes the flow from RAFT; here it is that of DIS.
 
     Args:
-        fastest: for each of the n - 1 pairs of frames at 8 frames a second, the mean flow of its fastest 5%
-            of pixels.
+        fastest: `PairFlow.fastest` of each of the n - 1 pairs of frames at 8 frames a second.
         side: pixels of the shorter side.
     """
     count = sum(speed > THRESHOLD * side / SIDE for speed in fastest)

@@ -42,13 +42,7 @@ def open_video(path: Path) -> Iterator[tuple[float, Frames]]:
 
 
 def measure_file(path: Path, reference: Path | None, layout: ChunkLayout, top: int | None) -> dict[str, Any]:
-    """All numbers of a video file, by name, for JSON.
-
-    Args:
-        path: the video.
-        reference: a video to compare it with, frame by frame; None: it is measured alone.
-        layout: where its chunks begin.
-        top: pairs that the published chunk discontinuity takes; None: as many as there are boundaries.
+    """The numbers of a video file, for JSON: of `measure_video`, and with a reference of `measure_pair`.
 
     Raises InputError where a file cannot be read, or the two differ in size or length.
     """

@@ -53,7 +53,6 @@ def measure_video(
     Args:
         frames: each uint8 (height, width, 3), all of one size.
         layout: where its chunks begin.
-        fps: frames a second.
         top: pairs that the published chunk discontinuity takes; None: as many as there are boundaries.
         where: names the video in errors.
 

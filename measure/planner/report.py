@@ -37,7 +37,7 @@ def plan_report(
         resolution: "WxH" or a name; None: the model's.
         seconds: of video.
         dtype: of weights, activations, keys and values.
-        known: what is known of the model's heads, for policies that have its labels.
+        known: heads for policies that have their labels; for others, or None, see `plan_for`.
         strict: whether a policy that cannot be planned is an error; otherwise it is left out and reported.
 
     Raises InputError where the heads that are given fit no policy, or a policy does not fit the model.

@@ -50,7 +50,7 @@ def test_layouts_of_models() -> None:
     assert WAN.crossings(81)[:6] == [0, 4, 12, 16, 24, 28]
     assert DEMO.boundaries(21) == [2, 5, 8, 11, 14, 17]
     for first, later in [(0, 3), (4, 3), (9, 13), (1, 0)]:
-        with pytest.raises(InputError, match=r"9 and 12 for Wan's VAE"):
+        with pytest.raises(InputError, match=r"9 and 12 for Wan's VAE: F = 3, S = 4"):
             ChunkLayout(first, later)
 
 
