@@ -84,8 +84,8 @@ def chunk_discontinuity(magnitude: Floats, top: int) -> float | None:
     """The published chunk discontinuity: mean of the `top` largest over the mean of all.
 
     As in the public code of Forcing-KV (arXiv 2605.09681), which has 7, 39 and 79 for `top` in videos of 5,
-    30 and 60 s. `magnitude` is the mean flow of each adjacent pair of frames, `top` or more of them. None for a
-    video without any motion.
+    30 and 60 s. `magnitude` is the mean flow of each adjacent pair of frames, `top` of them or more. None for
+    a video without any motion.
     """
     mean = float(magnitude.mean())
     return float(np.sort(magnitude)[-top:].mean()) / mean if mean else None

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from forcingkv.commands.console import check_suffix, emit, need
+from forcingkv.commands.console import emit, must_end, need
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_bytes
@@ -39,7 +39,7 @@ def compare(
 
     Example: forcingkv analyze compare heads-a heads-b
     """
-    check_suffix(out, ".png")
+    must_end(out, ".png")
     if min_agreement is not None and not 0 <= min_agreement <= 1:
         raise InputError(f"is {min_agreement}", where="--min-agreement", expected="0 to 1")
     need("analyze", "sklearn", "seaborn", "polars", "torch")

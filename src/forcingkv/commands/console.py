@@ -52,7 +52,7 @@ def need(extra: str, *modules: str) -> None:
             raise MissingExtraError(module, extra)
 
 
-def check_suffix(path: Path | None, suffix: str) -> None:
+def must_end(path: Path | None, suffix: str) -> None:
     """Raise InputError for a file to write whose name ends in another way, such as ".png"."""
     if path is not None and path.suffix.lower() != suffix:
         raise InputError(

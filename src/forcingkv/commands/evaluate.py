@@ -7,27 +7,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from forcingkv.commands.console import (
     AsJson,
-    check_suffix,
     default_prompts,
     emit,
+    must_end,
     need,
     progress_bar,
     read_prompts,
 )
 from forcingkv.commands.models import Backend
 from forcingkv.headmaps.errors import InputError
-
-if TYPE_CHECKING:
-    from forcingkv.runtime import Session
-    from forcingkv.runtime.spec import ModelSpec
-    from forcingkv.runtime.text import Prompt
-
+from forcingkv.runtime import Bundle, Prompt, Session
+from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.text import read_embeds
 
 SAMPLES = 32
 """Prompts, where there are as many and no other number is asked for."""
@@ -94,7 +91,7 @@ def evaluate(
         raise InputError(f"--bundle and --video {given}", where="evaluate", expected="one of the two")
     if bundle and (reference_video or top):
         raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
-    check_suffix(out, ".csv")
+    must_end(out, ".csv")
     if threads:
         cv2.setNumThreads(threads)
     if video:
@@ -128,8 +125,6 @@ def evaluate(
 @contextmanager
 def _sessions(bundles: Sequence[Path], backend: str, threads: int | None) -> Iterator[dict[str, Session]]:
     """A session of each bundle, by its policy, or by its folder where policies are not distinct."""
-    from forcingkv.runtime import Bundle, Session
-
     opened = [Bundle.open(path) for path in bundles]
     policies = [one.manifest.policy.name for one in opened]
     names = policies if len(set(policies)) == len(policies) else [path.resolve().name for path in bundles]
@@ -161,8 +156,6 @@ def _prompts(
     spec: ModelSpec, file: Path | None, embeds: Path | None, samples: int | None
 ) -> list[tuple[str, Prompt | None]]:
     """The prompts, with their embeddings where a file of them is given."""
-    from forcingkv.runtime.text import read_embeds
-
     known = read_embeds(embeds) if embeds else None
     if file is None and known is not None:
         texts = list(known.prompts)

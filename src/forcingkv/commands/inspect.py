@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from forcingkv.commands.console import AsJson, check_suffix, console, emit, need
+from forcingkv.commands.console import AsJson, console, emit, must_end, need
 from forcingkv.headmaps.fields import to_data
 from forcingkv.measure.tables import wrapped
 from forcingkv.runtime import Bundle
@@ -43,7 +43,7 @@ def inspect(
     """
     if picture is not None:
         need("analyze", "matplotlib")
-        check_suffix(picture, ".png")
+        must_end(picture, ".png")
     opened = Bundle.open(bundle)
     if picture is not None:
         from forcingkv.commands.bytes_picture import write_bytes_picture
