@@ -107,11 +107,7 @@ def map_with_counts(spec: ModelSpec, labels: Collection[str], counts: Mapping[st
     Shares of the model's heads are rounded to whole heads. No two layers differ by more than one head of a
     label.
 
-    Args:
-        spec: the model.
-        labels: in the order in which heads of a layer get them.
-        counts: heads of each label, of a model of any size.
-
+    `labels` are in the order in which heads of a layer get them; `counts` may be of a model of another size.
     Raises InputError for counts that are negative, or none of those labels.
     """
     shares = [counts.get(label, 0) for label in labels]

@@ -12,10 +12,7 @@ STATUS = Path("/proc/self/status")
 
 
 def resident(field: str = "RssAnon") -> int:
-    """Bytes of this process.
-
-    Args:
-        field: `RssAnon` for its own memory, without pages of files; `VmRSS` for all; `VmHWM` for all at most.
+    """Bytes of this process: its own memory, without pages of files; `VmRSS` is all, `VmHWM` all at most.
 
     Raises RuntimeError where the system has no such count.
     """

@@ -31,9 +31,7 @@ def plan_report(
     """Memory, speed and what fits, for each policy on each GPU: plain data, bytes and seconds.
 
     Args:
-        spec: the model.
-        policies: those to plan.
-        gpus: those to plan for.
+        spec, policies, gpus: what to plan.
         resolution: "WxH" or a name; None: the model's.
         seconds: of video.
         dtype: of weights, activations, keys and values.

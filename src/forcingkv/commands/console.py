@@ -35,13 +35,8 @@ def listed(texts: str | Iterable[str] | None) -> list[str]:
 
 def progress_bar() -> Progress:
     """A progress display on standard error, shown inside a `with` block."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
+    done = TextColumn("{task.completed}/{task.total}")
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), done, TimeElapsedColumn()
     return Progress(*columns, console=console)
 
 
@@ -100,12 +95,10 @@ def _interactive(line: str, where: str) -> list[str]:
     """The prompts of a video whose prompt is switched."""
     try:
         prompts = json.loads(line)["prompts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError("is not a line of prompts", where=where, expected='{"prompts": [...]}') from error
+    except (ValueError, KeyError, TypeError):
+        prompts = None
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(
-            "has prompts that are not texts", where=where, expected='{"prompts": ["...", "..."]}'
-        )
+        raise InputError("is not a line of prompts", where=where, expected='{"prompts": ["...", "..."]}')
     return prompts
 
 

@@ -52,7 +52,7 @@ def plan(
     Example: forcingkv plan --model longlive --resolution 1080p --gpu h200 --heads static=154,dynamic=206
     """
     if published:
-        _refuse_others(context, "--published", "--json")
+        _refuse_others(context)
         from forcingkv.measure.planner.published import published_data, published_lines
 
         emit(published_data()) if as_json else print("\n".join(published_lines()))
@@ -87,19 +87,17 @@ def plan(
     emit(report) if as_json else print("\n".join(plan_lines(report)))
 
 
-def _refuse_others(context: typer.Context, *accepted: str) -> None:
-    """Raise InputError for options of the command line that are not among those."""
-    others = [
+def _refuse_others(context: typer.Context) -> None:
+    """Raise InputError for options beside --published that would change nothing."""
+    given = [
         param.opts[0]
         for param in context.command.params
-        if param.opts[0] not in accepted
-        and getattr(context.get_parameter_source(param.name or ""), "name", None) == "COMMANDLINE"
+        if getattr(context.get_parameter_source(param.name or ""), "name", None) == "COMMANDLINE"
     ]
+    others = [option for option in given if option not in ("--published", "--json")]
     if others:
-        raise InputError(
-            f"{', '.join(others)} cannot be used with {accepted[0]}",
-            expected=f"nothing beside it but {', '.join(accepted[1:])}",
-        )
+        told = f"{', '.join(others)} cannot be used with --published"
+        raise InputError(told, expected="nothing beside it but --json")
 
 
 def parse_counts(text: str) -> dict[str, int]:
