@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
 from forcingkv.commands.console import AsJson, console, emit, need, progress_bar, read_prompts
@@ -49,29 +50,24 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 class LabelOptions:
     """What a user said of labels."""
 
-    rule: Annotated[str, typer.Option(help="auto, threshold, quota, kmeans, mixture, budget or dummy.")] = (
-        "auto"
-    )
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="Cut of the rule threshold.")] = 0.8
+    rule: Annotated[str, Option(help="auto, threshold, quota, kmeans, mixture, budget or dummy.")] = "auto"
+    alpha: Annotated[float, Option(min=0, max=1, help="Cut of the rule threshold.")] = 0.8
     static_per_layer: Annotated[
-        int | None, typer.Option(min=0, help="Static heads a layer, for the rule quota; default: half.")
+        int | None, Option(min=0, help="Static heads a layer, for the rule quota; default: half.")
     ] = None
-    sink_frames: Annotated[
-        int, typer.Option(min=0, help="First frames left out of the score's denominator.")
-    ] = 1
+    sink_frames: Annotated[int, Option(min=0, help="First frames left out of the score's denominator.")] = 1
     undecided: Annotated[
         str | None,
-        typer.Option(help="Undecided heads: dynamic or kept; default: dynamic, kept under quota and budget."),
+        Option(help="Undecided heads: dynamic or kept; default: dynamic, kept under quota and budget."),
     ] = None
     target_kv: Annotated[
-        str | None, typer.Option(help="For the rule budget: most KV memory, such as 1.5GB or 800MB.")
+        str | None, Option(help="For the rule budget: most KV memory, such as 1.5GB or 800MB.")
     ] = None
     target_time: Annotated[
-        float | None,
-        typer.Option(min=0, help="For the rule budget: most time of a chunk, as a share of full."),
+        float | None, Option(min=0, help="For the rule budget: most time of a chunk, as a share of full.")
     ] = None
     target_resolution: Annotated[
-        str | None, typer.Option(help="Resolution that the target is for; default: that of the recording.")
+        str | None, Option(help="Resolution that the target is for; default: that of the recording.")
     ] = None
 
     def labelling(self, recorded: Geometry) -> Labelling:
@@ -129,37 +125,33 @@ def takes_label_options(command: Callable[..., None]) -> Callable[..., None]:
 @takes_label_options
 def heads(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for stats/, headmap.json, stability.json, report.html.")],
+    out: Annotated[Path, Option(help="Folder for stats/, headmap.json, stability.json, report.html.")],
     checkpoint: Checkpoint = None,
     key: Key = None,
     lora: Lora = None,
     random_weights: RandomWeights = False,
     resolution: Resolution = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
-    embeds: Annotated[Path | None, typer.Option(help="Text embeddings that `encode` wrote.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Videos to measure; more may be added later.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first video.")] = 0,
-    chunks: Annotated[int | None, typer.Option(min=1, help="Chunks a video.")] = None,
+    prompts: Annotated[Path | None, Option(help="Text file, one prompt a line.")] = None,
+    embeds: Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")] = None,
+    samples: Annotated[int, Option(min=1, help="Videos to measure; more may be added later.")] = 8,
+    seed: Annotated[int, Option(min=0, help="Seed of the first video.")] = 0,
+    chunks: Annotated[int | None, Option(min=1, help="Chunks a video.")] = None,
     rows: Annotated[
-        int, typer.Option(min=0, help="Query rows measured of each pass and layer; 0: all, exactly.")
+        int, Option(min=0, help="Query rows measured of each pass and layer; 0: all, exactly.")
     ] = 512,
-    policy: Annotated[str, typer.Option(help="Policy to generate under.")] = "full",
-    headmap: Annotated[Path | None, typer.Option(help="Head map, for policies that need one.")] = None,
+    policy: Annotated[str, Option(help="Policy to generate under.")] = "full",
+    headmap: Annotated[Path | None, Option(help="Head map, for policies that need one.")] = None,
     *,
     labels: LabelOptions,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="What to compute in: float32 or bfloat16.")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    ray: Annotated[
-        str | None, typer.Option(help="Spread samples: local, or a Ray cluster's address.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray workers; default: all there is room for.")
-    ] = None,
+    device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
+    dtype: Annotated[str, Option(help="What to compute in: float32 or bfloat16.")] = "float32",
+    threads: Annotated[int | None, Option(min=1, help="CPU threads.")] = None,
+    ray: Annotated[str | None, Option(help="Spread samples: local, or a Ray cluster's address.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Ray workers; default: all there is room for.")] = None,
     stats: Annotated[
-        str | None, typer.Option(help="Place for the statistics: folder or fsspec URL; default: OUT/stats.")
+        str | None, Option(help="Place for the statistics: folder or fsspec URL; default: OUT/stats.")
     ] = None,
-    restart: Annotated[bool, typer.Option(help="Forget what was recorded before.")] = False,
+    restart: Annotated[bool, Option(help="Forget what was recorded before.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure every head over samples, steps and chunks; write a head map and how far to trust it.
@@ -212,11 +204,11 @@ def heads(
 @app.command()
 @takes_label_options
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that `analyze heads` wrote.")],
+    folder: Annotated[Path, Argument(help="Folder that `analyze heads` wrote.")],
     *,
     labels: LabelOptions,
-    stats: Annotated[str | None, typer.Option(help="Place of the statistics; default: FOLDER/stats.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: FOLDER.")] = None,
+    stats: Annotated[str | None, Option(help="Place of the statistics; default: FOLDER/stats.")] = None,
+    out: Annotated[Path | None, Option(help="Folder to write to; default: FOLDER.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Label and judge recorded statistics again, by any rule, and write head map and report anew.

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from forcingkv.commands.console import emit, must_end, need
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError
@@ -26,14 +27,14 @@ Maps: TypeAlias = tuple[HeadMap, HeadMap]
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A head map of any format, or a run's folder.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The map or run to compare it with.")],
-    out: Annotated[Path | None, typer.Option(help="Picture to write (.png).")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Changed heads to list.")] = 20,
+    a: Annotated[Path, Argument(metavar="A", help="A head map of any format, or a run's folder.")],
+    b: Annotated[Path, Argument(metavar="B", help="The map or run to compare it with.")],
+    out: Annotated[Path | None, Option(help="Picture to write (.png).")] = None,
+    limit: Annotated[int, Option(min=0, help="Changed heads to list.")] = 20,
     min_agreement: Annotated[
-        float | None, typer.Option(help="Share of heads, 0 to 1: exit code 1 if fewer have the same label.")
+        float | None, Option(help="Share of heads, 0 to 1: exit code 1 if fewer have the same label.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all changed heads.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, with all changed heads.")] = False,
 ) -> None:
     """Say how far two head maps agree, and which heads changed, by how much and how surely.
 

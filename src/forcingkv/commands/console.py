@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typer import Option
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson: TypeAlias = Annotated[bool, Option("--json", help="Print JSON.")]
 
 console = Console(stderr=True)
 """Messages for people go to standard error; results go to standard output."""

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from forcingkv.commands.console import AsJson, console, default_prompts, emit, need, progress_bar
 from forcingkv.headmaps import DYNAMIC, STATIC
@@ -16,11 +16,11 @@ POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-out"),
-    samples: Annotated[int, typer.Option(min=1, help="Videos to measure heads on.")] = 6,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts to compare policies on.")] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    out: Annotated[Path, Option(help="Folder for everything it makes.")] = Path("demo-out"),
+    samples: Annotated[int, Option(min=1, help="Videos to measure heads on.")] = 6,
+    prompts: Annotated[int, Option(min=1, help="Prompts to compare policies on.")] = 40,
+    seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
+    threads: Annotated[int | None, Option(min=1, help="CPU threads.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Analyze the shipped model, export it with every policy, generate, and compare.

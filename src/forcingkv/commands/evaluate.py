@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from forcingkv.commands.console import (
     AsJson,
@@ -33,40 +33,38 @@ REFERENCE = "full"
 
 
 def evaluate(
-    bundle: Annotated[list[Path] | None, typer.Option(help="Folder that export wrote; repeatable.")] = None,
+    bundle: Annotated[list[Path] | None, Option(help="Folder that export wrote; repeatable.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Policy or folder name of the bundle to compare with; default: full.")
+        str | None, Option(help="Policy or folder name of the bundle to compare with; default: full.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line; default: those shipped.")
+        Path | None, Option(help="Text file, one prompt a line; default: those shipped.")
     ] = None,
-    embeds: Annotated[Path | None, typer.Option(help="Text embeddings that `encode` wrote.")] = None,
+    embeds: Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")] = None,
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Prompts to take; default: 32, or all if fewer.")
+        int | None, Option(min=2, help="Prompts to take; default: 32, or all if fewer.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Videos a prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first video; then counted up.")] = 0,
+    seeds: Annotated[int, Option(min=1, help="Videos a prompt.")] = 1,
+    seed: Annotated[int, Option(min=0, help="Seed of the first video; then counted up.")] = 0,
     chunks: Annotated[
-        int | None, typer.Option(min=2, help="Length of the videos; default: until full KV is full.")
+        int | None, Option(min=2, help="Length of the videos; default: until full KV is full.")
     ] = None,
     backend: Backend = "onnxruntime",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="Video file to measure; repeatable.")] = None,
+    threads: Annotated[int | None, Option(min=1, help="CPU threads.")] = None,
+    video: Annotated[list[Path] | None, Option(help="Video file to measure; repeatable.")] = None,
     reference_video: Annotated[
-        list[Path] | None, typer.Option(help="Video to compare with, one for each --video, in order.")
+        list[Path] | None, Option(help="Video to compare with, one for each --video, in order.")
     ] = None,
-    chunk_frames: Annotated[int, typer.Option(min=1, help="With --video: frames of later chunks.")] = 12,
-    first_chunk_frames: Annotated[
-        int, typer.Option(min=1, help="With --video: frames of the first chunk.")
-    ] = 9,
+    chunk_frames: Annotated[int, Option(min=1, help="With --video: frames of later chunks.")] = 12,
+    first_chunk_frames: Annotated[int, Option(min=1, help="With --video: frames of the first chunk.")] = 9,
     top: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="With --video: pairs that the published chunk discontinuity takes; default: one a boundary.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="CSV file to write too, one row a video.")] = None,
+    out: Annotated[Path | None, Option(help="CSV file to write too, one row a video.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure generated video: against full KV, at the seams of chunks, drift over time.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from forcingkv.commands.console import console, default_prompts, emit, need, read_prompts
 from forcingkv.commands.models import (
@@ -35,46 +36,44 @@ PROMPTS = 4
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
-    headmap: Annotated[Path | None, typer.Option(help="Head map to bake in.")] = None,
+    out: Annotated[Path, Option(help="Folder of the bundle.")],
+    headmap: Annotated[Path | None, Option(help="Head map to bake in.")] = None,
     checkpoint: Checkpoint = None,
     key: Key = None,
     lora: Lora = None,
     random_weights: RandomWeights = False,
     resolution: Resolution = None,
-    policy: Annotated[str, typer.Option(help="Cache policy.")] = "forcing-kv",
-    decoder: Annotated[str | None, typer.Option(help="wan-vae or taehv; default: the model's.")] = None,
-    vae: Annotated[Path | None, typer.Option(help="Weights of the decoder: a file or a folder.")] = None,
+    policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
+    decoder: Annotated[str | None, Option(help="wan-vae or taehv; default: the model's.")] = None,
+    vae: Annotated[Path | None, Option(help="Weights of the decoder: a file or a folder.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="What weights are stored as and TensorRT computes in: float32, bfloat16, float16, or fp8"
             " (linear layers in FP8, all else in bfloat16); default: the model's, for TensorRT bfloat16."
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="What to calibrate fp8 with: text embeddings (forcingkv encode), or for the demo model"
             " prompts, one a line; default: prompts that ship with the model."
         ),
     ] = None,
     verify: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--verify/--no-verify",
             help="Compare every graph with torch, in float32; default: only with --target onnx.",
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="onnx; tensorrt-rtx or tensorrt for engines too.")] = "onnx",
+    target: Annotated[str, Option(help="onnx; tensorrt-rtx or tensorrt for engines too.")] = "onnx",
     sm: Annotated[
         list[int] | None,
-        typer.Option(help="GPU to build for, such as 89 for 8.9; may be given again. Default: the one here."),
+        Option(help="GPU to build for, such as 89 for 8.9; may be given again. Default: the one here."),
     ] = None,
-    aot: Annotated[
-        bool, typer.Option("--aot", help="Compile the plugin into the engines: tensorrt only.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    aot: Annotated[bool, Option("--aot", help="Compile the plugin into the engines: tensorrt only.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Bake a head map into a model and write a bundle that the runtime opens.
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from typer import Option
 
 from forcingkv import __version__
 from forcingkv.commands.console import AsJson, emit, progress_bar
@@ -28,37 +29,35 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 def generate(
-    bundle: Annotated[Path, typer.Option(help="Folder that export wrote.")],
+    bundle: Annotated[Path, Option(help="Folder that export wrote.")],
     out: Annotated[
-        str, typer.Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
+        str, Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
     ],
-    prompt: Annotated[str | None, typer.Option(help="What to show; or which prompt of --embeds.")] = None,
-    embeds: Annotated[Path | None, typer.Option(help="Text embeddings that `encode` wrote.")] = None,
+    prompt: Annotated[str | None, Option(help="What to show; or which prompt of --embeds.")] = None,
+    embeds: Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.01, help="Length of the video; default: 5, or that of --restore.")
+        float | None, Option(min=0.01, help="Length of the video; default: 5, or that of --restore.")
     ] = None,
     switch: Annotated[
         list[str] | None,
-        typer.Option(help='Another prompt from that second on: "2.5:a 1 moving up ..."; may be repeated.'),
+        Option(help='Another prompt from that second on: "2.5:a 1 moving up ..."; may be repeated.'),
     ] = None,
-    recache: Annotated[bool, typer.Option(help="Rebuild the caches when the prompt is switched.")] = True,
+    recache: Annotated[bool, Option(help="Rebuild the caches when the prompt is switched.")] = True,
     save: Annotated[
-        Path | None, typer.Option(help="Folder to save the state to, every --save-every chunks.")
+        Path | None, Option(help="Folder to save the state to, every --save-every chunks.")
     ] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Chunks from one saved state to the next.")] = 10,
+    save_every: Annotated[int, Option(min=1, help="Chunks from one saved state to the next.")] = 10,
     restore: Annotated[
-        Path | None, typer.Option(help="Folder of a saved state to go on from; --out gets the rest.")
+        Path | None, Option(help="Folder of a saved state to go on from; --out gets the rest.")
     ] = None,
-    fps: Annotated[
-        float | None, typer.Option(min=0.01, help="Frames a second; default: the model's.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    fps: Annotated[float | None, Option(min=0.01, help="Frames a second; default: the model's.")] = None,
+    seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
     backend: Backend = "onnxruntime",
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
+        bool, Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    enlarge: Annotated[int, typer.Option(min=1, help="Repeat each pixel this many times.")] = 1,
+    threads: Annotated[int | None, Option(min=1, help="CPU threads.")] = None,
+    enlarge: Annotated[int, Option(min=1, help="Repeat each pixel this many times.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Generate a video from a bundle, chunk by chunk.

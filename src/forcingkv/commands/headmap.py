@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer import Argument, Option
 
 from forcingkv.commands.console import AsJson, emit, parse_pairs
 from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
@@ -20,7 +21,7 @@ app = typer.Typer(help="Look at, check and convert head maps.", no_args_is_help=
 
 WRITERS = {"forcingkv": HeadMap.to_text, forcingkv_json.FORMAT: forcingkv_json.to_text}
 STYLES = {STATIC: "cyan", DYNAMIC: "bold magenta"}
-File = Annotated[Path, typer.Argument(help="A head map of forcingkv or of another project.")]
+File = Annotated[Path, Argument(help="A head map of forcingkv or of another project.")]
 
 
 @app.command()
@@ -61,7 +62,7 @@ def print_map(headmap: HeadMap, out: Console) -> None:
 @app.command()
 def validate(
     file: File,
-    model: Annotated[str | None, typer.Option(help="Check that it fits this model.")] = None,
+    model: Annotated[str | None, Option(help="Check that it fits this model.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a head map; exit code 2 and a message if something is wrong.
@@ -85,19 +86,19 @@ def validate(
 @app.command()
 def convert(
     file: File,
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(WRITERS)}.")] = "forcingkv",
-    model: Annotated[str | None, typer.Option(help="Model that the map is for.")] = None,
+    out: Annotated[Path, Option(help="File to write.")],
+    to: Annotated[str, Option(help=f"Format to write: {', '.join(WRITERS)}.")] = "forcingkv",
+    model: Annotated[str | None, Option(help="Model that the map is for.")] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="DuoAttention: score from which a head is dynamic (default 0.5).")
+        float | None, Option(help="DuoAttention: score from which a head is dynamic (default 0.5).")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="New labels: -1=dynamic,1=dynamic,2=static or anchor=dynamic,...")
+        str | None, Option(help="New labels: -1=dynamic,1=dynamic,2=static or anchor=dynamic,...")
     ] = None,
     missing_layers: Annotated[
-        str | None, typer.Option(help="Forcing-KV: label of layers not in the file, static or dynamic.")
+        str | None, Option(help="Forcing-KV: label of layers not in the file, static or dynamic.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Heads of a layer, where the file does not say.")] = None,
+    heads: Annotated[int | None, Option(help="Heads of a layer, where the file does not say.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a head map from or to the format of another project.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from forcingkv.commands.console import AsJson, console, emit, must_end, need
 from forcingkv.headmaps.fields import to_data
@@ -31,10 +31,10 @@ REMARKS = (
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="Folder that export wrote.")],
+    bundle: Annotated[Path, Argument(help="Folder that export wrote.")],
     as_json: AsJson = False,
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw where the memory goes, to this file (.png).")
+        Path | None, Option(help="Also draw where the memory goes, to this file (.png).")
     ] = None,
 ) -> None:
     """Check a bundle's digests and print what it holds, how its engines were built and what they need.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
 from forcingkv.commands.console import AsJson, emit, listed, parse_pairs
 from forcingkv.headmaps import read_headmap
@@ -17,33 +18,30 @@ from forcingkv.runtime.spec import Dtype, ModelSpec
 
 def plan(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Preset or spec file (.toml).")] = None,
+    model: Annotated[str | None, Option(help="Preset or spec file (.toml).")] = None,
     resolution: Annotated[
-        str | None, typer.Option(help="WIDTHxHEIGHT or a name, such as 480p; default: the model's.")
+        str | None, Option(help="WIDTHxHEIGHT or a name, such as 480p; default: the model's.")
     ] = None,
     policy: Annotated[
-        list[str] | None,
-        typer.Option(help="Cache policy; repeat it, or separate names by commas; default: all."),
+        list[str] | None, Option(help="Cache policy; repeat it, or separate names by commas; default: all.")
     ] = None,
     gpu: Annotated[
         list[str] | None,
-        typer.Option(help="GPU, such as h200; repeat it, or separate names by commas; default: all."),
+        Option(help="GPU, such as h200; repeat it, or separate names by commas; default: all."),
     ] = None,
     headmap: Annotated[
         Path | None,
-        typer.Option(
-            help="Head map; default: the published number of heads of each label, or the costliest."
-        ),
+        Option(help="Head map; default: the published number of heads of each label, or the costliest."),
     ] = None,
     heads: Annotated[
         str | None,
-        typer.Option(help="Instead of a head map: how many heads have each label, static=134,dynamic=226."),
+        Option(help="Instead of a head map: how many heads have each label, static=134,dynamic=226."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Length of the video.")] = 30.0,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    decoder: Annotated[str | None, typer.Option(help="wan-vae or taehv; default: the model's.")] = None,
+    seconds: Annotated[float, Option(help="Length of the video.")] = 30.0,
+    dtype: Annotated[str, Option(help="bfloat16 or float16.")] = "bfloat16",
+    decoder: Annotated[str | None, Option(help="wan-vae or taehv; default: the model's.")] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="Show published figures beside predictions instead.")
+        bool, Option("--published", help="Show published figures beside predictions instead.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
