@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 130
-
 CHUNKS = 40
 """Of a video of 30 seconds at 16 frames a second."""
-
 
 Point = dict[str, Any]
 """A row of the CSV file."""
@@ -131,8 +129,7 @@ def _panels() -> tuple[Figure, list[Axes]]:
 
 
 def _named(axes: Axes, across: str, up: str) -> None:
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
+    axes.set(xlabel=across, ylabel=up)
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)
     axes.grid(visible=True, color="0.9")

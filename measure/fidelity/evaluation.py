@@ -22,7 +22,7 @@ from scipy.stats import bootstrap
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.fidelity.seams import ChunkLayout
-from forcingkv.measure.fidelity.video_measures import METRICS, measure_pair, measure_video
+from forcingkv.measure.fidelity.video_measures import METRICS, Values, measure_pair, measure_video
 from forcingkv.models.demo.judge import read_digits, shows_digits
 from forcingkv.resampling import CONFIDENCE, SEED
 from forcingkv.runtime import Session
@@ -74,11 +74,10 @@ def seeded_prompts(prompts: Sequence[tuple[str, Prompt | None]], seeds: int, see
 
     Raises InputError for fewer than two prompts: they are what intervals are made from.
     """
-    distinct = len({prompt for prompt, _ in prompts})
-    if distinct < 2:
+    if len({prompt for prompt, _ in prompts}) < 2:
         raise InputError(
-            f"there are {distinct} different prompts",
-            expected="two or more, since intervals come from how prompts differ",
+            "there is only one prompt",
+            expected="two different ones or more, since intervals come from how prompts differ",
             hint=f"Give more with --prompts and --samples; {FEW} are enough for intervals to hold.",
         )
     return [
@@ -131,12 +130,10 @@ def evaluate_sessions(
     return rows
 
 
-def _metrics(
-    name: str, spec: ModelSpec, video: Frames, prompt: str, reference: Frames | None
-) -> dict[str, float | None]:
-    values = dict(measure_video(video, ChunkLayout.of(spec), spec.fps, where=name).values)
+def _metrics(name: str, spec: ModelSpec, video: Frames, prompt: str, reference: Frames | None) -> Values:
+    values: Values = measure_video(video, ChunkLayout.of(spec), spec.fps, where=name)["values"]
     if reference is not None:
-        values |= measure_pair(video, reference, where=name).values
+        values |= measure_pair(video, reference, where=name)["values"]
     if shows_digits(spec):
         digits, directions = read_digits(video, prompt, spec.frames_per_chunk)
         values |= {"digits_read": digits, "direction_right": directions}

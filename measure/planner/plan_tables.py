@@ -83,10 +83,8 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     for (value, words), gpus in origins.items():
         yield f"Share of the peak that kernels reach on {', '.join(gpus)}: {value:.1%}, {words}."
     one = next(iter(report["efficiency"].values()))
-    yield (
-        f"Low - high: at the {one['lowest']:.0%} and {one['highest']:.0%} that published FPS under full would"
-        " each need."
-    )
+    ends = f"{one['lowest']:.0%} and {one['highest']:.0%}"
+    yield f"Low - high: with {ends}, the least and the most that any published FPS under full needs."
     yield uncertainty()
     for text in dict.fromkeys(text for one in report["policies"] for text in one["memory"]["not_counted"]):
         yield f"Not counted: {text}."

@@ -142,7 +142,7 @@ def test_wrong_bundles_and_prompts(bundles: Path, tmp_path: Path, run: Callable[
         ([*full, *prompts, "--reference", "window"], "there is no bundle 'window'; expected one of full"),
         ([*full, *full, *prompts], "'full' is given twice"),
         ([*full, *prompts, "--samples", 4], "--samples is 4, but there are only 3 prompts. Give a file"),
-        ([*full, "--prompts", tmp_path / "one.txt"], "there are 1 different prompts; expected two or more"),
+        ([*full, "--prompts", tmp_path / "one.txt"], "there is only one prompt; expected two different ones"),
         ([*full], "no prompts ship with small"),
         (["--bundle", tmp_path, *prompts], "is not a bundle"),
     ]:

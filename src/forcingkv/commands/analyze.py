@@ -80,17 +80,13 @@ class LabelOptions:
         from forcingkv.analyze.labels import rule_name
 
         rule = rule_name(self.rule)
-        undecided: Undecided | None = None
-        if self.undecided is not None:
-            if self.undecided not in get_args(Undecided):
-                raise InputError(f"is {self.undecided!r}", where="--undecided", expected="kept or dynamic")
-            undecided = cast("Undecided", self.undecided)
+        if self.undecided not in (None, *get_args(Undecided)):
+            raise InputError(f"is {self.undecided!r}", where="--undecided", expected="kept or dynamic")
         targets = [target for target in (self.target_kv, self.target_time) if target is not None]
         if (rule == "budget") != (len(targets) == 1):
             raise InputError(
-                f"the rule {rule} is asked for with {len(targets)} targets",
-                where="rule",
-                expected="--rule budget with one of --target-kv and --target-time; no target for other rules",
+                f"the rule {rule} is given {len(targets)} targets",
+                expected="one of --target-kv and --target-time with --rule budget, and none with other rules",
             )
         resolution = self.target_resolution or f"{recorded.width}x{recorded.height}"
         kv_bytes = bytes_of(self.target_kv) if self.target_kv else None
@@ -99,7 +95,7 @@ class LabelOptions:
             alpha=self.alpha,
             static_per_layer=self.static_per_layer,
             sink_frames=self.sink_frames,
-            undecided=undecided,
+            undecided=cast("Undecided | None", self.undecided),
             budget=Budget("forcing-kv", resolution, kv_bytes, self.target_time) if targets else None,
         )
 
@@ -251,5 +247,5 @@ def bytes_of(text: str) -> int:
     """Bytes of a size such as 1.5GB (10^9) or 800MiB (2^20). Raises InputError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in _UNITS:
-        raise InputError(f"{text!r} is not a size", where="target", expected="such as 1.5GB or 800MiB")
+        raise InputError(f"is {text!r}", where="--target-kv", expected="a size, such as 1.5GB or 800MiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])

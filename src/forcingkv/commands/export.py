@@ -134,7 +134,7 @@ def export(
         exact = {name: found for name, found in manifest.verification.items() if name != "step.fp8"}
         print(f"verified against torch: largest difference {max(exact.values()):.1e}")
     else:
-        print("not verified against torch (--verify does)")
+        print("not verified against torch: add --verify to do that")
     for engine in manifest.engines:
         print(
             f"engine {engine.graph} for sm_{engine.sm}: {manifest.files[engine.file].bytes / 1e6:.1f} MB,"

@@ -110,12 +110,8 @@ def _model(opened: Bundle) -> Iterator[str]:
 def _attention(opened: Bundle) -> Iterator[str]:
     """Keys and values by role: what attention reads, not how often it is held."""
     plan, dtype = opened.plan, opened.manifest.compute
-    roles = plan.kv_bytes_by_role(dtype)
-    total = sum(roles.values())
     yield f"keys and values that a pass attends to, from chunk {plan.phases[-1].first_chunk} on, in {dtype}"
-    for role, size in roles.items():
-        yield f"  {role:<16}{readable(size):>9}{size / total:>7.1%}"
-    yield f"  {'total':<16}{readable(total):>9}"
+    yield from _shares(plan.kv_bytes_by_role(dtype), {})
 
 
 def _phases(opened: Bundle) -> Iterator[str]:
@@ -158,17 +154,20 @@ def memory_title(group: Sequence[EngineSet], parts: Mapping[str, int]) -> str:
 
 def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
     """What a session holds: of sets that need the same, or without engines."""
-    manifest, plan = opened.manifest, opened.plan
-    engines = group[0].engines if group else ()
-    parts = footprint(manifest, plan, engines)
-    total = sum(parts.values())
+    parts = footprint(opened.manifest, opened.plan, group[0].engines if group else ())
     yield from wrapped("", memory_title(group, parts))
-    for name, size in parts.items():
-        if size:
-            yield f"  {name:<16}{readable(size):>9}{size / total:>7.1%}  {part_notes()[name]}"
-    yield f"  {'total':<16}{readable(total):>9}"
+    yield from _shares(parts, part_notes())
     for remark in REMARKS if group else ():
         yield from wrapped("  ", remark)
+
+
+def _shares(parts: Mapping[str, int], notes: Mapping[str, str]) -> Iterator[str]:
+    """Bytes by part, each with its share and its note, and the total."""
+    total = sum(parts.values())
+    for name, size in parts.items():
+        if size:
+            yield f"  {name:<16}{readable(size):>9}{size / total:>7.1%}  {notes.get(name, '')}".rstrip()
+    yield f"  {'total':<16}{readable(total):>9}"
 
 
 def _files(opened: Bundle) -> Iterator[str]:
