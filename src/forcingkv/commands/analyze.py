@@ -22,11 +22,13 @@ from forcingkv.commands.console import AsJson, console, emit, need, progress_bar
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
     Checkpoint,
+    Embeds,
     Key,
     Lora,
     Model,
     RandomWeights,
     Resolution,
+    Threads,
     text_inputs,
     weights_for,
 )
@@ -128,7 +130,7 @@ def heads(
     random_weights: RandomWeights = False,
     resolution: Resolution = None,
     prompts: Annotated[Path | None, Option(help="Text file, one prompt a line.")] = None,
-    embeds: Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")] = None,
+    embeds: Embeds = None,
     samples: Annotated[int, Option(min=1, help="Videos to measure; more may be added later.")] = 8,
     seed: Annotated[int, Option(min=0, help="Seed of the first video.")] = 0,
     chunks: Annotated[int | None, Option(min=1, help="Chunks a video.")] = None,
@@ -141,7 +143,7 @@ def heads(
     labels: LabelOptions,
     device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str, Option(help="What to compute in: float32 or bfloat16.")] = "float32",
-    threads: Annotated[int | None, Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
     ray: Annotated[str | None, Option(help="Spread samples: local, or a Ray cluster's address.")] = None,
     workers: Annotated[int | None, Option(min=1, help="Ray workers; default: all there is room for.")] = None,
     stats: Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated
 from typer import Option
 
 from forcingkv.commands.console import AsJson, console, default_prompts, emit, need, progress_bar
+from forcingkv.commands.models import Threads, text_inputs
 from forcingkv.headmaps import DYNAMIC, STATIC
 
 MODEL = "demo"
@@ -20,7 +21,7 @@ def demo(
     samples: Annotated[int, Option(min=1, help="Videos to measure heads on.")] = 6,
     prompts: Annotated[int, Option(min=1, help="Prompts to compare policies on.")] = 40,
     seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
-    threads: Annotated[int | None, Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Analyze the shipped model, export it with every policy, generate, and compare.
@@ -32,7 +33,6 @@ def demo(
     need("video", "av")
     from forcingkv.analyze import Job, Labelling, analyze_heads, analyze_statistics
     from forcingkv.analyze.report.pictures import headmap_picture
-    from forcingkv.commands.models import text_inputs
     from forcingkv.export import export_bundle
     from forcingkv.headmaps.files import write_bytes
     from forcingkv.measure.demo_comparison import (

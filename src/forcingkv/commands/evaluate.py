@@ -20,7 +20,7 @@ from forcingkv.commands.console import (
     progress_bar,
     read_prompts,
 )
-from forcingkv.commands.models import Backend
+from forcingkv.commands.models import Backend, Embeds, Threads
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Bundle, Prompt, Session
 from forcingkv.runtime.spec import ModelSpec
@@ -40,7 +40,7 @@ def evaluate(
     prompts: Annotated[
         Path | None, Option(help="Text file, one prompt a line; default: those shipped.")
     ] = None,
-    embeds: Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")] = None,
+    embeds: Embeds = None,
     samples: Annotated[
         int | None, Option(min=2, help="Prompts to take; default: 32, or all if fewer.")
     ] = None,
@@ -50,7 +50,7 @@ def evaluate(
         int | None, Option(min=2, help="Length of the videos; default: until full KV is full.")
     ] = None,
     backend: Backend = "onnxruntime",
-    threads: Annotated[int | None, Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
     video: Annotated[list[Path] | None, Option(help="Video file to measure; repeatable.")] = None,
     reference_video: Annotated[
         list[Path] | None, Option(help="Video to compare with, one for each --video, in order.")

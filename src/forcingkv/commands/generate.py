@@ -18,7 +18,7 @@ from typer import Option
 
 from forcingkv import __version__
 from forcingkv.commands.console import AsJson, emit, progress_bar
-from forcingkv.commands.models import Backend, text_input
+from forcingkv.commands.models import Backend, Embeds, Threads, text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Prompt, Session, Video
 from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
@@ -34,7 +34,7 @@ def generate(
         str, Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
     ],
     prompt: Annotated[str | None, Option(help="What to show; or which prompt of --embeds.")] = None,
-    embeds: Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")] = None,
+    embeds: Embeds = None,
     seconds: Annotated[
         float | None, Option(min=0.01, help="Length of the video; default: 5, or that of --restore.")
     ] = None,
@@ -56,7 +56,7 @@ def generate(
     cuda_graphs: Annotated[
         bool, Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
     ] = False,
-    threads: Annotated[int | None, Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
     enlarge: Annotated[int, Option(min=1, help="Repeat each pixel this many times.")] = 1,
     as_json: AsJson = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Options that say which model, its weights and its text: the same for every command."""
+"""Options that several commands have, and the weights and texts that they stand for."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ Lora: TypeAlias = Annotated[
 RandomWeights: TypeAlias = Annotated[
     bool, Option("--random-weights", help="Draw the weights at random, to try things out.")
 ]
+Embeds: TypeAlias = Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")]
+Threads: TypeAlias = Annotated[int | None, Option(min=1, help="CPU threads.")]
 Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT or a name, such as 480p.")]
 
 
