@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 130
+SIZE, DPI = (10.4, 4.0), 130
 CHUNKS = 40
 """Of a video of 30 seconds at 16 frames a second."""
 
@@ -93,7 +93,8 @@ def resolutions(found: Sequence[tuple[str, Sequence[BenchTurns]]]) -> list[Point
 
 def write_lengths(folder: Path, points: Sequence[Point], title: str) -> list[Path]:
     """`lengths.csv` and `lengths.png`: seconds of each chunk, and keys and values, over the video."""
-    drawn, (cost, memory) = _panels()
+    drawn = figure(*SIZE, DPI)
+    cost, memory = drawn.subplots(1, 2)
     for policy, line in _by_policy(points):
         cost.plot(line["chunk"], line["seconds"], label=policy, linewidth=1.8)
         memory.plot(line["chunk"], np.divide(line["kv_bytes"], 1e6), label=policy, linewidth=1.8)
@@ -106,7 +107,8 @@ def write_lengths(folder: Path, points: Sequence[Point], title: str) -> list[Pat
 
 def write_resolutions(folder: Path, points: Sequence[Point], title: str) -> list[Path]:
     """`resolutions.csv` and `resolutions.png`: seconds of a chunk, and speed-up beside its FLOP limit."""
-    drawn, (cost, gain) = _panels()
+    drawn = figure(*SIZE, DPI)
+    cost, gain = drawn.subplots(1, 2)
     for policy, line in _by_policy(points):
         tokens = line["chunk_tokens"]
         (line_drawn,) = cost.plot(tokens, line["seconds"], marker="o", label=policy)
@@ -121,11 +123,6 @@ def write_resolutions(folder: Path, points: Sequence[Point], title: str) -> list
     _named(cost, "resolution, by tokens of a chunk", "seconds of a chunk's passes")
     _named(gain, "resolution, by tokens of a chunk", "speed-up over the full cache, of least times")
     return _write(folder, "resolutions", points, drawn, title)
-
-
-def _panels() -> tuple[Figure, list[Axes]]:
-    drawn = figure(10.4, 4.0, DPI)
-    return drawn, [drawn.add_subplot(1, 2, place) for place in (1, 2)]
 
 
 def _named(axes: Axes, across: str, up: str) -> None:

@@ -221,4 +221,5 @@ def estimate(values: Sequence[float | None], prompts: Sequence[str]) -> Estimate
         confidence_level=CONFIDENCE,
         rng=np.random.default_rng(SEED),
     )
-    return Estimate(mean, *map(float, found.confidence_interval), videos, len(groups))
+    low, high = map(float, found.confidence_interval)
+    return Estimate(mean, low, high, videos, len(groups))
