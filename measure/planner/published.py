@@ -27,9 +27,9 @@ def _file() -> Any:
 def efficiencies() -> dict[str, Any]:
     """The constant of each class of GPUs.
 
-    `value`: share of the peak that kernels reach. `rows`, `gpus`: figures it was fitted to, and where they were
-    measured. `carried_from`: the class it was taken over from, where no GPU of its own has a figure. `lowest`,
-    `highest`: what published FPS under the policy full, whose frames are known, would each need.
+    `value`: share of the peak that kernels reach. `rows`, `gpus`: figures it was fitted to, and where they
+    were measured. `carried_from`: the class it was taken over from, where no GPU of its own has a figure.
+    `lowest`, `highest`: the least and the most that published FPS under the policy full need.
     """
     constants: dict[str, Any] = _file()["efficiency"]
     return constants
