@@ -14,7 +14,7 @@ from rich.table import Table
 from forcingkv.headmaps.files import write_bytes
 from forcingkv.measure.fidelity.pairs import mean_psnr
 from forcingkv.measure.tables import printable
-from forcingkv.models.demo.data import Moves, prompt_of
+from forcingkv.models.demo.data import moves_of
 from forcingkv.models.demo.judge import READ_CHUNK, grey, verdict
 from forcingkv.plotting import figure, png
 from forcingkv.runtime import Session, Timing
@@ -38,16 +38,16 @@ class PolicyRun:
 
 def compare_policies(
     sessions: Mapping[str, Session],
-    prompts: Sequence[Moves],
+    prompts: Sequence[str],
     chunks: int,
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, PolicyRun]:
     """Generate every prompt with every policy; policies take turns, since machines slow down and recover."""
     runs = {name: PolicyRun() for name in sessions}
-    for number, moves in enumerate(prompts):
+    for number, prompt in enumerate(prompts):
         for name, session in sessions.items():
-            made = list(session.generate(prompt_of(moves), seed=seed + number, chunks=chunks))
+            made = list(session.generate(prompt, seed=seed + number, chunks=chunks))
             runs[name].videos.append(np.concatenate([chunk.frames for chunk in made]))
             runs[name].timings.append([chunk.timing for chunk in made])
         progress(number + 1)
@@ -55,10 +55,7 @@ def compare_policies(
 
 
 def comparison_rows(
-    runs: Mapping[str, PolicyRun],
-    sessions: Mapping[str, Session],
-    prompts: Sequence[Moves],
-    reference: str = "full",
+    runs: Mapping[str, PolicyRun], sessions: Mapping[str, Session], prompts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The comparison, a row a policy. Shares are of digits; times are medians.
 
@@ -69,8 +66,8 @@ def comparison_rows(
     for name, run in runs.items():
         spec = sessions[name].spec
         seen = [
-            verdict(grey(video), moves, spec.frames_per_chunk, READ_CHUNK)
-            for video, moves in zip(run.videos, prompts, strict=True)
+            verdict(grey(video), moves_of(prompt), spec.frames_per_chunk, READ_CHUNK)
+            for video, prompt in zip(run.videos, prompts, strict=True)
         ]
         last = [timings[-1] for timings in run.timings]
         seconds = float(np.median([timing.total for timing in last]))
@@ -82,7 +79,7 @@ def comparison_rows(
                 "seconds_per_chunk": seconds,
                 "seconds_per_chunk_without_decoding": undecoded,
                 "frames_per_second": spec.frames_per_chunk / seconds,
-                "psnr_to_full": None if name == reference else mean_psnr(run.videos, runs[reference].videos),
+                "psnr_to_full": None if name == "full" else mean_psnr(run.videos, runs["full"].videos),
                 "digits_read": float(np.mean([v.digits for v in seen])),
                 "prompts_read": float(np.mean([all(v.digits) for v in seen])),
                 "direction_right": float(np.mean([v.directions for v in seen])),
@@ -123,7 +120,7 @@ def write_comparison_video(runs: Mapping[str, PolicyRun], path: Path, fps: float
 
 def write_comparison_sheet(runs: Mapping[str, PolicyRun], prompts: Sequence[str], path: Path) -> None:
     """A PNG of some frames of the first prompts: policies from left to right, prompts from top to bottom."""
-    prompts = prompts[: min(SHOWN_PROMPTS, *(len(run.videos) for run in runs.values()))]
+    prompts = prompts[:SHOWN_PROMPTS]
     sheet = figure(4.6 * len(runs), 0.68 * len(prompts) + 0.4, dpi=100)
     axes = sheet.subplots(len(prompts), len(runs), squeeze=False)
     for column, (policy, run) in enumerate(runs.items()):
@@ -134,6 +131,5 @@ def write_comparison_sheet(runs: Mapping[str, PolicyRun], prompts: Sequence[str]
             shown.set_axis_off()
             shown.set_title(policy if row == 0 else "", fontsize=11)
             if column == 0:
-                words = prompt.replace(" and ", "\nand ")
-                shown.text(-3, 16, words, fontsize=8, ha="right", va="center")
+                shown.text(-3, 16, prompt.replace(" and ", "\nand "), fontsize=8, ha="right", va="center")
     write_bytes(path, png(sheet))

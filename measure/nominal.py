@@ -7,31 +7,22 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib import resources
+from typing import Any
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import from_data
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, Rule, uniform
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
-KnownHeads = HeadMap | Mapping[str, int] | None
-"""What a user knows of a model's heads: a map, or how many heads of the whole model have each label."""
+Heads = tuple[HeadMap, str]
+"""A map, and a text with how many heads have each label and where that comes from."""
 ANY_MODEL = "*"
 GOLDEN = (5**0.5 - 1) / 2
 """The golden ratio: the fractional parts of its multiples never lie close together."""
-
-
-@dataclass(frozen=True)
-class _Published:
-    """What is published about a policy's heads; `nominal.toml` says what its fields mean."""
-
-    heads: Mapping[str, int]
-    note: str | None = None
 
 
 def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
@@ -48,31 +39,31 @@ def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
         raise InputError(
             f"no head map of {spec.name} for the policy {policy.name} is published",
             where="headmap",
-            expected=f"one of {', '.join(models) or 'the shipped policies'}, or a map",
+            expected=f"the model {' or '.join(models)}, or a map" if models else "a map",
             hint="Give one: --headmap FILE (forcingkv analyze heads makes it).",
         )
     return known[0]
 
 
-def known_map(spec: ModelSpec, policy: Policy) -> tuple[HeadMap, str] | None:
-    """The map of `nominal_map`, and a text with its heads and their origin; None where there is none."""
+def known_map(spec: ModelSpec, policy: Policy) -> Heads | None:
+    """The map of `nominal_map`; None where there is none."""
     shipped = _shipped(spec.name)
     same_size = shipped and (shipped.model.layers, shipped.model.heads) == (spec.layers, spec.heads)
     if shipped and same_size and set(shipped.counts()) <= set(policy.groups):
-        return shipped, f"{_in_words(shipped)}: the map that ships"
+        return shipped, f"{in_words(shipped)}: the map that ships"
     models = _published().get(policy.name, {})
     published = models.get(spec.name, models.get(ANY_MODEL))
     # A policy of the same name may be a user's own, with other groups.
-    if published is None or not set(published.heads) <= set(policy.groups):
+    if published is None or not set(published["heads"]) <= set(policy.groups):
         return None
-    headmap = map_with_counts(spec, policy.groups, published.heads)
-    origin = "as published" if headmap.counts() == published.heads else "in published shares"
-    note = f" ({published.note})" if published.note else ""
-    return headmap, f"{_in_words(headmap)} {origin}, spread evenly over the layers{note}"
+    headmap = map_with_counts(spec, policy.groups, published["heads"])
+    origin = "as published" if headmap.counts() == published["heads"] else "in published shares"
+    note = f" ({published['note']})" if "note" in published else ""
+    return headmap, f"{in_words(headmap)} {origin}, spread evenly over the layers{note}"
 
 
 def plan_for(
-    spec: ModelSpec, geometry: Geometry, policy: Policy, known: KnownHeads = None
+    spec: ModelSpec, geometry: Geometry, policy: Policy, known: Heads | None = None
 ) -> tuple[CachePlan, str]:
     """The cache plan of a policy, and which heads it was made with, in words.
 
@@ -83,15 +74,10 @@ def plan_for(
     """
     if not policy.needs_headmap:
         return build_plan(spec, geometry, policy), "every head alike"
-    if known and labels_of(known) <= set(policy.groups):
-        if isinstance(known, HeadMap):
-            return build_plan(spec, geometry, policy, known), _in_words(known)
-        headmap = spread(spec, known)
-        words = f"{_in_words(headmap)}, spread evenly over the layers"
-        return build_plan(spec, geometry, policy, headmap), words
-    published = known_map(spec, policy)
-    if published is not None:
-        headmap, words = published
+    if known is None or not set(known[0].counts()) <= set(policy.groups):
+        known = known_map(spec, policy)
+    if known is not None:
+        headmap, words = known
         return build_plan(spec, geometry, policy, headmap), words
     identity = ModelIdentity(spec.name, spec.layers, spec.heads)
     plans = {label: build_plan(spec, geometry, policy, uniform(identity, label)) for label in policy.groups}
@@ -99,39 +85,29 @@ def plan_for(
     return plans[label], f"assumed: every head {label}, which takes most"
 
 
-def labels_of(known: KnownHeads) -> set[str]:
-    """The labels that heads are known to have."""
-    return set(known.counts() if isinstance(known, HeadMap) else known or ())
-
-
-def spread(spec: ModelSpec, counts: Mapping[str, int]) -> HeadMap:
+def spread(spec: ModelSpec, counts: Mapping[str, int]) -> Heads:
     """A map with exactly so many heads of each label in the whole model (`map_with_counts`).
 
     Raises InputError unless the counts add up to the model's heads.
     """
     total = spec.layers * spec.heads
-    if sum(counts.values()) != total or min(counts.values()) < 0:
+    if sum(counts.values()) != total:
         raise InputError(
             f"{sum(counts.values())} heads are given",
             where="heads",
             expected=f"{total} in all, {spec.heads} in each of {spec.layers} layers",
         )
-    return map_with_counts(spec, counts, counts)
+    headmap = map_with_counts(spec, counts, counts)
+    return headmap, f"{in_words(headmap)}, spread evenly over the layers"
 
 
-def map_with_counts(
-    spec: ModelSpec, labels: Sequence[str] | Mapping[str, object], counts: Mapping[str, int]
-) -> HeadMap:
+def map_with_counts(spec: ModelSpec, labels: Collection[str], counts: Mapping[str, int]) -> HeadMap:
     """A map in which labels have the shares of `counts`, as evenly over the layers as whole heads allow.
 
     Shares of the model's heads are rounded to whole heads. No two layers differ by more than one head of a
     label.
 
-    Args:
-        spec: the model.
-        labels: in the order in which heads of a layer get them.
-        counts: heads of each label, of a model of any size.
-
+    `labels` are in the order in which heads of a layer get them; `counts` may be of a model of another size.
     Raises InputError for counts that are negative, or none of those labels.
     """
     shares = [counts.get(label, 0) for label in labels]
@@ -156,22 +132,15 @@ def _whole(shares: Sequence[int], total: int) -> list[int]:
     return [whole + (place in largest) for place, (whole, _) in enumerate(parts)]
 
 
-def _in_words(headmap: HeadMap) -> str:
+def in_words(headmap: HeadMap) -> str:
     """Such as "134 static, 226 dynamic"."""
     return ", ".join(f"{number} {label}" for label, number in headmap.counts().items())
 
 
 @cache
-def _published() -> dict[str, dict[str, _Published]]:
-    """Policy -> model -> what is published."""
-    text = (resources.files(__package__) / "nominal.toml").read_text(encoding="utf-8")
-    return {
-        policy: {
-            model: from_data(_Published, entry, f"nominal.toml: {policy}.{model}")
-            for model, entry in models.items()
-        }
-        for policy, models in tomllib.loads(text).items()
-    }
+def _published() -> dict[str, dict[str, dict[str, Any]]]:
+    """Policy -> model -> what is published; `nominal.toml` says what the fields mean."""
+    return tomllib.loads((resources.files(__package__) / "nominal.toml").read_text(encoding="utf-8"))
 
 
 @cache

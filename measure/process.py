@@ -12,10 +12,7 @@ STATUS = Path("/proc/self/status")
 
 
 def resident(field: str = "RssAnon") -> int:
-    """Bytes of this process.
-
-    Args:
-        field: `RssAnon` for its own memory, without pages of files; `VmRSS` for all; `VmHWM` for all at most.
+    """Bytes of this process: its own memory, without pages of files; `VmRSS` is all, `VmHWM` all at most.
 
     Raises RuntimeError where the system has no such count.
     """
@@ -32,21 +29,13 @@ class Watched:
     before: int
     most: int
 
-    @property
-    def grown(self) -> int:
-        """By how much it grew at most."""
-        return self.most - self.before
-
 
 @contextmanager
 def watched(every: float = 0.02) -> Iterator[Watched]:
-    """Watch how much memory of its own the process takes while the block runs.
+    """Watch how much memory of its own the process takes while the block runs, looking every so many seconds.
 
     Pages of files (libraries, weights as they lie on disk) are left out: the system takes them back when
     memory is short.
-
-    Args:
-        every: seconds between two looks.
     """
     now = resident()
     seen, over = Watched(now, now), threading.Event()

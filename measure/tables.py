@@ -1,9 +1,10 @@
-"""Results as tables: in the terminal, and as CSV files."""
+"""Results as tables and text: in the terminal, and as CSV files."""
 
 from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from forcingkv.headmaps.files import write_text
+
+WIDTH = 80
+"""Columns that lines of text keep to, wherever they are shown."""
 
 
 def printable(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -21,6 +25,11 @@ def printable(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]])
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def wrapped(first: str, text: str) -> list[str]:
+    """Lines of `WIDTH` columns: `first`, then the text; others begin below its first word, or set in."""
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * (len(first) or 2))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

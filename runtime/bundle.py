@@ -196,13 +196,7 @@ class Bundle:
 
 def read_data(kind: type[T], path: Path) -> T:
     """The dataclass `kind` from a file of JSON. Raises InputError where it cannot be read or does not fit."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error})", where=str(path)) from error
-    return from_data(kind, data, str(path))
+    return from_data(kind, read_json(path), str(path))
 
 
 def _read_manifest(folder: Path) -> Manifest:

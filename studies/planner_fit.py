@@ -25,7 +25,7 @@ from forcingkv.headmaps.files import write_text
 from forcingkv.measure.nominal import plan_for
 from forcingkv.measure.planner import published as shipped
 from forcingkv.measure.planner.gpus import Gpu, load_gpu
-from forcingkv.measure.planner.published import BOUND, Efficiency
+from forcingkv.measure.planner.published import BOUND
 from forcingkv.measure.planner.speed import VideoWork, pass_seconds, predict, video_work
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.footprint import kv_parts
@@ -53,6 +53,24 @@ class PublishedFigure:
     fitted: bool = False
     note: str | None = None
     reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """The constant of a class."""
+
+    value: float
+    """Share of the peak that kernels reach."""
+    rows: tuple[str, ...]
+    """The rows it was fitted to."""
+    gpus: tuple[str, ...]
+    """The GPUs that those rows were measured on."""
+    carried_from: str | None
+    """The class it was taken over from: no figure of a GPU of its own has been published or measured."""
+    lowest: float
+    """What published FPS of the class under the policy full, whose frames are known, would each need: the
+    lowest, and the highest."""
+    highest: float
 
 
 @dataclass(frozen=True)
@@ -111,9 +129,9 @@ class FigureWork:
             return sum(kv_parts(self.plan, "bfloat16").values())
         if row.measure == "attention_share":
             at_end = VideoWork(self.video.phases, self.video.phases[-1][1], *self._rest())
-            return predict(at_end, self.gpu, efficiency).attention_time
-        fps = predict(self.video, self.gpu, efficiency).fps
-        return fps if row.measure == "fps" else fps / predict(self.full, self.gpu, efficiency).fps
+            return float(predict(at_end, self.gpu, efficiency)["attention_time_share"])
+        fps: float = predict(self.video, self.gpu, efficiency)["fps"]
+        return fps if row.measure == "fps" else fps / predict(self.full, self.gpu, efficiency)["fps"]
 
     def _rest(self) -> tuple[int, int]:
         return self.video.passes, self.video.frames

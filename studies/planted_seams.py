@@ -27,9 +27,14 @@ from forcingkv.measure.fidelity.video_files import open_video
 Frames = npt.NDArray[np.uint8]
 
 
+def chunk_of(frame: int, layout: ChunkLayout) -> int:
+    """The index of the chunk that a pixel frame is in."""
+    return max(0, (frame - layout.first) // layout.later + 1)
+
+
 def plant(video: Frames, layout: ChunkLayout, change: Callable[[Frames], Frames]) -> Frames:
     """A copy of a video, uint8 (frames, height, width, 3), with every second chunk changed."""
-    odd = [frame for frame in range(len(video)) if layout.chunk_of(frame) % 2]
+    odd = [frame for frame in range(len(video)) if chunk_of(frame, layout) % 2]
     planted = video.copy()
     planted[odd] = change(video[odd])
     return planted
@@ -114,8 +119,8 @@ def main() -> None:
     with progress_bar() as shown:
         task = shown.add_task("planting", total=len(given.videos) * len(SEAMS))
         for path in given.videos:
-            with open_video(path) as file:
-                video = np.stack(list(file.frames))
+            with open_video(path) as (_, frames):
+                video = np.stack(list(frames))
             for fault, planted in SEAMS.items():
                 found = seams_of(planted(video, layout), layout, given.top)
                 rows.append({"video": path.stem, "planted": fault} | found)

@@ -49,8 +49,8 @@ def preset_cases(
         policies: names, or TOML files.
         layers: how many of its layers, typical ones (`typical_layers`); None: the whole model.
         resolution: "WxH" or a name; None for the model's default.
-        headmap: for policies whose labels it has; None, or other labels: `nominal_map`.
-        decoder: its kind, with random weights; for latents that are pixels nothing is asked.
+        headmap: for policies whose labels it has; for others, or None: `nominal_map`.
+        decoder: its kind; for latents that are pixels nothing is asked.
 
     Raises InputError for what cannot be exported.
     """
@@ -68,15 +68,9 @@ def preset_cases(
             heads = headmap if fits else nominal_map(spec, policy)
             part, policy, heads = typical_layers(spec, policy, heads, layers or spec.layers)
             out = Path(folder) / str(place)
+            weights = random_weights(part)
             export_bundle(
-                part,
-                random_weights(part),
-                policy,
-                out,
-                headmap=heads,
-                resolution=resolution,
-                decoder=made,
-                verify=False,
+                part, weights, policy, out, headmap=heads, resolution=resolution, decoder=made, verify=False
             )
             cases.append(Bundle.open(out))
         yield cases

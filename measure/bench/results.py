@@ -7,7 +7,6 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +17,8 @@ from forcingkv.measure.tables import printable
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.footprint import footprint
 
-
-@dataclass(frozen=True)
-class BenchRow:
-    """A policy, in the phase that was timed. Times are medians over rounds."""
-
-    policy: str
-    seconds: float
-    """A denoising pass."""
-    seconds_least: float
-    seconds_most: float
-    speedup: float
-    """Median over rounds of the baseline's seconds through this policy's, of the same round."""
-    speedup_least: float
-    speedup_most: float
-    speedup_undisturbed: float
-    """The baseline's shortest turn through this policy's shortest: what comes nearest to an idle machine,
-    where other work disturbed some of the turns."""
-    flop_limit: float
-    """The baseline's operations through this policy's: the speed-up if all operations took equal time."""
-    share_of_limit: float
-    """speedup / flop_limit. Above 1 where the operations that are saved are slower than the others."""
-    kv_bytes: int
-    """Keys and values that attention reads, current chunk included, from the plan."""
-    cache_bytes: int
-    """The session's buffers for keys and values: the sink once, the rest twice, no current chunk."""
-    needed_bytes: int
-    """What the session was expected to take, decoding included, from the footprint; without activations
-    where they are not known."""
-    grown_bytes: int
-    """By how much the process grew at most while it opened the session and ran passes, without decoding."""
-    gflops: float
-    """Operations a second, in thousands of millions."""
-    seconds_per_chunk: float
-    """All denoising passes and the clean one (`BenchTurns.chunk_seconds`)."""
-    seconds_to_decode: float | None
-    """A chunk; None if it was not timed."""
-    speedup_with_decoding: float | None
-    """Of a whole chunk, decoding included."""
+BenchRow = dict[str, Any]
+"""A policy in the phase that was timed (`_row`)."""
 
 
 def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
@@ -70,7 +33,7 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
         "geometry": f"{plan.geometry.width}x{plan.geometry.height}",
         "rounds": len(measured[0].turns),
         "heads": {name: headmap.counts() for name, headmap in headmaps.items() if headmap},
-        "rows": [asdict(row) for row in rows(measured)],
+        "rows": rows(measured),
     }
 
 
@@ -126,17 +89,13 @@ SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "undisturbed": lambda row: f"{row['speedup_undisturbed']:.2f}",
     "FLOP limit": lambda row: f"{row['flop_limit']:.2f}",
     "share": lambda row: f"{row['share_of_limit']:.2f}",
-    "with decoding": lambda row: _or_dash(row["speedup_with_decoding"]),
+    "with decoding": lambda row: f"{row['speedup_with_decoding']:.2f}" if row["seconds_to_decode"] else "-",
     "KV read": lambda row: f"{row['kv_bytes'] / 1e6:.1f} MB",
     "KV held": lambda row: f"{row['cache_bytes'] / 1e6:.1f} MB",
     "memory": lambda row: f"{row['grown_bytes'] / 1e6:.0f} MB",
     "GFLOP/s": lambda row: f"{row['gflops']:.0f}",
 }
 """The columns of the table for people."""
-
-
-def _or_dash(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def _row(one: BenchTurns, against: BenchTurns, decoding: float | None) -> BenchRow:
@@ -147,23 +106,32 @@ def _row(one: BenchTurns, against: BenchTurns, decoding: float | None) -> BenchR
     speedup, limit, with_decoding = statistics.median(ratios), most / flops, None
     if decoding is not None:
         with_decoding = (against.chunk_seconds + decoding) / (one.chunk_seconds + decoding)
-    return BenchRow(
-        policy=one.policy,
-        seconds=one.pass_seconds,
-        seconds_least=min(taken),
-        seconds_most=max(taken),
-        speedup=speedup,
-        speedup_least=min(ratios),
-        speedup_most=max(ratios),
-        speedup_undisturbed=min(taken_against) / min(taken),
-        flop_limit=limit,
-        share_of_limit=speedup / limit,
-        kv_bytes=plan.kv_bytes(),
-        cache_bytes=one.turns[-1].cache_bytes,
-        needed_bytes=sum(footprint(one.bundle.manifest, plan).values()),
-        grown_bytes=max(turn.grown_bytes for turn in one.turns),
-        gflops=flops / one.pass_seconds / 1e9,
-        seconds_per_chunk=one.chunk_seconds,
-        seconds_to_decode=decoding,
-        speedup_with_decoding=with_decoding,
-    )
+    return {
+        "policy": one.policy,
+        # A denoising pass, and the baseline's through this policy's of the same round: medians over rounds.
+        "seconds": one.pass_seconds,
+        "seconds_least": min(taken),
+        "seconds_most": max(taken),
+        "speedup": speedup,
+        "speedup_least": min(ratios),
+        "speedup_most": max(ratios),
+        # What comes nearest to an idle machine, where other work disturbed some of the turns.
+        "speedup_undisturbed": min(taken_against) / min(taken),
+        # The speed-up if all operations took equal time; the share of it is above 1 where those that are
+        # saved are slower than the others.
+        "flop_limit": limit,
+        "share_of_limit": speedup / limit,
+        # What attention reads, current chunk included; what buffers hold: the sink once, the rest twice, no
+        # current chunk.
+        "kv_bytes": plan.kv_bytes(),
+        "cache_bytes": one.turns[-1].cache_bytes,
+        # What the session was expected to take, decoding included, without activations where they are not
+        # known; and by how much the process grew at most, without decoding.
+        "needed_bytes": sum(footprint(one.bundle.manifest, plan).values()),
+        "grown_bytes": max(turn.grown_bytes for turn in one.turns),
+        "gflops": flops / one.pass_seconds / 1e9,
+        # Of a whole chunk: all denoising passes and the clean one.
+        "seconds_per_chunk": one.chunk_seconds,
+        "seconds_to_decode": decoding,
+        "speedup_with_decoding": with_decoding,
+    }

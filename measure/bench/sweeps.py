@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 130
-
+SIZE, DPI = (10.4, 4.0), 130
 CHUNKS = 40
 """Of a video of 30 seconds at 16 frames a second."""
-
 
 Point = dict[str, Any]
 """A row of the CSV file."""
@@ -82,12 +80,12 @@ def resolutions(found: Sequence[tuple[str, Sequence[BenchTurns]]]) -> list[Point
     same = ("speedup", "speedup_undisturbed", "flop_limit", "kv_bytes")
     return [
         {
-            "policy": row.policy,
+            "policy": one.policy,
             "resolution": resolution,
             "chunk_tokens": one.bundle.plan.chunk_tokens,
-            "seconds": row.seconds_per_chunk,
+            "seconds": row["seconds_per_chunk"],
         }
-        | {name: getattr(row, name) for name in same}
+        | {name: row[name] for name in same}
         for resolution, measured in found
         for one, row in zip(measured, rows(measured), strict=True)
     ]
@@ -95,7 +93,8 @@ def resolutions(found: Sequence[tuple[str, Sequence[BenchTurns]]]) -> list[Point
 
 def write_lengths(folder: Path, points: Sequence[Point], title: str) -> list[Path]:
     """`lengths.csv` and `lengths.png`: seconds of each chunk, and keys and values, over the video."""
-    drawn, (cost, memory) = _panels()
+    drawn = figure(*SIZE, DPI)
+    cost, memory = drawn.subplots(1, 2)
     for policy, line in _by_policy(points):
         cost.plot(line["chunk"], line["seconds"], label=policy, linewidth=1.8)
         memory.plot(line["chunk"], np.divide(line["kv_bytes"], 1e6), label=policy, linewidth=1.8)
@@ -108,7 +107,8 @@ def write_lengths(folder: Path, points: Sequence[Point], title: str) -> list[Pat
 
 def write_resolutions(folder: Path, points: Sequence[Point], title: str) -> list[Path]:
     """`resolutions.csv` and `resolutions.png`: seconds of a chunk, and speed-up beside its FLOP limit."""
-    drawn, (cost, gain) = _panels()
+    drawn = figure(*SIZE, DPI)
+    cost, gain = drawn.subplots(1, 2)
     for policy, line in _by_policy(points):
         tokens = line["chunk_tokens"]
         (line_drawn,) = cost.plot(tokens, line["seconds"], marker="o", label=policy)
@@ -125,14 +125,8 @@ def write_resolutions(folder: Path, points: Sequence[Point], title: str) -> list
     return _write(folder, "resolutions", points, drawn, title)
 
 
-def _panels() -> tuple[Figure, list[Axes]]:
-    drawn = figure(10.4, 4.0, DPI)
-    return drawn, [drawn.add_subplot(1, 2, place) for place in (1, 2)]
-
-
 def _named(axes: Axes, across: str, up: str) -> None:
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
+    axes.set(xlabel=across, ylabel=up)
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)
     axes.grid(visible=True, color="0.9")

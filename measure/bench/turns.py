@@ -133,7 +133,8 @@ def take_turn(bundle: Bundle, setup: BenchSetup, chunk: int | None, *, decode: b
             seconds = list(_passes(rehearsal.denoise))
             clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < LONG_PASS else None
         decoding = rehearsal.decode() if decode else None
-        return Turn(statistics.median(seconds), clean, decoding, rehearsal.cache_bytes, memory.grown)
+        grown = memory.most - memory.before
+        return Turn(statistics.median(seconds), clean, decoding, rehearsal.cache_bytes, grown)
 
 
 def _passes(run: Callable[[], float]) -> Iterator[float]:

@@ -63,7 +63,7 @@ def look_of(frame: Frame) -> Look:
 def drift(looks: Sequence[Look], fps: float) -> dict[str, float]:
     """The drift of a video from the looks of its frames: from its first second to its last.
 
-    Of a video under two seconds from its first half to its last. Raises ValueError for fewer than two frames.
+    Of a video under two seconds from its first half to its last. There are two frames or more.
 
     Returns:
         By metric. `sharpness_drift`: log2(last / first) of the mean sharpness, -1 where it halved.
@@ -72,26 +72,24 @@ def drift(looks: Sequence[Look], fps: float) -> dict[str, float]:
         `colour_drift_most`: the largest distance of the mean colour of any second from that of the first.
         `histogram_drift`: mean over L*, a*, b* of the distance of the histograms (`histogram_distance`).
     """
-    if len(looks) < 2:
-        raise ValueError(f"{len(looks)} frames")
     window = min(max(1, round(fps)), len(looks) // 2)
 
-    def ends(name: str) -> tuple[Any, Any]:
-        first, last = ([getattr(look, name) for look in part] for part in (looks[:window], looks[-window:]))
-        return np.mean(first, axis=0), np.mean(last, axis=0)
+    def ends(name: str) -> Any:
+        """The means of the first and of the last window."""
+        parts = looks[:window], looks[-window:]
+        return [np.mean([getattr(look, name) for look in part], axis=0) for part in parts]
 
-    (sharp, sharp_last), (contrast, contrast_last), (chroma, chroma_last), histograms = map(
-        ends, ("sharpness", "contrast", "chroma", "histogram")
-    )
+    sharpness, last_sharpness = ends("sharpness")
     colours = sliding_window_view(np.array([look.colour for look in looks]), window, axis=0).mean(-1)
     apart = np.linalg.norm(colours - colours[0], axis=1)
+    histograms = [histogram_distance(*pair) for pair in zip(*ends("histogram"), strict=True)]
     return {
-        "sharpness_drift": float(np.log2((sharp_last + FLOOR_SHARPNESS) / (sharp + FLOOR_SHARPNESS))),
-        "contrast_drift": float(contrast_last - contrast),
-        "chroma_drift": float(chroma_last - chroma),
+        "sharpness_drift": float(np.log2((last_sharpness + FLOOR_SHARPNESS) / (sharpness + FLOOR_SHARPNESS))),
+        "contrast_drift": float(np.diff(ends("contrast"))[0]),
+        "chroma_drift": float(np.diff(ends("chroma"))[0]),
         "colour_drift": float(apart[-1]),
         "colour_drift_most": float(apart.max()),
-        "histogram_drift": float(np.mean([histogram_distance(*p) for p in zip(*histograms, strict=True)])),
+        "histogram_drift": float(np.mean(histograms)),
     }
 
 

@@ -5,7 +5,8 @@ pair by pair: what is special about a prompt cancels.
 
 Intervals are made by resampling prompts: videos of one prompt are alike, so prompts are what is drawn, each
 with all its seeds (a cluster bootstrap: Davison and Hinkley, "Bootstrap methods and their application", 1997,
-section 3.8). More seeds make each prompt better known; they do not stand in for prompts.
+section 3.8), bias-corrected and accelerated. More seeds make each prompt better known; they do not stand in
+for prompts.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import bootstrap
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.fidelity.seams import ChunkLayout
-from forcingkv.measure.fidelity.video_measures import METRICS, measure_pair, measure_video
+from forcingkv.measure.fidelity.video_measures import METRICS, Values, measure_pair, measure_video
 from forcingkv.models.demo.judge import read_digits, shows_digits
-from forcingkv.resampling import ratio_interval
+from forcingkv.resampling import CONFIDENCE, SEED
 from forcingkv.runtime import Session
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import Prompt
@@ -67,48 +69,14 @@ class Estimate:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-@dataclass(frozen=True)
-class MetricResult:
-    """One metric of one policy."""
-
-    value: Estimate
-    difference: Estimate | None
-    """To the reference, pair by pair; None for the reference itself, and where only pairs have the metric."""
-
-
-@dataclass(frozen=True)
-class EvaluationSummary:
-    """What an evaluation found."""
-
-    reference: str | None
-    policies: Mapping[str, Mapping[str, MetricResult]]
-    """Policy -> metric -> result."""
-    videos: int
-    """Of each policy."""
-    prompts: int
-
-    @property
-    def warnings(self) -> list[str]:
-        """Why intervals are narrower than they should be."""
-        if self.videos < FEW:
-            return [f"{self.videos} videos of each policy: intervals of fewer than {FEW} are too narrow."]
-        if self.prompts < FEW // 2:
-            return [
-                f"{self.prompts} prompts: intervals are too narrow, since seeds do not stand in for prompts."
-            ]
-        return []
-
-
 def seeded_prompts(prompts: Sequence[tuple[str, Prompt | None]], seeds: int, seed: int) -> list[SeededPrompt]:
     """Every prompt, with its embeddings if it has any, with that many seeds of its own from `seed` on.
 
     Raises InputError for fewer than two prompts: they are what intervals are made from.
     """
-    distinct = len({prompt for prompt, _ in prompts})
-    if distinct < 2:
+    if len({prompt for prompt, _ in prompts}) < 2:
         raise InputError(
-            f"are {distinct}",
-            where="prompts",
+            "there is only one prompt",
             expected="two different ones or more, since intervals come from how prompts differ",
             hint=f"Give more with --prompts and --samples; {FEW} are enough for intervals to hold.",
         )
@@ -137,9 +105,8 @@ def evaluate_sessions(
         reference: a name of `sessions`; None: nothing is compared frame by frame.
         progress: called after each video.
 
-    Raises:
-        InputError: the sessions make videos of different kinds, or a prompt cannot be used.
-        SessionError: a session could not go on.
+    Raises InputError where sessions make videos of different kinds or a prompt cannot be used, SessionError
+    where one cannot go on.
     """
     kinds = {name: (s.spec.name, s.bundle.manifest.resolution) for name, s in sessions.items()}
     if len(set(kinds.values())) > 1:
@@ -163,39 +130,64 @@ def evaluate_sessions(
     return rows
 
 
-def _metrics(
-    name: str, spec: ModelSpec, video: Frames, prompt: str, reference: Frames | None
-) -> dict[str, float | None]:
-    values = dict(measure_video(video, ChunkLayout.of(spec), spec.fps, where=name).values)
+def _metrics(name: str, spec: ModelSpec, video: Frames, prompt: str, reference: Frames | None) -> Values:
+    values: Values = measure_video(video, ChunkLayout.of(spec), spec.fps, where=name)["values"]
     if reference is not None:
-        values |= measure_pair(video, reference, where=name).values
+        values |= measure_pair(video, reference, where=name)["values"]
     if shows_digits(spec):
         digits, directions = read_digits(video, prompt, spec.frames_per_chunk)
         values |= {"digits_read": digits, "direction_right": directions}
     return values
 
 
-def summarize(rows: Sequence[VideoRow], reference: str | None) -> EvaluationSummary:
-    """Means over videos and differences to the reference, with intervals over prompts."""
+def summarize(
+    rows: Sequence[VideoRow], reference: str | None, bundles: Mapping[str, str], chunks: int
+) -> dict[str, Any]:
+    """Means over videos and differences to the reference, with intervals over prompts: for JSON.
+
+    Args:
+        rows: of `evaluate_sessions`.
+        reference: the policy that others are compared with; None: there is none.
+        bundles: folder of each policy.
+        chunks: length of the videos.
+
+    Returns:
+        `policies`, each with the `metrics` that it has a value of: an `Estimate`, and as `difference` that of
+        differences to the reference, pair by pair; None for the reference itself, and where only pairs have
+        the metric. `warnings`: why intervals are narrower than they should be.
+    """
     by_policy = defaultdict[str, list[VideoRow]](list)
     for row in rows:
         by_policy[row["policy"]].append(row)
     # Videos of all policies are in the same order, so those in one place are a pair.
-    results: dict[str, dict[str, MetricResult]] = {}
-    for policy, own in by_policy.items():
-        prompts, results[policy] = [row["prompt"] for row in own], {}
+    prompts, policies = [row["prompt"] for row in next(iter(by_policy.values()))], []
+    for policy, bundle in bundles.items():
+        metrics = {}
         for metric in METRICS:
-            values = [row.get(metric) for row in own]
+            values = [row.get(metric) for row in by_policy[policy]]
             if all(value is None for value in values):
                 continue
             difference = None
             if reference not in (None, policy):
                 others = [row.get(metric) for row in by_policy[reference]]
                 difference = estimate(differences(values, others), prompts)
-            compared = difference if difference and difference.videos else None
-            results[policy][metric] = MetricResult(estimate(values, prompts), compared)
-    prompts_seen = len({row["prompt"] for row in rows})
-    return EvaluationSummary(reference, results, len(rows) // len(results), prompts_seen)
+            compared = vars(difference) if difference and difference.videos else None
+            metrics[metric] = vars(estimate(values, prompts)) | {"difference": compared}
+        policies.append({"policy": policy, "bundle": bundle, "metrics": metrics})
+    videos, distinct, warnings = len(prompts), len(set(prompts)), []
+    if videos < FEW:
+        warnings = [f"{videos} videos of each policy: intervals of fewer than {FEW} are too narrow."]
+    elif distinct < FEW // 2:
+        warnings = [f"{distinct} prompts: intervals are too narrow, since seeds do not stand in for prompts."]
+    return {
+        "reference": reference,
+        "videos": videos,
+        "prompts": distinct,
+        "chunks": chunks,
+        "confidence": CONFIDENCE,
+        "warnings": warnings,
+        "policies": policies,
+    }
 
 
 def differences(values: Sequence[float | None], others: Sequence[float | None]) -> list[float | None]:
@@ -205,11 +197,9 @@ def differences(values: Sequence[float | None], others: Sequence[float | None]) 
 
 
 def estimate(values: Sequence[float | None], prompts: Sequence[str]) -> Estimate:
-    """The mean of the values that are known, with its bias-corrected and accelerated bootstrap interval.
+    """The mean of the values that are known, with its bootstrap interval.
 
-    Args:
-        values: of each video; None where it has none.
-        prompts: of each video; those of one prompt are drawn together.
+    Each video has a value, or None, and a prompt; those of one prompt are drawn together.
     """
     groups = defaultdict[str, list[float]](list)
     for value, prompt in zip(values, prompts, strict=True):
@@ -223,5 +213,13 @@ def estimate(values: Sequence[float | None], prompts: Sequence[str]) -> Estimate
     mean, means = float(sums.sum() / counts.sum()), sums / counts
     if len(groups) < 2 or np.ptp(means) <= 1e-12 * max(1.0, float(np.abs(means).max())):
         return Estimate(mean, None, None, videos, len(groups))
-    low, high = ratio_interval(sums, counts, RESAMPLES)
+    found = bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        paired=True,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        rng=np.random.default_rng(SEED),
+    )
+    low, high = map(float, found.confidence_interval)
     return Estimate(mean, low, high, videos, len(groups))

@@ -1,4 +1,4 @@
-"""Results of `forcingkv evaluate` as tables, JSON and CSV."""
+"""Results of `forcingkv evaluate` as tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from forcingkv.measure.fidelity.evaluation import Estimate, EvaluationSummary
+from forcingkv.measure.fidelity.evaluation import Estimate
 from forcingkv.measure.fidelity.video_measures import METRICS
 from forcingkv.measure.tables import printable
 from forcingkv.resampling import CONFIDENCE
@@ -22,50 +22,27 @@ FIRST = 30
 """Of the metrics' names."""
 
 
-def summary_data(summary: EvaluationSummary, bundles: Mapping[str, str], chunks: int) -> dict[str, Any]:
-    """The summary for JSON.
-
-    Args:
-        summary: what was found.
-        bundles: folder of each policy.
-        chunks: length of the videos.
-    """
-    return {
-        "reference": summary.reference,
-        "videos": summary.videos,
-        "prompts": summary.prompts,
-        "chunks": chunks,
-        "confidence": CONFIDENCE,
-        "warnings": summary.warnings,
-        "policies": [
-            {
-                "policy": policy,
-                "bundle": bundle,
-                "metrics": {
-                    metric: vars(one.value) | {"difference": one.difference and vars(one.difference)}
-                    for metric, one in summary.policies[policy].items()
-                },
-            }
-            for policy, bundle in bundles.items()
-        ],
-    }
-
-
-def print_policies(summary: EvaluationSummary) -> None:
-    """Print means with intervals, and differences to the reference."""
-    title = f"{summary.videos} videos a policy, {summary.prompts} prompts: mean and {CONFIDENCE:.0%} interval"
+def print_policies(report: Mapping[str, Any]) -> None:
+    """Print what `summarize` found: means with intervals, and differences to the reference."""
+    reference, prompts = report["reference"], report["prompts"]
     shown, apart = dict[str, Cells](), dict[str, Cells]()
-    for policy, results in summary.policies.items():
-        shown[policy] = {metric: _interval(metric, one.value) for metric, one in results.items()}
-        if policy != summary.reference:
-            differences = {metric: one.difference for metric, one in results.items() if one.difference}
-            apart[policy] = {metric: _interval(metric, one, "+") for metric, one in differences.items()}
+    for one in sorted(report["policies"], key=lambda one: one["policy"] != reference):
+        policy, metrics = one["policy"], one["metrics"]
+        shown[policy] = {metric: _interval(metric, found) for metric, found in metrics.items()}
+        if policy != reference:
+            differences = {metric: found["difference"] for metric, found in metrics.items()}
+            apart[policy] = {
+                metric: _interval(metric, found, "+") + "*" * Estimate(**found).excludes_zero
+                for metric, found in differences.items()
+                if found
+            }
     out = _console(len(shown))
+    title = f"{report['videos']} videos a policy, {prompts} prompts: mean and {CONFIDENCE:.0%} interval"
     out.print(printable(title, ["", *shown], _rows(list(shown.values()))))
     if any(apart.values()):
-        title = f"difference to {summary.reference}, pair by pair; * where the interval excludes 0"
+        title = f"difference to {reference}, pair by pair; * where the interval excludes 0"
         out.print(printable(title, ["", *apart], _rows(list(apart.values()))))
-    for warning in summary.warnings:
+    for warning in report["warnings"]:
         out.print(f"warning: {warning}", soft_wrap=True)
 
 
@@ -91,26 +68,22 @@ def _console(columns: int) -> Console:
 
 def _rows(columns: Sequence[Cells]) -> Iterator[list[str]]:
     """A row for each metric that any of the columns has."""
-    for name, metric in METRICS.items():
+    for name, (title, unit) in METRICS.items():
         if any(name in cells for cells in columns):
-            title = metric.title if metric.unit in ("", "share") else f"{metric.title}, {metric.unit}"
-            yield [title, *(cells.get(name, "-") for cells in columns)]
+            named = title if unit in ("", "share") else f"{title}, {unit}"
+            yield [named, *(cells.get(name, "-") for cells in columns)]
 
 
-def _interval(metric: str, value: Estimate, sign: Literal["", "+"] = "") -> str:
-    """A mean and its interval; a difference (sign "+") is marked where that excludes 0."""
-    mean, *ends = (
-        "-" if number is None else _number(metric, number, sign)
-        for number in (value.mean, value.low, value.high)
-    )
-    if value.low is None:
-        return mean
-    return f"{mean} [{', '.join(ends)}]{'*' if sign and value.excludes_zero else ''}"
+def _interval(metric: str, found: Mapping[str, Any], sign: Literal["", "+"] = "") -> str:
+    """The mean of an `Estimate` and its interval."""
+    numbers = [found[name] for name in ("mean", "low", "high") if found[name] is not None]
+    mean, *ends = [_number(metric, number, sign) for number in numbers]
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def _number(metric: str, value: float, sign: Literal["", "+"] = "") -> str:
     """Shares in percent (of differences: in points), decibels to 0.1, all else to 0.01 or 0.001."""
-    unit = METRICS[metric].unit
+    _, unit = METRICS[metric]
     if unit == "share":
         return f"{100 * value:{sign}z.0f}%"
     digits = 1 if unit == "dB" else 2 if abs(value) >= 1 else 3

@@ -50,12 +50,7 @@ class PairFlow:
 
 
 class FlowMeter:
-    """Measures flow between frames of one size. The result does not depend on the number of threads.
-
-    Args:
-        height: pixels of the frames.
-        width: pixels of the frames.
-    """
+    """Measures flow between frames of one size, in pixels. How many threads there are changes nothing."""
 
     def __init__(self, height: int, width: int) -> None:
         self.enlarged = enlargement(height, width)
@@ -65,7 +60,8 @@ class FlowMeter:
 
     def between(self, frame: Frame, following: Frame) -> PairFlow:
         """The flow from a frame to the following one, both uint8 (height, width, 3)."""
-        first, second = self._large(frame), self._large(following)
+        factor = float(self.enlarged)
+        first, second = (cv2.resize(one, None, fx=factor, fy=factor) for one in (frame, following))
         greys = [cv2.cvtColor(large, cv2.COLOR_RGB2GRAY) for large in (first, second)]
         unknown: Any = None  # no flow to start from, which OpenCV's types leave out
         moved = np.asarray(self._method.calc(greys[0], greys[1], unknown), np.float32)
@@ -81,13 +77,6 @@ class FlowMeter:
             fastest=float(largest.mean(dtype=np.float64)),
             residual=float(cv2.absdiff(back, first).mean()),
         )
-
-    def _large(self, frame: Frame) -> Frame:
-        if self.enlarged == 1:
-            return np.ascontiguousarray(frame)
-        factor = float(self.enlarged)
-        large = cv2.resize(frame, None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
-        return np.asarray(large, np.uint8)
 
 
 def enlargement(height: int, width: int) -> int:
@@ -111,21 +100,14 @@ class Motion:
 
 
 def measure_motion(frames: Iterable[Frame], fps: float) -> Motion:
-    """The motion of a video, in one pass over its frames, each uint8 (height, width, 3).
+    """The motion of a video of two frames or more, in one pass; two or three are kept at a time.
 
-    Raises ValueError for fewer than two frames.
-
-    Args:
-        frames: all of one size; two or three are kept at a time.
-        fps: frames a second.
+    Frames are uint8 (height, width, 3), all of one size.
     """
     interval = max(1, round(fps / SAMPLED_FPS))
     magnitude, change, residual, fastest = list[float](), list[float](), list[float](), list[float]()
     video = iter(frames)
-    first = next(video, None)
-    if first is None:
-        raise ValueError("there are no two frames")
-    last = sampled = first
+    last = sampled = next(video)
     meter, flow = FlowMeter(*last.shape[:2]), None
     for number, frame in enumerate(video, 1):
         pair = meter.between(last, frame)
@@ -137,8 +119,6 @@ def measure_motion(frames: Iterable[Frame], fps: float) -> Motion:
             fastest.append((pair if interval == 1 else meter.between(sampled, frame)).fastest)
             sampled = frame
         last, flow = frame, pair.flow
-    if flow is None:
-        raise ValueError("there are no two frames")
     dynamic = moves(fastest, min(last.shape[:2]))
     return Motion(np.array(magnitude), np.array(change), np.array(residual), dynamic)
 
@@ -155,8 +135,7 @@ def moves(fastest: Sequence[float], side: int) -> bool:
     public code). VBench takes the flow from RAFT; here it is that of DIS.
 
     Args:
-        fastest: for each of the n - 1 pairs of frames at 8 frames a second, the mean flow of its fastest 5%
-            of pixels.
+        fastest: `PairFlow.fastest` of each of the n - 1 pairs of frames at 8 frames a second.
         side: pixels of the shorter side.
     """
     count = sum(speed > THRESHOLD * side / SIDE for speed in fastest)

@@ -33,11 +33,7 @@ def luma(frame: Frames) -> Floats:
 
 
 def squared_error(frame: Frames, other: Frames) -> float:
-    """Mean squared difference over all pixels and channels of uint8 arrays of one shape, in levels squared.
-
-    Raises InputError for arrays of different shapes.
-    """
-    _alike(frame, other)
+    """Mean squared difference over pixels and channels of uint8 arrays of one shape, in levels squared."""
     return float(np.mean((frame.astype(np.float64) - other) ** 2))
 
 
@@ -50,7 +46,7 @@ def mean_psnr(videos: Sequence[Frames], references: Sequence[Frames]) -> float |
     """Mean over videos of the PSNR of each in dB; None where all are identical to their references.
 
     Videos that are identical are left out: their PSNR is infinite. The PSNR of a video is that of its
-    squared error over all frames. Raises InputError for videos of different shapes.
+    squared error over all frames.
     """
     values = [psnr(squared_error(*pair)) for pair in zip(videos, references, strict=True)]
     finite = [value for value in values if value is not None]
@@ -58,16 +54,15 @@ def mean_psnr(videos: Sequence[Frames], references: Sequence[Frames]) -> float |
 
 
 def ssim(frame: Frames, other: Frames) -> float:
-    """Structural similarity of two frames, uint8 (height, width, 3): 1 where they are identical.
+    """Structural similarity of two frames of one size, uint8 (height, width, 3): 1 where they are identical.
 
     Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural
     similarity", IEEE Trans. Image Processing 13(4), 2004: on luma, Gaussian window of 11x11 pixels with a
     standard deviation of 1.5, K1 = 0.01, K2 = 0.03, mean over all places where the window lies inside.
     (Their own program first shrinks frames so that the shorter side has about 256 pixels; this does not.)
 
-    Raises InputError for frames of different shapes or smaller than the window.
+    Raises InputError for frames smaller than the window.
     """
-    _alike(frame, other)
     if min(frame.shape[:2]) < WINDOW:
         height, width = frame.shape[:2]
         raise InputError(
@@ -88,12 +83,3 @@ def _windowed(values: Floats) -> Floats:
     """The weighted mean in each window that lies inside."""
     blurred: Floats = gaussian_filter(values, SIGMA, radius=RADIUS)
     return blurred[RADIUS:-RADIUS, RADIUS:-RADIUS]
-
-
-def _alike(frame: Frames, other: Frames) -> None:
-    if frame.shape != other.shape:
-        raise InputError(
-            f"have the shape {frame.shape}",
-            where="frames",
-            expected=f"{other.shape}, as those of the reference",
-        )

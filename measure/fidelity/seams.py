@@ -51,8 +51,8 @@ class ChunkLayout:
             raise InputError(
                 f"are {self.first} in the first chunk and {self.later} in later ones",
                 where="frames a chunk",
-                expected="1 + (F - 1) * stride in the first chunk and F * stride in later ones, for F latent"
-                " frames a chunk (9 and 12 for Wan's VAE: F = 3, stride 4)",
+                expected="1 + (F - 1) * S and F * S, where each of F latent frames gives S (9 and 12 for"
+                " Wan's VAE: F = 3, S = 4)",
             )
 
     @classmethod
@@ -64,10 +64,6 @@ class ChunkLayout:
     def stride(self) -> int:
         """Pixel frames of a latent frame other than the video's first."""
         return self.later - self.first + 1
-
-    def chunk_of(self, frame: int) -> int:
-        """The index of the chunk that a pixel frame is in."""
-        return max(0, (frame - self.first) // self.later + 1)
 
     def boundaries(self, frames: int) -> list[int]:
         """Pairs at the boundaries of chunks, of a video of that many frames."""
@@ -88,14 +84,9 @@ def chunk_discontinuity(magnitude: Floats, top: int) -> float | None:
     """The published chunk discontinuity: mean of the `top` largest over the mean of all.
 
     As in the public code of Forcing-KV (arXiv 2605.09681), which has 7, 39 and 79 for `top` in videos of 5,
-    30 and 60 s. None for a video without any motion. Raises ValueError unless 1 <= top <= pairs.
-
-    Args:
-        magnitude: (pairs,) mean flow of each adjacent pair of frames, in any unit.
-        top: how many.
+    30 and 60 s. `magnitude` is the mean flow of each adjacent pair of frames, `top` of them or more. None for
+    a video without any motion.
     """
-    if not 1 <= top <= len(magnitude):
-        raise ValueError(f"top is {top}, of {len(magnitude)} pairs")
     mean = float(magnitude.mean())
     return float(np.sort(magnitude)[-top:].mean()) / mean if mean else None
 
@@ -125,10 +116,7 @@ def seam(ratios: Sequence[float | None]) -> float | None:
 def seam_ratios(values: Floats, layout: ChunkLayout, floor: float) -> Ratios:
     """(value at the boundary + floor) / (median at crossings of the two chunks + floor), for each boundary.
 
-    Args:
-        values: (pairs,) something of each adjacent pair of frames, 0 or more.
-        layout: where the boundaries are.
-        floor: in the unit of the values, above 0.
+    Values are of each adjacent pair of frames, 0 or more; the floor is in their unit, above 0.
     """
     frames = len(values) + 1
     at = {boundary: values[boundary] for boundary in layout.boundaries(frames)}

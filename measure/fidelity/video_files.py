@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,15 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.fidelity.seams import ChunkLayout
 from forcingkv.measure.fidelity.video_measures import measure_pair, measure_video
 
-
-@dataclass(frozen=True)
-class VideoFile:
-    """A video file that is open."""
-
-    fps: float
-    """Frames a second, on average, as the file has it."""
-    frames: Iterator[npt.NDArray[np.uint8]]
-    """uint8 (height, width, 3), in the order they are shown, decoded as they are asked for."""
+Frames = Iterator[npt.NDArray[np.uint8]]
 
 
 @contextmanager
-def open_video(path: Path) -> Iterator[VideoFile]:
-    """Open a video file.
+def open_video(path: Path) -> Iterator[tuple[float, Frames]]:
+    """Open a video file: its mean frames a second, and its frames, decoded as they are asked for.
 
-    Raises InputError where there is no such file or it is not a video, and while its frames are read, where
-    it is damaged.
+    Each frame is uint8 (height, width, 3), in the order they are shown. Raises InputError where there is no
+    such file or it is not a video, and while its frames are read, where it is damaged.
     """
     if not path.is_file():
         raise InputError("there is no such file", where=str(path), expected="a video, such as an mp4 file")
@@ -47,39 +38,25 @@ def open_video(path: Path) -> Iterator[VideoFile]:
         rate = stream.average_rate
         if not rate:
             raise _not_a_video(path, "it has no frame rate")
-        yield VideoFile(float(rate), _decoded(opened, path))
+        yield float(rate), _decoded(opened, path)
 
 
 def measure_file(path: Path, reference: Path | None, layout: ChunkLayout, top: int | None) -> dict[str, Any]:
-    """All numbers of a video file, by name, for JSON.
-
-    Args:
-        path: the video.
-        reference: a video to compare it with, frame by frame; None: it is measured alone.
-        layout: where its chunks begin.
-        top: pairs that the published chunk discontinuity takes; None: as many as there are boundaries.
+    """The numbers of a video file, for JSON: of `measure_video`, and with a reference of `measure_pair`.
 
     Raises InputError where a file cannot be read, or the two differ in size or length.
     """
-    with open_video(path) as file:
-        fps, own = file.fps, measure_video(file.frames, layout, file.fps, top=top, where=str(path))
-    data: dict[str, Any] = {
-        "video": str(path),
-        "frames": own.frames,
-        "fps": fps,
-        "values": own.values,
-        "boundaries": own.boundaries,
-        "seams": own.seams,
-    }
+    with open_video(path) as (fps, frames):
+        data = measure_video(frames, layout, fps, top=top, where=str(path))
+    data |= {"video": str(path), "fps": fps}
     if reference is not None:
-        with open_video(path) as file, open_video(reference) as other:
-            pair = measure_pair(file.frames, other.frames, where=str(path))
-        data["reference"], data["values"] = str(reference), pair.values | own.values
-        data["psnr_by_frame"], data["ssim_by_frame"] = pair.psnr_by_frame, pair.ssim_by_frame
+        with open_video(path) as (_, frames), open_video(reference) as (_, others):
+            pair = measure_pair(frames, others, where=str(path))
+        data |= pair | {"reference": str(reference), "values": pair["values"] | data["values"]}
     return data
 
 
-def _decoded(opened: av.container.InputContainer, path: Path) -> Iterator[npt.NDArray[np.uint8]]:
+def _decoded(opened: av.container.InputContainer, path: Path) -> Frames:
     try:
         for frame in opened.decode(video=0):
             yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)

@@ -9,7 +9,6 @@ from functools import cache
 from importlib import resources
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import from_data
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,7 @@ class Gpu:
 @cache
 def _gpus() -> Mapping[str, Gpu]:
     text = (resources.files(__package__) / "gpus.toml").read_text(encoding="utf-8")
-    return {
-        key: from_data(Gpu, one | {"key": key}, f"gpus.toml: {key}")
-        for key, one in tomllib.loads(text).items()
-    }
+    return {key: Gpu(key, **one) for key, one in tomllib.loads(text).items()}
 
 
 def gpu_names() -> list[str]:

@@ -1,15 +1,14 @@
-"""The planner's reports as text for people, in lines of at most 80 columns."""
+"""The planner's reports as text for people."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from forcingkv.measure.planner.published import uncertainty
+from forcingkv.measure.tables import wrapped
 from forcingkv.runtime.footprint import readable
 
-WIDTH = 80
 COLUMNS = 4
 """Policies side by side in the table of memory."""
 SUGGESTIONS = 3
@@ -29,14 +28,14 @@ def plan_lines(report: dict[str, Any]) -> Iterator[str]:
     yield from ("", "heads")
     left_out = {name: f"left out: {why}" for name, why in report["left_out"].items()}
     for name, text in ({one["policy"]: one["heads"] for one in policies} | left_out).items():
-        yield from _wrapped(f"  {name:<18}", text)
+        yield from wrapped(f"  {name:<18}", text)
     yield from ("", *_speed(policies))
     short = [line for one in policies for on in one["gpus"] if not on["fits"] for line in _short(one, on)]
     if short:
         yield from ("", *short)
     yield ""
     for note in _notes(report):
-        yield from _wrapped("", note)
+        yield from wrapped("", note)
     yield f"A GPU fits if {readable(report['reserve_bytes'])} of its memory stay free."
 
 
@@ -72,11 +71,9 @@ def _short(policy: dict[str, Any], on: dict[str, Any]) -> list[str]:
         f"{fit['policy']} at {fit['resolution']} on {fit['gpu']} ({readable(fit['bytes'])})"
         for fit in same + others
     ]
-    return _wrapped(
-        "",
-        f"{policy['policy']} does not fit on {on['gpu']}: {readable(on['missing_bytes'])}"
-        f" ({on['missing_bytes']:,} bytes) are missing. What fits: {'; '.join(fits) or 'nothing'}.",
-    )
+    missing = f"{readable(on['missing_bytes'])} ({on['missing_bytes']:,} bytes) are missing"
+    told = f"{policy['policy']} does not fit on {on['gpu']}: {missing}."
+    return wrapped("", f"{told} What fits: {'; '.join(fits) or 'nothing'}.")
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
@@ -86,15 +83,8 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     for (value, words), gpus in origins.items():
         yield f"Share of the peak that kernels reach on {', '.join(gpus)}: {value:.1%}, {words}."
     one = next(iter(report["efficiency"].values()))
-    yield (
-        f"Low - high: at the {one['lowest']:.0%} and {one['highest']:.0%} that published FPS under full would"
-        " each need."
-    )
+    ends = f"{one['lowest']:.0%} and {one['highest']:.0%}"
+    yield f"Low - high: with {ends}, the least and the most that any published FPS under full needs."
     yield uncertainty()
     for text in dict.fromkeys(text for one in report["policies"] for text in one["memory"]["not_counted"]):
         yield f"Not counted: {text}."
-
-
-def _wrapped(first: str, text: str) -> list[str]:
-    """Text with that before its first line; its other lines begin below its first word, or set in."""
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * (len(first) or 2))

@@ -6,13 +6,11 @@ All of it is data: `published.json`, which `python studies/planner_fit.py` write
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from forcingkv.headmaps.fields import from_data
 from forcingkv.measure.planner.gpus import Gpu
 from forcingkv.runtime.footprint import readable
 
@@ -21,36 +19,20 @@ BOUND = 0.15
 """Relative error above which a row gives a reason."""
 
 
-@dataclass(frozen=True)
-class Efficiency:
-    """The constant of a class."""
-
-    value: float
-    """Share of the peak that kernels reach."""
-    rows: tuple[str, ...]
-    """The rows it was fitted to."""
-    gpus: tuple[str, ...]
-    """The GPUs that those rows were measured on."""
-    carried_from: str | None
-    """The class it was taken over from: no figure of a GPU of its own has been published or measured."""
-    lowest: float
-    """What published FPS of the class under the policy full, whose frames are known, would each need: the
-    lowest, and the highest."""
-    highest: float
-
-
 @cache
 def _file() -> Any:
     return json.loads((resources.files(__package__) / FILE).read_text(encoding="utf-8"))
 
 
-@cache
-def efficiencies() -> Mapping[str, Efficiency]:
-    """The constant of each class of GPUs."""
-    return {
-        name: from_data(Efficiency, constant, f"{FILE}: {name}")
-        for name, constant in _file()["efficiency"].items()
-    }
+def efficiencies() -> dict[str, Any]:
+    """The constant of each class of GPUs.
+
+    `value`: share of the peak that kernels reach. `rows`, `gpus`: figures it was fitted to, and where they
+    were measured. `carried_from`: the class it was taken over from, where no GPU of its own has a figure.
+    `lowest`, `highest`: the least and the most that published FPS under the policy full need.
+    """
+    constants: dict[str, Any] = _file()["efficiency"]
+    return constants
 
 
 def published_data() -> dict[str, Any]:
@@ -61,10 +43,11 @@ def published_data() -> dict[str, Any]:
 def basis(gpu: Gpu) -> str:
     """Where the constant of a GPU comes from, as a phrase."""
     constant = efficiencies()[gpu.family]
-    if gpu.key in constant.gpus:
-        return f"fitted to {'; '.join(constant.rows)}"
-    near = "of the same class" if constant.carried_from is None else f"of the class {constant.carried_from}"
-    return f"taken over from {', '.join(constant.gpus)} {near}: not fitted, never measured"
+    if gpu.key in constant["gpus"]:
+        return f"fitted to {'; '.join(constant['rows'])}"
+    origin = constant["carried_from"]
+    near = f"of the class {origin}" if origin else "of the same class"
+    return f"taken over from {', '.join(constant['gpus'])} {near}: not fitted, never measured"
 
 
 def uncertainty() -> str:
@@ -82,12 +65,10 @@ def published_lines() -> Iterator[str]:
     """Published figures against predictions: Markdown."""
     figures = [(one, one["row"]) for one in _file()["rows"]]
     for name, constant in efficiencies().items():
-        origin = (
-            f"carried over from `{constant.carried_from}`: not fitted, never measured"
-            if constant.carried_from
-            else f"fitted to {', '.join(constant.rows)}"
-        )
-        yield f"- efficiency of class `{name}`: {constant.value:.4f}, {origin}"
+        origin = f"fitted to {', '.join(constant['rows'])}"
+        if constant["carried_from"]:
+            origin = f"carried over from `{constant['carried_from']}`: not fitted, never measured"
+        yield f"- efficiency of class `{name}`: {constant['value']:.4f}, {origin}"
     columns = "setting, measure, published, predicted, error, efficiency needed"
     yield from ("", f"| {columns.replace(', ', ' | ')} | frames needed, policy | frames needed, full |")
     yield "|---" * 8 + "|"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.headmap import HeadMap
-from forcingkv.measure.nominal import KnownHeads, labels_of, plan_for, spread
+from forcingkv.measure.nominal import Heads, plan_for
 from forcingkv.measure.planner.gpus import Gpu, gpu_names, load_gpu
 from forcingkv.measure.planner.published import basis, efficiencies
 from forcingkv.measure.planner.session_memory import RESERVE_BYTES, session_memory
@@ -27,33 +25,29 @@ def plan_report(
     resolution: str | None = None,
     seconds: float = 30.0,
     dtype: Dtype = "bfloat16",
-    known: KnownHeads = None,
+    known: Heads | None = None,
     strict: bool = True,
 ) -> dict[str, Any]:
     """Memory, speed and what fits, for each policy on each GPU: plain data, bytes and seconds.
 
     Args:
-        spec: the model.
-        policies: those to plan.
-        gpus: those to plan for.
+        spec, policies, gpus: what to plan.
         resolution: "WxH" or a name; None: the model's.
         seconds: of video.
         dtype: of weights, activations, keys and values.
-        known: what is known of the model's heads.
+        known: heads for policies that have their labels; for others, or None, see `plan_for`.
         strict: whether a policy that cannot be planned is an error; otherwise it is left out and reported.
 
     Raises InputError where the heads that are given fit no policy, or a policy does not fit the model.
     """
-    labels = labels_of(known)
-    if known and not any(labels <= set(policy.groups) for policy in policies):
-        raise InputError(
-            f"its labels are {', '.join(sorted(labels))}",
-            where="head map" if isinstance(known, HeadMap) else "--heads",
-            expected="labels that one of the policies has groups for",
-        )
     if known:
-        headmap = known if isinstance(known, HeadMap) else spread(spec, known)
-        headmap.check_model(spec.layers, spec.heads, labels)
+        labels = set(known[0].counts())
+        if not any(labels <= set(policy.groups) for policy in policies):
+            raise InputError(
+                f"the heads given have the labels {', '.join(sorted(labels))}",
+                expected="labels that one of the policies has groups for",
+            )
+        known[0].check_model(spec.layers, spec.heads, labels)
     geometry = spec.geometry(resolution)
     chunks = spec.chunks_for(seconds)
     full = video_work(plan_for(spec, geometry, load_policy("full"))[0], chunks, dtype)
@@ -75,7 +69,7 @@ def plan_report(
                     "gpu": gpu.key,
                     "name": gpu.name,
                     "memory_bytes": gpu.memory_bytes,
-                    "efficiency": efficiencies()[gpu.family].value,
+                    "efficiency": efficiencies()[gpu.family]["value"],
                     "efficiency_basis": basis(gpu),
                     "fits": not missing,
                     "missing_bytes": missing,
@@ -89,7 +83,7 @@ def plan_report(
                 "heads": heads,
                 "kv_attended_bytes": plan.kv_bytes(dtype),
                 "memory": {"parts": memory.parts, "total": memory.total, "not_counted": memory.unknown},
-                "pass": {kind: asdict(work) for kind, work in video.steady.items()},
+                "pass": {kind: vars(work) for kind, work in video.steady.items()},
                 "gpus": on,
             }
         )
@@ -105,7 +99,7 @@ def plan_report(
         "chunks": chunks,
         "passes": full.passes,
         "reserve_bytes": RESERVE_BYTES,
-        "efficiency": {name: asdict(one) for name, one in efficiencies().items() if name in families},
+        "efficiency": {name: one for name, one in efficiencies().items() if name in families},
         "policies": planned,
         "left_out": left_out,
     }
@@ -113,21 +107,12 @@ def plan_report(
 
 def _speed(gpu: Gpu, video: VideoWork, full: VideoWork) -> dict[str, Any]:
     constant = efficiencies()[gpu.family]
-    found = predict(video, gpu, constant.value)
-    return {
-        "pass_seconds": found.steady_pass,
-        "pass_seconds_by_kind": found.kinds,
-        "chunk_seconds": found.steady_chunk,
-        "mean_chunk_seconds": found.mean_chunk,
-        "fps": found.fps,
-        "fps_range": [predict(video, gpu, one).fps for one in (constant.lowest, constant.highest)],
-        "speedup": found.fps / predict(full, gpu, constant.value).fps,
-        "attention_time_share": found.attention_time,
-        "attention_flop_share": found.attention_operations,
-    }
+    found, unpruned = (predict(one, gpu, constant["value"]) for one in (video, full))
+    ends = [predict(video, gpu, constant[end])["fps"] for end in ("lowest", "highest")]
+    return found | {"fps_range": ends, "speedup": found["fps"] / unpruned["fps"]}
 
 
-def _instead(plan: CachePlan, gpu: Gpu, known: KnownHeads, dtype: Dtype) -> list[dict[str, Any]]:
+def _instead(plan: CachePlan, gpu: Gpu, known: Heads | None, dtype: Dtype) -> list[dict[str, Any]]:
     """What fits where a policy at a resolution does not, the nearest first.
 
     First what fits on the same GPU (`preflight.what_fits`), then the same policy and resolution on other
@@ -143,7 +128,4 @@ def _instead(plan: CachePlan, gpu: Gpu, known: KnownHeads, dtype: Dtype) -> list
     found = [(gpu, fit) for fit in what_fits(plan, gpu.memory_bytes - RESERVE_BYTES, bytes_of)]
     same = Fit(plan.policy.name, resolution_name(plan), needed.total)
     found += [(other, same) for other in larger if not needed.missing(other.memory_bytes)]
-    return [
-        {"policy": fit.policy, "resolution": fit.resolution, "gpu": on.key, "bytes": fit.bytes}
-        for on, fit in found
-    ]
+    return [vars(fit) | {"gpu": on.key} for on, fit in found]

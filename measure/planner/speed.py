@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from forcingkv.measure.planner.gpus import Gpu
 from forcingkv.runtime.cost import pass_flops
@@ -114,7 +114,7 @@ def _linear_bytes(plan: CachePlan, size: int) -> int:
     return size * (spec.layers * (weights + moved) + ends)
 
 
-def pass_seconds(works: PassWork, gpu: Gpu, efficiency: float) -> Mapping[str, float]:
+def pass_seconds(works: PassWork, gpu: Gpu, efficiency: float) -> dict[str, float]:
     """Seconds of a pass by kind of work; their sum is the pass.
 
     `efficiency` is the share of the peak that is reached, above 0.
@@ -142,42 +142,6 @@ class VideoWork:
         return sum(count for count, _ in self.phases)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """How fast a video is made, decoding and text left out. All times in seconds."""
-
-    kinds: dict[str, float]
-    """Of a pass in the last phase, by kind of work."""
-    passes: int
-    mean_pass: float
-    """Of a pass, on average over the video: caches grow over its first chunks."""
-    fps: float
-    """Frames a second, over the whole video: temporal stride x latent frames / time in the transformer."""
-    attention_operations: float
-    """Share of self-attention in all operations of a pass in the last phase."""
-
-    @property
-    def steady_pass(self) -> float:
-        """Of a pass in the last phase."""
-        return sum(self.kinds.values())
-
-    @property
-    def steady_chunk(self) -> float:
-        """Of a chunk in the last phase: its denoising passes and its clean pass."""
-        return self.passes * self.steady_pass
-
-    @property
-    def mean_chunk(self) -> float:
-        """Of a chunk, on average over the video."""
-        return self.passes * self.mean_pass
-
-    @property
-    def attention_time(self) -> float:
-        """Share of self-attention in the time of a pass in the last phase. Blocks take all of that time but
-        some 0.1%, so it is a block's share too."""
-        return self.kinds["attention"] / self.steady_pass
-
-
 def video_work(plan: CachePlan, chunks: int, dtype: Dtype = "bfloat16") -> VideoWork:
     """The work of a video of so many chunks."""
     begins = [phase.first_chunk for phase in plan.phases]
@@ -190,15 +154,27 @@ def video_work(plan: CachePlan, chunks: int, dtype: Dtype = "bfloat16") -> Video
     )
 
 
-def predict(video: VideoWork, gpu: Gpu, efficiency: float) -> Prediction:
-    """Predict a video on a GPU whose kernels reach that share of the peak."""
-    kinds = dict(pass_seconds(video.steady, gpu, efficiency))
+def predict(video: VideoWork, gpu: Gpu, efficiency: float) -> dict[str, Any]:
+    """Predict a video on a GPU whose kernels reach that share of the peak; decoding and text are left out.
+
+    Returns:
+        Of the last phase `pass_seconds`, `pass_seconds_by_kind` of work and `chunk_seconds`, denoising passes
+        and the clean pass. Of the whole video, whose caches grow over its first chunks, `mean_chunk_seconds`
+        and `fps`, frames being temporal stride x latent frames. Of a pass of the last phase self-attention's
+        `attention_time_share` and `attention_flop_share`. Blocks take all of that time but some 0.1%, so the
+        first is a block's share too.
+    """
+    kinds = pass_seconds(video.steady, gpu, efficiency)
+    steady = sum(kinds.values())
     total = sum(count * sum(pass_seconds(works, gpu, efficiency).values()) for count, works in video.phases)
-    mean = total / video.chunks
-    return Prediction(
-        kinds=kinds,
-        passes=video.passes,
-        mean_pass=mean,
-        fps=video.frames / (video.passes * mean),
-        attention_operations=video.steady["attention"].flops / sum(w.flops for w in video.steady.values()),
-    )
+    mean_chunk = video.passes * (total / video.chunks)
+    flops = {kind: work.flops for kind, work in video.steady.items()}
+    return {
+        "pass_seconds": steady,
+        "pass_seconds_by_kind": kinds,
+        "chunk_seconds": video.passes * steady,
+        "mean_chunk_seconds": mean_chunk,
+        "fps": video.frames / mean_chunk,
+        "attention_time_share": kinds["attention"] / steady,
+        "attention_flop_share": flops["attention"] / sum(flops.values()),
+    }

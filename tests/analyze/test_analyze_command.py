@@ -159,9 +159,9 @@ def test_options_of_the_recording_reach_it(place: Path, run: Run, tmp_path: Path
     [
         (["--prompts", "LATIN"], "latin.txt cannot be read"),
         (["--samples", 0], "Invalid value for '--samples'"),
-        (["--rule", "budget"], "the rule budget is asked for with 0 targets"),
-        (["--rule", "quota", "--target-kv", "1GB"], "the rule quota is asked for with 1 targets"),
-        (["--rule", "budget", "--target-kv", "much"], "'much' is not a size"),
+        (["--rule", "budget"], "the rule budget is given 0 targets"),
+        (["--rule", "quota", "--target-kv", "1GB"], "the rule quota is given 1 targets"),
+        (["--rule", "budget", "--target-kv", "much"], "--target-kv is 'much'; expected a size"),
         (["--rule", "budget", "--target-kv", "1KB"], "cannot be met; expected at least"),
         (["--rule", "quota", "--undecided", "dynamic"], "the rule quota fixes how many heads are static"),
         (["--undecided", "both"], "--undecided is 'both'; expected kept or dynamic"),
@@ -202,5 +202,5 @@ def test_help_has_an_example(words: list[str], run: Run) -> None:
 def test_sizes_are_read_as_people_write_them() -> None:
     assert [bytes_of(text) for text in ("12", "1.5GB", "800 mb", "2KiB")] == [12, 15 * 10**8, 8 * 10**8, 2048]
     for text in ("", "GB", "-1GB", "1 parsec"):
-        with pytest.raises(InputError, match="is not a size"):
+        with pytest.raises(InputError, match="expected a size"):
             bytes_of(text)

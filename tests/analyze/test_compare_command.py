@@ -256,7 +256,10 @@ def test_short_names() -> None:
         (["empty", "heads-a"], "empty has no headmap.json; expected a folder that"),
         (["heads-a", "text.json"], "text.json is not JSON"),
         (["nothing.json", "nothing.json"], "the maps have no heads"),
-        (["heads-a", "heads-b", "--out", "a.jpg"], "a.jpg'; expected a name that ends in .png"),
+        (
+            ["heads-a", "heads-b", "--out", "a.jpg"],
+            "a.jpg is not a png file; expected a name that",
+        ),
         (["heads-a", "heads-b", "--out", "text.json/a.png"], "a.png cannot be written"),
         (["heads-a", "heads-b", "--out", "taken.png"], "taken.png cannot be written"),
         (["heads-a", "heads-b", "--min-agreement", "1.5"], "--min-agreement is 1.5; expected 0 to 1"),

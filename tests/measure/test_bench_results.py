@@ -34,22 +34,22 @@ def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[Bundle]) 
         BenchTurns(full, [turn(3.0, 3.0), turn(4.0, 3.0), turn(20.0, 3.0)]),
     ]
     row, against = rows(measured)
-    assert (row.speedup, row.speedup_least, row.speedup_most) == (3.0, 2.0, 5.0)
-    assert (row.seconds, row.seconds_least, row.seconds_most) == (2.0, 1.0, 4.0)
-    assert row.speedup_undisturbed == 3.0
+    assert (row["speedup"], row["speedup_least"], row["speedup_most"]) == (3.0, 2.0, 5.0)
+    assert (row["seconds"], row["seconds_least"], row["seconds_most"]) == (2.0, 1.0, 4.0)
+    assert row["speedup_undisturbed"] == 3.0
     limit = pass_flops(full.plan).total / pass_flops(ours.plan).total
-    assert row.flop_limit == pytest.approx(limit)
-    assert row.share_of_limit == pytest.approx(3.0 / limit)
-    assert (against.speedup, against.flop_limit, against.share_of_limit) == (1.0, 1.0, 1.0)
+    assert row["flop_limit"] == pytest.approx(limit)
+    assert row["share_of_limit"] == pytest.approx(3.0 / limit)
+    assert (against["speedup"], against["flop_limit"], against["share_of_limit"]) == (1.0, 1.0, 1.0)
     passes = len(ours.plan.spec.schedule.timesteps) + 2  # the clean pass took twice as long
-    assert row.seconds_per_chunk == pytest.approx(passes * 2.0)
-    assert row.speedup_with_decoding == pytest.approx((passes * 4.0 + 3.0) / (passes * 2.0 + 3.0))
-    assert row.kv_bytes == ours.plan.kv_bytes()
+    assert row["seconds_per_chunk"] == pytest.approx(passes * 2.0)
+    assert row["speedup_with_decoding"] == pytest.approx((passes * 4.0 + 3.0) / (passes * 2.0 + 3.0))
+    assert row["kv_bytes"] == ours.plan.kv_bytes()
 
 
 def test_without_decoding_there_is_no_speedup_with_it(cases: list[Bundle]) -> None:
     row, _ = rows([BenchTurns(case, [turn(1.0)]) for case in cases])
-    assert (row.seconds_to_decode, row.speedup_with_decoding) == (None, None)
+    assert (row["seconds_to_decode"], row["speedup_with_decoding"]) == (None, None)
 
 
 def test_policies_take_turns(cases: list[Bundle]) -> None:

@@ -91,5 +91,3 @@ def test_short_videos_are_halved() -> None:
     frame = moving(1)
     video = np.concatenate([frame, frame, tint(20)(frame)])
     assert drift_of(video, fps=24)["colour_drift"] > 10
-    with pytest.raises(ValueError, match="1 frames"):
-        drift_of(video[:1])

@@ -100,9 +100,3 @@ def test_dynamic_degree_is_judged_at_eight_frames_a_second() -> None:
     still = np.repeat(video[:1], 9, 0)
     assert not motion_of(still).dynamic
     assert motion_of(still).magnitude.max() == 0
-
-
-def test_one_frame_has_no_motion() -> None:
-    for frames in (0, 1):
-        with pytest.raises(ValueError, match="no two frames"):
-            motion_of(moving(2)[:frames])

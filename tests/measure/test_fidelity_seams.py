@@ -14,7 +14,7 @@ from forcingkv.measure.fidelity.seams import ChunkLayout, chunk_discontinuity, s
 from forcingkv.measure.fidelity.video_files import open_video
 from forcingkv.measure.fidelity.video_measures import Values, measure_video
 from forcingkv.models.presets import load_spec
-from studies.planted_seams import SEAMS
+from studies.planted_seams import SEAMS, chunk_of
 from tests.measure.textures import Frames, moving
 
 WAN, DEMO = ChunkLayout(9, 12), ChunkLayout(3, 3)
@@ -32,7 +32,7 @@ def test_layouts_are_those_of_latent_frames(latent: int, stride: int, frames: in
     assert layout.stride == stride
     endless = latent_frames(200, stride)
     of = endless[:frames]
-    assert [layout.chunk_of(frame) for frame in range(frames)] == [place // latent for place in of]
+    assert [chunk_of(frame, layout) for frame in range(frames)] == [place // latent for place in of]
     steps = [pair for pair in range(frames - 1) if of[pair] != of[pair + 1]]
     jumps = [pair for pair in steps if of[pair] // latent != of[pair + 1] // latent]
     assert layout.boundaries(frames) == jumps
@@ -50,7 +50,7 @@ def test_layouts_of_models() -> None:
     assert WAN.crossings(81)[:6] == [0, 4, 12, 16, 24, 28]
     assert DEMO.boundaries(21) == [2, 5, 8, 11, 14, 17]
     for first, later in [(0, 3), (4, 3), (9, 13), (1, 0)]:
-        with pytest.raises(InputError, match=r"9 and 12 for Wan's VAE"):
+        with pytest.raises(InputError, match=r"9 and 12 for Wan's VAE: F = 3, S = 4"):
             ChunkLayout(first, later)
 
 
@@ -59,9 +59,6 @@ def test_the_published_metric_is_the_formula_written_out() -> None:
     assert chunk_discontinuity(values, 2) == 4.5 / 3
     assert chunk_discontinuity(values, 5) == 1
     assert chunk_discontinuity(np.zeros(5), 2) is None
-    for top in (0, 6):
-        with pytest.raises(ValueError, match=f"top is {top}"):
-            chunk_discontinuity(values, top)
 
 
 def test_a_ratio_is_that_of_the_boundary_to_the_crossings_around_it() -> None:
@@ -76,7 +73,8 @@ def test_a_ratio_is_that_of_the_boundary_to_the_crossings_around_it() -> None:
 
 
 def measured(video: Frames, layout: ChunkLayout) -> Values:
-    return measure_video(video, layout, 16.0).values
+    values: Values = measure_video(video, layout, 16.0)["values"]
+    return values
 
 
 OURS = ("seam_motion", "seam_jolt", "seam_residual")
@@ -114,7 +112,7 @@ def test_a_burst_of_motion_raises_the_published_metric_and_not_ours() -> None:
 def test_a_seam_against_the_motion_is_a_jolt_though_less_moves() -> None:
     """Two pixels right each frame, and two back at each boundary: there the picture stands still."""
     video = moving(45, (0, 2))
-    back = np.stack([np.roll(frame, -2 * WAN.chunk_of(i), 1) for i, frame in enumerate(video)])
+    back = np.stack([np.roll(frame, -2 * chunk_of(i, WAN), 1) for i, frame in enumerate(video)])
     plain, found = measured(video, WAN), measured(back, WAN)
     assert (found["seam_motion"] or 9) < 0.6
     assert (found["seam_jolt"] or 0) > 3 * (plain["seam_jolt"] or 0)
@@ -142,11 +140,11 @@ def test_a_published_video_has_stronger_seams_with_pruned_caches(data: Path) -> 
     """One of the authors' demo videos: the table of docs/fidelity.md, at a third of the size."""
     found = {}
     for kind in ("baseline", "forcingkv"):
-        with open_video(data / "videos" / f"self_forcing_5s_case_01_{kind}.mp4") as file:
-            assert file.fps == 16
-            measures = measure_video((f[::3, ::3] for f in file.frames), WAN, file.fps, top=7)
-        assert (measures.frames, len(measures.boundaries)) == (81, 6)
-        found[kind] = measures.values
+        with open_video(data / "videos" / f"self_forcing_5s_case_01_{kind}.mp4") as (fps, frames):
+            assert fps == 16
+            measures = measure_video((f[::3, ::3] for f in frames), WAN, fps, top=7)
+        assert (measures["frames"], len(measures["boundaries"])) == (81, 6)
+        found[kind] = measures["values"]
     for values in found.values():
         assert all(value is not None and np.isfinite(value) for value in values.values())
     assert (found["forcingkv"]["seam_residual"] or 0) > (found["baseline"]["seam_residual"] or 9)

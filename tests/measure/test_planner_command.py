@@ -133,7 +133,7 @@ def test_a_tiny_decoder_takes_less(run: Callable[..., Ran]) -> None:
         (("--resolution", "99x99"), "does not divide into tokens"),
         (("--decoder", "none"), "there is no decoder 'none'"),
         (("--heads", "static=1"), "expected 360 in all"),
-        (("--heads", "slow=360"), "its labels are slow"),
+        (("--heads", "slow=360"), "the heads given have the labels slow"),
         (("--heads", "slow"), "such as static=134,dynamic=226"),
         (("--headmap", "a.json", "--heads", "static=1"), "use either --headmap or --heads, not both"),
         (("--published",), "--model cannot be used with --published; expected nothing beside it but --json."),

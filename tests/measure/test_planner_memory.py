@@ -59,7 +59,7 @@ def test_keys_and_values_are_what_a_session_asks_for_to_the_byte(
     policy: str, model: str, resolution: str
 ) -> None:
     spec, chosen = load_spec(model), load_policy(policy)
-    plan, _ = plan_for(spec, spec.geometry(resolution), chosen, mixed(spec, chosen))
+    plan = build_plan(spec, spec.geometry(resolution), chosen, mixed(spec, chosen))
     lane = CountingLane()
     held = CacheBuffers(plan, lane, "bfloat16").nbytes  # type: ignore[arg-type]
     assert kv(session_memory(plan).parts) == held == lane.state_bytes > 0
@@ -96,7 +96,7 @@ def test_activations_are_near_those_of_engines_that_were_built(data: Path) -> No
     rows = built_engines()
     assert len(rows) == 6
     for resolution, policy, step, decode in rows:
-        plan, _ = plan_for(spec, spec.geometry(resolution), load_policy(policy), released)
+        plan, _ = plan_for(spec, spec.geometry(resolution), load_policy(policy), (released, "released"))
         assert engine_activations(plan, "bfloat16") / 1e9 == pytest.approx(step, rel=0.03), (
             resolution,
             policy,

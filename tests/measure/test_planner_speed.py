@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from forcingkv.commands.plan import parse_counts
 from forcingkv.headmaps.errors import InputError
-from forcingkv.measure.nominal import plan_for, spread
+from forcingkv.measure.nominal import Heads, plan_for, spread
 from forcingkv.measure.planner.gpus import gpu_names, load_gpu
 from forcingkv.measure.planner.published import efficiencies
 from forcingkv.measure.planner.speed import (
@@ -35,7 +35,7 @@ from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-HEADS = {"static": 134, "dynamic": 226}
+COUNTS = {"static": 134, "dynamic": 226}
 PRODUCTS = {"addmm", "mm"}
 VIEWS = {
     "_unsafe_view",
@@ -56,9 +56,13 @@ VIEWS = {
 }
 
 
+def _heads(spec: ModelSpec) -> Heads:
+    return spread(spec, COUNTS)
+
+
 def plan_of(policy: str, resolution: str = "480p", model: str = "self-forcing") -> CachePlan:
     spec = load_spec(model)
-    return plan_for(spec, spec.geometry(resolution), load_policy(policy), HEADS)[0]
+    return plan_for(spec, spec.geometry(resolution), load_policy(policy), _heads(spec))[0]
 
 
 def test_bytes_count_where_there_are_more_of_them() -> None:
@@ -119,13 +123,14 @@ def test_a_video_is_its_chunks_one_after_another() -> None:
     plan, gpu, chunks = plan_of("forcing-kv", model="longlive"), load_gpu("h100"), 40
     seconds = sum(5 * sum(pass_seconds(pass_work(plan, chunk), gpu, 0.3).values()) for chunk in range(chunks))
     found = predict(video_work(plan, chunks), gpu, 0.3)
-    assert found.fps == pytest.approx(12 * chunks / seconds)
-    assert found.mean_chunk == pytest.approx(seconds / chunks)
+    assert found["fps"] == pytest.approx(12 * chunks / seconds)
+    assert found["mean_chunk_seconds"] == pytest.approx(seconds / chunks)
     last = 5 * sum(pass_seconds(pass_work(plan, 39), gpu, 0.3).values())
-    assert found.steady_chunk == pytest.approx(last)
-    assert found.mean_chunk < found.steady_chunk, "the first chunks see less"
-    assert 0 < found.attention_time < 1
-    assert found.attention_operations == pytest.approx(pass_flops(plan).attention_share)
+    assert found["chunk_seconds"] == pytest.approx(last)
+    assert found["mean_chunk_seconds"] < found["chunk_seconds"], "the first chunks see less"
+    assert 0 < found["attention_time_share"] < 1
+    flops = pass_flops(plan)
+    assert found["attention_flop_share"] == pytest.approx(flops.attention / flops.total)
 
 
 @settings(max_examples=60, deadline=None)
@@ -144,8 +149,9 @@ def test_time_grows_with_resolution_and_length_and_falls_with_efficiency(
 
     def seconds(side: int, count: int, reached: float) -> float:
         geometry = spec.geometry(f"{96 * side}x{64 * side}")
-        plan, _ = plan_for(spec, geometry, load_policy(policy), HEADS)
-        return predict(video_work(plan, count), load_gpu(gpu), reached).mean_chunk
+        plan, _ = plan_for(spec, geometry, load_policy(policy), _heads(spec))
+        seconds: float = predict(video_work(plan, count), load_gpu(gpu), reached)["mean_chunk_seconds"]
+        return seconds
 
     base = seconds(size, chunks, efficiency)
     assert (seconds(size + more, chunks, efficiency) > base) == (more > 0)
@@ -160,13 +166,13 @@ def test_a_window_is_faster_than_all_and_slower_than_static_and_dynamic_heads(
     model: str, resolution: str, gpu: str
 ) -> None:
     spec = load_spec(model)
-    counts = {"static": 100, "dynamic": spec.layers * spec.heads - 100}
+    heads = spread(spec, {"static": 100, "dynamic": spec.layers * spec.heads - 100})
     rates = [
         predict(
-            video_work(plan_for(spec, spec.geometry(resolution), load_policy(name), counts)[0], 40),
+            video_work(plan_for(spec, spec.geometry(resolution), load_policy(name), heads)[0], 40),
             load_gpu(gpu),
             0.3,
-        ).fps
+        )["fps"]
         for name in ("full", "window", "forcing-kv")
     ]
     assert rates == sorted(rates)
@@ -176,7 +182,7 @@ def test_a_window_is_faster_than_all_and_slower_than_static_and_dynamic_heads(
 def test_counts_that_are_given_have_to_be_those_of_the_model() -> None:
     spec = load_spec("self-forcing")
     counts = {"sink": 90, "neighbour": 91, "dummy": 179}
-    assert spread(spec, counts).counts() == counts
+    assert spread(spec, counts)[0].counts() == counts
     with pytest.raises(
         InputError, match=r"359 heads are given; expected 360 in all, 12 in each of 30 layers"
     ):
@@ -193,8 +199,8 @@ def test_without_labels_that_fit_published_counts_are_taken_and_said() -> None:
     spec, policy = load_spec("self-forcing"), load_policy("forcing-kv")
     plan, words = plan_for(spec, spec.geometry(), policy)
     assert words == "134 static, 226 dynamic as published, spread evenly over the layers"
-    assert plan == plan_for(spec, spec.geometry(), policy, HEADS)[0]
-    _, words = plan_for(spec, spec.geometry(), load_policy("dummy-forcing"), HEADS)
+    assert plan == plan_for(spec, spec.geometry(), policy, _heads(spec))[0]
+    _, words = plan_for(spec, spec.geometry(), load_policy("dummy-forcing"), _heads(spec))
     assert words == (
         "90 sink, 90 neighbour, 180 dummy in published shares, spread evenly over the layers"
         " (that as many are sink as neighbour is assumed)"
@@ -205,7 +211,7 @@ def test_the_map_that_ships_comes_before_counts_and_what_is_given_before_it() ->
     spec, policy = load_spec("demo"), load_policy("forcing-kv")
     _, words = plan_for(spec, spec.geometry(), policy)
     assert words == "7 static, 17 dynamic: the map that ships"
-    _, words = plan_for(spec, spec.geometry(), policy, {"static": 12, "dynamic": 12})
+    _, words = plan_for(spec, spec.geometry(), policy, spread(spec, {"static": 12, "dynamic": 12}))
     assert words == "12 static, 12 dynamic, spread evenly over the layers"
 
 
@@ -221,5 +227,5 @@ def test_every_gpu_has_a_class_and_a_source() -> None:
         gpu = load_gpu(name)
         assert gpu.source
         assert gpu.family in efficiencies()
-    carried = {one.carried_from for one in efficiencies().values()} - {None}
+    carried = {one["carried_from"] for one in efficiencies().values()} - {None}
     assert carried <= set(efficiencies())

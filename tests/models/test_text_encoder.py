@@ -189,7 +189,7 @@ def test_encode_writes_what_generate_reads(run: Callable[..., Ran], tmp_path: Pa
     assert json.loads(run(*words, "--prompts", tmp_path / "switched.jsonl", "--json").out)["prompts"] == 2
     (tmp_path / "switched.jsonl").write_text('{"prompts": "a kite"}\n')
     ran = run(*words, "--prompts", tmp_path / "switched.jsonl")
-    assert (ran.code, "line 1 has prompts that are not texts" in ran.err) == (2, True), ran.err
+    assert (ran.code, "line 1 is not a line of prompts" in ran.err) == (2, True), ran.err
     ran = run("encode", "--model", "demo", "--prompts", tmp_path / "prompts.txt", "--out", out)
     assert (ran.code, "there is nothing to encode" in ran.err) == (2, True), ran.err
     words[2] = "self-forcing"

@@ -7,25 +7,28 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
 from forcingkv.commands.console import AsJson, console, emit, need, progress_bar, read_prompts
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
     Checkpoint,
+    Embeds,
     Key,
     Lora,
     Model,
     RandomWeights,
     Resolution,
+    Threads,
     text_inputs,
     weights_for,
 )
@@ -49,29 +52,24 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 class LabelOptions:
     """What a user said of labels."""
 
-    rule: Annotated[str, typer.Option(help="auto, threshold, quota, kmeans, mixture, budget or dummy.")] = (
-        "auto"
-    )
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="Cut of the rule threshold.")] = 0.8
+    rule: Annotated[str, Option(help="auto, threshold, quota, kmeans, mixture, budget or dummy.")] = "auto"
+    alpha: Annotated[float, Option(min=0, max=1, help="Cut of the rule threshold.")] = 0.8
     static_per_layer: Annotated[
-        int | None, typer.Option(min=0, help="Static heads a layer, for the rule quota; default: half.")
+        int | None, Option(min=0, help="Static heads a layer, for the rule quota; default: half.")
     ] = None
-    sink_frames: Annotated[
-        int, typer.Option(min=0, help="First frames left out of the score's denominator.")
-    ] = 1
+    sink_frames: Annotated[int, Option(min=0, help="First frames left out of the score's denominator.")] = 1
     undecided: Annotated[
         str | None,
-        typer.Option(help="Undecided heads: dynamic or kept; default: dynamic, kept under quota and budget."),
+        Option(help="Undecided heads: dynamic or kept; default: dynamic, kept under quota and budget."),
     ] = None
     target_kv: Annotated[
-        str | None, typer.Option(help="For the rule budget: most KV memory, such as 1.5GB or 800MB.")
+        str | None, Option(help="For the rule budget: most KV memory, such as 1.5GB or 800MB.")
     ] = None
     target_time: Annotated[
-        float | None,
-        typer.Option(min=0, help="For the rule budget: most time of a chunk, as a share of full."),
+        float | None, Option(min=0, help="For the rule budget: most time of a chunk, as a share of full.")
     ] = None
     target_resolution: Annotated[
-        str | None, typer.Option(help="Resolution that the target is for; default: that of the recording.")
+        str | None, Option(help="Resolution that the target is for; default: that of the recording.")
     ] = None
 
     def labelling(self, recorded: Geometry) -> Labelling:
@@ -84,17 +82,13 @@ class LabelOptions:
         from forcingkv.analyze.labels import RULES
 
         rule = one_of(RULES, self.rule, "rule")
-        undecided: Undecided | None = None
-        if self.undecided is not None:
-            if self.undecided not in get_args(Undecided):
-                raise InputError(f"is {self.undecided!r}", where="--undecided", expected="kept or dynamic")
-            undecided = cast("Undecided", self.undecided)
+        if self.undecided not in (None, *get_args(Undecided)):
+            raise InputError(f"is {self.undecided!r}", where="--undecided", expected="kept or dynamic")
         targets = [target for target in (self.target_kv, self.target_time) if target is not None]
         if (rule == "budget") != (len(targets) == 1):
             raise InputError(
-                f"the rule {rule} is asked for with {len(targets)} targets",
-                where="rule",
-                expected="--rule budget with one of --target-kv and --target-time; no target for other rules",
+                f"the rule {rule} is given {len(targets)} targets",
+                expected="one of --target-kv and --target-time with --rule budget, and none with other rules",
             )
         resolution = self.target_resolution or f"{recorded.width}x{recorded.height}"
         kv_bytes = bytes_of(self.target_kv) if self.target_kv else None
@@ -103,77 +97,59 @@ class LabelOptions:
             alpha=self.alpha,
             static_per_layer=self.static_per_layer,
             sink_frames=self.sink_frames,
-            undecided=undecided,
+            undecided=cast("Undecided | None", self.undecided),
             budget=Budget("forcing-kv", resolution, kv_bytes, self.target_time) if targets else None,
         )
 
 
-NO_LABEL_OPTIONS = LabelOptions()
-
-
 def takes_label_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameter `labels` (a `LabelOptions`) is given as the options that make one up."""
-    hints, own = get_type_hints(LabelOptions, include_extras=True), [one.name for one in fields(LabelOptions)]
-    options = [
-        inspect.Parameter(
-            one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=one.default, annotation=hints[one.name]
-        )
-        for one in fields(LabelOptions)
-    ]
+    options = inspect.signature(LabelOptions, eval_str=True).parameters
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        labels = LabelOptions(**{name: given.pop(name) for name in own})
-        command(**given, labels=labels)
+        command(labels=LabelOptions(**{name: given.pop(name) for name in options}), **given)
 
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        parameters += options if parameter.name == "labels" else [parameter]
+        parameters += options.values() if parameter.name == "labels" else [parameter]
     # What typer reads a command's options from.
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
 
 
-@app.callback()
-def _group() -> None:
-    """Record attention statistics, label heads, judge and compare."""
-
-
 @app.command()
 @takes_label_options
 def heads(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for stats/, headmap.json, stability.json, report.html.")],
+    out: Annotated[Path, Option(help="Folder for stats/, headmap.json, stability.json, report.html.")],
     checkpoint: Checkpoint = None,
     key: Key = None,
     lora: Lora = None,
     random_weights: RandomWeights = False,
     resolution: Resolution = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
-    embeds: Annotated[Path | None, typer.Option(help="Text embeddings that `encode` wrote.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Videos to measure; more may be added later.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first video.")] = 0,
-    chunks: Annotated[int | None, typer.Option(min=1, help="Chunks a video.")] = None,
+    prompts: Annotated[Path | None, Option(help="Text file, one prompt a line.")] = None,
+    embeds: Embeds = None,
+    samples: Annotated[int, Option(min=1, help="Videos to measure; more may be added later.")] = 8,
+    seed: Annotated[int, Option(min=0, help="Seed of the first video.")] = 0,
+    chunks: Annotated[int | None, Option(min=1, help="Chunks a video.")] = None,
     rows: Annotated[
-        int, typer.Option(min=0, help="Query rows measured of each pass and layer; 0: all, exactly.")
+        int, Option(min=0, help="Query rows measured of each pass and layer; 0: all, exactly.")
     ] = 512,
-    policy: Annotated[str, typer.Option(help="Policy to generate under.")] = "full",
-    headmap: Annotated[Path | None, typer.Option(help="Head map, for policies that need one.")] = None,
-    labels: LabelOptions = NO_LABEL_OPTIONS,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="What to compute in: float32 or bfloat16.")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    ray: Annotated[
-        str | None, typer.Option(help="Spread samples: local, or a Ray cluster's address.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray workers; default: all there is room for.")
-    ] = None,
+    policy: Annotated[str, Option(help="Policy to generate under.")] = "full",
+    headmap: Annotated[Path | None, Option(help="Head map, for policies that need one.")] = None,
+    *,
+    labels: LabelOptions,
+    device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
+    dtype: Annotated[str, Option(help="What to compute in: float32 or bfloat16.")] = "float32",
+    threads: Threads = None,
+    ray: Annotated[str | None, Option(help="Spread samples: local, or a Ray cluster's address.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Ray workers; default: all there is room for.")] = None,
     stats: Annotated[
-        str | None, typer.Option(help="Place for the statistics: folder or fsspec URL; default: OUT/stats.")
+        str | None, Option(help="Place for the statistics: folder or fsspec URL; default: OUT/stats.")
     ] = None,
-    restart: Annotated[bool, typer.Option(help="Forget what was recorded before.")] = False,
+    restart: Annotated[bool, Option(help="Forget what was recorded before.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure every head over samples, steps and chunks; write a head map and how far to trust it.
@@ -226,10 +202,11 @@ def heads(
 @app.command()
 @takes_label_options
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that `analyze heads` wrote.")],
-    labels: LabelOptions = NO_LABEL_OPTIONS,
-    stats: Annotated[str | None, typer.Option(help="Place of the statistics; default: FOLDER/stats.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: FOLDER.")] = None,
+    folder: Annotated[Path, Argument(help="Folder that `analyze heads` wrote.")],
+    *,
+    labels: LabelOptions,
+    stats: Annotated[str | None, Option(help="Place of the statistics; default: FOLDER/stats.")] = None,
+    out: Annotated[Path | None, Option(help="Folder to write to; default: FOLDER.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Label and judge recorded statistics again, by any rule, and write head map and report anew.
@@ -257,10 +234,9 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
         found = {"headmap": headmap.to_json(), "digest": headmap.digest, "stability": summary_json(analysis)}
         emit({"out": str(out)} | found)
         return
-    screen = Console(highlight=False)
-    level = analysis.verdict.level
-    style = LEVEL_STYLES[level]
-    screen.print(Panel("\n".join(analysis.verdict.sentences), title=level, border_style=style))
+    screen, level = Console(highlight=False), analysis.verdict.level
+    told = "\n".join(analysis.verdict.sentences)
+    screen.print(Panel(told, title=level, border_style=LEVEL_STYLES[level]))
     print_map(headmap, screen)
     table = Table.grid(padding=(0, 2))
     for name, value in summary_lines(analysis):
@@ -273,5 +249,5 @@ def bytes_of(text: str) -> int:
     """Bytes of a size such as 1.5GB (10^9) or 800MiB (2^20). Raises InputError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in _UNITS:
-        raise InputError(f"{text!r} is not a size", where="target", expected="such as 1.5GB or 800MiB")
+        raise InputError(f"is {text!r}", where="--target-kv", expected="a size, such as 1.5GB or 800MiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
-from forcingkv.commands.console import console, emit, listed, need, progress_bar
+from forcingkv.commands.console import AsJson, console, emit, listed, need, progress_bar
 from forcingkv.commands.models import Backend
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -19,39 +19,38 @@ POLICIES = "full,window,dummy-forcing,forcing-kv"
 
 def bench(
     bundle: Annotated[
-        list[Path] | None, typer.Option(help="Folder that export wrote; may be given several times.")
+        list[Path] | None, Option(help="Folder that export wrote; may be given several times.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Preset or spec file, with random weights.")] = None,
+    model: Annotated[str | None, Option(help="Preset or spec file, with random weights.")] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Typical layers of the model; default: all of it.")
+        int | None, Option(min=1, help="Typical layers of the model; default: all of it.")
     ] = None,
     geometry: Annotated[
         str | None,
-        typer.Option("--geometry", "--resolution", help="WIDTHxHEIGHT or a name; or several: 480p,720p."),
+        Option("--geometry", "--resolution", help="WIDTHxHEIGHT or a name; or several: 480p,720p."),
     ] = None,
-    policies: Annotated[str, typer.Option(help="Policies, separated by commas.")] = POLICIES,
+    policies: Annotated[str, Option(help="Policies, separated by commas.")] = POLICIES,
     headmap: Annotated[
-        Path | None,
-        typer.Option(help="Head map; default: as many heads of each label as published."),
+        Path | None, Option(help="Head map; default: as many heads of each label as published.")
     ] = None,
     backend: Backend = "onnxruntime",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each policy.")] = 3,
+    rounds: Annotated[int, Option(min=1, help="Turns of each policy.")] = 3,
     minutes: Annotated[
-        float, typer.Option(min=0, help="Leave out rounds that would end later than this, for each geometry.")
+        float, Option(min=0, help="Leave out rounds that would end later than this, for each geometry.")
     ] = 17.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one a core.")] = None,
-    decode: Annotated[bool, typer.Option(help="Time decoding too.")] = True,
+    threads: Annotated[int | None, Option(min=1, help="CPU threads; default: one a core.")] = None,
+    decode: Annotated[bool, Option(help="Time decoding too.")] = True,
     decoder: Annotated[
-        str | None, typer.Option(help="wan-vae or taehv, with random weights; default: taehv.")
+        str | None, Option(help="wan-vae or taehv, with random weights; default: taehv.")
     ] = None,
     sweep: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Folder for a CSV file and a picture: cost of each chunk of a video, or with several"
             " geometries (480p,720p) cost against resolution."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time policies side by side in one process, taking turns: A B C A B C.
 

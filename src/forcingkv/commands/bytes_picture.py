@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
+from forcingkv.commands.inspect import REMARKS, memory_title
 from forcingkv.headmaps.files import write_bytes
 from forcingkv.plotting import INK, SOFT, figure, png, style
 from forcingkv.runtime import Bundle
-from forcingkv.runtime.footprint import EngineSet, engine_sets, footprint, grouped_by_need, named, readable
+from forcingkv.runtime.engines import EngineRecord
+from forcingkv.runtime.footprint import engine_sets, footprint, grouped_by_need, part_notes, readable
 from forcingkv.runtime.kv.roles import Role
 
 BLUES, PALEST = ("#0a3d66", "#0b6fb8", "#58a6dd"), "#b9d9f0"
@@ -34,15 +35,10 @@ BARS, LENGTH, SIZES, SHARES, NOTES = 1.4, 3.7, 5.9, 6.45, 6.6
 """Where bars begin and how long they are; where sizes and shares end and notes begin."""
 THINNEST = 0.02
 """Length of a part by itself that would not be seen."""
-REMARK = "Not counted: CUDA's own context, code of kernels, rounding by allocators."
 
 
-@dataclass(frozen=True)
-class _Part:
-    name: str
-    bytes: int
-    colour: str
-    note: str = ""
+_Part = tuple[str, int, str, str]
+"""Name, bytes, colour and note."""
 
 
 def write_bytes_picture(bundle: Bundle, path: Path) -> None:
@@ -50,26 +46,24 @@ def write_bytes_picture(bundle: Bundle, path: Path) -> None:
 
     Raises InputError where it cannot be written; nothing is left behind then.
     """
-    groups = grouped_by_need(engine_sets(bundle.manifest)) or ((),)
-    panels = [(_title(group), _memory(bundle, group)) for group in groups]
-    first = bundle.plan.phases[-1].first_chunk
-    panels.append((f"Keys and values that a pass attends to, from chunk {first} on", _attended(bundle)))
     manifest, (width, height) = bundle.manifest, bundle.manifest.resolution
+    groups, panels = grouped_by_need(engine_sets(manifest)) or ((),), []
+    for group in groups:
+        engines = group[0] if group else ()
+        sizes = footprint(manifest, bundle.plan, engines)
+        title = memory_title(group, sizes)
+        panels.append((title[0].upper() + title[1:], _memory(engines, sizes)))
+    roles = bundle.plan.kv_bytes_by_role(manifest.compute)
+    notes = {"current": "within activations, a layer at a time"}
+    attended = [(role, size, _blue(role), notes.get(role, "")) for role, size in roles.items() if size]
+    first = bundle.plan.phases[-1].first_chunk
+    panels.append((f"Keys and values that a pass attends to, from chunk {first} on", attended))
     headline = f"{manifest.model.name} at {width}x{height}, policy {manifest.policy.name}, {manifest.compute}"
-    write_bytes(path, _drawn(headline, panels, REMARK if groups[0] else ""))
+    write_bytes(path, _drawn(headline, panels, REMARKS[-1] if groups[0] else ""))
 
 
-def _title(group: Sequence[EngineSet]) -> str:
-    if not group:
-        return "Buffers of a session, without weights and activations: there are no engines"
-    return f"Device memory of a session with {named(group)}"
-
-
-def _memory(bundle: Bundle, group: Sequence[EngineSet]) -> list[_Part]:
-    engines = group[0] if group else ()
-    parts = footprint(bundle.manifest, bundle.plan, engines)
-    notes = dict.fromkeys(("decoder_caches", *(f"kv_{n}" for n in Role.KINDS)), "two buffers, in turn")
-    notes |= {f"kv_{n}": "one buffer, written once" for n, role in Role.KINDS.items() if role.buffers == 1}
+def _memory(engines: Sequence[EngineRecord], sizes: Mapping[str, int]) -> list[_Part]:
+    notes = part_notes()
     if engines:
         heaviest = sorted(engines, key=lambda engine: -engine.weight_bytes)
         notes["weights"] = ", ".join(f"{one.graph} {readable(one.weight_bytes)}" for one in heaviest)
@@ -77,22 +71,12 @@ def _memory(bundle: Bundle, group: Sequence[EngineSet]) -> list[_Part]:
         most, *others = sorted(engines, key=lambda engine: -engine.activation_bytes)
         following = [f" ({one.graph} {readable(one.activation_bytes)})" for one in others[:1]]
         notes["activations"] = f"{most.graph} needs most" + "".join(following)
-    return [
-        _Part(
-            name.replace("kv_", "KV ").replace("_", " "),
-            size,
-            COLOURS.get(name) or _blue(name.removeprefix("kv_")),
-            notes.get(name, ""),
-        )
-        for name, size in parts.items()
-        if size
-    ]
-
-
-def _attended(bundle: Bundle) -> list[_Part]:
-    roles = bundle.plan.kv_bytes_by_role(bundle.manifest.compute)
-    notes = {"current": "within activations, a layer at a time"}
-    return [_Part(role, size, _blue(role), notes.get(role, "")) for role, size in roles.items() if size]
+    parts = []
+    for name, size in sizes.items():
+        if size:
+            colour = COLOURS.get(name) or _blue(name.removeprefix("kv_"))
+            parts.append((name.replace("kv_", "KV ").replace("_", " "), size, colour, notes[name]))
+    return parts
 
 
 def _blue(role: str) -> str:
@@ -125,20 +109,20 @@ def _drawn(headline: str, panels: list[tuple[str, list[_Part]]], remark: str) ->
 
 def _panel(axes: Axes, top: float, parts: list[_Part]) -> float:
     """A bar of all parts, and below it each part by itself, where it lies in that bar. Returns its end."""
-    total = sum(part.bytes for part in parts)
+    total = sum(size for _, size, _, _ in parts)
     _write(axes, BARS - 0.1, top, "in all", ha="right", weight="bold")
     _write(axes, SIZES, top, readable(total), ha="right", weight="bold")
     start, y = BARS, top + 0.2 * ROW
-    for part in parts:
+    for name, size, colour, note in parts:
         y += ROW
-        length = LENGTH * part.bytes / total
+        length = LENGTH * size / total
         seen = max(length, THINNEST)
-        axes.barh(top, length, 1.05 * ROW, left=start, color=part.colour, linewidth=0)
-        axes.barh(y, seen, 0.7 * ROW, left=min(start, BARS + LENGTH - seen), color=part.colour, linewidth=0)
-        _write(axes, BARS - 0.1, y, part.name, ha="right")
-        _write(axes, SIZES, y, readable(part.bytes), ha="right")
-        _write(axes, SHARES, y, f"{part.bytes / total:.1%}", ha="right", color=SOFT)
-        _write(axes, NOTES, y, part.note, color=SOFT, fontsize=8.5)
+        axes.barh(top, length, 1.05 * ROW, left=start, color=colour, linewidth=0)
+        axes.barh(y, seen, 0.7 * ROW, left=min(start, BARS + LENGTH - seen), color=colour, linewidth=0)
+        _write(axes, BARS - 0.1, y, name, ha="right")
+        _write(axes, SIZES, y, readable(size), ha="right")
+        _write(axes, SHARES, y, f"{size / total:.1%}", ha="right", color=SOFT)
+        _write(axes, NOTES, y, note, color=SOFT, fontsize=8.5)
         start += length
     return y + ROW / 2
 

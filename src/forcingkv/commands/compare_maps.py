@@ -3,75 +3,73 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
-from forcingkv.commands.console import emit, need
+from forcingkv.commands.console import emit, must_end, need
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_bytes
-
-if TYPE_CHECKING:
-    from forcingkv.analyze.comparison import Agreement, Change
-
+from forcingkv.measure.nominal import in_words
 
 STYLES = {STATIC: "reverse bold cyan", DYNAMIC: "reverse bold magenta"}
 OTHER = "reverse bold yellow"
 UNKNOWN = "unknown"
 
-Places: TypeAlias = tuple[Path, Path]
 Maps: TypeAlias = tuple[HeadMap, HeadMap]
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A head map of any format, or a run's folder.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The map or run to compare it with.")],
-    out: Annotated[Path | None, typer.Option(help="Picture to write (.png).")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Changed heads to list.")] = 20,
+    a: Annotated[Path, Argument(metavar="A", help="A head map of any format, or a run's folder.")],
+    b: Annotated[Path, Argument(metavar="B", help="The map or run to compare it with.")],
+    out: Annotated[Path | None, Option(help="Picture to write (.png).")] = None,
+    limit: Annotated[int, Option(min=0, help="Changed heads to list.")] = 20,
     min_agreement: Annotated[
-        float | None, typer.Option(help="Share of heads, 0 to 1: exit code 1 if fewer have the same label.")
+        float | None, Option(help="Share of heads, 0 to 1: exit code 1 if fewer have the same label.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all changed heads.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, with all changed heads.")] = False,
 ) -> None:
     """Say how far two head maps agree, and which heads changed, by how much and how surely.
 
     Example: forcingkv analyze compare heads-a heads-b
     """
-    if out is not None and out.suffix.lower() != ".png":
-        raise InputError(f"is {str(out)!r}", where="--out", expected="a name that ends in .png")
+    must_end(out, ".png")
     if min_agreement is not None and not 0 <= min_agreement <= 1:
         raise InputError(f"is {min_agreement}", where="--min-agreement", expected="0 to 1")
     need("analyze", "sklearn", "seaborn", "polars", "torch")
-    from forcingkv.analyze.comparison import agree, changes, read_map_or_run, short_names
+    from forcingkv.analyze.comparison import read_map_or_run, short_names
 
-    first, second = read_map_or_run(a), read_map_or_run(b)
-    agreement, changed = agree(first, second), changes(first, second)
+    maps = read_map_or_run(a), read_map_or_run(b)
+    found = _compared((a, b), maps)
     if out:
         from forcingkv.analyze.comparison_picture import comparison_picture
 
-        write_bytes(out, comparison_picture(first, second, short_names(a, b)))
+        write_bytes(out, comparison_picture(*maps, short_names(a, b)))
     if as_json:
-        emit(_as_json((a, b), (first, second), agreement, changed) | {"picture": str(out) if out else None})
+        emit(found | {"picture": str(out) if out else None})
     else:
-        _show((a, b), (first, second), agreement, changed, limit)
+        _show(maps, found, limit)
         if out:
             print(f"picture: {out}")
-    if min_agreement is not None and agreement.share < min_agreement:
-        print(f"error: agreement {agreement.share:.4f} is below {min_agreement}", file=sys.stderr)
+    if min_agreement is not None and found["agreement"] < min_agreement:
+        print(f"error: agreement {found['agreement']:.4f} is below {min_agreement}", file=sys.stderr)
         raise typer.Exit(1)
 
 
-def _as_json(places: Places, maps: Maps, agreement: Agreement, changed: Sequence[Change]) -> dict[str, Any]:
-    from forcingkv.analyze.comparison import moves, score_difference, undecided_among
+def _compared(places: tuple[Path, Path], maps: Maps) -> dict[str, Any]:
+    """The comparison for JSON, and for what is printed."""
+    from forcingkv.analyze.comparison import agree, changes, moves, score_difference, undecided_among
 
+    agreement, changed = agree(*maps), changes(*maps)
     return {
-        **{side: _side(place, found) for side, place, found in zip("ab", places, maps, strict=True)},
+        **{side: _side(place, one) for side, place, one in zip("ab", places, maps, strict=True)},
         "heads": maps[0].model.layers * maps[0].model.heads,
         "agreement": agreement.share,
         **{name: getattr(agreement, name) for name in ("kappa", "rand", "iou")},
@@ -88,35 +86,33 @@ def _side(place: Path, found: HeadMap) -> dict[str, Any]:
     return {"path": str(place), **parts, "counts": found.counts(), "digest": found.digest}
 
 
-def _show(places: Places, maps: Maps, agreement: Agreement, changed: Sequence[Change], limit: int) -> None:
+def _show(maps: Maps, found: Mapping[str, Any], limit: int) -> None:
     """Print the comparison for people."""
     out = Console(highlight=False, markup=False)
-    for side, place, found in zip("AB", places, maps, strict=True):
-        out.print(f"{side}  {place}: {_described(found)}", soft_wrap=True)
+    for side, one in zip("ab", maps, strict=True):
+        out.print(f"{side.upper()}  {found[side]['path']}: {_described(one)}", soft_wrap=True)
     out.print(soft_wrap=True)
     _print_map(out, *maps)
     out.print(soft_wrap=True)
-    listed = changed[:limit]
+    listed = found["changes"][:limit]
     if listed:
         table = _table(listed)
         if out.measure(table).maximum > out.width:
             table.padding = (0, 1)
         out.print(table)
-        if len(changed) > len(listed):
-            out.print(f"and {len(changed) - len(listed)} more (--limit {len(changed)} lists all)")
-        known = any(distance is not None for change in listed for distance in change.distances)
+        if found["changed"] > len(listed):
+            out.print(f"and {found['changed'] - len(listed)} more (--limit {found['changed']} lists all)")
+        known = any(distance is not None for change in listed for distance in change["distances"])
         if known and maps[0].rule.name != maps[1].rule.name:
             out.print("Distances are in the units of each map's own rule.", soft_wrap=True)
         out.print(soft_wrap=True)
-    out.print("\n".join(_conclusions(maps, agreement, changed)), soft_wrap=True)
+    out.print("\n".join(_conclusions(maps, found)), soft_wrap=True)
 
 
 def _described(found: HeadMap) -> str:
-    counts = ", ".join(f"{number} {label}" for label, number in found.counts().items())
-    model = found.model
-    samples = f", {found.statistics.samples} samples" if found.statistics else ""
-    size = f"{model.layers} layers x {model.heads} heads"
-    return f"{model.name}, {size}, {counts}, rule {found.rule.name}{samples}"
+    model, samples = found.model, f", {found.statistics.samples} samples" if found.statistics else ""
+    size = f"{model.layers} layers x {model.heads} heads, {in_words(found)}"
+    return f"{model.name}, {size}, rule {found.rule.name}{samples}"
 
 
 def _print_map(out: Console, a: HeadMap, b: HeadMap) -> None:
@@ -139,7 +135,7 @@ def _print_map(out: Console, a: HeadMap, b: HeadMap) -> None:
     out.print(", ".join([". same in both", *legend]), style="dim", soft_wrap=True)
 
 
-def _table(changed: Sequence[Change]) -> Table:
+def _table(changed: Sequence[Mapping[str, Any]]) -> Table:
     """Changed heads, A -> B in each column."""
     table = Table(box=None, pad_edge=False, collapse_padding=True, padding=(0, 2), header_style="bold")
     for title in ("layer", "head"):
@@ -148,12 +144,12 @@ def _table(changed: Sequence[Change]) -> Table:
         table.add_column(title, overflow="fold")
     for change in changed:
         table.add_row(
-            str(change.layer),
-            str(change.head),
-            Text(f"{change.labels[0]} -> {change.labels[1]}"),
-            _arrow(_number(score) for score in change.scores),
-            _arrow(_number(distance) for distance in change.distances),
-            _arrow(UNKNOWN if value is None else "yes" if value else "no" for value in change.undecided),
+            str(change["layer"]),
+            str(change["head"]),
+            Text(" -> ".join(change["labels"])),
+            _arrow(_number(score) for score in change["scores"]),
+            _arrow(_number(distance) for distance in change["distances"]),
+            _arrow(UNKNOWN if value is None else "yes" if value else "no" for value in change["undecided"]),
         )
     return table
 
@@ -168,38 +164,33 @@ def _arrow(values: Iterable[str]) -> str:
     return UNKNOWN if first == second == UNKNOWN else f"{first} -> {second}"
 
 
-def _conclusions(maps: Maps, agreement: Agreement, changed: Sequence[Change]) -> list[str]:
+def _conclusions(maps: Maps, found: Mapping[str, Any]) -> list[str]:
     """The figures of the comparison in sentences, and whether uncertainty explains what changed."""
-    from forcingkv.analyze.comparison import moves, score_difference, undecided_among
-
-    heads = maps[0].model.layers * maps[0].model.heads
+    heads, changed, undecided = found["heads"], found["changed"], found["changed_undecided"]
     lines = [
-        f"agreement {agreement.share:.1%} ({heads - len(changed)} of {heads} heads),"
-        f" Cohen's kappa {agreement.kappa:.3f}, adjusted Rand {agreement.rand:.3f}",
-        "IoU: " + ", ".join(f"{label} {value:.3f}" for label, value in agreement.iou.items()),
+        f"agreement {found['agreement']:.1%} ({heads - changed} of {heads} heads),"
+        f" Cohen's kappa {found['kappa']:.3f}, adjusted Rand {found['rand']:.3f}",
+        "IoU: " + ", ".join(f"{label} {value:.3f}" for label, value in found["iou"].items()),
     ]
-    apart = score_difference(*maps)
-    if apart:
+    if apart := found["scores"]:
         lines.append(
-            f"scores differ by {apart.mean:.3f} on average, at most {apart.largest:.3f}"
-            f" (layer {apart.layer}, head {apart.head})"
+            f"scores differ by {apart['mean']:.3f} on average, at most {apart['largest']:.3f}"
+            f" (layer {apart['layer']}, head {apart['head']})"
         )
     if not changed:
         return [*lines, "no head changed"]
-    found = ", ".join(f"{old} -> {new} {number}" for (old, new), number in moves(*maps).items())
-    lines.append(f"{len(changed)} head{'' if len(changed) == 1 else 's'} changed: {found}")
-    undecided = undecided_among(*maps, changed)
+    moves = ", ".join(f"{' -> '.join(move['labels'])} {move['heads']}" for move in found["moves"])
+    lines.append(f"{changed} head{'' if changed == 1 else 's'} changed: {moves}")
     if undecided is None:
         return lines
-    if undecided == len(changed):
+    if undecided == changed:
         lines.append("each of them is undecided in at least one map: uncertainty explains the difference")
     elif not undecided:
         lines.append("none of them is undecided in either map: uncertainty does not explain the difference")
     else:
         lines.append(
             f"undecided in at least one map: {undecided} of them; uncertainty does not explain the other"
-            f" {len(changed) - undecided}"
+            f" {changed - undecided}"
         )
-    sides = zip("AB", maps, strict=True)
-    silent = [side for side, one in sides if one.undecided is None]
+    silent = [side for side, one in zip("AB", maps, strict=True) if one.undecided is None]
     return lines + [f"{side} does not say which heads are undecided" for side in silent]

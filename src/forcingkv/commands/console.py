@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typer import Option
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson: TypeAlias = Annotated[bool, Option("--json", help="Print JSON.")]
 
 console = Console(stderr=True)
 """Messages for people go to standard error; results go to standard output."""
@@ -34,13 +35,8 @@ def listed(texts: str | Iterable[str] | None) -> list[str]:
 
 def progress_bar() -> Progress:
     """A progress display on standard error, shown inside a `with` block."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
+    done = TextColumn("{task.completed}/{task.total}")
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), done, TimeElapsedColumn()
     return Progress(*columns, console=console)
 
 
@@ -49,6 +45,28 @@ def need(extra: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError(module, extra)
+
+
+def must_end(path: Path | None, suffix: str) -> None:
+    """Raise InputError for a file to write whose name ends in another way, such as ".png"."""
+    if path is not None and path.suffix.lower() != suffix:
+        raise InputError(
+            f"is not a {suffix[1:]} file", where=str(path), expected=f"a name that ends in {suffix}"
+        )
+
+
+def parse_pairs(text: str, option: str, expected: str, value: str = ".+") -> dict[str, str]:
+    """What "name=value,name=value" says. Raises InputError unless each name is given once, with such a value.
+
+    `value` is the pattern (`re`) that a value is to be of.
+    """
+    pairs: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, given = (word.strip() for word in part.partition("="))
+        if not name or not re.fullmatch(value, given) or name in pairs:
+            raise InputError(f"is {text!r}", where=option, expected=expected)
+        pairs[name] = given
+    return pairs
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -77,12 +95,10 @@ def _interactive(line: str, where: str) -> list[str]:
     """The prompts of a video whose prompt is switched."""
     try:
         prompts = json.loads(line)["prompts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError("is not a line of prompts", where=where, expected='{"prompts": [...]}') from error
+    except (ValueError, KeyError, TypeError):
+        prompts = None
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(
-            "has prompts that are not texts", where=where, expected='{"prompts": ["...", "..."]}'
-        )
+        raise InputError("is not a line of prompts", where=where, expected='{"prompts": ["...", "..."]}')
     return prompts
 
 

@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
-from forcingkv.commands.console import console, default_prompts, emit, need, progress_bar
+from forcingkv.commands.console import AsJson, console, default_prompts, emit, need, progress_bar
+from forcingkv.commands.models import Threads, text_inputs
 from forcingkv.headmaps import DYNAMIC, STATIC
 
 MODEL = "demo"
@@ -16,12 +17,12 @@ POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-out"),
-    samples: Annotated[int, typer.Option(min=1, help="Videos to measure heads on.")] = 6,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts to compare policies on.")] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Annotated[Path, Option(help="Folder for everything it makes.")] = Path("demo-out"),
+    samples: Annotated[int, Option(min=1, help="Videos to measure heads on.")] = 6,
+    prompts: Annotated[int, Option(min=1, help="Prompts to compare policies on.")] = 40,
+    seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Analyze the shipped model, export it with every policy, generate, and compare.
 
@@ -32,7 +33,6 @@ def demo(
     need("video", "av")
     from forcingkv.analyze import Job, Labelling, analyze_heads, analyze_statistics
     from forcingkv.analyze.report.pictures import headmap_picture
-    from forcingkv.commands.models import text_inputs
     from forcingkv.export import export_bundle
     from forcingkv.headmaps.files import write_bytes
     from forcingkv.measure.demo_comparison import (
@@ -42,8 +42,8 @@ def demo(
         write_comparison_sheet,
         write_comparison_video,
     )
+    from forcingkv.measure.nominal import in_words
     from forcingkv.models.checkpoint import load_weights
-    from forcingkv.models.demo.data import moves_of
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime import Session
     from forcingkv.runtime.kv.policies import load_policy
@@ -51,7 +51,7 @@ def demo(
     spec = load_spec(MODEL)
     weights = load_weights(spec)
     texts = default_prompts(MODEL)
-    moves = [moves_of(texts[i % len(texts)]) for i in range(prompts)]
+    asked = [texts[number % len(texts)] for number in range(prompts)]
     with progress_bar() as shown:
         task = shown.add_task("1/3 measuring heads (samples)", total=samples)
         job = Job(spec, weights, text_inputs(spec, texts[::-1], None), seed, threads=threads)
@@ -80,17 +80,16 @@ def demo(
             }
             chunks = spec.attended_frames // spec.frames_per_chunk
             runs = compare_policies(
-                sessions, moves, chunks, seed, lambda done: shown.update(task, completed=done)
+                sessions, asked, chunks, seed, lambda done: shown.update(task, completed=done)
             )
-            rows = comparison_rows(runs, sessions, moves)
+            rows = comparison_rows(runs, sessions, asked)
     write_bytes(out / "headmap.png", headmap_picture(headmap).light)
     write_comparison_video(runs, out / "policies.mp4", spec.fps)
-    write_comparison_sheet(runs, texts, out / "policies.png")
+    write_comparison_sheet(runs, asked, out / "policies.png")
     if as_json:
         counted = {STATIC: 0, DYNAMIC: 0} | headmap.counts()
         emit({"model": spec.name, "headmap": counted, "policies": rows, "out": str(out)})
         return
     type(console)(width=100).print(comparison_table(rows, chunks))
-    counts = ", ".join(f"{n} {label}" for label, n in headmap.counts().items())
-    print(f"head map: {counts} heads (rule {headmap.rule.name}). {analysis.verdict}")
+    print(f"head map: {in_words(headmap)} heads (rule {headmap.rule.name}). {analysis.verdict}")
     print(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from forcingkv.commands.console import AsJson, emit, need, progress_bar, read_prompts
 from forcingkv.commands.models import Model
@@ -13,14 +13,14 @@ from forcingkv.headmaps.errors import InputError
 
 
 def encode(
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line, or interactive .jsonl.")],
-    out: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
+    prompts: Annotated[Path, Option(help="Text file, one prompt a line, or interactive .jsonl.")],
+    out: Annotated[Path, Option(help="File to write (.safetensors).")],
     model: Model = "self-forcing",
     text_encoder: Annotated[
-        str, typer.Option(help="Wan's folder or its .pth, a diffusers or transformers folder, or a hub id.")
+        str, Option(help="Wan's folder or its .pth, a diffusers or transformers folder, or a hub id.")
     ] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     tokenizer: Annotated[
-        str | None, typer.Option(help="Its folder or hub id; default: beside the encoder.")
+        str | None, Option(help="Its folder or hub id; default: beside the encoder.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -7,19 +7,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
+from typer import Option
 
-from forcingkv.commands.console import default_prompts, emit, need, progress_bar, read_prompts
-from forcingkv.commands.models import Backend
+from forcingkv.commands.console import (
+    AsJson,
+    default_prompts,
+    emit,
+    must_end,
+    need,
+    progress_bar,
+    read_prompts,
+)
+from forcingkv.commands.models import Backend, Embeds, Threads
 from forcingkv.headmaps.errors import InputError
-
-if TYPE_CHECKING:
-    from forcingkv.runtime import Session
-    from forcingkv.runtime.spec import ModelSpec
-    from forcingkv.runtime.text import Prompt
-
+from forcingkv.runtime import Bundle, Prompt, Session
+from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.text import read_embeds
 
 SAMPLES = 32
 """Prompts, where there are as many and no other number is asked for."""
@@ -28,41 +33,39 @@ REFERENCE = "full"
 
 
 def evaluate(
-    bundle: Annotated[list[Path] | None, typer.Option(help="Folder that export wrote; repeatable.")] = None,
+    bundle: Annotated[list[Path] | None, Option(help="Folder that export wrote; repeatable.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Policy or folder name of the bundle to compare with; default: full.")
+        str | None, Option(help="Policy or folder name of the bundle to compare with; default: full.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line; default: those shipped.")
+        Path | None, Option(help="Text file, one prompt a line; default: those shipped.")
     ] = None,
-    embeds: Annotated[Path | None, typer.Option(help="Text embeddings that `encode` wrote.")] = None,
+    embeds: Embeds = None,
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Prompts to take; default: 32, or all if fewer.")
+        int | None, Option(min=2, help="Prompts to take; default: 32, or all if fewer.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Videos a prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first video; then counted up.")] = 0,
+    seeds: Annotated[int, Option(min=1, help="Videos a prompt.")] = 1,
+    seed: Annotated[int, Option(min=0, help="Seed of the first video; then counted up.")] = 0,
     chunks: Annotated[
-        int | None, typer.Option(min=2, help="Length of the videos; default: until full KV is full.")
+        int | None, Option(min=2, help="Length of the videos; default: until full KV is full.")
     ] = None,
     backend: Backend = "onnxruntime",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="Video file to measure; repeatable.")] = None,
+    threads: Threads = None,
+    video: Annotated[list[Path] | None, Option(help="Video file to measure; repeatable.")] = None,
     reference_video: Annotated[
-        list[Path] | None, typer.Option(help="Video to compare with, one for each --video, in order.")
+        list[Path] | None, Option(help="Video to compare with, one for each --video, in order.")
     ] = None,
-    chunk_frames: Annotated[int, typer.Option(min=1, help="With --video: frames of later chunks.")] = 12,
-    first_chunk_frames: Annotated[
-        int, typer.Option(min=1, help="With --video: frames of the first chunk.")
-    ] = 9,
+    chunk_frames: Annotated[int, Option(min=1, help="With --video: frames of later chunks.")] = 12,
+    first_chunk_frames: Annotated[int, Option(min=1, help="With --video: frames of the first chunk.")] = 9,
     top: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="With --video: pairs that the published chunk discontinuity takes; default: one a boundary.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="CSV file to write too, one row a video.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Annotated[Path | None, Option(help="CSV file to write too, one row a video.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure generated video: against full KV, at the seams of chunks, drift over time.
 
@@ -77,12 +80,7 @@ def evaluate(
     import cv2
 
     from forcingkv.measure.fidelity.evaluation import evaluate_sessions, seeded_prompts, summarize
-    from forcingkv.measure.fidelity.evaluation_tables import (
-        metric_columns,
-        print_files,
-        print_policies,
-        summary_data,
-    )
+    from forcingkv.measure.fidelity.evaluation_tables import metric_columns, print_files, print_policies
     from forcingkv.measure.fidelity.seams import ChunkLayout
     from forcingkv.measure.tables import write_csv
 
@@ -91,8 +89,7 @@ def evaluate(
         raise InputError(f"--bundle and --video {given}", where="evaluate", expected="one of the two")
     if bundle and (reference_video or top):
         raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
-    if out is not None and out.suffix.lower() != ".csv":
-        raise InputError("is not a csv file", where=str(out), expected="a name that ends in .csv")
+    must_end(out, ".csv")
     if threads:
         cv2.setNumThreads(threads)
     if video:
@@ -117,17 +114,15 @@ def evaluate(
         task = shown.add_task("generating and measuring (videos)", total=len(chosen) * len(sessions))
         rows = evaluate_sessions(sessions, chosen, length, compared, lambda: shown.advance(task))
         places = {name: str(session.bundle.path) for name, session in sessions.items()}
-    summary = summarize(rows, compared)
+    report = summarize(rows, compared, places, length)
     if out is not None:
         write_csv(out, metric_columns(rows), rows)
-    emit(summary_data(summary, places, length)) if as_json else print_policies(summary)
+    emit(report) if as_json else print_policies(report)
 
 
 @contextmanager
 def _sessions(bundles: Sequence[Path], backend: str, threads: int | None) -> Iterator[dict[str, Session]]:
     """A session of each bundle, by its policy, or by its folder where policies are not distinct."""
-    from forcingkv.runtime import Bundle, Session
-
     opened = [Bundle.open(path) for path in bundles]
     policies = [one.manifest.policy.name for one in opened]
     names = policies if len(set(policies)) == len(policies) else [path.resolve().name for path in bundles]
@@ -159,8 +154,6 @@ def _prompts(
     spec: ModelSpec, file: Path | None, embeds: Path | None, samples: int | None
 ) -> list[tuple[str, Prompt | None]]:
     """The prompts, with their embeddings where a file of them is given."""
-    from forcingkv.runtime.text import read_embeds
-
     known = read_embeds(embeds) if embeds else None
     if file is None and known is not None:
         texts = list(known.prompts)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from forcingkv.commands.console import console, default_prompts, emit, need, read_prompts
 from forcingkv.commands.models import (
@@ -16,13 +17,14 @@ from forcingkv.commands.models import (
     Model,
     RandomWeights,
     Resolution,
+    text_inputs,
     weights_for,
 )
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import encode_words, read_embeds
+from forcingkv.runtime.text import read_embeds
 
 if TYPE_CHECKING:
     from forcingkv.export.fp8 import CalibrationTexts
@@ -34,46 +36,44 @@ PROMPTS = 4
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
-    headmap: Annotated[Path | None, typer.Option(help="Head map to bake in.")] = None,
+    out: Annotated[Path, Option(help="Folder of the bundle.")],
+    headmap: Annotated[Path | None, Option(help="Head map to bake in.")] = None,
     checkpoint: Checkpoint = None,
     key: Key = None,
     lora: Lora = None,
     random_weights: RandomWeights = False,
     resolution: Resolution = None,
-    policy: Annotated[str, typer.Option(help="Cache policy.")] = "forcing-kv",
-    decoder: Annotated[str | None, typer.Option(help="wan-vae or taehv; default: the model's.")] = None,
-    vae: Annotated[Path | None, typer.Option(help="Weights of the decoder: a file or a folder.")] = None,
+    policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
+    decoder: Annotated[str | None, Option(help="wan-vae or taehv; default: the model's.")] = None,
+    vae: Annotated[Path | None, Option(help="Weights of the decoder: a file or a folder.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="What weights are stored as and TensorRT computes in: float32, bfloat16, float16, or fp8"
             " (linear layers in FP8, all else in bfloat16); default: the model's, for TensorRT bfloat16."
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="What to calibrate fp8 with: text embeddings (forcingkv encode), or for the demo model"
             " prompts, one a line; default: prompts that ship with the model."
         ),
     ] = None,
     verify: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--verify/--no-verify",
             help="Compare every graph with torch, in float32; default: only with --target onnx.",
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="onnx; tensorrt-rtx or tensorrt for engines too.")] = "onnx",
+    target: Annotated[str, Option(help="onnx; tensorrt-rtx or tensorrt for engines too.")] = "onnx",
     sm: Annotated[
         list[int] | None,
-        typer.Option(help="GPU to build for, such as 89 for 8.9; may be given again. Default: the one here."),
+        Option(help="GPU to build for, such as 89 for 8.9; may be given again. Default: the one here."),
     ] = None,
-    aot: Annotated[
-        bool, typer.Option("--aot", help="Compile the plugin into the engines: tensorrt only.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    aot: Annotated[bool, Option("--aot", help="Compile the plugin into the engines: tensorrt only.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Bake a head map into a model and write a bundle that the runtime opens.
 
@@ -134,7 +134,7 @@ def export(
         exact = {name: found for name, found in manifest.verification.items() if name != "step.fp8"}
         print(f"verified against torch: largest difference {max(exact.values()):.1e}")
     else:
-        print("not verified against torch (--verify does)")
+        print("not verified against torch: add --verify to do that")
     for engine in manifest.engines:
         print(
             f"engine {engine.graph} for sm_{engine.sm}: {manifest.files[engine.file].bytes / 1e6:.1f} MB,"
@@ -151,13 +151,9 @@ def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTe
 
     if spec.text.kind == "words" and (file is None or file.suffix != ".safetensors"):
         prompts = read_prompts(file) if file else default_prompts(spec.name)[:PROMPTS]
-        return CalibrationTexts(
-            "prompts", tuple(prompts), tuple(encode_words(spec, text) for text in prompts)
-        )
+        return CalibrationTexts("prompts", tuple(prompts), tuple(text_inputs(spec, prompts, None)))
     if file:
-        known = read_embeds(file)
-        arrays = tuple(known.get(prompt, spec) for prompt in known.prompts)
-        return CalibrationTexts("embeddings", known.prompts, arrays)
+        return CalibrationTexts("embeddings", read_embeds(file).prompts, tuple(text_inputs(spec, None, file)))
     if random:
         return random_texts(spec)
     raise InputError(

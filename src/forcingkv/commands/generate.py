@@ -14,10 +14,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from typer import Option
 
 from forcingkv import __version__
-from forcingkv.commands.console import emit, progress_bar
-from forcingkv.commands.models import Backend, text_input
+from forcingkv.commands.console import AsJson, emit, progress_bar
+from forcingkv.commands.models import Backend, Embeds, Threads, text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Prompt, Session, Video
 from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
@@ -28,39 +29,36 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 def generate(
-    bundle: Annotated[Path, typer.Option(help="Folder that export wrote.")],
+    bundle: Annotated[Path, Option(help="Folder that export wrote.")],
     out: Annotated[
-        str,
-        typer.Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output."),
+        str, Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
     ],
-    prompt: Annotated[str | None, typer.Option(help="What to show; or which prompt of --embeds.")] = None,
-    embeds: Annotated[Path | None, typer.Option(help="Text embeddings that `encode` wrote.")] = None,
+    prompt: Annotated[str | None, Option(help="What to show; or which prompt of --embeds.")] = None,
+    embeds: Embeds = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.01, help="Length of the video; default: 5, or that of --restore.")
+        float | None, Option(min=0.01, help="Length of the video; default: 5, or that of --restore.")
     ] = None,
     switch: Annotated[
         list[str] | None,
-        typer.Option(help='Another prompt from that second on: "2.5:a 1 moving up ..."; may be repeated.'),
+        Option(help='Another prompt from that second on: "2.5:a 1 moving up ..."; may be repeated.'),
     ] = None,
-    recache: Annotated[bool, typer.Option(help="Rebuild the caches when the prompt is switched.")] = True,
+    recache: Annotated[bool, Option(help="Rebuild the caches when the prompt is switched.")] = True,
     save: Annotated[
-        Path | None, typer.Option(help="Folder to save the state to, every --save-every chunks.")
+        Path | None, Option(help="Folder to save the state to, every --save-every chunks.")
     ] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Chunks from one saved state to the next.")] = 10,
+    save_every: Annotated[int, Option(min=1, help="Chunks from one saved state to the next.")] = 10,
     restore: Annotated[
-        Path | None, typer.Option(help="Folder of a saved state to go on from; --out gets the rest.")
+        Path | None, Option(help="Folder of a saved state to go on from; --out gets the rest.")
     ] = None,
-    fps: Annotated[
-        float | None, typer.Option(min=0.01, help="Frames a second; default: the model's.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    fps: Annotated[float | None, Option(min=0.01, help="Frames a second; default: the model's.")] = None,
+    seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
     backend: Backend = "onnxruntime",
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
+        bool, Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    enlarge: Annotated[int, typer.Option(min=1, help="Repeat each pixel this many times.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    threads: Threads = None,
+    enlarge: Annotated[int, Option(min=1, help="Repeat each pixel this many times.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Generate a video from a bundle, chunk by chunk.
 
@@ -91,15 +89,16 @@ def generate(
             else:
                 text = text_input(session.spec, prompt, embeds)
                 video = session.generate(text, seed=seed, chunks=chunks_for(seconds or 5.0))
-            changes = [change for change in changes if change.chunk >= video.index]
+            changes = [(chunk, text) for chunk, text in changes if chunk >= video.index]
             if out == "-":
                 width, height = (size * enlarge for size in session.bundle.manifest.resolution)
                 print(f"rgb24, {width}x{height}, {rate:g} frames a second", file=sys.stderr)
             metadata = _metadata(session, prompt, video.seed)
             with open_writer(out, fps=rate, enlarge=enlarge, metadata=metadata) as writer:
                 for _ in _write(video, writer, written):
-                    if changes and video.index >= changes[0].chunk:
-                        video.switch(changes.pop(0).text, recache=recache)
+                    if changes and video.index >= changes[0][0]:
+                        _, text = changes.pop(0)
+                        video.switch(text, recache=recache)
                     if save and not video.index % save_every:
                         video.save(save)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -160,18 +159,10 @@ def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
     )
 
 
-@dataclass(frozen=True)
-class PromptChange:
-    """Another prompt, from a chunk on."""
-
-    chunk: int
-    text: Prompt
-
-
 def _prompt_changes(
     options: Sequence[str], spec: ModelSpec, embeds: Path | None, chunks_for: Callable[[float], int]
-) -> list[PromptChange]:
-    """The changes that "SECONDS:PROMPT" asks for, in order.
+) -> list[tuple[int, Prompt]]:
+    """The changes that "SECONDS:PROMPT" asks for, in order: each the index of a chunk and its new prompt.
 
     The prompt changes with the first chunk that begins at that second or later. Raises InputError for one
     that is not of that form, or whose prompt cannot be used.
@@ -187,8 +178,8 @@ def _prompt_changes(
             raise InputError(
                 f"has no time above 0 in {option!r}", where="--switch", expected='"SECONDS:PROMPT"'
             )
-        changes.append(PromptChange(chunks_for(seconds), text_input(spec, prompt.strip(), embeds)))
-    return sorted(changes, key=lambda change: change.chunk)
+        changes.append((chunks_for(seconds), text_input(spec, prompt.strip(), embeds)))
+    return sorted(changes, key=lambda change: change[0])
 
 
 def _metadata(session: Session, prompt: str | None, seed: int) -> dict[str, str]:

@@ -9,17 +9,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer import Argument, Option
 
-from forcingkv.commands.console import AsJson, emit
+from forcingkv.commands.console import AsJson, emit, parse_pairs
 from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_text
+from forcingkv.measure.nominal import in_words
 
 app = typer.Typer(help="Look at, check and convert head maps.", no_args_is_help=True)
 
 WRITERS = {"forcingkv": HeadMap.to_text, forcingkv_json.FORMAT: forcingkv_json.to_text}
 STYLES = {STATIC: "cyan", DYNAMIC: "bold magenta"}
-File = Annotated[Path, typer.Argument(help="A head map of forcingkv or of another project.")]
+File = Annotated[Path, Argument(help="A head map of forcingkv or of another project.")]
 
 
 @app.command()
@@ -60,7 +62,7 @@ def print_map(headmap: HeadMap, out: Console) -> None:
 @app.command()
 def validate(
     file: File,
-    model: Annotated[str | None, typer.Option(help="Check that it fits this model.")] = None,
+    model: Annotated[str | None, Option(help="Check that it fits this model.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a head map; exit code 2 and a message if something is wrong.
@@ -84,19 +86,19 @@ def validate(
 @app.command()
 def convert(
     file: File,
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(WRITERS)}.")] = "forcingkv",
-    model: Annotated[str | None, typer.Option(help="Model that the map is for.")] = None,
+    out: Annotated[Path, Option(help="File to write.")],
+    to: Annotated[str, Option(help=f"Format to write: {', '.join(WRITERS)}.")] = "forcingkv",
+    model: Annotated[str | None, Option(help="Model that the map is for.")] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="DuoAttention: score from which a head is dynamic (default 0.5).")
+        float | None, Option(help="DuoAttention: score from which a head is dynamic (default 0.5).")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="New labels: -1=dynamic,1=dynamic,2=static or anchor=dynamic,...")
+        str | None, Option(help="New labels: -1=dynamic,1=dynamic,2=static or anchor=dynamic,...")
     ] = None,
     missing_layers: Annotated[
-        str | None, typer.Option(help="Forcing-KV: label of layers not in the file, static or dynamic.")
+        str | None, Option(help="Forcing-KV: label of layers not in the file, static or dynamic.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Heads of a layer, where the file does not say.")] = None,
+    heads: Annotated[int | None, Option(help="Heads of a layer, where the file does not say.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a head map from or to the format of another project.
@@ -105,24 +107,16 @@ def convert(
     """
     if to not in WRITERS:
         raise InputError(f"is {to!r}", where="--to", expected=f"one of {', '.join(WRITERS)}")
+    form = "old=new,old=new, each old one once"
+    given = parse_pairs(labels, "--labels", form) if labels is not None else {}
     size = _choices(model, heads)
-    headmap = read_headmap(
-        file,
-        Choices(
-            model=size.model,
-            layers=size.layers,
-            heads=size.heads,
-            threshold=threshold,
-            labels=_pairs(labels) if labels is not None else {},
-            missing_layers=missing_layers,
-        ),
-    )
+    choices = replace(size, threshold=threshold, labels=given, missing_layers=missing_layers)
+    headmap = read_headmap(file, choices)
     write_text(out, WRITERS[to](headmap))
     if as_json:
         emit({"out": str(out), "to": to, **_summary(headmap)})
         return
-    counts = ", ".join(f"{n} {label}" for label, n in headmap.counts().items())
-    print(f"{out}: {headmap.model.layers} layers x {headmap.model.heads} heads, {counts}")
+    print(f"{out}: {headmap.model.layers} layers x {headmap.model.heads} heads, {in_words(headmap)}")
 
 
 def _choices(model: str | None, heads: int | None) -> Choices:
@@ -135,17 +129,6 @@ def _choices(model: str | None, heads: int | None) -> Choices:
     if heads not in (None, spec.heads):
         raise InputError(f"is {heads}", where="--heads", expected=f"{spec.heads}, as {spec.name} has")
     return Choices(model=spec.name, layers=spec.layers, heads=spec.heads)
-
-
-def _pairs(text: str) -> dict[str, str]:
-    """The labels of `old=new,old=new`."""
-    pairs: dict[str, str] = {}
-    for part in text.split(","):
-        old, equals, new = (word.strip() for word in part.partition("="))
-        if not (old and equals and new) or old in pairs:
-            raise InputError(f"is {text!r}", where="--labels", expected="old=new,old=new, each old one once")
-        pairs[old] = new
-    return pairs
 
 
 def _summary(headmap: HeadMap) -> dict[str, Any]:

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from forcingkv.commands.console import AsJson, console, emit, need
+from forcingkv.commands.console import AsJson, console, emit, must_end, need
+from forcingkv.headmaps.fields import to_data
+from forcingkv.measure.tables import wrapped
+from forcingkv.runtime import Bundle
+from forcingkv.runtime.footprint import (
+    EngineSet,
+    engine_sets,
+    footprint,
+    grouped_by_need,
+    named,
+    part_notes,
+    readable,
+)
 
-if TYPE_CHECKING:
-    from forcingkv.runtime import Bundle
-    from forcingkv.runtime.footprint import EngineSet
-
-
-WIDTH = 80
-"""Columns that lines keep to: also where the output is piped."""
+REMARKS = (
+    "Activations are the most of prompt and step, which take turns, and those of decode.",
+    "Not counted: CUDA's own context, code of kernels, rounding by allocators.",
+)
+"""On the memory of a session with engines."""
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="Folder that export wrote.")],
+    bundle: Annotated[Path, Argument(help="Folder that export wrote.")],
     as_json: AsJson = False,
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw where the memory goes, to this file (.png).")
+        Path | None, Option(help="Also draw where the memory goes, to this file (.png).")
     ] = None,
 ) -> None:
     """Check a bundle's digests and print what it holds, how its engines were built and what they need.
 
     Example: forcingkv inspect bundle --picture bytes.png
     """
-    from forcingkv.headmaps.errors import InputError
-    from forcingkv.headmaps.fields import to_data
-    from forcingkv.runtime import Bundle
-
     if picture is not None:
         need("analyze", "matplotlib")
-        if picture.suffix.lower() != ".png":
-            raise InputError("is not a png file", where=str(picture), expected="a name that ends in .png")
+        must_end(picture, ".png")
     opened = Bundle.open(bundle)
     if picture is not None:
         from forcingkv.commands.bytes_picture import write_bytes_picture
@@ -54,8 +58,6 @@ def inspect(
 
 def _footprints(opened: Bundle) -> list[dict[str, Any]]:
     """The memory of a session for each set of engines, for machines."""
-    from forcingkv.runtime.footprint import engine_sets, footprint
-
     manifest, plan = opened.manifest, opened.plan
     found = []
     for one in engine_sets(manifest) or ((),):
@@ -66,8 +68,6 @@ def _footprints(opened: Bundle) -> list[dict[str, Any]]:
 
 
 def _sections(opened: Bundle) -> Iterator[list[str]]:
-    from forcingkv.runtime.footprint import engine_sets, grouped_by_need
-
     sets = engine_sets(opened.manifest)
     yield list(_model(opened))
     yield list(_attention(opened))
@@ -76,7 +76,8 @@ def _sections(opened: Bundle) -> Iterator[list[str]]:
         yield list(_engines(opened, one))
     for group in grouped_by_need(sets) or ((),):
         yield list(_memory(opened, group))
-    yield ["warnings", *(list(_wrapped("  ", *opened.manifest.warnings)) or ["  none"])]
+    warnings = [line for warning in opened.manifest.warnings for line in wrapped("  ", warning)]
+    yield ["warnings", *(warnings or ["  none"])]
     yield ["files", *_files(opened)]
 
 
@@ -108,15 +109,9 @@ def _model(opened: Bundle) -> Iterator[str]:
 
 def _attention(opened: Bundle) -> Iterator[str]:
     """Keys and values by role: what attention reads, not how often it is held."""
-    from forcingkv.runtime.footprint import readable
-
     plan, dtype = opened.plan, opened.manifest.compute
-    roles = plan.kv_bytes_by_role(dtype)
-    total = sum(roles.values())
     yield f"keys and values that a pass attends to, from chunk {plan.phases[-1].first_chunk} on, in {dtype}"
-    for role, size in roles.items():
-        yield f"  {role:<16}{readable(size):>9}{size / total:>7.1%}"
-    yield f"  {'total':<16}{readable(total):>9}"
+    yield from _shares(plan.kv_bytes_by_role(dtype), {})
 
 
 def _phases(opened: Bundle) -> Iterator[str]:
@@ -129,8 +124,6 @@ def _phases(opened: Bundle) -> Iterator[str]:
 
 def _engines(opened: Bundle, one: EngineSet) -> Iterator[str]:
     """What the builds of a set reported; a column a graph, since graphs are few and figures many."""
-    from forcingkv.runtime.footprint import named, readable
-
     files = opened.manifest.files
     rows: list[tuple[str, list[str]]] = [
         ("graph", [engine.graph for engine in one]),
@@ -150,47 +143,39 @@ def _engines(opened: Bundle, one: EngineSet) -> Iterator[str]:
         yield f"  {name:<22}" + "".join(f"{cell:>16}" for cell in cells)
 
 
+def memory_title(group: Sequence[EngineSet], parts: Mapping[str, int]) -> str:
+    """What the parts of a session's memory (`footprint`) are of."""
+    if group:
+        return f"device memory of a session with {named(group)}"
+    if "weights" in parts:
+        return "memory of a session on ONNX Runtime"
+    return "buffers of a session, without weights and activations: there are no engines"
+
+
 def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
     """What a session holds: of sets that need the same, or without engines."""
-    from forcingkv.runtime.footprint import footprint, named, part_notes, readable
+    parts = footprint(opened.manifest, opened.plan, group[0] if group else ())
+    yield from wrapped("", memory_title(group, parts))
+    yield from _shares(parts, part_notes())
+    for remark in REMARKS if group else ():
+        yield from wrapped("  ", remark)
 
-    manifest, plan = opened.manifest, opened.plan
-    parts = footprint(manifest, plan, group[0] if group else ())
+
+def _shares(parts: Mapping[str, int], notes: Mapping[str, str]) -> Iterator[str]:
+    """Bytes by part, each with its share and its note, and the total."""
     total = sum(parts.values())
-    if group:
-        yield from textwrap.wrap(
-            f"device memory of a session with {named(group)}", WIDTH, subsequent_indent="  "
-        )
-    elif "weights" in parts:
-        yield "memory of a session on ONNX Runtime"
-    else:
-        yield "buffers of a session, without weights and activations: there are no engines"
     for name, size in parts.items():
         if size:
-            yield f"  {name:<16}{readable(size):>9}{size / total:>7.1%}  {part_notes()[name]}"
+            yield f"  {name:<16}{readable(size):>9}{size / total:>7.1%}  {notes.get(name, '')}".rstrip()
     yield f"  {'total':<16}{readable(total):>9}"
-    if group:
-        yield from _wrapped(
-            "  ",
-            "Activations are the most of prompt and step, which take turns, and those of decode.",
-            "Not counted: CUDA's own context, code of kernels, rounding by allocators.",
-        )
 
 
 def _files(opened: Bundle) -> Iterator[str]:
-    from forcingkv.runtime.footprint import readable
-
     files = opened.manifest.files
     longest = max(len(name) for name in files)
     for name, record in files.items():
         yield f"  {name:<{longest}}{readable(record.bytes):>9}  sha256 {record.sha256[:12]}"
 
 
-def _wrapped(first: str, *texts: str) -> Iterator[str]:
-    """Texts, each with that before its first line; its other lines begin below its first word."""
-    for text in texts:
-        yield from textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
-
-
-def _beside(name: str, text: str) -> Iterator[str]:
-    return _wrapped(f"  {name:<12}", text)
+def _beside(name: str, text: str) -> list[str]:
+    return wrapped(f"  {name:<12}", text)

@@ -1,4 +1,4 @@
-"""Options that say which model, its weights and its text: the same for every command."""
+"""Options that several commands have, and the weights and texts that they stand for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import typer
+from typer import Option
 
 from forcingkv.commands.console import default_prompts
 from forcingkv.headmaps.errors import InputError
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from forcingkv.models.checkpoint import Weights
 
 
-Backend: TypeAlias = Annotated[str, typer.Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")]
-Model: TypeAlias = Annotated[str, typer.Option(help="Preset or spec file (.toml).")]
+Backend: TypeAlias = Annotated[str, Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")]
+Model: TypeAlias = Annotated[str, Option(help="Preset or spec file (.toml).")]
 Checkpoint: TypeAlias = Annotated[
-    str | None, typer.Option(help="Weights: a file, a folder or a hub id; default: those shipped.")
+    str | None, Option(help="Weights: a file, a folder or a hub id; default: those shipped.")
 ]
 Key: TypeAlias = Annotated[
-    str | None,
-    typer.Option(help="Entry of a .pt file: generator_ema, generator, ...; default: the first there."),
+    str | None, Option(help="Entry of a .pt file: generator_ema, generator, ...; default: the first there.")
 ]
 Lora: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(help="LoRA (PEFT) to merge; default: the one that comes with a folder or hub id."),
+    Path | None, Option(help="LoRA (PEFT) to merge; default: the one that comes with a folder or hub id.")
 ]
 RandomWeights: TypeAlias = Annotated[
-    bool, typer.Option("--random-weights", help="Draw the weights at random, to try things out.")
+    bool, Option("--random-weights", help="Draw the weights at random, to try things out.")
 ]
-Resolution: TypeAlias = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT or a name, such as 480p.")]
+Embeds: TypeAlias = Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")]
+Threads: TypeAlias = Annotated[int | None, Option(min=1, help="CPU threads.")]
+Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT or a name, such as 480p.")]
 
 
 def weights_for(

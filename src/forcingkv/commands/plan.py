@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
-from forcingkv.commands.console import emit, listed
+from forcingkv.commands.console import AsJson, emit, listed, parse_pairs
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
@@ -17,48 +18,46 @@ from forcingkv.runtime.spec import Dtype, ModelSpec
 
 def plan(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Preset or spec file (.toml).")] = None,
+    model: Annotated[str | None, Option(help="Preset or spec file (.toml).")] = None,
     resolution: Annotated[
-        str | None, typer.Option(help="WIDTHxHEIGHT or a name, such as 480p; default: the model's.")
+        str | None, Option(help="WIDTHxHEIGHT or a name, such as 480p; default: the model's.")
     ] = None,
     policy: Annotated[
-        list[str] | None,
-        typer.Option(help="Cache policy; repeat it, or separate names by commas; default: all."),
+        list[str] | None, Option(help="Cache policy; repeat it, or separate names by commas; default: all.")
     ] = None,
     gpu: Annotated[
         list[str] | None,
-        typer.Option(help="GPU, such as h200; repeat it, or separate names by commas; default: all."),
+        Option(help="GPU, such as h200; repeat it, or separate names by commas; default: all."),
     ] = None,
     headmap: Annotated[
         Path | None,
-        typer.Option(
-            help="Head map; default: the published number of heads of each label, or the costliest."
-        ),
+        Option(help="Head map; default: the published number of heads of each label, or the costliest."),
     ] = None,
     heads: Annotated[
         str | None,
-        typer.Option(help="Instead of a head map: how many heads have each label, static=134,dynamic=226."),
+        Option(help="Instead of a head map: how many heads have each label, static=134,dynamic=226."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Length of the video.")] = 30.0,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    decoder: Annotated[str | None, typer.Option(help="wan-vae or taehv; default: the model's.")] = None,
+    seconds: Annotated[float, Option(help="Length of the video.")] = 30.0,
+    dtype: Annotated[str, Option(help="bfloat16 or float16.")] = "bfloat16",
+    decoder: Annotated[str | None, Option(help="wan-vae or taehv; default: the model's.")] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="Show published figures beside predictions instead.")
+        bool, Option("--published", help="Show published figures beside predictions instead.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a model needs on a GPU under each policy, and how fast it should be.
 
     Example: forcingkv plan --model longlive --resolution 1080p --gpu h200 --heads static=154,dynamic=206
     """
     if published:
-        _refuse_others(context, "--published", "--json")
+        _refuse_others(context)
         from forcingkv.measure.planner.published import published_data, published_lines
 
         emit(published_data()) if as_json else print("\n".join(published_lines()))
         return
     if model is None:
         raise InputError("is not given", where="--model", expected="a preset, a spec file, or --published")
+    from forcingkv.measure.nominal import in_words, spread
     from forcingkv.measure.planner.gpus import gpu_names, load_gpu
     from forcingkv.measure.planner.plan_tables import plan_lines
     from forcingkv.measure.planner.report import plan_report
@@ -67,45 +66,42 @@ def plan(
 
     if headmap and heads:
         raise InputError("use either --headmap or --heads, not both")
+    spec, known = _with_decoder(load_spec(model), decoder), None
+    if headmap:
+        given = read_headmap(headmap)
+        known = given, in_words(given)
+    elif heads:
+        known = spread(spec, parse_counts(heads))
     report = plan_report(
-        _with_decoder(load_spec(model), decoder),
+        spec,
         [load_policy(name) for name in listed(policy) or policy_names()],
         [load_gpu(name) for name in listed(gpu) or gpu_names()],
         resolution=resolution,
         seconds=seconds,
         dtype=_dtype(dtype),
-        known=read_headmap(headmap) if headmap else parse_counts(heads) if heads else None,
+        known=known,
         strict=bool(policy),
     )
     emit(report) if as_json else print("\n".join(plan_lines(report)))
 
 
-def _refuse_others(context: typer.Context, *accepted: str) -> None:
-    """Raise InputError for options of the command line that are not among those."""
-    others = [
+def _refuse_others(context: typer.Context) -> None:
+    """Raise InputError for options beside --published that would change nothing."""
+    given = [
         param.opts[0]
         for param in context.command.params
-        if param.opts[0] not in accepted
-        and getattr(context.get_parameter_source(param.name or ""), "name", None) == "COMMANDLINE"
+        if getattr(context.get_parameter_source(param.name or ""), "name", None) == "COMMANDLINE"
     ]
+    others = [option for option in given if option not in ("--published", "--json")]
     if others:
-        raise InputError(
-            f"{', '.join(others)} cannot be used with {accepted[0]}",
-            expected=f"nothing beside it but {', '.join(accepted[1:])}",
-        )
+        told = f"{', '.join(others)} cannot be used with --published"
+        raise InputError(told, expected="nothing beside it but --json")
 
 
 def parse_counts(text: str) -> dict[str, int]:
     """Counts of the form "static=134,dynamic=226". Raises InputError for any other."""
-    counts: dict[str, int] = {}
-    for part in text.split(","):
-        label, _, number = (word.strip() for word in part.partition("="))
-        if not label or not number.isdecimal() or label in counts:
-            raise InputError(
-                f"is {text!r}", where="--heads", expected="labels and numbers, such as static=134,dynamic=226"
-            )
-        counts[label] = int(number)
-    return counts
+    form = "labels and numbers, such as static=134,dynamic=226"
+    return {label: int(number) for label, number in parse_pairs(text, "--heads", form, r"\d+").items()}
 
 
 def _dtype(name: str) -> Dtype:
