@@ -43,17 +43,9 @@ def bake_weights(
 ) -> dict[str, StoredTensor]:
     """Reorder the heads of every layer and write the safetensors file; matrices lie as (in, out).
 
-    Before each weight in FP8 lie its scales, bfloat16 (out,), as `precision.scale_name` names them.
-
-    Args:
-        weights: tensors by Wan name, read one at a time.
-        spec: the model.
-        orders: for each layer the old index of the head at each new place.
-        path: the file.
-        precision: what each tensor is stored as.
-        progress: called with a line on what is done next.
-
-    Returns name -> where each tensor lies in the file.
+    Before each weight in FP8 lie its scales, bfloat16 (out,), as `precision.scale_name` names them. `weights`
+    are tensors by Wan name, read one at a time; `orders` has for each layer the old index of the head at each
+    new place. Returns name -> where each tensor lies in the file.
     """
     shapes = weight_shapes(spec)
     scaled = {scale_name(name): name for name in shapes if precision.quantizes(name)}

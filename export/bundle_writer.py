@@ -277,15 +277,14 @@ class _Writer:
 
     def _compare(self, name: str, path: Path) -> None:
         """Compare a graph for ONNX Runtime with torch."""
-        graph, limits = self._graph(name), {name: TOLERANCE}
-        found: tuple[float, ...]
+        graph = self._graph(name)
         if name == "step" and self.scales:
             rounded = partial(rounded_inputs, self.model, self.scales)
-            limits["step.fp8"] = FP8_TOLERANCE
-            found = fp8_differences(graph, path, self.plan, rounded)
+            exact, share = fp8_differences(graph, path, self.plan, rounded)
+            found = {name: (exact, TOLERANCE), "step.fp8": (share, FP8_TOLERANCE)}
         else:
-            found = (graph_difference(graph, path, self.plan),)
-        for (key, limit), difference in zip(limits.items(), found, strict=True):
+            found = {name: (graph_difference(graph, path, self.plan), TOLERANCE)}
+        for key, (difference, limit) in found.items():
             if difference > limit:
                 raise VerificationError(
                     f"graph {key} differs from torch by {difference:.1e}; expected at most {limit:.0e}."

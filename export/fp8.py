@@ -234,14 +234,8 @@ def calibrate(
 ) -> tuple[dict[str, float], CalibrationRecord]:
     """Find the scale of the input of each linear layer that is quantized.
 
-    The same model, plan and texts give the same scales on the same machine.
-
-    Args:
-        model: the baked model, in float32, weights rounded to FP8 already.
-        plan: the bundle's cache plan; a smaller geometry is derived from it (`calibration_plan`).
-        precision: gives the layers that are quantized.
-        texts: what to generate for.
-        progress: called with a line on what is done next.
+    The model is the baked one, in float32, weights rounded to FP8 already; it runs at a smaller geometry than
+    the bundle's (`calibration_plan`). The same model, plan and texts give the same scales on one machine.
 
     Returns the name of each layer -> the scale of its input, and what it was found with, for the manifest.
     """

@@ -62,7 +62,7 @@ def make(
     like: ir.Value,
     shape: Sequence[int | ir.SymbolicDim] | None = None,
     name: str | None = None,
-    attributes: Mapping[str, int | float] | None = None,
+    attributes: Mapping[str, int | float | ir.Attr] | None = None,
     *,
     domain: str = "",
     dtype: ir.DataType | None = None,
@@ -107,19 +107,21 @@ def scale_attention(graph: ir.Graph) -> None:
     Requires: queries of a known width.
     Ensures: every Attention has a scale.
     """
-    scaled: set[ir.Value] = set()
+    scaled: set[ir.Node] = set()
     for node in list(graph):
         if node.op_type != "Attention" or "scale" in node.attributes:
             continue
         queries = input_of(node, 0)
         scale = size_of(queries, -1) ** -0.5
         cast = _cast_behind(queries)
-        if cast is not None:
-            if cast.outputs[0] not in scaled:
-                _multiply_before(graph, cast, scale)
-                scaled.add(cast.outputs[0])
-            scale = 1.0
-        node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+        if cast is not None and cast not in scaled:
+            data = input_of(cast, 0)
+            number = constant(graph, f"scale_{scale:.9f}", np.full((1, 1, 1), scale, np.float32))
+            product, result = make("Mul", [data, number], data, name=f"{data.name}.scaled")
+            graph.insert_before(cast, product)
+            cast.replace_input_with(0, result)
+            scaled.add(cast)
+        node.attributes["scale"] = ir.AttrFloat32("scale", scale if cast is None else 1.0)
 
 
 def _cast_behind(value: ir.Value) -> ir.Node | None:
@@ -130,14 +132,6 @@ def _cast_behind(value: ir.Value) -> ir.Node | None:
         node = None if origin is None else origin.producer()
     is_cast = node is not None and node.op_type == "Cast"
     return node if is_cast and value.dtype != ir.DataType.FLOAT else None
-
-
-def _multiply_before(graph: ir.Graph, cast: ir.Node, factor: float) -> None:
-    data = input_of(cast, 0)
-    number = constant(graph, f"scale_{factor:.9f}", np.full((1, 1, 1), factor, np.float32))
-    node, product = make("Mul", [data, number], data, name=f"{data.name}.scaled")
-    graph.insert_before(cast, node)
-    cast.replace_input_with(0, product)
 
 
 def use_transposed(graph: ir.Graph, parameters: Sequence[ir.Value]) -> None:

@@ -115,15 +115,11 @@ def narrow_indices(graph: ir.Graph) -> None:
     Ensures: Gather takes them from before the cast.
     """
     for node in list(graph):
-        if node.op_type != "Gather":
-            continue
-        cast = input_of(node, 1).producer()
-        if cast is not None and cast.op_type == "Cast":
-            origin = input_of(cast, 0)
-            if origin.dtype == ir.DataType.INT32:
-                node.replace_input_with(1, origin)
-                if not cast.outputs[0].uses():
-                    graph.remove(cast, safe=True)
+        cast = input_of(node, 1).producer() if node.op_type == "Gather" else None
+        if cast is not None and cast.op_type == "Cast" and input_of(cast, 0).dtype == ir.DataType.INT32:
+            node.replace_input_with(1, input_of(cast, 0))
+            if not cast.outputs[0].uses():
+                graph.remove(cast, safe=True)
 
 
 def pair_lone_heads(graph: ir.Graph) -> None:
@@ -176,18 +172,16 @@ def fold_modulation(graph: ir.Graph) -> None:
         gain, shift = _other(scaled, norm.outputs[0]), _other(shifted, scaled.outputs[0])
         if not (_is_row(gain) and _is_row(shift)):
             continue
-        kept = [norm.attributes[name] for name in ("axis", "epsilon", "stash_type")]
-        folded = ir.Node("", "LayerNormalization", [norm.inputs[0], gain, shift], kept)
-        folded.outputs[0].name = f"{norm.outputs[0].name}.modulated"
-        folded.outputs[0].type, folded.outputs[0].shape = shifted.outputs[0].type, shifted.outputs[0].shape
+        inputs, name = [input_of(norm, 0), gain, shift], f"{norm.outputs[0].name}.modulated"
+        kept = {name: norm.attributes[name] for name in ("axis", "epsilon", "stash_type")}
+        folded, result = make("LayerNormalization", inputs, shifted.outputs[0], None, name, kept)
         graph.insert_before(shifted, folded)
-        replace_node(graph, shifted, folded.outputs[0])
+        replace_node(graph, shifted, result)
         graph.remove([scaled, norm], safe=True)
 
 
 def _is_ones(norm: ir.Node) -> bool:
-    scale = norm.inputs[1]
-    constant = None if scale is None else ir.convenience.get_const_tensor(scale)
+    constant = ir.convenience.get_const_tensor(input_of(norm, 1))
     return len(norm.inputs) == 2 and constant is not None and bool((constant.numpy() == 1).all())
 
 
@@ -197,12 +191,12 @@ def _only_use(value: ir.Value, op_type: str) -> ir.Node | None:
     return users[0] if alone and users[0].op_type == op_type else None
 
 
-def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
-    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+def _other(node: ir.Node, value: ir.Value) -> ir.Value:
+    return input_of(node, 1 if node.inputs[0] is value else 0)
 
 
-def _is_row(value: ir.Value | None) -> bool:
-    shape = None if value is None else value.shape
+def _is_row(value: ir.Value) -> bool:
+    shape = value.shape
     return shape is not None and len(shape) == 3 and list(shape)[:2] == [1, 1]
 
 

@@ -1,12 +1,10 @@
 """DynamicPrune: which segments of the last frames a layer's dynamic heads retain.
 
 The algorithm (docs/method.md, "Segment similarity and retention"). When a chunk is finished, the candidates
-are the tokens of the frames [transition frame, new 0, new 1, ...] but the last; the transition frame is the
-last frame of the chunk before. A frame's tokens are split into segments of equal size. A token's similarity
-is the cosine between its key, all dynamic heads side by side, and that of the token at its place one frame
-later; a segment's similarity is the mean over its tokens. The least similar segments are kept, in ascending
-order; ties go to the lowest index. One layer scores (DynamicPrune), and the layers after it collect the same
-segments of their own keys and values (DynamicPruneFollow).
+are the segments of the frames [transition frame, new 0, new 1, ...] but the last; the transition frame is the
+last frame of the chunk before. The segments least similar to those at their place one frame later are kept,
+in ascending order; ties go to the lowest index. One layer scores (DynamicPrune), and the layers after it
+collect the same segments of their own keys and values (DynamicPruneFollow).
 
 In reading order:
 

@@ -129,9 +129,8 @@ def launch(
 def register_plugins(launcher: KernelLauncher | None) -> None:
     """Make both plugins known to the flavour of TensorRT in use; any number of times.
 
-    Args:
-        launcher: launches the kernels for keys of its type and width, in the place of an earlier one for
-            such keys. Building needs none.
+    The launcher launches the kernels for keys of its type and width, in the place of an earlier one for such
+    keys. Building needs none.
     """
     if launcher is not None:
         _launchers[launcher.dtype, launcher.width] = launcher

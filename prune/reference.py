@@ -11,16 +11,11 @@ from torch import Tensor
 
 
 def segment_similarity(frames: Tensor, segments: int) -> Tensor:
-    """Similarity of each candidate segment to the same place one frame later.
+    """Similarity of each candidate segment to the same place one frame later: ((frames - 1) * segments,).
 
-    Args:
-        frames: keys (heads, frames, frame tokens, head_dim), oldest first.
-        segments: runs a frame is split into.
-
-    Returns:
-        ((frames - 1) * segments,): the mean over a segment's tokens of the cosine between the
-        token's key, all heads side by side, in a frame and in the next. Float32 whatever the keys are,
-        by the formula of the ONNX body (`onnx_operators`).
+    It is the mean over a segment's tokens of the cosine between the token's key, all heads side by side, in a
+    frame and in the next. `frames` are keys (heads, frames, frame tokens, head_dim), oldest first. Float32
+    whatever the keys are, by the formula of the ONNX body (`onnx_operators`).
     """
     vectors = frames.permute(1, 2, 0, 3).flatten(2).float()
     dot = (vectors[:-1] * vectors[1:]).sum(-1)
