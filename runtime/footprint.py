@@ -1,9 +1,8 @@
 """What a session holds in memory, part by part: for reports, and for a check before loading.
 
-Nothing is measured here. What a builder reported of its engines and the shapes of the manifest are added
-up with what the cache plan derives, for a session that has one context for each engine and buffers like
-those of `CacheBuffers` and `ChunkDecoder`. The sum is a lower bound: CUDA's own context, the code of
-kernels and what an allocator rounds up are said nowhere before an engine is loaded.
+Nothing is measured: what builders reported of engines, the shapes of the manifest and what the cache plan
+derives are added up. The sum is a lower bound: CUDA's own context, the code of kernels and what an allocator
+rounds up are said nowhere before an engine is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from forcingkv.runtime.bundle import GRAPHS, Manifest, TensorRecord
 from forcingkv.runtime.dtypes import DTYPES
@@ -27,17 +26,15 @@ EngineSet: TypeAlias = tuple[EngineRecord, ...]
 def part_notes() -> dict[str, str]:
     """The parts of a session's memory, and why each has its size.
 
-    weights: sum of the engines' `weight_bytes`, from the builder's log; on ONNX Runtime of the graphs'.
-    activations: of engines the larger of `prompt` and `step`, which run one after another in one block, and
-        `decode`, which has its own: `activation_bytes` from the builder's log. The keys and values of the
-        current chunk are among them, a layer at a time. On ONNX Runtime the largest of the graphs', which
-        export derives from the graph (`export/activations.py`): it gives memory back as soon as a tensor was
-        read.
+    weights, activations: from the builder's log of engines; of graphs on ONNX Runtime as export derived them
+        (`export/activations.py`). Engines of `prompt` and `step` run one after another in one block of
+        activation memory, `decode` has its own; ONNX Runtime gives it back after each graph. The keys and
+        values of the current chunk are among them, a layer at a time.
     kv_...: a part for each role, from the cache plan: its buffers are as large as it ever needs.
-    decoder_caches: shapes of the inputs of `decode` that have an output `next.` + name.
+    decoder_caches: the inputs that `decode` carries from call to call.
     frames: those of all calls of `decode` for a chunk.
-    text: shapes of the inputs and outputs of `prompt`; the latter are inputs of `step`.
-    latents: shapes of all else that goes into `step` and `decode`, and of the next latents.
+    text: the inputs and outputs of `prompt`; the latter are inputs of `step`.
+    latents: all else that goes into `step` and `decode`, and the next latents.
     """
     buffers = {1: "one buffer: written once", 2: "two buffers: read and written in turn"}
     return {
@@ -79,14 +76,10 @@ def named(sets: Iterable[EngineSet]) -> str:
 
 
 def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecord] = ()) -> dict[str, int]:
-    """Bytes of memory that a session holds, by part (see `part_notes`).
+    """Bytes of memory that a session on those engines holds, by part (see `part_notes`).
 
-    Args:
-        manifest: of the bundle.
-        plan: its cache plan.
-        engines: the engines that the session loads, as `find_engine` or `engine_sets` gives them; without
-            any it is a session on ONNX Runtime. Of graphs that ONNX Runtime does not run `weights` and
-            `activations` are not known then, and left out.
+    Without engines it is a session on ONNX Runtime. Of graphs that ONNX Runtime does not run `weights` and
+    `activations` are not known then, and left out.
     """
     parts: dict[str, int] = {}
     if engines:
@@ -110,11 +103,9 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
     # The inputs that vary by phase are as long as in the phase where they are longest.
     phases = [plan.phase_shapes(phase) for phase in plan.phases]
     longest = {name: max((shapes[name] for shapes in phases), key=math.prod) for name in phases[0]}
-    parts["latents"] = (
-        _bytes(step.inputs, step.inputs.keys() - counted, longest)
-        + _bytes(step.outputs, ["next_latents"])
-        + _bytes(decode.inputs, decode.inputs.keys() - decode.carried.keys())
-    )
+    parts["latents"] = _bytes(step.inputs, step.inputs.keys() - counted, longest)
+    parts["latents"] += _bytes(step.outputs, ["next_latents"])
+    parts["latents"] += _bytes(decode.inputs, decode.inputs.keys() - decode.carried.keys())
     return parts
 
 
@@ -134,13 +125,9 @@ def readable(size: int) -> str:
 
 
 def _bytes(
-    records: Mapping[str, TensorRecord],
-    names: Iterable[str] | None = None,
-    shapes: Mapping[str, tuple[int, ...]] = {},
+    records: Mapping[str, TensorRecord], names: Iterable[str] | None = None, shapes: Mapping[str, Any] = {}
 ) -> int:
     """Of the named tensors (None: all), which have other shapes than recorded where `shapes` says so."""
     chosen = {name: records[name] for name in (records if names is None else names)}
-    return sum(
-        math.prod(shapes.get(name, record.shape)) * DTYPES[record.dtype].bytes
-        for name, record in chosen.items()
-    )
+    numbers = {name: math.prod(shapes.get(name, record.shape)) for name, record in chosen.items()}
+    return sum(numbers[name] * DTYPES[record.dtype].bytes for name, record in chosen.items())

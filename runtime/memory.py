@@ -28,13 +28,8 @@ def available_bytes() -> int:
 
 
 def require_memory(doing: str, parts: Mapping[str, float], hint: str) -> None:
-    """Raise InputError, with what is needed by part, unless that many bytes are available.
-
-    Args:
-        doing: what needs them, as the subject of a sentence.
-        parts: bytes by part.
-        hint: what to do where there are too few.
-    """
+    """Raise InputError, with what `doing` (the subject of a sentence) needs by part, unless there are so many
+    bytes; `hint` says what to do then."""
     needed, available = sum(parts.values()), available_bytes()
     if needed > available:
         listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
@@ -69,6 +64,6 @@ def device_free_bytes() -> int:
         raise InputError(
             f"the GPU does not say how much memory is free ({status})",
             where="memory",
-            hint="See that nvidia-smi works.",
+            hint="See whether nvidia-smi works.",
         )
     return int(free)

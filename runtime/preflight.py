@@ -62,14 +62,10 @@ def resolution_name(plan: CachePlan) -> str:
 
 
 def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
-    """Refuse a bundle that a session would have no memory for. Takes none itself.
+    """Refuse a bundle that a session on a backend would have no memory for. Takes none itself.
 
-    Args:
-        bundle: an opened bundle.
-        backend: what will run it.
-        weights: whether they have to be loaded too.
-
-    Raises InputError with what is needed by part, what is available, and what would fit.
+    `weights` says whether they have to be loaded too. Raises InputError with what is needed by part, what is
+    available, and what would fit.
     """
     parts = needed_memory(bundle, backend)
     if not weights:

@@ -32,12 +32,11 @@ class CacheBuffers:
             buffers = [lane.tensor(size, cached, state=True) for _ in range(entry.role.buffers)]
             for number, side in enumerate(self._sides):
                 side[entry.name] = buffers[number % len(buffers)]
-        self._rows: list[dict[str, Tensor]] = []  # for each phase
-        for begin in self._begins:
-            rows = plan.rows(begin)
-            self._rows.append({name: lane.tensor(tokens.shape, "int32") for name, tokens in rows.items()})
-            for name, tokens in rows.items():
-                self._rows[-1][name].write(tokens, lane.main)
+        self._rows: list[dict[str, Tensor]] = [{} for _ in self._begins]  # for each phase
+        for held, begin in zip(self._rows, self._begins, strict=True):
+            for name, tokens in plan.rows(begin).items():
+                held[name] = lane.tensor(tokens.shape, "int32")
+                held[name].write(tokens, lane.main)
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +66,5 @@ class CacheBuffers:
     def outputs(self) -> dict[str, Tensor]:
         """Where a pass may write the next cache, by output name. Nothing that passes read is among it."""
         side = self._sides[1 - self.passes % 2]
-        return {
-            next_name(e.name): side[e.name].first(self.plan.next_shape(e, self.passes))
-            for e in self.plan.entries
-        }
+        shapes = {e.name: self.plan.next_shape(e, self.passes) for e in self.plan.entries}
+        return {next_name(name): side[name].first(shape) for name, shape in shapes.items()}

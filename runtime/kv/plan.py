@@ -168,9 +168,7 @@ class CachePlan:
     def phase_shapes(self, phase: Phase) -> dict[str, tuple[int, ...]]:
         """The shape of every input of the step graph that varies by phase."""
         chunk = phase.first_chunk
-        shapes: dict[str, tuple[int, ...]] = {
-            entry.name: self.entry_shape(entry, chunk) for entry in self.entries
-        }
+        shapes: dict[str, tuple[int, ...]] = {e.name: self.entry_shape(e, chunk) for e in self.entries}
         return shapes | {name: rows.shape for name, rows in self.rows(chunk).items()}
 
     def phase(self, chunk: int) -> Phase:
@@ -183,9 +181,8 @@ class CachePlan:
 
         Raises ValueError for a role whose length does not come to rest.
         """
-        roles = [
-            (group, role) for group in {g.label: g for g in self.groups}.values() for role in group.roles
-        ]
+        of_label = {group.label: group for group in self.groups}
+        roles = [(group, role) for group in of_label.values() for role in group.roles]
         steady = [role.steady_tokens(self, group) for group, role in roles]
         phases: list[Phase] = []
         chunk, lengths = 0, None
@@ -200,21 +197,19 @@ class CachePlan:
                 raise ValueError(f"after {chunk} chunks the length of {', '.join(moving)} is not steady")
         return tuple(phases)
 
-    def kv_bytes(self, dtype: Dtype = "float32", batch: int = 1, chunk: int | None = None) -> int:
-        """Bytes of all keys and values attention reads, current chunk included.
+    def kv_bytes(self, dtype: Dtype = "float32", chunk: int | None = None) -> int:
+        """Bytes of all keys and values attention reads, current chunk included, at batch 1.
 
         In the chunk of that index (None: in the last phase), for a model that computes in `dtype`.
         """
-        return sum(self.kv_bytes_by_role(dtype, batch, chunk).values())
+        return sum(self.kv_bytes_by_role(dtype, chunk).values())
 
-    def kv_bytes_by_role(
-        self, dtype: Dtype = "float32", batch: int = 1, chunk: int | None = None
-    ) -> dict[str, int]:
+    def kv_bytes_by_role(self, dtype: Dtype = "float32", chunk: int | None = None) -> dict[str, int]:
         """`kv_bytes`, split by role; the current chunk is the role `current`."""
         at = self.phases[-1].first_chunk if chunk is None else chunk
         total = self._bytes_by_role(lambda group, role: role.tokens(self, group, at), dtype)
         total["current"] = self.chunk_tokens * self.spec.heads * self.spec.layers * self._token_bytes(dtype)
-        return {role: batch * size for role, size in total.items()}
+        return total
 
     def buffer_bytes_by_role(self, dtype: Dtype) -> dict[str, int]:
         """Bytes of a session's buffers for cached keys and values, by role."""

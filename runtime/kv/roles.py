@@ -1,12 +1,8 @@
 """Roles: what a cached token is to a head. A policy gives each group of heads an ordered list of them.
 
-A role is one class here and one in `models/kv.py`. This one knows, without looking at keys: how many
-tokens it caches in any chunk, which latent frame each of them is of, what memory it takes, and what it needs
-when the cache is made anew under another prompt. The other one knows how its keys and values follow from a
-pass. The cache plan, the session's buffers, the footprint, the recorder, the exporter, the planner and the
-pictures ask; none of them knows a role by its name.
-
-`docs/extending.md` shows how a role is added.
+A role is one class here and one in `models/kv.py`. This one knows all that can be said without looking at
+keys; the other one how keys and values follow from a pass. Everything else asks them: nothing knows a role by
+its name. `docs/extending.md` shows how a role is added.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +25,8 @@ if TYPE_CHECKING:
 
 
 Rows = npt.NDArray[np.int32]
+Chosen: TypeAlias = Sequence[int] | None
+"""Indices of the segments that the clean pass before a chunk chose, if it did."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +42,21 @@ class Span:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is chosen of the frames that leave the cache, and kept: segments of them.
-
-    Candidates are the segments of the old transition frame and of all frames of the finished chunk but its
-    last; `layer` is the first layer that chooses.
-    """
+    """Which segments of the frames that leave the cache are kept."""
 
     role: Retained
     layer: int
+    """The first layer that chooses."""
     candidates: int
+    """Segments of the old transition frame, and of all frames of the finished chunk but its last."""
     kept: int
     segment_tokens: int
 
 
 class Role(Tagged, ABC):
-    """One kind of cached tokens of a group of heads. The fields of a role are its parameters in policy files.
+    """One kind of cached tokens of a group of heads. Its fields are its parameters in policy files.
 
-    Methods are given the plan and the head group they are asked for; `chunk` is the index of a chunk. Lengths
-    are in tokens of one head.
+    `chunk` is the index of a chunk; lengths are in tokens of one head.
     """
 
     TAG: ClassVar[str] = "role"
@@ -83,13 +78,8 @@ class Role(Tagged, ABC):
         """The most it ever caches. Once `tokens` is there it stays there."""
 
     @abstractmethod
-    def spans(
-        self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
-    ) -> list[Span]:
-        """Which frames the tokens that the chunk sees are of, in the order in which they are cached.
-
-        `chosen` are the indices of the segments that the clean pass before the chunk chose, if it did.
-        """
+    def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
+        """Which frames the tokens that the chunk sees are of, in the order in which they are cached."""
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         """Tokens that a pass of the chunk writes: what the next chunk sees, unless a role says otherwise."""
@@ -153,9 +143,7 @@ class Sink(WholeFrames):
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         return plan.frame_tokens * min(self._count, chunk * plan.spec.frames_per_chunk)
 
-    def spans(
-        self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
-    ) -> list[Span]:
+    def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         return whole_frames(plan, 0, self.tokens(plan, group, chunk))
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
@@ -201,9 +189,7 @@ class Recent(WholeFrames):
         past = chunk * plan.spec.frames_per_chunk
         return plan.frame_tokens * min(self._count, past - min(group.opening_frames(plan.spec), past))
 
-    def spans(
-        self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
-    ) -> list[Span]:
+    def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         tokens = self.tokens(plan, group, chunk)
         return whole_frames(plan, chunk * plan.spec.frames_per_chunk - tokens // plan.frame_tokens, tokens)
 
@@ -253,13 +239,8 @@ class Retained(Role):
 
     def choice(self, plan: CachePlan, layer: int) -> Choice:
         """What is chosen in a plan whose first layer with this role is `layer`."""
-        return Choice(
-            role=self,
-            layer=layer,
-            candidates=self.segments * plan.spec.frames_per_chunk,
-            kept=self.kept(plan.spec.frames_per_chunk),
-            segment_tokens=plan.frame_tokens // self.segments,
-        )
+        frames, tokens = plan.spec.frames_per_chunk, plan.frame_tokens // self.segments
+        return Choice(self, layer, self.segments * frames, self.kept(frames), tokens)
 
     def can_choose(self, plan: CachePlan, group: HeadGroup, chunk: int) -> bool:
         """Whether the chunk finds a transition frame in the cache of the group."""
@@ -275,9 +256,7 @@ class Retained(Role):
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
         return plan.frame_tokens // self.segments * self.kept(plan.spec.frames_per_chunk)
 
-    def spans(
-        self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Sequence[int] | None
-    ) -> list[Span]:
+    def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         if not self.tokens(plan, group, chunk):
             return []
         assert chosen is not None, "the clean pass before this chunk chose segments"
