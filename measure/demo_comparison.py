@@ -124,7 +124,7 @@ def write_comparison_sheet(runs: Mapping[str, PolicyRun], prompts: Sequence[str]
     sheet = figure(4.6 * len(runs), 0.68 * len(prompts) + 0.4, dpi=100)
     axes = sheet.subplots(len(prompts), len(runs), squeeze=False)
     for column, (policy, run) in enumerate(runs.items()):
-        for row, (prompt, video) in enumerate(zip(prompts, run.videos, strict=False)):
+        for row, (prompt, video) in enumerate(zip(prompts, run.videos[: len(prompts)], strict=True)):
             strip = [np.pad(video[f], ((1, 1), (1, 1), (0, 0)), constant_values=96) for f in SHOWN_FRAMES]
             shown = axes[row][column]
             shown.imshow(np.concatenate(strip, 1), interpolation="nearest")

@@ -6,6 +6,7 @@ how they are read. `docs/extending.md` shows how a role is added.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -56,7 +57,7 @@ class CleanPass:
         return torch.from_numpy(role.rows(self.plan, self.group, self.chunk)).to(self.new.keys.device)
 
 
-class TorchRole:
+class TorchRole(ABC):
     """The torch half of a role; subclasses say of which by `of`."""
 
     of: ClassVar[type[Role]]
@@ -65,9 +66,9 @@ class TorchRole:
         """What heads attend to, in the dtype of `like`, of what is cached."""
         return held
 
+    @abstractmethod
     def advance(self, role: Any, done: CleanPass) -> KeysValues:
         """What is cached of the role after a clean pass."""
-        raise NotImplementedError
 
 
 HALVES: dict[str, TorchRole] = {}
@@ -75,7 +76,7 @@ HALVES: dict[str, TorchRole] = {}
 
 
 def torch_half(kind: type[TorchRole]) -> type[TorchRole]:
-    """Register the torch half of a role."""
+    """Register the torch half of a role. Raises TypeError for a class without `advance`."""
     HALVES[kind.of.name] = kind()
     return kind
 

@@ -178,3 +178,13 @@ def test_a_switch_rebuilds_the_frames_it_holds(plan: CachePlan, bundle: Path) ->
 def test_the_manifest_says_it(bundle: Path) -> None:
     data = json.loads((bundle / "manifest.json").read_text())
     assert {"role": "strided", "every": 3, "frames": 2} in data["policy"]["groups"]["all"]
+
+
+def test_a_torch_half_that_does_not_say_how_it_advances_is_refused() -> None:
+    class Unfinished(kv.TorchRole):
+        of = roles.Sink
+
+    before = dict(kv.HALVES)
+    with pytest.raises(TypeError, match="advance"):
+        kv.torch_half(Unfinished)
+    assert before == kv.HALVES
