@@ -97,8 +97,8 @@ def generate(
             with open_writer(out, fps=rate, enlarge=enlarge, metadata=metadata) as writer:
                 for _ in _write(video, writer, written):
                     if changes and video.index >= changes[0][0]:
-                        _, text = changes.pop(0)
-                        video.switch(text, recache=recache)
+                        _, after = changes.pop(0)
+                        video.switch(after, recache=recache)
                     if save and not video.index % save_every:
                         video.save(save)
     except (KeyboardInterrupt, SystemExit) as error:
