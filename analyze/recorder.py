@@ -247,28 +247,26 @@ class Recorder:
         sink = np.array([frame == 0 for _, frame in part.slots])  # one slot at most
         head, frame = np.indices(entropy.shape, dtype=np.int32).reshape(2, -1)
         roles, key_frames = zip(*part.slots, strict=True)
-        return pl.DataFrame(
-            {
-                "sample": self.sample,
-                "chunk": part.chunk,
-                "step": part.step,
-                "layer": part.layer,
-                "head": np.asarray(part.heads)[head],
-                "query_frame": frame,
-                "keys": part.keys,
-                "entropy": entropy.ravel(),
-                "same_position": same.ravel(),
-                "sink": mass[..., sink].sum(-1).ravel(),
-                "key_frame": [key_frames] * len(head),
-                "role": [roles] * len(head),
-                "mass": mass.reshape(len(head), -1),
-                "mass_error": mass_error.reshape(len(head), -1),
-                "entropy_error": entropy_error.ravel(),
-                "same_position_error": same_error.ravel(),
-                "sink_error": mass_error[..., sink].sum(-1).ravel(),
-            },
-            schema=COLUMNS,
+        columns = (
+            self.sample,
+            part.chunk,
+            part.step,
+            part.layer,
+            np.asarray(part.heads)[head],
+            frame,
+            part.keys,
+            entropy.ravel(),
+            same.ravel(),
+            mass[..., sink].sum(-1).ravel(),
+            [key_frames] * len(head),
+            [roles] * len(head),
+            mass.reshape(len(head), -1),
+            mass_error.reshape(len(head), -1),
+            entropy_error.ravel(),
+            same_error.ravel(),
+            mass_error[..., sink].sum(-1).ravel(),
         )
+        return pl.DataFrame(dict(zip(COLUMNS, columns, strict=True)), schema=COLUMNS)
 
 
 def record_sample(

@@ -120,7 +120,7 @@ def write_comparison_video(runs: Mapping[str, PolicyRun], path: Path, fps: float
 
 def write_comparison_sheet(runs: Mapping[str, PolicyRun], prompts: Sequence[str], path: Path) -> None:
     """A PNG of some frames of the first prompts: policies from left to right, prompts from top to bottom."""
-    prompts = prompts[:SHOWN_PROMPTS]
+    prompts = prompts[: min(SHOWN_PROMPTS, *(len(run.videos) for run in runs.values()))]
     sheet = figure(4.6 * len(runs), 0.68 * len(prompts) + 0.4, dpi=100)
     axes = sheet.subplots(len(prompts), len(runs), squeeze=False)
     for column, (policy, run) in enumerate(runs.items()):

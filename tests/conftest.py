@@ -11,8 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch.onnx._internal.exporter import _registration
 
 from forcingkv import __main__ as command_line
@@ -26,6 +28,8 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     torch.set_num_threads(1)
+    threadpool_limits(1)
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # in processes that tests start
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them garbage
 
 
@@ -60,6 +64,22 @@ def _translations_are_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "from_torchlib", copied)
+        yield
+
+
+class _OneThread(ort.SessionOptions):  # type: ignore[misc]
+    """Options of a graph whose threads nobody gave: threads that wait for work take the other worker's core."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intra_op_num_threads = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_have_one_thread() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            patch.setattr(ort, "SessionOptions", _OneThread)
         yield
 
 

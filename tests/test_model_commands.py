@@ -20,7 +20,7 @@ from tests.conftest import Ran
 SPEC = """
 base = "self-forcing"
 name = "narrow"
-layers = 3
+layers = 2
 heads = 2
 head_dim = 12
 ffn_width = 32

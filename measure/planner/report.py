@@ -128,4 +128,4 @@ def _instead(plan: CachePlan, gpu: Gpu, known: Heads | None, dtype: Dtype) -> li
     found = [(gpu, fit) for fit in what_fits(plan, gpu.memory_bytes - RESERVE_BYTES, bytes_of)]
     same = Fit(plan.policy.name, resolution_name(plan), needed.total)
     found += [(other, same) for other in larger if not needed.missing(other.memory_bytes)]
-    return [vars(fit) | {"gpu": on.key} for on, fit in found]
+    return [fit._asdict() | {"gpu": on.key} for on, fit in found]

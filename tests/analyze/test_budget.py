@@ -166,5 +166,5 @@ def test_exactly_one_target_is_needed(targets: dict[str, float]) -> None:
 
 
 def test_a_policy_without_such_groups_is_refused() -> None:
-    with pytest.raises(InputError, match="uses the label 'static'"):
+    with pytest.raises(InputError, match="uses the label 'dynamic', 'static'; expected only dummy"):
         chosen(scores_of(list(range(20))), Budget("dummy-forcing", "12x8", kv_bytes=MOST))

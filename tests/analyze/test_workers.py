@@ -33,7 +33,7 @@ pytestmark = [
 SPEC = small_spec(width=36, height=24)
 TEXTS = [encode_words(SPEC, prompt) for prompt in ("a b", "c d", "e")]
 JOB = Job(SPEC, random_weights(SPEC), TEXTS, seed=5, chunks=4, threads=1)
-SAMPLES = 5
+SAMPLES = 3
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,6 @@ from forcingkv.export import VerificationError, export_bundle, onnx_writer
 from forcingkv.export.graphs import step_graph
 from forcingkv.export.onnx_writer import write_onnx
 from forcingkv.export.onnxruntime_passes import branch_on_clean, make_caches_early, taken_branches
-from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.prune.onnx_operators import graphs, split_prune
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
@@ -28,14 +27,15 @@ from forcingkv.runtime.bundle import CLEAN
 from forcingkv.runtime.kv.plan import Phase
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.tensors import read_header
-from tests.conftest import headmap_of, random_model, small_spec
-from tests.exported import made_once, shared_bundle
+from tests.conftest import random_model, small_spec
+from tests.exported import made_once
+from tests.runtime.conftest import small_bundle
 
 Arrays = dict[str, npt.NDArray[Any]]
 POLICIES = ("forcing-kv", "dummy-forcing")
 """Every role, and layers of one group and of several; the other policies have some of these."""
 ALWAYS = ["next_latents", "x0"]
-SPEC = small_spec(layers=3)
+SPEC = small_spec(layers=2)
 
 TEXT = """<ir_version: 10, opset_import: ["" : 23]>
 g (float[1, 2, 5, 4] x, int32[n] rows) =>
@@ -61,21 +61,15 @@ class Pair:
 
 @pytest.fixture(scope="module", params=POLICIES)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    name, headmap = request.param, headmap_of(SPEC, [[0], [1, 2], []])
-    if name == "dummy-forcing":
-        labels = (("sink", "neighbour", "dummy"), ("dummy", "sink", "neighbour"), ("dummy",) * 3)
-        headmap = HeadMap(ModelIdentity(SPEC.name, SPEC.layers, SPEC.heads), labels, Rule("given"))
-    weights, policy = random_model(SPEC).state_dict(), load_policy(name)
+    branched = Bundle.open(small_bundle(request.param))
+    weights, policy = random_model(SPEC).state_dict(), branched.plan.policy
 
     def without_branches(out: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(onnx_writer, "branch_on_clean", lambda *_: None)
-            export_bundle(SPEC, weights, policy, out, headmap=headmap, verify=False)
+            export_bundle(SPEC, weights, policy, out, headmap=branched.headmap, verify=False)
 
-    return Pair(
-        Bundle.open(shared_bundle(SPEC, weights, policy, headmap=headmap, verify=False)),
-        Bundle.open(made_once(without_branches, SPEC, weights, policy, headmap)),
-    )
+    return Pair(branched, Bundle.open(made_once(without_branches, SPEC, weights, policy)))
 
 
 def random_inputs(bundle: Bundle, phase: Phase) -> Arrays:

@@ -14,9 +14,8 @@ import pytest
 
 from forcingkv.export import EngineError, bundle_writer, engine_builder, export_bundle
 from forcingkv.export.engine_builder import EngineTarget, build_engine, run_child
-from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.checkpoint import load_weights, random_weights
+from forcingkv.models.checkpoint import random_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.prune import triton_kernels
 from forcingkv.runtime import Bundle, Session
@@ -26,11 +25,10 @@ from forcingkv.runtime.flavour import FLAVOURS, Flavour
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder
-from tests.conftest import mixed_map, random_model, small_spec
+from tests.conftest import headmap_of, mixed_map, random_model, small_spec
 from tests.exported import shared_bundle
 
 RTX = FLAVOURS["tensorrt-rtx"]
-MAP = Path(__file__).parents[2] / "headmaps" / "maps" / "demo.json"
 needs_rtx = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None or find_spec("triton") is None,
     reason="needs tensorrt-rtx and triton: pip install 'forcingkv[tensorrt-rtx,engines]'",
@@ -38,14 +36,14 @@ needs_rtx = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def demo() -> Path:
-    """The demo model's bundle with engines."""
-    spec = load_spec("demo")
+def built() -> Path:
+    """A bundle with engines: a layer of two groups, and two that prune."""
+    spec = small_spec(layers=3, heads=4, head_dim=16)
     return shared_bundle(
         spec,
-        load_weights(spec),
+        random_model(spec).state_dict(),
         load_policy("forcing-kv"),
-        headmap=read_headmap(MAP),
+        headmap=headmap_of(spec, [[0, 1], [2], []]),
         target="tensorrt-rtx",
         sms=(89,),
     )
@@ -71,8 +69,8 @@ def rebuilt(bundle: Path, graph: str, sm: int, out: Path, *, plugins: bool = Tru
 
 @needs_rtx
 @pytest.mark.slow
-def test_the_demo_bundle_has_an_engine_of_each_graph(demo: Path) -> None:
-    manifest = Bundle.open(demo).manifest
+def test_the_bundle_has_an_engine_of_each_graph(built: Path) -> None:
+    manifest = Bundle.open(built).manifest
     assert [(e.graph, e.sm) for e in manifest.engines] == [
         (graph, 89) for graph in ("prompt", "step", "decode")
     ]
@@ -93,33 +91,33 @@ def test_the_demo_bundle_has_an_engine_of_each_graph(demo: Path) -> None:
 
 @needs_rtx
 @pytest.mark.slow
-def test_two_builds_give_the_same_digest(demo: Path, tmp_path: Path) -> None:
-    manifest = Bundle.open(demo).manifest
+def test_two_builds_give_the_same_digest(built: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(built).manifest
     first = next(engine for engine in manifest.engines if engine.graph == "step")
-    assert rebuilt(demo, "step", 89, tmp_path) == manifest.files[first.file].sha256
+    assert rebuilt(built, "step", 89, tmp_path) == manifest.files[first.file].sha256
 
 
 @needs_rtx
 @pytest.mark.slow
 def test_the_plugin_is_in_the_network_where_it_is_registered_and_the_body_where_not(
-    demo: Path, tmp_path: Path
+    built: Path, tmp_path: Path
 ) -> None:
-    graph, plan = Bundle.open(demo).graph("step"), Bundle.open(demo).plan
+    graph, plan = Bundle.open(built).graph("step"), Bundle.open(built).plan
     pruning = sum(any(role.chooses for group in groups for role in group.roles) for groups in plan.layers)
     assert parse_report(graph, RTX, plugins=True)["plugin_layers"] == pruning
     without = parse_report(graph, RTX, plugins=False)
     assert without["plugin_layers"] == 0
     assert without["layers"] > parse_report(graph, RTX, plugins=True)["layers"] + 10 * pruning
-    with_plugin = next(engine for engine in Bundle.open(demo).manifest.engines if engine.graph == "step")
-    with_body = rebuilt(demo, "step", 89, tmp_path, plugins=False)
-    assert with_body != Bundle.open(demo).manifest.files[with_plugin.file].sha256, "both build"
+    with_plugin = next(engine for engine in Bundle.open(built).manifest.engines if engine.graph == "step")
+    with_body = rebuilt(built, "step", 89, tmp_path, plugins=False)
+    assert with_body != Bundle.open(built).manifest.files[with_plugin.file].sha256, "both build"
 
 
 @needs_rtx
 @pytest.mark.slow
-def test_an_engine_bundle_is_not_for_onnx_runtime(demo: Path) -> None:
+def test_an_engine_bundle_is_not_for_onnx_runtime(built: Path) -> None:
     with pytest.raises(InputError, match=r"compute in bfloat16, for TensorRT.*--target onnx"):
-        Session.open(demo)
+        Session.open(built)
 
 
 def builds_nothing(
@@ -173,9 +171,9 @@ def test_a_block_costs_at_most_a_third_of_the_layers_of_a_naive_one(
     monkeypatch.setattr(bundle_writer, "GRAPHS", ("step",))
     monkeypatch.setattr(bundle_writer, "build_engine", builds_nothing)
     monkeypatch.setattr(triton_kernels, "compile_kernels", lambda *_: [])
-    three, four = (parsed_layers(layers, tmp_path / str(layers)) for layers in (3, 4))
-    assert four["plugin_layers"] - three["plugin_layers"] == 1
-    assert four["layers"] - three["layers"] <= 450 / 3
+    two, three = (parsed_layers(layers, tmp_path / str(layers)) for layers in (2, 3))
+    assert three["plugin_layers"] - two["plugin_layers"] == 1
+    assert three["layers"] - two["layers"] <= 450 / 3
 
 
 @needs_rtx
@@ -212,7 +210,7 @@ def test_engine_bundles_can_be_verified_in_float32(tmp_path: Path, monkeypatch: 
         return (build_engine if name == "step" else builds_nothing)(graph, name, plan, target, sm, file)
 
     monkeypatch.setattr(bundle_writer, "build_engine", build)
-    spec = small_spec(layers=2, heads=4, head_dim=16)
+    spec = small_spec(layers=1, heads=4, head_dim=16)
     manifest: Manifest = export_bundle(
         spec,
         random_model(spec).state_dict(),
@@ -288,8 +286,8 @@ def test_an_abort_is_an_error_with_the_words_of_the_log(
 
 @needs_rtx
 @pytest.mark.slow
-def test_memory_is_bounded(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_builder, "available_bytes", lambda: 120_000_000)
     with pytest.raises(EngineError, match=r"memory bound 0\.1 GB"):
-        rebuilt(demo, "step", 89, tmp_path)
+        rebuilt(built, "step", 89, tmp_path)
     assert not (tmp_path / "again.engine").exists()

@@ -8,12 +8,27 @@ from pathlib import Path
 
 import pytest
 
+from forcingkv.measure.bench import turns
 from tests.conftest import Ran
 
 Bundles = Callable[[str], Path]
 Run = Callable[..., Ran]
 
+NARROW = """
+base = "self-forcing"
+name = "narrow"
+heads = 3
+head_dim = 12
+ffn_width = 32
+text_width = 8
+text_length = 6
+"""
 PROMISED = ("policy", "seconds", "speedup", "flop_limit", "share_of_limit", "kv_bytes")
+
+
+@pytest.fixture(autouse=True)
+def _passes_are_timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "TIMED_SECONDS", 0.02)
 
 
 def test_bundles_are_timed_and_told_as_json(run: Run, bundles: Bundles) -> None:
@@ -45,11 +60,12 @@ def test_a_table_for_people(run: Run, bundles: Bundles) -> None:
 
 
 @pytest.mark.slow
-def test_a_preset_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_path: Path) -> None:
+def test_a_model_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "narrow.toml").write_text(NARROW)
     made = run(
         "bench",
         "--model",
-        "self-forcing",
+        tmp_path / "narrow.toml",
         "--layers",
         1,
         "--geometry",
@@ -59,7 +75,7 @@ def test_a_preset_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_pa
         "--rounds",
         1,
         "--sweep",
-        tmp_path,
+        tmp_path / "sweep",
         "--json",
     )
     assert made.code == 0, made.err
@@ -67,7 +83,7 @@ def test_a_preset_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_pa
     assert [result["geometry"] for result in (small, large)] == ["96x96", "192x96"]
     assert [row["policy"] for row in small["rows"]] == ["full", "forcing-kv"]
     assert [Path(path).name for path in large["written"]] == ["resolutions.csv", "resolutions.png"]
-    assert small["heads"]["forcing-kv"] == {"static": 4, "dynamic": 8}
+    assert small["heads"]["forcing-kv"] == {"static": 1, "dynamic": 2}
 
 
 @pytest.mark.parametrize(

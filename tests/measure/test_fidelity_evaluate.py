@@ -35,7 +35,7 @@ PROMPTS = ("a b", "c d", "b e a")
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundles of videos of 24x16 pixels, three frames a chunk, and a file of prompts."""
-    folder, spec = tmp_path_factory.mktemp("bundles"), small_spec(width=24, height=16)
+    folder, spec = tmp_path_factory.mktemp("bundles"), small_spec(width=24, height=16, layers=1)
     weights = random_model(spec).state_dict()
     for policy in ("full", "window"):
         shutil.copytree(shared_bundle(spec, weights, load_policy(policy), verify=False), folder / policy)
