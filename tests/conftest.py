@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     torch.set_num_threads(1)
     threadpool_limits(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # in processes that tests start
+_tracer = logging.getLogger("torch.__trace")  # told about every node of a graph, which pytest would record
+_tracer.handlers.clear()
+_tracer.propagate = True
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them garbage
 
 
@@ -68,7 +72,7 @@ def _translations_are_read_once() -> Iterator[None]:
 
 
 class _OneThread(ort.SessionOptions):  # type: ignore[misc]
-    """Options of a graph whose threads nobody gave: threads that wait for work take the other worker's core."""
+    """Options of a graph whose threads nobody chose: more of them would wait on the other worker's core."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ Run = Callable[..., Ran]
 
 NARROW = """
 base = "self-forcing"
-name = "narrow"
+name = "self-forcing"  # whose heads are published
 heads = 3
 head_dim = 12
 ffn_width = 32
