@@ -2,8 +2,8 @@
 
     python benchmarks/bake_memory.py --model krea-14b --layers 2 --layers 6 --onnx
 
-For each number of layers a checkpoint of random bfloat16 weights is made, then baked and traced in a
-process of its own, whose peak resident memory is read. With --onnx the smallest is loaded in ONNX
+For each number of layers a checkpoint of random bfloat16 weights is made, then baked in a process of its own,
+whose peak resident memory is read; then it traces the graphs. With --onnx the smallest is loaded in ONNX
 Runtime. Prints JSON. Needs disk for the checkpoint twice.
 """
 
@@ -40,7 +40,7 @@ from forcingkv.runtime.tensors import new_tensors
 CHECKPOINT, WEIGHTS, GRAPHS = "checkpoint.safetensors", "weights.safetensors", ("prompt", "step")
 
 
-def make(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+def make(spec: ModelSpec, folder: Path) -> None:
     """Write a checkpoint of small random numbers, tensor by tensor."""
     shapes = weight_shapes(spec)
     generator = np.random.default_rng(0)
@@ -50,11 +50,10 @@ def make(spec: ModelSpec, folder: Path) -> dict[str, Any]:
             # Upper halves of floats between 0.0078 and 0.031, of either sign.
             bits = generator.integers(0x3C00, 0x3D00, shape, np.uint16)
             writer.write(name, bits | generator.integers(0, 2, shape, np.uint16) << 15)
-    return {}
 
 
-def bake(spec: ModelSpec, folder: Path) -> dict[str, Any]:
-    """Bake a map with every second head static, and trace both graphs."""
+def bake(spec: ModelSpec, folder: Path, *, trace: bool) -> dict[str, Any]:
+    """Bake a map with every second head static, and trace both graphs if asked to."""
     row = tuple("static" if head % 2 else "dynamic" for head in range(spec.heads))
     identity = ModelIdentity(spec.name, spec.layers, spec.heads)
     headmap = HeadMap(identity, (row,) * spec.layers, Rule("every second"))
@@ -65,6 +64,14 @@ def bake(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     orders, precision = head_orders(spec, policy, headmap), Precision("float32", "bfloat16")
     stored = bake_weights(weights, spec, orders, folder / WEIGHTS, precision)
     seconds, peak = time.perf_counter() - started, peak_bytes()
+    row = {
+        "layers": spec.layers,
+        "file_bytes": (folder / WEIGHTS).stat().st_size,
+        "bake_seconds": round(seconds, 1),
+        "bake_peak_bytes": peak,
+    }
+    if not trace:
+        return row
     for name in GRAPHS:
 
         def graph(name: str = name) -> Any:
@@ -72,14 +79,8 @@ def bake(spec: ModelSpec, folder: Path) -> dict[str, Any]:
             return prompt_graph(model) if name == "prompt" else step_graph(model, plan)
 
         write_onnx(graph, folder / f"{name}.onnx", stored, WEIGHTS)
-    return {
-        "layers": spec.layers,
-        "file_bytes": (folder / WEIGHTS).stat().st_size,
-        "bake_seconds": round(seconds, 1),
-        "bake_peak_bytes": peak,
-        "with_tracing_peak_bytes": peak_bytes(),
-        "onnx_bytes": sum((folder / f"{name}.onnx").stat().st_size for name in GRAPHS),
-    }
+    onnx_bytes = sum((folder / f"{name}.onnx").stat().st_size for name in GRAPHS)
+    return row | {"with_tracing_peak_bytes": peak_bytes(), "onnx_bytes": onnx_bytes}
 
 
 def load(spec: ModelSpec, folder: Path) -> dict[str, Any]:
@@ -88,9 +89,6 @@ def load(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     graphs = [OnnxGraph(folder / f"{name}.onnx") for name in GRAPHS]
     seconds = round(time.perf_counter() - started, 1)
     return {"loaded_graphs": len(graphs), "loaded_seconds": seconds, "loaded_peak_bytes": peak_bytes()}
-
-
-STAGES = {"make": make, "bake": bake, "load": load}
 
 
 def peak_bytes() -> int:
@@ -104,21 +102,26 @@ def main() -> None:
     parser.add_argument("--model", default="krea-14b")
     parser.add_argument("--layers", type=int, action="append")
     parser.add_argument("--onnx", action="store_true", help="load the smallest in ONNX Runtime")
+    parser.add_argument("--no-graphs", action="store_true", help="bake weights only, trace no graphs")
     parser.add_argument("--stage", nargs=3, metavar=("STAGE", "LAYERS", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.stage:
         stage, layers, folder = given.stage
         spec = dataclasses.replace(load_spec(given.model), layers=int(layers))
-        print(json.dumps(STAGES[stage](spec, Path(folder))))
+        place = Path(folder)
+        print(
+            json.dumps(load(spec, place) if stage == "load" else bake(spec, place, trace=not given.no_graphs))
+        )
         return
     counts = sorted(given.layers or [2, 6])
     rows = []
     for layers in counts:
         row: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as room:
-            for stage in STAGES if given.onnx and layers == counts[0] else ("make", "bake"):
+            make(dataclasses.replace(load_spec(given.model), layers=layers), Path(room))
+            for stage in ("bake", "load") if given.onnx and layers == counts[0] else ("bake",):
                 command = [sys.executable, __file__, "--model", given.model]
-                command += ["--stage", stage, str(layers), room]
+                command += ["--stage", stage, str(layers), room, *["--no-graphs"][: given.no_graphs]]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 row |= json.loads(done.stdout.splitlines()[-1])
         rows.append(row)

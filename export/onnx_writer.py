@@ -7,6 +7,7 @@ memory of its graph, and its weights, written once by `export.bake`, are only po
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -64,7 +65,7 @@ def write_onnx(
     """
     graph, program = _trace(make)
     parameters = _initializers_to_inputs(program.model.graph)
-    with _quiet():
+    with _quiet(), _uncollected():
         program.optimize()
     traced = program.model.graph
     used = {_bare(value.name): value for value in parameters if value.uses()}
@@ -102,7 +103,7 @@ def write_onnx(
 
 def _trace(make: Callable[[], Graph]) -> tuple[Graph, torch.onnx.ONNXProgram]:
     """Make a graph and trace it, with fake tensors on."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet(), _uncollected():
         graph = make()
         symbols = {symbol: Dim(symbol, min=2) for symbol in sorted({s for _, s in graph.dynamic.values()})}
         varying = {name: {axis: symbols[symbol]} for name, (axis, symbol) in graph.dynamic.items()}
@@ -196,6 +197,18 @@ def _strip(model: onnx.ModelProto) -> None:
         del graph.metadata_props[:]
         del graph.value_info[:]
     del model.metadata_props[:]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Tracing makes objects by the million, few of them garbage: looking for it takes a fifth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

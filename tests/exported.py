@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
+import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -28,12 +30,11 @@ from filelock import FileLock
 import forcingkv
 from forcingkv.commands import app
 from forcingkv.export import export_bundle
-from forcingkv.models.presets import load_spec
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
-from tests.conftest import headmap_of
 
-CACHE = Path(__file__).parents[1] / ".pytest_cache" / "made"
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".pytest_cache" / "made"
 PACKAGES = ("numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "triton")
 UNUSED_SECONDS = 3600
 """What was made from other sources goes once nobody has asked for it for so long."""
@@ -49,17 +50,20 @@ def shared_bundle(
     )
 
 
+GUIDE = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
+
+
 def demo_bundle() -> Path:
-    """A folder with `headmap.json` and the `bundle` that the command exports with it of the demo model."""
+    """The bundle of the demo model that the first command of docs/runtime.md makes."""
+    (block,) = re.findall(r"^```bash\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+    words = shlex.split(block)
+    assert (words[0], words[-2:]) == ("forcingkv", ["--out", "bundle"])
 
     def export(out: Path) -> None:
-        out.mkdir()
-        headmap = headmap_of(load_spec("demo"), [[0, 1], [2], [0, 3], [], [0, 1, 2, 3], [1]])
-        headmap.write(out / "headmap.json")
-        words = ["export", "--model", "demo", "--headmap", out / "headmap.json", "--out", out / "bundle"]
-        app(list(map(str, words)), standalone_mode=False)
+        with chdir(ROOT):
+            app([*words[1:-1], str(out)], standalone_mode=False)
 
-    return made_once(export)
+    return made_once(export, words)
 
 
 def made_once(make: Callable[[Path], object], *origin: object) -> Path:

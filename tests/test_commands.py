@@ -12,7 +12,8 @@ from typing import Any
 import av
 import pytest
 
-from tests.conftest import Ran
+from forcingkv.models.presets import load_spec
+from tests.conftest import Ran, headmap_of
 from tests.exported import demo_bundle
 
 PROMPT = "a 3 moving left and a 7 moving up"
@@ -20,8 +21,11 @@ PROMPT = "a 3 moving left and a 7 moving up"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a head map of the demo model and a bundle made by the command line."""
-    return shutil.copytree(demo_bundle(), tmp_path_factory.mktemp("made") / "made")
+    """A folder with `headmap.json`, for the demo model, and a `bundle` of it made by the command line."""
+    folder = tmp_path_factory.mktemp("made")
+    headmap_of(load_spec("demo"), [[0, 1], [2], [0, 3], [], [0, 1, 2, 3], [1]]).write(folder / "headmap.json")
+    shutil.copytree(demo_bundle(), folder / "bundle")
+    return folder
 
 
 def spoilt(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:

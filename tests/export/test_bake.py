@@ -51,10 +51,10 @@ def test_the_file_is_the_permuted_checkpoint(dtype: Dtype, tmp_path: Path) -> No
     assert len(moved) == 9 * 1, "only layer 1 does not have its heads in order already"
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_graphs_point_into_the_one_file(dtype: Dtype | None) -> None:
-    spec = small_spec()
-    headmap = headmap_of(spec, STATIC)
+@pytest.mark.parametrize(("dtype", "layers"), [(None, 4), ("bfloat16", 2)])
+def test_graphs_point_into_the_one_file(dtype: Dtype | None, layers: int) -> None:
+    spec = small_spec(layers=layers)
+    headmap = headmap_of(spec, STATIC[:layers])
     weights = random_model(spec).state_dict()
     bundle = shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap, dtype=dtype)
     verification = Bundle.open(bundle).manifest.verification
@@ -94,7 +94,8 @@ height = 96
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     """The same program as the benchmark for 14B width, at a tenth of it."""
     (tmp_path / "wide.toml").write_text(WIDE)
-    command = [sys.executable, str(ROOT / "benchmarks" / "bake_memory.py"), "--layers", "2", "--layers", "5"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bake_memory.py"), "--no-graphs"]
+    command += ["--layers", "2", "--layers", "5"]
     done = subprocess.run(
         [*command, "--model", str(tmp_path / "wide.toml")], capture_output=True, text=True, check=False
     )

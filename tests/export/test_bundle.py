@@ -86,8 +86,8 @@ def test_onnx_runtime_equals_torch_over_seven_chunks(policy: str, renoise: str) 
 def test_the_demo_model_in_onnx_runtime_equals_torch() -> None:
     spec, policy = load_spec("demo"), "forcing-kv"
     weights = load_weights(spec)
-    folder = demo_bundle()
-    headmap, bundle = HeadMap.read(folder / "headmap.json"), folder / "bundle"
+    bundle = demo_bundle()
+    headmap = HeadMap.read(bundle / "headmap.json")
     assert max(Bundle.open(bundle).manifest.verification.values()) <= 1e-5, "a single pass"
     prompt = "a 3 moving left and a 7 moving up"
     found = differences(spec, weights, headmap, policy, bundle, prompt)

@@ -75,9 +75,9 @@ def test_two_bundles_of_a_policy_are_refused(bundles: Bundles) -> None:
 
 def test_a_preset_becomes_a_bundle_for_each_policy_and_leaves_nothing() -> None:
     spec = replace(small_spec(), name="self-forcing")
-    with preset_cases(spec, ["full", "forcing-kv", "full"], layers=2) as cases:
+    with preset_cases(spec, ["full", "forcing-kv", "full"], layers=1) as cases:
         assert [case.plan.policy.name for case in cases] == ["full", "forcing-kv"]
-        assert {case.plan.spec.layers for case in cases} == {2}
+        assert {case.plan.spec.layers for case in cases} == {1}
         folders = [case.path for case in cases]
         assert all(folder.is_dir() for folder in folders)
     assert not any(folder.exists() for folder in folders)

@@ -22,6 +22,8 @@ head_dim = 12
 ffn_width = 32
 text_width = 8
 text_length = 6
+latent_channels = 3
+decoder = { kind = "pixels" }
 """
 PROMISED = ("policy", "seconds", "speedup", "flop_limit", "share_of_limit", "kv_bytes")
 

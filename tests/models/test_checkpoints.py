@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -373,6 +373,7 @@ def test_a_mapped_file_is_mapped_anew(state: State, tmp_path: Path, monkeypatch:
     assert_same(load_weights(small_spec(), tmp_path / "c.pt"), state)
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**31))
 def test_random_weights_depend_on_name_and_seed_alone(seed: int) -> None:
     spec = small_spec()

@@ -17,9 +17,7 @@ from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import engine_sets, footprint, grouped_by_need, named, part_notes, readable
 from forcingkv.runtime.kv.buffers import CacheBuffers
-from forcingkv.runtime.kv.policies import load_policy
-from tests.conftest import headmap_of, random_model, small_spec
-from tests.exported import shared_bundle
+from tests.runtime.conftest import small_bundle
 
 
 def engine(graph: str, weights: int, activations: int, sm: int = 89) -> EngineRecord:
@@ -46,10 +44,7 @@ ENGINES = (engine("prompt", 10, 7), engine("step", 200, 50), engine("decode", 30
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
-    spec = small_spec(layers=3)
-    headmap = headmap_of(spec, [[0], [1, 2], []])
-    weights = random_model(spec).state_dict()
-    return Bundle.open(shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap, verify=False))
+    return Bundle.open(small_bundle("forcing-kv"))
 
 
 class CountingLane(OnnxLane):
@@ -77,19 +72,19 @@ def with_caches(manifest: Manifest) -> Manifest:
 
 
 def test_every_part_as_counted_by_hand(bundle: Bundle) -> None:
-    """3 layers of 3 heads of 12, 24 tokens a frame; layer 0 is not split, layers 1 and 2 have 4 dynamic
-    heads, which retain 6 of 18 segments of 4 tokens."""
+    """2 layers of 3 heads of 12, 24 tokens a frame; layer 0 is not split, layer 1 has 2 dynamic heads, which
+    retain 6 of 18 segments of 4 tokens."""
     token = 12 * 2 * 4  # keys and values of a head
     chunk = 3 * 3 * 8 * 12 * 4  # latents
     assert footprint(bundle.manifest, bundle.plan, ENGINES) == {
         "weights": 3210,
         "activations": 600 + 50,  # those of decode beside the larger of the others
-        "kv_sink": 24 * 9 * token,
-        "kv_retained": 2 * 24 * 4 * token,
-        "kv_recent": 2 * 24 * 9 * token,
+        "kv_sink": 24 * 6 * token,
+        "kv_retained": 2 * 24 * 2 * token,
+        "kv_recent": 2 * 24 * 6 * token,
         "decoder_caches": 0,
         "frames": 2 * 3 * 8 * 12 * 3,  # of a chunk, and of the one before
-        "text": 5 * 10 * 4 + 3 * 3 * 5 * token,
+        "text": 5 * 10 * 4 + 2 * 3 * 5 * token,
         # latents, noise, next_latents, those of decode; positions; time; sigmas; sink rows; clean
         "latents": 4 * chunk + 72 * 12 * 4 + 16 * 4 + 2 * 4 + 2 * 24 * 4 + 1,
     }
