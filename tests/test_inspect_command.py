@@ -14,9 +14,8 @@ from forcingkv.headmaps.files import record_file
 from forcingkv.prune.launcher import KERNELS
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
-from forcingkv.runtime.kv.policies import load_policy
-from tests.conftest import Ran, headmap_of, random_model, small_spec
-from tests.exported import shared_bundle
+from tests.conftest import Ran
+from tests.runtime.conftest import small_bundle
 
 WARNING = "the keys of a chunk are more than fused attention takes in one go, so it may be slower here"
 
@@ -24,10 +23,7 @@ WARNING = "the keys of a chunk are more than fused attention takes in one go, so
 @pytest.fixture(scope="module")
 def plain() -> Path:
     """A bundle without engines."""
-    spec = small_spec(layers=2)
-    headmap = headmap_of(spec, [[0], [1]])
-    weights = random_model(spec).state_dict()
-    return shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap, verify=False)
+    return small_bundle("forcing-kv")
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,10 @@ width = 96
 height = 64
 dtype = "float32"
 """
+PIXELS = """
+latent_channels = 3
+decoder = { kind = "pixels" }
+"""
 PROMPTS = ["a red kite", "a blue boat"]
 
 
@@ -39,6 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a spec, a checkpoint in Self Forcing's form, and embeddings of two prompts."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "spec.toml").write_text(SPEC)
+    (folder / "pixels.toml").write_text(SPEC.replace("layers = 2", "layers = 1") + PIXELS)
     weights = random_weights(load_spec(str(folder / "spec.toml")), seed=1)
     state = {f"model.{name}": weights[name] for name in weights}
     torch.save({"generator": state, "generator_ema": state}, folder / "self_forcing_dmd.pt")
@@ -191,10 +196,9 @@ def test_a_model_too_large_to_verify_is_refused_with_what_it_needs(
     monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
     words = [
         "export",
-        *options(place, "model"),
+        "--model",
+        place / "pixels.toml",
         "--random-weights",
-        "--decoder",
-        "taehv",
         "--policy",
         "full",
         "--resolution",

@@ -24,7 +24,7 @@ from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.tensors import read_header
 from tests.conftest import headmap_of, random_model, small_spec
-from tests.exported import made_once, shared_bundle
+from tests.exported import made_once
 from tests.runtime.conftest import small_bundle
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>\n'
@@ -152,9 +152,7 @@ def test_graphs_for_tensorrt_have_the_standard_operator(
     spec = small_spec(layers=2)
     headmap = headmap_of(spec, [[0], [1]])
     plan = build_plan(spec, spec.geometry(None), load_policy("forcing-kv"), headmap)
-    weights = random_model(spec).state_dict()
-    out = shared_bundle(spec, weights, plan.policy, headmap=headmap, verify=False)
-    stored, _ = read_header(out / "weights.safetensors")
+    stored, _ = read_header(small_bundle("forcing-kv") / "weights.safetensors")
     monkeypatch.setattr(onnxruntime_passes, "LARGE_SCORES", 0)
     model = write_onnx(
         lambda: step_graph(random_model(spec), plan), tmp_path / "step.onnx", stored, "weights", tensorrt=True

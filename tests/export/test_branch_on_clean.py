@@ -27,8 +27,9 @@ from forcingkv.runtime.bundle import CLEAN
 from forcingkv.runtime.kv.plan import Phase
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.tensors import read_header
-from tests.conftest import headmap_of, random_model, small_spec
-from tests.exported import made_once, shared_bundle
+from tests.conftest import random_model, small_spec
+from tests.exported import made_once
+from tests.runtime.conftest import small_bundle
 
 Arrays = dict[str, npt.NDArray[Any]]
 POLICIES = ("forcing-kv", "dummy-forcing")
@@ -60,20 +61,15 @@ class Pair:
 
 @pytest.fixture(scope="module", params=POLICIES)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    policy, headmap = load_policy(request.param), headmap_of(SPEC, [[0], [1]])
-    if request.param == "dummy-forcing":
-        headmap = replace(headmap, labels=(("sink", "neighbour", "dummy"), ("dummy",) * 3))
-    weights = random_model(SPEC).state_dict()
+    branched = Bundle.open(small_bundle(request.param))
+    weights, policy = random_model(SPEC).state_dict(), branched.plan.policy
 
     def without_branches(out: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(onnx_writer, "branch_on_clean", lambda *_: None)
-            export_bundle(SPEC, weights, policy, out, headmap=headmap, verify=False)
+            export_bundle(SPEC, weights, policy, out, headmap=branched.headmap, verify=False)
 
-    return Pair(
-        Bundle.open(shared_bundle(SPEC, weights, policy, headmap=headmap, verify=False)),
-        Bundle.open(made_once(without_branches, SPEC, weights, policy, headmap)),
-    )
+    return Pair(branched, Bundle.open(made_once(without_branches, SPEC, weights, branched.headmap, policy)))
 
 
 def random_inputs(bundle: Bundle, phase: Phase) -> Arrays:

@@ -26,6 +26,7 @@ SPLITS = ([1] * 7, [3, 3, 1], [7])
 SMALL = {
     "base_dim": 8,
     "z_dim": 4,
+    "num_res_blocks": 1,
     "latents_mean": [0.1, -0.2, 0.3, 0.4],
     "latents_std": [1.0, 2.0, 0.5, 1.5],
 }
