@@ -11,14 +11,14 @@ import pytest
 
 from tests.conftest import Ran
 
-PROMPTS = 4
+PROMPTS = 12
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("white_pictures")
 def test_the_demo_walks_the_whole_way(run: Callable[..., Ran], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ran = run("demo", "--json", "--samples", 1, "--prompts", PROMPTS, "--out", out)
+    ran = run("demo", "--json", "--samples", 2, "--prompts", PROMPTS, "--out", out)
     assert ran.code == 0, ran.err
     result = json.loads(ran.out)
     assert sum(result["headmap"].values()) == 24
@@ -28,8 +28,7 @@ def test_the_demo_walks_the_whole_way(run: Callable[..., Ran], tmp_path: Path) -
     assert pruned["kv_bytes"] <= 0.70 * full["kv_bytes"]
     assert full["psnr_to_full"] is None
     assert pruned["psnr_to_full"] > 10
-    lost = (full["digits_read"] - pruned["digits_read"]) * 2 * PROMPTS
-    assert round(lost) <= 1, "of two digits a prompt"
+    assert pruned["digits_read"] >= full["digits_read"] - 0.05, rows
     for row in rows.values():
         assert row["seconds_per_chunk"] > row["seconds_per_chunk_without_decoding"] > 0
     assert rows["dummy-forcing"]["kv_bytes"] < full["kv_bytes"], (

@@ -25,6 +25,7 @@ def test_every_block_of_the_guide_runs(
     shutil.copytree(demo_bundle(), tmp_path / "bundle")  # what the block for a shell makes
     program = "".join(f"{body}\nprint({END!r})\n" for _, body in blocks("python"))
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
     exec(compile(program, "docs/runtime.md", "exec"), {})
     printed = [shown for shown in capsys.readouterr().out.split(f"{END}\n") if shown]
     assert printed == [body for _, body in blocks("text")]
