@@ -53,6 +53,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real head maps, videos and golden outputs, which is not in the repository."""
