@@ -373,7 +373,7 @@ def test_a_mapped_file_is_mapped_anew(state: State, tmp_path: Path, monkeypatch:
     assert_same(load_weights(small_spec(), tmp_path / "c.pt"), state)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31))
 def test_random_weights_depend_on_name_and_seed_alone(seed: int) -> None:
     spec = small_spec()
