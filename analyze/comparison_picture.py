@@ -85,9 +85,10 @@ def _kinds(a: HeadMap, b: HeadMap) -> list[_Kind]:
     groups = [(COLOURS[pair], [pair]) for pair in COLOURS if pair in counts]
     for same, palette, rest in ((True, SAME, REST_SAME), (False, CHANGED, REST_CHANGED)):
         others = [pair for pair in counts if pair not in COLOURS and (pair[0] == pair[1]) is same]
-        groups += [(colour, [pair]) for colour, pair in zip(palette, others, strict=False)]
-        if len(others) > len(palette):
-            groups.append((rest, others[len(palette) :]))
+        own, more = others[: len(palette)], others[len(palette) :]
+        groups += [(palette[place], [pair]) for place, pair in enumerate(own)]
+        if more:
+            groups.append((rest, more))
     kinds = []
     for colour, pairs in groups:
         first, second = pairs[0]

@@ -201,7 +201,7 @@ def _strip(model: onnx.ModelProto) -> None:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Tracing makes objects by the million, few of them garbage: looking for it takes a fifth of the time."""
+    """Tracing makes objects by the million, few of them garbage: looking for it costs 8% of an export."""
     enabled = gc.isenabled()
     gc.disable()
     try:
