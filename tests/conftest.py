@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ import onnxruntime as ort
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
-from torch.fx import config as fx_config
-from torch.onnx._internal.exporter import _registration
 
 from forcingkv import __main__ as command_line
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
@@ -25,6 +22,7 @@ from forcingkv.models.wan import WanModel
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.roles import Recent, Retained, Role, Sink
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
+from tests.quick_tracing import tables_are_kept
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -66,21 +64,8 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _translations_are_read_once() -> Iterator[None]:
-    """torch parses its 600 translations to ONNX anew for each graph: a quarter of an export."""
-    registry = _registration.ONNXRegistry
-    read = cache(registry.from_torchlib)
-
-    def copied(self: object, opset_version: int) -> _registration.ONNXRegistry:
-        found, known = registry(), read(opset_version)
-        found._opset_version = known.opset_version
-        found.functions = {target: list(functions) for target, functions in known.functions.items()}
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "from_torchlib", copied)
-        # Bundles do not keep the lines of source that torch notes for each node.
-        patch.setattr(fx_config, "do_not_emit_stack_traces", True)
+def _torch_keeps_its_tables() -> Iterator[None]:
+    with tables_are_kept():
         yield
 
 

@@ -1,0 +1,52 @@
+"""What torch works out anew for each graph that it exports, worked out once: a third of a small export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+from torch._export import utils
+from torch.export import decomp_utils, exported_program
+from torch.fx import config
+from torch.onnx._internal.exporter import _decomp, _registration
+
+
+@contextmanager
+def tables_are_kept() -> Iterator[None]:
+    """torch keeps its tables of translations and decompositions, and notes no lines of source."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", _translations())
+        patch.setattr(_decomp, "create_onnx_friendly_decomposition_table", _decompositions())
+        composite = cache(utils._collect_all_valid_cia_ops)  # "should never be modified", says torch
+        for module in (utils, decomp_utils, exported_program):
+            patch.setattr(module, "_collect_all_valid_cia_ops", composite)
+        # Bundles do not keep the lines of source that torch notes for each node.
+        patch.setattr(config, "do_not_emit_stack_traces", True)
+        yield
+
+
+def _translations() -> Callable[[object, int], _registration.ONNXRegistry]:
+    """`ONNXRegistry.from_torchlib`, which parses 600 functions."""
+    registry = _registration.ONNXRegistry
+    read = cache(registry.from_torchlib)
+
+    def copied(_: object, opset_version: int) -> _registration.ONNXRegistry:
+        found, known = registry(), read(opset_version)
+        found._opset_version = known.opset_version
+        found.functions = {target: list(functions) for target, functions in known.functions.items()}
+        return found
+
+    return copied
+
+
+def _decompositions() -> Callable[[set[Any]], dict[Any, Any]]:
+    """`create_onnx_friendly_decomposition_table`, by the operators that have a translation."""
+    made = cache(_decomp.create_onnx_friendly_decomposition_table)
+
+    def copied(translated: set[Any]) -> dict[Any, Any]:
+        return dict(made(frozenset(translated)))  # type: ignore[arg-type]
+
+    return copied
