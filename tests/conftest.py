@@ -46,6 +46,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    _look_no_more()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_a_module_imports_stays() -> Iterator[None]:
+    yield
+    _look_no_more()
+
+
+def _look_no_more() -> None:
     """Closing a session collects garbage: half a second each time, if all that was imported is looked at."""
     gc.collect()
     gc.freeze()

@@ -22,6 +22,7 @@ Bundles = Callable[[str], Path]
 @pytest.fixture(autouse=True)
 def _passes_are_timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "TIMED_SECONDS", 0.02)
+    monkeypatch.setattr(turns, "give_back", lambda: None)  # 0.4 seconds where torch is loaded
 
 
 @pytest.fixture(name="cases")
