@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from sklearn.metrics import adjusted_rand_score, cohen_kappa_score
 
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
 
@@ -61,6 +60,8 @@ class ScoreDifference:
 
 def agree(a: HeadMap, b: HeadMap) -> Agreement:
     """Compare two maps. Raises InputError unless they are for models of the same size, with heads."""
+    from sklearn.metrics import adjusted_rand_score, cohen_kappa_score  # see `labels._clusters`
+
     if (a.model.layers, a.model.heads) != (b.model.layers, b.model.heads):
         raise InputError(
             f"one map is for {a.model.layers} layers of {a.model.heads} heads, the other for"

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.cluster import KMeans
-from sklearn.mixture import GaussianMixture
 
 from forcingkv.analyze.scores import FEATURES, Observations, frame_mass
 from forcingkv.analyze.storage import Recorded
@@ -245,6 +243,9 @@ def _between(values: Array, count: int) -> float:
 
 def _clusters(observations: Observations, kind: str, reason: str | None) -> Decision:
     """`kmeans` or `mixture`."""
+    from sklearn.cluster import KMeans  # two seconds to load, which workers that record do without
+    from sklearn.mixture import GaussianMixture
+
     points = observations.mean()[..., 1:].reshape(-1, len(FEATURES) - 1)
     if len(np.unique(points, axis=0)) < 2:
         raise InputError("all heads look alike", where="rule", expected="heads that form two clusters")
