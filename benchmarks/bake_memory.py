@@ -4,7 +4,7 @@
 
 For each number of layers a checkpoint of random bfloat16 weights is made, then baked in a process of its own,
 whose peak resident memory is read; then it traces the graphs. With --onnx the smallest is loaded in ONNX
-Runtime. Prints JSON. Needs disk for the checkpoint twice.
+Runtime. Prints JSON. Needs disk for the checkpoint twice. Processes are forked, so not on Windows.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import argparse
 import dataclasses
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def make(spec: ModelSpec, folder: Path) -> None:
             writer.write(name, bits | generator.integers(0, 2, shape, np.uint16) << 15)
 
 
-def bake(spec: ModelSpec, folder: Path, *, trace: bool) -> dict[str, Any]:
+def bake(spec: ModelSpec, folder: Path, trace: bool) -> dict[str, Any]:
     """Bake a map with every second head static, and trace both graphs if asked to."""
     row = tuple("static" if head % 2 else "dynamic" for head in range(spec.heads))
     identity = ModelIdentity(spec.name, spec.layers, spec.heads)
@@ -96,6 +97,12 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def apart(work: Callable[..., Any], *given: object) -> Any:
+    """What a function returns that is called in a process of its own, forked with all modules loaded."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        return pool.submit(work, *given).result()
+
+
 def main() -> None:
     """Read the options and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -103,27 +110,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, action="append")
     parser.add_argument("--onnx", action="store_true", help="load the smallest in ONNX Runtime")
     parser.add_argument("--no-graphs", action="store_true", help="bake weights only, trace no graphs")
-    parser.add_argument("--stage", nargs=3, metavar=("STAGE", "LAYERS", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.stage:
-        stage, layers, folder = given.stage
-        spec = dataclasses.replace(load_spec(given.model), layers=int(layers))
-        place = Path(folder)
-        print(
-            json.dumps(load(spec, place) if stage == "load" else bake(spec, place, trace=not given.no_graphs))
-        )
-        return
     counts = sorted(given.layers or [2, 6])
     rows = []
     for layers in counts:
-        row: dict[str, Any] = {}
+        spec = dataclasses.replace(load_spec(given.model), layers=layers)
         with tempfile.TemporaryDirectory() as room:
-            make(dataclasses.replace(load_spec(given.model), layers=layers), Path(room))
-            for stage in ("bake", "load") if given.onnx and layers == counts[0] else ("bake",):
-                command = [sys.executable, __file__, "--model", given.model]
-                command += ["--stage", stage, str(layers), room, *["--no-graphs"][: given.no_graphs]]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                row |= json.loads(done.stdout.splitlines()[-1])
+            apart(make, spec, Path(room))
+            row = apart(bake, spec, Path(room), not given.no_graphs)
+            if given.onnx and layers == counts[0]:
+                row |= apart(load, spec, Path(room))
         rows.append(row)
     growth = rows[-1]["bake_peak_bytes"] / rows[0]["bake_peak_bytes"]
     print(json.dumps({"model": given.model, "rows": rows, "peak_growth": round(growth, 3)}, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -9,30 +10,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnxruntime as ort
 import pytest
-import torch
-from threadpoolctl import threadpool_limits
 
-from forcingkv import __main__ as command_line
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
-from forcingkv.models.wan import WanModel
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.roles import Recent, Retained, Role, Sink
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
-from tests.quick_tracing import tables_are_kept
+
+if TYPE_CHECKING:  # the process that starts the workers loads this file too, and waits for no torch
+    from forcingkv.models.wan import WanModel
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
+    import torch
+    from threadpoolctl import threadpool_limits
+
     torch.set_num_threads(1)
     threadpool_limits(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # in processes that tests start
-_tracer = logging.getLogger("torch.__trace")  # told about every node of a graph, which pytest would record
-_tracer.handlers.clear()
-_tracer.propagate = True
+    tracer = logging.getLogger("torch.__trace")  # told about every node of a graph, which pytest would record
+    tracer.handlers.clear()
+    tracer.propagate = True
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them garbage
 
 
@@ -47,6 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     _look_no_more()
+    atexit.register(gc.unfreeze)  # or nanobind says that what is left over at the end leaks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,10 +63,6 @@ def _look_no_more() -> None:
     gc.freeze()
 
 
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real head maps, videos and golden outputs, which is not in the repository."""
@@ -75,24 +73,33 @@ def data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _torch_keeps_its_tables() -> Iterator[None]:
+    from tests.quick_tracing import tables_are_kept
+
     with tables_are_kept():
         yield
 
 
-class _OneThread(ort.SessionOptions):  # type: ignore[misc]
-    """Options of a graph whose threads nobody chose: more of them would wait on the other worker's core."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.intra_op_num_threads = 1
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _graphs_have_one_thread() -> Iterator[None]:
+    """Unless a test chooses: more threads would wait on the other worker's core."""
+    import onnxruntime as ort
+
+    class OneThread(ort.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
     with pytest.MonkeyPatch.context() as patch:
         if "PYTEST_XDIST_WORKER" in os.environ:
-            patch.setattr(ort, "SessionOptions", _OneThread)
+            patch.setattr(ort, "SessionOptions", OneThread)
         yield
+
+
+WHITE = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de00"
+    "00000c49444154789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082"
+)
+"""A PNG of one white pixel."""
 
 
 @contextmanager
@@ -100,7 +107,10 @@ def nothing_drawn() -> Iterator[None]:
     """Pictures of a report stay white: drawing them takes most of the seconds that an analysis takes."""
     from matplotlib.figure import Figure
 
+    from forcingkv.analyze.report import page
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "_png", lambda *_: (WHITE, []))
         patch.setattr(Figure, "draw", lambda figure, renderer: None)
         yield
 
@@ -140,6 +150,10 @@ def small_spec(**changes: object) -> ModelSpec:
 
 def random_model(spec: ModelSpec, seed: int = 0) -> WanModel:
     """Random weights large enough that every part of the model shows in its output."""
+    import torch
+
+    from forcingkv.models.wan import WanModel
+
     torch.manual_seed(seed)
     model = WanModel(spec)
     with torch.no_grad():
@@ -196,6 +210,7 @@ class Ran:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     """Runs the command line with those words."""
+    from forcingkv import __main__ as command_line
 
     def call(*words: object) -> Ran:
         monkeypatch.setattr("sys.argv", ["forcingkv", *map(str, words)])

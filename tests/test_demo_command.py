@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Ran
 
-PROMPTS = 12
+PROMPTS = 6
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_a_model_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_pat
         "--geometry",
         "48x32,96x32",
         "--policies",
-        "full,forcing-kv",
+        "forcing-kv",
         "--rounds",
         1,
         "--sweep",
@@ -84,7 +84,7 @@ def test_a_model_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_pat
     assert made.code == 0, made.err
     small, large = json.loads(made.out)
     assert [result["geometry"] for result in (small, large)] == ["48x32", "96x32"]
-    assert [row["policy"] for row in small["rows"]] == ["full", "forcing-kv"]
+    assert [row["policy"] for row in small["rows"]] == ["forcing-kv"]
     assert [Path(path).name for path in large["written"]] == ["resolutions.csv", "resolutions.png"]
     assert small["heads"]["forcing-kv"] == {"static": 1, "dynamic": 2}
 
