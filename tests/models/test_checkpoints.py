@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from forcingkv.headmaps import InputError, MissingExtraError
-from forcingkv.models import tensor_files
+from forcingkv.models import hub, tensor_files
 from forcingkv.models.checkpoint import load_weights, random_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
@@ -357,7 +357,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_hub_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"needs huggingface_hub.*pip install 'forcingkv\[hub\]'"):
         load_weights(small_spec(), "a/b")
 
