@@ -1,7 +1,7 @@
 """Where in a file a model is: which entry of a torch file, and behind which common prefix of names.
 
 Entries and prefixes are looked at as one thing, the parts that stand before a name of the model, so any
-nesting of tables and any prefix is found. Nothing is chosen silently: `Choice` says what was taken, and of what.
+nesting of tables and any prefix is found. Nothing is chosen silently: `Choice` says what was taken.
 """
 
 from __future__ import annotations

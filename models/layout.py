@@ -52,8 +52,8 @@ class Part(NamedTuple):
 
     name: str
     number: int = 0
-    """Which of `count` equal parts of the tensor's rows it is."""
-    count: int = 1
+    """Which of `of` equal parts of the tensor's rows it is."""
+    of: int = 1
 
 
 @dataclass
@@ -112,8 +112,8 @@ def open_model(
     shapes, dtypes = {}, {}
     for wan, part in found.parts.items():
         rows, *rest = files.shapes[part.name] or (0,)
-        whole = rows % part.count == 0
-        shapes[wan] = (rows // part.count, *rest) if whole else files.shapes[part.name]
+        whole = rows % part.of == 0
+        shapes[wan] = (rows // part.of, *rest) if whole else files.shapes[part.name]
         dtypes[wan] = files.dtypes[part.name]
     for wan, name in found.unexpected.items():
         shapes[wan], dtypes[wan] = files.shapes[name], files.dtypes[name]
@@ -149,7 +149,7 @@ class _Reader:
 
     def _part(self, part: Part) -> Tensor:
         tensor = self._merged(part.name)
-        return tensor.chunk(part.count)[part.number] if part.count > 1 else tensor
+        return tensor.chunk(part.of)[part.number] if part.of > 1 else tensor
 
     def _merged(self, name: str) -> Tensor:
         """The weight, plus alpha / rank * B A where a LoRA lies beside it, in the weight's dtype."""
@@ -321,7 +321,7 @@ def _told(
         yield f"{where}: {len(found.scales)} weights times their scales"
     elif eight := _eight_bits(files, found):
         yield f"{where}: {eight} tensors in FP8, without scales"
-    fused = {part.name for part in found.parts.values() if part.count > 1}
+    fused = {part.name for part in found.parts.values() if part.of > 1}
     if fused:
         yield f"{where}: {len(fused)} fused projections split"
     if found.twins:
