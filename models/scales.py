@@ -85,4 +85,4 @@ def check_note(text: bytes, where: str) -> None:
         raise InputError("is not a note on how weights are stored", where=where, expected=expected) from error
     if formats - NOTED or more:
         said = ", ".join(sorted((formats - NOTED) | more))
-        raise InputError(f"says that weights are stored as {said}", where=where, expected=expected)
+        raise InputError(f"describes weights stored as {said}", where=where, expected=expected)
