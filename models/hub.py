@@ -62,11 +62,12 @@ def hub_place(place: str | Path, local: str) -> HubPlace:
     if match is None or match["repository"].endswith(_FILES):
         what = "cannot be read: there is no such file or folder"
         raise InputError(what, where=str(place), expected=f"{local}, or a repository on the hub ({FORM})")
-    path = match["path"]
-    if path and (path.startswith("/") or "\\" in path or ".." in PurePosixPath(path).parts):
-        what = f"names {path!r}, which is no place in a repository"
+    path, revision = match["path"], match["revision"]
+    inner = f"{revision or 'main'}/{path or '.'}"
+    if (path or "").startswith("/") or "\\" in inner or ".." in PurePosixPath(inner).parts:
+        what = f"names {inner!r}, which is no place in a repository"
         raise InputError(what, where=str(place), expected="a relative name without '..'")
-    return HubPlace(match["repository"], match["revision"], path and str(PurePosixPath(path)))
+    return HubPlace(match["repository"], revision, path and str(PurePosixPath(path)))
 
 
 def hub_id(place: str | Path, local: str) -> str:
@@ -115,7 +116,11 @@ def list_files(place: HubPlace) -> Listing:
 def _fetched_before(place: HubPlace) -> Path | None:
     """The folder in the cache that holds what was fetched of a revision."""
     import huggingface_hub
+    from huggingface_hub import constants
 
+    home = Path(constants.HF_HUB_CACHE) / f"models--{place.repository.replace('/', '--')}"
+    if place.revision and (home / "snapshots" / place.revision).is_dir():
+        return home / "snapshots" / place.revision
     try:
         return Path(
             huggingface_hub.snapshot_download(

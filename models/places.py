@@ -106,7 +106,8 @@ def _on_hub(spec: ModelSpec, place: HubPlace, progress: Callable[[str], None]) -
     remark = f" ({listing.remark})" if listing.remark else ""
     taken = f"{place.repository}, revision {listing.commit[:12]}{remark}: {meant.file}{lora}{meant.why}"
     # A named file is taken without the LoRA of the model's own files, as a file on this machine is.
-    again = HubPlace(place.repository, listing.commit, None if meant.lora else meant.file)
+    pinned = place.revision if listing.folder else listing.commit
+    again = HubPlace(place.repository, pinned, None if meant.lora else meant.file)
     return Located(folder / meant.file, folder / meant.lora if meant.lora else None, str(again), (taken,))
 
 

@@ -33,7 +33,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def into_cache(
     folder: Path, cache: Path, repository: str = "me/ckpt", only: Callable[[str], bool] = bool
 ) -> Path:
-    """Put a folder's files into a cache as the hub's client keeps them: the snapshot, of links into `blobs`."""
+    """Put a folder's files into a cache as the hub's client keeps it: a snapshot of links into `blobs`."""
     home = cache / f"models--{repository.replace('/', '--')}"
     (home / "refs").mkdir(parents=True, exist_ok=True)
     (home / "blobs").mkdir(exist_ok=True)
@@ -177,7 +177,7 @@ def test_how_places_on_the_hub_are_written() -> None:
             InputError, match="there is no such file or folder; expected a file, or a repository"
         ):
             hub_place(text, "a file")
-    for text in ("a/b:/c", "a/b:../c", "a/b:c\\d"):
+    for text in ("a/b:/c", "a/b:../c", "a/b:c\\d", "a/b@../../c", "a/b@v1:c/../../d"):
         with pytest.raises(InputError, match="which is no place in a repository"):
             hub_place(text, "a file")
 
