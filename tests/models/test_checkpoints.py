@@ -75,7 +75,7 @@ def safetensors(layout: Callable[[State], State]) -> Callable[[State, Path], Pat
 def sharded(state: State, folder: Path) -> Path:
     """As diffusers shards: a folder `transformer` with two files and their index."""
     place = folder / "transformer"
-    place.mkdir(exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     named = in_diffusers(state)
     names = sorted(named)
     weight_map = {}

@@ -22,6 +22,8 @@ from forcingkv.models import hub
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.hub import HubPlace, hub_place
 from forcingkv.models.places import locate
+from forcingkv.models.presets import load_spec
+from forcingkv.runtime import Bundle
 from tests.conftest import Ran, random_model, small_spec
 from tests.models.test_checkpoints import FIRST, assert_same, sharded, spec_with_source, with_lora
 
@@ -332,15 +334,16 @@ def test_a_repository_that_changes_meanwhile_is_refused(online: Hub, monkeypatch
 
 
 def test_commands_say_what_they_took(run: Callable[..., Ran], tmp_path: Path) -> None:
-    from forcingkv.models.presets import load_spec
-    from forcingkv.runtime import Bundle
-
-    shipped = load_weights(load_spec("demo"))
-    state = {f"model.diffusion_model.{name}": shipped[name].clone() for name in shipped}
-    save_file(state, tmp_path / "demo.safetensors")
-    said = "demo.safetensors: the names behind the prefix model.diffusion_model."
-    words = ("export", "--model", "demo", "--policy", "full", "--no-verify", "--out", tmp_path / "bundle")
-    ran = run(*words, "--checkpoint", tmp_path / "demo.safetensors")
+    own = tmp_path / "two.toml"
+    own.write_text('base = "demo"\nname = "two"\nlayers = 1\nheads = 1\nffn_width = 32\n')
+    state = random_model(load_spec(str(own))).state_dict()
+    save_file(
+        {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()},
+        tmp_path / "c.safetensors",
+    )
+    said = "c.safetensors: the names behind the prefix model.diffusion_model."
+    words = ("export", "--model", own, "--policy", "full", "--no-verify", "--out", tmp_path / "bundle")
+    ran = run(*words, "--checkpoint", tmp_path / "c.safetensors")
     assert (ran.code, f"weights: {said}" in ran.err) == (0, True)
     assert Bundle.open(tmp_path / "bundle").manifest.taken == (said,)
     assert " ".join(run("inspect", tmp_path / "bundle").out.split()).count(f"weights {said}") == 1
