@@ -7,7 +7,7 @@ nesting of tables and any prefix is found. Nothing is chosen silently: `Choice` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from forcingkv.headmaps.errors import InputError
@@ -73,15 +73,13 @@ def find_entry(
     Raises InputError where the file has no such entry, or several hold the model and nothing says which.
     """
     names: Iterable[str] = files.shapes
-    reason = ""
-    for asked in (key, preferred):
-        inside = [name for name in files.shapes if asked and _within(files.tables.get(name, ""), asked)]
-        if inside:
-            names, reason = inside, "asked for" if asked == key else "named by the preset"
-            break
+    reason, asked = "", preferred if key is None else key
+    inside = [name for name in files.shapes if asked and _within(files.tables.get(name, ""), asked)]
+    if inside:
+        names, reason = inside, "named by the preset" if key is None else "asked for"
     found = _candidates(files, names, wanted, known)
     holding = [one for one in found if len(one.fitting) >= max(1, SHARE * len(wanted))]
-    if key is not None and reason != "asked for":
+    if key is not None and not reason:
         named = [one for one in holding if key in one.path]
         if len(named) != 1 or (len(holding) == 1 and files.entries):
             raise _no_entry(files, key)
@@ -91,7 +89,11 @@ def find_entry(
         return Choice(best, (), reason) if best else None
     if preferred and not reason and (named := [one for one in holding if preferred in one.path]):
         holding, reason = named, "named by the preset" if len(holding) > len(named) else ""
-    return _choose(files, holding, reason)
+    choice = _choose(files, holding, reason)
+    if preferred and key is None and not reason and files.entries:
+        absent = f"the file has no entry {preferred}, which the preset names"
+        return replace(choice, reason=f"{choice.reason}; {absent}" if choice.reason else absent)
+    return choice
 
 
 def _choose(files: TensorFiles, holding: Sequence[Candidate], reason: str) -> Choice:

@@ -132,7 +132,7 @@ def open_model(
 
 
 class _Reader:
-    """Makes tensors of the model of those of the files. Pickles with them."""
+    """Makes tensors of the model of those of the files."""
 
     def __init__(self, files: TensorFiles, found: _Found, alpha: float | None) -> None:
         self.files, self.found, self.alpha = files, found, alpha
@@ -174,9 +174,8 @@ def _found(files: TensorFiles, choice: Choice, known: Mapping[str, Named]) -> _F
     others = [other.prefix for other in choice.others if other.prefix]
     modules: dict[str, str] = {}
     beside: list[tuple[str, str]] = []
-    everything = (
-        not taken.prefix and len(taken.tables) > 1
-    )  # a tree of tables: nothing tells whose a tensor is
+    # In a tree of tables nothing tells whose a tensor is: all count as the model's.
+    everything = not taken.prefix and len(taken.tables) > 1
     diffusers = any(tail.startswith("condition_embedder.") for tail, _ in taken.held.values())
     for name in files.shapes:
         inner = bare(name)
@@ -241,7 +240,8 @@ def _place(
     elif extra and extra["module"] in modules:
         found.left_out.append(f"*.{extra['kind']}")
         if extra["kind"] == NOTE:
-            check_note(bytes(files.read(name).flatten().tolist()), f"{files.where}: {name}")
+            where = f"{files.where}: {name}"
+            check_note(bytes(files.read(name).flatten().view(torch.uint8).tolist()), where)
     elif lora and lora["module"] in modules:
         adapters = pairs[lora["module"]]
         if lora["side"] in adapters:

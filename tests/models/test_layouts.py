@@ -126,6 +126,11 @@ def test_of_several_entries_the_documented_one_is_taken_and_said(tmp_path: Path)
     assert_same(named, STATE)
     assert named.taken == ("c.pt: the entry generator (named by the preset)",)
     assert_same(load_pt(both, tmp_path, key="generator"), STATE)
+    other = load_pt(
+        {"generator_ema": OTHER}, tmp_path, spec=small_spec(source=PublicWeights("a/b", "c", "generator"))
+    )
+    assert_same(other, OTHER)
+    assert "no entry generator, which the preset names" in other.taken[0]
     flat = load_flat(prefixed(STATE, "generator.") | prefixed(OTHER, "generator_ema."), tmp_path)
     assert_same(flat, OTHER)
     assert "it also holds generator" in flat.taken[0]

@@ -98,8 +98,12 @@ def test_notes_of_comfyui_are_read(tmp_path: Path) -> None:
     metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
     with pytest.raises(InputError, match=r"_quantization_metadata describes weights stored as mxfp8"):
         load_flat(stored, tmp_path, metadata)
-    with pytest.raises(InputError, match="is not a note"):
-        load_flat(stored, tmp_path, {"_quantization_metadata": "no JSON"})
+    for metadata in ("no JSON", "[]", '["format"]', '{"layers": 3}', '{"layers": {"q": 3}}'):
+        with pytest.raises(InputError, match="is not a note"):
+            load_flat(stored, tmp_path, {"_quantization_metadata": metadata})
+    for odd in (torch.ones(3), torch.ones(3, dtype=torch.int64), torch.ones(0, dtype=torch.uint8)):
+        with pytest.raises(InputError, match="is not a note"):
+            load_flat(stored | {Q.replace("weight", "comfy_quant"): odd}, tmp_path)
 
 
 @pytest.mark.parametrize(
