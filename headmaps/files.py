@@ -26,12 +26,25 @@ class FileRecord:
 def inside(folder: Path, name: str) -> Path:
     """The path of a file named relative to a folder.
 
+    It may be a link to elsewhere in the folder or, in the cache of the Hugging Face hub (a folder in
+    `snapshots/REVISION`), into `blobs` of the same repository, which is what that cache consists of.
+
     Raises InputError for a name that is absolute, climbs out, or leads out through a link.
     """
     pure = PurePosixPath(name)
     plain = name and "\\" not in name and not pure.is_absolute() and ".." not in pure.parts
     path = folder / pure
-    if not plain or not path.resolve().is_relative_to(folder.resolve()):
+    real = folder.resolve()
+    allowed = [
+        real,
+        *(
+            place.parent.parent / "blobs"
+            for place in (real, *real.parents)
+            if place.parent.name == "snapshots"
+        ),
+    ]
+    target = path.resolve() if plain else path
+    if not plain or not any(target.is_relative_to(place.resolve()) for place in allowed):
         raise InputError(
             f"names the file {name!r}, which is not inside the folder",
             where=str(folder),

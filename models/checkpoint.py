@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,43 +17,16 @@ import torch
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.models.layout import open_model
+from forcingkv.models.naming import bare, to_wan
+from forcingkv.models.places import Located, locate
 from forcingkv.models.presets import shipped_file
-from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed, locate, open_tensors
+from forcingkv.models.tensor_files import Shapes, TensorFiles, listed, open_tables, open_tensors
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.spec import ModelSpec
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""What FSDP, activation checkpointing and torch.compile put into names, at any depth."""
 PREFIXES = ("base_model.model.", "model.")
 """What PEFT and the public wrappers put before names."""
-
-_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
-
-_WHOLE = {
-    "patch_embedding": "patch_embedding",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "proj_out": "head.head",
-    "scale_shift_table": "head.modulation",
-}
-"""Module outside the blocks: diffusers -> Wan."""
-
-# What Wan calls norm3 stands before cross attention; diffusers counts it second. Wan's norm1 and
-# norm2 have no weights.
-_BLOCK = {
-    "scale_shift_table": "modulation",
-    "norm2": "norm3",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-    **{f"attn1.{other}": f"self_attn.{wan}" for other, wan in _ATTENTION.items()},
-    **{f"attn2.{other}": f"cross_attn.{wan}" for other, wan in _ATTENTION.items()},
-}
-"""Module inside a block: diffusers -> Wan."""
-
-_LEAF = re.compile(r"^(?:blocks\.(?P<block>\d+)\.)?(?P<module>.+?)(?P<leaf>\.(?:weight|bias))?$")
 
 LORA_KEY = "generator_lora"
 """Entry of a `.pt` file that LongLive keeps its LoRA under."""
@@ -68,6 +41,8 @@ class Weights(Mapping[str, Tensor]):
 
     Attributes:
         shapes: name -> shape, in the order of the model's state dict.
+        taken: what was chosen of what they were read from, left out, and computed on the way, in sentences;
+            empty where there was nothing to choose.
     """
 
     def __init__(
@@ -76,7 +51,9 @@ class Weights(Mapping[str, Tensor]):
         read: Callable[[str], Tensor],
         digest: Callable[[], str | None] = lambda: None,
         opened: Callable[[], Weights] | None = None,
+        taken: Sequence[str] = (),
     ) -> None:
+        self.taken = tuple(taken)
         self.shapes, self._read, self._digest, self._opened = dict(shapes), read, digest, opened
 
     def __reduce__(self) -> tuple[Callable[[], Weights], tuple[()]]:
@@ -103,39 +80,53 @@ class Weights(Mapping[str, Tensor]):
 
 
 def load_weights(
-    spec: ModelSpec, checkpoint: str | Path | None = None, *, key: str | None = None, lora: Path | None = None
+    spec: ModelSpec,
+    checkpoint: str | Path | None = None,
+    *,
+    key: str | None = None,
+    lora: Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Weights:
     """Open a checkpoint and check it against the spec.
 
     Args:
         spec: the model.
-        checkpoint: a file, a folder or a repository on the hub, see `tensor_files.locate`; None: the
-            weights that ship with the model. Names may be Wan's or diffusers', wrapped or not.
-        key: entry of a `.pt` file, for example `generator`; None: see `models.tensor_files`.
+        checkpoint: a file, a folder or a repository on the hub, see `places.locate`; None: the
+            weights that ship with the model. Names may be Wan's or diffusers', behind any entry and prefix,
+            and weights in any form that `layout.open_model` reads.
+        key: entry of a `.pt` file, for example `generator`; None: see `models.entries`.
         lora: a LoRA in PEFT naming to merge; None: the one that comes with the checkpoint, if any.
+        progress: called with a line on what is fetched, before it is.
 
-    Raises InputError where the checkpoint cannot be read, and listing every tensor that is missing,
-    unexpected or wrongly shaped.
+    Raises InputError where the checkpoint cannot be read, nothing says which of several things is meant, and
+    listing every tensor that is missing, unexpected, wrongly shaped or no number.
     """
-    source = spec.source
-    path, own_lora = locate(spec, checkpoint) if checkpoint is not None else (_shipped(spec), None)
-    files = open_tensors(path, key, source.key if source else None)
-    names, wanted = wan_names(files), weight_shapes(spec)
-    check_fit(files, names, wanted, f"the model {spec.name}")
+    source, wanted = spec.source, weight_shapes(spec)
+    shipped = Located(_shipped(spec), None, "") if checkpoint is None else None
+    found = shipped or locate(spec, checkpoint or "", progress)
+    path, own_lora = found.path, found.lora
+    files, told = open_model(
+        open_tables(path),
+        wanted,
+        f"the model {spec.name}",
+        key=key,
+        preferred=source.key if source else None,
+        # The alpha of a file of its own is of that file: a LoRA beside other weights does not say its.
+        alpha=source.lora_alpha if source and not source.lora else None,
+    )
     added = lora or own_lora
     updates = open_tensors(added, None, LORA_KEY) if added else None
     merged = read_lora(updates, wanted, source.lora_alpha if source else None) if updates else None
 
     def read(name: str) -> Tensor:
-        tensor = files.read(names[name])
+        tensor = files.read(name)
         return merged(name, tensor) if merged else tensor
 
     def digest() -> str:
         return "+".join(each.digest() for each in (files, updates) if each)
 
-    absolute = Path(checkpoint).resolve() if checkpoint and Path(checkpoint).exists() else checkpoint
-    again = partial(load_weights, spec, absolute, key=key, lora=lora and lora.resolve())
-    return Weights(wanted, read, digest, again)
+    again = partial(load_weights, spec, found.again or None, key=key, lora=lora and lora.resolve())
+    return Weights(wanted, read, digest, again, (*found.taken, *told))
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
@@ -185,33 +176,22 @@ def _shipped(spec: ModelSpec) -> Path:
     return path
 
 
-def to_wan(name: str) -> str | None:
-    """The Wan name of a diffusers name; None if there is none."""
-    match = _LEAF.match(name)
-    number, module, leaf = match.groups("") if match else ("", "", "")
-    wan = (_BLOCK if number else _WHOLE).get(module)
-    place = f"blocks.{number}." if number else ""
-    return place + wan + leaf if wan else None
-
-
 def wan_names(files: TensorFiles) -> dict[str, str]:
     """Wan name -> name in the files, for names with or without wrappers and prefixes, in either naming.
 
     A name that neither naming knows is kept as it is, for the strict check to report. Raises
     InputError where two names of the files come to the same.
     """
-    bare = {}
+    inner_names = {}
     for name in files.shapes:
-        inner = name
-        for wrapper in WRAPPERS:
-            inner = inner.replace(wrapper, "")
+        inner = bare(name)
         for prefix in PREFIXES:
             inner = inner.removeprefix(prefix)
-        bare[name] = inner
-    if any(name.startswith("condition_embedder.") for name in bare.values()):
-        bare = {name: to_wan(inner) or inner for name, inner in bare.items()}
+        inner_names[name] = inner
+    if any(name.startswith("condition_embedder.") for name in inner_names.values()):
+        inner_names = {name: to_wan(inner) or inner for name, inner in inner_names.items()}
     found: dict[str, str] = {}
-    for name, wan in bare.items():
+    for name, wan in inner_names.items():
         if wan in found:
             raise InputError(f"{found[wan]} and {name} are both {wan}", where=str(files.where))
         found[wan] = name

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 
 from forcingkv.headmaps.errors import InputError, first_line
-from forcingkv.models.tensor_files import TensorFiles, check_fit, hub_id, open_tensors
+from forcingkv.models.hub import hub_id
+from forcingkv.models.tensor_files import TensorFiles, check_fit, open_tensors
 
 WAN_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 WAN_TOKENIZER = "google/umt5-xxl"

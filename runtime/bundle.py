@@ -126,6 +126,8 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     calibration: CalibrationRecord | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Where linear layers multiply in FP8."""
+    taken: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What was chosen of the checkpoint, in sentences; None where there was nothing to choose."""
 
     def to_text(self) -> str:
         """The file's text."""

@@ -92,11 +92,12 @@ class PublicWeights:
     file: str
     """The weights, named inside that repository."""
     key: str | None = None
-    """Entry of a `.pt` file that holds the state dict; None: see `models.tensor_files`."""
+    """Entry of a `.pt` file that holds the state dict; None: see `models.entries`."""
     lora: str | None = None
     """A LoRA in the same repository, to be merged into the weights."""
     lora_alpha: float | None = None
-    """Its alpha; a LoRA file itself does not say it. None: equal to its rank."""
+    """Its alpha; a LoRA file itself does not say it. None: equal to its rank. Without `lora`: of a LoRA that
+    lies in the file of the weights, beside them; then None is not known, and such a file is refused."""
 
 
 @dataclass(frozen=True)

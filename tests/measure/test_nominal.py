@@ -85,7 +85,14 @@ def test_counts_that_share_nothing_out_are_refused(counts: dict[str, int]) -> No
 
 @pytest.mark.parametrize(
     ("model", "static"),
-    [("self-forcing", 134), ("causal-forcing", 134), ("raven", 134), ("longlive", 154), ("krea-14b", 800)],
+    [
+        ("self-forcing", 134),
+        ("causal-forcing", 134),
+        ("raven", 134),
+        ("raven-cmgrpo", 134),
+        ("longlive", 154),
+        ("krea-14b", 800),
+    ],
 )
 def test_published_models_have_as_many_heads_of_each_label_as_published(model: str, static: int) -> None:
     spec, policy = load_spec(model), load_policy("forcing-kv")

@@ -13,7 +13,7 @@ from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy, policy_names
 from forcingkv.runtime.shipped import shipped_names
 
-PRESETS = ["causal-forcing", "krea-14b", "longlive", "raven", "self-forcing"]
+PRESETS = ["causal-forcing", "krea-14b", "longlive", "raven", "raven-cmgrpo", "self-forcing"]
 GEOMETRIES = {"480p": (60, 104, 1560), "720p": (90, 160, 3600), "1080p": (136, 240, 8160)}
 
 
@@ -51,8 +51,12 @@ SOURCES = {
     "longlive": ("Efficient-Large-Model/LongLive-1.3B", "models/longlive_base.pt", "models/lora.pt"),
     "causal-forcing": ("zhuhz22/Causal-Forcing", "chunkwise/causal_forcing.pt", None),
     "raven": ("mvp-lab/RAVEN", "raven_model.pt", None),
+    "raven-cmgrpo": ("mvp-lab/RAVEN", "cmgrpo_raven_merge.pt", None),
     "krea-14b": ("krea/krea-realtime-video", "krea-realtime-video-14b.safetensors", None),
 }
+KEYS = {"self-forcing": "generator_ema", "longlive": "generator", "causal-forcing": "generator"}
+"""Entries that the authors of a model take. The other files are flat."""
+ALPHAS = {"longlive": 256, "raven-cmgrpo": 256}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -60,6 +64,9 @@ def test_where_the_weights_are(preset: str) -> None:
     source = load_spec(preset).source
     assert source is not None
     assert (source.hub, source.file, source.lora) == SOURCES[preset]
+    assert source.lora_alpha == ALPHAS.get(preset)
+    if preset in KEYS:
+        assert source.key == KEYS[preset]
 
 
 def plan_of(preset: str, resolution: str, policy: str) -> CachePlan:

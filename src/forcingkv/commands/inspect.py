@@ -97,6 +97,8 @@ def _model(opened: Bundle) -> Iterator[str]:
     digest = f", head map {manifest.headmap[:12]}" if manifest.headmap else ""
     yield from _beside("policy", manifest.policy.name + digest)
     yield from _beside("graphs", f"compute in {manifest.compute}")
+    for sentence in manifest.taken or ():
+        yield from _beside("weights", sentence)
     kernels = manifest.kernels
     if kernels:
         names = ", ".join(dict.fromkeys(record.kernel for record in kernels))

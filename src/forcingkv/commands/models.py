@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from typer import Option
 
-from forcingkv.commands.console import default_prompts
+from forcingkv.commands.console import console, default_prompts
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.spec import ModelSpec
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 Backend: TypeAlias = Annotated[str, Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")]
 Model: TypeAlias = Annotated[str, Option(help="Preset or spec file (.toml).")]
 Checkpoint: TypeAlias = Annotated[
-    str | None, Option(help="Weights: a file, a folder or a hub id; default: those shipped.")
+    str | None,
+    Option(help="Weights: a file, a folder or a hub id (owner/name@revision:path); default: those shipped."),
 ]
 Key: TypeAlias = Annotated[
-    str | None, Option(help="Entry of a .pt file: generator_ema, generator, ...; default: the first there.")
+    str | None,
+    Option(
+        help="Entry of a .pt file: generator_ema, generator, ...; default: the preset's, or the first there."
+    ),
 ]
 Lora: TypeAlias = Annotated[
     Path | None, Option(help="LoRA (PEFT) to merge; default: the one that comes with a folder or hub id.")
@@ -42,14 +46,24 @@ Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT or a nam
 def weights_for(
     spec: ModelSpec, checkpoint: str | None, key: str | None, lora: Path | None, random: bool
 ) -> Weights:
-    """The weights that the options name. Raises InputError for options that exclude each other."""
+    """The weights that the options name; what was chosen of them is said on standard error.
+
+    Raises InputError for options that exclude each other.
+    """
     from forcingkv.models.checkpoint import load_weights, random_weights
 
     if not random:
-        return load_weights(spec, checkpoint, key=key, lora=lora)
+        weights = load_weights(spec, checkpoint, key=key, lora=lora, progress=_say)
+        for sentence in weights.taken:
+            _say(f"weights: {sentence}")
+        return weights
     if checkpoint or key or lora:
         raise InputError("use either --random-weights or --checkpoint, --key and --lora, not both")
     return random_weights(spec)
+
+
+def _say(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def text_input(spec: ModelSpec, prompt: str | None, embeds: Path | None) -> npt.NDArray[np.float32]:

@@ -1,0 +1,335 @@
+"""A model in whatever holds it: entries, prefixes, wrappers, fused projections, scales, and LoRAs beside it.
+
+`open_model` finds out what each tensor of a file is to the model, and gives the model's tensors by Wan name,
+made of those of the file when they are asked for. What was chosen, left out or computed on the way is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.models.entries import NOT_THE_MODEL, Choice, find_entry
+from forcingkv.models.naming import Named, bare, known_names
+from forcingkv.models.scales import MARK, NOTE, SCALES, check_metadata, check_note, dequantized, scale_faults
+from forcingkv.models.tensor_files import FLOATS, Shapes, TensorFiles, check_fit
+
+HEADS = ("_cls_pred_branch", "_register_tokens", "_gan_ca_blocks")
+"""Modules that training adds and generating does without; their names also come without the underscore."""
+
+BUFFERS = ("freqs", "freqs_cos", "freqs_sin", "freqs_cis", "inv_freq", "n_averaged")
+"""What else is stored beside weights: rotary angles, which are computed here, and a count of averages."""
+
+OTHER_MODELS = (
+    *NOT_THE_MODEL,
+    *("vae", "first_stage_model", "text_encoder", "text_encoders", "cond_stage_model", "conditioner"),
+    *("clip", "clip_vision", "image_encoder"),
+)
+"""What one file may hold beside a transformer, each under its own name."""
+
+_EXTRA = re.compile(
+    r"^(?P<module>.+)\.(?P<kind>scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"
+)
+_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+
+
+class Lora(NamedTuple):
+    """A LoRA that lies beside the weight it belongs to: names of A (rank, in) and B (out, rank)."""
+
+    a: str
+    b: str
+
+
+class Part(NamedTuple):
+    """Where a tensor of the model is in the files."""
+
+    name: str
+    number: int = 0
+    """Which of `of` equal parts of the tensor's rows it is."""
+    of: int = 1
+
+
+@dataclass
+class _Found:
+    """What the tensors of a file are to the model."""
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    """Wan name -> where it is."""
+    twins: dict[str, Part] = field(default_factory=dict)
+    """Wan name -> where it is once more, in a fused projection."""
+    unexpected: dict[str, str] = field(default_factory=dict)
+    """Name for messages -> name in the file."""
+    scales: dict[str, str] = field(default_factory=dict)
+    """Weight -> its scale, both by their names in the file."""
+    loras: dict[str, Lora] = field(default_factory=dict)
+    """Weight, by its name in the file -> the LoRA beside it."""
+    left_out: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def open_model(
+    files: TensorFiles,
+    wanted: Shapes,
+    what: str,
+    *,
+    key: str | None = None,
+    preferred: str | None = None,
+    alpha: float | None = None,
+) -> tuple[TensorFiles, list[str]]:
+    """The tensors of a model by Wan name, and sentences on what was taken of the files.
+
+    Args:
+        files: all tensors of a checkpoint, as `open_tables` gives them.
+        wanted: shapes of the model's tensors, by Wan name.
+        what: the model, for messages.
+        key, preferred: see `entries.find_entry`.
+        alpha: of a LoRA that lies beside the weights, unmerged; None: not known, and such a file is refused.
+
+    Weights in FP8 are given in bfloat16, which holds them exactly, those with a scale in float32, all others
+    as they are stored. Raises InputError where nothing says what is meant, and listing every tensor that is
+    missing, unexpected, wrongly shaped or stored as no number of a weight.
+    """
+    known = known_names(wanted)
+    choice = find_entry(files, wanted, known, key, preferred)
+    if choice is None:
+        names = ", ".join(sorted(files.shapes)[:5]) or "no tensors at all"
+        count = len(files.shapes)
+        fault = f"does not fit {what}: none of its {count} tensors has a name of the model; it has {names}"
+        raise InputError(fault, where=str(files.where), expected=f"names such as {next(iter(wanted))}")
+    found = _found(files, choice, known)
+    if check_metadata(files):
+        found.left_out.append("metadata on scales")
+    weights = {part.name for part in (*found.parts.values(), *found.twins.values())}
+    found.faults += scale_faults(files, found.scales, weights)
+    ranks = _check_loras(files, found)
+    shapes, dtypes = {}, {}
+    for wan, part in found.parts.items():
+        rows, *rest = files.shapes[part.name] or (0,)
+        whole = rows % part.of == 0
+        shapes[wan] = (rows // part.of, *rest) if whole else files.shapes[part.name]
+        dtypes[wan] = files.dtypes[part.name]
+    for wan, name in found.unexpected.items():
+        shapes[wan], dtypes[wan] = files.shapes[name], files.dtypes[name]
+    reader = _Reader(files, found, alpha)
+    model = replace(files, shapes=shapes, dtypes=dtypes, read=reader.read, tables={}, entries=())
+    check_fit(model, {name: name for name in shapes}, wanted, what, also=found.faults)
+    if found.loras and alpha is None:
+        beside = f"{len(found.loras)} modules of rank {ranks}"
+        raise InputError(
+            f"holds a LoRA that is not merged ({beside}), and nothing says its alpha",
+            where=str(files.where),
+            expected="merged weights, or a spec that states lora_alpha under [source]",
+            hint='Write one: base = "self-forcing", a name, and [source] with hub, file and lora_alpha.',
+        )
+    return model, list(_told(files, choice, found, alpha, ranks))
+
+
+class _Reader:
+    """Makes tensors of the model of those of the files."""
+
+    def __init__(self, files: TensorFiles, found: _Found, alpha: float | None) -> None:
+        self.files, self.found, self.alpha = files, found, alpha
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a Wan name. Raises InputError where the file holds it twice, with other values."""
+        tensor = self._part(self.found.parts[name])
+        twin = self.found.twins.get(name)
+        if twin and not torch.equal(tensor, self._part(twin).to(tensor.dtype)):
+            first = self.found.parts[name].name
+            what = f"holds {name} twice, with other values: {first} and {twin.name}"
+            raise InputError(what, where=str(self.files.where), hint="Save the one that is meant.")
+        return tensor
+
+    def _part(self, part: Part) -> Tensor:
+        tensor = self._merged(part.name)
+        return tensor.chunk(part.of)[part.number] if part.of > 1 else tensor
+
+    def _merged(self, name: str) -> Tensor:
+        """The weight, plus alpha / rank * B A where a LoRA lies beside it, in the weight's dtype."""
+        weight = self._scaled(name)
+        lora = self.found.loras.get(name)
+        if lora is None or self.alpha is None:
+            return weight
+        a, b = (self.files.read(side).float() for side in lora)
+        return (weight.float() + self.alpha / a.shape[0] * (b @ a)).to(weight.dtype)
+
+    def _scaled(self, name: str) -> Tensor:
+        tensor, scale = self.files.read(name), self.found.scales.get(name)
+        if scale:
+            return dequantized(tensor, self.files.read(scale), f"{self.files.where}: {scale}")
+        # Exact: every number of 8 bits is one of bfloat16 too.
+        return tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
+
+
+def _found(files: TensorFiles, choice: Choice, known: Mapping[str, Named]) -> _Found:
+    """Tell apart what lies where the model does: in its tables, or behind its prefix."""
+    taken, found = choice.taken, _Found()
+    others = [other.prefix for other in choice.others if other.prefix]
+    modules: dict[str, str] = {}
+    beside: list[tuple[str, str]] = []
+    # In a tree of tables nothing tells whose a tensor is: all count as the model's.
+    everything = not taken.prefix and len(taken.tables) > 1
+    diffusers = any(tail.startswith("condition_embedder.") for tail, _ in taken.held.values())
+    for name in files.shapes:
+        inner = bare(name)
+        behind = _after(taken.prefix, inner)
+        prefixed = bool(taken.prefix) and behind is not None
+        if not (prefixed or everything or files.tables.get(name, "") in taken.tables):
+            continue
+        if any(_after(other, inner) for other in others if _after(other, taken.prefix) is None):
+            continue
+        named = known.get(behind) if behind else None
+        if named is None or (named.diffusers and not diffusers):
+            beside.append((name, behind or ""))
+        elif named.fused:
+            for number, wan in enumerate(named.wan):
+                found.twins[wan] = Part(name, number, len(named.wan))
+        else:
+            (wan,) = named.wan
+            if wan in found.parts:
+                _refuse_both(files, found.parts[wan].name, name, wan)
+            found.parts[wan] = Part(name)
+        if named and behind and behind.endswith(".weight"):
+            modules[behind.removesuffix(".weight")] = name
+    for wan in found.twins.keys() - found.parts.keys():
+        found.parts[wan] = found.twins.pop(wan)
+    pairs: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
+    for name, behind in beside:
+        _place(files, taken.prefix, name, behind, modules, pairs, known, found)
+    _pair(pairs, modules, found)
+    return found
+
+
+def _after(prefix: str, name: str) -> str | None:
+    """What follows a prefix in a name; None where the name does not begin with it."""
+    if not prefix:
+        return name
+    return name[len(prefix) + 1 :] if name.startswith(prefix + ".") else None
+
+
+def _refuse_both(files: TensorFiles, first: str, second: str, wan: str) -> None:
+    raise InputError(f"{first} and {second} are both {wan}", where=str(files.where))
+
+
+def _place(
+    files: TensorFiles,
+    prefix: str,
+    name: str,
+    behind: str,
+    modules: Mapping[str, str],
+    pairs: dict[str, dict[str, tuple[str, str]]],
+    known: Mapping[str, Named],
+    found: _Found,
+) -> None:
+    """Say what a tensor is that is none of the model's."""
+    extra, lora = _EXTRA.match(behind), _LORA.match(behind)
+    inner = _beside(prefix, bare(name))
+    first, last = inner.split(".")[0], inner.split(".")[-1]
+    if extra and extra["module"] in modules and extra["kind"] in SCALES:
+        weight = modules[extra["module"]]
+        if weight in found.scales:
+            _refuse_both(files, found.scales[weight], name, f"the scale of {weight}")
+        found.scales[weight] = name
+    elif extra and extra["module"] in modules:
+        found.left_out.append(f"*.{extra['kind']}")
+        if extra["kind"] == NOTE:
+            where = f"{files.where}: {name}"
+            check_note(bytes(files.read(name).flatten().view(torch.uint8).tolist()), where)
+    elif lora and lora["module"] in modules:
+        adapters = pairs[lora["module"]]
+        if lora["side"] in adapters:
+            _refuse_both(files, adapters[lora["side"]][0], name, f"lora_{lora['side']} of {lora['module']}")
+        adapters[lora["side"]] = name, lora["adapter"] or ""
+    elif first in HEADS or f"_{first}" in HEADS or first in OTHER_MODELS:
+        found.left_out.append(f"{first}.*" if first != inner else first)
+    elif last in BUFFERS or inner == MARK:
+        found.left_out.append(f"*.{last}" if last != inner else last)
+    else:
+        parts = bare(name).split(".")
+        for start in range(len(parts)):
+            named = known.get(".".join(parts[start:]))
+            if named and not named.fused and named.wan[0] in found.parts and not named.diffusers:
+                _refuse_both(files, found.parts[named.wan[0]].name, name, named.wan[0])
+        found.unexpected[behind or name] = name
+
+
+def _beside(prefix: str, name: str) -> str:
+    """A name without the parts that it has in common with a prefix."""
+    ours, parts = prefix.split(".") if prefix else [], name.split(".")
+    common = 0
+    while common < min(len(ours), len(parts) - 1) and ours[common] == parts[common]:
+        common += 1
+    return ".".join(parts[common:])
+
+
+def _pair(
+    pairs: Mapping[str, Mapping[str, tuple[str, str]]], modules: Mapping[str, str], found: _Found
+) -> None:
+    for module, sides in pairs.items():
+        if len({adapter for _, adapter in sides.values()}) != 1 or set(sides) != {"A", "B"}:
+            found.faults.append(
+                f"{module} has of a LoRA only {', '.join(name for name, _ in sides.values())}"
+            )
+        else:
+            found.loras[modules[module]] = Lora(sides["A"][0], sides["B"][0])
+
+
+def _check_loras(files: TensorFiles, found: _Found) -> str:
+    """Add what is wrong with LoRAs beside weights to the faults; returns their ranks, for messages."""
+    ranks = set()
+    for weight, (a, b) in found.loras.items():
+        (rank, *inner), (outer, *second) = files.shapes[a] or (0,), files.shapes[b] or (0,)
+        ranks.add(rank)
+        if [rank] != second or (outer, *inner) != files.shapes[weight] or len(inner) != 1:
+            shapes = f"{files.shapes[a]} and {files.shapes[b]}"
+            found.faults.append(f"{a} and {b} are {shapes}, which do not make {files.shapes[weight]}")
+        wrong = [name for name in (a, b) if files.dtypes[name] not in FLOATS]
+        found.faults += [f"{name} is stored as {files.dtypes[name]}" for name in wrong]
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def _told(
+    files: TensorFiles, choice: Choice, found: _Found, alpha: float | None, ranks: str
+) -> Iterable[str]:
+    """What was chosen, left out and computed, a sentence each; nothing where there was nothing to choose."""
+    taken, where = choice.taken, files.where.name
+    entry = taken.entry
+    inner = ".".join(taken.path)[len(entry) :].lstrip(".") if entry else ".".join(taken.path)
+    if entry:
+        others = ", ".join(".".join(one.path) or "the file itself" for one in choice.others)
+        why = f" ({choice.reason}; it also holds {others})" if others else ""
+        why = why or (f" ({choice.reason})" if choice.reason else "")
+        yield f"{where}: the entry {entry}{why}"
+    if inner:
+        others = ", ".join(".".join(one.path) or "none" for one in choice.others) if not entry else ""
+        why = f" ({choice.reason}; it also holds {others})" if others else ""
+        yield f"{where}: the names behind the prefix {inner}.{why}"
+    if found.left_out:
+        counted = Counter(found.left_out)
+        names = ", ".join(
+            name if count == 1 else f"{name} ({count})" for name, count in sorted(counted.items())
+        )
+        yield f"{where}: left out, since the model does without: {names}"
+    if found.scales:
+        yield f"{where}: {len(found.scales)} weights times their scales"
+    elif eight := _eight_bits(files, found):
+        yield f"{where}: {eight} tensors in FP8, without scales"
+    fused = {part.name for part in found.parts.values() if part.of > 1}
+    if fused:
+        yield f"{where}: {len(fused)} fused projections split"
+    if found.twins:
+        yield f"{where}: {len(found.twins)} tensors also lie in fused projections, and are compared"
+    if found.loras:
+        yield f"{where}: the LoRA beside {len(found.loras)} weights merged, alpha {alpha:g}, rank {ranks}"
+
+
+def _eight_bits(files: TensorFiles, found: _Found) -> int:
+    names = {part.name for part in found.parts.values()}
+    return sum(files.dtypes[name].startswith("float8") for name in names)

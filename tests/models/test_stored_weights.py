@@ -1,0 +1,324 @@
+"""Weights in forms that other tools store them in: FP8, integers, fused projections, a LoRA beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from forcingkv.headmaps import InputError
+from forcingkv.runtime.spec import PublicWeights
+from tests.conftest import random_model, small_spec
+from tests.models.test_checkpoints import assert_same, in_diffusers, prefixed
+from tests.models.test_layouts import SPEC, STATE, Q, State, load_flat, load_pt
+
+FP8 = torch.float8_e4m3fn
+MATRICES = [name for name, tensor in STATE.items() if tensor.dim() == 2 and name.endswith(".weight")]
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2])
+def test_plain_fp8_is_cast_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    eight = {name: tensor.to(dtype) for name, tensor in STATE.items()}
+    weights = load_flat(eight, tmp_path)
+    assert all(weights[name].dtype == torch.bfloat16 for name in STATE)
+    assert all(torch.equal(weights[name].float(), eight[name].float()) for name in STATE)
+    assert weights.taken == (f"c.safetensors: {len(STATE)} tensors in FP8, without scales",)
+    assert all(torch.equal(load_pt(eight, tmp_path)[name].float(), eight[name].float()) for name in MATRICES)
+
+
+def scaled(
+    key: str, shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: ()
+) -> tuple[State, State]:
+    """A checkpoint in scaled FP8, and what it stands for, in float64 by another way than the reader's."""
+    torch.manual_seed(3)
+    stored: State = {}
+    meant: State = {}
+    for name, tensor in STATE.items():
+        if name not in MATRICES:
+            stored[name] = meant[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        scale = torch.rand(shape(rows, columns)) + 0.5
+        stored[name] = (tensor * 4).to(FP8)
+        stored[name.removesuffix("weight") + key] = scale
+        values = stored[name].double()
+        for row in range(rows):
+            if scale.dim() == 3:
+                width = columns // scale.shape[1]
+                for block in range(scale.shape[1]):
+                    values[row, block * width : (block + 1) * width] *= float(scale[row, block, 0])
+            else:
+                values[row] *= float(scale.flatten()[row if scale.numel() > 1 else 0])
+        meant[name] = values.float()
+    return stored, meant
+
+
+SCALES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
+    "one number": lambda rows, columns: (),
+    "one in a list": lambda rows, columns: (1,),
+    "a row": lambda rows, columns: (rows,),
+    "a column": lambda rows, columns: (rows, 1),
+    "blocks": lambda rows, columns: (rows, 2, 1),
+}
+
+
+@pytest.mark.parametrize("key", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("shape", SCALES)
+def test_scaled_fp8_is_what_it_stands_for(key: str, shape: str, tmp_path: Path) -> None:
+    stored, meant = scaled(key, SCALES[shape])
+    stored["scaled_fp8"] = torch.zeros(2, dtype=FP8)
+    stored |= {name.replace("weight", "scale_input"): torch.ones(()) for name in MATRICES}
+    weights = load_flat(prefixed(stored, "model.diffusion_model."), tmp_path)
+    for name in STATE:
+        torch.testing.assert_close(weights[name].float(), meant[name], rtol=1e-6, atol=0)
+    assert f"c.safetensors: {len(MATRICES)} weights times their scales" in weights.taken
+    assert f"*.scale_input ({len(MATRICES)})" in " ".join(weights.taken)
+
+
+def note(**said: Any) -> Tensor:
+    return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+
+
+def test_notes_of_comfyui_are_read(tmp_path: Path) -> None:
+    stored, meant = scaled("weight_scale")
+    notes = {name.replace("weight", "comfy_quant"): note(format="float8_e4m3fn") for name in MATRICES}
+    layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in MATRICES}
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    weights = load_flat(stored | notes, tmp_path, metadata)
+    torch.testing.assert_close(weights[Q], meant[Q], rtol=1e-6, atol=0)
+    notes[Q.replace("weight", "comfy_quant")] = note(format="float8_e4m3fn", convrot=True)
+    with pytest.raises(InputError, match=r"comfy_quant describes weights stored as convrot"):
+        load_flat(stored | notes, tmp_path)
+    layers["blocks.0.ffn.0"] = {"format": "mxfp8"}
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    with pytest.raises(InputError, match=r"_quantization_metadata describes weights stored as mxfp8"):
+        load_flat(stored, tmp_path, metadata)
+    for metadata in ("no JSON", "[]", '["format"]', '{"layers": 3}', '{"layers": {"q": 3}}'):
+        with pytest.raises(InputError, match="is not a note"):
+            load_flat(stored, tmp_path, {"_quantization_metadata": metadata})
+    for odd in (torch.ones(3), torch.ones(3, dtype=torch.int64), torch.ones(0, dtype=torch.uint8)):
+        with pytest.raises(InputError, match="is not a note"):
+            load_flat(stored | {Q.replace("weight", "comfy_quant"): odd}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(Q.replace("weight", "scale_weight")), f"1 tensors: missing the scale of {Q}"),
+        (
+            lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones(5)}),
+            r"is \(5,\), which is no known scale",
+        ),
+        (
+            lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones(2, dtype=torch.uint8)}),
+            r"is \(2,\), which is no known scale",
+        ),
+        (
+            lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones((), dtype=torch.uint8)}),
+            "is stored as U8, which is no known scale",
+        ),
+        (lambda s: s.update({Q.replace("weight", "weight_scale"): torch.ones(())}), "are both the scale of"),
+        (
+            lambda s: s.update({Q.replace("weight", "weight_scale_inv"): torch.ones(())}),
+            "unexpected .*weight_scale_inv",
+        ),
+        (
+            lambda s: s.update({"blocks.9.x.scale_weight": torch.ones(())}),
+            "unexpected blocks.9.x.scale_weight",
+        ),
+    ],
+)
+def test_spoilt_scales_are_refused(change: Callable[[State], object], message: str, tmp_path: Path) -> None:
+    stored, _ = scaled("scale_weight")
+    change(stored)
+    with pytest.raises(InputError, match=message):
+        load_flat(stored, tmp_path)
+
+
+def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    stored, _ = scaled("scale_weight")
+    stored[Q.replace("weight", "scale_weight")] = torch.tensor(float("nan"))
+    with pytest.raises(InputError, match="scale_weight is not finite"):
+        load_flat(stored, tmp_path)[Q]
+
+
+def test_all_marked_as_scaled_and_no_scale_is_refused(tmp_path: Path) -> None:
+    plain = {name: tensor.to(FP8) for name, tensor in STATE.items()}
+    with pytest.raises(InputError, match="missing the scale of"):
+        load_flat(plain | {"scaled_fp8": torch.zeros(0, dtype=FP8)}, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
+def test_integers_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    spoilt = STATE | {Q: STATE[Q].to(dtype)}
+    for load in (load_flat, load_pt):
+        with pytest.raises(InputError, match=rf"1 tensors: {Q} is stored as"):
+            load(spoilt, tmp_path)
+    with pytest.raises(InputError, match=f"{len(STATE)} tensors"):
+        load_pt({name: tensor.to(dtype) for name, tensor in STATE.items()}, tmp_path)
+
+
+def test_tensors_without_contents_are_refused(tmp_path: Path) -> None:
+    for spoilt in (STATE[Q].to("meta"), STATE[Q].to_sparse()):
+        with pytest.raises(InputError, match=f"1 tensors: {Q} is stored as float32 "):
+            load_pt(STATE | {Q: spoilt}, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_floats_are_read_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    assert_same(
+        load_flat({n: t.to(dtype) for n, t in STATE.items()}, tmp_path),
+        {n: t.to(dtype) for n, t in STATE.items()},
+    )
+
+
+def fused(state: State, keep: bool) -> State:
+    """As `fuse_projections` leaves a model, in either naming; `keep`: its parts are there too."""
+    made = dict(state)
+    for attention, parts, module in (
+        ("self_attn", "q k v", "to_qkv"),
+        ("cross_attn", "k v", "to_kv"),
+        ("attn1", "to_q to_k to_v", "to_qkv"),
+        ("attn2", "to_k to_v", "to_kv"),
+    ):
+        for block in range(SPEC.layers):
+            for leaf in ("weight", "bias"):
+                names = [f"blocks.{block}.{attention}.{part}.{leaf}" for part in parts.split()]
+                if names[0] in state:
+                    made[f"blocks.{block}.{attention}.{module}.{leaf}"] = torch.cat([state[n] for n in names])
+                    for name in names if not keep else ():
+                        del made[name]
+    return made
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["alone", "beside their parts"])
+@pytest.mark.parametrize("naming", [dict, in_diffusers], ids=["wan", "diffusers"])
+def test_fused_projections_are_split(naming: Any, keep: bool, tmp_path: Path) -> None:
+    weights = load_flat(fused(naming(STATE), keep), tmp_path)
+    assert_same(weights, STATE)
+    assert "fused projections" in weights.taken[-1]
+
+
+def test_fused_projections_as_diffusers_makes_them(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    width = SPEC.heads * SPEC.head_dim
+    model = WanTransformer3DModel(
+        patch_size=(1, SPEC.patch, SPEC.patch),
+        num_attention_heads=SPEC.heads,
+        attention_head_dim=SPEC.head_dim,
+        in_channels=SPEC.latent_channels,
+        out_channels=SPEC.latent_channels,
+        text_dim=SPEC.text_width,
+        freq_dim=SPEC.time_width,
+        ffn_dim=SPEC.ffn_width,
+        num_layers=SPEC.layers,
+        rope_max_seq_len=8,
+    )
+    model.load_state_dict(in_diffusers(STATE))
+    model.fuse_qkv_projections()
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    assert state["blocks.0.attn1.to_qkv.weight"].shape == (3 * width, width)
+    assert_same(load_flat(state, tmp_path), STATE)
+
+
+def test_fused_projections_that_contradict_their_parts_are_refused(tmp_path: Path) -> None:
+    spoilt = fused(STATE, keep=True)
+    spoilt["blocks.1.self_attn.to_qkv.weight"][0, 0] += 1
+    weights = load_flat(spoilt, tmp_path)
+    with pytest.raises(InputError, match=rf"holds {Q} twice, with other values"):
+        weights[Q]
+    assert torch.equal(weights[Q.replace(".q.", ".k.")], STATE[Q.replace(".q.", ".k.")])
+
+
+@pytest.mark.parametrize("rows", [-36, -1, 1])
+def test_fused_projections_of_another_size_are_refused(rows: int, tmp_path: Path) -> None:
+    spoilt = fused(STATE, keep=False)
+    whole = spoilt["blocks.1.self_attn.to_qkv.weight"]
+    spoilt["blocks.1.self_attn.to_qkv.weight"] = torch.zeros(len(whole) + rows, whole.shape[1])
+    with pytest.raises(InputError, match=rf"3 tensors: blocks.1.self_attn.k.weight is .*{Q} is"):
+        load_flat(spoilt, tmp_path)
+
+
+def wrapped_by_peft(alpha: float) -> tuple[State, State]:
+    """A model that PEFT has put a LoRA of rank 4 into, unmerged, and what PEFT itself merges it to."""
+    import peft
+
+    model = random_model(SPEC)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=alpha, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2", "head.head"]
+    )
+    wrapped = peft.get_peft_model(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    state = {name: tensor.detach().clone() for name, tensor in wrapped.state_dict().items()}
+    merged = {name: tensor.clone() for name, tensor in wrapped.merge_and_unload().state_dict().items()}
+    return state, merged
+
+
+ALPHA_12 = small_spec(source=PublicWeights("a/b", "c", lora_alpha=12.0))
+
+
+@pytest.mark.parametrize("layout", ["peft", "another prefix", "old peft"])
+def test_a_file_wrapped_by_peft_is_merged(layout: str, tmp_path: Path) -> None:
+    state, merged = wrapped_by_peft(12)
+    if layout == "another prefix":
+        state = prefixed(state, "backbone.")
+    if layout == "old peft":  # which kept the weight's own name
+        state = {name.replace(".base_layer", ""): tensor for name, tensor in state.items()}
+    weights = load_pt({"generator": state}, tmp_path, spec=ALPHA_12)
+    assert set(weights) == set(merged)
+    for name, expected in merged.items():
+        torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-6)
+    assert not torch.equal(weights[Q], STATE[Q])
+    pairs = sum(".lora_A." in name for name in state)
+    assert weights.taken[-1] == f"c.pt: the LoRA beside {pairs} weights merged, alpha 12, rank 4"
+
+
+def test_a_file_wrapped_by_peft_needs_its_alpha(tmp_path: Path) -> None:
+    state, _ = wrapped_by_peft(12)
+    with pytest.raises(InputError, match=r"holds a LoRA that is not merged .*rank 4.*nothing says its alpha"):
+        load_pt(state, tmp_path)
+    of_another = small_spec(source=PublicWeights("a/b", "c", lora="l", lora_alpha=6.0))
+    with pytest.raises(InputError, match="nothing says its alpha"):
+        load_pt(state, tmp_path, spec=of_another)
+
+
+A = "base_model.model." + Q.replace("weight", "lora_A.default.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(A), "has of a LoRA only .*lora_B.default.weight"),
+        (
+            lambda s: s.update({A: torch.ones(5, 36)}),
+            r"are \(5, 36\) and \(36, 4\), which do not make \(36, 36\)",
+        ),
+        (
+            lambda s: s.update({A: torch.ones(4, 36, dtype=torch.int8)}),
+            "lora_A.default.weight is stored as int8",
+        ),
+        (lambda s: s.update({A.replace("default", "other"): torch.ones(4, 36)}), "are both lora_A of"),
+        (
+            lambda s: s.update({A.replace("lora_A", "lora_magnitude_vector"): torch.ones(36)}),
+            "unexpected .*lora_magnitude_vector",
+        ),
+        (lambda s: s.update({A.replace(".q.", ".x."): torch.ones(4, 36)}), "unexpected .*self_attn.x.lora_A"),
+    ],
+)
+def test_a_spoilt_lora_beside_weights_is_refused(
+    change: Callable[[State], object], message: str, tmp_path: Path
+) -> None:
+    state, _ = wrapped_by_peft(12)
+    change(state)
+    with pytest.raises(InputError, match=message):
+        load_pt(state, tmp_path, spec=ALPHA_12)
