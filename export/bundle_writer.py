@@ -33,6 +33,7 @@ from forcingkv.export.verify import fp8_differences, graph_difference
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import new_folder, record_file
 from forcingkv.headmaps.headmap import HeadMap
+from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
 from forcingkv.models.wan import WanModel
@@ -168,6 +169,7 @@ def export_bundle(
             kernels=tuple(bundle.kernels),
             warnings=tuple(warnings_of(plan, precision.compute)),
             calibration=bundle.calibration,
+            loras=(weights.loras or None) if isinstance(weights, Weights) else None,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest

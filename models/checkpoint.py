@@ -1,7 +1,7 @@
 """Weights of a model by Wan name, read one at a time: from a checkpoint, merged, or drawn at random.
 
 A checkpoint may name its tensors as Wan or as diffusers does, with or without the wrappers that training
-leaves around names, and a LoRA of PEFT may come with it.
+leaves around names, and LoRAs may be added to it (`models.lora`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.models.lora import Lora, LoraLike, Merger, OpenLora, asked, open_loras, separated
 from forcingkv.models.presets import shipped_file
-from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed, locate, open_tensors
+from forcingkv.models.tensor_files import TensorFiles, check_fit, locate, open_tensors
 from forcingkv.models.wan import WanModel
+from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import ModelSpec
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -55,11 +58,6 @@ _BLOCK = {
 
 _LEAF = re.compile(r"^(?:blocks\.(?P<block>\d+)\.)?(?P<module>.+?)(?P<leaf>\.(?:weight|bias))?$")
 
-LORA_KEY = "generator_lora"
-"""Entry of a `.pt` file that LongLive keeps its LoRA under."""
-
-_LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
-
 
 class Weights(Mapping[str, Tensor]):
     """The tensors of a model by Wan name. A tensor is read when it is asked for, and not kept.
@@ -76,8 +74,10 @@ class Weights(Mapping[str, Tensor]):
         read: Callable[[str], Tensor],
         digest: Callable[[], str | None] = lambda: None,
         opened: Callable[[], Weights] | None = None,
+        loras: Callable[[], tuple[LoraRecord, ...]] = tuple,
     ) -> None:
         self.shapes, self._read, self._digest, self._opened = dict(shapes), read, digest, opened
+        self._loras = loras
 
     def __reduce__(self) -> tuple[Callable[[], Weights], tuple[()]]:
         if self._opened is None:
@@ -86,11 +86,16 @@ class Weights(Mapping[str, Tensor]):
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of what they were read from (with a LoRA: both, joined by "+"); None for random weights.
+        """SHA-256 of what they were read from; None for random weights. Reads the files through.
 
-        Reads the files through.
+        With LoRAs: each joined by "+", with its configuration and its strength (`OpenLora.digest`).
         """
         return self._digest()
+
+    @property
+    def loras(self) -> tuple[LoraRecord, ...]:
+        """What was merged into them, the preset's own first. Reads the files of the LoRAs through."""
+        return self._loras()
 
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name)
@@ -103,7 +108,12 @@ class Weights(Mapping[str, Tensor]):
 
 
 def load_weights(
-    spec: ModelSpec, checkpoint: str | Path | None = None, *, key: str | None = None, lora: Path | None = None
+    spec: ModelSpec,
+    checkpoint: str | Path | None = None,
+    *,
+    key: str | None = None,
+    lora: LoraLike | Sequence[LoraLike] | None = None,
+    preset_lora: bool = True,
 ) -> Weights:
     """Open a checkpoint and check it against the spec.
 
@@ -112,30 +122,38 @@ def load_weights(
         checkpoint: a file, a folder or a repository on the hub, see `tensor_files.locate`; None: the
             weights that ship with the model. Names may be Wan's or diffusers', wrapped or not.
         key: entry of a `.pt` file, for example `generator`; None: see `models.tensor_files`.
-        lora: a LoRA in PEFT naming to merge; None: the one that comes with the checkpoint, if any.
+        lora: LoRAs to merge, one or several: paths, texts FILE:STRENGTH, or `models.lora.Lora`. They are
+            added to the one that comes with the checkpoint, if any.
+        preset_lora: whether that one is merged.
 
-    Raises InputError where the checkpoint cannot be read, and listing every tensor that is missing,
-    unexpected or wrongly shaped.
+    Weights that a LoRA changes come in float32, the others in the checkpoint's dtype. Raises InputError where
+    the checkpoint or a LoRA cannot be read, and listing every tensor that is missing, unexpected or wrongly
+    shaped.
     """
-    source = spec.source
-    path, own_lora = locate(spec, checkpoint) if checkpoint is not None else (_shipped(spec), None)
-    files = open_tensors(path, key, source.key if source else None)
+    source, loras = spec.source, asked(lora)
+    if not preset_lora and (source is None or source.lora is None):
+        raise InputError(f"{spec.name} has no LoRA of its own to leave out", where="--no-preset-lora")
+    sought = spec if preset_lora else replace(spec, source=replace(source, lora=None))  # type: ignore[type-var]
+    path, own = locate(sought, checkpoint) if checkpoint is not None else (_shipped(spec), None)
+    files, inner = separated(open_tensors(path, key, source.key if source else None))
     names, wanted = wan_names(files), weight_shapes(spec)
     check_fit(files, names, wanted, f"the model {spec.name}")
-    added = lora or own_lora
-    updates = open_tensors(added, None, LORA_KEY) if added else None
-    merged = read_lora(updates, wanted, source.lora_alpha if source else None) if updates else None
+    aliases = diffusers_layers(wanted)
+    added = [OpenLora(inner, 1.0, wanted, aliases)] if inner else []
+    added += open_loras(loras, own, source, path, wanted, aliases)
+    merger = Merger(added)
 
     def read(name: str) -> Tensor:
-        tensor = files.read(names[name])
-        return merged(name, tensor) if merged else tensor
+        return merger.merged(name, files.read(names[name]))
 
     def digest() -> str:
-        return "+".join(each.digest() for each in (files, updates) if each)
+        outside = (one.digest for one in merger.loras if one.files is not inner)
+        return "+".join([files.digest(), *outside])
 
     absolute = Path(checkpoint).resolve() if checkpoint and Path(checkpoint).exists() else checkpoint
-    again = partial(load_weights, spec, absolute, key=key, lora=lora and lora.resolve())
-    return Weights(wanted, read, digest, again)
+    found = tuple(Lora(one.path.resolve(), one.strength) for one in loras)
+    again = partial(load_weights, spec, absolute, key=key, lora=found, preset_lora=preset_lora)
+    return Weights(wanted, read, digest, again, lambda: tuple(one.record for one in merger.loras))
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
@@ -194,6 +212,20 @@ def to_wan(name: str) -> str | None:
     return place + wan + leaf if wan else None
 
 
+def diffusers_layers(names: Iterable[str]) -> dict[str, str]:
+    """Diffusers' name of each layer of a model -> Wan's. `names`: those of its tensors, Wan's."""
+    inside, outside = ({wan: other for other, wan in table.items()} for table in (_BLOCK, _WHOLE))
+    found = {}
+    for name in names:
+        layer = name.removesuffix(".weight").removesuffix(".bias")
+        block = re.match(r"blocks\.\d+\.", layer)
+        place = block[0] if block else ""
+        other = (inside if place else outside).get(layer.removeprefix(place))
+        if other:
+            found[place + other] = layer
+    return found
+
+
 def wan_names(files: TensorFiles) -> dict[str, str]:
     """Wan name -> name in the files, for names with or without wrappers and prefixes, in either naming.
 
@@ -216,42 +248,3 @@ def wan_names(files: TensorFiles) -> dict[str, str]:
             raise InputError(f"{found[wan]} and {name} are both {wan}", where=str(files.where))
         found[wan] = name
     return found
-
-
-def read_lora(files: TensorFiles, shapes: Shapes, alpha: float | None) -> Callable[[str, Tensor], Tensor]:
-    """Read and check a LoRA against the shapes of the weights (by Wan name).
-
-    Returns (name, weight) -> the weight plus alpha / rank * B A, computed in float32, in the weight's dtype;
-    alpha None: equal to the rank. Raises InputError listing every tensor that has no partner, no weight, or
-    the wrong shape.
-    """
-    sides: dict[str, dict[str, str]] = {}
-    faults = []
-    for wan, name in wan_names(files).items():
-        match = _LORA_NAME.match(wan)
-        if match is None:
-            faults.append(f"unexpected {name}")
-        else:
-            sides.setdefault(f"{match['module']}.weight", {})[match["side"]] = name
-    for weight, pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            faults.append(f"{weight} has only {', '.join(pair.values())}")
-        elif weight not in shapes:
-            faults.append(f"the model has no {weight}")
-        else:
-            a, b = files.shapes[pair["A"]], files.shapes[pair["B"]]
-            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != shapes[weight]:
-                faults.append(f"A {a} and B {b} do not make {weight} {shapes[weight]}")
-    if not sides and not faults:
-        faults.append("no lora_A and lora_B")
-    if faults:
-        raise InputError(f"is not a LoRA of this model: {listed(faults)}", where=str(files.where))
-
-    def merged(name: str, weight: Tensor) -> Tensor:
-        if name not in sides:
-            return weight
-        a, b = (files.read(sides[name][side]).float() for side in "AB")
-        scale = 1.0 if alpha is None else alpha / a.shape[0]
-        return (weight.float() + scale * (b @ a)).to(weight.dtype)
-
-    return merged

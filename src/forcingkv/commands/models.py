@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from typer import Option
 
-from forcingkv.commands.console import default_prompts
+from forcingkv.commands.console import console, default_prompts
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.spec import ModelSpec
@@ -28,8 +28,16 @@ Checkpoint: TypeAlias = Annotated[
 Key: TypeAlias = Annotated[
     str | None, Option(help="Entry of a .pt file: generator_ema, generator, ...; default: the first there.")
 ]
-Lora: TypeAlias = Annotated[
-    Path | None, Option(help="LoRA (PEFT) to merge; default: the one that comes with a folder or hub id.")
+Loras: TypeAlias = Annotated[
+    list[str] | None,
+    Option(
+        "--lora",
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to merge: a file or folder, then its strength if not 1; may be given again.",
+    ),
+]
+NoPresetLora: TypeAlias = Annotated[
+    bool, Option("--no-preset-lora", help="Leave out the LoRA that the model's public weights come with.")
 ]
 RandomWeights: TypeAlias = Annotated[
     bool, Option("--random-weights", help="Draw the weights at random, to try things out.")
@@ -40,14 +48,25 @@ Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT or a nam
 
 
 def weights_for(
-    spec: ModelSpec, checkpoint: str | None, key: str | None, lora: Path | None, random: bool
+    spec: ModelSpec,
+    checkpoint: str | None,
+    key: str | None,
+    loras: Sequence[str] | None,
+    no_preset_lora: bool,
+    random: bool,
 ) -> Weights:
-    """The weights that the options name. Raises InputError for options that exclude each other."""
+    """The weights that the options name. Says on standard error what is merged into them.
+
+    Raises InputError for options that exclude each other, and as `load_weights` does.
+    """
     from forcingkv.models.checkpoint import load_weights, random_weights
 
     if not random:
-        return load_weights(spec, checkpoint, key=key, lora=lora)
-    if checkpoint or key or lora:
+        weights = load_weights(spec, checkpoint, key=key, lora=loras, preset_lora=not no_preset_lora)
+        for record in weights.loras:
+            console.print(f"LoRA {record.told}", soft_wrap=True, highlight=False, markup=False)
+        return weights
+    if checkpoint or key or loras or no_preset_lora:
         raise InputError("use either --random-weights or --checkpoint, --key and --lora, not both")
     return random_weights(spec)
 
