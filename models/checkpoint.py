@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.lora import Lora, LoraLike, Merger, OpenLora, asked, open_loras, separated
+from forcingkv.models.lora import Lora, LoraLike, Merger, asked, open_loras
 from forcingkv.models.presets import shipped_file
 from forcingkv.models.tensor_files import TensorFiles, check_fit, locate, open_tensors
 from forcingkv.models.wan import WanModel
@@ -135,20 +135,16 @@ def load_weights(
         raise InputError(f"{spec.name} has no LoRA of its own to leave out", where="--no-preset-lora")
     sought = spec if preset_lora else replace(spec, source=replace(source, lora=None))  # type: ignore[type-var]
     path, own = locate(sought, checkpoint) if checkpoint is not None else (_shipped(spec), None)
-    files, inner = separated(open_tensors(path, key, source.key if source else None))
+    files = open_tensors(path, key, source.key if source else None)
     names, wanted = wan_names(files), weight_shapes(spec)
     check_fit(files, names, wanted, f"the model {spec.name}")
-    aliases = diffusers_layers(wanted)
-    added = [OpenLora(inner, 1.0, wanted, aliases)] if inner else []
-    added += open_loras(loras, own, source, path, wanted, aliases)
-    merger = Merger(added)
+    merger = Merger(open_loras(loras, own, source, path, wanted, diffusers_layers(wanted)))
 
     def read(name: str) -> Tensor:
         return merger.merged(name, files.read(names[name]))
 
     def digest() -> str:
-        outside = (one.digest for one in merger.loras if one.files is not inner)
-        return "+".join([files.digest(), *outside])
+        return "+".join([files.digest(), *(one.digest for one in merger.loras)])
 
     absolute = Path(checkpoint).resolve() if checkpoint and Path(checkpoint).exists() else checkpoint
     found = tuple(Lora(one.path.resolve(), one.strength) for one in loras)

@@ -32,7 +32,7 @@ class LoraRecord:
     @property
     def told(self) -> str:
         """A line for people."""
-        parts = [f"{self.modules} modules ({', '.join(self.kinds)})"]
+        parts = [f"{self.modules} module{'s' if self.modules != 1 else ''} ({', '.join(self.kinds)})"]
         if self.ranks:
             parts.append(f"rank {_numbers(self.ranks)}")
         if self.alphas:

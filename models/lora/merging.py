@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -141,7 +140,7 @@ class Merger:
             total += lora.strength * change.added(base)
         if not bool(torch.isfinite(total).all()):
             where = ", ".join(dict.fromkeys(str(lora.files.where) for lora, _ in changed))
-            raise InputError(f"adds to {name} what is not a finite number", where=where)
+            raise InputError(f"adds to {name} what is no finite number", where=where)
         return base + total
 
 
@@ -214,21 +213,3 @@ def _own_place(source: PublicWeights | None, weights: Path) -> Path | None:
         return None
     parts = PurePosixPath(source.file).parts
     return weights.parents[len(parts) - 1] / source.lora if weights.parts[-len(parts) :] == parts else None
-
-
-def separated(files: TensorFiles) -> tuple[TensorFiles, TensorFiles | None]:
-    """The weights of a checkpoint that PEFT saved with its LoRA still beside them, and that LoRA, if any.
-
-    There `M.base_layer.weight` is the weight of M, and `M.lora_A.default.weight` is part of the LoRA.
-    """
-    inner = ".base_layer."
-    if not any(inner in name for name in files.shapes):
-        return files, None
-    named = {name.replace(inner, "."): name for name in files.shapes if ".lora_" not in name}
-    base = replace(
-        files,
-        shapes={bare: files.shapes[name] for bare, name in named.items()},
-        read=lambda bare: files.read(named[bare]),
-    )
-    matrices = {name: shape for name, shape in files.shapes.items() if ".lora_" in name}
-    return base, replace(files, shapes=matrices)
