@@ -93,6 +93,7 @@ def test_what_was_merged_is_said_and_stands_in_the_bundle(
     stored = load_file(tmp_path / "b" / "weights.safetensors")[f"{Q}.weight"].double()
     assert torch.allclose(stored, expected.t(), rtol=2**-7, atol=1e-2), "the bundle holds the merged weights"
     shown = run("inspect", tmp_path / "b")
+    assert shown.out.count("  lora ") == 3
     lines = " ".join(shown.out.split())
     for record, line in zip(records, told, strict=True):
         assert f"lora {line}, sha256 {record.sha256[:12]}" in lines
@@ -114,7 +115,7 @@ def test_a_bundle_without_a_lora_says_nothing_of_any(
     assert (ran.code, "LoRA" in ran.err) == (0, False), ran.err
     assert "loras" not in json.loads((tmp_path / "b" / "manifest.json").read_text())
     assert Bundle.open(tmp_path / "b").manifest.loras is None
-    assert "lora" not in run("inspect", tmp_path / "b").out
+    assert "  lora " not in run("inspect", tmp_path / "b").out
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.tensor_files import Shapes
+from forcingkv.models.tensor_files import Shapes, listed
 
 PREFIXES = (
     "base_model.model.",
@@ -104,7 +104,7 @@ class Module:
     """What a LoRA changes at once: a layer of the model, or several joined."""
 
     name: str
-    """Its Wan name; of joined layers, how the file calls them."""
+    """Its Wan name; of joined layers that of their attention, and their letters: `self_attn.qkv`."""
     layers: tuple[str, ...]
     """Wan names of the layers, in the order of their rows."""
 
@@ -138,7 +138,7 @@ class Layers:
                 within, _, fused = joined.rpartition(".")
                 if last == parts[0] and place.endswith(within):
                     self._known[f"{place}.{fused}"] = Module(
-                        f"{attention}.{fused}", tuple(f"{attention}.{part}" for part in parts)
+                        f"{attention}.{parts}", tuple(f"{attention}.{part}" for part in parts)
                     )
         flat = {name.replace(".", "_"): module for name, module in self._known.items()}
         self._known = flat | self._known
@@ -163,6 +163,7 @@ def sort_tensors(names: Iterable[str], layers: Layers, where: str) -> list[Parts
     found: dict[str, Parts] = {}
     adapters: set[str] = set()
     strange: list[tuple[str, str]] = []
+    twice: list[str] = []
     for name in names:
         key = _KEY.fullmatch(_SPELT.sub(r".lora_\1", name))
         part = _part(key) if key else None
@@ -179,17 +180,17 @@ def sort_tensors(names: Iterable[str], layers: Layers, where: str) -> list[Parts
             )
             continue
         adapters |= {key["adapter"]} if key["adapter"] else set()
-        parts = found.setdefault(module.name, Parts(module, key["module"].removeprefix("base_model.model.")))
+        parts = found.setdefault(module.name, Parts(module, key["module"].removeprefix(PREFIXES[0])))
         if part in parts.names:
-            raise InputError(
-                f"{parts.names[part]} and {name} are the same part of {module.name}", where=where
-            )
+            twice.append(f"{parts.names[part]} and {name} are the same part of {module.name}")
         parts.names[part] = name
     if strange:
         raise InputError(f"is not a LoRA of this model: {_reasons(strange)}", where=where)
     if len(adapters) > 1:
         what, expected = f"holds several adapters: {', '.join(sorted(adapters))}", "one"
         raise InputError(what, where=where, expected=expected, hint="Save the one that is meant by itself.")
+    if twice:
+        raise InputError(listed(twice), where=where)
     return list(found.values())
 
 

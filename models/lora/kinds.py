@@ -171,7 +171,7 @@ def _product(kind: str, reader: _Reader, parts: Parts, scales: Scales) -> Iterat
     scale = _scale(kind, rank, reader, parts, scales)
 
     def added(tensor: Tensor) -> Tensor:
-        return (scale.factor * product()).reshape(weight.shape).to(tensor.dtype)
+        return product().mul_(scale.factor).reshape(weight.shape).to(tensor.dtype)
 
     if reader.has("magnitude"):
         yield _decomposed(reader, added, rank, scale)

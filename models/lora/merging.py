@@ -137,11 +137,11 @@ class Merger:
         base = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         total = torch.zeros_like(base)
         for lora, change in changed:
-            total += lora.strength * change.added(base)
+            total.add_(change.added(base), alpha=lora.strength)
         if not bool(torch.isfinite(total).all()):
             where = ", ".join(dict.fromkeys(str(lora.files.where) for lora, _ in changed))
-            raise InputError(f"adds to {name} what is no finite number", where=where)
-        return base + total
+            raise InputError(f"gives {name} values that are no finite numbers", where=where)
+        return total.add_(base)
 
 
 def _check_each_once(loras: Sequence[OpenLora]) -> None:

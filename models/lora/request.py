@@ -35,24 +35,26 @@ class Lora:
         What exists by the whole text is that file, whatever it is called; else a number behind the last colon
         is the strength. Raises InputError where both could be meant, or the strength is not a finite number.
         """
+        if not text:
+            raise InputError("names nothing", where="--lora", expected="FILE or FILE:STRENGTH")
         head, colon, tail = text.rpartition(":")
         try:
             strength = float(tail)
         except ValueError:
             strength = None
-        if Path(text).exists() or not colon or not head:
-            if strength is not None and head and Path(head).exists():
+        if _exists(text) or not head:
+            if strength is not None and head and _exists(head):
                 raise InputError(
                     f"there are both {text!r} and {head!r}",
                     where="--lora",
                     hint=f"{text}:1 is the one; {head}:{strength:.6f} is the other, at that strength.",
                 )
             return cls(Path(text))
-        if strength is None:
-            if Path(head).exists():
-                raise _wrong_strength(tail, Path(head))
-            return cls(Path(text))  # of Windows, with the letter of a drive; or there is no such file
-        return cls(Path(head), strength)
+        if strength is not None:
+            return cls(Path(head), strength)
+        if colon and _exists(head):
+            raise _wrong_strength(tail, Path(head))
+        return cls(Path(text))  # of Windows, with the letter of a drive; or there is no such file
 
 
 LoraLike: TypeAlias = str | Path | Lora
@@ -74,9 +76,9 @@ def tensor_file(path: Path) -> Path:
 
     Raises InputError where there is none, or several that none of `USUAL` is among.
     """
-    if path.is_file():
+    if _exists(path) and path.is_file():
         return path
-    if not path.is_dir():
+    if not _exists(path) or not path.is_dir():
         what, expected = "cannot be read: there is no such file or folder", "FILE, FOLDER or FILE:STRENGTH"
         raise InputError(what, where=f"--lora {path}", expected=expected)
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
@@ -87,6 +89,14 @@ def tensor_file(path: Path) -> Path:
     what = f"holds {len(files)} files of tensors{named}"
     expected = f"one, or {' or '.join(f'{stem}.safetensors' for stem in USUAL)}"
     raise InputError(what, where=str(path), expected=expected, hint="Name the file.")
+
+
+def _exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder; not so for a name that there cannot be."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
 
 
 def _wrong_strength(given: str, path: Path) -> InputError:

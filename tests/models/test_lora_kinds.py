@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forcingkv.headmaps import InputError
 from forcingkv.models.checkpoint import Weights, load_weights
 from forcingkv.models.lora import LoraLike
 from tests.conftest import small_spec
@@ -166,9 +167,13 @@ def test_dora_gives_the_rows_of_the_changed_weight_their_length(name: str, tmp_p
 def test_joined_projections_are_split(tmp_path: Path) -> None:
     rows = {"q": drawn((36, 4), 1), "k": drawn((36, 4), 2), "v": drawn((36, 4), 3)}
     down = drawn((4, 36), 4)
+    both = {}
     for name in ("blocks.1.self_attn.qkv", "transformer.blocks.1.attn1.to_qkv"):
         state = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": torch.cat(list(rows.values()))}
+        both |= state
         weights = loaded(tmp_path, state_file(state, tmp_path / "fused.safetensors"))
         for part, up in rows.items():
             weight = f"blocks.1.self_attn.{part}.weight"
             torch.testing.assert_close(weights[weight], base()[weight] + up @ down)
+    with pytest.raises(InputError, match=r"are the same part of blocks.1.self_attn.qkv"):
+        loaded(tmp_path, state_file(both, tmp_path / "both.safetensors"))

@@ -101,7 +101,14 @@ def ones(name: str, *shape: int) -> Callable[[State], None]:
         (put(blocks__1__ffn__2__lokr_w1=drawn((4, 4), 1)), "ffn.2.weight has only blocks.1.ffn.2.lokr_w1"),
         (
             ones(f"lora_unet_{Q.replace('.', '_')}.lora_down.weight", 4, 36),
-            r"q.lora_A.weight and lora_unet_blocks_0_self_attn_q.lora_down.weight are both down of",
+            r"q.lora_A.weight and lora_unet_blocks_0_self_attn_q.lora_down.weight are the same part",
+        ),
+        (
+            put(
+                blocks__2__ffn__0__lora_A__one__weight=torch.ones(4, 36),
+                blocks__2__ffn__0__lora_A__two__weight=torch.ones(4, 36),
+            ),
+            "holds several adapters: one, two; expected one",
         ),
         (
             put(
@@ -130,8 +137,8 @@ def test_a_long_list_of_faults_is_cut_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (torch.full((36, 4), float("nan")), r"lora.safetensors adds to blocks.0.self_attn.q.weight what is no"),
-        (torch.full((36, 4), float("inf")), r"lora.safetensors adds to blocks.0.self_attn.q.weight what is no"),
+        (torch.full((36, 4), float("nan")), r"lora.safetensors gives blocks.0.self_attn.q.weight values"),
+        (torch.full((36, 4), float("inf")), r"lora.safetensors gives blocks.0.self_attn.q.weight values"),
         (torch.ones(36, 4, dtype=torch.int8), r"q.lora_B.weight as int8; expected floating-point numbers"),
     ],
 )  # fmt: skip
@@ -152,12 +159,12 @@ CONFIGS: list[tuple[object, str]] = [
     ({"r": True, "lora_alpha": 16}, r"r is True; expected a whole number"),
     ({"r": 4, "lora_alpha": "much"}, r"alpha is 'much'; expected a finite number"),
     ({"r": 4, "lora_alpha": float("inf")}, r"alpha is inf; expected a finite number"),
-    ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": 8}}, r"for 'to_q', which names no module"),
+    ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": 8}}, r"for 'to_q', which names no mod"),
     ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"q(": 8}}, r"has the pattern 'q\('"),
     ({"r": 4, "lora_alpha": 4, "alpha_pattern": [1]}, r"alpha_pattern is \[1\]; expected a table"),
-    ({"r": 4, "lora_alpha": 4, "use_dora": True}, r"a DoRA by adapter_config.json, and .* have no magnitudes"),
+    ({"r": 4, "lora_alpha": 4, "use_dora": True}, r"a DoRA by adapter_config.json, and .* no magnitudes"),
     ({"r": 4, "lora_alpha": 4, "peft_type": "OFT"}, r"is of OFT, which is not merged"),
-    ({"r": 4, "lora_alpha": 4, "fan_in_fan_out": True}, r"fan_in_fan_out True: its matrices are transposed"),
+    ({"r": 4, "lora_alpha": 4, "fan_in_fan_out": True}, r"fan_in_fan_out True: its matrices are tra"),
     ({"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}, r"init_lora_weights 'pissa'"),
     ({"r": 4, "lora_alpha": 4, "init_lora_weights": "olora"}, r"init_lora_weights 'olora'"),
     ({"r": 4, "lora_alpha": 4, "modules_to_save": ["head"]}, r"has modules_to_save"),
@@ -211,6 +218,7 @@ def test_a_dora_and_another_change_of_one_weight_are_refused(tmp_path: Path) -> 
 def test_which_file_is_meant(tmp_path: Path) -> None:
     folder = tmp_path / "lora"
     folder.mkdir()
+    refused(tmp_path / ("long" * 100), tmp_path, r"there is no such file or folder")
     refused(
         tmp_path / "none.safetensors", tmp_path, r"there is no such file or folder; expected FILE, FOLDER or"
     )
@@ -255,6 +263,7 @@ def test_a_weight_that_is_no_number_is_not_added_to(tmp_path: Path) -> None:
         (r"C:\loras\style.safetensors:0.8", r"C:\loras\style.safetensors", 0.8),
         ("C:/loras/style.safetensors:.8", "C:/loras/style.safetensors", 0.8),
         (":0.5", ":0.5", 1),
+        ("x" * 5000 + ":2", "x" * 5000, 2),
     ],
 )
 def test_file_and_strength(
@@ -268,6 +277,7 @@ def test_file_and_strength(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("", r"--lora names nothing; expected FILE or FILE:STRENGTH"),
         ("here:nan", r"--lora here has the strength 'nan'; expected a finite number"),
         ("here:inf", r"has the strength 'inf'"),
         ("here:-1e999", r"has the strength '-inf'"),

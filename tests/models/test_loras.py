@@ -301,6 +301,7 @@ def test_merged_weights_are_not_rounded(dtype: torch.dtype, comes_in: torch.dtyp
     assert weights["blocks.1.self_attn.q.weight"].dtype == dtype, "what nothing is added to stays"
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn")
 STRENGTHS = st.floats(-2, 2).map(lambda value: round(value, 3))
 
 
@@ -308,7 +309,7 @@ STRENGTHS = st.floats(-2, 2).map(lambda value: round(value, 3))
 @given(st.data())
 def test_any_mixture_of_layouts_comes_to_the_same_weights(data: st.DataObject) -> None:
     """Layouts, ranks, alphas, strengths and dtypes of the matrices, in any number and order."""
-    dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    dtypes = st.sampled_from([getattr(torch, name) for name in DTYPES])
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         expected = {name: tensor.double() for name, tensor in base().items()}
