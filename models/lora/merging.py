@@ -80,9 +80,13 @@ class OpenLora:
 
     @cached_property
     def digest(self) -> str:
-        """What tells its part in merged weights from any other: its file, configuration and strength."""
+        """What tells its part in merged weights from any other: its file, configuration and strength.
+
+        A preset's own LoRA and a copy that nobody says the alpha of are one file, but not one part.
+        """
         beside = "+" + record_file(self.scales.beside).sha256 if self.scales.beside else ""
-        return self.sha256 + beside + (f"*{self.strength!r}" if self.strength != 1 else "")
+        unsaid = "" if self.record.alpha_known else "@rank"
+        return self.sha256 + beside + unsaid + (f"*{self.strength!r}" if self.strength != 1 else "")
 
     @cached_property
     def record(self) -> LoraRecord:

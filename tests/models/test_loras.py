@@ -268,6 +268,13 @@ def test_the_digest_tells_strengths_and_configurations_apart(tmp_path: Path) -> 
         (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
         digests += [loaded(tmp_path, Lora(folder, s)).digest for s in (1.0, 0.5, -0.5, 0.1234567, 0.1234568)]
     assert len(set(digests)) == len(digests)
+    place, own = preset(tmp_path)
+    copy = plain_file(own, tmp_path / "copy.safetensors")
+    spec = small_spec(source=SOURCE)
+    by_preset, by_rank = load_weights(spec, place), load_weights(spec, place, lora=copy, preset_lora=False)
+    assert scales_of(by_preset, own) == pytest.approx([2])
+    assert scales_of(by_rank, own) == pytest.approx([1])
+    assert by_preset.digest != by_rank.digest, "one file, two scales"
 
 
 def test_strength_zero_adds_nothing(tmp_path: Path) -> None:
