@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +34,8 @@ import numpy.typing as npt
 import polars as pl
 
 from forcingkv.headmaps import InputError, ModelIdentity, Statistics
-from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
+from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
 Schema = Literal["forcingkv.statistics/1"]
@@ -77,6 +78,8 @@ class Recording:
     sample: int | None = None
     text: str | None = None
     """SHA-256 of the sample's text input."""
+    loras: tuple[LoraRecord, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What was merged into the weights."""
 
     @property
     def first_chunk(self) -> int:

@@ -100,6 +100,7 @@ class Job:
             # Sampling all rows is not sampling.
             rows=self.rows if self.rows and self.rows < plan.chunk_tokens else None,
             dtype=self.dtype,
+            loras=self.weights.loras or None,
         )
 
     def text(self, sample: int) -> Text:

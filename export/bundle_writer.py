@@ -170,6 +170,7 @@ def export_bundle(
             warnings=tuple(warnings_of(plan, precision.compute)),
             calibration=bundle.calibration,
             taken=(weights.taken or None) if isinstance(weights, Weights) else None,
+            loras=(weights.loras or None) if isinstance(weights, Weights) else None,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest

@@ -1,15 +1,15 @@
 """Weights of a model by Wan name, read one at a time: from a checkpoint, merged, or drawn at random.
 
 A checkpoint may name its tensors as Wan or as diffusers does, with or without the wrappers that training
-leaves around names, and a LoRA of PEFT may come with it.
+leaves around names, and LoRAs may be added to it (`models.lora`).
 """
 
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,20 +18,14 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.layout import open_model
-from forcingkv.models.naming import bare, to_wan
+from forcingkv.models.lora import Lora, LoraLike, Merger, asked, open_loras
+from forcingkv.models.naming import diffusers_layers
 from forcingkv.models.places import Located, locate
 from forcingkv.models.presets import shipped_file
-from forcingkv.models.tensor_files import Shapes, TensorFiles, listed, open_tables, open_tensors
+from forcingkv.models.tensor_files import open_tables
 from forcingkv.models.wan import WanModel
+from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import ModelSpec
-
-PREFIXES = ("base_model.model.", "model.")
-"""What PEFT and the public wrappers put before names."""
-
-LORA_KEY = "generator_lora"
-"""Entry of a `.pt` file that LongLive keeps its LoRA under."""
-
-_LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 
 
 class Weights(Mapping[str, Tensor]):
@@ -52,9 +46,11 @@ class Weights(Mapping[str, Tensor]):
         digest: Callable[[], str | None] = lambda: None,
         opened: Callable[[], Weights] | None = None,
         taken: Sequence[str] = (),
+        loras: Callable[[], tuple[LoraRecord, ...]] = tuple,
     ) -> None:
         self.taken = tuple(taken)
         self.shapes, self._read, self._digest, self._opened = dict(shapes), read, digest, opened
+        self._loras = loras
 
     def __reduce__(self) -> tuple[Callable[[], Weights], tuple[()]]:
         if self._opened is None:
@@ -63,11 +59,16 @@ class Weights(Mapping[str, Tensor]):
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of what they were read from (with a LoRA: both, joined by "+"); None for random weights.
+        """SHA-256 of what they were read from; None for random weights. Reads the files through.
 
-        Reads the files through.
+        With LoRAs: each joined by "+", with its configuration and its strength (`OpenLora.digest`).
         """
         return self._digest()
+
+    @property
+    def loras(self) -> tuple[LoraRecord, ...]:
+        """What was merged into them, the preset's own first. Reads the files of the LoRAs through."""
+        return self._loras()
 
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name)
@@ -84,7 +85,8 @@ def load_weights(
     checkpoint: str | Path | None = None,
     *,
     key: str | None = None,
-    lora: Path | None = None,
+    lora: LoraLike | Sequence[LoraLike] | None = None,
+    preset_lora: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Weights:
     """Open a checkpoint and check it against the spec.
@@ -95,18 +97,24 @@ def load_weights(
             weights that ship with the model. Names may be Wan's or diffusers', behind any entry and prefix,
             and weights in any form that `layout.open_model` reads.
         key: entry of a `.pt` file, for example `generator`; None: see `models.entries`.
-        lora: a LoRA in PEFT naming to merge; None: the one that comes with the checkpoint, if any.
+        lora: LoRAs to merge, one or several: paths, texts FILE:STRENGTH, or `models.lora.Lora`. They are
+            added to the one that comes with the checkpoint, if any.
+        preset_lora: whether that one is merged.
         progress: called with a line on what is fetched, before it is.
 
-    Raises InputError where the checkpoint cannot be read, nothing says which of several things is meant, and
-    listing every tensor that is missing, unexpected, wrongly shaped or no number.
+    Weights that a LoRA changes come in float32, the others as `layout.open_model` reads them.
+
+    Raises InputError where the checkpoint or a LoRA cannot be read, nothing says which of several things is
+    meant, and listing every tensor that is missing, unexpected, wrongly shaped or no number.
     """
-    source, wanted = spec.source, weight_shapes(spec)
+    source, loras, wanted = spec.source, asked(lora), weight_shapes(spec)
+    if not preset_lora and (source is None or source.lora is None):
+        raise InputError(f"{spec.name} has no LoRA of its own to leave out", where="--no-preset-lora")
+    sought = spec if preset_lora else replace(spec, source=replace(source, lora=None))  # type: ignore[type-var]
     shipped = Located(_shipped(spec), None, "") if checkpoint is None else None
-    found = shipped or locate(spec, checkpoint or "", progress)
-    path, own_lora = found.path, found.lora
+    found = shipped or locate(sought, checkpoint or "", progress)
     files, told = open_model(
-        open_tables(path),
+        open_tables(found.path),
         wanted,
         f"the model {spec.name}",
         key=key,
@@ -114,19 +122,24 @@ def load_weights(
         # The alpha of a file of its own is of that file: a LoRA beside other weights does not say its.
         alpha=source.lora_alpha if source and not source.lora else None,
     )
-    added = lora or own_lora
-    updates = open_tensors(added, None, LORA_KEY) if added else None
-    merged = read_lora(updates, wanted, source.lora_alpha if source else None) if updates else None
+    merger = Merger(open_loras(loras, found.lora, source, found.path, wanted, diffusers_layers(wanted)))
 
     def read(name: str) -> Tensor:
-        tensor = files.read(name)
-        return merged(name, tensor) if merged else tensor
+        return merger.merged(name, files.read(name))
 
     def digest() -> str:
-        return "+".join(each.digest() for each in (files, updates) if each)
+        return "+".join([files.digest(), *(one.digest for one in merger.loras)])
 
-    again = partial(load_weights, spec, found.again or None, key=key, lora=lora and lora.resolve())
-    return Weights(wanted, read, digest, again, (*found.taken, *told))
+    again = partial(
+        load_weights,
+        spec,
+        found.again or None,
+        key=key,
+        lora=tuple(Lora(one.path.resolve(), one.strength) for one in loras),
+        preset_lora=preset_lora,
+    )
+    taken = (*found.taken, *told)
+    return Weights(wanted, read, digest, again, taken, lambda: tuple(one.record for one in merger.loras))
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
@@ -174,64 +187,3 @@ def _shipped(spec: ModelSpec) -> Path:
         hint = f"Give them with --checkpoint{place}, or use --random-weights."
         raise InputError(f"no weights ship with {spec.name}", where="checkpoint", hint=hint)
     return path
-
-
-def wan_names(files: TensorFiles) -> dict[str, str]:
-    """Wan name -> name in the files, for names with or without wrappers and prefixes, in either naming.
-
-    A name that neither naming knows is kept as it is, for the strict check to report. Raises
-    InputError where two names of the files come to the same.
-    """
-    inner_names = {}
-    for name in files.shapes:
-        inner = bare(name)
-        for prefix in PREFIXES:
-            inner = inner.removeprefix(prefix)
-        inner_names[name] = inner
-    if any(name.startswith("condition_embedder.") for name in inner_names.values()):
-        inner_names = {name: to_wan(inner) or inner for name, inner in inner_names.items()}
-    found: dict[str, str] = {}
-    for name, wan in inner_names.items():
-        if wan in found:
-            raise InputError(f"{found[wan]} and {name} are both {wan}", where=str(files.where))
-        found[wan] = name
-    return found
-
-
-def read_lora(files: TensorFiles, shapes: Shapes, alpha: float | None) -> Callable[[str, Tensor], Tensor]:
-    """Read and check a LoRA against the shapes of the weights (by Wan name).
-
-    Returns (name, weight) -> the weight plus alpha / rank * B A, computed in float32, in the weight's dtype;
-    alpha None: equal to the rank. Raises InputError listing every tensor that has no partner, no weight, or
-    the wrong shape.
-    """
-    sides: dict[str, dict[str, str]] = {}
-    faults = []
-    for wan, name in wan_names(files).items():
-        match = _LORA_NAME.match(wan)
-        if match is None:
-            faults.append(f"unexpected {name}")
-        else:
-            sides.setdefault(f"{match['module']}.weight", {})[match["side"]] = name
-    for weight, pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            faults.append(f"{weight} has only {', '.join(pair.values())}")
-        elif weight not in shapes:
-            faults.append(f"the model has no {weight}")
-        else:
-            a, b = files.shapes[pair["A"]], files.shapes[pair["B"]]
-            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != shapes[weight]:
-                faults.append(f"A {a} and B {b} do not make {weight} {shapes[weight]}")
-    if not sides and not faults:
-        faults.append("no lora_A and lora_B")
-    if faults:
-        raise InputError(f"is not a LoRA of this model: {listed(faults)}", where=str(files.where))
-
-    def merged(name: str, weight: Tensor) -> Tensor:
-        if name not in sides:
-            return weight
-        a, b = (files.read(sides[name][side]).float() for side in "AB")
-        scale = 1.0 if alpha is None else alpha / a.shape[0]
-        return (weight.float() + scale * (b @ a)).to(weight.dtype)
-
-    return merged

@@ -45,10 +45,16 @@ _CODES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 """What safetensors calls a dtype -> what torch does."""
 
-FLOATS = frozenset(_CODES.values())
+FLOATS = frozenset(name for name in _CODES.values() if "float" in name)
 """Dtypes that weights may be stored in. An integer is a weight by a rule that the tensor does not say."""
 
 DEEPEST = 16

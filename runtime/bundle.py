@@ -15,6 +15,7 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
+from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import Dtype, ModelSpec
 
 T = TypeVar("T")
@@ -128,6 +129,8 @@ class Manifest:
     """Where linear layers multiply in FP8."""
     taken: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What was chosen of the checkpoint, in sentences; None where there was nothing to choose."""
+    loras: tuple[LoraRecord, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What was merged into the weights; None: nothing, or nobody knows."""
 
     def to_text(self) -> str:
         """The file's text."""

@@ -13,7 +13,15 @@ from tests.command_tree import Tree, tree
 
 GOLDEN = Path(__file__).with_name("golden") / "commands.json"
 
-CHANGED: dict[str, str] = {}
+_SEVERAL = "may be given again, each with its strength: users add LoRAs to a preset's own"
+_WITHOUT = "new: a preset's own LoRA stays where a user adds others, unless it is left out"
+
+CHANGED: dict[str, str] = {
+    "analyze heads --lora": _SEVERAL,
+    "analyze heads --no-preset-lora": _WITHOUT,
+    "export --lora": _SEVERAL,
+    "export --no-preset-lora": _WITHOUT,
+}
 """What was added, removed or changed on purpose since: "command" or "command --option", and why."""
 
 

@@ -227,8 +227,12 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
         ("head map, SHA-256", node("code", analysis.headmap.digest)),
         ("versions", ", ".join(versions)),
     ]
+    lines[3:3] = [("LoRA", record.told) for record in recording.loras or ()]
     if recording.headmap:
-        lines.insert(4, ("grouped by, SHA-256", node("code", recording.headmap)))
+        lines.insert(
+            lines.index(("policy", recording.policy)) + 1,
+            ("grouped by, SHA-256", node("code", recording.headmap)),
+        )
     words = tomllib.loads(
         resources.files(__package__).joinpath("definitions.toml").read_text(encoding="utf-8")
     )

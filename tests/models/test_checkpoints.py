@@ -277,6 +277,7 @@ def test_a_lora_is_merged_as_peft_merges_it(tmp_path: Path) -> None:
     assert not any(torch.equal(weights[name], base[name]) for name in changed), "one file is taken alone"
     assert "+" in str(weights.digest)
     save_file(lora, tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 6}')
     named = load_weights(spec_with_source(), tmp_path / SOURCE.file, lora=tmp_path / "lora.safetensors")
     assert_same(named, dict(weights))
 

@@ -20,9 +20,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from forcingkv.models.checkpoint import build_model, to_wan, weight_shapes
+from forcingkv.models.checkpoint import build_model, weight_shapes
 from forcingkv.models.generate import latent_shape, next_latents
 from forcingkv.models.kv import advance, attend_cache, empty_cache
+from forcingkv.models.naming import to_wan
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime import positions

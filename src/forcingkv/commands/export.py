@@ -13,8 +13,9 @@ from forcingkv.commands.console import console, default_prompts, emit, need, rea
 from forcingkv.commands.models import (
     Checkpoint,
     Key,
-    Lora,
+    Loras,
     Model,
+    NoPresetLora,
     RandomWeights,
     Resolution,
     text_inputs,
@@ -40,7 +41,8 @@ def export(
     headmap: Annotated[Path | None, Option(help="Head map to bake in.")] = None,
     checkpoint: Checkpoint = None,
     key: Key = None,
-    lora: Lora = None,
+    lora: Loras = None,
+    no_preset_lora: NoPresetLora = False,
     random_weights: RandomWeights = False,
     resolution: Resolution = None,
     policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
@@ -94,7 +96,7 @@ def export(
     if calibration and precision != "fp8":
         raise InputError("is for fp8 only", where="--calibration", expected="--dtype fp8")
     texts = texts_for(spec, calibration, random_weights) if precision == "fp8" else None
-    weights = weights_for(spec, checkpoint, key, lora, random_weights)
+    weights = weights_for(spec, checkpoint, key, lora, no_preset_lora, random_weights)
     spec, pixels = decoder_for(spec, decoder, vae, random=random_weights)
     try:
         with console.status("exporting") as status:

@@ -96,6 +96,8 @@ def _model(opened: Bundle) -> Iterator[str]:
     )
     digest = f", head map {manifest.headmap[:12]}" if manifest.headmap else ""
     yield from _beside("policy", manifest.policy.name + digest)
+    for lora in manifest.loras or ():
+        yield from _beside("lora", f"{lora.told}, sha256 {lora.sha256[:12]}")
     yield from _beside("graphs", f"compute in {manifest.compute}")
     for sentence in manifest.taken or ():
         yield from _beside("weights", sentence)

@@ -32,8 +32,16 @@ Key: TypeAlias = Annotated[
         help="Entry of a .pt file: generator_ema, generator, ...; default: the preset's, or the first there."
     ),
 ]
-Lora: TypeAlias = Annotated[
-    Path | None, Option(help="LoRA (PEFT) to merge; default: the one that comes with a folder or hub id.")
+Loras: TypeAlias = Annotated[
+    list[str] | None,
+    Option(
+        "--lora",
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to merge: a file or folder, then its strength if not 1; may be given again.",
+    ),
+]
+NoPresetLora: TypeAlias = Annotated[
+    bool, Option("--no-preset-lora", help="Leave out the LoRA that the model's public weights come with.")
 ]
 RandomWeights: TypeAlias = Annotated[
     bool, Option("--random-weights", help="Draw the weights at random, to try things out.")
@@ -44,20 +52,29 @@ Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT or a nam
 
 
 def weights_for(
-    spec: ModelSpec, checkpoint: str | None, key: str | None, lora: Path | None, random: bool
+    spec: ModelSpec,
+    checkpoint: str | None,
+    key: str | None,
+    loras: Sequence[str] | None,
+    no_preset_lora: bool,
+    random: bool,
 ) -> Weights:
-    """The weights that the options name; what was chosen of them is said on standard error.
+    """The weights that the options name; what was chosen of them and merged is said on standard error.
 
-    Raises InputError for options that exclude each other.
+    Raises InputError for options that exclude each other, and as `load_weights` does.
     """
     from forcingkv.models.checkpoint import load_weights, random_weights
 
     if not random:
-        weights = load_weights(spec, checkpoint, key=key, lora=lora, progress=_say)
+        weights = load_weights(
+            spec, checkpoint, key=key, lora=loras, preset_lora=not no_preset_lora, progress=_say
+        )
         for sentence in weights.taken:
             _say(f"weights: {sentence}")
+        for record in weights.loras:
+            _say(f"LoRA {record.told}")
         return weights
-    if checkpoint or key or lora:
+    if checkpoint or key or loras or no_preset_lora:
         raise InputError("use either --random-weights or --checkpoint, --key and --lora, not both")
     return random_weights(spec)
 

@@ -1,0 +1,104 @@
+"""Which LoRAs a user asks for: the file, and how strong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from forcingkv.headmaps.errors import InputError
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+USUAL = ("adapter_model", "pytorch_lora_weights")
+"""What PEFT and diffusers call the file in a folder."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that a user asks for. Raises InputError for a strength that is not finite."""
+
+    path: Path
+    """A file, or a folder with one."""
+    strength: float = 1.0
+    """What all that it adds is multiplied by: 0 adds nothing, less takes it away."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise _wrong_strength(str(self.strength), self.path)
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """Read FILE or FILE:STRENGTH.
+
+        What exists by the whole text is that file, whatever it is called; else a number behind the last colon
+        is the strength. Raises InputError where both could be meant, or the strength is not a finite number.
+        """
+        if not text:
+            raise InputError("names nothing", where="--lora", expected="FILE or FILE:STRENGTH")
+        head, colon, tail = text.rpartition(":")
+        try:
+            strength = float(tail)
+        except ValueError:
+            strength = None
+        if _exists(text) or not head:
+            if strength is not None and head and _exists(head):
+                raise InputError(
+                    f"there are both {text!r} and {head!r}",
+                    where="--lora",
+                    hint=f"{text}:1 is the one; {head}:{strength:.6f} is the other, at that strength.",
+                )
+            return cls(Path(text))
+        if strength is not None:
+            return cls(Path(head), strength)
+        if colon and _exists(head):
+            raise _wrong_strength(tail, Path(head))
+        return cls(Path(text))  # of Windows, with the letter of a drive; or there is no such file
+
+
+LoraLike: TypeAlias = str | Path | Lora
+
+
+def asked(loras: LoraLike | Sequence[LoraLike] | None) -> list[Lora]:
+    """The LoRAs of an argument: one or several, as text (see `Lora.parse`), as paths or as they are."""
+    if loras is None:
+        return []
+    several = [loras] if isinstance(loras, str | Path | Lora) else loras
+    return [
+        Lora.parse(one) if isinstance(one, str) else one if isinstance(one, Lora) else Lora(one)
+        for one in several
+    ]
+
+
+def tensor_file(path: Path) -> Path:
+    """The file of a LoRA: itself, or the one of a folder.
+
+    Raises InputError where there is none, or several that none of `USUAL` is among.
+    """
+    if _exists(path) and path.is_file():
+        return path
+    if not _exists(path) or not path.is_dir():
+        what, expected = "cannot be read: there is no such file or folder", "FILE, FOLDER or FILE:STRENGTH"
+        raise InputError(what, where=f"--lora {path}", expected=expected)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    usual = [file for stem in USUAL for file in files if file.stem == stem]
+    if usual or len(files) == 1:
+        return (usual or files)[0]
+    named = f": {', '.join(file.name for file in files)}" if files else ""
+    what = f"holds {len(files)} files of tensors{named}"
+    expected = f"one, or {' or '.join(f'{stem}.safetensors' for stem in USUAL)}"
+    raise InputError(what, where=str(path), expected=expected, hint="Name the file.")
+
+
+def _exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder; not so for a name that there cannot be."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
+def _wrong_strength(given: str, path: Path) -> InputError:
+    expected = "a finite number, such as 0.8"
+    return InputError(f"has the strength {given!r}", where=f"--lora {path}", expected=expected)
