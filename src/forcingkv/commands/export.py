@@ -45,7 +45,7 @@ def export(
     random_weights: RandomWeights = False,
     resolution: Resolution = None,
     policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
-    decoder: Annotated[str | None, Option(help="wan-vae or taehv; default: the model's.")] = None,
+    decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
     vae: Annotated[Path | None, Option(help="Weights of the decoder: a file or a folder.")] = None,
     dtype: Annotated[
         str | None,
