@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from forcingkv.headmaps import InputError
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.prompts import clean_prompt, control_characters, plain_form, read_prompts
-from tests.conftest import Ran
+from forcingkv.runtime.text import encode_words
+from tests.conftest import Ran, small_spec
 from tests.exported import demo_bundle
 
 WORDS = ["a 1 moving up", "a 2 moving down"]
@@ -195,3 +196,11 @@ def test_every_command_reads_prompts_alike(
     ran = run(*command.split(), *words, path, *out)
     assert (ran.code, f"{path}{message}" in ran.err) == (2, True), ran.err
     assert not any(tmp_path.glob("out*"))
+
+
+def test_too_many_words_are_refused_not_cut() -> None:
+    """A model with words of its own takes so many and no more: nothing is left out without a word."""
+    spec = small_spec()
+    assert encode_words(spec, "a b c d e").shape == (1, 5, 10)
+    with pytest.raises(InputError, match="'a b c d e a' has 6 words; expected at most 5"):
+        encode_words(spec, "a b c d e a")
