@@ -9,8 +9,10 @@ activations may be rounded where the GPU multiplies in 8 bits, and change nothin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from forcingkv.runtime.tensors import read_header
 EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2")
 SCALES = (".scale_weight", ".weight_scale")
 MARK = "scaled_fp8"
+NOTE = "_quantization_metadata"
+_SCALED = re.compile("(?<!un)scaled")
 ASIDE = (".scale_input", ".input_scale", ".comfy_quant")
 """Endings of what stands beside a scaled weight and is not needed."""
 
@@ -47,13 +51,12 @@ def dequantised(files: TensorFiles) -> tuple[TensorFiles, dict[str, str]]:
     not known, where a file with scales has weights in 8-bit floats without one, or says that it is scaled and
     has no scales, and for layers that are quantised in another way.
     """
-    dtypes = stored_dtypes(files)
-    scales = _scales(files)
+    dtypes, scales = stored_dtypes(files), _scales(files)
     marks = {name for name in files.shapes if name.split(".")[-1] == MARK}
     aside = {name for name in files.shapes if name.endswith(ASIDE)}
     weights = [name for name in files.shapes if name not in {*scales.values(), *marks, *aside}]
     eight = {name for name in weights if dtypes[name] in EIGHT_BITS}
-    scaled = bool(scales or marks or aside or any("scaled" in path.name.lower() for path in files.files))
+    scaled = bool(scales or marks or aside or any(map(_says_scaled, files.files)))
     faults = [f"{name} has no scale" for name in sorted(eight - scales.keys())] if scaled else []
     faults += [f"the scale of {name} belongs to no 8-bit float" for name in sorted(scales.keys() - eight)]
     faults += [f"{name} is of another way to quantise" for name in sorted(aside) if not _known(files, name)]
@@ -76,6 +79,12 @@ def dequantised(files: TensorFiles) -> tuple[TensorFiles, dict[str, str]]:
 
     kept = replace(files, shapes={name: files.shapes[name] for name in weights}, read=read)
     return kept, {name: dtypes[name] for name in weights}
+
+
+def _says_scaled(path: Path) -> bool:
+    """Whether a file says that its 8-bit floats have scales: by its name, or ComfyUI's note in its header."""
+    header = read_header(path)[1] if path.suffix == ".safetensors" else {}
+    return bool(_SCALED.search(path.name.lower())) or NOTE in header
 
 
 def _scales(files: TensorFiles) -> Mapping[str, str]:

@@ -75,7 +75,7 @@ def one_file(state: State, folder: Path, name: str = "umt5.safetensors") -> Path
     write_tokenizer(folder / "google" / "umt5-xxl")
     path = folder / name
     if path.suffix == ".safetensors":
-        save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+        save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, path)
     else:
         torch.save(state, path)
     return path
@@ -193,8 +193,8 @@ def faulty(**changes: Tensor | None) -> State:
             lambda: {**in_8_bits(transformers_state())[0], "scaled_fp8": torch.zeros(0, dtype=FP8)},
             "weight has no scale",
         ),
-        (lambda: {n: t.to(torch.int8) for n, t in transformers_state().items()}, "shared.weight is int8"),
-        (lambda: {n: t.double() for n, t in transformers_state().items()}, "shared.weight is float64"),
+        (lambda: {n: t.to(torch.int8) for n, t in transformers_state().items()}, r"k\.weight is int8"),
+        (lambda: {n: t.double() for n, t in transformers_state().items()}, r"k\.weight is float64"),
     ],
 )
 def test_what_is_quantised_otherwise_is_refused(
@@ -208,6 +208,10 @@ def test_a_file_that_is_called_scaled_and_has_no_scales_is_refused(tmp_path: Pat
     plain, _ = in_8_bits(transformers_state())
     with pytest.raises(InputError, match=r"quantised in a way that is not known: .* has no scale"):
         load_prompt_encoder(one_file(plain, tmp_path, "umt5_xxl_fp8_e4m3fn_scaled.safetensors"))
+    path = tmp_path / "umt5.safetensors"
+    save_file(plain, path, {"_quantization_metadata": '{"layers": {}}'})
+    with pytest.raises(InputError, match="has no scale"):
+        load_prompt_encoder(path)
 
 
 def diffusers_folder(folder: Path, **config: Any) -> Path:
