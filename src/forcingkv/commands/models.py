@@ -78,13 +78,16 @@ def text_inputs(
 ) -> list[npt.NDArray[np.float32]]:
     """The model's inputs for several prompts; None: all of the file of embeddings, or those shipped.
 
-    Raises InputError, naming the line of a prompt that comes from a file, where one cannot be used.
+    Says on standard error how many of the embeddings leave out the end of their prompt. Raises InputError, naming the line of a prompt that comes from a file, where one cannot be used.
     """
     known = read_embeds(embeds) if embeds else None
-    texts = []
+    texts, cut = [], 0
     for prompt in prompts or (known.prompts if known else default_prompts(spec.name)):
         line = prompt if isinstance(prompt, PromptLine) else None
         with line.named() if line else nullcontext():
             text = line.text if line else str(prompt)
             texts.append(known.get(text, spec) if known else encode_words(spec, text))
+            cut += bool(known and known.cut(text))
+    if cut:
+        print(f"note: {cut} of {len(texts)} prompts are cut to {spec.text_length} tokens", file=sys.stderr)
     return texts
