@@ -222,7 +222,7 @@ def test_a_model_too_large_to_verify_is_refused_with_what_it_needs(
 def test_embeddings_that_leave_out_the_end_of_a_prompt_are_said(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the commands that read them: one prompt (`generate`) or several (`analyze`, `evaluate`, `export`)."""
+    """By commands that take one prompt (`generate`) or several (`analyze`, `evaluate`, `export`)."""
     spec, shapes = load_spec(str(place / "spec.toml")), [(6, 8), (2, 8)]
     with growing_embeds(tmp_path / "e", PROMPTS, PROMPTS, [1203, 2], shapes, {}) as growing:
         for shape in shapes:

@@ -78,7 +78,8 @@ def text_inputs(
 ) -> list[npt.NDArray[np.float32]]:
     """The model's inputs for several prompts; None: all of the file of embeddings, or those shipped.
 
-    Says on standard error how many of the embeddings leave out the end of their prompt. Raises InputError, naming the line of a prompt that comes from a file, where one cannot be used.
+    Says on standard error how many of the embeddings leave out the end of their prompt. Raises InputError,
+    naming the line of a prompt that comes from a file, where one cannot be used.
     """
     known = read_embeds(embeds) if embeds else None
     texts, cut = [], 0
