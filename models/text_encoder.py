@@ -1,41 +1,120 @@
-"""Prompts through the UMT5 encoder of Wan, by transformers: embeddings made ahead of time."""
+"""Prompts through the UMT5 encoder of Wan, by transformers: embeddings made ahead of time.
+
+What can be known without the encoder is asked first: its files (`open_encoder`), and how many tokens each
+prompt has (`PromptTokenizer`).
+"""
 
 from __future__ import annotations
 
-import html
+import hashlib
 import importlib.metadata
-import re
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from forcingkv.headmaps.errors import InputError, first_line
-from forcingkv.models.hub import hub_id
-from forcingkv.models.tensor_files import TensorFiles, check_fit, open_tensors
+from forcingkv.models.encoder_places import EncoderPlace, find_encoder
+from forcingkv.models.umt5 import Umt5Files, digest, open_umt5
+from forcingkv.runtime.prompts import PromptLine, clean_prompt, control_characters, shortened
 
-WAN_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
-WAN_TOKENIZER = "google/umt5-xxl"
 BROKEN_TRANSFORMERS = "5.0."
-"""Releases of transformers that load UMT5 without its embeddings, silently: what they encode is noise."""
+"""Releases of transformers that load UMT5 without its embeddings, silently: what they encode is noise. The
+encoder is filled and checked here, but they are refused all the same."""
 
-# Wan's name of a tensor in a block -> that of transformers.
-_BLOCK = {
-    "norm1.weight": "layer.0.layer_norm.weight",
-    **{f"attn.{part}.weight": f"layer.0.SelfAttention.{part}.weight" for part in "qkvo"},
-    "pos_embedding.embedding.weight": "layer.0.SelfAttention.relative_attention_bias.weight",
-    "norm2.weight": "layer.1.layer_norm.weight",
-    "ffn.gate.0.weight": "layer.1.DenseReluDense.wi_0.weight",
-    "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
-    "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
-}
-_WHOLE = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
-TIED = "encoder.embed_tokens.weight"
-"""What transformers also calls `shared.weight`."""
-_IN_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
+
+class PromptCutWarning(UserWarning):
+    """A prompt has more tokens than the model takes, and the last ones are not used."""
+
+
+class Tokens(NamedTuple):
+    """A prompt as the encoder reads it."""
+
+    cleaned: str
+    """The prompt after cleaning."""
+    ids: list[int]
+    """Its tokens, at most as many as the model takes, the mark of the end among them."""
+    whole: int
+    """How many tokens it has before it is cut."""
+
+    @property
+    def unused(self) -> int:
+        """Tokens at the end that are not used."""
+        return self.whole - len(self.ids)
+
+
+@dataclass(frozen=True)
+class CheckedPrompt:
+    """A prompt of a file that can be encoded."""
+
+    line: PromptLine
+    tokens: Tokens
+
+    def notes(self) -> list[str]:
+        """What happens to the prompt that is not plain from the file: sentences for the user."""
+        said, found, tokens = [], control_characters(self.line.text), self.tokens
+        if found:
+            sees = shortened(tokens.cleaned, 60)
+            said.append(f"control characters ({', '.join(found)}) are cleaned away: the encoder sees {sees}")
+        if tokens.unused:
+            said.append(f"{tokens.whole:,} tokens, the last {tokens.unused:,} are not used")
+        return said
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """The tokenizer of a text encoder."""
+
+    tokenizer: Any
+    """That of transformers."""
+
+    def tokens(self, prompt: str, length: int) -> Tokens:
+        """A prompt cleaned, and its tokens, at most `length` of them.
+
+        Raises InputError for a prompt of which cleaning leaves nothing, or that is not text.
+        """
+        cleaned = clean_prompt(prompt)
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError("the prompt has half a character (a lone surrogate)", where="prompt")
+        if not cleaned:
+            raise InputError("the prompt is empty", where="prompt", expected="some words")
+        whole = self.tokenizer(cleaned, verbose=False).input_ids
+        cut = self.tokenizer(cleaned, max_length=length, truncation=True).input_ids
+        return Tokens(cleaned, list(map(int, cut)), len(whole))
+
+    def check_fits(self, files: Umt5Files) -> None:
+        """Raise InputError for a tokenizer that is another encoder's, as far as the number of tokens says.
+
+        An encoder has room for as many tokens as its tokenizer has, rounded up; T5's has an eighth of UMT5's.
+        """
+        have, room = len(self.tokenizer), int(files.config.vocab_size)
+        if not room / 2 < have <= room:
+            what = f"has {have:,} tokens, and the encoder {files.name} {room:,}: it belongs to another"
+            hint = "Name the encoder's own: --tokenizer google/umt5-xxl"
+            raise InputError(what, where="the tokenizer", hint=hint)
+
+    def check(self, lines: Sequence[PromptLine], length: int) -> list[CheckedPrompt]:
+        """The prompts that are different after cleaning, each at its first line, with their tokens.
+
+        Raises InputError, naming the line, for one that cannot be encoded.
+        """
+        checked: dict[str, CheckedPrompt] = {}
+        for line in lines:
+            with line.named():
+                tokens = self.tokens(line.text, length)
+            checked.setdefault(tokens.cleaned, CheckedPrompt(line, tokens))
+        return list(checked.values())
+
+
+def tokens_digest(checked: Sequence[CheckedPrompt]) -> str:
+    """SHA-256 of the tokens of all prompts."""
+    return hashlib.sha256(repr([prompt.tokens.ids for prompt in checked]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -52,113 +131,83 @@ class PromptEncoder:
         """Width of the embeddings."""
         return int(self.model.config.d_model)
 
-    @torch.no_grad()
+    @cached_property
+    def digest(self) -> str:
+        """What tells this encoder's weights from others (`umt5.digest`)."""
+        return digest(self.model)
+
     def encode(self, prompt: str, length: int) -> npt.NDArray[np.float32]:
         """The embedding of a prompt: (tokens, width), at most `length` tokens, without padding.
 
         Wan pads with zeros after encoding and masks padding while encoding, so what is not there
-        need not be computed. Raises InputError for a prompt that is empty.
+        need not be computed. Warns with PromptCutWarning where tokens are left out. Raises InputError for a
+        prompt that is empty, and as `encode_tokens` does.
         """
-        text = clean_prompt(prompt)
-        if not text:
-            raise InputError("the prompt is empty", where="prompt", expected="some words")
-        tokens = self.tokenizer(text, max_length=length, truncation=True, return_tensors="pt")
-        states = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        tokens = PromptTokenizer(self.tokenizer).tokens(prompt, length)
+        if tokens.unused:
+            what = f"{shortened(prompt)} has {tokens.whole:,} tokens, the last {tokens.unused:,} are not used"
+            warnings.warn(what, PromptCutWarning, stacklevel=2)
+        return self.encode_tokens(tokens.ids)
+
+    @torch.no_grad()
+    def encode_tokens(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The embedding of a prompt's tokens: (tokens, width).
+
+        Raises InputError for tokens that the encoder does not have, and where its numbers overflow.
+        """
+        vocabulary = int(self.model.config.vocab_size)
+        if max(ids) >= vocabulary:
+            what = f"the tokenizer gives the token {max(ids)}, and the encoder has {vocabulary}"
+            raise InputError(what, where=self.name, hint="Name the encoder's own with --tokenizer.")
+        given = torch.tensor([list(ids)])
+        states = self.model(given, attention_mask=torch.ones_like(given)).last_hidden_state
         embedding: npt.NDArray[np.float32] = states[0].float().numpy()
+        if not np.isfinite(embedding).all():
+            hint = "Take the encoder in bfloat16."
+            raise InputError("gives an embedding that is not finite", where=self.name, hint=hint)
         return embedding
 
 
-def clean_prompt(prompt: str) -> str:
-    """A prompt as Wan cleans it: broken encodings repaired, HTML entities and runs of spaces resolved."""
-    import ftfy
-
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", text).strip()
-
-
 def load_prompt_encoder(place: str | Path, tokenizer: str | Path | None = None) -> PromptEncoder:
-    """Load a UMT5 encoder in the dtype of its file.
+    """Load a UMT5 encoder, in the dtype that most of its file has (8-bit floats: in bfloat16).
 
     Args:
-        place: a folder of Wan (with `models_t5_umt5-xxl-enc-bf16.pth`), that file itself, a folder of
-            diffusers (with `text_encoder/`) or of transformers, or a hub id of one of the latter.
+        place: a folder of Wan (with `models_t5_umt5-xxl-enc-bf16.pth`), a single file in the naming of Wan or
+            of transformers, a folder of diffusers (with `text_encoder/`) or of transformers, or a hub id.
         tokenizer: its folder or hub id; None: the one beside the encoder (`google/umt5-xxl/` in
             Wan's folder, `tokenizer/` in that of diffusers, the folder itself in that of transformers).
 
     Raises InputError where encoder or tokenizer cannot be found or read, a tensor does not fit, or this
     release of transformers is known to load UMT5 wrongly.
     """
+    found = find_encoder(place)
+    files = open_encoder(found)
+    words = load_tokenizer(found, tokenizer)
+    words.check_fits(files)
+    return PromptEncoder(files.load(), words.tokenizer, files.name)
+
+
+def open_encoder(place: EncoderPlace) -> Umt5Files:
+    """Open an encoder without loading it. Raises InputError as `load_prompt_encoder` does."""
     release = importlib.metadata.version("transformers")
     if release.startswith(BROKEN_TRANSFORMERS):
         what = f"is release {release}, which loads UMT5 with wrong embeddings"
         expected, hint = "4.51 or later, but not 5.0", "Install another: pip install 'transformers>=5.1'"
         raise InputError(what, where="transformers", expected=expected, hint=hint)
-    path = Path(place)
-    if path.is_file() or (path / WAN_ENCODER).is_file():
-        file = path if path.is_file() else path / WAN_ENCODER
-        model, words = _wan_encoder(open_tensors(file)), tokenizer or file.parent / WAN_TOKENIZER
-        return PromptEncoder(model, _pretrained("AutoTokenizer", words), file.name)
-    if not path.exists():
-        hub_id(place, "a folder with the text encoder, a file")
-    in_folders = (path / "text_encoder").is_dir() or not path.exists()
-    encoder, beside = ({"subfolder": name} if in_folders else {} for name in ("text_encoder", "tokenizer"))
-    model = _pretrained("UMT5EncoderModel", place, dtype="auto", **encoder).eval()
-    words = _pretrained("AutoTokenizer", tokenizer or place, **({} if tokenizer else beside))
-    return PromptEncoder(model, words, path.name)
+    return open_umt5(place.weights, place.name)
 
 
-def _pretrained(kind: str, place: str | Path, **options: str) -> Any:
+def load_tokenizer(place: EncoderPlace, named: str | Path | None = None) -> PromptTokenizer:
+    """Load the tokenizer that is named, or else the one beside an encoder.
+
+    Raises InputError where there is none, or it cannot be read.
+    """
     import transformers
 
+    words = str(named) if named else str(place.tokenizer())
     try:
-        return getattr(transformers, kind).from_pretrained(str(place), **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"cannot be read by transformers' {kind} ({first_line(error)})"
+        return PromptTokenizer(transformers.AutoTokenizer.from_pretrained(words))
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        what = f"cannot be read by transformers' AutoTokenizer ({first_line(error)})"
         hint = "Name the folder with --text-encoder and, if it lies elsewhere, --tokenizer."
-        raise InputError(what, where=str(place), hint=hint) from error
-
-
-def _wan_encoder(files: TensorFiles) -> Any:
-    """The encoder of transformers with weights in Wan's naming; sizes follow from their shapes."""
-    import transformers
-
-    shapes = files.shapes
-    try:
-        vocabulary, width = shapes["token_embedding.weight"]
-        inner = shapes["blocks.0.attn.q.weight"][0]
-        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-        hidden = shapes["blocks.0.ffn.fc1.weight"][0]
-    except (KeyError, ValueError) as error:
-        what = "is not the text encoder of Wan"
-        raise InputError(what, where=str(files.where), expected=WAN_ENCODER) from error
-    layers = 1 + max(int(match[1]) for name in shapes if (match := _IN_BLOCK.match(name)))
-    config = transformers.UMT5Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=inner // heads,
-        d_ff=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=True,
-    )
-    with torch.device("meta"):
-        model = transformers.UMT5EncoderModel(config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = wanted.pop(TIED, None) is not None
-    names = {_transformers_name(name): name for name in shapes}
-    check_fit(files, names, wanted, "the text encoder of Wan")
-    state = {name: files.read(stored) for name, stored in names.items()}
-    if tied:
-        state[TIED] = state["shared.weight"]
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def _transformers_name(name: str) -> str:
-    match = _IN_BLOCK.match(name)
-    if match is None:
-        return _WHOLE.get(name, name)
-    inner = _BLOCK.get(match[2])
-    return f"encoder.block.{match[1]}.{inner}" if inner else name
+        raise InputError(what, where=words, hint=hint) from error

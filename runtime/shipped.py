@@ -41,7 +41,7 @@ def _read(what: str, name: str, package: str, above: tuple[str, ...]) -> dict[st
         raise InputError(f"there is no {what} {name!r}", where=what, expected=expected)
     file = resources.files(package) / f"{name}.toml" if name in shipped else Path(name)
     try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
+        data = tomllib.loads(file.read_text(encoding="utf-8-sig"))  # with or without its mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"is not TOML: {error}", where=f"{what} {name}") from error
     base = data.pop(BASE, None)

@@ -67,7 +67,7 @@ class Schedule:
 class Decoder:
     """How latents become pixels."""
 
-    kind: Literal["pixels", "wan-vae", "taehv"]
+    kind: Literal["pixels", "wan-vae", "taehv", "lighttae"]
     spatial_stride: int = 1
     """Pixels a latent pixel covers, each way."""
     temporal_stride: int = 1

@@ -97,6 +97,27 @@ def read_arrays(path: Path | str) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
+def file_start(
+    planned: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None, where: str
+) -> tuple[bytes, dict[str, StoredTensor]]:
+    """The bytes that a file of those tensors begins with, and where each tensor lies in it.
+
+    Raises ValueError for a dtype that there is none of; `where` is the file, for messages.
+    """
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in planned.items():
+        if dtype not in STORED_AS or name == METADATA:
+            raise ValueError(f"a tensor {name!r} of dtype {dtype!r} cannot be stored")
+        begin, end = end, end + math.prod(shape) * STORED_AS[dtype].bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
+    start = len(text).to_bytes(8, "little") + text
+    tensors = {name: _stored(name, header[name], len(start), where) for name in planned}
+    return start, tensors
+
+
 @contextmanager
 def new_tensors(
     path: Path, planned: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
@@ -109,17 +130,7 @@ def new_tensors(
     It has a temporary name until all are written. Raises ValueError for a dtype that there is none of and for
     tensors that were not written, InputError where the file cannot be written.
     """
-    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
-    end = 0
-    for name, (dtype, shape) in planned.items():
-        if dtype not in STORED_AS or name == METADATA:
-            raise ValueError(f"a tensor {name!r} of dtype {dtype!r} cannot be stored")
-        begin, end = end, end + math.prod(shape) * STORED_AS[dtype].bytes
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # so that the data starts at a multiple of 8
-    start = len(text).to_bytes(8, "little") + text
-    tensors = {name: _stored(name, header[name], len(start), str(path)) for name in planned}
+    start, tensors = file_start(planned, metadata, str(path))
     with new_file(path) as partial, partial.open("wb") as file:
         file.write(start)
         writer = TensorWriter(file, tensors)

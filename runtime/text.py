@@ -2,27 +2,38 @@
 
 The text encoder of a public model has billions of parameters and needs torch; the runtime needs its output
 only. A file of embeddings is safetensors: `embeds.0`, `embeds.1`, ... of (tokens, text_width), without
-padding, in the order of the prompts in the metadata.
+padding, in the order of the prompts in the metadata. The metadata may also hold the prompts as the encoder
+saw them (`cleaned`) and how many tokens each has before it is cut (`tokens`).
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.prompts import clean_prompt, plain_form, shortened
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import new_tensors, read_arrays, read_header
 
 SCHEMA = "forcingkv.embeds/1"
 HINT = "Make the file with: forcingkv encode --prompts prompts.txt --out embeds.safetensors"
 
+SHOWN = 5
+"""Prompts of a file that a message lists."""
+COMPARED = 300
+"""Characters of a prompt that are compared when the nearest ones are looked for."""
+
+T = TypeVar("T")
 Array = npt.NDArray[np.float32]
 Prompt: TypeAlias = str | Array
 """Words, or text embeddings (1, text_length, text_width) for models whose text encoder does not live here."""
@@ -85,12 +96,20 @@ class Embeds:
     """One a prompt: (tokens, text_width)."""
     where: str = "embeds"
     """The file, for messages."""
+    cleaned: tuple[str, ...] = ()
+    """The prompts as the encoder saw them; empty where the file does not say."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of each prompt before it was cut to what the model takes; empty where the file does not say."""
 
     def __post_init__(self) -> None:
         prompts, arrays = self.prompts, self.arrays
         if not prompts or len(prompts) != len(arrays):
             what = f"has {len(arrays)} embeddings for {len(prompts)} prompts"
             raise InputError(what, where=self.where, expected="one for each")
+        for name, other in (("cleaned prompts", self.cleaned), ("counts of tokens", self.tokens)):
+            if other and len(other) != len(prompts):
+                what = f"has {len(other)} {name} for {len(prompts)} prompts"
+                raise InputError(what, where=self.where, expected="one for each, or none")
         for prompt, array in zip(prompts, arrays, strict=True):
             if array.ndim != 2:
                 fault = f"{array.ndim} dimensions"
@@ -100,9 +119,65 @@ class Embeds:
                 fault = "values that are not finite"
             else:
                 continue
-            what = f"the embedding of {_short(prompt)} has {fault}"
+            what = f"the embedding of {shortened(prompt)} has {fault}"
             expected = "finite values (tokens, text_width), all of one width"
             raise InputError(what, where=self.where, expected=expected)
+
+    def place(self, prompt: str | None) -> int:
+        """The place of a prompt (None: the only one) in the file.
+
+        A prompt is found as it stood in the prompt file, or by what the encoder sees of it: entities, white
+        space, composed letters and quotes need not be the same. Raises InputError, naming those that are
+        nearest, for one that is not there, and for None where there are several.
+        """
+        if prompt is None:
+            if len(self.prompts) > 1:
+                what = f"has {len(self.prompts)} prompts, and none was asked for"
+                raise InputError(what, where=self.where, expected=f"one of {self._known()}")
+            return 0
+        # From the strictest to the one that needs ftfy: all of them say what the encoder would have seen.
+        forms: list[Callable[[str], str]] = [_stripped, plain_form]
+        if importlib.util.find_spec("ftfy"):
+            forms.append(clean_prompt)
+        for form in forms:
+            place = self._places(form).get(form(prompt))
+            if place is not None:
+                return place
+        raise self._not_there(prompt)
+
+    def _places(self, form: Callable[[str], str]) -> dict[str, int]:
+        """Where each prompt stands by a form of it; what is cleaned already stays as it is."""
+        if form not in self._tables:
+            forms = (*map(form, self.prompts), *self.cleaned)
+            table: dict[str, int] = {}
+            for number, text in enumerate(forms):
+                table.setdefault(text, number % len(self.prompts))
+            self._tables[form] = table
+        return self._tables[form]
+
+    @cached_property
+    def _tables(self) -> dict[Callable[[str], str], dict[str, int]]:
+        return {}
+
+    def _known(self, first: Sequence[str] = ()) -> str:
+        """A few of the prompts, for a message."""
+        several = list(dict.fromkeys((*first, *self.prompts)))
+        more = f" and {len(several) - SHOWN} more" if len(several) > SHOWN else ""
+        return ", ".join(map(shortened, several[:SHOWN])) + more
+
+    def _not_there(self, prompt: str) -> InputError:
+        """The error for a prompt that is not in the file."""
+        heads = {plain_form(text)[:COMPARED]: text for text in reversed(self.prompts)}
+        near = [heads[found] for found in difflib.get_close_matches(plain_form(prompt)[:COMPARED], heads, 3)]
+        what = f"has no embedding of {shortened(prompt)}"
+        nearest = f"Nearest: {', '.join(shortened(text, 100) for text in near)}. " if near else ""
+        return InputError(what, where=self.where, expected=f"one of {self._known(near)}", hint=nearest + HINT)
+
+    def cut(self, prompt: str | None) -> int:
+        """Tokens at the end of a prompt (None: the only one) that its embedding leaves out; 0 where the file
+        does not say. Raises InputError as `place` does."""
+        place = self.place(prompt)
+        return self.tokens[place] - len(self.arrays[place]) if self.tokens else 0
 
     def get(self, prompt: str | None, spec: ModelSpec) -> Array:
         """The embedding of a prompt (None: the only one) as the model takes it, zero-padded.
@@ -110,16 +185,8 @@ class Embeds:
         Returns (1, text_length, text_width). Raises InputError for a prompt that is not in the file, for
         None where there are several, and for an embedding of another width or with too many tokens.
         """
-        count = len(self.prompts)
-        known = ", ".join(map(_short, self.prompts[:5])) + (f" and {count - 5} more" if count > 5 else "")
-        if prompt is None and count > 1:
-            what = f"has {count} prompts, and none was asked for"
-            raise InputError(what, where=self.where, expected=f"one of {known}")
-        wanted = self.prompts[0] if prompt is None else prompt
-        place = next((i for i, text in enumerate(self.prompts) if text.strip() == wanted.strip()), None)
-        if place is None:
-            what = f"has no embedding of {_short(wanted)}"
-            raise InputError(what, where=self.where, expected=f"one of {known}", hint=HINT)
+        place = self.place(prompt)
+        wanted = self.prompts[place]
         array = self.arrays[place]
         tokens, width = array.shape
         if width != spec.text_width:
@@ -128,7 +195,9 @@ class Embeds:
             raise InputError(what, where=self.where, expected=expected, hint=hint)
         if tokens > spec.text_length:
             expected = f"at most {spec.text_length}, as {spec.name} takes"
-            raise InputError(f"has {tokens} tokens for {_short(wanted)}", where=self.where, expected=expected)
+            raise InputError(
+                f"has {tokens} tokens for {shortened(wanted)}", where=self.where, expected=expected
+            )
         text = np.zeros((1, spec.text_length, spec.text_width), np.float32)
         text[0, :tokens] = array
         return text
@@ -145,12 +214,14 @@ def read_embeds(path: Path | str) -> Embeds:
     if metadata.get("schema") != SCHEMA:
         what = f"has the schema {metadata.get('schema')!r}"
         raise InputError(what, where=where, expected=repr(SCHEMA), hint=HINT)
-    try:
-        prompts = json.loads(metadata.get("prompts", ""))
-    except (ValueError, RecursionError):
-        prompts = None
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+    prompts, cleaned = (_listed(metadata, name, str) for name in ("prompts", "cleaned"))
+    if not prompts:
         raise InputError("its metadata has no list of prompts", where=where, hint=HINT)
+    tokens = _listed(metadata, "tokens", int)
+    if cleaned is None or tokens is None:
+        raise InputError(
+            "its metadata has a faulty list of cleaned prompts or tokens", where=where, hint=HINT
+        )
     names = [f"embeds.{place}" for place in range(len(prompts))]
     if set(tensors) != set(names):
         what = f"has {len(tensors)} tensors for {len(prompts)} prompts"
@@ -158,8 +229,31 @@ def read_embeds(path: Path | str) -> Embeds:
     for name in names:
         if tensors[name].dtype not in ("F32", "F16", "BF16"):
             raise InputError(f"{name} is {tensors[name].dtype}", where=where, expected="F32, F16 or BF16")
-    arrays = read_arrays(path)
-    return Embeds(tuple(prompts), tuple(arrays[name].astype(np.float32, copy=False) for name in names), where)
+    stored = read_arrays(path)
+    arrays = tuple(stored[name].astype(np.float32, copy=False) for name in names)
+    return Embeds(tuple(prompts), arrays, where, tuple(cleaned), tuple(tokens))
+
+
+def _stripped(prompt: str) -> str:
+    return prompt.strip()
+
+
+def _listed(metadata: Mapping[str, str], name: str, kind: type[T]) -> list[T] | None:
+    """A list in a file's metadata; empty where there is none, None where it is of something else."""
+    try:
+        found = json.loads(metadata.get(name, "[]"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(type(item) is kind for item in found) else None
+
+
+def embeds_metadata(
+    prompts: Sequence[str], cleaned: Sequence[str], tokens: Sequence[int], model_text: Mapping[str, Any]
+) -> dict[str, str]:
+    """The metadata of a file of embeddings: what `Embeds` says of its prompts, and what made them."""
+    lists = {"prompts": list(prompts), "cleaned": list(cleaned), "tokens": list(tokens)}
+    said = {name: json.dumps(items) for name, items in lists.items() if items}
+    return {"schema": SCHEMA, **said, **{name: str(item) for name, item in model_text.items()}}
 
 
 def write_embeds(
@@ -178,14 +272,8 @@ def write_embeds(
     """
     stored = tuple(np.asarray(array, np.float32) for array in arrays)
     embeds = Embeds(tuple(prompts), stored, str(path))
-    made = {name: str(item) for name, item in model_text.items()}
-    metadata = {"schema": SCHEMA, "prompts": json.dumps(list(prompts)), **made}
+    metadata = embeds_metadata(prompts, (), (), model_text)
     planned = {f"embeds.{place}": ("F32", array.shape) for place, array in enumerate(embeds.arrays)}
     with new_tensors(path, planned, metadata) as writer:
         for name, array in zip(planned, embeds.arrays, strict=True):
             writer.write(name, array)
-
-
-def _short(prompt: str) -> str:
-    text = " ".join(prompt.split())
-    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from forcingkv.commands.models import text_input, text_inputs
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import memory
+from forcingkv.runtime.embeds_writer import growing_embeds
 from forcingkv.runtime.text import write_embeds
 from tests.conftest import Ran
 
@@ -215,3 +217,18 @@ def test_a_model_too_large_to_verify_is_refused_with_what_it_needs(
     assert ran.code == 0, ran.err
     assert "not verified against torch" in ran.out
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["verification"] == {}
+
+
+def test_embeddings_that_leave_out_the_end_of_a_prompt_are_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By commands that take one prompt (`generate`) or several (`analyze`, `evaluate`, `export`)."""
+    spec, shapes = load_spec(str(place / "spec.toml")), [(6, 8), (2, 8)]
+    with growing_embeds(tmp_path / "e", PROMPTS, PROMPTS, [1203, 2], shapes, {}) as growing:
+        for shape in shapes:
+            growing.write(np.ones(shape, np.float32))
+    for prompt in PROMPTS:
+        text_input(spec, prompt, tmp_path / "e")
+    assert capsys.readouterr().err == "note: the last 1,197 tokens of 'a red kite' are not used\n"
+    text_inputs(spec, None, tmp_path / "e")
+    assert capsys.readouterr().err == "note: 1 of 2 prompts are cut to 6 tokens\n"

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit
+from forcingkv.models.decoders.names import check_name
+from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed
 from forcingkv.runtime.spec import Decoder, ModelSpec
 
-DecoderKind = Literal["wan-vae", "taehv"]
+DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
 KINDS: tuple[DecoderKind, ...] = get_args(DecoderKind)
 
 
@@ -50,7 +51,12 @@ class StreamingDecoder(nn.Module, ABC):
         """Take over the parameters that files hold, in float32. Arguments and errors as in `check_fit`."""
         wanted = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
         check_fit(files, names, wanted, what, optional)
-        state = {name: files.read(names[name]).to(torch.float32, copy=True) for name in wanted}
+        stored = {name: files.read(names[name]) for name in wanted}
+        others = [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if not _readable(tensor)]
+        if others:
+            fault = f"does not hold {what} in floats: {listed(others)}"
+            raise InputError(fault, where=str(files.where), expected="float32, bfloat16 or float16")
+        state = {name: tensor.to(torch.float32, copy=True) for name, tensor in stored.items()}
         self.load_state_dict({**dict(self.named_buffers()), **state}, assign=True)
         return self
 
@@ -72,24 +78,33 @@ class StreamingDecoder(nn.Module, ABC):
         """
 
 
+def _readable(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> StreamingDecoder:
     """A decoder of Wan 2.1's latents in float32 on the CPU, for inference.
 
     Args:
         kind: `wan-vae`, the VAE that the latents come from, or `taehv`, the tiny decoder taew2_1 that
-            comes close to it for about a hundredth of the work.
-        path: the weights. wan-vae: a diffusers folder (or one with the subfolder `vae`), a .safetensors
-            file in diffusers' naming, or `Wan2.1_VAE.pth`. taehv: `taew2_1.pth` or .safetensors.
-            None: weights drawn at random.
+            comes close to it for about a hundredth of the work, or `lighttae`, LightX2V's lighttaew2_1 of the
+            same layers, which takes latents with the VAE's mean and deviation.
+        path: the weights. wan-vae: a diffusers folder (or one with the subfolder `vae`), Wan's folder or its
+            `Wan2.1_VAE.pth`, a file in the naming of either. taehv: `taew2_1.pth` or .safetensors; lighttae:
+            `lighttaew2_1.pth` or .safetensors. None: weights drawn at random.
         seed: of the random weights.
 
-    Raises InputError where there is no such kind, the file cannot be read, or a tensor is missing, unexpected
-    or wrongly shaped (all are listed), MissingExtraError for wan-vae without diffusers.
+    Raises InputError where there is no such kind, the file cannot be read, is a decoder of another kind by
+    its tensors or its name, or a tensor is missing, unexpected or wrongly shaped (all are listed),
+    MissingExtraError for wan-vae without diffusers.
     """
+    wanted = one_of(DecoderKind, kind, "decoder")
+    if path is not None:
+        check_name(wanted, path)
     decoder: StreamingDecoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if one_of(DecoderKind, kind, "decoder") == "wan-vae":
+        if wanted == "wan-vae":
             if find_spec("diffusers") is None:
                 raise MissingExtraError("diffusers", "models")
             # Imported where it is wanted: diffusers takes seconds to import, and taehv does without.
@@ -97,9 +112,10 @@ def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> Strea
 
             decoder = WanVaeDecoder() if path is None else load_wan_vae(path)
         else:
-            from forcingkv.models.decoders.taehv import TaehvDecoder, load_taehv
+            from forcingkv.models.decoders.taehv import LightTaeDecoder, TaehvDecoder, load_taehv
 
-            decoder = TaehvDecoder() if path is None else load_taehv(path)
+            tiny = LightTaeDecoder if wanted == "lighttae" else TaehvDecoder
+            decoder = tiny() if path is None else load_taehv(path, tiny)
     return decoder.eval().requires_grad_(False)
 
 
@@ -123,7 +139,10 @@ def decoder_for(
         return spec, None
     name: DecoderKind = one_of(DecoderKind, kind or spec.decoder.kind, "decoder")
     if path is None and not random:
-        hint = "Name them: --vae Wan2.1_VAE.pth, or --decoder taehv --vae taew2_1.pth."
+        hint = (
+            "Name them: --vae Wan2.1_VAE.pth, --decoder taehv --vae taew2_1.pth, or --decoder lighttae"
+            " --vae lighttaew2_1.pth."
+        )
         raise InputError(f"the weights of the decoder {name} are not given", where="decoder", hint=hint)
     decoder = load_decoder(name, path)
     own = Decoder(name, decoder.spatial_stride, decoder.temporal_stride)

@@ -1,19 +1,22 @@
 """TAEHV `taew2_1`: the tiny decoder of Wan 2.1's latents (madebyollin/taehv, MIT), as a stream.
 
 Layer numbers and names are those of its checkpoints. It takes the latents as the transformer makes
-them, without the VAE's mean and deviation, and makes pixels in [0, 1].
+them, without the VAE's mean and deviation, and makes pixels in [0, 1]. LightX2V's `lighttaew2_1` has the same
+layers and was trained on latents with both: latents * std + mean (LightX2V, `vae_tiny.py`, `need_scaled`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.names import check_tensors
 from forcingkv.models.tensor_files import open_tensors
 
 WIDTHS = (256, 128, 64, 64)
@@ -23,6 +26,16 @@ GROWTH = (1, 2, 2)
 
 MEMORIES = 3
 """Memory blocks a stage."""
+
+LATENTS_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+LATENTS_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+"""Of each channel of Wan 2.1's latents, as its VAE has them."""
 
 
 class MemoryBlock(nn.Module):
@@ -102,14 +115,47 @@ class TaehvDecoder(StreamingDecoder):
         return pixels.transpose(0, 1)[None], following
 
 
-def load_taehv(path: Path) -> TaehvDecoder:
-    """Read `taew2_1.pth` or .safetensors; the encoder in it is left aside.
+class LightTaeDecoder(TaehvDecoder):
+    """TAEHV for latents with their mean and deviation, which the transformer's do not have.
+
+    Args:
+        mean, std: of each channel.
+        options: those of `TaehvDecoder`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        mean: Sequence[float] = LATENTS_MEAN,
+        std: Sequence[float] = LATENTS_STD,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        # In the state dict too: an export takes everything with contents from there.
+        for name, values in (("mean", mean), ("std", std)):
+            # A decoder that is still to be filled has no storage but for these.
+            numbers = torch.tensor(values, dtype=torch.float32, device="cpu")
+            self.register_buffer(name, numbers.view(1, -1, 1, 1, 1))
+
+    def forward(
+        self, latents: Tensor, first: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().forward(latents * self.std + self.mean, first, state)
+
+
+def load_taehv(path: Path, kind: type[TaehvDecoder] = TaehvDecoder) -> TaehvDecoder:
+    """Read `taew2_1.pth` or `lighttaew2_1.pth`, or .safetensors; the encoder in it is left aside.
+
+    The tensors of both have the same names and shapes: `kind` says which it is.
 
     Raises InputError where the file cannot be read, or a tensor of the decoder is missing, unexpected or
     wrongly shaped, as in the files for other video models.
     """
     files = open_tensors(path)
     with torch.device("meta"):
-        decoder = TaehvDecoder()
+        decoder = kind()
+    check_tensors("taehv", files.shapes, str(path))
     names = {name: name for name in files.shapes if not name.startswith("encoder.")}
     return decoder.fill(files, names, "the decoder of taew2_1")

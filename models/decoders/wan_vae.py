@@ -23,11 +23,15 @@ from torch.nn import functional as F
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.names import check_tensors
 from forcingkv.models.tensor_files import open_tensors
 
 PAST = 2
 """Frames that a temporal kernel of 3 looks back."""
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+WAN_VAE = "Wan2.1_VAE.pth"
+ENTRY, PREFIX = "model_state", "model."
+"""What DiffSynth wraps a VAE's tensors in: an entry of the file, and what stands before each name."""
 NAME = AutoencoderKLWan.__name__
 WAN_NAMES = ("decoder.middle.", "decoder.upsamples.")
 """How names start that only files in Wan's own naming have."""
@@ -186,20 +190,24 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
     """Read a VAE; the encoder in it is checked and left aside.
 
     Args:
-        path: a diffusers folder, or one with the subfolder `vae`: config and weights. Or one file, in
-            diffusers' naming or Wan's own (`Wan2.1_VAE.pth`), distinguished by the names in it.
+        path: a diffusers folder, or one with the subfolder `vae`: config and weights. Or Wan's folder, with
+            `Wan2.1_VAE.pth`. Or one file, in the naming of diffusers or of Wan, which its names tell.
         config: of a single file, the fields that differ from Wan 2.1's.
 
     Raises InputError where a file cannot be read, the config is not of a VAE of Wan 2.1's kind, or a tensor
     is missing, unexpected or wrongly shaped.
     """
-    if path.is_dir():
+    in_wans = path / WAN_VAE
+    if path.is_dir() and not in_wans.is_file():
         folder = path / "vae" if (path / "vae").is_dir() else path
         vae, weights = _from_config(folder / CONFIG), folder / WEIGHTS
     else:
-        vae, weights = _empty(dict(config or {}), str(path)), path
-    files = open_tensors(weights)
-    names = {name: name for name in files.shapes}
+        weights = in_wans if path.is_dir() else path
+        vae = _empty(dict(config or {}), str(weights))
+    files = open_tensors(weights, preferred=ENTRY)
+    check_tensors("wan-vae", files.shapes, str(weights))
+    prefix = PREFIX if all(name.startswith(PREFIX) for name in files.shapes) else ""
+    names = {name.removeprefix(prefix): name for name in files.shapes}
     if any(name.startswith(WAN_NAMES) for name in names):
         names = convert_wan_vae_to_diffusers(names)
     whole = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
@@ -208,7 +216,7 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
 
 def _from_config(path: Path) -> AutoencoderKLWan:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         expected = f"a diffusers VAE: {CONFIG} and {WEIGHTS}"
         raise InputError("is not there", where=str(path), expected=expected) from error

@@ -20,7 +20,7 @@ from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder, ModelSpec
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
-from tests.models.test_decoders import SMALL, small_taehv, small_vae
+from tests.models.test_decoders import SMALL, small_lighttae, small_taehv, small_vae
 
 CHUNKS = 3
 
@@ -43,9 +43,15 @@ def by_taehv(latents: Tensor) -> Tensor:
     return pixels[:, :, 3:]
 
 
+def by_lighttae(latents: Tensor) -> Tensor:
+    mean, std = (torch.tensor(SMALL[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return by_taehv(latents * std + mean)
+
+
 CASES: dict[str, tuple[Callable[[], StreamingDecoder], Callable[[Tensor], Tensor]]] = {
     "wan-vae": (lambda: WanVaeDecoder(small_vae()), by_diffusers),
     "taehv": (small_taehv, by_taehv),
+    "lighttae": (small_lighttae, by_lighttae),
 }
 
 

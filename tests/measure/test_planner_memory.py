@@ -74,7 +74,7 @@ def test_every_parameter_is_counted(model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wan-vae", "taehv"])
+@pytest.mark.parametrize("kind", ["wan-vae", "taehv", "lighttae"])
 def test_decoders_hold_what_the_file_says(kind: str) -> None:
     decoder, costs = load_decoder(kind), decoder_costs(kind)
     shapes = decoder.state_shapes(6, 10).values()

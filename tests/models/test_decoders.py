@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from forcingkv.models import decoders
 from forcingkv.models.decoders import StreamingDecoder, load_decoder
-from forcingkv.models.decoders.taehv import TaehvDecoder
+from forcingkv.models.decoders.taehv import LightTaeDecoder, TaehvDecoder
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -55,6 +55,14 @@ def small_taehv() -> TaehvDecoder:
     return decoder
 
 
+def small_lighttae() -> LightTaeDecoder:
+    torch.manual_seed(0)
+    mean_std = SMALL["latents_mean"], SMALL["latents_std"]
+    widths = {"widths": (16, 12, 8, 10), "latent_channels": 4}
+    decoder: LightTaeDecoder = shaken(LightTaeDecoder(*mean_std, **widths))  # type: ignore[arg-type]
+    return decoder
+
+
 def latents() -> Tensor:
     return torch.randn(1, 4, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
 
@@ -77,7 +85,7 @@ def vae_at_once(vae: Any) -> Tensor:
     return pixels
 
 
-def taehv_at_once(decoder: TaehvDecoder) -> Tensor:
+def taehv_at_once(decoder: TaehvDecoder, given: Tensor) -> Tensor:
     """The published layers frame by frame, each memory block over the whole video in turn."""
     weights = decoder.state_dict()
 
@@ -85,7 +93,7 @@ def taehv_at_once(decoder: TaehvDecoder) -> Tensor:
         weight = weights[f"decoder.{name}.weight"]
         return F.conv2d(x, weight, weights.get(f"decoder.{name}.bias"), padding=weight.shape[-1] // 2)
 
-    frames = [conv("1", 3 * torch.tanh(frame / 3)).relu() for frame in latents()[0].unbind(1)]
+    frames = [conv("1", 3 * torch.tanh(frame / 3)).relu() for frame in given[0].unbind(1)]
     for start, growth in ((3, 1), (9, 2), (15, 2)):
         for block in range(start, start + 3):
             past = [torch.zeros_like(frames[0]), *frames[:-1]]
@@ -101,12 +109,16 @@ def taehv_at_once(decoder: TaehvDecoder) -> Tensor:
     return video.clamp(0, 1)[None, :, 3:] * 2 - 1
 
 
-@pytest.fixture(scope="module", params=["wan-vae", "taehv"])
+@pytest.fixture(scope="module", params=decoders.KINDS)
 def case(request: pytest.FixtureRequest) -> tuple[StreamingDecoder, Tensor]:
     """A decoder, and the video as something independent of it decodes it at once."""
     if request.param == "taehv":
         taehv = small_taehv()
-        return taehv, taehv_at_once(taehv)
+        return taehv, taehv_at_once(taehv, latents())
+    if request.param == "lighttae":
+        mean, std = (torch.tensor(SMALL[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+        light = small_lighttae()
+        return light, taehv_at_once(light, latents() * std + mean)
     vae = small_vae()
     return WanVaeDecoder(vae), vae_at_once(vae)
 

@@ -120,7 +120,7 @@ def test_notes_of_comfyui_are_read(tmp_path: Path) -> None:
         ),
         (
             lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones((), dtype=torch.uint8)}),
-            "is stored as U8, which is no known scale",
+            "is stored as uint8, which is no known scale",
         ),
         (lambda s: s.update({Q.replace("weight", "weight_scale"): torch.ones(())}), "are both the scale of"),
         (

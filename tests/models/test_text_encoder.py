@@ -17,7 +17,8 @@ import transformers
 from safetensors.torch import load_file
 
 from forcingkv.headmaps import InputError
-from forcingkv.models.text_encoder import clean_prompt, load_prompt_encoder
+from forcingkv.models.text_encoder import PromptCutWarning, load_prompt_encoder
+from forcingkv.runtime.prompts import clean_prompt
 from tests.conftest import Ran
 
 WIDTH, LENGTH = 24, 12
@@ -120,7 +121,8 @@ def test_embeddings_are_those_of_the_padded_masked_encoder(layout: str, tmp_path
 
 def test_long_prompts_are_cut(tmp_path: Path) -> None:
     loaded = load_prompt_encoder(transformers_folder(tmp_path))
-    assert loaded.encode("a " * 40, LENGTH).shape == (LENGTH, WIDTH)
+    with pytest.warns(PromptCutWarning, match=r"has 41 tokens, the last 29 are not used"):
+        assert loaded.encode("a " * 40, LENGTH).shape == (LENGTH, WIDTH)
     with pytest.raises(InputError, match="the prompt is empty"):
         loaded.encode(" \n ", LENGTH)
 
@@ -165,7 +167,7 @@ def test_an_encoder_that_does_not_fit_is_refused(
 def test_encoders_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such file or folder"):
         load_prompt_encoder(tmp_path / "no" / "such" / "folder")
-    with pytest.raises(InputError, match="cannot be read by transformers' UMT5EncoderModel"):
+    with pytest.raises(InputError, match="holds no text encoder; expected Wan's folder"):
         load_prompt_encoder(tmp_path)
     folder = wan_folder(tmp_path / "wan")
     with pytest.raises(InputError, match="cannot be read by transformers' AutoTokenizer"):
@@ -182,7 +184,8 @@ def test_encode_writes_what_generate_reads(run: Callable[..., Ran], tmp_path: Pa
     words = ["encode", "--model", tmp_path / "spec.toml", "--text-encoder", folder, "--out", out]
     ran = run(*words, "--prompts", tmp_path / "prompts.txt", "--json")
     assert ran.code == 0, ran.err
-    assert json.loads(ran.out) == {"out": str(out), "prompts": 3, "width": WIDTH, "tokens": [4, 8, 2]}
+    made = {"out": str(out), "prompts": 3, "width": WIDTH, "tokens": [4, 8, 2]}
+    assert json.loads(ran.out) == {**made, "dtype": "float32", "went_on_after": 0, "notes": []}
     assert [tuple(t.shape) for t in load_file(out).values()] == [(4, WIDTH), (8, WIDTH), (2, WIDTH)]
 
     (tmp_path / "switched.jsonl").write_text(json.dumps({"prompts": ["a kite", "a dune"]}) + "\n")

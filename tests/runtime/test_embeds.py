@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from forcingkv.headmaps import InputError
-from forcingkv.runtime.text import SCHEMA, Embeds, read_embeds, write_embeds
+from forcingkv.runtime import text
+from forcingkv.runtime.text import SCHEMA, Embeds, embeds_metadata, read_embeds, write_embeds
 from tests.conftest import small_spec
 
 SPEC = small_spec()  # text_length 5, text_width 10
@@ -147,3 +148,83 @@ def test_files_that_are_cut_short_or_absent_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(json.dumps({"prompts": ["a"]}))
     with pytest.raises(InputError, match="header"):
         read_embeds(tmp_path / "text")
+
+
+WRITTEN = [
+    "a red kite",
+    "Caf\u00e9 &amp; bar",
+    "it\u2019s  a \u201ckite\u201d",
+    "l\u2019\u00e9t\u00e9",
+    "\uff52\uff45\uff44",
+]
+CLEANED = ["a red kite", "Caf\u00e9 & bar", 'it\'s a "kite"', "l'\u00e9t\u00e9", "red"]
+
+
+@pytest.fixture(params=["as encode writes it", "as it was written before"])
+def embeds(request: pytest.FixtureRequest, tmp_path: Path) -> Embeds:
+    """A file whose prompts are as people type them; files of before do not hold the cleaned ones."""
+    cleaned = CLEANED if "encode" in request.param else []
+    metadata = embeds_metadata(WRITTEN, cleaned, [], {})
+    arrays = embeddings(len(WRITTEN))
+    save_file({f"embeds.{place}": array for place, array in enumerate(arrays)}, tmp_path / "e", metadata)
+    return read_embeds(tmp_path / "e")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "place"),
+    [
+        ("a  red\tkite ", 0),
+        ("a red&nbsp;kite", 0),
+        ("Cafe\u0301 & bar", 1),
+        ("Caf\u00e9 &amp;amp; bar", 1),
+        ('it\u2019s a "kite"', 2),
+        ("it's a &ldquo;kite&rdquo;", 2),
+        ("l\u2019\u00e9t\u00e9", 3),
+    ],
+)
+@pytest.mark.parametrize("ftfy", ["with ftfy", "without"])
+def test_a_prompt_is_found_by_what_the_encoder_sees(
+    prompt: str, place: int, ftfy: str, embeds: Embeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ftfy == "without":
+        monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
+    np.testing.assert_array_equal(embeds.get(prompt, SPEC)[0, :3], embeds.arrays[place])
+
+
+@pytest.mark.parametrize(("prompt", "place"), [("l'\u00e9t\u00e9", 3), ("red", 4)])
+def test_with_ftfy_all_that_cleaning_makes_the_same_is_found(prompt: str, place: int, embeds: Embeds) -> None:
+    np.testing.assert_array_equal(embeds.get(prompt, SPEC)[0, :3], embeds.arrays[place])
+
+
+def test_a_prompt_that_is_not_there_names_the_nearest() -> None:
+    prompts = [
+        f"a {color} kite over {what}" for color in ("red", "blue") for what in ("dunes", "the sea", "Rome")
+    ]
+    embeds = Embeds(tuple(prompts), tuple(embeddings(6)), where="e.safetensors")
+    with pytest.raises(InputError) as raised:
+        embeds.get("a blue kite over the see", SPEC)
+    message = str(raised.value)
+    assert "no embedding of 'a blue kite over the see'; expected one of 'a blue kite over the sea'" in message
+    assert "Nearest: 'a blue kite over the sea', " in message
+    with pytest.raises(InputError) as raised:
+        embeds.get("nothing of the kind", SPEC)
+    assert "Nearest" not in str(raised.value)
+    # Half of a broken character is not a quote: these are two prompts, and one is not there.
+    russian = Embeds(("\u00d0\u2018",), tuple(embeddings(1)), cleaned=("\u0411",))
+    with pytest.raises(InputError, match="no embedding of"):
+        russian.get("\u00d0\u2019", SPEC)
+    np.testing.assert_array_equal(russian.get("\u0411", SPEC)[0, :3], russian.arrays[0])
+
+
+def test_what_is_cut_is_known(tmp_path: Path) -> None:
+    metadata = embeds_metadata(["long", "short"], [], [9, 3], {})
+    save_file({"embeds.0": ZEROS, "embeds.1": ZEROS}, tmp_path / "e", metadata)
+    embeds = read_embeds(tmp_path / "e")
+    assert [embeds.cut(prompt) for prompt in ("long", "short")] == [6, 0]
+    for name, faulty in (("tokens", '["9", 3]'), ("cleaned", "[1, 2]"), ("tokens", "{}")):
+        save_file({"embeds.0": ZEROS, "embeds.1": ZEROS}, tmp_path / "e", {**metadata, name: faulty})
+        with pytest.raises(InputError, match="faulty list of cleaned prompts or tokens"):
+            read_embeds(tmp_path / "e")
+    save_file({"embeds.0": ZEROS, "embeds.1": ZEROS}, tmp_path / "e", {**metadata, "tokens": "[3]"})
+    with pytest.raises(InputError, match="has 1 counts of tokens for 2 prompts; expected one for each"):
+        read_embeds(tmp_path / "e")

@@ -18,7 +18,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import AsJson, console, emit, need, progress_bar, read_prompts
+from forcingkv.commands.console import AsJson, console, emit, need, progress_bar
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
     Checkpoint,
@@ -35,6 +35,7 @@ from forcingkv.commands.models import (
 )
 from forcingkv.headmaps import Budget, InputError, read_headmap
 from forcingkv.headmaps.fields import one_of
+from forcingkv.runtime.prompts import read_prompts
 from forcingkv.runtime.spec import Geometry
 
 if TYPE_CHECKING:

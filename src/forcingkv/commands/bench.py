@@ -41,7 +41,7 @@ def bench(
     threads: Annotated[int | None, Option(min=1, help="CPU threads; default: one a core.")] = None,
     decode: Annotated[bool, Option(help="Time decoding too.")] = True,
     decoder: Annotated[
-        str | None, Option(help="wan-vae or taehv, with random weights; default: taehv.")
+        str | None, Option(help="wan-vae, taehv or lighttae, with random weights; default: taehv.")
     ] = None,
     sweep: Annotated[
         Path | None,

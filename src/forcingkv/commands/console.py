@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from typer import Option
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.runtime.prompts import read_prompts
 
 AsJson: TypeAlias = Annotated[bool, Option("--json", help="Print JSON.")]
 
@@ -69,39 +70,6 @@ def parse_pairs(text: str, option: str, expected: str, value: str = ".+") -> dic
     return pairs
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line, or of a `.jsonl` with `{"prompts": [...]}` a line.
-
-    Raises InputError where it has none, or a line is not of that form.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read ({error})", where=str(path)) from error
-    if path.suffix == ".jsonl":
-        lines = [
-            prompt
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-            for prompt in _interactive(line, f"{path}, line {number}")
-        ]
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError("has no prompts", where=str(path), expected="one prompt a line")
-    return prompts
-
-
-def _interactive(line: str, where: str) -> list[str]:
-    """The prompts of a video whose prompt is switched."""
-    try:
-        prompts = json.loads(line)["prompts"]
-    except (ValueError, KeyError, TypeError):
-        prompts = None
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError("is not a line of prompts", where=where, expected='{"prompts": ["...", "..."]}')
-    return prompts
-
-
 def default_prompts(model: str) -> list[str]:
     """The prompts that ship with a model. Raises InputError where there are none."""
     from forcingkv.models.presets import shipped_file
@@ -109,4 +77,4 @@ def default_prompts(model: str) -> list[str]:
     path = shipped_file(model, "prompts.txt")
     if path is None:
         raise InputError(f"no prompts ship with {model}", where="prompts", hint="Give a file with --prompts.")
-    return read_prompts(path)
+    return [prompt.text for prompt in read_prompts(path)]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from typer import Option
 
-from forcingkv.commands.console import AsJson, emit, need, progress_bar, read_prompts
+from forcingkv.commands.console import AsJson, emit, need, progress_bar
 from forcingkv.commands.models import Model
 from forcingkv.headmaps.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forcingkv.models.text_encoder import CheckedPrompt, PromptTokenizer
+    from forcingkv.models.umt5 import Umt5Files
+    from forcingkv.runtime.embeds_writer import GrowingEmbeds
+    from forcingkv.runtime.spec import ModelSpec
 
 
 def encode(
@@ -17,7 +27,10 @@ def encode(
     out: Annotated[Path, Option(help="File to write (.safetensors).")],
     model: Model = "self-forcing",
     text_encoder: Annotated[
-        str, Option(help="Wan's folder or its .pth, a diffusers or transformers folder, or a hub id.")
+        str,
+        Option(
+            help="Wan's folder, a diffusers or transformers folder, a file of either naming, or a hub id."
+        ),
     ] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     tokenizer: Annotated[
         str | None, Option(help="Its folder or hub id; default: beside the encoder.")
@@ -26,12 +39,17 @@ def encode(
 ) -> None:
     """Encode prompts with UMT5, so that generating needs neither the 11 GB encoder nor torch.
 
+    All prompts are checked before the encoder is loaded. What is encoded is kept: interrupted, the same
+    command goes on.
+
     Example: forcingkv encode --prompts prompts.txt --text-encoder Wan2.1-T2V-1.3B --out embeds.safetensors
     """
     need("text", "torch", "transformers", "ftfy")
+    from forcingkv.models.encoder_places import find_encoder
     from forcingkv.models.presets import load_spec
-    from forcingkv.models.text_encoder import load_prompt_encoder
-    from forcingkv.runtime.text import write_embeds
+    from forcingkv.models.text_encoder import load_tokenizer, open_encoder
+    from forcingkv.runtime.embeds_writer import check_place
+    from forcingkv.runtime.prompts import clean_prompt, read_prompts
 
     spec = load_spec(model)
     if spec.text.kind != "umt5":
@@ -40,24 +58,105 @@ def encode(
             where="model",
             expected="a model with the text encoder umt5",
         )
-    texts = list(dict.fromkeys(read_prompts(prompts)))
-    arrays = []
-    with progress_bar() as shown:
-        task = shown.add_task("loading the text encoder", total=len(texts))
-        encoder = load_prompt_encoder(text_encoder, tokenizer)
-        if encoder.width != spec.text_width:
-            raise InputError(
-                f"gives embeddings of width {encoder.width}",
-                where=encoder.name,
-                expected=f"{spec.text_width}, as {spec.name} takes",
-            )
-        shown.update(task, description="encoding prompts")
-        for text in texts:
-            arrays.append(encoder.encode(text, spec.text_length))
-            shown.advance(task)
-    write_embeds(out, texts, arrays, {"encoder": encoder.name, "text_length": spec.text_length})
-    tokens = [len(array) for array in arrays]
+    lines = read_prompts(prompts)
+    for line in lines:  # again with the tokenizer, which may first have to be fetched
+        with line.named():
+            if not clean_prompt(line.text):
+                raise InputError("the prompt is empty once it is cleaned", expected="some words")
+    check_place(out)
+    place = find_encoder(text_encoder)
+    files = open_encoder(place)
+    words = load_tokenizer(place, tokenizer)
+    _fit(files, words, spec)
+    checked = words.check(lines, spec.text_length)
+    for prompt in checked:
+        for note in prompt.notes():
+            print(f"note: {prompt.line.where}: {note}", file=sys.stderr)
+    files.require_memory()
+    went_on = _encode(files, words, checked, out, spec.text_length)
+    tokens = [len(prompt.tokens.ids) for prompt in checked]
     if as_json:
-        emit({"out": str(out), "prompts": len(texts), "width": encoder.width, "tokens": tokens})
+        emit(
+            {
+                "out": str(out),
+                "prompts": len(checked),
+                "width": files.width,
+                "tokens": tokens,
+                "dtype": files.dtype,
+                "went_on_after": went_on,
+                "notes": [_note(prompt) for prompt in checked if prompt.notes()],
+            }
+        )
         return
-    print(f"{out}: {len(texts)} prompts of {min(tokens)} to {max(tokens)} tokens, width {encoder.width}")
+    print(f"{out}: {len(checked)} prompts of {min(tokens)} to {max(tokens)} tokens, width {files.width}")
+
+
+def _fit(files: Umt5Files, words: PromptTokenizer, spec: ModelSpec) -> None:
+    """Raise InputError unless encoder, tokenizer and model belong together, as far as their sizes say."""
+    if files.width != spec.text_width:
+        raise InputError(
+            f"gives embeddings of width {files.width}",
+            where=files.name,
+            expected=f"{spec.text_width}, as {spec.name} takes",
+        )
+    words.check_fits(files)
+
+
+def _encode(
+    files: Umt5Files, words: PromptTokenizer, checked: Sequence[CheckedPrompt], out: Path, length: int
+) -> int:
+    """Write the embeddings; how many were there from an earlier run that was stopped."""
+    from forcingkv.models.text_encoder import PromptEncoder, tokens_digest
+    from forcingkv.runtime.embeds_writer import growing_embeds
+
+    growing: GrowingEmbeds | None = None
+    with progress_bar() as shown:
+        task = shown.add_task("loading the text encoder", total=len(checked))
+        encoder = PromptEncoder(files.load(), words.tokenizer, files.name)
+        made = {
+            "encoder": encoder.name,
+            "encoder_dtype": files.dtype,
+            "encoder_digest": encoder.digest,
+            "tokens_digest": tokens_digest(checked),
+            "text_length": length,
+        }
+        try:
+            with growing_embeds(
+                out,
+                [prompt.line.text for prompt in checked],
+                [prompt.tokens.cleaned for prompt in checked],
+                [prompt.tokens.whole for prompt in checked],
+                [(len(prompt.tokens.ids), encoder.width) for prompt in checked],
+                made,
+            ) as growing:
+                went_on = growing.done
+                if went_on:
+                    print(
+                        f"going on after {went_on} of {len(checked)} prompts that are there", file=sys.stderr
+                    )
+                elif growing.begun_anew:
+                    print("what was left unfinished is of another command: begun anew", file=sys.stderr)
+                shown.update(task, description="encoding prompts", completed=went_on)
+                for prompt in checked[went_on:]:
+                    with prompt.line.named():
+                        growing.write(encoder.encode_tokens(prompt.tokens.ids))
+                    shown.advance(task)
+        except KeyboardInterrupt as error:
+            done = growing.done if growing else 0
+            print(
+                f"stopped after {done} of {len(checked)} prompts: the same command goes on", file=sys.stderr
+            )
+            raise typer.Exit(130) from error
+    return went_on
+
+
+def _note(prompt: CheckedPrompt) -> dict[str, object]:
+    tokens = prompt.tokens
+    return {
+        "where": prompt.line.where,
+        "line": prompt.line.line,
+        "tokens": tokens.whole,
+        "unused": tokens.unused,
+        "cleaned": tokens.cleaned,
+        "notes": prompt.notes(),
+    }

@@ -18,11 +18,11 @@ from forcingkv.commands.console import (
     must_end,
     need,
     progress_bar,
-    read_prompts,
 )
-from forcingkv.commands.models import Backend, Embeds, Threads
+from forcingkv.commands.models import Backend, Embeds, Threads, text_inputs
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Bundle, Prompt, Session
+from forcingkv.runtime.prompts import PromptLine, read_prompts
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import read_embeds
 
@@ -153,20 +153,25 @@ def _reference(names: Sequence[str], asked: str | None) -> str | None:
 def _prompts(
     spec: ModelSpec, file: Path | None, embeds: Path | None, samples: int | None
 ) -> list[tuple[str, Prompt | None]]:
-    """The prompts, with their embeddings where a file of them is given."""
-    known = read_embeds(embeds) if embeds else None
-    if file is None and known is not None:
-        texts = list(known.prompts)
+    """The prompts, with their embeddings where a file of them is given. All are looked at before any is used.
+
+    Raises InputError, naming the line, for one that cannot be used.
+    """
+    lines: Sequence[PromptLine] | Sequence[str]
+    if file is None and embeds is not None:
+        lines = read_embeds(embeds).prompts
     else:
-        texts = read_prompts(file) if file else default_prompts(spec.name)
+        lines = read_prompts(file) if file else default_prompts(spec.name)
+    texts = [line.text if isinstance(line, PromptLine) else line for line in lines]
     if samples is not None and samples > len(texts):
         raise InputError(
             f"is {samples}, but there are only {len(texts)} prompts",
             where="--samples",
             hint="Give a file with more prompts (--prompts), or make more videos of each (--seeds).",
         )
-    texts = texts[: samples or SAMPLES]
-    return [(text, known.get(text, spec) if known else None) for text in texts]
+    taken = slice(samples or SAMPLES)
+    inputs = text_inputs(spec, lines[taken], embeds)
+    return list(zip(texts[taken], inputs, strict=True))
 
 
 def _paired(videos: Sequence[Path], references: Sequence[Path] | None) -> list[tuple[Path, Path | None]]:

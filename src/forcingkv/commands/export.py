@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from forcingkv.commands.console import console, default_prompts, emit, need, read_prompts
+from forcingkv.commands.console import console, default_prompts, emit, need
 from forcingkv.commands.models import (
     Checkpoint,
     Key,
@@ -24,6 +24,7 @@ from forcingkv.commands.models import (
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
+from forcingkv.runtime.prompts import read_prompts
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import read_embeds
 
@@ -46,7 +47,7 @@ def export(
     random_weights: RandomWeights = False,
     resolution: Resolution = None,
     policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
-    decoder: Annotated[str | None, Option(help="wan-vae or taehv; default: the model's.")] = None,
+    decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
     vae: Annotated[Path | None, Option(help="Weights of the decoder: a file or a folder.")] = None,
     dtype: Annotated[
         str | None,
@@ -152,8 +153,12 @@ def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTe
     from forcingkv.export.fp8 import CalibrationTexts, random_texts
 
     if spec.text.kind == "words" and (file is None or file.suffix != ".safetensors"):
-        prompts = read_prompts(file) if file else default_prompts(spec.name)[:PROMPTS]
-        return CalibrationTexts("prompts", tuple(prompts), tuple(text_inputs(spec, prompts, None)))
+        if file is None:
+            prompts = default_prompts(spec.name)[:PROMPTS]
+            return CalibrationTexts("prompts", tuple(prompts), tuple(text_inputs(spec, prompts, None)))
+        lines = read_prompts(file)
+        texts = tuple(line.text for line in lines)
+        return CalibrationTexts("prompts", texts, tuple(text_inputs(spec, lines, None)))
     if file:
         return CalibrationTexts("embeddings", read_embeds(file).prompts, tuple(text_inputs(spec, None, file)))
     if random:

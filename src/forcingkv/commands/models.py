@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -13,6 +15,7 @@ from typer import Option
 from forcingkv.commands.console import console, default_prompts
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import BACKENDS
+from forcingkv.runtime.prompts import PromptLine, shortened
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words, read_embeds
 
@@ -86,20 +89,37 @@ def _say(text: str) -> None:
 def text_input(spec: ModelSpec, prompt: str | None, embeds: Path | None) -> npt.NDArray[np.float32]:
     """The model's input (1, text_length, text_width) for a prompt, from a file of embeddings if given.
 
-    Raises InputError where neither says what to show, or the model needs embeddings.
+    Says on standard error where the embedding leaves out the end of the prompt. Raises InputError where
+    neither says what to show, or the model needs embeddings.
     """
     if embeds:
-        return read_embeds(embeds).get(prompt, spec)
+        known = read_embeds(embeds)
+        text = known.get(prompt, spec)
+        if unused := known.cut(prompt):
+            shown = shortened(known.prompts[known.place(prompt)])
+            print(f"note: the last {unused:,} tokens of {shown} are not used", file=sys.stderr)
+        return text
     if not (prompt or "").strip():
         raise InputError("the prompt is empty", where="prompt", expected="some words")
     return encode_words(spec, prompt or "")
 
 
 def text_inputs(
-    spec: ModelSpec, prompts: Sequence[str] | None, embeds: Path | None
+    spec: ModelSpec, prompts: Sequence[PromptLine] | Sequence[str] | None, embeds: Path | None
 ) -> list[npt.NDArray[np.float32]]:
-    """The model's inputs for several prompts; None: all of the file of embeddings, or those shipped."""
-    if embeds:
-        known = read_embeds(embeds)
-        return [known.get(prompt, spec) for prompt in prompts or known.prompts]
-    return [encode_words(spec, prompt) for prompt in prompts or default_prompts(spec.name)]
+    """The model's inputs for several prompts; None: all of the file of embeddings, or those shipped.
+
+    Says on standard error how many of the embeddings leave out the end of their prompt. Raises InputError,
+    naming the line of a prompt that comes from a file, where one cannot be used.
+    """
+    known = read_embeds(embeds) if embeds else None
+    texts, cut = [], 0
+    for prompt in prompts or (known.prompts if known else default_prompts(spec.name)):
+        line = prompt if isinstance(prompt, PromptLine) else None
+        with line.named() if line else nullcontext():
+            text = line.text if line else str(prompt)
+            texts.append(known.get(text, spec) if known else encode_words(spec, text))
+            cut += bool(known and known.cut(text))
+    if cut:
+        print(f"note: {cut} of {len(texts)} prompts are cut to {spec.text_length} tokens", file=sys.stderr)
+    return texts

@@ -39,7 +39,7 @@ def plan(
     ] = None,
     seconds: Annotated[float, Option(help="Length of the video.")] = 30.0,
     dtype: Annotated[str, Option(help="bfloat16 or float16.")] = "bfloat16",
-    decoder: Annotated[str | None, Option(help="wan-vae or taehv; default: the model's.")] = None,
+    decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
     published: Annotated[
         bool, Option("--published", help="Show published figures beside predictions instead.")
     ] = False,
@@ -120,5 +120,5 @@ def _with_decoder(spec: ModelSpec, kind: str | None) -> ModelSpec:
         return spec
     if spec.decoder.kind == "pixels":
         raise InputError(f"the latents of {spec.name} are pixels: it needs no decoder", where="decoder")
-    chosen = one_of(Literal["wan-vae", "taehv"], kind, "decoder")
+    chosen = one_of(Literal["wan-vae", "taehv", "lighttae"], kind, "decoder")
     return replace(spec, decoder=replace(spec.decoder, kind=chosen))

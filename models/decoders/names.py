@@ -1,0 +1,78 @@
+"""Which decoder a file holds: by its tensors where they tell, else by its name.
+
+The tiny decoders of several video models have the same layers, so that a file of one loads as another and
+makes wrong colours. Their published names tell them apart; a file of another name is what the user says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from forcingkv.headmaps.errors import InputError
+
+_TINY = re.compile(r"^decoder\.\d+\.(conv\.)?(\d+\.)?weight$")
+"""Tensors of a TAEHV: its layers have numbers."""
+_VAE = re.compile(r"^(model\.)?decoder\.(middle|upsamples|mid_block|up_blocks)\.")
+"""Tensors of a Wan VAE, in Wan's naming and in that of diffusers."""
+
+_OTHER_LATENTS = (
+    (r"^lighttae", "LightTAE of another model than Wan 2.1"),
+    (r"^taew(an)?2_?2", "the tiny decoder of Wan 2.2"),
+    (r"^tae(hv|hy)", "the tiny decoder of HunyuanVideo, by its published name"),
+    (r"^taecvx", "the tiny decoder of CogVideoX"),
+    (r"^taeos", "the tiny decoder of Open-Sora"),
+    (r"^taem1", "the tiny decoder of Mochi"),
+    (r"^taeltx", "the tiny decoder of LTX-Video"),
+    (r"^tae(sd|f\d|qi)", "a tiny decoder of images"),
+    (r"qwen_?image", "the VAE of Qwen-Image, which was trained for images"),
+    (r"^lightvae", "LightVAE, a Wan VAE with fewer channels"),
+    (r"^wan(_video)?_?2_2_vae", "the VAE of Wan 2.2"),
+)
+"""Names of files that hold a decoder of other latents, or layers that are not read; the first that fits."""
+
+
+def kind_by_name(path: Path) -> str | None:
+    """The kind of decoder that a file's published name says; None for any other name.
+
+    Raises InputError for a name that says that the file is a decoder of other latents.
+    """
+    stem = re.sub(r"[-. ]", "_", path.name.lower())
+    if re.match(r"^lighttae_?w(an)?2_?1", stem):
+        return "lighttae"
+    if re.match(r"^taew(an)?2_?1", stem):
+        return "taehv"
+    if re.match(r"^wan(_video)?_?2_1_vae", stem):
+        return "wan-vae"
+    for pattern, model in _OTHER_LATENTS:
+        if re.search(pattern, stem):
+            hint = "If the file was given another one's name, rename it."
+            expected = "Wan2.1_VAE.pth (wan-vae), taew2_1.pth (taehv) or lighttaew2_1.pth (lighttae)"
+            raise InputError(f"is {model}", where=str(path), expected=expected, hint=hint)
+    return None
+
+
+def check_name(kind: str, path: Path) -> None:
+    """Raise InputError where the name of a file says that it is another kind of decoder.
+
+    Folders have the names of whole models, which say little about the decoder in them.
+    """
+    named = None if path.is_dir() else kind_by_name(path)
+    if named and named != kind:
+        what = f"is the decoder {named}, by its name"
+        expected = f"weights of {kind}"
+        hint = f"Say --decoder {named}; or rename the file, if it is not what it is called."
+        raise InputError(what, where=str(path), expected=expected, hint=hint)
+
+
+def check_tensors(kind: str, names: Iterable[str], where: str) -> None:
+    """Raise InputError where the tensors are those of another kind of decoder."""
+    names = list(names)
+    tiny = any(map(_TINY.match, names)) and not any(map(_VAE.match, names))
+    vae = any(map(_VAE.match, names))
+    if kind == "wan-vae" and tiny:
+        hint = "Say --decoder taehv for taew2_1, --decoder lighttae for lighttaew2_1."
+        raise InputError("holds a tiny decoder, not the Wan VAE", where=where, hint=hint)
+    if kind != "wan-vae" and vae:
+        raise InputError("holds the Wan VAE, not a tiny decoder", where=where, hint="Say --decoder wan-vae.")

@@ -1,0 +1,136 @@
+"""A file of text embeddings that grows prompt by prompt, and is gone on with where it was left.
+
+Encoding takes seconds a prompt, so what was encoded is kept, whatever happens: the file has a temporary name
+until it is whole, its header (prompts, encoder, shapes) is written first, and embeddings follow in order. A
+temporary file with another header is of another command, and begun anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import unwritable
+from forcingkv.runtime.tensors import StoredTensor, file_start
+from forcingkv.runtime.text import embeds_metadata
+
+# Windows has no such locks: there nothing is said where two processes write one file.
+_LOCKS: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
+
+
+class GrowingEmbeds:
+    """Takes the embeddings of a file's prompts, in order.
+
+    Attributes:
+        done: how many are in the file, those of an earlier run among them.
+        begun_anew: whether there was an unfinished file of another command, which is gone.
+    """
+
+    def __init__(self, file: BinaryIO, tensors: Sequence[StoredTensor], done: int, begun_anew: bool) -> None:
+        self._file, self._tensors = file, tensors
+        self.done, self.begun_anew = done, begun_anew
+
+    def write(self, array: npt.NDArray[np.float32]) -> None:
+        """Write the next embedding, (tokens, text_width) of the planned shape, and have the disk hold it.
+
+        Raises ValueError for one of another shape, or one too many.
+        """
+        if self.done == len(self._tensors) or array.shape != self._tensors[self.done].shape:
+            raise ValueError(f"embedding {self.done} of {len(self._tensors)} has the shape {array.shape}")
+        self._file.write(np.ascontiguousarray(array, "<f4").tobytes())
+        self._file.flush()
+        # The length of the file says what is done: bytes first, then those of the next prompt.
+        os.fsync(self._file.fileno())
+        self.done += 1
+
+
+@contextmanager
+def growing_embeds(
+    path: Path,
+    prompts: Sequence[str],
+    cleaned: Sequence[str],
+    tokens: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    model_text: Mapping[str, Any],
+) -> Iterator[GrowingEmbeds]:
+    """A file of text embeddings to be written one by one, or the rest of one that was left unfinished.
+
+    Args:
+        path: the file. It is there when the block ends well; else what is done stays beside it, hidden.
+        prompts, cleaned, tokens: as in `embeds_metadata`.
+        shapes: of each embedding, (tokens, text_width).
+        model_text: what makes them. An unfinished file is gone on with only if all of this is the same.
+
+    Raises InputError where another process is writing the file, or it cannot be written, ValueError where the
+    block ends without all embeddings.
+    """
+    planned = {f"embeds.{place}": ("F32", tuple(shape)) for place, shape in enumerate(shapes)}
+    start, tensors = file_start(planned, embeds_metadata(prompts, cleaned, tokens, model_text), str(path))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(partial) as file:
+            growing = _gone_on_with(file, start, list(tensors.values()))
+            try:
+                yield growing
+            finally:
+                if not growing.done:
+                    partial.unlink()
+            if growing.done < len(tensors):
+                raise ValueError(f"{len(tensors) - growing.done} embeddings were not written")
+        os.replace(partial, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[BinaryIO]:
+    """The file, open for reading and writing, and for nobody else."""
+    with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        if _LOCKS:
+            try:
+                _LOCKS.flock(file, _LOCKS.LOCK_EX | _LOCKS.LOCK_NB)
+                mine = os.stat(partial).st_ino == os.fstat(file.fileno()).st_ino
+            except OSError:
+                mine = False  # held by another, or just made whole and renamed by it
+            if not mine:
+                what, hint = "is being written by another process", "Wait for it, or choose another --out."
+                raise InputError(what, where=str(partial), hint=hint)
+        yield file
+
+
+def _gone_on_with(file: BinaryIO, start: bytes, tensors: Sequence[StoredTensor]) -> GrowingEmbeds:
+    """The file behind the last embedding that is whole; behind its header where it is of another command."""
+    size = os.fstat(file.fileno()).st_size
+    same = file.read(len(start)) == start
+    if not same:
+        file.seek(0)
+        file.write(start)
+    ends = [tensor.offset + tensor.bytes for tensor in tensors]
+    done = sum(end <= size for end in ends) if same else 0
+    file.seek(ends[done - 1] if done else len(start))
+    file.truncate()
+    return GrowingEmbeds(file, tensors, done, begun_anew=bool(size) and not same)
+
+
+def check_place(path: Path) -> None:
+    """Raise InputError unless `growing_embeds` can write there now."""
+    if path.is_dir():
+        raise InputError("is a folder", where=str(path), expected="the name of a file to write")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(partial) as file:
+            if not os.fstat(file.fileno()).st_size:
+                partial.unlink()
+    except OSError as error:
+        raise unwritable(path, error) from error

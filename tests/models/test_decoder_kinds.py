@@ -1,0 +1,127 @@
+"""Which decoder a file holds: what its tensors say, what its name says, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.models.decoders import load_decoder
+from forcingkv.models.decoders.names import kind_by_name
+from forcingkv.models.decoders.taehv import LATENTS_MEAN, LATENTS_STD
+from forcingkv.models.decoders.wan_vae import load_wan_vae
+from tests.conftest import Ran
+from tests.models.test_decoder_files import as_folder, as_pth, as_safetensors, taehv_state, wan_name
+from tests.models.test_decoders import SMALL, small_vae
+
+
+@pytest.mark.parametrize("name", ["lighttaew2_1.safetensors", "decoder.pth"])
+def test_lighttae_takes_latents_with_mean_and_deviation(name: str, tmp_path: Path) -> None:
+    """The arithmetic of LightX2V (`need_scaled`): latents * std + mean, then the layers of taew2_1."""
+    write = as_safetensors if name.endswith(".safetensors") else as_pth
+    path = write(taehv_state(), tmp_path).rename(tmp_path / name)
+    light = load_decoder("lighttae", path)
+    plain = load_decoder("taehv", path.rename(tmp_path / ("plain" + path.suffix)))
+    latents = torch.randn(1, 16, 2, 3, 2, generator=torch.Generator().manual_seed(3))
+    config = AutoencoderKLWan().config
+    mean, std = (torch.tensor(config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
+    state, first = light.empty_state(3, 2), torch.ones(1)
+    pixels, following = light(latents, first, state)
+    expected, expected_following = plain(latents * std + mean, first, state)
+    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
+    assert all(torch.allclose(following[name], expected_following[name]) for name in following)
+    assert (pixels - plain(latents, first, state)[0]).abs().max() > 0.01, "the other kind makes other colours"
+
+
+def test_mean_and_deviation_are_those_of_wan_s_vae() -> None:
+    config = AutoencoderKLWan().config
+    assert list(LATENTS_MEAN) == config.latents_mean
+    assert list(LATENTS_STD) == config.latents_std
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("taehv", "lighttaew2_1.pth", "is the decoder lighttae, by its name; expected weights of taehv. Say"),
+        ("taehv", "LightTAE-W2.1-bf16.pth", "is the decoder lighttae, by its name"),
+        ("lighttae", "taew2_1.pth", "is the decoder taehv, by its name; expected weights of lighttae"),
+        ("wan-vae", "taew2_1.pth", "is the decoder taehv, by its name"),
+        ("taehv", "Wan2.1_VAE.pth", "is the decoder wan-vae, by its name"),
+        ("taehv", "taehv.pth", "is the tiny decoder of HunyuanVideo, by its published name"),
+        ("taehv", "taecvx.pth", "is the tiny decoder of CogVideoX"),
+        ("lighttae", "lighttaew2_2.pth", "is LightTAE of another model than Wan 2.1"),
+        ("taehv", "taew2_2.pth", "is the tiny decoder of Wan 2.2"),
+        ("wan-vae", "qwen_image_vae.pth", "is the VAE of Qwen-Image, which was trained for images"),
+        ("wan-vae", "lightvaew2_1.pth", "is LightVAE, a Wan VAE with fewer channels"),
+        ("wan-vae", "Wan2.2_VAE.pth", "is the VAE of Wan 2.2"),
+    ],
+)
+def test_a_published_name_of_another_decoder_is_refused(
+    kind: str, name: str, message: str, tmp_path: Path
+) -> None:
+    path = as_pth({"decoder.1.bias": torch.zeros(1)}, tmp_path).rename(tmp_path / name)
+    with pytest.raises(InputError) as raised:
+        load_decoder(kind, path)
+    assert f"{path} {message}" in str(raised.value)
+
+
+def test_names_that_say_what_they_are() -> None:
+    names = [
+        "Wan2_1_VAE_bf16.safetensors",
+        "wan_2.1_vae.safetensors",
+        "taew2_1.safetensors",
+        "lighttaew2_1.pth",
+    ]
+    assert [kind_by_name(Path(name)) for name in names] == ["wan-vae", "wan-vae", "taehv", "lighttae"]
+    assert kind_by_name(Path("vae/diffusion_pytorch_model.safetensors")) is None
+
+
+@pytest.mark.parametrize("kind", ["taehv", "lighttae"])
+def test_the_tensors_of_the_vae_are_told_from_those_of_a_tiny_decoder(kind: str, tmp_path: Path) -> None:
+    tiny = as_pth(taehv_state(), tmp_path)
+    with pytest.raises(InputError, match=r"holds a tiny decoder, not the Wan VAE\. Say --decoder taehv for"):
+        load_decoder("wan-vae", tiny)
+    vae = as_safetensors(small_vae().state_dict(), tmp_path)
+    with pytest.raises(InputError, match=r"holds the Wan VAE, not a tiny decoder\. Say --decoder wan-vae"):
+        load_decoder(kind, vae)
+
+
+def test_the_vae_of_wan_is_found_in_wan_s_folder_and_behind_diffsynth_s_wrapper(tmp_path: Path) -> None:
+    state = small_vae().state_dict()
+    wan = {wan_name(name): tensor for name, tensor in state.items()}
+    (tmp_path / "config.json").write_text('{"_class_name": "WanModel"}')
+    as_pth(wan, tmp_path).rename(tmp_path / "Wan2.1_VAE.pth")
+    torch.save({"model_state": wan}, tmp_path / "wrapped.pth")
+    torch.save({f"model.{name}": tensor for name, tensor in wan.items()}, tmp_path / "prefixed.pth")
+    for path in (tmp_path, tmp_path / "wrapped.pth", tmp_path / "prefixed.pth"):
+        found = load_wan_vae(path, SMALL)
+        for name, tensor in found.named_parameters():
+            assert torch.equal(tensor, state[name]), name
+
+
+def test_a_folder_s_name_says_nothing(tmp_path: Path) -> None:
+    """Wan2.2-T2V-A14B has the VAE of Wan 2.1."""
+    folder = tmp_path / "Wan2.2_VAE-of-A14B"
+    folder.mkdir()
+    state = small_vae().state_dict()
+    found = load_decoder("wan-vae", as_folder(state, folder))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_floats_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in taehv_state().items()}
+    with pytest.raises(InputError, match=rf"in floats: decoder\.1\.bias is {dtype}"):
+        load_decoder("taehv", as_pth(state, tmp_path))
+
+
+def test_export_refuses_by_name_before_it_writes(run: Callable[..., Ran], tmp_path: Path) -> None:
+    vae = as_pth({"decoder.1.bias": torch.zeros(1)}, tmp_path).rename(tmp_path / "lighttaew2_1.pth")
+    words = ["export", "--model", "longlive", "--random-weights", "--policy", "window", "--decoder", "taehv"]
+    ran = run(*words, "--vae", vae, "--out", tmp_path / "bundle")
+    assert (ran.code, "Say --decoder lighttae" in ran.err) == (2, True), ran.err
+    assert not (tmp_path / "bundle").exists()
