@@ -30,6 +30,8 @@ _AS_UTF8 = "Save it as UTF-8 (in PowerShell: Out-File -Encoding utf8)."
 _SINGLE, _DOUBLE = "\u02bc\u2018-\u201b", "\u201c-\u201f"
 _QUOTE = re.compile(f"(?<![^\\x00-\\x7f])[{_SINGLE}{_DOUBLE}](?![^\\x00-\\x7f])")
 """A curly quote between two characters of ASCII. Beside others it may be half of a broken character."""
+_SPACE = re.compile("(?<![^\\x00-\\x7f])[\u00a0\u2002-\u200a\u3000]+(?![^\\x00-\\x7f])")
+"""Other white space than that of ASCII, likewise: U+00A0 is the second half of many a broken letter."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,11 @@ def plain_form(prompt: str) -> str:
     """As much of the cleaning as needs no ftfy: entities, white space, composed letters, curly quotes.
 
     Two prompts of one plain form are one prompt after cleaning; the reverse does not hold. That is why quotes
-    are made straight only where they cannot be part of a character whose encoding was broken.
+    are made straight, and white space is made a space, only where they cannot be part of a character whose
+    encoding was broken.
     """
-    text = unicodedata.normalize("NFC", _resolved(prompt))
+    text = _SPACE.sub(" ", unicodedata.normalize("NFC", html.unescape(html.unescape(prompt))))
+    text = re.sub("[ \t\n\f\r]+", " ", text).strip(" ")
     return _QUOTE.sub(lambda found: "'" if found[0] < "\u201c" else '"', text)
 
 

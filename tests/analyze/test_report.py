@@ -35,6 +35,7 @@ from forcingkv.models.presets import load_spec
 from forcingkv.runtime.cost import chunk_flops
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.text import encode_words
 from tests.conftest import nothing_drawn, small_spec
 
@@ -134,6 +135,17 @@ def test_the_page_has_its_sections_and_asks_for_nothing(made: Callable[..., Made
 
 def test_the_same_data_give_the_same_bytes(made: Callable[..., Made]) -> None:
     assert report_html(made().analysis, COMMAND) == made().page
+
+
+def test_it_says_what_was_merged_into_the_weights(made: Callable[..., Made]) -> None:
+    analysis = made().analysis
+    lora = LoraRecord(
+        "style.pt", "0" * 64, 0.5, 7, ("LoRA",), (4,), (8.0,), (2.0,), ("its file",), alpha_known=True
+    )
+    recording = replace(analysis.recorded.recording, loras=(lora,))
+    page = report_html(replace(analysis, recorded=replace(analysis.recorded, recording=recording)), COMMAND)
+    assert "style.pt: 7 modules (LoRA), rank 4, alpha 8 (its file), strength 0.5" in page
+    assert page.index("weights, SHA-256") < page.index("style.pt") < page.index("head map, SHA-256")
 
 
 def test_text_from_outside_is_escaped() -> None:

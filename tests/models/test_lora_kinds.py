@@ -169,8 +169,10 @@ def test_joined_projections_are_split(tmp_path: Path) -> None:
     down = drawn((4, 36), 4)
     both = {}
     for name in ("blocks.1.self_attn.qkv", "transformer.blocks.1.attn1.to_qkv"):
-        up = torch.cat(list(rows.values()))
-        state = {f"{name}.lora_A.weight": down.clone(), f"{name}.lora_B.weight": up}
+        state = {
+            f"{name}.lora_A.weight": down.clone(),
+            f"{name}.lora_B.weight": torch.cat(list(rows.values())),
+        }
         both |= state
         weights = loaded(tmp_path, state_file(state, tmp_path / "fused.safetensors"))
         for part, up in rows.items():

@@ -313,7 +313,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn")
 STRENGTHS = st.floats(-2, 2).map(lambda value: round(value, 3))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_any_mixture_of_layouts_comes_to_the_same_weights(data: st.DataObject) -> None:
     """Layouts, ranks, alphas, strengths and dtypes of the matrices, in any number and order."""
@@ -333,8 +333,9 @@ def test_any_mixture_of_layouts_comes_to_the_same_weights(data: st.DataObject) -
                 LAYOUTS[first](made, folder / f"{number}a"),
                 LAYOUTS[second](made, folder / f"{number}b"),
             )
-            once, again = (load_weights(small_spec(), checkpoint(folder), lora=at(w, 1.0)) for w in written)
-            assert worst(once, dict(again)) <= 1e-6, (first, second)
+            once, again = (loaded(folder, at(file, 1.0)) for file in written)
+            gaps = [once[f"{module}.weight"] - again[f"{module}.weight"] for module in modules]
+            assert max(float(gap.abs().max()) for gap in gaps) <= 1e-6, (first, second)
             expected = merged_by_hand(made, strength, expected)
             loras.append(at(written[0], strength))
         found = loaded(folder, *data.draw(st.permutations(loras)))

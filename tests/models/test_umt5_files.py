@@ -194,7 +194,10 @@ def faulty(**changes: Tensor | None) -> State:
             lambda: {**in_8_bits(transformers_state())[0], "scaled_fp8": torch.zeros(0, dtype=FP8)},
             "weight has no scale",
         ),
-        (lambda: {n: t.to(torch.int8) for n, t in transformers_state().items()}, r"k\.weight is int8"),
+        (
+            lambda: {n: t.to(torch.int8) for n, t in transformers_state().items()},
+            r"k\.weight is stored as int8",
+        ),
         (lambda: {n: t.double() for n, t in transformers_state().items()}, r"k\.weight is float64"),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from forcingkv.headmaps import InputError
@@ -130,6 +130,10 @@ SPOILT = st.lists(
             "\u00d0",
             "\u2018",
             "\u00a0",
+            "\u3000",
+            "\x1c",
+            "\x0b",
+            "\u0085",
         ]
     ),
     max_size=6,
@@ -144,6 +148,7 @@ def test_prompts_of_one_plain_form_are_one_prompt(one: str, other: str) -> None:
 
 
 @given(SPOILT)
+@example("\u00d0\u00a0")  # a Cyrillic letter, read as Latin-1
 def test_a_plain_form_is_on_the_way_to_the_clean_one(prompt: str) -> None:
     assert clean_prompt(plain_form(prompt)) == clean_prompt(prompt)
 
