@@ -32,6 +32,9 @@ _QUOTE = re.compile(f"(?<![^\\x00-\\x7f])[{_SINGLE}{_DOUBLE}](?![^\\x00-\\x7f])"
 """A curly quote between two characters of ASCII. Beside others it may be half of a broken character."""
 _SPACE = re.compile("(?<![^\\x00-\\x7f])[\u00a0\u2002-\u200a\u3000]+(?![^\\x00-\\x7f])")
 """Other white space than that of ASCII, likewise: U+00A0 is the second half of many a broken letter."""
+_BROKEN = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\xc2-\xdf]")
+"""What ftfy reads by what stands around it, white space too: control characters, and letters that broken ones
+begin with."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,10 @@ def plain_form(prompt: str) -> str:
 
     Two prompts of one plain form are one prompt after cleaning; the reverse does not hold. That is why quotes
     are made straight, and white space is made a space, only where they cannot be part of a character whose
-    encoding was broken.
+    encoding was broken; a prompt of which that is not clear is its own plain form.
     """
+    if _BROKEN.search(html.unescape(html.unescape(prompt))):
+        return prompt
     text = _SPACE.sub(" ", unicodedata.normalize("NFC", html.unescape(html.unescape(prompt))))
     text = re.sub("[ \t\n\f\r]+", " ", text).strip(" ")
     return _QUOTE.sub(lambda found: "'" if found[0] < "\u201c" else '"', text)
