@@ -83,7 +83,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
             what = "has the character U+0000, which is not text"
             raise InputError(what, where=where, expected="UTF-8 text", hint=f"If it is UTF-16: {_AS_UTF8}")
         if line.strip():
-            found = _interactive(line, where) if path.suffix == ".jsonl" else [line]
+            found = _interactive(line, where) if path.suffix.lower() == ".jsonl" else [line]
             prompts += [PromptLine(prompt.strip(), where, number) for prompt in found]
     if not prompts:
         raise InputError("has no prompts", where=str(path), expected="one prompt a line")

@@ -59,6 +59,7 @@ def test_interactive_lines(tmp_path: Path) -> None:
     line = json.dumps({"prompts": ["a cat\u2028on a mat", "a dog"]}, ensure_ascii=False)
     content = b"\xef\xbb\xbf" + f'{line}\r\n\n{{"prompts": ["a bird"]}}\n'.encode()
     assert texts(tmp_path / "p.jsonl", content) == ["a cat\u2028on a mat", "a dog", "a bird"]
+    assert texts(tmp_path / "P.JSONL", content)[0] == "a cat\u2028on a mat"
     with pytest.raises(InputError, match=r"p\.jsonl, line 2 is not a line of prompts"):
         texts(tmp_path / "p.jsonl", content.replace(b"\n\n", b'\n["a"]\n'))
 
