@@ -135,7 +135,7 @@ def _summary(headmap: HeadMap) -> dict[str, Any]:
     """What a map says, for `--json`; `static` and `dynamic` are always there."""
     counts = headmap.counts()
     # Without the layers that a source may hold: those are what the labels say.
-    source = replace(headmap.source, layers=None) if headmap.source else None
+    source = replace(headmap.source, layers=None, table=None) if headmap.source else None
     return {
         "model": to_data(headmap.model),
         "layers": headmap.model.layers,
