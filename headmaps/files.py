@@ -128,6 +128,8 @@ def new_file(path: Path) -> Iterator[Path]:
 
     Makes the folder. Raises InputError where the file cannot be written.
     """
+    if path.name in ("", ".."):
+        raise InputError("is a folder", where=str(path), expected="the name of a file to write")
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -89,17 +89,21 @@ def figures(found: QueryStatistics, spec: ModelSpec) -> dict[str, Floats]:
     }
 
 
-def told_apart(values: Floats, static: Labels) -> float:
+def told_apart(values: Floats, static: Labels) -> Floats:
     """Share of pairs of a static and a dynamic head of one layer in which the static one has more.
 
     0.5: nothing is told apart. What differs from layer to layer does not count. NaN where no layer has both.
+
+    Args:
+        values: (layers, heads).
+        static: (..., layers, heads): several labellings at once. The result has their shape.
     """
-    larger = pairs = 0.0
-    for row, labels in zip(values, static, strict=True):
-        a, b = row[labels][:, None], row[~labels]
-        larger += (a > b).sum() + (a == b).sum() / 2
-        pairs += a.size * b.size
-    return larger / pairs if pairs else float("nan")
+    a, b = values[:, :, None], values[:, None, :]
+    larger = (a > b) + (a == b) / 2  # of head i over head j of each layer
+    yes, no = static.astype(np.float64), (~static).astype(np.float64)
+    won = np.einsum("...li,lij,...lj->...", yes, larger, no, optimize=True)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(won / (yes.sum(-1) * no.sum(-1)).sum(-1))
 
 
 def compare(found: QueryStatistics, spec: ModelSpec, headmap: HeadMap) -> dict[str, Any]:
@@ -107,10 +111,9 @@ def compare(found: QueryStatistics, spec: ModelSpec, headmap: HeadMap) -> dict[s
     headmap.check_model(spec.layers, spec.heads, set(headmap.counts()))
     static = np.array([[label == STATIC for label in row] for row in headmap.labels])
     rng, told = np.random.default_rng(0), {}
-    shuffled = [np.stack([rng.permutation(row) for row in static]) for _ in range(PERMUTATIONS)]
+    shuffled = rng.permuted(np.broadcast_to(static, (PERMUTATIONS, *static.shape)), axis=-1)
     for name, values in figures(found, spec).items():
-        share = told_apart(values, static)
-        chance = np.array([told_apart(values, labels) for labels in shuffled])
+        share, chance = float(told_apart(values, static)), told_apart(values, shuffled)
         told[name] = {
             "static": float(np.median(values[static])),
             "others": float(np.median(values[~static])),

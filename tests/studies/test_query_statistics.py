@@ -46,6 +46,8 @@ def test_heads_are_told_apart_within_their_layer() -> None:
     assert told_apart(np.array([[2.0, 1, 3], [1, 3, 2]]), static) == 0.5
     assert told_apart(np.array([[5.0, 5, 5], [0, 0, 0]]), static) == 0.5, "layers do not count"
     assert np.isnan(told_apart(np.zeros((1, 3)), static[:1] & False))
+    both = told_apart(np.array([[3.0, 2, 1], [9, 8, 7]]), np.stack([static, ~static]))
+    assert both.tolist() == [1, 0], "several labellings at once"
 
 
 def test_labels_that_follow_from_the_queries_are_found_and_others_are_not() -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument, Option
 
-from forcingkv.commands.console import AsJson, emit, parse_pairs
+from forcingkv.commands.console import AsJson, emit, parse_pairs, plain_console
 from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_text
@@ -34,7 +34,7 @@ def show(file: File, as_json: AsJson = False) -> None:
     if as_json:
         emit(_summary(headmap))
         return
-    out = Console(highlight=False, markup=False)
+    out = plain_console()
     letters = headmap.letters()
     print_map(headmap, out)
     model = headmap.model
