@@ -69,12 +69,13 @@ def from_data(data: Any, sha256: str, where: str, choices: Choices) -> HeadMap:
         raise InputError(f"names layer {beyond[0]}", where=where, expected=f"layers 0 to {total - 1}")
     missing = sorted(set(range(total)) - set(given))
     if missing and choices.missing_layers is None:
+        file = shlex.quote(f"./{where}" if where.startswith("-") else where)
         raise InputError(
             f"leaves out layer {_listed(missing)} of {total}",
             where=where,
             expected="each layer once",
             hint="Say what their heads are (Forcing-KV's own code takes them as dynamic):"
-            f" forcingkv headmap convert {shlex.quote(where)} --missing-layers dynamic --out headmap.json",
+            f" forcingkv headmap convert {file} --missing-layers dynamic --out headmap.json",
         )
     heads = _count(fields, "num_heads", where) or choices.heads or _common_heads(given, where)
     halves = sorted(number for number, groups in given.items() if len(groups) == 1)
@@ -120,7 +121,7 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
             f"uses the label {', '.join(map(repr, others))}",
             where="head map",
             expected="only static and dynamic in a Forcing-KV file",
-            hint=f"Say which is which: forcingkv headmap convert --labels {others[0]}=dynamic",
+            hint=f"Say which is which: forcingkv headmap convert --labels {shlex.quote(f'{others[0]}=dynamic')}",
         )
     layers: list[Any] = _layers(headmap.labels)
     source = headmap.source if headmap.source and headmap.source.format == FORMAT else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,7 @@ def read_pyramid(text: str, sha256: str, where: str, choices: Choices) -> HeadMa
                     f"layer {layer}, head {head} is {code!r}",
                     where=where,
                     expected="a class: " + ", ".join(f"{code} ({name})" for code, name in CLASSES.items()),
-                    hint=f"Name a class of your own: forcingkv headmap convert --labels {code}=static",
+                    hint=f"Name a class of your own: forcingkv headmap convert --labels {shlex.quote(f'{code}=static')}",
                 )
     used = {code for row in rows for code in row}
     unknown = sorted(set(given) - set(CLASSES) - set(CLASSES.values()) - used)

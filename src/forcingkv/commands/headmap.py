@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,7 +80,7 @@ def validate(
     if others:
         print(
             f"labels {', '.join(others)}: the policy forcing-kv knows static and dynamic only. To say "
-            f"which is which: forcingkv headmap convert --labels {others[0]}=dynamic,..."
+            f"which is which: forcingkv headmap convert --labels {shlex.quote(f'{others[0]}=dynamic')},..."
         )
 
 
