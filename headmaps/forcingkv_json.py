@@ -121,7 +121,8 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
             f"uses the label {', '.join(map(repr, others))}",
             where="head map",
             expected="only static and dynamic in a Forcing-KV file",
-            hint=f"Say which is which: forcingkv headmap convert --labels {shlex.quote(f'{others[0]}=dynamic')}",
+            hint="Say which is which: forcingkv headmap convert --labels"
+            f" {shlex.quote(f'{others[0]}=dynamic')}",
         )
     layers: list[Any] = _layers(headmap.labels)
     source = headmap.source if headmap.source and headmap.source.format == FORMAT else None

@@ -145,7 +145,8 @@ def read_pyramid(text: str, sha256: str, where: str, choices: Choices) -> HeadMa
                     f"layer {layer}, head {head} is {code!r}",
                     where=where,
                     expected="a class: " + ", ".join(f"{code} ({name})" for code, name in CLASSES.items()),
-                    hint=f"Name a class of your own: forcingkv headmap convert --labels {shlex.quote(f'{code}=static')}",
+                    hint="Name a class of your own: forcingkv headmap convert --labels"
+                    f" {shlex.quote(f'{code}=static')}",
                 )
     used = {code for row in rows for code in row}
     unknown = sorted(set(given) - set(CLASSES) - set(CLASSES.values()) - used)
