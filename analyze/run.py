@@ -20,6 +20,7 @@ from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics, 
 from forcingkv.analyze.recorder import record_sample
 from forcingkv.analyze.recording import SCHEMA, RecordedDtype, Recording
 from forcingkv.analyze.report import report_html
+from forcingkv.analyze.space import check_memory_to_record
 from forcingkv.analyze.storage import Storage, check_same
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity
 from forcingkv.headmaps.fields import one_of
@@ -61,15 +62,12 @@ class Job:
 
     def plan(self) -> CachePlan:
         """The cache plan. Raises InputError where policy, map and model do not fit."""
-        policy = load_policy(self.policy)
-        plan = build_plan(self.spec, self.spec.geometry(self.resolution), policy, self.headmap)
-        if plan.choice and not plan.choice.role.shared:
-            raise InputError(
-                "lets every layer choose segments for itself",
-                where=f"policy {policy.name}",
-                expected="shared = true: one choice of retained segments a chunk is recorded",
-            )
-        return plan
+        return recording_plan(self.spec, self.resolution, self.policy, self.headmap)
+
+    @property
+    def length(self) -> int:
+        """Chunks of a video."""
+        return video_length(self.spec, self.chunks)
 
     @cached_property
     def recording(self) -> Recording:
@@ -77,9 +75,8 @@ class Job:
 
         Raises InputError for too few chunks, and as `plan` does.
         """
-        spec = self.spec
+        spec, chunks = self.spec, self.length
         plan = self.plan()
-        chunks = self.chunks or spec.attended_frames // spec.frames_per_chunk
         if chunks <= spec.ar_start + 1:
             raise InputError(
                 f"{chunks} are too few: {spec.name} treats all heads alike up to chunk {spec.ar_start}, and"
@@ -106,6 +103,26 @@ class Job:
     def text(self, sample: int) -> Text:
         """The text input of a sample."""
         return self.texts[sample % len(self.texts)]
+
+
+def recording_plan(
+    spec: ModelSpec, resolution: str | None, policy: str, headmap: HeadMap | None
+) -> CachePlan:
+    """The cache plan of a recording. Raises InputError where policy, map and model do not fit."""
+    chosen = load_policy(policy)
+    plan = build_plan(spec, spec.geometry(resolution), chosen, headmap)
+    if plan.choice and not plan.choice.role.shared:
+        raise InputError(
+            "lets every layer choose segments for itself",
+            where=f"policy {chosen.name}",
+            expected="shared = true: one choice of retained segments a chunk is recorded",
+        )
+    return plan
+
+
+def video_length(spec: ModelSpec, chunks: int | None) -> int:
+    """Chunks of a video; where no number is given, until the model attends to as much as it can."""
+    return chunks or spec.attended_frames // spec.frames_per_chunk
 
 
 class SampleRecorder:
@@ -177,8 +194,8 @@ def analyze_heads(
         progress: called with how far it is.
 
     Raises:
-        InputError: there are no prompts, too few chunks, recordings of another run or by other versions,
-            or the rule cannot be applied.
+        InputError: there are no prompts, too few chunks, too little memory, recordings of another run or
+            by other versions, or the rule cannot be applied.
     """
     place = stats or out / "stats"
     record_samples(
@@ -201,14 +218,27 @@ def record_samples(
 ) -> list[int]:
     """Record samples 0 to `samples` - 1 that are not there yet. Returns those recorded now.
 
-    Each becomes a file when it is whole. Raises InputError as `analyze_heads` does.
+    Each becomes a file when it is whole. Raises InputError as `analyze_heads` does; where memory is too
+    little, before the weights are read.
     """
     if not job.texts or samples < 1:
         raise InputError(
             f"{samples} samples of {len(job.texts)} prompts cannot be measured",
             expected="at least one sample and one prompt",
         )
-    storage, recording = Storage(place), job.recording
+    storage = Storage(place)
+    check_room(
+        job.plan(),
+        place,
+        samples=samples,
+        restart=restart,
+        cluster=cluster,
+        workers=workers,
+        chunks=job.length,
+        dtype=job.dtype,
+        device=job.device,
+    )
+    recording = job.recording
     if restart:  # not before what is asked for is known to be possible
         storage.clear()
     missing = _missing(job, storage, samples)
@@ -233,6 +263,32 @@ def record_samples(
         recorder.record(sample, job.text(sample), partial(progress, done))
         finished(done + 1)
     return missing
+
+
+def check_room(
+    plan: CachePlan,
+    place: str | Path,
+    *,
+    samples: int,
+    restart: bool,
+    cluster: str | None,
+    workers: int | None,
+    chunks: int,
+    dtype: RecordedDtype,
+    device: Device,
+) -> None:
+    """Raise InputError where this machine has too little memory for samples that are still to be recorded.
+
+    Reads no weights. The arguments are those of `record_samples` and of its job. What the machines of a
+    cluster have is not known here.
+    """
+    from forcingkv.analyze.workers import LOCAL
+
+    if cluster not in (None, LOCAL):
+        return
+    if restart or not set(range(samples)) <= set(Storage(place).samples()):
+        here = max(1, min(workers or 1, samples)) if cluster else 0
+        check_memory_to_record(plan, dtype, chunks, device, here)
 
 
 def write_analysis(analysis: Analysis, out: Path, command: Sequence[str] = ()) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import os
 import posixpath
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from fsspec.implementations.local import LocalFileSystem
 from polars.exceptions import PolarsError
 
 from forcingkv.analyze.recording import COLUMNS, METADATA_KEY, Recording
@@ -27,6 +29,8 @@ from forcingkv.headmaps.errors import first_line
 from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.files import unwritable, write_bytes
 
+URL = "://"
+"""What tells a URL from a folder."""
 VERSIONS = "versions.json"
 """File beside the samples that says what recorded them: not in theirs, so equal samples stay equal."""
 MEASURING = ("forcingkv", "torch", "numpy")
@@ -45,11 +49,16 @@ class Storage:
 
     def __init__(self, place: str | Path) -> None:
         self.place = str(place)
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(self.place)
-        except (ValueError, ImportError) as error:
-            expected = "a folder, or a URL that fsspec knows"
-            raise InputError(f"cannot be reached ({error})", where=self.place, expected=expected) from error
+        if URL not in self.place:  # fsspec would take ~ and :: in the name of a folder for something else
+            self._files, self._root = LocalFileSystem(), os.path.abspath(self.place)
+        else:
+            try:
+                self._files, self._root = fsspec.core.url_to_fs(self.place)
+            except (ValueError, ImportError) as error:
+                expected = "a folder, or a URL that fsspec knows"
+                raise InputError(
+                    f"cannot be reached ({error})", where=self.place, expected=expected
+                ) from error
         self._is_local = self._files.protocol[0] == "file"
 
     def samples(self) -> list[int]:
@@ -141,7 +150,9 @@ class Storage:
     def scan(self, samples: Sequence[int]) -> pl.LazyFrame:
         """One lazy scan over those files."""
         files = [self._at(_name(sample)) for sample in samples]
-        return pl.scan_parquet(files if self._is_local else [self._files.cat_file(file) for file in files])
+        sources = files if self._is_local else [self._files.cat_file(file) for file in files]
+        # Names of files, not patterns: brackets in a folder's name would match nothing, and * other folders.
+        return pl.scan_parquet(sources, glob=False, hive_partitioning=False)
 
     def clear(self) -> None:
         """Delete all samples, and the note of what recorded them."""

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from forcingkv.analyze.run import Job, SampleRecorder
+from forcingkv.analyze.space import workers_that_fit
 from forcingkv.analyze.storage import Storage
 from forcingkv.headmaps.errors import InputError, MissingExtraError, first_line
 
@@ -42,7 +43,7 @@ def record_with_ray(
         samples: numbers of the samples.
         cluster: `local`, for workers on this machine, or the address of a running cluster.
         workers: how many at a time; each takes one GPU where the job runs on GPUs. None: as many as
-            there are GPUs or cores for.
+            there are GPUs or cores for, and on this machine memory.
         progress: called with how many samples are left.
 
     Raises:
@@ -56,7 +57,7 @@ def record_with_ray(
     from ray.util import ActorPool
 
     with _cluster(cluster, workers):
-        count = min(workers or _room(job), len(samples))
+        count = min(workers or _room(job, cluster), len(samples))
         if job.threads is None and cluster == LOCAL:
             job = replace(job, threads=max(1, (os.cpu_count() or 1) // count))
         needs = {"num_gpus": 1} if job.device == "cuda" else {"num_cpus": job.threads or 1}
@@ -90,14 +91,16 @@ def record_with_ray(
         )
 
 
-def _room(job: Job) -> int:
-    """Workers that the cluster has GPUs or cores for."""
+def _room(job: Job, cluster: str) -> int:
+    """Workers that the cluster has GPUs or cores for, and this machine memory."""
     import ray
 
     kind = "GPU" if job.device == "cuda" else "CPU"
     room = int(ray.cluster_resources().get(kind, 0)) // (1 if kind == "GPU" else job.threads or 1)
     if room < 1:
         raise InputError(f"the cluster has no free {kind}", where="ray", expected=f"at least one {kind}")
+    if cluster == LOCAL and kind == "CPU":
+        room = min(room, workers_that_fit(job.plan(), job.dtype, job.length))
     return room
 
 

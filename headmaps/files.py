@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,33 +25,48 @@ class FileRecord:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file named relative to a folder.
+    """The path of a file named relative to a folder. It may be a link to a file in the folder.
 
-    It may be a link to elsewhere in the folder or, in the cache of the Hugging Face hub (a folder in
-    `snapshots/REVISION`), into `blobs` of the same repository, which is what that cache consists of.
+    In the cache of a hub (`REPOSITORY/snapshots/REVISION/...`) it may be a link into `REPOSITORY/blobs` too,
+    where all files of such a repository lie. No other link is followed (docs/decisions/0023).
 
-    Raises InputError for a name that is absolute, climbs out, or leads out through a link.
+    Raises InputError for a name that is absolute, climbs out, or leads anywhere else through a link.
     """
     pure = PurePosixPath(name)
-    plain = name and "\\" not in name and not pure.is_absolute() and ".." not in pure.parts
-    path = folder / pure
-    real = folder.resolve()
-    allowed = [
-        real,
-        *(
-            place.parent.parent / "blobs"
-            for place in (real, *real.parents)
-            if place.parent.name == "snapshots"
-        ),
-    ]
-    target = path.resolve() if plain else path
-    if not plain or not any(target.is_relative_to(place.resolve()) for place in allowed):
+    if not name or "\\" in name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
         raise InputError(
             f"names the file {name!r}, which is not inside the folder",
             where=str(folder),
             expected="relative names without '..'",
         )
+    path = folder / pure
+    try:
+        root, target = folder.resolve(), path.resolve()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, no text
+        raise InputError(
+            f"names the file {name[:80]!r}, which no file can be called ({error})", where=str(folder)
+        ) from error
+    blobs = _blobs_of(root)
+    if not target.is_relative_to(root) and (blobs is None or target.parent != blobs):
+        raise InputError(
+            f"names the file {name!r}, which is not inside the folder: it is a link to {target}",
+            where=str(folder),
+            expected="a file in the folder" + (f", or a link to one in {blobs}" if blobs else ""),
+            hint="Put the file itself in the place of the link, or a hard link to it:"
+            f" cp --remove-destination -- {shlex.quote(str(target))} {shlex.quote(str(path))}"
+            " (DVC: dvc unprotect; git-annex: git annex unlock).",
+        )
     return path
+
+
+def _blobs_of(root: Path) -> Path | None:
+    """Where the files of a hub's repository lie, for a folder in one of its snapshots."""
+    for revision in (root, *root.parents):
+        if revision.parent.name == "snapshots":
+            return revision.parents[1] / "blobs"
+    return None
 
 
 def record_file(path: Path) -> FileRecord:
@@ -64,6 +80,12 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
     """The path of a file, once it is known to be what its record says. Raises InputError otherwise."""
     path = inside(folder, name)
     if not path.is_file():
+        if path.is_symlink():
+            raise InputError(
+                f"is missing: it is a link to {path.resolve()}, which is not there",
+                where=str(path),
+                hint="Fetch the bundle again, or copy its files rather than links to them.",
+            )
         raise InputError("is missing", where=str(path), hint="Export the bundle again.")
     size = path.stat().st_size
     if size != record.bytes:
@@ -106,6 +128,8 @@ def new_file(path: Path) -> Iterator[Path]:
 
     Makes the folder. Raises InputError where the file cannot be written.
     """
+    if path.name in ("", ".."):
+        raise InputError("is a folder", where=str(path), expected="the name of a file to write")
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,14 @@
     {"format", "profile", "num_layers", "num_heads", "description",
      "layers": [{"layer_idx": 0, "static_head": [1, 4], "dynamic_head": [0, 2, 3]}, ...]}
 
-or the bare list of layers. Older files call the lists `local_head` and `temporal_head`.
+or the bare list of layers, or in place of the list a table by number: {"0": {...}, "1": {...}}. Older files
+call the lists `local_head` and `temporal_head`. A list that is null is empty.
 
-Forcing-KV's own code makes the heads of absent layers dynamic and drops heads out of range, without a word.
-Here a file must say each head of each layer once. What may be left out:
+Forcing-KV's own code makes the heads of layers that are absent or null dynamic, drops heads out of range, and
+passes over keys of a table that are no numbers, without a word. Here a file must say each head of each layer
+once. What may be left out:
 
-1. `layer_idx` in all layers: then the order counts.
+1. `layer_idx` in all layers: then the order counts, or the key in a table.
 2. One of a layer's two lists, if the number of heads is known (`num_heads`, or a choice): the other is its
    complement, and the rule's reason says so.
 3. Whole layers, if `choices.missing_layers` says what their heads are; the reason says so too.
@@ -19,7 +21,9 @@ Here a file must say each head of each layer once. What may be left out:
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
@@ -50,11 +54,12 @@ def from_data(data: Any, sha256: str, where: str, choices: Choices) -> HeadMap:
         raise InputError(
             f"is {choices.missing_layers!r}", where="missing layers", expected=f"{STATIC} or {DYNAMIC}"
         )
-    fields = None if isinstance(data, list) else {key: item for key, item in data.items() if key != "layers"}
-    layers = data if isinstance(data, list) else data["layers"]
-    if not isinstance(layers, list) or not layers:
+    fields, layers = _split(data)
+    if not isinstance(layers, list | Mapping) or not layers:
         raise InputError(
-            "has no layers", where=where, expected='a list of {"layer_idx", "static_head", "dynamic_head"}'
+            "has no layers",
+            where=where,
+            expected='a list of {"layer_idx", "static_head", "dynamic_head"}, or a table of them by number',
         )
     given = _numbered(layers, where)
     total = _count(fields, "num_layers", where) or choices.layers
@@ -64,12 +69,13 @@ def from_data(data: Any, sha256: str, where: str, choices: Choices) -> HeadMap:
         raise InputError(f"names layer {beyond[0]}", where=where, expected=f"layers 0 to {total - 1}")
     missing = sorted(set(range(total)) - set(given))
     if missing and choices.missing_layers is None:
+        file = shlex.quote(f"./{where}" if where.startswith("-") else where)
         raise InputError(
             f"leaves out layer {_listed(missing)} of {total}",
             where=where,
             expected="each layer once",
-            hint="Say what their heads are (Forcing-KV's own code takes them as dynamic): "
-            "forcingkv headmap convert --missing-layers dynamic",
+            hint="Say what their heads are (Forcing-KV's own code takes them as dynamic):"
+            f" forcingkv headmap convert {file} --missing-layers dynamic --out headmap.json",
         )
     heads = _count(fields, "num_heads", where) or choices.heads or _common_heads(given, where)
     halves = sorted(number for number, groups in given.items() if len(groups) == 1)
@@ -90,9 +96,18 @@ def from_data(data: Any, sha256: str, where: str, choices: Choices) -> HeadMap:
     if halves:
         reasons.append(f"the file gives one list for layer {_listed(halves)}: the other is its complement")
     name = choices.model or (profile if isinstance(profile, str) else "") or "unknown"
-    source = Source(FORMAT, sha256, fields, None if layers == _layers(labels) else tuple(layers))
+    source = Source(FORMAT, sha256, fields)
+    if isinstance(layers, Mapping):
+        source = replace(source, table=layers)
+    elif layers != _layers(labels) and None not in layers:
+        source = replace(source, layers=tuple(layers))
     rule = Rule("given", "; ".join(reasons) or None)
     return HeadMap(ModelIdentity(name, total, heads), labels, rule, source=source)
+
+
+def is_table(data: Mapping[str, Any]) -> bool:
+    """Whether a JSON table has layers by number in it, without the word `layers`."""
+    return any(_number(key) is not None for key in data)
 
 
 def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
@@ -106,7 +121,8 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
             f"uses the label {', '.join(map(repr, others))}",
             where="head map",
             expected="only static and dynamic in a Forcing-KV file",
-            hint=f"Say which is which: forcingkv headmap convert --labels {others[0]}=dynamic",
+            hint="Say which is which: forcingkv headmap convert --labels"
+            f" {shlex.quote(f'{others[0]}=dynamic')}",
         )
     layers: list[Any] = _layers(headmap.labels)
     source = headmap.source if headmap.source and headmap.source.format == FORMAT else None
@@ -123,8 +139,9 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
         }
     # Where layers were left out, what they hold was a choice, which the file does not give back. Or the map
     # may have got other labels since it was read.
-    model, given = headmap.model, list(source.layers or ())
-    if len(given) == model.layers:
+    model = headmap.model
+    given: Any = dict(source.table) if source.table is not None else list(source.layers or ())
+    if given and _whole(given, model.layers):
         known = Choices(layers=model.layers, heads=model.heads)
         if from_data(given, "", "the source in the head map", known).labels == headmap.labels:
             layers = given
@@ -134,11 +151,20 @@ def to_data(headmap: HeadMap) -> dict[str, Any] | list[Any]:
 def to_text(headmap: HeadMap) -> str:
     """The text of a Forcing-KV file, a line a layer. Raises InputError as `to_data` does."""
     data = to_data(headmap)
-    if isinstance(data, list):
-        return "[\n" + ",\n".join(f"  {json.dumps(layer)}" for layer in data) + "\n]\n"
+    if isinstance(data, list) or "layers" not in data:
+        return _a_line_each(data, "") + "\n"
     lines = [f"  {json.dumps(key)}: {json.dumps(item)},\n" for key, item in data.items() if key != "layers"]
-    layers = ",\n".join(f"    {json.dumps(layer)}" for layer in data["layers"])
-    return "{\n" + "".join(lines) + f'  "layers": [\n{layers}\n  ]\n}}\n'
+    return "{\n" + "".join(lines) + f'  "layers": {_a_line_each(data["layers"], "  ")}\n}}\n'
+
+
+def _a_line_each(layers: Any, indent: str) -> str:
+    """The JSON of a list or table of layers, a line a layer."""
+    if isinstance(layers, list):
+        lines, ends = [json.dumps(layer) for layer in layers], "[]"
+    else:
+        lines, ends = [f"{json.dumps(key)}: {json.dumps(layer)}" for key, layer in layers.items()], "{}"
+    inner = ",\n".join(f"{indent}  {line}" for line in lines)
+    return f"{ends[0]}\n{inner}\n{indent}{ends[1]}"
 
 
 def _layers(labels: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
@@ -152,23 +178,70 @@ def _layers(labels: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     ]
 
 
-def _numbered(layers: list[Any], where: str) -> dict[int, Groups]:
-    """Each layer's lists by its number."""
+def _split(data: Any) -> tuple[dict[str, Any] | None, Any]:
+    """What a file says beside its layers (None: it is the layers alone), and its layers."""
+    if isinstance(data, list):
+        return None, data
+    if "layers" in data:
+        return {key: item for key, item in data.items() if key != "layers"}, data["layers"]
+    numbered = {key: item for key, item in data.items() if _number(key) is not None}
+    beside = {key: item for key, item in data.items() if key not in numbered}
+    # Such as "layer_3": {...}, which is not to be passed over.
+    stray = {key: beside.pop(key) for key, item in data.items() if key in beside and _lists_heads(item)}
+    return beside or None, numbered | stray
+
+
+def _lists_heads(item: Any) -> bool:
+    return isinstance(item, Mapping) and any(name in item for names in NAMES.values() for name in names)
+
+
+def _whole(layers: Any, total: int) -> bool:
+    """Whether as many layers are given: what fills the others up was a choice, which a file does not hold."""
+    entries = layers.values() if isinstance(layers, Mapping) else layers
+    return sum(isinstance(entry, Mapping) for entry in entries) == total
+
+
+def _number(key: Any) -> int | None:
+    """The layer that a key of a table stands for: "3", or "03"."""
+    text = str(key).strip()
+    # More digits than any number of layers has: Python refuses to read thousands of them.
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
+
+
+def _numbered(layers: list[Any] | Mapping[str, Any], where: str) -> dict[int, Groups]:
+    """Each layer's lists by its number; those that are null are left out."""
+    table = isinstance(layers, Mapping)
+    entries = list(layers.items()) if isinstance(layers, Mapping) else list(enumerate(layers))
     found: dict[int, Groups] = {}
-    named = ["layer_idx" in layer for layer in layers if isinstance(layer, Mapping)]
-    for place, layer in enumerate(layers):
-        entry = f"entry {place} of the layers"
+    keys: dict[int, str] = {}
+    named = ["layer_idx" in layer for _, layer in entries if isinstance(layer, Mapping)]
+    for key, layer in entries:
+        entry = f"entry {key!r:.60} of the layers"
+        place = _number(key)
+        if place is None:
+            if isinstance(layer, str):
+                continue  # a remark
+            raise InputError(f"has the {entry}", where=where, expected="the number of a layer, from 0")
+        if layer is None:
+            continue
         if not isinstance(layer, Mapping):
             raise InputError(f"{entry} is {layer!r:.60}", where=where, expected="a table")
-        if "layer_idx" not in layer and any(named):
+        if "layer_idx" not in layer and any(named) and not table:
             raise InputError(f"{entry} has no layer_idx", where=where, expected="one in all or in none")
         number = layer.get("layer_idx", place)
         if type(number) is not int or number < 0:
             wrong = f"{entry} has the layer_idx {number!r:.60}"
             raise InputError(wrong, where=where, expected="the number of a layer, from 0")
+        if table and number != place:
+            raise InputError(
+                f"{entry} has the layer_idx {number}", where=where, expected=f"{place}, as its key says"
+            )
         if number in found:
-            raise InputError(f"gives layer {number} twice", where=where, expected="each layer once")
-        found[number] = _groups(layer, number, where)
+            both = f" (as {keys[number]!r} and {key!r})" if table else ""
+            raise InputError(f"gives layer {number} twice{both}", where=where, expected="each layer once")
+        found[number], keys[number] = _groups(layer, number, where), str(key)
+    if not found:
+        raise InputError("has no layers", where=where, expected="a table of heads for each layer")
     return found
 
 
@@ -186,6 +259,8 @@ def _groups(layer: Mapping[str, Any], number: int, where: str) -> Groups:
                 )
             continue
         said = f"layer {number}: {name}"
+        if heads is None:  # of none, as Forcing-KV's code reads it
+            heads = []
         if not isinstance(heads, list):
             raise InputError(f"{said} is {heads!r:.60}", where=where, expected="a list of heads")
         for head in heads:

@@ -89,6 +89,8 @@ class Source:
     """What the file says beside the layers, verbatim (Forcing-KV: format, profile, description, ...)."""
     layers: tuple[Mapping[str, Any], ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Its layers, verbatim, where the labels alone would not give them back: other names, another order."""
+    table: Mapping[str, Any] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Its layers, verbatim, where they are a table by number in place of a list."""
 
 
 @dataclass(frozen=True)

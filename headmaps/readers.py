@@ -3,7 +3,7 @@
 | content | format |
 |---|---|
 | JSON table with a `schema` | `forcingkv.headmap/1` (`HeadMap.read`) |
-| JSON table with `layers`, or a JSON list | Forcing-KV (`forcingkv_json`) |
+| JSON table with `layers` or with layers by number, or a JSON list | Forcing-KV (`forcingkv_json`) |
 | rows of cells between commas | Pyramid Forcing's classes (`read_pyramid`) |
 | rows of cells between tabs | DuoAttention's gates (`read_duoattention`) |
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,7 @@ def _read_json(text: str, sha256: str, where: str, choices: Choices) -> tuple[He
             # The weights' digest belongs to the model the file names.
             headmap = replace(headmap, model=replace(headmap.model, name=choices.model, weights=None))
         return headmap, SCHEMA
-    if isinstance(data, list) or "layers" in data:
+    if isinstance(data, list) or "layers" in data or forcingkv_json.is_table(data):
         return forcingkv_json.from_data(data, sha256, where, choices), forcingkv_json.FORMAT
     raise InputError("has neither a schema nor layers", where=where, expected=KNOWN)
 
@@ -144,7 +145,8 @@ def read_pyramid(text: str, sha256: str, where: str, choices: Choices) -> HeadMa
                     f"layer {layer}, head {head} is {code!r}",
                     where=where,
                     expected="a class: " + ", ".join(f"{code} ({name})" for code, name in CLASSES.items()),
-                    hint=f"Name a class of your own: forcingkv headmap convert --labels {code}=static",
+                    hint="Name a class of your own: forcingkv headmap convert --labels"
+                    f" {shlex.quote(f'{code}=static')}",
                 )
     used = {code for row in rows for code in row}
     unknown = sorted(set(given) - set(CLASSES) - set(CLASSES.values()) - used)

@@ -198,6 +198,11 @@ class Bundle:
         """The ONNX file of a graph."""
         return inside(self.path, self.manifest.graphs[name].file)
 
+    def weights(self, name: str) -> Path | None:
+        """The file that a graph's weights lie in, if it has any."""
+        file = self.manifest.graphs[name].weights
+        return inside(self.path, file) if file else None
+
 
 def read_data(kind: type[T], path: Path) -> T:
     """The dataclass `kind` from a file of JSON. Raises InputError where it cannot be read or does not fit."""
@@ -205,7 +210,7 @@ def read_data(kind: type[T], path: Path) -> T:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
+    path = inside(folder, MANIFEST)
     if not path.is_file():
         raise InputError(
             "is not a bundle: it has no manifest.json",

@@ -27,10 +27,10 @@ def available_bytes() -> int:
     return max(0, available)
 
 
-def require_memory(doing: str, parts: Mapping[str, float], hint: str) -> None:
+def require_memory(doing: str, parts: Mapping[str, float], hint: str, available: int | None = None) -> None:
     """Raise InputError, with what `doing` (the subject of a sentence) needs by part, unless there are so many
-    bytes; `hint` says what to do then."""
-    needed, available = sum(parts.values()), available_bytes()
+    bytes; `hint` says what to do then. `available` is what there is; None: of this machine."""
+    needed, available = sum(parts.values()), available_bytes() if available is None else available
     if needed > available:
         listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())
         raise InputError(

@@ -7,12 +7,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import one_of
 from forcingkv.measure.nominal import map_with_counts, nominal_map
+from forcingkv.measure.planner.session_memory import session_memory
 from forcingkv.runtime import Bundle
+from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.spec import ModelSpec
 
 
@@ -62,11 +67,7 @@ def preset_cases(
     spec, made = decoder_for(spec, kind, None, random=True)
     with TemporaryDirectory(prefix="forcingkv-bench-") as folder:
         cases = []
-        for place, name in enumerate(dict.fromkeys(policies)):
-            policy = load_policy(name)
-            fits = headmap and policy.needs_headmap and set(headmap.counts()) <= set(policy.groups)
-            heads = headmap if fits else nominal_map(spec, policy)
-            part, policy, heads = typical_layers(spec, policy, heads, layers or spec.layers)
+        for place, (part, policy, heads) in enumerate(_parts(spec, policies, layers, headmap)):
             out = Path(folder) / str(place)
             weights = random_weights(part)
             export_bundle(
@@ -74,6 +75,48 @@ def preset_cases(
             )
             cases.append(Bundle.open(out))
         yield cases
+
+
+def check_memory_of_presets(
+    spec: ModelSpec,
+    policies: Sequence[str],
+    *,
+    layers: int | None = None,
+    resolution: str | None = None,
+    headmap: HeadMap | None = None,
+    decoder: str = "taehv",
+) -> None:
+    """Raise InputError, with what is needed by part, where a session of `preset_cases` would have too little
+    memory: before anything is exported, which takes minutes.
+
+    Weights, keys and values, decoder caches, text and latents are counted, in float32 as ONNX Runtime holds
+    them. Activations are an estimate, of fused attention; what a graph needs is checked when it is there.
+    """
+    if spec.decoder.kind != "pixels":
+        kind = one_of(Literal["wan-vae", "taehv"], decoder, "decoder")
+        spec = replace(spec, decoder=replace(spec.decoder, kind=kind))
+    for part, policy, heads in _parts(spec, policies, layers, headmap):
+        plan = build_plan(part, part.geometry(resolution), policy, heads)
+        parts: dict[str, float] = dict(session_memory(plan, "float32").parts)
+        # One after the other on a CPU, in the same memory.
+        parts["activations"] = max(parts["activations"], parts.pop("decode_activations"))
+        require_memory(
+            f"a session of {policy.name} at {plan.geometry.width}x{plan.geometry.height} with"
+            f" {part.layers} layers of {part.name}",
+            {name.replace("_", " "): size for name, size in parts.items() if size},
+            "Take fewer --layers, a smaller --geometry, other --policies, or a larger machine.",
+        )
+
+
+def _parts(
+    spec: ModelSpec, policies: Sequence[str], layers: int | None, headmap: HeadMap | None
+) -> Iterator[tuple[ModelSpec, Policy, HeadMap | None]]:
+    """For each policy the layers that stand for the model, the policy, and their head map."""
+    for name in dict.fromkeys(policies):
+        policy = load_policy(name)
+        fits = headmap and policy.needs_headmap and set(headmap.counts()) <= set(policy.groups)
+        heads = headmap if fits else nominal_map(spec, policy)
+        yield typical_layers(spec, policy, heads, layers or spec.layers)
 
 
 def typical_layers(

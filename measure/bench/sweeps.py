@@ -142,7 +142,7 @@ def _by_policy(points: Sequence[Point]) -> Iterator[tuple[str, dict[str, list[An
 
 
 def _write(folder: Path, name: str, points: Sequence[Point], drawn: Figure, title: str) -> list[Path]:
-    drawn.suptitle(title, fontsize="medium")
+    drawn.suptitle(title, fontsize="medium", parse_math=False)
     table, picture = folder / f"{name}.csv", folder / f"{name}.png"
     write_csv(table, list(points[0]), points)
     write_bytes(picture, png(drawn))

@@ -63,7 +63,7 @@ def metric_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _console(columns: int) -> Console:
-    return Console(width=FIRST + (COLUMN + 3) * columns + 4, highlight=False)
+    return Console(width=FIRST + (COLUMN + 3) * columns + 4, highlight=False, markup=False, emoji=False)
 
 
 def _rows(columns: Sequence[Cells]) -> Iterator[list[str]]:

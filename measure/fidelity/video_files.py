@@ -28,7 +28,7 @@ def open_video(path: Path) -> Iterator[tuple[float, Frames]]:
     if not path.is_file():
         raise InputError("there is no such file", where=str(path), expected="a video, such as an mp4 file")
     try:
-        opened = av.open(str(path))
+        opened = av.open(f"file:{path}")  # or a name such as "v1:kite.mp4" would be a protocol's to FFmpeg
     except (av.error.FFmpegError, OSError) as error:
         raise _not_a_video(path, str(error.strerror)) from error
     with opened:

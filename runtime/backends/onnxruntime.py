@@ -19,11 +19,14 @@ import onnxruntime as ort
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import Array, Lane, Mark, Pass, Queue, Tensor
+from forcingkv.runtime.backends.linked_graphs import graph_and_folder
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.memory import available_bytes, give_back
 
+FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's option for graphs that it is given by content."""
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 OLDEST = (1, 24, 1)
 """Before this version a graph could name any file of the user as its weights: a bundle of a stranger could
@@ -63,7 +66,8 @@ def open_lane(
     graphs = {}
     for graph in GRAPHS:
         kept = ample or (bundle.manifest.graphs[graph].activation_bytes or 0) < LARGE_ACTIVATIONS
-        graphs[graph] = OnnxGraph(bundle.graph(graph), threads, provider, arena=kept)
+        path, weights = bundle.graph(graph), bundle.weights(graph)
+        graphs[graph] = OnnxGraph(path, threads, provider, arena=kept, weights=weights)
     return OnnxLane(graphs, "cuda" if provider == CUDA else "cpu")
 
 
@@ -71,9 +75,23 @@ class OnnxGraph:
     """One graph, loaded."""
 
     def __init__(
-        self, path: Path, threads: int | None = None, provider: str = CPU, *, arena: bool = True
+        self,
+        path: Path,
+        threads: int | None = None,
+        provider: str = CPU,
+        *,
+        arena: bool = True,
+        weights: Path | None = None,
     ) -> None:
-        """Load an ONNX file; `arena` says whether memory of a pass is kept for the next one."""
+        """Load an ONNX file.
+
+        Args:
+            path: the file.
+            threads: CPU threads; None: ONNX Runtime's own choice.
+            provider: what runs the nodes.
+            arena: whether memory of a pass is kept for the next one.
+            weights: the file that its weights lie in. Either file may be a link if this is given.
+        """
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised: no need to print it too
         # What a pass needs is then known before it runs, and less (docs/decisions/0014).
@@ -83,8 +101,11 @@ class OnnxGraph:
         if threads:
             options.intra_op_num_threads = threads
         providers = [provider] if provider == CPU else [provider, CPU]
+        graph, folder = graph_and_folder(path, weights)
+        if folder is not None:
+            options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(folder))
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            self._session = ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime has a class of its own for each status
             raise _fault(f"loading {path.name}", error) from error
         if self._session.get_providers()[0] != provider:

@@ -48,5 +48,5 @@ def style(settings: dict[Any, Any]) -> Iterator[None]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(settings)
+        matplotlib.rcParams.update({"text.parse_math": False, **settings})  # a $ in a name is a $
         yield

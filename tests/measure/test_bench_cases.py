@@ -11,11 +11,15 @@ import pytest
 from forcingkv.headmaps import InputError
 from forcingkv.measure.bench.cases import bundle_cases, preset_cases, typical_layers
 from forcingkv.measure.nominal import nominal_map
+from forcingkv.measure.planner.session_memory import session_memory
 from forcingkv.models.presets import load_spec
+from forcingkv.runtime import Bundle
 from forcingkv.runtime.cost import pass_flops
+from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy, policy_names
 from tests.conftest import small_spec
+from tests.runtime.conftest import small_bundle
 
 Bundles = Callable[[str], Path]
 
@@ -81,3 +85,16 @@ def test_a_preset_becomes_a_bundle_for_each_policy_and_leaves_nothing() -> None:
         folders = [case.path for case in cases]
         assert all(folder.is_dir() for folder in folders)
     assert not any(folder.exists() for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["full", "forcing-kv", "large"])
+def test_what_is_counted_before_an_export_is_not_more_than_a_session_needs(name: str) -> None:
+    """Or a model that fits would be refused; what is missed is seen when the bundle is there."""
+    bundle = Bundle.open(small_bundle(name))
+    real = footprint(bundle.manifest, bundle.plan)
+    counted = session_memory(bundle.plan, "float32").parts
+    for part in real:
+        if part.startswith("kv_"):
+            assert counted[part] == real[part]
+    assert counted["weights"] == pytest.approx(real["weights"], rel=0.01)
+    assert 0.6 <= sum(counted.values()) / sum(real.values()) <= 1

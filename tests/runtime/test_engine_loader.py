@@ -111,3 +111,21 @@ def test_without_a_gpu_the_way_out_is_named(fakes: Fakes) -> None:
     fakes.sm = None  # type: ignore[assignment]
     with pytest.raises(InputError, match=r"needs a GPU .* no GPU was found.* --target onnx"):
         backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+
+
+def test_an_engine_in_the_cache_of_a_hub_is_loaded_and_no_other_link(fakes: Fakes, tmp_path: Path) -> None:
+    repository = tmp_path / "models--me--bundle"
+    engines, blobs = repository / "snapshots" / "0abc" / "engines", repository / "blobs"
+    engines.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "5ha").write_bytes(b"an engine of the hub")
+    (engines / "step.engine").symlink_to("../../../blobs/5ha")
+    fakes.bundle.path = engines.parent
+    backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+    assert fakes.calls[-1] == ("load", b"an engine of the hub")
+    (engines / "step.engine").unlink()
+    (engines / "step.engine").symlink_to(tmp_path / "engines" / "step.engine")
+    with pytest.raises(
+        InputError, match=r"'engines/step.engine', which is not inside the folder: it is a link"
+    ):
+        backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")

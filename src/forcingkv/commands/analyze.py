@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import AsJson, console, emit, need, progress_bar
+from forcingkv.commands.console import AsJson, console, emit, need, plain_console, progress_bar
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
     Checkpoint,
@@ -164,11 +163,24 @@ def heads(
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     from forcingkv.analyze import Job, analyze_heads
     from forcingkv.analyze.recording import RecordedDtype
-    from forcingkv.analyze.run import choose_device
+    from forcingkv.analyze.run import check_room, choose_device, recording_plan, video_length
     from forcingkv.models.presets import load_spec
 
     spec = load_spec(model)
     asked = labels.labelling(spec.geometry(resolution))
+    mapped = read_headmap(headmap) if headmap else None
+    chosen, kind = choose_device(device), one_of(RecordedDtype, dtype, "dtype")
+    check_room(  # before weights are fetched
+        recording_plan(spec, resolution, policy, mapped),
+        stats or out / "stats",
+        samples=samples,
+        restart=restart,
+        cluster=ray,
+        workers=workers,
+        chunks=video_length(spec, chunks),
+        dtype=kind,
+        device=chosen,
+    )
     texts = text_inputs(spec, read_prompts(prompts) if prompts else None, embeds)
     job = Job(
         spec=spec,
@@ -177,14 +189,14 @@ def heads(
         seed=seed,
         chunks=chunks,
         policy=policy,
-        headmap=read_headmap(headmap) if headmap else None,
+        headmap=mapped,
         resolution=resolution,
         rows=rows or None,
-        device=choose_device(device),
-        dtype=one_of(RecordedDtype, dtype, "dtype"),
+        device=chosen,
+        dtype=kind,
         threads=threads,
     )
-    length = job.recording.chunks
+    length = job.length
     with progress_bar() as shown:
         task = shown.add_task("measuring (chunks)", total=samples * length)
         analysis = analyze_heads(
@@ -237,7 +249,7 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
         found = {"headmap": headmap.to_json(), "digest": headmap.digest, "stability": summary_json(analysis)}
         emit({"out": str(out)} | found)
         return
-    screen, level = Console(highlight=False), analysis.verdict.level
+    screen, level = plain_console(), analysis.verdict.level
     told = "\n".join(analysis.verdict.sentences)
     screen.print(Panel(told, title=level, border_style=LEVEL_STYLES[level]))
     print_map(headmap, screen)
@@ -245,7 +257,8 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
     for name, value in summary_lines(analysis):
         table.add_row(name, value)
     screen.print(table)
-    console.print(f"written: {out}/headmap.json, {out}/stability.json, {out}/report.html")
+    written = f"written: {out}/headmap.json, {out}/stability.json, {out}/report.html"
+    console.print(written, soft_wrap=True)
 
 
 def bytes_of(text: str) -> int:

@@ -9,10 +9,11 @@ from typing import Annotated
 
 from typer import Option
 
-from forcingkv.commands.console import AsJson, console, emit, listed, need, progress_bar
+from forcingkv.commands.console import AsJson, emit, listed, need, plain_console, progress_bar
 from forcingkv.commands.models import Backend
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.preflight import check_memory
 
 POLICIES = "full,window,dummy-forcing,forcing-kv"
 
@@ -60,7 +61,7 @@ def bench(
 
     Example: forcingkv bench --model self-forcing --layers 1 --geometry 480p --policies full,forcing-kv
     """
-    from forcingkv.measure.bench.cases import bundle_cases, preset_cases
+    from forcingkv.measure.bench.cases import bundle_cases, check_memory_of_presets, preset_cases
     from forcingkv.measure.bench.results import cores, report, results_table, title_of
     from forcingkv.measure.bench.sweeps import lengths, resolutions, write_lengths, write_resolutions
     from forcingkv.measure.bench.turns import BenchSetup, take_turns
@@ -93,6 +94,10 @@ def bench(
         if decoder and spec.decoder.kind == "pixels":
             raise InputError(f"the latents of {spec.name} are pixels: it has no decoder", where="--decoder")
         heads = read_headmap(headmap) if headmap else None
+        for size in sizes:
+            check_memory_of_presets(
+                spec, names, layers=layers, resolution=size, headmap=heads, decoder=decoder or "taehv"
+            )
     setup = BenchSetup(rounds, backend, threads or cores(), decode)
     results, across = [], []
     with progress_bar() as shown:
@@ -108,6 +113,8 @@ def bench(
                         spec, names, layers=layers, resolution=size, headmap=heads, decoder=decoder or "taehv"
                     )
                     opened = stack.enter_context(made)
+                for one in opened:  # or the last would be refused when the others are timed
+                    check_memory(one, backend)
                 measured = take_turns(opened, setup, seconds=minutes * 60, progress=progress)
                 results.append(report(measured, setup))
                 across.append((size or results[0]["geometry"], measured))
@@ -121,7 +128,7 @@ def bench(
         emit(results[0] if len(results) == 1 else results)
         return
     for result in results:
-        type(console)(width=160).print(results_table(result))
+        plain_console(width=160).print(results_table(result))
         for path in result.get("written", ()):
             print(f"written: {path}")
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from forcingkv.commands.console import emit, must_end, need
+from forcingkv.commands.console import emit, must_end, need, plain_console
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_bytes
@@ -88,7 +88,7 @@ def _side(place: Path, found: HeadMap) -> dict[str, Any]:
 
 def _show(maps: Maps, found: Mapping[str, Any], limit: int) -> None:
     """Print the comparison for people."""
-    out = Console(highlight=False, markup=False)
+    out = plain_console()
     for side, one in zip("ab", maps, strict=True):
         out.print(f"{side.upper()}  {found[side]['path']}: {_described(one)}", soft_wrap=True)
     out.print(soft_wrap=True)

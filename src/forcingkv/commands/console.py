@@ -18,7 +18,13 @@ from forcingkv.runtime.prompts import read_prompts
 
 AsJson: TypeAlias = Annotated[bool, Option("--json", help="Print JSON.")]
 
-console = Console(stderr=True)
+
+def plain_console(**options: Any) -> Console:
+    """A console that shows text as it is: rich would take [x] for markup, :fire: for a picture."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+console = plain_console(stderr=True)
 """Messages for people go to standard error; results go to standard output."""
 
 
@@ -36,8 +42,10 @@ def listed(texts: str | Iterable[str] | None) -> list[str]:
 
 def progress_bar() -> Progress:
     """A progress display on standard error, shown inside a `with` block."""
-    done = TextColumn("{task.completed}/{task.total}")
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), done, TimeElapsedColumn()
+    doing, done = (
+        TextColumn(text, markup=False) for text in ("{task.description}", "{task.completed}/{task.total}")
+    )
+    columns = SpinnerColumn(), doing, BarColumn(), done, TimeElapsedColumn()
     return Progress(*columns, console=console)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument, Option
 
-from forcingkv.commands.console import AsJson, emit, parse_pairs
+from forcingkv.commands.console import AsJson, emit, parse_pairs, plain_console
 from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.files import write_text
@@ -34,7 +35,7 @@ def show(file: File, as_json: AsJson = False) -> None:
     if as_json:
         emit(_summary(headmap))
         return
-    out = Console(highlight=False, markup=False)
+    out = plain_console()
     letters = headmap.letters()
     print_map(headmap, out)
     model = headmap.model
@@ -79,7 +80,7 @@ def validate(
     if others:
         print(
             f"labels {', '.join(others)}: the policy forcing-kv knows static and dynamic only. To say "
-            f"which is which: forcingkv headmap convert --labels {others[0]}=dynamic,..."
+            f"which is which: forcingkv headmap convert --labels {shlex.quote(f'{others[0]}=dynamic')},..."
         )
 
 
@@ -135,7 +136,7 @@ def _summary(headmap: HeadMap) -> dict[str, Any]:
     """What a map says, for `--json`; `static` and `dynamic` are always there."""
     counts = headmap.counts()
     # Without the layers that a source may hold: those are what the labels say.
-    source = replace(headmap.source, layers=None) if headmap.source else None
+    source = replace(headmap.source, layers=None, table=None) if headmap.source else None
     return {
         "model": to_data(headmap.model),
         "layers": headmap.model.layers,

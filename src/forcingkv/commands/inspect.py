@@ -49,7 +49,7 @@ def inspect(
         from forcingkv.commands.bytes_picture import write_bytes_picture
 
         write_bytes_picture(opened, picture)
-        console.print(f"{picture}: where the memory goes", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{picture}: where the memory goes", soft_wrap=True)
     if as_json:
         emit(to_data(opened.manifest) | {"footprint": _footprints(opened)})
         return
