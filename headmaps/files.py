@@ -49,7 +49,7 @@ def inside(folder: Path, name: str) -> Path:
             f"names the file {name[:80]!r}, which no file can be called ({error})", where=str(folder)
         ) from error
     blobs = _blobs_of(root)
-    if not target.is_relative_to(root) and (blobs is None or target.parent != blobs):
+    if not target.is_relative_to(root) and (blobs is None or not target.is_relative_to(blobs)):
         raise InputError(
             f"names the file {name!r}, which is not inside the folder: it is a link to {target}",
             where=str(folder),
