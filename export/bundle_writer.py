@@ -36,6 +36,7 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
 from forcingkv.models.wan import WanModel
+from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS
 from forcingkv.prune.onnx_operators import check_choice
 from forcingkv.runtime.bundle import (
     GRAPHS,
@@ -244,11 +245,13 @@ class _Writer:
     def write_engines(self, target: EngineTarget) -> None:
         """Compile the plugin's kernels, and build an engine of every graph for every GPU."""
         if self.plan.choice and not target.aot:
-            from forcingkv.prune.triton_kernels import compile_kernels  # needs Triton, which only this does
+            from forcingkv.prune.kernel_compiler import compile_kernels  # needs Triton, which only this does
 
             self.progress("compiling kernels")
             head_dim = self.plan.spec.head_dim
-            self.kernels = compile_kernels(self.folder, self.precision.compute, head_dim)
+            kernels = KERNELS if self.plan.choice.split.is_even else UNEVEN_KERNELS
+            compute = self.precision.compute
+            self.kernels = compile_kernels(self.folder, compute, head_dim, kernels=kernels)
         folder = self.folder / "engines"
         folder.mkdir()
         for sm in target.sms:

@@ -13,9 +13,9 @@ import pytest
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import from_data
-from forcingkv.prune import triton_kernels
+from forcingkv.prune import kernel_compiler
+from forcingkv.prune.kernel_compiler import SMS, compile_kernels
 from forcingkv.prune.launcher import KERNELS
-from forcingkv.prune.triton_kernels import SMS, compile_kernels
 from forcingkv.runtime.engines import KernelRecord
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ def test_a_kernel_that_would_spill_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fresh")
 def test_what_ptxas_says_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ptxas fails for sm_80"):
-        triton_kernels.assemble("no PTX", 80)
+        kernel_compiler.assemble("no PTX", 80)
     taken = tmp_path / "bundle"
     taken.write_text("a file", encoding="ascii")
     with pytest.raises(InputError, match="cannot be written"):
@@ -107,6 +107,6 @@ def test_what_ptxas_says_is_told(tmp_path: Path) -> None:
 
 def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "forcingkv.prune.triton_kernels")
+    monkeypatch.delitem(sys.modules, "forcingkv.prune.kernel_compiler")
     with pytest.raises(MissingExtraError, match=r"needs triton.*forcingkv\[engines\]"):
-        importlib.import_module("forcingkv.prune.triton_kernels")
+        importlib.import_module("forcingkv.prune.kernel_compiler")

@@ -192,7 +192,7 @@ def test_the_gpu_chooses_and_collects_as_torch_does(
     pytest.importorskip("cuda.core", reason="cuda-core is not installed", exc_type=ImportError)
     from cuda.core import Device
 
-    from forcingkv.prune.triton_kernels import compile_kernels
+    from forcingkv.prune.kernel_compiler import compile_kernels
 
     sm = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     Device().set_current()

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.prune import onnx_operators, quick_plugin, triton_kernels
+from forcingkv.prune import kernel_compiler, onnx_operators, quick_plugin
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes
 from forcingkv.prune.quick_plugin import QUICK_PLUGINS, QuickPlugin, kernel_text, register_quick_plugins
 from forcingkv.prune.reference import prune_score
@@ -100,7 +100,7 @@ ORDER: dict[KernelName, list[int]] = {
 
 
 @pytest.mark.parametrize("plugin", QUICK_PLUGINS, ids=lambda plugin: plugin.name)
-@pytest.mark.parametrize("sm", triton_kernels.SMS)
+@pytest.mark.parametrize("sm", kernel_compiler.SMS)
 def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin, sm: int) -> None:
     ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, sm)
     entry = re.search(rf"\.entry {made.name}\(\n(.*?)\n\)", ptx, re.DOTALL)
@@ -115,7 +115,7 @@ def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin,
     ]
     assert f".target sm_{sm}\n" in ptx
     assert "/" not in "".join(re.findall(r'\.file.*"(.*)"', ptx))
-    cubin, _, spilled = triton_kernels.assemble(ptx, sm)
+    cubin, _, spilled = kernel_compiler.assemble(ptx, sm)
     assert cubin
     assert spilled == 0
 
