@@ -93,7 +93,8 @@ def export_bundle(
         policy: what each head group sees.
         out: the bundle's folder; written whole or not at all.
         headmap: needed where the policy tells heads apart.
-        resolution: "WxH" or a name; None for the model's default.
+        resolution: "WxH" or a name; None for the model's default. Frames are cropped to even sides that do
+            not divide into tokens (`ModelSpec.geometry`).
         decoder: what makes pixels of latents; needed unless the latents are pixels.
         dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
             of the blocks, with bfloat16. None: the model's default, and bfloat16 for TensorRT.
@@ -169,6 +170,7 @@ def export_bundle(
             kernels=tuple(bundle.kernels),
             warnings=tuple(warnings_of(plan, precision.compute)),
             calibration=bundle.calibration,
+            crop=plan.geometry.crop,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest

@@ -86,7 +86,7 @@ def test_a_faulty_head_map(
             "no model 'nosuch'; expected one of causal-forcing, demo",
         ),
         (["export", "--model", "demo", "--out", "OUT"], "the policy forcing-kv needs a head map"),
-        ([*EXPORT, "MAP", "--resolution", "50x32", "--out", "OUT"], "50x32 does not divide into tokens"),
+        ([*EXPORT, "MAP", "--resolution", "50x32", "--out", "OUT"], "demo runs at 48x32 only"),
         (
             [*EXPORT, "MAP", "--policy", "POLICY", "--out", "OUT"],
             "7 segments do not divide the 96 tokens",

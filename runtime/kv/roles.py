@@ -291,6 +291,7 @@ class Retained(Role):
                 f" at {geometry.width}x{geometry.height}",
                 where=where,
                 expected=f"1 to {geometry.frame_tokens}, so that each has a token",
+                hint="Take a larger resolution, or a policy of fewer segments.",
             )
         if not self.kept(spec.frames_per_chunk) >= 1:
             candidates = self.segments * spec.frames_per_chunk

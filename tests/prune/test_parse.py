@@ -117,5 +117,5 @@ def test_a_network_is_built_with_no_transition_frame_and_with_one(
     assert report["shapes"] == [retained] * 4 + [[KEPT]]
     assert report["bytes"] > 0
     # Shape arithmetic is what makes a network large: with Slices in the place of Gathers there are about 190.
-    # Bodies for uneven segments compute where each begins; engines of forcingkv have the plugin in their place.
+    # Bodies for uneven segments compute where each begins. Engines have the plugin in their place.
     assert report["layers"] < (250 if frame % SEGMENTS else 120)

@@ -78,7 +78,7 @@ def policies() -> st.SearchStrategy[Policy]:
         dynamic = roles(sink, recent, Retained(segments, 0.34, 1))
         return Policy("any", "", {"static": roles(sink, recent), "dynamic": dynamic})
 
-    return st.builds(make, st.integers(0, 3), st.integers(1, 7), st.sampled_from([1, 2, 3, 4, 6]))
+    return st.builds(make, st.integers(0, 3), st.integers(1, 7), st.integers(1, 24))
 
 
 @given(policies(), st.integers(0, 3), st.lists(st.lists(st.integers(0, 2)), min_size=4, max_size=4))
@@ -113,7 +113,10 @@ def check_lengths(plan: CachePlan, label: str, chunk: int) -> None:
     ("policy", "message"),
     [
         (Policy("p", "", {"all": roles(4, 1)}), "groups.all: the sink has 4 frames; expected 0 to 3"),
-        (Policy("p", "", {"all": roles(1, 1, Retained(7, 0.33, 1))}), "7 segments do not divide"),
+        (
+            Policy("p", "", {"all": roles(1, 1, Retained(25, 0.33, 1))}),
+            "25 segments are asked of the 24",
+        ),
         (Policy("p", "", {"all": roles(1, 1, Retained(6, 0.0, 1))}), "keeps none"),
         (Policy("p", "", {"all": roles(1, 0, Retained(6, 0.3, 1))}), "without a transition frame"),
         (load_policy("forcing-kv"), "needs a head map"),
