@@ -189,7 +189,7 @@ class Bundle:
         """Raise InputError unless the sizes that are computed and shown go together, in the graphs too."""
         geometry, manifest = self.plan.geometry, self.manifest
         width, height = manifest.frame_size
-        made = manifest.graphs["decode"].outputs["frames"].shape[1:3] if manifest.crop else (height, width)
+        made = manifest.graphs["decode"].outputs["frames"].shape[1:3]
         if (geometry.width, geometry.height) != manifest.resolution or made != (height, width):
             raise InputError(
                 "its frames are not of the size that it says",
