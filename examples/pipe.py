@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
 
     with Session.open(options.bundle) as session:
-        width, height = session.bundle.manifest.resolution
+        width, height = session.bundle.manifest.frame_size
         reader = [sys.executable, "-c", READER, str(width * height * 3)]
         command = shlex.split(options.to) if options.to else reader
         sent = 0

@@ -32,7 +32,7 @@ def main() -> None:
             print(f"going on with chunk {video.index}")
         else:
             video = session.generate(options.prompt, seed=7)  # without end
-        width, height = session.bundle.manifest.resolution
+        width, height = session.bundle.manifest.frame_size
         size = session.spec.frames_of(video.index) * width * height * 3
         if file.tell() < size:
             parser.error(f"{options.out} is not the file that goes with {options.state}")

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from forcingkv.export.onnxruntime_passes import taken_branches
-from forcingkv.prune.onnx_operators import DOMAIN
+from forcingkv.prune.onnx_operators import DOMAIN, SCORING
 
 Shape = tuple[int, ...]
 
@@ -101,7 +101,7 @@ def _scratch(node: onnx.NodeProto, shapes: Mapping[str, Shape], sizes: Mapping[s
         return 4 * heads * queries * shapes[node.input[1]][2]
     if node.domain == DOMAIN:  # transition and new keys and values, joined; for scores four times the keys
         keys, values = given[0] + given[2], given[1] + given[3]
-        return max(keys + values, 5 * keys) if node.op_type == "DynamicPrune" else keys + values
+        return max(keys + values, 5 * keys) if node.op_type in SCORING else keys + values
     return 0
 
 

@@ -37,6 +37,7 @@ from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
 from forcingkv.models.wan import WanModel
+from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS
 from forcingkv.prune.onnx_operators import check_choice
 from forcingkv.runtime.bundle import (
     GRAPHS,
@@ -93,7 +94,8 @@ def export_bundle(
         policy: what each head group sees.
         out: the bundle's folder; written whole or not at all.
         headmap: needed where the policy tells heads apart.
-        resolution: "WxH" or a name; None for the model's default.
+        resolution: "WxH" or a name; None for the model's default. Frames are cropped to even sides that do
+            not divide into tokens (`ModelSpec.geometry`).
         decoder: what makes pixels of latents; needed unless the latents are pixels.
         dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
             of the blocks, with bfloat16. None: the model's default, and bfloat16 for TensorRT.
@@ -171,6 +173,7 @@ def export_bundle(
             calibration=bundle.calibration,
             taken=(weights.taken or None) if isinstance(weights, Weights) else None,
             loras=(weights.loras or None) if isinstance(weights, Weights) else None,
+            crop=plan.geometry.crop,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest
@@ -247,11 +250,13 @@ class _Writer:
     def write_engines(self, target: EngineTarget) -> None:
         """Compile the plugin's kernels, and build an engine of every graph for every GPU."""
         if self.plan.choice and not target.aot:
-            from forcingkv.prune.triton_kernels import compile_kernels  # needs Triton, which only this does
+            from forcingkv.prune.kernel_compiler import compile_kernels  # needs Triton, which only this does
 
             self.progress("compiling kernels")
             head_dim = self.plan.spec.head_dim
-            self.kernels = compile_kernels(self.folder, self.precision.compute, head_dim)
+            kernels = KERNELS if self.plan.choice.split.is_even else UNEVEN_KERNELS
+            compute = self.precision.compute
+            self.kernels = compile_kernels(self.folder, compute, head_dim, kernels=kernels)
         folder = self.folder / "engines"
         folder.mkdir()
         for sm in target.sms:

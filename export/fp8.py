@@ -34,6 +34,7 @@ from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.bundle import CalibrationRecord
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.segments import Split
 from forcingkv.runtime.spec import ModelSpec
 
 LARGEST = 448.0
@@ -267,16 +268,19 @@ def calibrate(
 
 def calibration_plan(plan: CachePlan) -> CachePlan:
     """The plan at a geometry that a CPU can run: both sides divided by the smallest whole number that
-    leaves at most `FRAME_TOKENS` tokens a frame, and whole segments. The plan itself where that is so
-    already, where there is no such number, and for models that run at one resolution only.
+    leaves at most `FRAME_TOKENS` tokens a frame, and segments that are even if the plan's are. The plan
+    itself where that is so already, where there is no such number, and for models that run at one resolution
+    only.
     """
     spec, (rows, columns) = plan.spec, plan.geometry.grid
-    segments = plan.choice.role.segments if plan.choice else 1
+    split = plan.choice.split if plan.choice else Split(plan.frame_tokens, 1)
     if spec.position_table:
         return plan
     cell = spec.decoder.spatial_stride * spec.patch
     for divisor in range(1, min(rows, columns) + 1):
         height, width = rows // divisor, columns // divisor
-        if height * width <= FRAME_TOKENS and height * width % segments == 0:
+        smaller = Split(height * width, split.segments)
+        fits = smaller.is_even if split.is_even else smaller.kept_tokens
+        if height * width <= FRAME_TOKENS and fits:
             return replace(plan, geometry=spec.geometry(f"{width * cell}x{height * cell}"))
     return plan

@@ -117,19 +117,27 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pi
 
     With a decoder: latents and feature caches -> frames, the pixels they are rounded from, and the next
     caches. A latent frame at a time, since a decoder's activations are many times its latents. `pixels` are
-    for comparing with torch. They take time and memory in every call, so graphs for TensorRT have none.
+    for comparing with torch, none of them cropped. They take time and memory in every call, so graphs for
+    TensorRT have none.
     """
     batch, channels, _, height, width = latent_shape(plan)
+
+    def frames_of(pixels: Tensor) -> Tensor:
+        if plan.geometry.crop:
+            shown_width, shown_height = plan.geometry.crop
+            pixels = pixels[..., :shown_height, :shown_width]
+        return to_frames(pixels)
+
     if decoder is None:
         latents = torch.zeros(latent_shape(plan))
-        return Graph(None, lambda inputs: (to_frames(inputs["latents"]),), {"latents": latents}, ("frames",))
+        return Graph(None, lambda inputs: (frames_of(inputs["latents"]),), {"latents": latents}, ("frames",))
     state = decoder.empty_state(height, width)
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         held, kind = {name: inputs[name] for name in state}, compute_dtype(decoder)
         made, following = decoder(inputs["latents"].to(kind), inputs["first"].to(kind), held)
         made = made.float()
-        shown = (to_frames(made), made) if pixels else (to_frames(made),)
+        shown = (frames_of(made), made) if pixels else (frames_of(made),)
         return (*shown, *(following[name] for name in state))
 
     inputs = {"latents": torch.zeros(batch, channels, 1, height, width), "first": torch.ones(1), **state}

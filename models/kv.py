@@ -127,16 +127,16 @@ class _TorchRetained(TorchRole):
         transition = done.held[Recent.name]
         if Recent(frames=1) not in done.group.roles:
             transition = _tokens(transition, slice(-done.plan.frame_tokens, None))
+        split = choice.split.frame_tokens, choice.split.segments
         if done.chosen and role.shared:
             indices: Tensor | None = done.chosen[0]
         else:
             ahead = choose_ahead(role, choice.candidates, choice.kept, done.layer, done.chunk)
             indices = None if ahead is None else torch.tensor(ahead, device=done.new.keys.device)
         if indices is None:
-            frame_tokens = choice.segment_tokens * role.segments
-            *kept, indices = prune_score(*transition, *done.new, frame_tokens, role.segments, choice.kept)
+            *kept, indices = prune_score(*transition, *done.new, *split, choice.kept)
         else:
-            kept = prune_follow(*transition, *done.new, indices, choice.segment_tokens)
+            kept = prune_follow(*transition, *done.new, indices, *split)
         done.chosen.append(indices)
         return KeysValues(*kept)
 

@@ -11,7 +11,8 @@ In reading order:
     reference.py       the algorithm in torch, and the two operators as which torch models call it
     onnx_operators.py  the same as two ONNX operators with bodies in standard operators, and how torch's
                        exporter gets from one to the other; ONNX Runtime runs the bodies
-    triton_kernels.py  the same as three Triton kernels, and their compilation ahead of time into cubins
+    triton_kernels.py  the same as three Triton kernels
+    kernel_compiler.py their compilation ahead of time into cubins
     launcher.py        loads the cubins of a bundle and launches them, through cuda-core
     plugin.py          the two operators as TensorRT plugins in Python, which call the launcher
     quick_plugin.py    the three kernels as plugins that are compiled into an engine, for programs without

@@ -9,17 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import inside
 from forcingkv.runtime.engines import KernelName, KernelRecord, cuda_core
+from forcingkv.runtime.kv.segments import Split
 
 Grid: TypeAlias = tuple[int, int, int]
 
-KERNELS: tuple[KernelName, ...] = get_args(KernelName)
+KERNELS: tuple[KernelName, ...] = ("token_cosines", "select_segments", "compact_segments")
+"""In the order of their launches, for frames whose segments have as many tokens each."""
+UNEVEN_KERNELS: tuple[KernelName, ...] = (
+    "token_cosines",
+    "select_uneven_segments",
+    "compact_uneven_segments",
+)
+"""The same for all other frames (`runtime.kv.segments`)."""
 
 COSINE_BLOCK = 16
 """Tokens that one program of `token_cosines` compares."""
@@ -43,9 +51,12 @@ class LaunchSizes:
     """0 without a transition frame, whose pointers are then null."""
     new_tokens: int
     segment_tokens: int
+    """What is kept of a segment."""
     kept: int
     frame_tokens: int = 0
     """Only scoring needs it: 0 for layers that follow."""
+    uneven: Split | None = None
+    """How frames are split whose segments have not as many tokens each."""
 
     @property
     def candidate_tokens(self) -> int:
@@ -55,6 +66,8 @@ class LaunchSizes:
     @property
     def candidates(self) -> int:
         """Segments to choose from."""
+        if self.uneven:
+            return self.candidate_tokens // self.uneven.frame_tokens * self.uneven.segments
         return self.candidate_tokens // self.segment_tokens
 
     @property
@@ -97,6 +110,7 @@ class KernelLauncher:
     Attributes:
         dtype: of keys and values.
         width: of a head.
+        uneven: whether the kernels are those for uneven segments.
     """
 
     def __init__(self, folder: Path, records: Sequence[KernelRecord], sm: int) -> None:
@@ -117,7 +131,8 @@ class KernelLauncher:
             )
         self._records = {record.kernel: record for record in records if record.sm == chosen}
         kinds = {(record.dtype, record.width) for record in records}
-        if len(kinds) > 1 or set(self._records) != set(KERNELS):
+        self.uneven = set(self._records) == set(UNEVEN_KERNELS)
+        if len(kinds) > 1 or not (self.uneven or set(self._records) == set(KERNELS)):
             raise ValueError(
                 f"{folder} lacks a kernel, or mixes dtypes or widths: there are {sorted(self._records)}"
                 f" for sm_{chosen}, and kernels of {sorted(kinds)}"
@@ -144,8 +159,9 @@ class KernelLauncher:
         grid = cosine_grid(sizes.frame_tokens, sizes.candidate_tokens)
         numbers = [sizes.heads, sizes.transition_tokens, sizes.new_tokens, sizes.frame_tokens]
         self._launch("token_cosines", grid, (transition_keys, new_keys, cosines), numbers, stream)
-        numbers = [sizes.segment_tokens, sizes.candidates, sizes.kept]
-        self._launch("select_segments", SELECT_GRID, (cosines, indices), numbers, stream)
+        name: KernelName = "select_uneven_segments" if sizes.uneven else "select_segments"
+        numbers = [*_split_numbers(sizes), sizes.candidates, sizes.kept]
+        self._launch(name, SELECT_GRID, (cosines, indices), numbers, stream)
 
     def collect(self, pointers: Sequence[int], sizes: LaunchSizes, stream: int) -> None:
         """Copy the chosen segments to retained keys and values (batch, heads, kept * tokens, width).
@@ -153,8 +169,9 @@ class KernelLauncher:
         `pointers`: transition keys and values, new keys and values, indices, retained keys and values.
         """
         grid = compact_grid(sizes.batch, sizes.heads, sizes.segment_tokens, sizes.kept)
-        numbers = [sizes.transition_tokens, sizes.new_tokens, sizes.segment_tokens, sizes.kept]
-        self._launch("compact_segments", grid, pointers, numbers, stream)
+        name: KernelName = "compact_uneven_segments" if sizes.uneven else "compact_segments"
+        numbers = [sizes.transition_tokens, sizes.new_tokens, *_split_numbers(sizes), sizes.kept]
+        self._launch(name, grid, pointers, numbers, stream)
 
     def _launch(
         self, name: KernelName, grid: Grid, pointers: Sequence[int], sizes: Sequence[int], stream: int
@@ -168,3 +185,8 @@ class KernelLauncher:
         arguments = (*pointers, *map(np.int32, sizes), 0, 0)
         handle = self._cuda.Stream.from_handle(stream)
         self._cuda.launch(handle, config, self._kernels[name], *arguments)
+
+
+def _split_numbers(sizes: LaunchSizes) -> list[int]:
+    """What a kernel is told of how frames are split."""
+    return [sizes.uneven.frame_tokens, sizes.uneven.segments] if sizes.uneven else [sizes.segment_tokens]

@@ -1,20 +1,21 @@
-"""The ONNX operators DynamicPrune and DynamicPruneFollow (domain `forcingkv`).
+"""The ONNX operators of DynamicPrune (domain `forcingkv`): one that scores, and one that follows.
 
-Each is one node with a function body in standard operators: ONNX Runtime runs the body, and TensorRT
-runs the plugin where one is registered under `plugin_namespace` (docs/decisions/0003). `translation_table`
-exports the torch operators to these nodes.
+DynamicPrune and DynamicPruneFollow are for frames whose segments have as many tokens each, UnevenPrune and
+UnevenPruneFollow for all others (`runtime.kv.segments`). Each is one node with a function body in standard
+operators: ONNX Runtime runs the body, and TensorRT runs the plugin where one is registered under
+`plugin_namespace` (docs/decisions/0003). `translation_table` exports the torch operators to these nodes.
 
-TokenCosines, SelectSegments and DynamicPruneFollow are the three kernels as operators, for plugins that hold
-one kernel each: `split_prune` puts them in DynamicPrune's place. They are not nodes of its body, since
-TensorRT looks for no plugins inside a body and passes attributes down one level only; instead the bodies are
-made of the same text.
+TokenCosines, SelectSegments (or SelectUnevenSegments) and the operator that follows are the three kernels as
+operators, for plugins that hold one kernel each: `split_prune` puts them in the place of the operator that
+scores. They are not nodes of its body, since TensorRT looks for no plugins inside a body and passes
+attributes down one level only; instead the bodies are made of the same text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -25,9 +26,12 @@ import forcingkv.prune.reference  # noqa: F401  (registers the torch operators)
 from forcingkv.headmaps.errors import InputError
 from forcingkv.prune.plugin import PLUGIN_NAMESPACE
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.segments import Split
 
 DOMAIN, VERSION = "forcingkv", 1
 OPSET = 23
+SCORING = ("DynamicPrune", "UnevenPrune")
+"""The operators that score segments and choose; the others only follow."""
 
 _TENSORS = "transition_keys, transition_values, new_keys, new_values"
 _RETAINED = "retained_keys, retained_values"
@@ -107,6 +111,77 @@ _COLLECT = """
     retained_values = Reshape (picked_values, out_shape)
 """
 
+_SPLIT = """
+    pieces = Constant <value_int: int = @segments> ()
+    kept_tokens = Div (frame, pieces)
+    nought = Constant <value_int = 0> ()
+    step1 = Constant <value_int = 1> ()
+    axis_0 = Constant <value_ints = [0]> ()
+    axis_1 = Constant <value_ints = [1]> ()
+"""
+_SELECT_UNEVEN = """
+    # Where each segment begins, and where the last one ends: frame * tokens + place * tokens / segments.
+    scored1 = Shape (cosines)
+    scored = Squeeze (scored1)
+    candidate_frames = Div (scored, frame)
+    candidates = Mul (candidate_frames, pieces)
+    past_candidates = Add (candidates, step1)
+    counted = Range (nought, past_candidates, step1)
+    counted_frame = Div (counted, pieces)
+    counted_before = Mul (counted_frame, pieces)
+    counted_place = Sub (counted, counted_before)
+    counted_tokens = Mul (counted_place, frame)
+    counted_within = Div (counted_tokens, pieces)
+    counted_first = Mul (counted_frame, frame)
+    bounds = Add (counted_first, counted_within)
+    first_places = Range (nought, candidates, step1)
+    next_places = Range (step1, past_candidates, step1)
+    begins = Gather <axis = 0> (bounds, first_places)
+    ends = Gather <axis = 0> (bounds, next_places)
+    sizes = Sub (ends, begins)
+
+    # Mean over each segment's own tokens, the longest segments having one more than is kept.
+    longest = Add (kept_tokens, step1)
+    offsets = Range (nought, longest, step1)
+    begin_column = Unsqueeze (begins, axis_1)
+    size_column = Unsqueeze (sizes, axis_1)
+    offset_row = Unsqueeze (offsets, axis_0)
+    tokens = Add (begin_column, offset_row)
+    last_token = Sub (scored, step1)
+    there = Min (tokens, last_token)
+    read_cosines = Gather <axis = 0> (cosines, there)
+    own = Less (offset_row, size_column)
+    nothing = Constant <value_float = 0.0> ()
+    own_cosines = Where (own, read_cosines, nothing)
+    sums = ReduceSum <keepdims = 0> (own_cosines, axis_1)
+    divisors = Cast <to = 1> (sizes)
+    similarity = Div (sums, divisors)
+
+    # The least similar ones, in ascending order. TopK breaks ties by index.
+    wanted = Constant <value_int: int = @kept> ()
+    wanted1 = Unsqueeze (wanted, axis_0)
+    least, chosen = TopK <axis = 0, largest = 0, sorted = 1> (similarity, wanted1)
+    indices, places = TopK <axis = 0, largest = 0, sorted = 1> (chosen, wanted1)
+"""
+_COLLECT_UNEVEN = """
+    # The first tokens of each chosen segment, as many as the shortest has.
+    values = Concat <axis = 2> (transition_values, new_values)
+    chosen_frame = Div (indices, pieces)
+    chosen_before = Mul (chosen_frame, pieces)
+    chosen_place = Sub (indices, chosen_before)
+    chosen_tokens = Mul (chosen_place, frame)
+    chosen_within = Div (chosen_tokens, pieces)
+    chosen_first = Mul (chosen_frame, frame)
+    chosen_start = Add (chosen_first, chosen_within)
+    start_column = Unsqueeze (chosen_start, axis_1)
+    kept_offsets = Range (nought, kept_tokens, step1)
+    kept_row = Unsqueeze (kept_offsets, axis_0)
+    row_table = Add (start_column, kept_row)
+    flat = Constant <value_ints = [-1]> ()
+    rows = Reshape (row_table, flat)
+    retained_keys = Gather <axis = 2> (keys, rows)
+    retained_values = Gather <axis = 2> (values, rows)
+"""
 
 _FUNCTIONS = {
     f"DynamicPrune <frame_tokens, segments, kept, plugin_namespace> ({_TENSORS}) => ({_RETAINED}, indices)": (
@@ -120,6 +195,15 @@ _FUNCTIONS = {
     ),
     "SelectSegments <segment_tokens, kept, plugin_namespace> (cosines) => (indices)": (
         _SEGMENT + _SEGMENT1 + _SELECT
+    ),
+    f"UnevenPrune <frame_tokens, segments, kept, plugin_namespace> ({_TENSORS}) => ({_RETAINED}, indices)": (
+        _FRAME + _SPLIT + _KEYS + _COSINES + _SELECT_UNEVEN + _COLLECT_UNEVEN
+    ),
+    f"UnevenPruneFollow <frame_tokens, segments, plugin_namespace> ({_TENSORS}, indices) => ({_RETAINED})": (
+        _FRAME + _SPLIT + _KEYS + _COLLECT_UNEVEN
+    ),
+    "SelectUnevenSegments <frame_tokens, segments, kept, plugin_namespace> (cosines) => (indices)": (
+        _FRAME + _SPLIT + _SELECT_UNEVEN
     ),
 }
 """What each operator takes and gives -> its body."""
@@ -159,14 +243,14 @@ def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
 
 
 def split_prune(model: onnx.ModelProto) -> None:
-    """Put TokenCosines, SelectSegments and DynamicPruneFollow in the place of each DynamicPrune.
+    """Put an operator for each kernel in the place of each operator that scores.
 
     The model computes the same; its nodes are then one kernel each.
     """
     for graph in graphs(model):
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
-            nodes += _one_kernel_each(node) if node.op_type == "DynamicPrune" else [node]
+            nodes += _one_kernel_each(node) if node.op_type in SCORING else [node]
         del graph.node[:]
         graph.node.extend(nodes)
     others = [f for f in model.functions if f.domain != DOMAIN]
@@ -177,7 +261,7 @@ def split_prune(model: onnx.ModelProto) -> None:
 def _one_kernel_each(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     numbers = {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
     frame_tokens, kept = numbers["frame_tokens"], numbers["kept"]
-    segment_tokens = frame_tokens // numbers["segments"]
+    split = _split_of(frame_tokens, numbers["segments"])
     *retained, indices = node.output
     cosines = f"{indices}.cosines"
 
@@ -188,9 +272,27 @@ def _one_kernel_each(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     keys, _, new_keys, _ = tensors = list(node.input)
     return [
         make("TokenCosines", [keys, new_keys], [cosines], frame_tokens=frame_tokens),
-        make("SelectSegments", [cosines], [indices], segment_tokens=segment_tokens, kept=kept),
-        make("DynamicPruneFollow", [*tensors, indices], retained, segment_tokens=segment_tokens),
+        make(split.select, [cosines], [indices], **split.sizes, kept=kept),
+        make(split.follow, [*tensors, indices], retained, **split.sizes),
     ]
+
+
+class _Split(NamedTuple):
+    """The operators for frames that are split in one way, and what they are told of it."""
+
+    score: str
+    select: str
+    follow: str
+    sizes: dict[str, int]
+
+
+def _split_of(frame_tokens: int, segments: int) -> _Split:
+    split = Split(frame_tokens, segments)
+    if split.is_even:
+        sizes = {"segment_tokens": split.kept_tokens}
+        return _Split("DynamicPrune", "SelectSegments", "DynamicPruneFollow", sizes)
+    sizes = {"frame_tokens": frame_tokens, "segments": segments}
+    return _Split("UnevenPrune", "SelectUnevenSegments", "UnevenPruneFollow", sizes)
 
 
 def translation_table() -> dict[Any, Any]:
@@ -200,18 +302,20 @@ def translation_table() -> dict[Any, Any]:
 
     def score(tk: Any, tv: Any, nk: Any, nv: Any, frame_tokens: int, segments: int, kept: int) -> Any:
         sizes = {"frame_tokens": frame_tokens, "segments": segments, "kept": kept}
-        return opset.DynamicPrune(tk, tv, nk, nv, **sizes, plugin_namespace=PLUGIN_NAMESPACE)
+        make = getattr(opset, _split_of(frame_tokens, segments).score)
+        return make(tk, tv, nk, nv, **sizes, plugin_namespace=PLUGIN_NAMESPACE)
 
-    def follow(tk: Any, tv: Any, nk: Any, nv: Any, indices: Any, segment_tokens: int) -> Any:
-        sizes = {"segment_tokens": segment_tokens}
-        return opset.DynamicPruneFollow(tk, tv, nk, nv, indices, **sizes, plugin_namespace=PLUGIN_NAMESPACE)
+    def follow(tk: Any, tv: Any, nk: Any, nv: Any, indices: Any, frame_tokens: int, segments: int) -> Any:
+        split = _split_of(frame_tokens, segments)
+        make = getattr(opset, split.follow)
+        return make(tk, tv, nk, nv, indices, **split.sizes, plugin_namespace=PLUGIN_NAMESPACE)
 
     return {ops.dynamic_prune.default: score, ops.dynamic_prune_follow.default: follow}
 
 
 @cache
 def _opset() -> Any:
-    """The schemas of the two operators that torch exports to, registered with onnx once a process."""
+    """The schemas of the operators that torch exports to, registered with onnx once a process."""
     kinds = defs.OpSchema.AttrType
 
     def tensors(names: Iterable[str]) -> list[defs.OpSchema.FormalParameter]:
@@ -219,7 +323,7 @@ def _opset() -> Any:
         return [formal(name, "tensor(int64)" if name == "indices" else "T") for name in names]
 
     keys = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "keys and values")]
-    for body in prune_functions()[:2]:
+    for body in (function for function in prune_functions() if len(function.input) >= 4):
         takes, gives, given = tensors(body.input), tensors(body.output), []
         for name in body.attribute:
             kind = kinds.STRING if name == "plugin_namespace" else kinds.INT

@@ -1,4 +1,4 @@
-"""DynamicPrune and DynamicPruneFollow as TensorRT plugins, the same for both flavours.
+"""The operators of DynamicPrune as TensorRT plugins, the same for both flavours.
 
 A node of that name, in the namespace `forcingkv`, is the plugin wherever `register_plugins` was called:
 before the graph is parsed, and before an engine with the plugin in it is loaded. Building needs no kernels.
@@ -20,6 +20,7 @@ import numpy as np
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes, check_candidates
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.flavour import trt
+from forcingkv.runtime.kv.segments import Split
 from forcingkv.runtime.spec import Dtype
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "forcingkv", "1"
@@ -48,6 +49,7 @@ class DynamicPrune:
     outputs: ClassVar[int] = 3
     indices_place: ClassVar[int] = 6
     """Place of the indices among inputs and outputs."""
+    uneven: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if min(self.frame_tokens, self.segments, self.kept) < 1 or self.frame_tokens % self.segments:
@@ -76,6 +78,7 @@ class DynamicPruneFollow:
 
     outputs: ClassVar[int] = 2
     indices_place: ClassVar[int] = 4
+    uneven: ClassVar[bool] = False
 
     def sizes(self, inputs: list[Shape]) -> LaunchSizes:
         """What the kernel is to work on."""
@@ -88,8 +91,66 @@ class DynamicPruneFollow:
         return _retained(inputs, build.operation(trt.DimensionOperation.PROD, inputs[4][0], size))
 
 
-Operator: TypeAlias = DynamicPrune | DynamicPruneFollow
-OPERATORS: tuple[type[Operator], ...] = (DynamicPrune, DynamicPruneFollow)
+@dataclass(frozen=True)
+class UnevenPrune:
+    """DynamicPrune for frames whose segments have not as many tokens each."""
+
+    frame_tokens: int
+    segments: int
+    kept: int
+
+    outputs: ClassVar[int] = 3
+    indices_place: ClassVar[int] = 6
+    uneven: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_split(self.frame_tokens, self.segments, self.kept)
+
+    def sizes(self, inputs: list[Shape]) -> LaunchSizes:
+        """What the kernels are to work on."""
+        (batch, heads, new, _), split = inputs[2], Split(self.frame_tokens, self.segments)
+        given = batch, heads, inputs[0][2], new, split.kept_tokens, self.kept
+        return LaunchSizes(*given, self.frame_tokens, split)
+
+    def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
+        """Shapes of the outputs."""
+        tokens = build.constant(self.kept * Split(self.frame_tokens, self.segments).kept_tokens)
+        return [*_retained(inputs, tokens), trt.DimsExprs([build.constant(self.kept)])]
+
+
+@dataclass(frozen=True)
+class UnevenPruneFollow:
+    """DynamicPruneFollow for frames whose segments have not as many tokens each."""
+
+    frame_tokens: int
+    segments: int
+
+    outputs: ClassVar[int] = 2
+    indices_place: ClassVar[int] = 4
+    uneven: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_split(self.frame_tokens, self.segments)
+
+    def sizes(self, inputs: list[Shape]) -> LaunchSizes:
+        """What the kernel is to work on."""
+        (batch, heads, new, _), split = inputs[2], Split(self.frame_tokens, self.segments)
+        given = batch, heads, inputs[0][2], new, split.kept_tokens, inputs[4][0]
+        return LaunchSizes(*given, uneven=split)
+
+    def output_shapes(self, inputs: Exprs, build: trt.IExprBuilder) -> Exprs:
+        """Shapes of the outputs."""
+        size = build.constant(Split(self.frame_tokens, self.segments).kept_tokens)
+        return _retained(inputs, build.operation(trt.DimensionOperation.PROD, inputs[4][0], size))
+
+
+Operator: TypeAlias = DynamicPrune | DynamicPruneFollow | UnevenPrune | UnevenPruneFollow
+OPERATORS: tuple[type[Operator], ...] = (DynamicPrune, DynamicPruneFollow, UnevenPrune, UnevenPruneFollow)
+
+
+def _check_split(frame_tokens: int, segments: int, kept: int = 1) -> None:
+    if not 1 <= segments <= frame_tokens or kept < 1:
+        raise ValueError(f"no {segments} segments with a token each in {frame_tokens}, {kept} of them kept")
 
 
 def _retained(inputs: Exprs, tokens: trt.IDimensionExpr) -> Exprs:
@@ -99,7 +160,8 @@ def _retained(inputs: Exprs, tokens: trt.IDimensionExpr) -> Exprs:
 
 def check(sizes: LaunchSizes) -> None:
     """Raise an error if frames are not whole, or their segments too few or too many to choose from."""
-    whole = sizes.frame_tokens or sizes.segment_tokens
+    followed = sizes.uneven.frame_tokens if sizes.uneven else sizes.segment_tokens
+    whole = sizes.frame_tokens or followed
     for name, tokens in (("transition", sizes.transition_tokens), ("new", sizes.new_tokens)):
         if tokens % whole:
             raise ValueError(f"{name} keys hold {tokens} tokens, which is no multiple of {whole}")
@@ -127,13 +189,13 @@ def launch(
 
 
 def register_plugins(launcher: KernelLauncher | None) -> None:
-    """Make both plugins known to the flavour of TensorRT in use; any number of times.
+    """Make the plugins known to the flavour of TensorRT in use; any number of times.
 
-    The launcher launches the kernels for keys of its type and width, in the place of an earlier one for such
-    keys. Building needs none.
+    The launcher launches the kernels for keys of its type and width and its kind of segments, in the place of
+    an earlier one for such. Building needs none.
     """
     if launcher is not None:
-        _launchers[launcher.dtype, launcher.width] = launcher
+        _launchers[launcher.dtype, launcher.width, launcher.uneven] = launcher
     if _creators:
         return
     creator_of = _creator_class()
@@ -166,7 +228,7 @@ def raise_plugin_error() -> None:
 
 _creators: list[trt.IPluginCreatorV3One] = []
 """The registry does not keep them alive."""
-_launchers: dict[tuple[Dtype, int], KernelLauncher] = {}
+_launchers: dict[tuple[Dtype, int, bool], KernelLauncher] = {}
 _errors: list[Exception] = []
 
 
@@ -201,7 +263,7 @@ def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
     """What TensorRT asks for plugins. Made in each process: the classes inherit from the chosen flavour's."""
 
     class PrunePlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
-        """What the two operators have in common."""
+        """What the operators have in common."""
 
         def __init__(self, operator: Operator) -> None:
             trt.IPluginV3.__init__(self)
@@ -272,11 +334,12 @@ def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
             stream: int,
         ) -> None:
             keys = input_desc[0]
-            launcher = _launchers.get((key_types()[keys.type], keys.dims[3]))
+            kind, width = key_types()[keys.type], keys.dims[3]
+            launcher = _launchers.get((kind, width, self.operator.uneven))
             if launcher is None:
                 raise RuntimeError(
-                    f"{self.plugin_name} has no kernels for {key_types()[keys.type]} keys of width"
-                    f" {keys.dims[3]}: give register_plugins the bundle's KernelLauncher before running"
+                    f"{self.plugin_name} has no kernels for {kind} keys of width {width}: give"
+                    " register_plugins the bundle's KernelLauncher before running"
                 )
             launch(launcher, self.operator.sizes(_shapes(input_desc)), inputs, outputs, workspace, stream)
 

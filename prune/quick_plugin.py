@@ -2,7 +2,7 @@
 
 TensorRT's quick plugins take a kernel as PTX, with its launch as expressions of the shapes, into the engine:
 one kernel a node, no workspace, and no Python where the engine is loaded. So they are the nodes that
-`onnx_operators.split_prune` puts in the place of DynamicPrune. TensorRT-RTX has no quick plugins.
+`onnx_operators.split_prune` puts in the place of the operator that scores. TensorRT-RTX has no quick plugins.
 
 TensorRT passes a kernel its input pointers, then its 32-bit sizes, then its output pointers. Triton's kernels
 take them in the order of their signature, and two pointers more, which these do not use: the PTX is made to
@@ -20,11 +20,12 @@ from types import GenericAlias
 from typing import Any, NamedTuple, TypeAlias
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.prune.kernel_compiler import argument_types, compile_for
 from forcingkv.prune.launcher import SELECT_GRID, check_candidates, compact_grid, cosine_grid
 from forcingkv.prune.plugin import PLUGIN_NAMESPACE, PLUGIN_VERSION, key_types
-from forcingkv.prune.triton_kernels import argument_types, compile_for
 from forcingkv.runtime.engines import KernelName
 from forcingkv.runtime.flavour import chosen, trt
+from forcingkv.runtime.kv.segments import Split
 from forcingkv.runtime.spec import Dtype
 
 Size: TypeAlias = Any
@@ -73,6 +74,18 @@ def _collect(inputs: Tensors, segment_tokens: int) -> Planned:
     return [retained] * 2, grid, [transition[2], tokens, segment_tokens, kept]
 
 
+def _select_uneven(inputs: Tensors, frame_tokens: int, segments: int, kept: int) -> Planned:
+    """Cosines -> indices of the segments to keep."""
+    candidates = inputs[0].shape_expr[0] // frame_tokens * segments
+    return [((kept,), trt.DataType.INT64)], SELECT_GRID, [frame_tokens, segments, candidates, kept]
+
+
+def _collect_uneven(inputs: Tensors, frame_tokens: int, segments: int) -> Planned:
+    """Keys, values and indices -> retained keys and values."""
+    described, grid, numbers = _collect(inputs, Split(frame_tokens, segments).kept_tokens)
+    return described, grid, [*numbers[:2], frame_tokens, segments, numbers[-1]]
+
+
 _KEYS, _RETAINED = ("transition_keys", "new_keys"), ("retained_keys", "retained_values")
 _TENSORS = ("transition_keys", "transition_values", "new_keys", "new_values", "indices")
 QUICK_PLUGINS = (
@@ -81,6 +94,22 @@ QUICK_PLUGINS = (
         "SelectSegments", "select_segments", ("cosines",), ("indices",), ("segment_tokens", "kept"), _select
     ),
     QuickPlugin("DynamicPruneFollow", "compact_segments", _TENSORS, _RETAINED, ("segment_tokens",), _collect),
+    QuickPlugin(
+        "SelectUnevenSegments",
+        "select_uneven_segments",
+        ("cosines",),
+        ("indices",),
+        ("frame_tokens", "segments", "kept"),
+        _select_uneven,
+    ),
+    QuickPlugin(
+        "UnevenPruneFollow",
+        "compact_uneven_segments",
+        _TENSORS,
+        _RETAINED,
+        ("frame_tokens", "segments"),
+        _collect_uneven,
+    ),
 )
 
 _sm: list[int] = []
@@ -88,7 +117,7 @@ _sm: list[int] = []
 
 
 def register_quick_plugins(sm: int) -> None:
-    """Make the three plugins known to TensorRT, for graphs that are parsed from now on.
+    """Make the plugins known to TensorRT, for graphs that are parsed from now on.
 
     Engines are built for compute capability `sm`, 90 for 9.0; to be called again for another. Raises
     InputError where the process uses no flavour of TensorRT with such plugins, RuntimeError where other
@@ -111,6 +140,13 @@ def register_quick_plugins(sm: int) -> None:
     _sm[:] = [sm]
 
 
+def _candidates(
+    tokens: int, segment_tokens: int = 0, frame_tokens: int = 0, segments: int = 0, **_: int
+) -> int:
+    """Segments that so many cosines are of, by what a node that selects is told of how frames are split."""
+    return tokens // segment_tokens if segment_tokens else tokens // frame_tokens * segments
+
+
 def _register(trtp: Any, plugin: QuickPlugin) -> None:
     name = f"{PLUGIN_NAMESPACE}::{plugin.name}"
     count = len(plugin.inputs)
@@ -123,9 +159,9 @@ def _register(trtp: Any, plugin: QuickPlugin) -> None:
         # TensorRT passes inputs, attributes, outputs and a tactic, of which there is one.
         inputs, sizes = values[:count], dict(zip(plugin.sizes, values[count:-2], strict=True))
         shape = inputs[0].shape
-        if plugin.kernel == "select_segments":  # checked now: when the engine runs, nothing else does
+        if plugin.inputs == ("cosines",):  # checked now: when the engine runs, nothing else does
             tokens = (shape.max if shape.is_dynamic else shape)[0]
-            check_candidates(tokens // sizes["segment_tokens"])
+            check_candidates(_candidates(tokens, **sizes))
         width = shape[3] if len(shape) == 4 else 1  # cosines have no width, and need none
         dtype = key_types()[inputs[0].dtype]
         ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), dtype, width, _sm[0])

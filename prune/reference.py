@@ -1,13 +1,16 @@
 """The algorithm of DynamicPrune in torch: two operators, which export keeps as one node each.
 
 A layer scores its segments, or follows the choice of the layer that did. Keys and values are (batch, heads,
-tokens, head_dim). Definitions: docs/method.md, "Segment similarity and retention".
+tokens, head_dim). Definitions: docs/method.md, "Segment similarity and retention"; how a frame is split:
+`runtime.kv.segments`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from forcingkv.runtime.kv.segments import Split
 
 
 def segment_similarity(frames: Tensor, segments: int) -> Tensor:
@@ -21,13 +24,22 @@ def segment_similarity(frames: Tensor, segments: int) -> Tensor:
     dot = (vectors[:-1] * vectors[1:]).sum(-1)
     norm = (vectors * vectors).sum(-1).sqrt().clamp_min(1e-8)
     cosine = dot / (norm[:-1] * norm[1:])
-    return torch.unflatten(cosine, 1, (segments, -1)).mean(-1).flatten()
+    split = Split(cosine.shape[1], segments)
+    if split.is_even:
+        return torch.unflatten(cosine, 1, (segments, -1)).mean(-1).flatten()
+    own = [slice(split.start(place), split.start(place + 1)) for place in range(segments)]
+    return torch.stack([cosine[:, tokens].mean(1) for tokens in own], 1).flatten()
 
 
-def gather_segments(x: Tensor, indices: Tensor, segment_tokens: int) -> Tensor:
-    """The chosen segments of x (batch, heads, tokens, head_dim), in the order of `indices`."""
-    runs = torch.unflatten(x, 2, (-1, segment_tokens))
-    return runs.index_select(2, indices).flatten(2, 3)
+def gather_segments(x: Tensor, indices: Tensor, split: Split) -> Tensor:
+    """What is kept of the segments in `indices` of x (batch, heads, tokens, head_dim), in that order."""
+    if split.is_even:
+        runs = torch.unflatten(x, 2, (-1, split.kept_tokens))
+        return runs.index_select(2, indices).flatten(2, 3)
+    frame, place = indices // split.segments, indices % split.segments
+    starts = frame * split.frame_tokens + place * split.frame_tokens // split.segments
+    rows = starts[:, None] + torch.arange(split.kept_tokens, device=indices.device)
+    return x.index_select(2, rows.flatten())
 
 
 @torch.library.custom_op("forcingkv::dynamic_prune", mutates_args=())
@@ -50,9 +62,9 @@ def prune_score(
     similarity = segment_similarity(torch.unflatten(keys[0], 1, (-1, frame_tokens)), segments)
     # A stable sort breaks ties by the lowest index, as the ONNX body does.
     chosen = similarity.sort(stable=True).indices[:kept].sort().values
-    size = frame_tokens // segments
+    split = Split(frame_tokens, segments)
     values = torch.cat([transition_values, new_values], 2)
-    return gather_segments(keys, chosen, size), gather_segments(values, chosen, size), chosen
+    return gather_segments(keys, chosen, split), gather_segments(values, chosen, split), chosen
 
 
 @torch.library.custom_op("forcingkv::dynamic_prune_follow", mutates_args=())
@@ -62,12 +74,14 @@ def prune_follow(
     new_keys: Tensor,
     new_values: Tensor,
     indices: Tensor,
-    segment_tokens: int,
+    frame_tokens: int,
+    segments: int,
 ) -> tuple[Tensor, Tensor]:
     """Collect the segments that the scoring layer chose: retained keys and retained values."""
     keys = torch.cat([transition_keys, new_keys], 2)
     values = torch.cat([transition_values, new_values], 2)
-    return gather_segments(keys, indices, segment_tokens), gather_segments(values, indices, segment_tokens)
+    split = Split(frame_tokens, segments)
+    return gather_segments(keys, indices, split), gather_segments(values, indices, split)
 
 
 # Shapes alone, for tracing.
@@ -76,12 +90,14 @@ def prune_follow(
 @prune_score.register_fake
 def _(tk: Tensor, tv: Tensor, nk: Tensor, nv: Tensor, frame_tokens: int, segments: int, kept: int) -> object:
     indices = nk.new_empty((kept,), dtype=torch.int64)
-    return *_retained(nk, kept * (frame_tokens // segments)), indices
+    return *_retained(nk, kept * Split(frame_tokens, segments).kept_tokens), indices
 
 
 @prune_follow.register_fake
-def _(tk: Tensor, tv: Tensor, nk: Tensor, nv: Tensor, indices: Tensor, segment_tokens: int) -> object:
-    return _retained(nk, indices.shape[0] * segment_tokens)
+def _(
+    tk: Tensor, tv: Tensor, nk: Tensor, nv: Tensor, indices: Tensor, frame_tokens: int, segments: int
+) -> object:
+    return _retained(nk, indices.shape[0] * Split(frame_tokens, segments).kept_tokens)
 
 
 def _retained(keys: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,13 @@ class Manifest:
     """What was chosen of the checkpoint, in sentences; None where there was nothing to choose."""
     loras: tuple[LoraRecord, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What was merged into the weights; None: nothing, or nobody knows."""
+    crop: tuple[int, int] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Width and height of the frames, where they are less than `resolution`, which is computed."""
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Width and height of the frames that sessions give."""
+        return self.crop or self.resolution
 
     def to_text(self) -> str:
         """The file's text."""
@@ -170,6 +177,7 @@ class Bundle:
                 where=str(folder / MANIFEST),
                 hint="Export the bundle again with this version of forcingkv.",
             )
+        bundle._check_sizes()
         cached = {entry.name for entry in bundle.plan.entries} | set(bundle.plan.rows(0))
         absent = sorted(cached - set(manifest.graphs["step"].inputs))
         if absent:
@@ -182,6 +190,19 @@ class Bundle:
         _ = bundle.digest  # of what was opened, though the folder may be exported anew
         return bundle
 
+    def _check_sizes(self) -> None:
+        """Raise InputError unless the sizes that are computed and shown go together, in the graphs too."""
+        geometry, manifest = self.plan.geometry, self.manifest
+        width, height = manifest.frame_size
+        made = manifest.graphs["decode"].outputs["frames"].shape[1:3]
+        if (geometry.width, geometry.height) != manifest.resolution or made != (height, width):
+            raise InputError(
+                "its frames are not of the size that it says",
+                where=str(self.path / MANIFEST),
+                expected=f"frames of {geometry.described}",
+                hint="Export the bundle again with this version of forcingkv.",
+            )
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the manifest, which has the digests of all other files: what the bundle is."""
@@ -190,7 +211,7 @@ class Bundle:
     @cached_property
     def plan(self) -> CachePlan:
         """The cache plan."""
-        width, height = self.manifest.resolution
+        width, height = self.manifest.frame_size
         model = self.manifest.model
         return build_plan(model, model.geometry(f"{width}x{height}"), self.manifest.policy, self.headmap)
 

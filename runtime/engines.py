@@ -11,7 +11,13 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.spec import Dtype
 
-KernelName: TypeAlias = Literal["token_cosines", "select_segments", "compact_segments"]
+KernelName: TypeAlias = Literal[
+    "token_cosines",
+    "select_segments",
+    "compact_segments",
+    "select_uneven_segments",
+    "compact_uneven_segments",
+]
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class KernelRecord:
-    """One compiled kernel of a bundle (`prune/triton_kernels.py`)."""
+    """One compiled kernel of a bundle (`prune/kernel_compiler.py`)."""
 
     kernel: KernelName
     dtype: Dtype

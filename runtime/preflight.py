@@ -40,7 +40,7 @@ def what_fits(plan: CachePlan, capacity: int, bytes_of: Callable[[Policy, str], 
         plan: what does not fit.
         capacity: bytes that there are.
         bytes_of: the bytes of a policy at a resolution. Raises InputError where the policy cannot be used at
-            that resolution: its segments do not divide the frames.
+            that resolution: it asks more segments of a frame than there are tokens.
     """
     spec, own = plan.spec, plan.frame_tokens
     named = {name: spec.geometry(name).frame_tokens for name in spec.resolutions}
@@ -56,9 +56,8 @@ def what_fits(plan: CachePlan, capacity: int, bytes_of: Callable[[Policy, str], 
 
 def resolution_name(plan: CachePlan) -> str:
     """The model's name for a plan's resolution, or WIDTHxHEIGHT."""
-    size = plan.geometry.width, plan.geometry.height
     named = {tuple(pixels): name for name, pixels in plan.spec.resolutions.items()}
-    return named.get(size, f"{size[0]}x{size[1]}")
+    return named.get(plan.geometry.shown, plan.geometry.name)
 
 
 def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
@@ -78,9 +77,9 @@ def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
     listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
     fits = what_fits(bundle.plan, available, lambda *other: bytes_of_other(bundle, parts, *other))
     suggested = [f"{policy} at {size} ({readable(needs)})" for policy, size, needs in fits[:SUGGESTED]]
-    width, height = bundle.manifest.resolution
+    size = bundle.plan.geometry.name
     raise InputError(
-        f"a session of {bundle.plan.policy.name} at {width}x{height} needs {readable(needed)} ({listed}),"
+        f"a session of {bundle.plan.policy.name} at {size} needs {readable(needed)} ({listed}),"
         f" and {readable(available)} are available" + (" on the GPU" if on_device else ""),
         where=str(bundle.path),
         hint=f"What fits: {'; '.join(suggested)}. Export the model so."

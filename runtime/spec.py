@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -190,37 +191,49 @@ class ModelSpec:
         return max(1, -(-latent // self.frames_per_chunk))
 
     def geometry(self, resolution: str | None = None) -> Geometry:
-        """The geometry of a named resolution, of "WxH", or of the default.
+        """The geometry of a named resolution, of "WxH" as people write it, or of the default.
 
-        Raises InputError where the name is unknown or the pixels do not divide into tokens.
+        Even sides that do not divide into tokens are those of the frames: the model runs at the next size up
+        that does, and `Geometry.crop` says so. Raises InputError where the name is unknown, or the pixels
+        neither divide into tokens nor are even, or fill no token.
         """
-        width, height = self._pixels(resolution)
-        cell = self.decoder.spatial_stride * self.patch
-        if width < cell or height < cell or width % cell or height % cell:
-            nearest = (max(cell, round(side / cell) * cell) for side in (width, height))
-            raise InputError(
-                f"{width}x{height} does not divide into tokens of {cell}x{cell} pixels",
-                where="resolution",
-                expected=f"width and height that are multiples of {cell}",
-                hint="The nearest that fits is {}x{}.".format(*nearest),
-            )
-        if self.position_table and (width, height) != (self.width, self.height):
+        sides = self._pixels(resolution)
+        if self.position_table and sides != (self.width, self.height):
             what = f"{self.name} runs at {self.width}x{self.height} only, the size of its position table"
             raise InputError(what, where="resolution")
-        stride = self.decoder.spatial_stride
-        return Geometry(width, height, width // stride, height // stride, self.patch)
+        cell, stride = self.decoder.spatial_stride * self.patch, self.decoder.spatial_stride
+        whole = not any(side % cell for side in sides)
+        if min(sides) < cell or not (whole or all(side % 2 == 0 for side in sides)):
+            nearest = (max(cell, side if side % 2 == 0 else round(side / cell) * cell) for side in sides)
+            raise InputError(
+                f"{sides[0]}x{sides[1]} does not divide into tokens of {cell}x{cell} pixels",
+                where="resolution",
+                expected=f"width and height that are multiples of {cell}, or even numbers above it,"
+                " to which frames are cropped",
+                hint="The nearest that fits is {}x{}.".format(*nearest),
+            )
+        width, height = (-(-side // cell) * cell for side in sides)
+        crop = None if whole else sides
+        return Geometry(width, height, width // stride, height // stride, self.patch, crop)
 
     def _pixels(self, resolution: str | None) -> tuple[int, int]:
         if resolution is None:
             return self.width, self.height
         if resolution in self.resolutions:
             return self.resolutions[resolution]
-        sides = resolution.lower().split("x")
-        if len(sides) == 2 and all(side.isdecimal() for side in sides):
-            return int(sides[0]), int(sides[1])
+        named = {name.casefold(): size for name, size in self.resolutions.items()}
+        if resolution.strip().casefold() in named:
+            return named[resolution.strip().casefold()]
+        sides = _SIDES.fullmatch(resolution)
+        if sides:
+            return int(sides[1]), int(sides[2])
         what = f"{resolution!r} is not a resolution of {self.name}"
         known = " or ".join(["WIDTHxHEIGHT", *sorted(self.resolutions)])
         raise InputError(what, where="resolution", expected=known)
+
+
+_SIDES = re.compile(r"\s*(\d{1,6})\s*[xX\N{MULTIPLICATION SIGN}]\s*(\d{1,6})\s*")
+"""How people write a size."""
 
 
 @dataclass(frozen=True)
@@ -228,10 +241,28 @@ class Geometry:
     """A pixel size, and the latent grid and tokens it makes."""
 
     width: int
+    """Pixels that are computed."""
     height: int
     latent_width: int
     latent_height: int
     patch: int
+    crop: tuple[int, int] | None = None
+    """Width and height of the frames, whose last columns and rows are cut off; None: all are shown."""
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Width and height of the frames."""
+        return self.crop or (self.width, self.height)
+
+    @property
+    def name(self) -> str:
+        """WIDTHxHEIGHT of the frames, which `ModelSpec.geometry` reads back."""
+        return "{}x{}".format(*self.shown)
+
+    @property
+    def described(self) -> str:
+        """`name`, and what is computed where that is more."""
+        return f"{self.name} (computed at {self.width}x{self.height}, cropped)" if self.crop else self.name
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -86,10 +86,10 @@ def test_a_faulty_head_map(
             "no model 'nosuch'; expected one of causal-forcing, demo",
         ),
         (["export", "--model", "demo", "--out", "OUT"], "the policy forcing-kv needs a head map"),
-        ([*EXPORT, "MAP", "--resolution", "50x32", "--out", "OUT"], "50x32 does not divide into tokens"),
+        ([*EXPORT, "MAP", "--resolution", "50x32", "--out", "OUT"], "demo runs at 48x32 only"),
         (
             [*EXPORT, "MAP", "--policy", "POLICY", "--out", "OUT"],
-            "7 segments do not divide the 96 tokens",
+            "97 segments are asked of the 96 tokens",
         ),
         ([*EXPORT, "MAP", "--resolution", "96x64", "--out", "OUT"], "runs at 48x32 only"),
         ([*EXPORT, "MAP", "--policy", "nosuch", "--out", "OUT"], "there is no policy 'nosuch'"),
@@ -108,7 +108,7 @@ def test_a_faulty_head_map(
         ),
         ([*EXPORT, "MAP", *RTX, "86", "--dtype", "fp8", "--out", "OUT"], "bfloat16"),
         ([*EXPORT, "MAP", *RTX, "89", "--aot", "--out", "OUT"], "--aot: tensorrt-rtx has no plugins"),
-        ([*EXPORT, "MAP", *RTX, "89", "--policy", "POLICY", "--out", "OUT"], "7 segments do not divide"),
+        ([*EXPORT, "MAP", *RTX, "89", "--policy", "POLICY", "--out", "OUT"], "97 segments are asked of"),
         (
             [
                 "export",
@@ -161,7 +161,7 @@ def test_wrong_input(
     (tmp_path / "file").write_text("a cat\n")
     (tmp_path / "empty").write_text("\n \n")
     policy = resources.files("forcingkv.runtime.kv.policies").joinpath("forcing-kv.toml").read_text()
-    (tmp_path / "policy.toml").write_text(policy.replace("segments = 6", "segments = 7"))
+    (tmp_path / "policy.toml").write_text(policy.replace("segments = 6", "segments = 97"))
     before = sorted(tmp_path.iterdir())
     places = {"FILE": "file", "EMPTY": "empty", "POLICY": "policy.toml", "OUT": "out"}
     given = [w.replace("MAP", str(made / "headmap.json")) if w == "MAP" else w for w in words]

@@ -30,7 +30,7 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
         "backend": setup.backend,
         "model": plan.spec.name,
         "layers": plan.spec.layers,
-        "geometry": f"{plan.geometry.width}x{plan.geometry.height}",
+        "geometry": plan.geometry.described,
         "rounds": len(measured[0].turns),
         "heads": {name: headmap.counts() for name, headmap in headmaps.items() if headmap},
         "rows": rows(measured),

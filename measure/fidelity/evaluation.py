@@ -108,7 +108,7 @@ def evaluate_sessions(
     Raises InputError where sessions make videos of different kinds or a prompt cannot be used, SessionError
     where one cannot go on.
     """
-    kinds = {name: (s.spec.name, s.bundle.manifest.resolution) for name, s in sessions.items()}
+    kinds = {name: (s.spec.name, s.bundle.manifest.frame_size) for name, s in sessions.items()}
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{name} is {model} at {w}x{h}" for name, (model, (w, h)) in kinds.items())
         raise InputError(

@@ -19,7 +19,7 @@ def plan_lines(report: dict[str, Any]) -> Iterator[str]:
     """The lines of a report that `report.plan_report` made."""
     policies = report["policies"]
     yield (
-        f"{report['model']} at {report['width']}x{report['height']}: {report['frame_tokens']:,} tokens a"
+        f"{report['model']} at {report['size']}: {report['frame_tokens']:,} tokens a"
         f" latent frame, {report['dtype']}"
     )
     yield f"{report['seconds']:g} s are {report['chunks']} chunks of {report['passes']} passes"

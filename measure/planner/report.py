@@ -92,6 +92,7 @@ def plan_report(
         "model": spec.name,
         "width": geometry.width,
         "height": geometry.height,
+        "size": geometry.described,
         "frame_tokens": geometry.frame_tokens,
         "dtype": dtype,
         "decoder": spec.decoder.kind,

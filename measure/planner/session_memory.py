@@ -7,6 +7,7 @@ are an estimate: docs/planning.md compares it with engines that were built.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -101,7 +102,7 @@ def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> SessionMemory:
     pixels = geometry.latent_height * geometry.latent_width
     wide = DTYPES["float32"].bytes
     chunk = spec.latent_channels * spec.frames_per_chunk * pixels
-    frames = spec.frames_per_chunk * spec.decoder.temporal_stride * geometry.width * geometry.height * 3
+    frames = spec.frames_per_chunk * spec.decoder.temporal_stride * math.prod(geometry.shown) * 3
     prompt = spec.layers * 2 * spec.text_length * spec.dim * size
     parts = {
         "weights": size * (parameters(spec) + decoder.parameters),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import Tagged
+from forcingkv.runtime.kv.segments import Split
 from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Choice:
     candidates: int
     """Segments of the old transition frame, and of all frames of the finished chunk but its last."""
     kept: int
-    segment_tokens: int
+    split: Split
 
 
 class Role(Tagged, ABC):
@@ -217,7 +218,7 @@ class Retained(Role):
     """
 
     segments: int
-    """Equal runs that a frame's tokens are split into."""
+    """Runs that a frame's tokens are split into, as even as they go (`Split`)."""
     ratio: float
     """Share of the candidate segments that is kept (the retention ratio)."""
     score_layer: int = 0
@@ -239,8 +240,12 @@ class Retained(Role):
 
     def choice(self, plan: CachePlan, layer: int) -> Choice:
         """What is chosen in a plan whose first layer with this role is `layer`."""
-        frames, tokens = plan.spec.frames_per_chunk, plan.frame_tokens // self.segments
-        return Choice(self, layer, self.segments * frames, self.kept(frames), tokens)
+        frames = plan.spec.frames_per_chunk
+        return Choice(self, layer, self.segments * frames, self.kept(frames), self.split(plan))
+
+    def split(self, plan: CachePlan) -> Split:
+        """How a frame is split."""
+        return Split(plan.frame_tokens, self.segments)
 
     def can_choose(self, plan: CachePlan, group: HeadGroup, chunk: int) -> bool:
         """Whether the chunk finds a transition frame in the cache of the group."""
@@ -254,16 +259,17 @@ class Retained(Role):
         return self.steady_tokens(plan, group) if plan.chooses(chunk - 1) else 0
 
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
-        return plan.frame_tokens // self.segments * self.kept(plan.spec.frames_per_chunk)
+        return self.split(plan).kept_tokens * self.kept(plan.spec.frames_per_chunk)
 
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         if not self.tokens(plan, group, chunk):
             return []
         assert chosen is not None, "the clean pass before this chunk chose segments"
-        size = plan.frame_tokens // self.segments
+        split = self.split(plan)
         # Candidate frames begin with the transition frame of the chunk that was then current.
         oldest = (chunk - 1) * plan.spec.frames_per_chunk - 1
-        return [Span(oldest + i // self.segments, size, i % self.segments * size) for i in chosen]
+        places = [divmod(index, self.segments) for index in chosen]
+        return [Span(oldest + frame, split.kept_tokens, split.start(place)) for frame, place in places]
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         # In the graph in every phase; the session takes it when it is due.
@@ -279,12 +285,13 @@ class Retained(Role):
                 where=where,
                 expected="the role recent, with at least 1 frame, in the same group",
             )
-        if self.segments < 1 or geometry.frame_tokens % self.segments:
+        if not 1 <= self.segments <= geometry.frame_tokens:
             raise InputError(
-                f"{self.segments} segments do not divide the {geometry.frame_tokens} tokens of a frame"
+                f"{self.segments} segments are asked of the {geometry.frame_tokens} tokens of a frame"
                 f" at {geometry.width}x{geometry.height}",
                 where=where,
-                expected=f"a divisor of {geometry.frame_tokens}",
+                expected=f"1 to {geometry.frame_tokens}, so that each has a token",
+                hint="Take a larger resolution, or a policy of fewer segments.",
             )
         if not self.kept(spec.frames_per_chunk) >= 1:
             candidates = self.segments * spec.frames_per_chunk

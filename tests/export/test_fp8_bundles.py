@@ -77,7 +77,7 @@ def test_calibration_runs_at_a_smaller_resolution() -> None:
         pixels[name] = (smaller.geometry.width, smaller.geometry.height)
         assert smaller.frame_tokens <= fp8.FRAME_TOKENS
         assert smaller.choice is not None
-        assert smaller.choice.segment_tokens * 6 == smaller.frame_tokens
+        assert smaller.choice.split.kept_tokens * 6 == smaller.frame_tokens
         assert smaller.layers == plan.layers
         assert smaller.phases[-1].first_chunk + 1 == fp8.CHUNKS, "every phase is seen"
     assert pixels == {"480p": (416, 240), "720p": (416, 240), "1080p": (384, 208)}

@@ -187,16 +187,16 @@ def test_heads_of_a_known_model_need_not_be_given(model: str, heads: str, run: C
 
 
 def test_a_policy_that_cannot_be_is_left_out_unless_it_was_named(run: Callable[..., Ran]) -> None:
-    """At 528x336 the 693 tokens of a frame do not divide into 6 segments."""
-    words = ("plan", "--model", "self-forcing", "--resolution", "528x336", "--gpu", "h200")
+    """At 16x80 a frame has 5 tokens, and 6 segments are asked of it."""
+    words = ("plan", "--model", "self-forcing", "--resolution", "16x80", "--gpu", "h200")
     ran = run(*words)
     assert ran.code == 0
-    assert "left out: policy forcing-kv: groups.dynamic: 6 segments do not divide" in " ".join(
+    assert "left out: policy forcing-kv: groups.dynamic: 6 segments are asked of the 5 tokens" in " ".join(
         ran.out.split()
     )
     named = run(*words, "--policy", "forcing-kv")
     assert named.code == 2
-    assert "6 segments do not divide" in named.err
+    assert "6 segments are asked of the 5 tokens" in named.err
 
 
 def test_published_figures_come_as_json_too(run: Callable[..., Ran]) -> None:

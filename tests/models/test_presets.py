@@ -100,7 +100,7 @@ def test_frames_each_head_sees(preset: str, resolution: str) -> None:
     )
     assert pruned.choice is not None
     assert (pruned.choice.layer, pruned.choice.kept) == (1, 6)
-    assert pruned.choice.segment_tokens == {"480p": 260, "720p": 600, "1080p": 1360}[resolution]
+    assert pruned.choice.split.kept_tokens == {"480p": 260, "720p": 600, "1080p": 1360}[resolution]
 
     full = plan_of(preset, resolution, "full")
     assert cached_frames(full, 5, "all") == (

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from forcingkv.models.wan import KeysValues
 from forcingkv.prune.launcher import SELECT_GRID, compact_grid, cosine_grid
+from forcingkv.runtime.kv.segments import Split
 
 Bits = npt.NDArray[Any]
 
@@ -40,8 +41,18 @@ class Sizes:
     """The constant CANDIDATES, a power of two."""
 
     @property
+    def split(self) -> Split:
+        return Split(self.frame_tokens, self.segments)
+
+    @property
     def segment_tokens(self) -> int:
+        """What is kept of a segment."""
         return self.frame_tokens // self.segments
+
+    @property
+    def numbers(self) -> list[int]:
+        """What a kernel is told of how frames are split."""
+        return [self.segment_tokens] if self.split.is_even else [self.frame_tokens, self.segments]
 
 
 @contextmanager
@@ -64,7 +75,15 @@ def prune(
 
 def select(pool: Executor, cosines: Tensor, segment_tokens: int, kept: int) -> list[int]:
     """Indices from cosines alone."""
-    return list(pool.submit(_select, cosines.numpy(), segment_tokens, kept, {}).result())
+    candidates = len(cosines) // segment_tokens
+    return list(pool.submit(_select, cosines.numpy(), [segment_tokens], candidates, kept, {}).result())
+
+
+def select_uneven(pool: Executor, cosines: Tensor, split: Split, kept: int) -> list[int]:
+    """Indices from cosines alone, of frames whose segments have not as many tokens each."""
+    numbers = [split.frame_tokens, split.segments]
+    candidates = len(cosines) // split.frame_tokens * split.segments
+    return list(pool.submit(_select, cosines.numpy(), numbers, candidates, kept, {}).result())
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -98,11 +117,14 @@ def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
         BLOCK=sizes.cosine_block,
     )
     constants = {"CANDIDATES": sizes.candidates, "BLOCK": sizes.select_block}
-    indices = torch.from_numpy(_select(cosines.numpy(), sizes.segment_tokens, sizes.kept, constants))
+    candidates = candidate_tokens // sizes.frame_tokens * sizes.segments
+    indices = torch.from_numpy(_select(cosines.numpy(), sizes.numbers, candidates, sizes.kept, constants))
     shape = (batch, heads, sizes.kept * sizes.segment_tokens, width)
     retained = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
     grid = compact_grid(batch, heads, sizes.segment_tokens, sizes.kept, sizes.compact_block)
-    triton_kernels.compact_segments[grid](
+    even = sizes.split.is_even
+    compact = triton_kernels.compact_segments if even else triton_kernels.compact_uneven_segments
+    compact[grid](
         transition_keys,
         transition_values,
         new_keys,
@@ -111,7 +133,7 @@ def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
         *retained,
         transition_tokens,
         new_tokens,
-        sizes.segment_tokens,
+        *sizes.numbers,
         sizes.kept,
         WIDTH=width,
         BLOCK=sizes.compact_block,
@@ -119,16 +141,20 @@ def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
     return [cosines.numpy(), indices.numpy(), *(bits(kept).numpy() for kept in retained)]
 
 
-def _select(cosines: Bits, segment_tokens: int, kept: int, constants: Mapping[str, int]) -> Bits:
+def _select(
+    cosines: Bits, numbers: list[int], candidates: int, kept: int, constants: Mapping[str, int]
+) -> Bits:
     from forcingkv.prune import triton_kernels
 
     # One place more than is asked for: a kernel that writes past its output shows.
     indices = torch.full((kept + 1,), -1)
-    triton_kernels.select_segments[SELECT_GRID](
+    even = len(numbers) == 1
+    kernel = triton_kernels.select_segments if even else triton_kernels.select_uneven_segments
+    kernel[SELECT_GRID](
         torch.from_numpy(cosines),
         indices,
-        segment_tokens,
-        len(cosines) // segment_tokens,
+        *numbers,
+        candidates,
         kept,
         **{"CANDIDATES": 64, "BLOCK": 64} | constants,
     )

@@ -13,10 +13,10 @@ import pytest
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import from_data
-from forcingkv.prune import triton_kernels
-from forcingkv.prune.launcher import KERNELS
-from forcingkv.prune.triton_kernels import SMS, compile_kernels
-from forcingkv.runtime.engines import KernelRecord
+from forcingkv.prune import kernel_compiler
+from forcingkv.prune.kernel_compiler import SMS, compile_kernels
+from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS
+from forcingkv.runtime.engines import KernelName, KernelRecord
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +25,8 @@ ARGUMENT_BYTES = {
     "token_cosines": 3 * 8 + 4 * 4 + 2 * 8,
     "select_segments": 2 * 8 + 4 * 4 + 2 * 8,
     "compact_segments": 7 * 8 + 4 * 4 + 2 * 8,
+    "select_uneven_segments": 2 * 8 + 4 * 4 + 2 * 8,
+    "compact_uneven_segments": 7 * 8 + 5 * 4 + 4 + 2 * 8,
 }
 BEFORE_ARGUMENTS = 352
 """Bytes of constant memory that come before a kernel's arguments on compute capability 8.x."""
@@ -48,11 +50,12 @@ def resources(cubin: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+)(?:\[0\])?:(\d+)", said)}
 
 
+@pytest.mark.parametrize("kernels", [KERNELS, UNEVEN_KERNELS], ids=["even", "uneven"])
 @pytest.mark.usefixtures("fresh")
-def test_small_heads_compile_in_every_dtype(tmp_path: Path) -> None:
+def test_small_heads_compile_in_every_dtype(tmp_path: Path, kernels: tuple[KernelName, ...]) -> None:
     for dtype in ("float32", "float16", "bfloat16"):
-        records = compile_kernels(tmp_path, dtype, 12, (89,))
-        assert [record.kernel for record in records] == list(KERNELS)
+        records = compile_kernels(tmp_path, dtype, 12, (89,), kernels)
+        assert [record.kernel for record in records] == list(kernels)
         for record in records:
             assert record.file == f"kernels/{record.kernel}-{dtype}-sm89.cubin"
             assert from_data(KernelRecord, asdict(record), "record") == record
@@ -63,19 +66,20 @@ def test_small_heads_compile_in_every_dtype(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", [KERNELS, UNEVEN_KERNELS], ids=["even", "uneven"])
 @pytest.mark.usefixtures("fresh")
 def test_public_models_compile_for_every_gpu_alike_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: tuple[KernelName, ...]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    records = compile_kernels(first, "bfloat16", 128)
+    records = compile_kernels(first, "bfloat16", 128, SMS, kernels)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "other"))
-    again = compile_kernels(second, "bfloat16", 128, (80, 120))
+    again = compile_kernels(second, "bfloat16", 128, (80, 120), kernels)
     assert again == [record for record in records if record.sm in (80, 120)]
     for record in again:
         assert (first / record.file).read_bytes() == (second / record.file).read_bytes()
 
-    assert [(r.sm, r.kernel) for r in records] == [(sm, kernel) for sm in SMS for kernel in KERNELS]
+    assert [(r.sm, r.kernel) for r in records] == [(sm, kernel) for sm in SMS for kernel in kernels]
     for record in records:
         cubin = (first / record.file).read_bytes()
         assert str(ROOT).encode() not in cubin
@@ -98,7 +102,7 @@ def test_a_kernel_that_would_spill_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fresh")
 def test_what_ptxas_says_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ptxas fails for sm_80"):
-        triton_kernels.assemble("no PTX", 80)
+        kernel_compiler.assemble("no PTX", 80)
     taken = tmp_path / "bundle"
     taken.write_text("a file", encoding="ascii")
     with pytest.raises(InputError, match="cannot be written"):
@@ -107,6 +111,6 @@ def test_what_ptxas_says_is_told(tmp_path: Path) -> None:
 
 def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "forcingkv.prune.triton_kernels")
+    monkeypatch.delitem(sys.modules, "forcingkv.prune.kernel_compiler")
     with pytest.raises(MissingExtraError, match=r"needs triton.*forcingkv\[engines\]"):
-        importlib.import_module("forcingkv.prune.triton_kernels")
+        importlib.import_module("forcingkv.prune.kernel_compiler")

@@ -20,24 +20,30 @@ from forcingkv.prune.launcher import (
     KERNELS,
     MAX_CANDIDATES,
     SELECT_GRID,
+    UNEVEN_KERNELS,
     KernelLauncher,
     LaunchSizes,
     compact_grid,
     cosine_grid,
 )
 from forcingkv.prune.reference import prune_score
-from forcingkv.runtime.engines import KernelRecord
+from forcingkv.runtime.engines import KernelName, KernelRecord
+from forcingkv.runtime.kv.segments import Split
 
 WARPS = {"token_cosines": 4, "select_segments": 8, "compact_segments": 2}
+WARPS |= {"select_uneven_segments": 8, "compact_uneven_segments": 2}
 SHARED = {"token_cosines": 64, "select_segments": 512, "compact_segments": 0}
+SHARED |= {"select_uneven_segments": 512, "compact_uneven_segments": 0}
 
 
-def write_bundle(folder: Path, sms: tuple[int, ...] = (80, 86, 90, 120)) -> list[KernelRecord]:
+def write_bundle(
+    folder: Path, sms: tuple[int, ...] = (80, 86, 90, 120), kernels: tuple[KernelName, ...] = KERNELS
+) -> list[KernelRecord]:
     """Files in the place of cubins, and their records."""
     (folder / "kernels").mkdir()
     records = []
     for sm in sms:
-        for name in KERNELS:
+        for name in kernels:
             file = f"kernels/{name}-bfloat16-sm{sm}.cubin"
             (folder / file).write_text(f"{name} for {sm}", encoding="ascii")
             record = KernelRecord(
@@ -96,6 +102,23 @@ def test_scoring_launches_two_kernels(tmp_path: Path, launched: list[tuple[Any, 
         assert {type(size) for size in sizes} == {np.int32}  # what cuda.core passes as 4 bytes
 
 
+def test_uneven_segments_have_kernels_of_their_own(tmp_path: Path, launched: list[tuple[Any, ...]]) -> None:
+    """1,024 tokens in 6 segments: 170 of each are kept."""
+    uneven = Split(1024, 6)
+    sizes = LaunchSizes(1, 7, 1024, 3072, uneven.kept_tokens, 6, 1024, uneven)
+    launcher = KernelLauncher(tmp_path, write_bundle(tmp_path, kernels=UNEVEN_KERNELS), 90)
+    launcher.score(*P[:4], sizes, 9)
+    launcher.collect(P, replace(sizes, frame_tokens=0), 9)
+    assert launcher.uneven
+    assert launched == [
+        launch_of("token_cosines", (64, 3, 1), *P[:3], 7, 1024, 3072, 1024),
+        launch_of("select_uneven_segments", (1, 1, 1), P[2], P[3], 1024, 6, 18, 6),
+        launch_of("compact_uneven_segments", (36, 7, 2), *P, 1024, 3072, 1024, 6, 6),
+    ]
+    with pytest.raises(InputError, match=f"the policy has {MAX_CANDIDATES + 2} segments to choose"):
+        launcher.score(*P[:4], replace(sizes, new_tokens=11 * 1024), 9)
+
+
 def test_no_transition_frame_is_a_null_pointer(tmp_path: Path, launched: list[tuple[Any, ...]]) -> None:
     launcher = KernelLauncher(tmp_path, write_bundle(tmp_path), 90)
     sizes = replace(SIZES, batch=2, transition_tokens=0)
@@ -145,6 +168,9 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
         KernelLauncher(tmp_path, [], 90)
     with pytest.raises(ValueError, match=r"'compact_segments', 'token_cosines'\] for sm_90"):
         KernelLauncher(tmp_path, [r for r in records if r.kernel != "select_segments"], 90)
+    mixed = [replace(r, kernel="select_uneven_segments") if "select" in r.kernel else r for r in records]
+    with pytest.raises(ValueError, match="lacks a kernel"):
+        KernelLauncher(tmp_path, mixed, 90)
     with pytest.raises(ValueError, match="kernels of"):
         KernelLauncher(tmp_path, [*records, replace(records[0], width=64)], 90)
     with pytest.raises(InputError, match="not inside the folder"):
@@ -184,21 +210,24 @@ def test_a_record_is_read_back_from_a_manifest(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("transition_frames", [0, 1])
+@pytest.mark.parametrize("frame", [210, 211, 215])
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 128), ("float16", 64), ("float32", 12)])
 def test_the_gpu_chooses_and_collects_as_torch_does(
-    tmp_path: Path, dtype: Any, width: int, transition_frames: int
+    tmp_path: Path, dtype: Any, width: int, transition_frames: int, frame: int
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     pytest.importorskip("cuda.core", reason="cuda-core is not installed", exc_type=ImportError)
     from cuda.core import Device
 
-    from forcingkv.prune.triton_kernels import compile_kernels
+    from forcingkv.prune.kernel_compiler import compile_kernels
 
     sm = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     Device().set_current()
-    launcher = KernelLauncher(tmp_path, compile_kernels(tmp_path, dtype, width, (sm,)), sm)
     batch, heads, segments, size, kept = 2, 5, 6, 35, 6
-    frame = segments * size
+    split = Split(frame, segments)
+    kernels = KERNELS if split.is_even else UNEVEN_KERNELS
+    records = compile_kernels(tmp_path, dtype, width, (sm,), kernels)
+    launcher = KernelLauncher(tmp_path, records, sm)
     torch.manual_seed(transition_frames)
 
     def draw(frames: int) -> KeysValues:
@@ -207,7 +236,8 @@ def test_the_gpu_chooses_and_collects_as_torch_does(
         return KeysValues(*(torch.randn(shape, device="cuda").to(kind) for _ in range(2)))
 
     transition, new = draw(transition_frames), draw(3)
-    sizes = LaunchSizes(batch, heads, transition.keys.shape[2], new.keys.shape[2], size, kept, frame)
+    tokens = transition.keys.shape[2], new.keys.shape[2]
+    sizes = LaunchSizes(batch, heads, *tokens, size, kept, frame, None if split.is_even else split)
     cosines = torch.empty(sizes.workspace_bytes // 4, device="cuda")
     indices = torch.empty(kept, dtype=torch.int64, device="cuda")
     retained = [new.keys.new_empty(batch, heads, kept * size, width) for _ in range(2)]

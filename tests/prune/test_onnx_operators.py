@@ -29,14 +29,14 @@ Array = npt.NDArray[np.float32]
 
 def naive(keys: list[Array], segments: int, kept: int) -> list[int]:
     """Candidate frames are all but the last; a segment's similarity to the next frame is the mean of
-    its tokens' cosines, a token's key being all heads side by side; keep the least similar."""
+    its tokens' cosines, a token's key being all heads side by side; keep the least similar. A frame's tokens
+    are split as evenly as they go: segment j of S begins at token j * N / S, rounded down."""
     tokens = keys[0].shape[1]
-    size = tokens // segments
     similarity = []
     for frame, following in itertools.pairwise(keys):
         for segment in range(segments):
             cosines = []
-            for token in range(segment * size, (segment + 1) * size):
+            for token in range(segment * tokens // segments, (segment + 1) * tokens // segments):
                 a, b = (
                     np.concatenate([head[token] for head in f]).astype(np.float64) for f in (frame, following)
                 )
@@ -50,11 +50,12 @@ def naive(keys: list[Array], segments: int, kept: int) -> list[int]:
 def cases(draw: st.DrawFn) -> tuple[KeysValues, KeysValues, int, int]:
     batch, heads, width = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.integers(2, 9))
     segments, size, frames = draw(st.integers(1, 6)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    tokens = segments * size + draw(st.integers(0, segments - 1))
     kept = draw(st.integers(1, segments * frames))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def draw_kv(count: int) -> KeysValues:
-        shape = (batch, heads, count * segments * size, width)
+        shape = (batch, heads, count * tokens, width)
         return KeysValues(*(torch.randn(shape, generator=generator) for _ in range(2)))
 
     return draw_kv(1), draw_kv(frames), segments, kept
@@ -62,10 +63,14 @@ def cases(draw: st.DrawFn) -> tuple[KeysValues, KeysValues, int, int]:
 
 def body_session(segments: int, frame_tokens: int, kept: int, *, parts: bool = False) -> ort.InferenceSession:
     """A model of the two nodes, scoring and following, with their bodies; `parts`: scoring as three nodes."""
+    uneven = frame_tokens % segments != 0
+    split: dict[str, int] = {"segment_tokens": frame_tokens // segments}
+    if uneven:
+        split = {"frame_tokens": frame_tokens, "segments": segments}
     kv = ["transition_keys", "transition_values", "new_keys", "new_values"]
     nodes = [
         helper.make_node(
-            "DynamicPrune",
+            "UnevenPrune" if uneven else "DynamicPrune",
             kv,
             ["keys", "values", "indices"],
             domain=DOMAIN,
@@ -75,11 +80,11 @@ def body_session(segments: int, frame_tokens: int, kept: int, *, parts: bool = F
             plugin_namespace=PLUGIN_NAMESPACE,
         ),
         helper.make_node(
-            "DynamicPruneFollow",
+            "UnevenPruneFollow" if uneven else "DynamicPruneFollow",
             [*kv, "indices"],
             ["keys2", "values2"],
             domain=DOMAIN,
-            segment_tokens=frame_tokens // segments,
+            **split,
             plugin_namespace=PLUGIN_NAMESPACE,
         ),
     ]
@@ -106,12 +111,14 @@ def test_body_and_operator_equal_the_loop(case: tuple[KeysValues, KeysValues, in
     chain = torch.cat([transition.keys, new.keys], 2)[0].split(frame, 1)
     expected = naive([f.numpy() for f in chain], segments, kept)
     size = frame // segments
-    places = np.concatenate([np.arange(i * size, (i + 1) * size) for i in expected])
+    starts = [i // segments * frame + i % segments * frame // segments for i in expected]
+    places = np.concatenate([np.arange(start, start + size) for start in starts])
+    assert len(places) == len(set(places)), "no token is kept twice"
     tokens = [torch.cat(pair, 2).numpy()[:, :, places] for pair in zip(transition, new, strict=True)]
 
     *retained, indices = prune_score(*transition, *new, frame, segments, kept)
     assert indices.tolist() == expected
-    followed = prune_follow(*transition, *new, indices, size)
+    followed = prune_follow(*transition, *new, indices, frame, segments)
     for found, wanted in zip((*retained, *followed), tokens * 2, strict=True):
         np.testing.assert_array_equal(found.numpy(), wanted)
 
@@ -149,3 +156,4 @@ def test_a_model_gets_the_bodies_of_its_nodes_alone() -> None:
     assert bodies("DynamicPruneFollow") == {"DynamicPruneFollow"}
     kernels = {"TokenCosines", "SelectSegments", "DynamicPruneFollow"}
     assert bodies("DynamicPrune", *kernels) == {"DynamicPrune", *kernels}
+    assert bodies("UnevenPrune", "UnevenPruneFollow") == {"UnevenPrune", "UnevenPruneFollow"}

@@ -22,7 +22,16 @@ from onnx import TensorProto, helper
 from forcingkv.headmaps.errors import InputError
 from forcingkv.prune import onnx_operators, plugin
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes
-from forcingkv.prune.plugin import OPERATORS, DynamicPrune, DynamicPruneFollow, check, launch
+from forcingkv.prune.plugin import (
+    OPERATORS,
+    DynamicPrune,
+    DynamicPruneFollow,
+    UnevenPrune,
+    UnevenPruneFollow,
+    check,
+    launch,
+)
+from forcingkv.runtime.kv.segments import Split
 
 ROOT = Path(__file__).parents[2]
 HEADS, WIDTH, FRAME, SEGMENTS, KEPT = 2, 16, 12, 6, 6
@@ -38,7 +47,8 @@ class Recorder:
 
     dtype, width = "bfloat16", WIDTH
 
-    def __init__(self) -> None:
+    def __init__(self, *, uneven: bool = False) -> None:
+        self.uneven = uneven
         self.calls: list[tuple[str, list[int], dict[str, int], int]] = []
 
     def score(self, *given: Any) -> None:
@@ -76,6 +86,37 @@ def test_following_only_collects(transition: int) -> None:
     assert sizes.workspace_bytes == 0
 
 
+def test_uneven_segments_are_launched_with_how_frames_are_split() -> None:
+    """13 tokens in 6 segments: 2 of each are kept."""
+    recorder, frame = Recorder(uneven=True), FRAME + 1
+    keys, new = (1, HEADS, frame, WIDTH), (1, HEADS, 3 * frame, WIDTH)
+    split = Split(frame, SEGMENTS)
+    scoring = UnevenPrune(frame, SEGMENTS, KEPT).sizes([keys, keys, new, new])
+    assert scoring == LaunchSizes(1, HEADS, frame, 3 * frame, 2, KEPT, frame, split)
+    assert (scoring.candidates, scoring.workspace_bytes) == (18, 4 * 3 * frame)
+    following = UnevenPruneFollow(frame, SEGMENTS).sizes([keys, keys, new, new, (KEPT,)])
+    assert following == LaunchSizes(1, HEADS, frame, 3 * frame, 2, KEPT, uneven=split)
+    assert following.workspace_bytes == 0
+    for sizes in (scoring, following):
+        check(sizes)
+    launch(cast(KernelLauncher, recorder), scoring, [1, 2, 3, 4], [5, 6, 7], 8, 9)
+    launch(cast(KernelLauncher, recorder), following, [1, 2, 3, 4, 7], [5, 6], 0, 9)
+    assert [name for name, *_ in recorder.calls] == ["score", "collect", "collect"]
+
+    part = (1, HEADS, frame + 1, WIDTH)
+    for sizes in (
+        UnevenPrune(frame, SEGMENTS, KEPT).sizes([keys, keys, part, part]),
+        UnevenPruneFollow(frame, SEGMENTS).sizes([keys, keys, part, part, (KEPT,)]),
+    ):
+        with pytest.raises(ValueError, match="new keys hold 14 tokens, which is no multiple of 13"):
+            check(sizes)
+    for wrong in ((5, 6, 1), (5, 0, 1), (5, 2, 0)):
+        with pytest.raises(ValueError, match="segments with a token each"):
+            UnevenPrune(*wrong)
+    with pytest.raises(ValueError, match="no 6 segments with a token each in 5"):
+        UnevenPruneFollow(5, 6)
+
+
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="no segments of equal size"):
         DynamicPrune(frame_tokens=FRAME, segments=5, kept=KEPT)
@@ -97,30 +138,32 @@ def test_the_plugins_are_the_operators_that_export_writes() -> None:
         assert attributes[kind.__name__] == {field.name for field in fields(kind)}
 
 
-def model(segments: int = SEGMENTS) -> bytes:
+def model(segments: int = SEGMENTS, frame: int = FRAME) -> bytes:
     """A scoring and a following node with their bodies, the transition frame's length left open."""
+    uneven, new = frame != FRAME, 3 * frame
+    split = {"segment_tokens": SIZE} if not uneven else {"frame_tokens": frame, "segments": segments}
     kv = ["transition_keys", "transition_values", "new_keys", "new_values"]
     nodes = [
         helper.make_node(
-            "DynamicPrune",
+            "UnevenPrune" if uneven else "DynamicPrune",
             kv,
             ["keys", "values", "indices"],
             domain=onnx_operators.DOMAIN,
             kept=KEPT,
-            frame_tokens=FRAME,
+            frame_tokens=frame,
             segments=segments,
             plugin_namespace=onnx_operators.PLUGIN_NAMESPACE,
         ),
         helper.make_node(
-            "DynamicPruneFollow",
+            "UnevenPruneFollow" if uneven else "DynamicPruneFollow",
             [*kv, "indices"],
             ["keys2", "values2"],
             domain=onnx_operators.DOMAIN,
-            segment_tokens=SIZE,
+            **split,
             plugin_namespace=onnx_operators.PLUGIN_NAMESPACE,
         ),
     ]
-    lengths: dict[str, int | str] = {"transition": "cached", "new": NEW}
+    lengths: dict[str, int | str] = {"transition": "cached", "new": new}
     bf16 = TensorProto.BFLOAT16
     inputs = [
         helper.make_tensor_value_info(name, bf16, [1, HEADS, lengths[name.split("_")[0]], WIDTH])
@@ -158,11 +201,11 @@ def parse(path):
     parsed = parser.parse(Path(path).read_bytes())
     return network, [str(network.get_layer(i).type) for i in range(network.num_layers)] if parsed else None
 
-def build(network, sm):
+def build(network, sm, frame=FRAME):
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
-    for tokens in (0, FRAME):
+    for tokens in (0, frame):
         profile = builder.create_optimization_profile()
         for name in ("transition_keys", "transition_values"):
             profile.set_shape(name, *[(1, HEADS, tokens, WIDTH)] * 3)
@@ -179,7 +222,7 @@ def message(call):
 def creators():
     return sum(c.plugin_namespace == "forcingkv" for c in trt.get_plugin_registry().all_creators)
 
-good, bad = sys.argv[1:]
+good, bad, uneven = sys.argv[1:]
 report["layers without"] = parse(good)[1]
 register_plugins(None)
 register_plugins(None)
@@ -187,6 +230,9 @@ report["creators"] = creators()
 report["layers with"] = parse(good)[1]
 report["engines"] = {sm: build(parse(good)[0], sm) for sm in (89, 120)}
 report["error of a good model"] = message(raise_plugin_error)
+report["layers with uneven segments"] = parse(uneven)[1]
+report["engine of uneven segments"] = build(parse(uneven)[0], 89, FRAME + 1)
+report["error of uneven segments"] = message(raise_plugin_error)
 report["layers of a bad model"] = parse(bad)[1]
 report["error of a bad model"] = message(raise_plugin_error)
 report["the same error again"] = message(raise_plugin_error)
@@ -237,6 +283,11 @@ recorder = Recorder()
 register_plugins(recorder)
 run(False)
 run(True)
+def run_uneven():
+    follow = plugin("UnevenPruneFollow", frame_tokens=FRAME + 1, segments=6)
+    follow.enqueue(*io(trt.DataType.BF16, True), [], [], 8, 9)
+
+report["run with kernels of the other kind"] = [message(run_uneven), message(raise_plugin_error)]
 report["calls"] = recorder.calls
 
 def supported(kinds, follow, layout=trt.TensorFormat.LINEAR):
@@ -271,9 +322,10 @@ def child(folder: Path) -> dict[str, Any]:
     for library in Path(spec.origin).parent.glob("*.so.*"):
         for name in (library.name, library.name.split(".so")[0] + ".so"):
             (folder / name).symlink_to(library)
-    models = [folder / "good.onnx", folder / "bad.onnx"]
+    models = [folder / name for name in ("good.onnx", "bad.onnx", "uneven.onnx")]
     models[0].write_bytes(model())
     models[1].write_bytes(model(segments=5))
+    models[2].write_bytes(model(frame=FRAME + 1))
     paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
@@ -304,7 +356,10 @@ def test_a_node_is_the_plugin_where_registered_and_its_body_elsewhere(report: di
         assert report[f"layers {when}"]
         assert "LayerType.PLUGIN_V3" not in report[f"layers {when}"]
     assert report["layers with"] == report["layers once more"] == PLUGINS
-    assert report["creators"] == 2
+    assert report["layers with uneven segments"] == PLUGINS
+    assert report["engine of uneven segments"][0] > 0
+    assert report["error of uneven segments"] is None
+    assert report["creators"] == 4
     assert report["creators at the end"] == 0
 
 
@@ -325,6 +380,14 @@ def test_what_a_callback_raises_is_not_lost(report: dict[str, Any]) -> None:
     assert report["the same error again"] is None
     for error in report["run without kernels"]:
         assert error.startswith("RuntimeError: DynamicPrune has no kernels for bfloat16 keys of width 16")
+
+
+@needs_tensorrt
+def test_kernels_of_the_other_kind_are_not_launched(report: dict[str, Any]) -> None:
+    for error in report["run with kernels of the other kind"]:
+        assert error.startswith(
+            "RuntimeError: UnevenPruneFollow has no kernels for bfloat16 keys of width 16"
+        )
 
 
 @needs_tensorrt

@@ -20,19 +20,21 @@ import pytest
 import torch
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.prune import onnx_operators, quick_plugin, triton_kernels
+from forcingkv.prune import kernel_compiler, onnx_operators, quick_plugin
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes
 from forcingkv.prune.quick_plugin import QUICK_PLUGINS, QuickPlugin, kernel_text, register_quick_plugins
 from forcingkv.prune.reference import prune_score
 from forcingkv.runtime import flavour
 from forcingkv.runtime.engines import KernelName
+from forcingkv.runtime.kv.segments import Split
 from tests.prune.quick_framework import DataType, Framework, Imitated, Real, TensorRT
 from tests.prune.test_plugin import model
 
 BATCH, HEADS, WIDTH, FRAME, SEGMENTS, KEPT = 1, 2, 16, 12, 6, 6
 NEW, SIZE = 3 * FRAME, FRAME // SEGMENTS
 SM = 90
-SIZES = {"frame_tokens": FRAME, "segment_tokens": SIZE, "kept": KEPT}
+SIZES = {"frame_tokens": FRAME, "segment_tokens": SIZE, "kept": KEPT, "segments": SEGMENTS}
+EVEN, UNEVEN = QUICK_PLUGINS[:3], (QUICK_PLUGINS[0], *QUICK_PLUGINS[3:])
 
 
 @pytest.fixture(params=["imitated", "real"])
@@ -50,12 +52,14 @@ def framework(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def nodes(transition: int) -> dict[str, list[Any]]:
-    """Inputs of the three nodes, each a shape and a type."""
+    """Inputs of the nodes, each a shape and a type."""
     kv = [((BATCH, HEADS, tokens, WIDTH), DataType.BF16) for tokens in (transition, NEW)]
+    cosines = [((transition + 2 * FRAME,), DataType.FLOAT)]
+    follow = [kv[0], kv[0], kv[1], kv[1], ((KEPT,), DataType.INT64)]
     return {
         "TokenCosines": kv,
-        "SelectSegments": [((transition + 2 * FRAME,), DataType.FLOAT)],
-        "DynamicPruneFollow": [kv[0], kv[0], kv[1], kv[1], ((KEPT,), DataType.INT64)],
+        **dict.fromkeys(("SelectSegments", "SelectUnevenSegments"), cosines),
+        **dict.fromkeys(("DynamicPruneFollow", "UnevenPruneFollow"), follow),
     }
 
 
@@ -64,14 +68,24 @@ def test_shapes_and_types(framework: Framework, transition: int) -> None:
     found = {p.name: framework.shapes(p, nodes(transition)[p.name]) for p in QUICK_PLUGINS}
     assert found == {
         "TokenCosines": [((transition + 2 * FRAME,), DataType.FLOAT)],
-        "SelectSegments": [((KEPT,), DataType.INT64)],
-        "DynamicPruneFollow": [((BATCH, HEADS, FRAME, WIDTH), DataType.BF16)] * 2,
+        **{name: [((KEPT,), DataType.INT64)] for name in ("SelectSegments", "SelectUnevenSegments")},
+        **{
+            name: [((BATCH, HEADS, FRAME, WIDTH), DataType.BF16)] * 2
+            for name in ("DynamicPruneFollow", "UnevenPruneFollow")
+        },
     }
 
 
+@pytest.mark.parametrize(
+    ("plugins", "uneven"), [(EVEN, None), (UNEVEN, Split(FRAME, SEGMENTS))], ids=["even", "uneven"]
+)
 @pytest.mark.parametrize("transition", [0, FRAME])
 def test_what_is_launched_is_what_the_runtime_launches(
-    framework: Framework, transition: int, monkeypatch: pytest.MonkeyPatch
+    framework: Framework,
+    transition: int,
+    plugins: tuple[QuickPlugin, ...],
+    uneven: Split | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     launched = []
 
@@ -80,13 +94,13 @@ def test_what_is_launched_is_what_the_runtime_launches(
 
     monkeypatch.setattr(KernelLauncher, "_launch", note)
     launcher = KernelLauncher.__new__(KernelLauncher)
-    sizes = LaunchSizes(BATCH, HEADS, transition, NEW, SIZE, KEPT, FRAME)
+    sizes = LaunchSizes(BATCH, HEADS, transition, NEW, SIZE, KEPT, FRAME, uneven)
     launcher.score(0, 0, 0, 0, sizes, 0)
     launcher.collect([0] * 7, sizes, 0)
 
-    kernels = [framework.kernel(plugin, nodes(transition)[plugin.name]) for plugin in QUICK_PLUGINS]
+    kernels = [framework.kernel(plugin, nodes(transition)[plugin.name]) for plugin in plugins]
     assert [(kernel.symbol, kernel.grid, kernel.numbers) for kernel in kernels] == launched
-    for plugin, kernel in zip(QUICK_PLUGINS, kernels, strict=True):
+    for plugin, kernel in zip(plugins, kernels, strict=True):
         ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, SM)
         assert (kernel.ptx, kernel.threads, kernel.shared_bytes) == (ptx, 32 * made.num_warps, made.shared)
 
@@ -95,12 +109,14 @@ ORDER: dict[KernelName, list[int]] = {
     "token_cosines": [0, 1, 3, 4, 5, 6, 2],
     "select_segments": [0, 2, 3, 4, 1],
     "compact_segments": [0, 1, 2, 3, 4, 7, 8, 9, 10, 5, 6],
+    "select_uneven_segments": [0, 2, 3, 4, 5, 1],
+    "compact_uneven_segments": [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 5, 6],
 }
 """Places in Triton's signature (pointers, then sizes) of: inputs, sizes, outputs."""
 
 
 @pytest.mark.parametrize("plugin", QUICK_PLUGINS, ids=lambda plugin: plugin.name)
-@pytest.mark.parametrize("sm", triton_kernels.SMS)
+@pytest.mark.parametrize("sm", kernel_compiler.SMS)
 def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin, sm: int) -> None:
     ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, sm)
     entry = re.search(rf"\.entry {made.name}\(\n(.*?)\n\)", ptx, re.DOTALL)
@@ -115,7 +131,7 @@ def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin,
     ]
     assert f".target sm_{sm}\n" in ptx
     assert "/" not in "".join(re.findall(r'\.file.*"(.*)"', ptx))
-    cubin, _, spilled = triton_kernels.assemble(ptx, sm)
+    cubin, _, spilled = kernel_compiler.assemble(ptx, sm)
     assert cubin
     assert spilled == 0
 
@@ -142,6 +158,10 @@ def test_more_candidates_than_the_kernel_takes_are_refused(framework: Framework)
     assert framework.kernel(select, [((64 * SIZE,), DataType.FLOAT)]).numbers == [SIZE, 64, KEPT]
     with pytest.raises(InputError, match="has 65 segments to choose"):
         framework.kernel(select, [((65 * SIZE,), DataType.FLOAT)])
+    uneven = UNEVEN[1]
+    assert framework.kernel(uneven, [((10 * FRAME,), DataType.FLOAT)]).numbers == [FRAME, SEGMENTS, 60, KEPT]
+    with pytest.raises(InputError, match="has 66 segments to choose"):
+        framework.kernel(uneven, [((11 * FRAME,), DataType.FLOAT)])
 
 
 def test_registering_again_only_names_another_gpu(framework: Framework) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from fractions import Fraction
 from functools import cache
 
 import onnx
@@ -19,7 +20,8 @@ from forcingkv.models.wan import KeysValues
 from forcingkv.prune.launcher import COMPACT_BLOCK, COSINE_BLOCK, MAX_CANDIDATES, SELECT_BLOCK
 from forcingkv.prune.onnx_operators import DOMAIN, OPSET, PLUGIN_NAMESPACE, functions_for
 from forcingkv.prune.reference import prune_score
-from tests.prune.interpreter import INTEGERS, Sizes, bits, interpreter, prune, select
+from forcingkv.runtime.kv.segments import Split
+from tests.prune.interpreter import INTEGERS, Sizes, bits, interpreter, prune, select, select_uneven
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -39,9 +41,9 @@ def pool() -> Iterator[Executor]:
 
 @cache
 def session(kind: int, frame_tokens: int, segments: int, kept: int) -> ort.InferenceSession:
-    """A model of one DynamicPrune, whose body ONNX Runtime runs."""
+    """A model of one operator that scores, whose body ONNX Runtime runs."""
     node = helper.make_node(
-        "DynamicPrune",
+        "UnevenPrune" if frame_tokens % segments else "DynamicPrune",
         KV,
         ["keys", "values", "indices"],
         domain=DOMAIN,
@@ -87,11 +89,12 @@ def body(transition: KeysValues, new: KeysValues, sizes: Sizes) -> tuple[Tensor,
 def launches(draw: st.DrawFn) -> tuple[Sizes, tuple[int, int, int, int], int, torch.Generator]:
     """Sizes; batch, heads, new frames, width; frames of the transition (0 or 1); a source of numbers."""
     segments, segment_tokens = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    more = draw(st.integers(0, segments - 1))  # tokens that make the segments uneven
     transition = draw(st.integers(0, 1))
     frames = draw(st.integers(2 - transition, 3))
     candidates = segments * (transition + frames - 1)
     sizes = Sizes(
-        segments * segment_tokens,
+        segments * segment_tokens + more,
         segments,
         kept=draw(st.integers(1, min(candidates, 5))),
         cosine_block=draw(st.sampled_from([8, COSINE_BLOCK])),
@@ -119,9 +122,27 @@ def split(keys: Tensor, transition: int, generator: torch.Generator) -> tuple[Ke
     return KeysValues(old_keys, old_values), KeysValues(new_keys, new_values)
 
 
+def runs(sizes: Sizes, tokens: int) -> list[range]:
+    """The tokens of each candidate segment, by the definition: j * N / S to (j + 1) * N / S of each frame."""
+    frame, segments = sizes.frame_tokens, sizes.segments
+    return [
+        range(first + place * frame // segments, first + (place + 1) * frame // segments)
+        for first in range(0, tokens, frame)
+        for place in range(segments)
+    ]
+
+
 def check(pool: Executor, transition: KeysValues, new: KeysValues, sizes: Sizes) -> tuple[Tensor, list[int]]:
-    """Kernels, body and torch operator choose and collect the same; returns cosines and indices."""
+    """Kernels, body and torch operator choose and collect the same; returns cosines and indices.
+
+    What they collect is the first tokens of each chosen segment, as many as the shortest has, cut out here.
+    """
     cosines, indices, retained = prune(pool, transition, new, sizes)
+    candidates = runs(sizes, len(cosines))
+    rows = [token for index in indices for token in candidates[index][: sizes.segment_tokens]]
+    assert len(rows) == len(set(rows)), "no token is kept twice"
+    for mine, pair in zip(retained, zip(transition, new, strict=True), strict=True):
+        assert torch.equal(bits(mine), bits(torch.cat(pair, 2)[:, :, rows].contiguous()))
     *kept, chosen = prune_score(*transition, *new, sizes.frame_tokens, sizes.segments, sizes.kept)
     others = [body(transition, new, sizes), (chosen, KeysValues(*kept))]
     for chosen, kept in others:
@@ -160,7 +181,7 @@ def test_planted_ties_go_to_the_lowest_index(
     cosines, chosen = check(pool, *split(keys.to(dtype), transition * tokens, generator), sizes)
 
     assert cosines.tolist() == [1 - count / 2 for count in flips]
-    flipped = torch.tensor(flips).reshape(-1, sizes.segment_tokens).sum(1).tolist()
+    flipped = [Fraction(sum(flips[run.start : run.stop]), len(run)) for run in runs(sizes, len(flips))]
     assert chosen == sorted(sorted(range(len(flipped)), key=lambda i: (-flipped[i], i))[: sizes.kept])
 
 
@@ -176,7 +197,8 @@ def test_random_keys_give_the_same_segments(
     keys = torch.randn(batch, heads, tokens, width, generator=generator).to(dtype)
     exact = keys[0].double().transpose(0, 1).flatten(1)
     expected = torch.cosine_similarity(exact[: -sizes.frame_tokens], exact[sizes.frame_tokens :])
-    ordered = expected.reshape(-1, sizes.segment_tokens).mean(1).sort().values
+    means = [expected[run.start : run.stop].mean() for run in runs(sizes, len(expected))]
+    ordered = torch.stack(means).sort().values
     # Sums in float32 differ in their last bits; where these decide, any choice is as good.
     assume(len(ordered) == sizes.kept or ordered[sizes.kept] - ordered[sizes.kept - 1] > 1e-5)
 
@@ -202,6 +224,30 @@ def test_what_is_no_number_is_chosen_last_and_harms_no_other(pool: Executor) -> 
     assert select(pool, cosines, 3, 5) == [0, 1, 2, 3, 4]
     assert select(pool, cosines, 3, 6) == [0, 1, 2, 3, 4, 5]
     assert select(pool, torch.full((6,), nan), 1, 3) == [0, 1, 2]
+
+
+def test_uneven_segments_are_judged_by_their_own_tokens(pool: Executor) -> None:
+    """Of 7 tokens in 3 segments of 2, 2 and 3; the least similar token of all is the last of the third."""
+    thirds = Split(7, 3)
+    assert [(thirds.start(i), thirds.tokens(i)) for i in range(6)] == [
+        *[(0, 2), (2, 2), (4, 3)],
+        *[(7, 2), (9, 2), (11, 3)],
+    ]
+    cosines = torch.tensor([0.5, 0.5, 0.75, 0.75, 0.5, 0.5, -1.0, 0.25, 0.25, 1.0, 1.0, 0.5, 0.5, 0.5])
+    assert select_uneven(pool, cosines, thirds, 1) == [2], "a mean of 0 over three, 0.25 over two"
+    assert select_uneven(pool, cosines, thirds, 3) == [0, 2, 3], "0.5 twice: the first"
+    cosines[6] = torch.nan
+    assert select_uneven(pool, cosines, thirds, 5) == [0, 1, 3, 4, 5], "what is no number harms no other"
+
+
+def test_the_sizes_that_public_models_are_asked_for(pool: Executor) -> None:
+    """512x512 is 1,024 tokens, 448x256 448, in 6 segments each; of a random choice."""
+    generator = torch.Generator().manual_seed(2)
+    for tokens in (1024, 448):
+        sizes = Sizes(tokens, 6, 6, COSINE_BLOCK, SELECT_BLOCK, COMPACT_BLOCK, MAX_CANDIDATES)
+        assert not sizes.split.is_even
+        keys = torch.randn(1, 2, 4 * tokens, 8, generator=generator)
+        check(pool, *split(keys, tokens, generator), sizes)
 
 
 def test_as_many_candidates_as_there_may_be(pool: Executor) -> None:

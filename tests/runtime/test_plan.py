@@ -57,6 +57,22 @@ def test_forcing_kv_keeps_five_and_six_frames() -> None:
     assert plan.choice.layer == 1
 
 
+def test_which_tokens_are_kept_of_uneven_segments() -> None:
+    """35 tokens in 6 segments begin at 0, 5, 11, 17, 23 and 29; 5 of each are kept, whichever is chosen."""
+    spec = small_spec(width=14, height=10)
+    plan = build_plan(spec, spec.geometry(), load_policy("forcing-kv"), headmap_of(spec, [[0]] * 4))
+    group = plan.layers[1][1]
+    role = next(role for role in group.roles if isinstance(role, Retained))
+    assert role.steady_tokens(plan, group) == 6 * 5
+    assert role.tokens(plan, group, 3) == 6 * 5
+    chosen = [0, 1, 5, 6, 9, 17]
+    # The chunk of index 2 chose: of its transition frame, 5, and of its own frames 6 and 7.
+    starts = {0: (5, 0), 1: (5, 5), 5: (5, 29), 6: (6, 0), 9: (6, 17), 17: (7, 29)}
+    assert [(s.frame, s.offset, s.tokens) for s in role.spans(plan, group, 3, chosen)] == [
+        (*starts[index], 5) for index in chosen
+    ]
+
+
 def test_a_sink_of_a_whole_chunk_is_not_attended_twice() -> None:
     """With a sink of 3 frames nothing but the sink is cached after chunk 0 (docs/method.md)."""
     spec = small_spec()
@@ -78,7 +94,7 @@ def policies() -> st.SearchStrategy[Policy]:
         dynamic = roles(sink, recent, Retained(segments, 0.34, 1))
         return Policy("any", "", {"static": roles(sink, recent), "dynamic": dynamic})
 
-    return st.builds(make, st.integers(0, 3), st.integers(1, 7), st.sampled_from([1, 2, 3, 4, 6]))
+    return st.builds(make, st.integers(0, 3), st.integers(1, 7), st.integers(1, 24))
 
 
 @given(policies(), st.integers(0, 3), st.lists(st.lists(st.integers(0, 2)), min_size=4, max_size=4))
@@ -113,7 +129,10 @@ def check_lengths(plan: CachePlan, label: str, chunk: int) -> None:
     ("policy", "message"),
     [
         (Policy("p", "", {"all": roles(4, 1)}), "groups.all: the sink has 4 frames; expected 0 to 3"),
-        (Policy("p", "", {"all": roles(1, 1, Retained(7, 0.33, 1))}), "7 segments do not divide"),
+        (
+            Policy("p", "", {"all": roles(1, 1, Retained(25, 0.33, 1))}),
+            "25 segments are asked of the 24",
+        ),
         (Policy("p", "", {"all": roles(1, 1, Retained(6, 0.0, 1))}), "keeps none"),
         (Policy("p", "", {"all": roles(1, 0, Retained(6, 0.3, 1))}), "without a transition frame"),
         (load_policy("forcing-kv"), "needs a head map"),

@@ -113,6 +113,75 @@ def test_a_resolution_that_cannot_be_used_is_refused(resolution: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "written",
+    [
+        "480p",
+        "480P",
+        " 480p",
+        "832x480",
+        "832X480",
+        "832 x 480",
+        "832\N{MULTIPLICATION SIGN}480",
+        "832 \N{MULTIPLICATION SIGN} 480 ",
+    ],
+)
+def test_sizes_are_taken_as_people_write_them(written: str) -> None:
+    spec = load_spec("self-forcing")
+    assert spec.geometry(written) == spec.geometry("480p")
+    assert spec.geometry(written).crop is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "computed"),
+    [
+        ("1920x1080", (1920, 1088)),
+        ("640x360", (640, 368)),
+        ("360x640", (368, 640)),
+        ("674x388", (688, 400)),
+        ("18x16", (32, 16)),
+    ],
+)
+def test_even_sizes_are_computed_at_the_next_size_up(asked: str, computed: tuple[int, int]) -> None:
+    geometry = load_spec("self-forcing").geometry(asked)
+    assert (geometry.width, geometry.height) == computed
+    assert geometry.name == asked
+    assert geometry.shown == geometry.crop == tuple(map(int, asked.split("x")))
+    assert geometry.described == "{} (computed at {}x{}, cropped)".format(asked, *computed)
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"),
+    [
+        ("674x389", "674x384"),
+        ("8x480", "16x480"),
+        ("0x0", "16x16"),
+        ("99x99", "96x96"),
+        ("7x1081", "16x1088"),
+    ],
+)
+def test_the_size_that_is_suggested_is_taken(asked: str, nearest: str) -> None:
+    spec = load_spec("self-forcing")
+    with pytest.raises(InputError, match=rf"does not divide into tokens .* nearest that fits is {nearest}\."):
+        spec.geometry(asked)
+    assert spec.geometry(nearest).name == nearest
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_any_size_is_taken_or_a_size_is_named_that_is(width: int, height: int) -> None:
+    spec = load_spec("self-forcing")
+    if min(width, height) < 16 or width % 2 or height % 2:
+        with pytest.raises(InputError) as refused:
+            spec.geometry(f"{width}x{height}")
+        named = (refused.value.hint or "").removeprefix("The nearest that fits is ").removesuffix(".")
+        assert spec.geometry(named).name == named
+        return
+    geometry = spec.geometry(f"{width}x{height}")
+    assert geometry.shown == (width, height)
+    assert 0 <= geometry.width - width < 16 > geometry.height - height >= 0
+    assert geometry.width % 16 == geometry.height % 16 == 0
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"heads": 0}, "heads is 0"),

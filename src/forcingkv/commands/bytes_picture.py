@@ -46,7 +46,7 @@ def write_bytes_picture(bundle: Bundle, path: Path) -> None:
 
     Raises InputError where it cannot be written; nothing is left behind then.
     """
-    manifest, (width, height) = bundle.manifest, bundle.manifest.resolution
+    manifest = bundle.manifest
     groups, panels = grouped_by_need(engine_sets(manifest)) or ((),), []
     for group in groups:
         engines = group[0] if group else ()
@@ -58,7 +58,8 @@ def write_bytes_picture(bundle: Bundle, path: Path) -> None:
     attended = [(role, size, _blue(role), notes.get(role, "")) for role, size in roles.items() if size]
     first = bundle.plan.phases[-1].first_chunk
     panels.append((f"Keys and values that a pass attends to, from chunk {first} on", attended))
-    headline = f"{manifest.model.name} at {width}x{height}, policy {manifest.policy.name}, {manifest.compute}"
+    of = f"{manifest.model.name} at {bundle.plan.geometry.described}"
+    headline = f"{of}, policy {manifest.policy.name}, {manifest.compute}"
     write_bytes(path, _drawn(headline, panels, REMARKS[-1] if groups[0] else ""))
 
 

@@ -129,6 +129,9 @@ def export(
         f"KV cache {manifest.plan.kv_bytes / 1e6:.2f} MB, phases at chunk "
         + ", ".join(str(phase["first_chunk"]) for phase in manifest.plan.phases)
     )
+    if manifest.crop:
+        computed, shown = ("{}x{}".format(*size) for size in (manifest.resolution, manifest.crop))
+        print(f"computed at {computed}; the last columns and rows are cut off: frames are {shown}")
     if record := manifest.calibration:
         width, height = record.resolution
         of = f"{len(record.prompts)} {record.texts}" if record.prompts else "random embeddings: no real texts"

@@ -91,7 +91,7 @@ def generate(
                 video = session.generate(text, seed=seed, chunks=chunks_for(seconds or 5.0))
             changes = [(chunk, text) for chunk, text in changes if chunk >= video.index]
             if out == "-":
-                width, height = (size * enlarge for size in session.bundle.manifest.resolution)
+                width, height = (size * enlarge for size in session.bundle.manifest.frame_size)
                 print(f"rgb24, {width}x{height}, {rate:g} frames a second", file=sys.stderr)
             metadata = _metadata(session, prompt, video.seed)
             with open_writer(out, fps=rate, enlarge=enlarge, metadata=metadata) as writer:

@@ -83,7 +83,7 @@ def _sections(opened: Bundle) -> Iterator[list[str]]:
 
 def _model(opened: Bundle) -> Iterator[str]:
     manifest, plan = opened.manifest, opened.plan
-    spec, (width, height) = manifest.model, manifest.resolution
+    spec = manifest.model
     heads: Counter[str] = Counter()
     for groups in plan.layers:
         heads.update({group.label: group.heads for group in groups})
@@ -92,7 +92,8 @@ def _model(opened: Bundle) -> Iterator[str]:
     yield from _beside("model", f"{spec.name}, {spec.layers} layers of {spec.heads} heads: {counted}")
     yield from _beside(
         "resolution",
-        f"{width}x{height}: {plan.frame_tokens:,} tokens a frame, {spec.frames_per_chunk} frames a chunk",
+        f"{plan.geometry.described}: {plan.frame_tokens:,} tokens a frame,"
+        f" {spec.frames_per_chunk} frames a chunk",
     )
     digest = f", head map {manifest.headmap[:12]}" if manifest.headmap else ""
     yield from _beside("policy", manifest.policy.name + digest)

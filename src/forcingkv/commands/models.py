@@ -51,7 +51,7 @@ RandomWeights: TypeAlias = Annotated[
 ]
 Embeds: TypeAlias = Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")]
 Threads: TypeAlias = Annotated[int | None, Option(min=1, help="CPU threads.")]
-Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT or a name, such as 480p.")]
+Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT of frames, or a name, such as 480p.")]
 
 
 def weights_for(
