@@ -1,6 +1,6 @@
 """How the tokens of latent frames are split into segments: one rule for all implementations.
 
-docs/method.md, "Segment similarity and retention"; docs/decisions/0025 has the alternatives.
+docs/method.md, "Segment similarity and retention"; docs/decisions/0024 has the alternatives.
 """
 
 from __future__ import annotations
