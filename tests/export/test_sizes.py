@@ -183,7 +183,7 @@ def test_a_manifest_that_says_another_size_than_its_frames_is_refused(
             Bundle.open(folder)
 
 
-def test_a_decoder_s_frames_are_cropped_too() -> None:
+def test_latents_of_a_cropped_size_are_those_of_the_size_computed() -> None:
     """With a stride: a token of the public models is 16x16 pixels."""
     spec = small_spec(decoder=Decoder("taehv", 8, 4), width=832, height=480, latent_channels=16)
     geometry = spec.geometry("640x360")
