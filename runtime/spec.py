@@ -74,6 +74,15 @@ class Decoder:
     temporal_stride: int = 1
     """Pixel frames a latent frame gives (the video's first latent frame gives one)."""
 
+    def __post_init__(self) -> None:
+        if self.kind == "pixels" and (self.spatial_stride, self.temporal_stride) != (1, 1):
+            strides = f"{self.spatial_stride} and {self.temporal_stride}"
+            raise InputError(
+                f"is pixels, with the strides {strides} of another decoder",
+                where="decoder",
+                expected="spatial_stride = 1 and temporal_stride = 1",
+            )
+
 
 @dataclass(frozen=True)
 class TextEncoder:

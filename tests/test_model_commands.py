@@ -35,7 +35,7 @@ dtype = "float32"
 """
 PIXELS = """
 latent_channels = 3
-decoder = { kind = "pixels" }
+decoder = { kind = "pixels", spatial_stride = 1, temporal_stride = 1 }
 """
 PROMPTS = ["a red kite", "a blue boat"]
 

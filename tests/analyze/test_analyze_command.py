@@ -157,7 +157,7 @@ def test_options_of_the_recording_reach_it(place: Path, run: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompts", "LATIN"], "latin.txt cannot be read"),
+        (["--prompts", "LATIN"], "latin.txt, line 2 has the byte 0xe9, which is not UTF-8"),
         (["--samples", 0], "Invalid value for '--samples'"),
         (["--rule", "budget"], "the rule budget is given 0 targets"),
         (["--rule", "quota", "--target-kv", "1GB"], "the rule quota is given 1 targets"),

@@ -46,7 +46,8 @@ HEAVY = ("640x352", "512x512", "640x640", "1280x704", "1024x1024")
 def thin(rows: int, columns: int) -> tuple[ModelSpec, Mapping[str, Tensor], HeadMap]:
     """A model as thin as can be, whose frames have so many tokens; layers 1 and 2 retain segments."""
     sizes = {"layers": 3, "heads": 2, "head_dim": 8, "ffn_width": 16, "text_width": 8, "text_length": 3}
-    spec = small_spec(width=2 * columns, height=2 * rows, schedule=Schedule((1000.0,)), ar_start=0, **sizes)
+    sizes |= {"width": 2 * columns, "height": 2 * rows, "frames_per_chunk": 2, "attended_frames": 8}
+    spec = small_spec(schedule=Schedule((1000.0,)), ar_start=0, **sizes)
     return spec, random_model(spec).state_dict(), headmap_of(spec, [[0], [0], [1]])
 
 
@@ -76,7 +77,7 @@ def test_sizes_whose_tokens_six_does_not_divide_are_exported_and_generated(size:
     step = onnx.load(tmp_path / "b" / "step.onnx", load_external_data=False)
     kinds = [node.op_type for graph in graphs(step) for node in graph.node if node.domain == "forcingkv"]
     assert kinds == ["UnevenPrune", "UnevenPruneFollow"]
-    retained = rows * columns // 6 * 6
+    retained = rows * columns // 6 * 4  # of two frames a chunk, two segments each
     assert made.plan.phases[-1]["dynamic.retained"] == retained
     # Chunk 3 is the second that sees segments.
     assert largest_difference(spec, weights, headmap, tmp_path / "b", 4) <= 1e-3

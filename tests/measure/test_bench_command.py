@@ -23,7 +23,7 @@ ffn_width = 32
 text_width = 8
 text_length = 6
 latent_channels = 3
-decoder = { kind = "pixels" }
+decoder = { kind = "pixels", spatial_stride = 1, temporal_stride = 1 }
 """
 PROMISED = ("policy", "seconds", "speedup", "flop_limit", "share_of_limit", "kv_bytes")
 
@@ -72,7 +72,7 @@ def test_a_model_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_pat
         "--layers",
         1,
         "--geometry",
-        "48x32,96x32",
+        "12x8,24x8",
         "--policies",
         "forcing-kv",
         "--rounds",
@@ -83,7 +83,7 @@ def test_a_model_is_timed_at_several_geometries_with_a_picture(run: Run, tmp_pat
     )
     assert made.code == 0, made.err
     small, large = json.loads(made.out)
-    assert [result["geometry"] for result in (small, large)] == ["48x32", "96x32"]
+    assert [result["geometry"] for result in (small, large)] == ["12x8", "24x8"]
     assert [row["policy"] for row in small["rows"]] == ["forcing-kv"]
     assert [Path(path).name for path in large["written"]] == ["resolutions.csv", "resolutions.png"]
     assert small["heads"]["forcing-kv"] == {"static": 1, "dynamic": 2}

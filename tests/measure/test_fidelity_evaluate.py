@@ -153,7 +153,7 @@ def test_wrong_bundles_and_prompts(bundles: Path, tmp_path: Path, run: Callable[
 
 def test_models_that_cannot_be_compared() -> None:
     def session(width: int) -> Any:
-        bundle = SimpleNamespace(manifest=SimpleNamespace(resolution=(width, 16)))
+        bundle = SimpleNamespace(manifest=SimpleNamespace(frame_size=(width, 16)))
         return SimpleNamespace(spec=small_spec(), bundle=bundle)
 
     with pytest.raises(

@@ -62,7 +62,7 @@ def test_large_passes_keep_their_memory_where_there_is_ample_room(
     arenas: list[bool] = []
     monkeypatch.setattr(backend, "LARGE_ACTIVATIONS", 0)
     monkeypatch.setattr(backend, "available_bytes", lambda: int(room * needed))
-    monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena: arenas.append(arena))
+    monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena, **_: arenas.append(arena))
     open_lane(bundle)
     assert arenas == [kept] * 3
 
@@ -84,7 +84,7 @@ def test_the_cuda_provider_is_taken_where_it_is_installed(
 ) -> None:
     loaded = []
     monkeypatch.setattr(backend.ort, "get_available_providers", lambda: ["Tensorrt", CUDA, CPU])
-    monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena: loaded.append(given))
+    monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena, **_: loaded.append(given))
     lane = open_lane(Bundle.open(bundles("forcing-kv")), threads=3)
     assert [(path.name, threads, provider) for path, threads, provider in loaded] == [
         (f"{graph}.onnx", 3, CUDA) for graph in ("prompt", "step", "decode")

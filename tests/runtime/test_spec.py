@@ -227,3 +227,9 @@ def test_a_spec_file_names_its_faulty_field(tmp_path: Path) -> None:
         file.write_text(text.replace(old, new))
         with pytest.raises(InputError, match=message):
             load_spec(str(file))
+
+
+def test_latents_that_are_pixels_have_no_strides() -> None:
+    """As a spec has that takes a decoder of pixels, and the strides from its base."""
+    with pytest.raises(InputError, match=r"decoder is pixels, with the strides 8 and 4 of another decoder"):
+        Decoder("pixels", 8, 4)
