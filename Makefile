@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## Walk the whole way on the shipped model: analyze, export, generate, compare
 	$(BIN)/forcingkv demo
 
+# Workers and the processes that tests start would each compile every module, where bytecode is not kept.
 test: $(STAMP)  ## Run all tests
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
 fast: $(STAMP)  ## Run the tests that take milliseconds
 	$(BIN)/python -m pytest -m 'not slow'
