@@ -1,7 +1,6 @@
 """The plugins in a real TensorRT: which nodes they take, what they build to, and what they launch.
 
-TensorRT runs in a child process: its parser looks for a library by a name that the wheel does not have,
-and ends the process where there is none.
+TensorRT runs in a child process: its parser ends it where a library has the name that the wheel gives it.
 """
 
 from __future__ import annotations
@@ -384,8 +383,8 @@ def test_what_a_callback_raises_is_not_lost(report: dict[str, Any]) -> None:
 
 @needs_tensorrt
 def test_kernels_of_the_other_kind_are_not_launched(report: dict[str, Any]) -> None:
-    said = "RuntimeError: UnevenPruneFollow has no kernels for bfloat16 keys of width 16"
-    assert all(error.startswith(said) for error in report["run with kernels of the other kind"])
+    for error in report["run with kernels of the other kind"]:
+        assert "UnevenPruneFollow has no kernels for bfloat16 keys of width 16" in error
 
 
 @needs_tensorrt
