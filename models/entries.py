@@ -104,7 +104,7 @@ def _choose(files: TensorFiles, holding: Sequence[Candidate], reason: str) -> Ch
             what = f"holds the model only as {', '.join(other)}, which is not what generates"
             raise InputError(what, where=str(files.where), hint=f"To take it, name it with --key {other[0]}.")
         return Choice(only, (), reason)
-    labels = dict(zip(_labels([one.path for one in holding]), holding, strict=False))
+    labels = dict(zip(_labels([one.path for one in holding]), holding, strict=True))
     real = [label for label in labels if label not in NOT_THE_MODEL]
     if len(labels) < len(holding) or not real or (len(real) > 1 and not set(real) <= set(KEYS)):
         names = ", ".join(".".join(one.path) or "the file itself" for one in holding)

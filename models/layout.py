@@ -152,13 +152,13 @@ class _Reader:
         return tensor.chunk(part.of)[part.number] if part.of > 1 else tensor
 
     def _merged(self, name: str) -> Tensor:
-        """The weight, plus alpha / rank * B A where a LoRA lies beside it, in the weight's dtype."""
+        """The weight; where a LoRA lies beside it, that plus alpha / rank * B A, in float32 (decision 21)."""
         weight = self._scaled(name)
         lora = self.found.loras.get(name)
         if lora is None or self.alpha is None:
             return weight
         a, b = (self.files.read(side).float() for side in lora)
-        return (weight.float() + self.alpha / a.shape[0] * (b @ a)).to(weight.dtype)
+        return weight.float() + self.alpha / a.shape[0] * (b @ a)
 
     def _scaled(self, name: str) -> Tensor:
         tensor, scale = self.files.read(name), self.found.scales.get(name)

@@ -112,14 +112,19 @@ class Umt5Files:
     def load(self) -> Any:
         """The model of transformers with these weights, on the CPU, for inference.
 
-        Raises InputError where a weight was left without a value or the embedding is not the encoder's own,
-        whatever this release of transformers makes of the classes.
+        Raises InputError where a weight was left over or without a value, or the embedding is not the
+        encoder's own, whatever this release of transformers makes of the classes.
         """
         model = empty_model(self.config)
         state = {name: self._tensor(name) for name in self.names}
-        model.load_state_dict(state, assign=True, strict=False)
+        # Not strict: the embedding has a second name in the encoder, which no file needs to have. What is
+        # left without a value is found below.
+        unknown = model.load_state_dict(state, assign=True, strict=False).unexpected_keys
         model.set_input_embeddings(model.shared)
         where = str(self.files.where)
+        if unknown:
+            what = f"has {len(unknown)} weights that the encoder does not know: {listed(unknown)}"
+            raise InputError(what, where=where, hint="Another release of transformers may do.")
         tensors = (*model.named_parameters(), *model.named_buffers())
         left = [name for name, tensor in tensors if tensor.is_meta]
         if left:
