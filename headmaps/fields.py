@@ -12,6 +12,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 from forcingkv.headmaps.errors import InputError
@@ -60,7 +61,7 @@ def from_data(kind: type[T], data: Any, where: str) -> T:
             where=where,
             expected=f"only {', '.join(sorted(fields))}",
         )
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     values = {}
     for name, field in fields.items():
         if name in data:
@@ -68,6 +69,12 @@ def from_data(kind: type[T], data: Any, where: str) -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"the field '{name}' is missing", where=where)
     return kind(**values)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a class's fields. Kept: a manifest has hundreds of records of a few classes."""
+    return typing.get_type_hints(kind)
 
 
 def to_data(value: Any) -> Any:

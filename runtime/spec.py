@@ -151,7 +151,7 @@ class ModelSpec:
     """Whether tokens carry a learned code of their place in the frame. Public Wan models have none:
     rotary embedding alone cannot tell the left half of pure noise from the right. A model with a
     table runs at its default resolution only."""
-    resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     """Named pixel sizes, (width, height)."""
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,8 +208,20 @@ class Ran:
         self.code, self.out, self.err = code, out, err
 
 
+@pytest.fixture(scope="session")
+def _one_tree_of_commands() -> Iterator[None]:
+    """typer makes the tree of commands anew for each that is run."""
+    import typer.main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield
+
+
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+def run(
+    _one_tree_of_commands: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ran]:
     """Runs the command line with those words."""
     from forcingkv import __main__ as command_line
 

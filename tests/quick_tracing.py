@@ -1,4 +1,4 @@
-"""What torch and onnxscript do over and over for each graph that is exported, done once, to the same graphs."""
+"""What torch and onnxscript do over and over for each graph that is exported, to the same graphs in less."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from onnxscript.rewriter import RewriteRule
+from torch._C import DispatchKey
 from torch._export import utils
+from torch._ops import OperatorBase
 from torch.export import decomp_utils, exported_program
 from torch.fx import config
 from torch.onnx._internal.exporter import _decomp, _registration
@@ -26,6 +28,7 @@ def tables_are_kept() -> Iterator[None]:
             patch.setattr(module, "_collect_all_valid_cia_ops", composite)
         # Bundles do not keep the lines of source that torch notes for each node.
         patch.setattr(config, "do_not_emit_stack_traces", True)
+        patch.setattr(OperatorBase, "py_impl", _without_hints(OperatorBase.py_impl))
         patch.setattr(RewriteRule, "try_rewrite", _at_nodes_of_its_operator(RewriteRule.try_rewrite))
         yield
 
@@ -55,7 +58,7 @@ def _decompositions() -> Callable[[set[Any]], dict[Any, Any]]:
 
 
 def _at_nodes_of_its_operator(try_rewrite: Callable[..., Any]) -> Callable[..., Any]:
-    """`RewriteRule.try_rewrite`, which sets up a match before it looks whether the node is of the operator."""
+    """`RewriteRule.try_rewrite`, which sets up a match before it looks at the node's operator."""
     ends: dict[RewriteRule, str | None] = {}
 
     def filtered(rule: RewriteRule, model: Any, graph: Any, node: Any, **options: Any) -> Any:
@@ -67,3 +70,20 @@ def _at_nodes_of_its_operator(try_rewrite: Callable[..., Any]) -> Callable[..., 
         return try_rewrite(rule, model, graph, node, **options)
 
     return filtered
+
+
+def _without_hints(py_impl: Callable[..., Any]) -> Callable[..., Any]:
+    """`OperatorBase.py_impl`, which makes a function with type hints for each of ten thousand kernels."""
+
+    def registered(operator: OperatorBase, key: Any) -> Any:
+        if not isinstance(key, DispatchKey) or key == DispatchKey.Python or key in operator.py_kernels:
+            return py_impl(operator, key)
+
+        def register(kernel):  # type: ignore[no-untyped-def]
+            operator.py_kernels[key] = kernel
+            operator._dispatch_cache.clear()
+            return kernel
+
+        return register
+
+    return registered
