@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Ran
 
-PROMPTS = 6
+PROMPTS = 5
 
 
 @pytest.mark.slow

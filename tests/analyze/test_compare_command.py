@@ -192,10 +192,14 @@ def test_pictures_of_every_size(size: tuple[int, int]) -> None:
     drawn = np.random.default_rng(0).choice([*"SD"], size=(2, layers, heads))
     a, b = (map_of(" ".join("".join(row) for row in rows)) for rows in drawn)
     png = comparison_picture(a, b, ("a", "b"))
-    assert png == comparison_picture(a, b, ("a", "b")), "the same maps give the same bytes"
     height, width, _ = pixels(png).shape
     assert 250 <= height <= 2000
     assert 400 <= width <= 2200
+
+
+def test_the_same_maps_give_the_same_bytes() -> None:
+    first, second = (comparison_picture(map_of("SD SD DS"), map_of("SS DD DD"), ("a", "b")) for _ in range(2))
+    assert first == second
 
 
 def test_colours_say_what_changed() -> None:

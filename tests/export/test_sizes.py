@@ -45,12 +45,12 @@ MADE = ("448x256", *HEAVY)
 """Of those the ones that are exported here."""
 
 
-def thin(rows: int, columns: int) -> tuple[ModelSpec, Mapping[str, Tensor], HeadMap]:
+def thin(rows: int, columns: int, layers: int = 3) -> tuple[ModelSpec, Mapping[str, Tensor], HeadMap]:
     """A model as thin as can be, whose frames have so many tokens; layers 1 and 2 retain segments."""
-    sizes = {"layers": 3, "heads": 2, "head_dim": 8, "ffn_width": 16, "text_width": 8, "text_length": 3}
+    sizes = {"layers": layers, "heads": 2, "head_dim": 8, "ffn_width": 16, "text_width": 8, "text_length": 3}
     sizes |= {"width": 2 * columns, "height": 2 * rows, "frames_per_chunk": 2, "attended_frames": 8}
     spec = small_spec(schedule=Schedule((1000.0,)), ar_start=0, **sizes)
-    return spec, random_model(spec).state_dict(), headmap_of(spec, [[0], [0], [1]])
+    return spec, random_model(spec).state_dict(), headmap_of(spec, [[0], [0], [1]][:layers])
 
 
 def largest_difference(
@@ -73,16 +73,20 @@ def largest_difference(
 def test_sizes_whose_tokens_six_does_not_divide_are_exported_and_generated(size: str, tmp_path: Path) -> None:
     rows, columns = ASKED[size]
     assert rows * columns % 6, "or nothing here is uneven"
-    spec, weights, headmap = thin(rows, columns)
-    made = export_bundle(spec, weights, load_policy("forcing-kv"), tmp_path / "b", headmap=headmap)
-    assert max(made.verification.values()) <= 1e-5
+    spec, weights, headmap = thin(rows, columns, layers=2 if size in HEAVY else 3)
+    # Where it takes seconds, the video below compares the graph with torch in every phase.
+    options = {"headmap": headmap, "verify": size not in HEAVY}
+    made = export_bundle(spec, weights, load_policy("forcing-kv"), tmp_path / "b", **options)  # type: ignore[arg-type]
+    assert set(made.verification) == (set() if size in HEAVY else {"prompt", "step", "decode"})
+    assert max(made.verification.values(), default=0) <= 1e-5
     step = onnx.load(tmp_path / "b" / "step.onnx", load_external_data=False)
     kinds = [node.op_type for graph in graphs(step) for node in graph.node if node.domain == "forcingkv"]
-    assert kinds == ["UnevenPrune", "UnevenPruneFollow"]
+    assert kinds == ["UnevenPrune", "UnevenPruneFollow"][: spec.layers - 1]
     retained = rows * columns // 6 * 4  # of two frames a chunk, two segments each
     assert made.plan.phases[-1]["dynamic.retained"] == retained
-    # Chunk 3 is the second that sees segments.
-    assert largest_difference(spec, weights, headmap, tmp_path / "b", 4) <= 1e-3
+    # Chunk 2 is the first that sees segments, chunk 3 sees some that were chosen among chosen ones.
+    chunks = 3 if size in HEAVY else 4
+    assert largest_difference(spec, weights, headmap, tmp_path / "b", chunks) <= 1e-3
 
 
 @pytest.mark.parametrize("resolution", [*ASKED, "832x480", "640x360", "674x388", "1920x1080"])
@@ -105,8 +109,8 @@ def test_fewer_tokens_than_segments_are_refused_with_how_many_would_do() -> None
 
 def coarse() -> tuple[ModelSpec, Mapping[str, Tensor], HeadMap]:
     """Tokens of 4x4 pixels."""
-    spec = replace(small_spec(layers=2, patch=4), width=16, height=12)
-    return spec, random_model(spec).state_dict(), headmap_of(spec, [[0], [0]])
+    spec = replace(small_spec(layers=1, patch=4), width=16, height=12)
+    return spec, random_model(spec).state_dict(), headmap_of(spec, [[0]])
 
 
 @pytest.fixture(scope="module")
