@@ -18,7 +18,7 @@ from torch import Tensor
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.entries import NOT_THE_MODEL, Choice, find_entry
 from forcingkv.models.naming import Named, bare, known_names
-from forcingkv.models.scales import MARK, NOTE, SCALES, check_metadata, check_note, dequantized, scale_faults
+from forcingkv.models.scales import EIGHT_BITS, HINT, Scaled, find_scales
 from forcingkv.models.tensor_files import FLOATS, Shapes, TensorFiles, check_fit
 
 HEADS = ("_cls_pred_branch", "_register_tokens", "_gan_ca_blocks")
@@ -34,9 +34,6 @@ OTHER_MODELS = (
 )
 """What one file may hold beside a transformer, each under its own name."""
 
-_EXTRA = re.compile(
-    r"^(?P<module>.+)\.(?P<kind>scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"
-)
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
 
 
@@ -66,12 +63,15 @@ class _Found:
     """Wan name -> where it is once more, in a fused projection."""
     unexpected: dict[str, str] = field(default_factory=dict)
     """Name for messages -> name in the file."""
-    scales: dict[str, str] = field(default_factory=dict)
-    """Weight -> its scale, both by their names in the file."""
     loras: dict[str, Lora] = field(default_factory=dict)
     """Weight, by its name in the file -> the LoRA beside it."""
     left_out: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def weights(self) -> set[str]:
+        """Names in the file of all that the model is made of."""
+        return {part.name for part in (*self.parts.values(), *self.twins.values())}
 
 
 def open_model(
@@ -96,7 +96,8 @@ def open_model(
     as they are stored. Raises InputError where nothing says what is meant, and listing every tensor that is
     missing, unexpected, wrongly shaped or stored as no number of a weight.
     """
-    known = known_names(wanted)
+    known, scaled = known_names(wanted), find_scales(files)
+    files = scaled.weights
     choice = find_entry(files, wanted, known, key, preferred)
     if choice is None:
         names = ", ".join(sorted(files.shapes)[:5]) or "no tensors at all"
@@ -104,10 +105,8 @@ def open_model(
         fault = f"does not fit {what}: none of its {count} tensors has a name of the model; it has {names}"
         raise InputError(fault, where=str(files.where), expected=f"names such as {next(iter(wanted))}")
     found = _found(files, choice, known)
-    if check_metadata(files):
-        found.left_out.append("metadata on scales")
-    weights = {part.name for part in (*found.parts.values(), *found.twins.values())}
-    found.faults += scale_faults(files, found.scales, weights)
+    found.left_out += scaled.left_out(found.weights)
+    found.faults += scaled.faults(found.weights)
     ranks = _check_loras(files, found)
     shapes, dtypes = {}, {}
     for wan, part in found.parts.items():
@@ -119,7 +118,7 @@ def open_model(
         shapes[wan], dtypes[wan] = files.shapes[name], files.dtypes[name]
     reader = _Reader(files, found, alpha)
     model = replace(files, shapes=shapes, dtypes=dtypes, read=reader.read, tables={}, entries=())
-    check_fit(model, {name: name for name in shapes}, wanted, what, also=found.faults)
+    check_fit(model, {name: name for name in shapes}, wanted, what, also=found.faults, hint=HINT)
     if found.loras and alpha is None:
         beside = f"{len(found.loras)} modules of rank {ranks}"
         raise InputError(
@@ -128,7 +127,7 @@ def open_model(
             expected="merged weights, or a spec that states lora_alpha under [source]",
             hint='Write one: base = "self-forcing", a name, and [source] with hub, file and lora_alpha.',
         )
-    return model, list(_told(files, choice, found, alpha, ranks))
+    return model, list(_told(files, choice, found, alpha, ranks, scaled))
 
 
 class _Reader:
@@ -153,19 +152,12 @@ class _Reader:
 
     def _merged(self, name: str) -> Tensor:
         """The weight; where a LoRA lies beside it, that plus alpha / rank * B A, in float32 (decision 21)."""
-        weight = self._scaled(name)
+        weight = self.files.read(name)
         lora = self.found.loras.get(name)
         if lora is None or self.alpha is None:
             return weight
         a, b = (self.files.read(side).float() for side in lora)
         return weight.float() + self.alpha / a.shape[0] * (b @ a)
-
-    def _scaled(self, name: str) -> Tensor:
-        tensor, scale = self.files.read(name), self.found.scales.get(name)
-        if scale:
-            return dequantized(tensor, self.files.read(scale), f"{self.files.where}: {scale}")
-        # Exact: every number of 8 bits is one of bfloat16 too.
-        return tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _found(files: TensorFiles, choice: Choice, known: Mapping[str, Named]) -> _Found:
@@ -229,27 +221,17 @@ def _place(
     found: _Found,
 ) -> None:
     """Say what a tensor is that is none of the model's."""
-    extra, lora = _EXTRA.match(behind), _LORA.match(behind)
+    lora = _LORA.match(behind)
     inner = _beside(prefix, bare(name))
     first, last = inner.split(".")[0], inner.split(".")[-1]
-    if extra and extra["module"] in modules and extra["kind"] in SCALES:
-        weight = modules[extra["module"]]
-        if weight in found.scales:
-            _refuse_both(files, found.scales[weight], name, f"the scale of {weight}")
-        found.scales[weight] = name
-    elif extra and extra["module"] in modules:
-        found.left_out.append(f"*.{extra['kind']}")
-        if extra["kind"] == NOTE:
-            where = f"{files.where}: {name}"
-            check_note(bytes(files.read(name).flatten().view(torch.uint8).tolist()), where)
-    elif lora and lora["module"] in modules:
+    if lora and lora["module"] in modules:
         adapters = pairs[lora["module"]]
         if lora["side"] in adapters:
             _refuse_both(files, adapters[lora["side"]][0], name, f"lora_{lora['side']} of {lora['module']}")
         adapters[lora["side"]] = name, lora["adapter"] or ""
     elif first in HEADS or f"_{first}" in HEADS or first in OTHER_MODELS:
         found.left_out.append(f"{first}.*" if first != inner else first)
-    elif last in BUFFERS or inner == MARK:
+    elif last in BUFFERS:
         found.left_out.append(f"*.{last}" if last != inner else last)
     else:
         parts = bare(name).split(".")
@@ -296,7 +278,7 @@ def _check_loras(files: TensorFiles, found: _Found) -> str:
 
 
 def _told(
-    files: TensorFiles, choice: Choice, found: _Found, alpha: float | None, ranks: str
+    files: TensorFiles, choice: Choice, found: _Found, alpha: float | None, ranks: str, scaled: Scaled
 ) -> Iterable[str]:
     """What was chosen, left out and computed, a sentence each; nothing where there was nothing to choose."""
     taken, where = choice.taken, files.where.name
@@ -317,9 +299,9 @@ def _told(
             name if count == 1 else f"{name} ({count})" for name, count in sorted(counted.items())
         )
         yield f"{where}: left out, since the model does without: {names}"
-    if found.scales:
-        yield f"{where}: {len(found.scales)} weights times their scales"
-    elif eight := _eight_bits(files, found):
+    if count := scaled.scaled(found.weights):
+        yield f"{where}: {count} weights times their scales"
+    elif eight := sum(files.dtypes[name] in EIGHT_BITS for name in found.weights):
         yield f"{where}: {eight} tensors in FP8, without scales"
     fused = {part.name for part in found.parts.values() if part.of > 1}
     if fused:
@@ -328,8 +310,3 @@ def _told(
         yield f"{where}: {len(found.twins)} tensors also lie in fused projections, and are compared"
     if found.loras:
         yield f"{where}: the LoRA beside {len(found.loras)} weights merged, alpha {alpha:g}, rank {ranks}"
-
-
-def _eight_bits(files: TensorFiles, found: _Found) -> int:
-    names = {part.name for part in found.parts.values()}
-    return sum(files.dtypes[name].startswith("float8") for name in names)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from forcingkv.headmaps import InputError
 from forcingkv.runtime.spec import PublicWeights
 from tests.conftest import random_model, small_spec
 from tests.models.test_checkpoints import assert_same, in_diffusers, prefixed
 from tests.models.test_layouts import SPEC, STATE, Q, State, load_flat, load_pt
+from tests.models.test_scales import FP8, scaled
 
-FP8 = torch.float8_e4m3fn
 MATRICES = [name for name, tensor in STATE.items() if tensor.dim() == 2 and name.endswith(".weight")]
 
 
@@ -31,126 +29,20 @@ def test_plain_fp8_is_cast_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     assert all(torch.equal(load_pt(eight, tmp_path)[name].float(), eight[name].float()) for name in MATRICES)
 
 
-def scaled(
-    key: str, shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: ()
-) -> tuple[State, State]:
-    """A checkpoint in scaled FP8, and what it stands for, in float64 by another way than the reader's."""
-    torch.manual_seed(3)
-    stored: State = {}
-    meant: State = {}
-    for name, tensor in STATE.items():
-        if name not in MATRICES:
-            stored[name] = meant[name] = tensor
-            continue
-        rows, columns = tensor.shape
-        scale = torch.rand(shape(rows, columns)) + 0.5
-        stored[name] = (tensor * 4).to(FP8)
-        stored[name.removesuffix("weight") + key] = scale
-        values = stored[name].double()
-        for row in range(rows):
-            if scale.dim() == 3:
-                width = columns // scale.shape[1]
-                for block in range(scale.shape[1]):
-                    values[row, block * width : (block + 1) * width] *= float(scale[row, block, 0])
-            else:
-                values[row] *= float(scale.flatten()[row if scale.numel() > 1 else 0])
-        meant[name] = values.float()
-    return stored, meant
-
-
-SCALES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
-    "one number": lambda rows, columns: (),
-    "one in a list": lambda rows, columns: (1,),
-    "a row": lambda rows, columns: (rows,),
-    "a column": lambda rows, columns: (rows, 1),
-    "blocks": lambda rows, columns: (rows, 2, 1),
-}
-
-
-@pytest.mark.parametrize("key", ["scale_weight", "weight_scale"])
-@pytest.mark.parametrize("shape", SCALES)
-def test_scaled_fp8_is_what_it_stands_for(key: str, shape: str, tmp_path: Path) -> None:
-    stored, meant = scaled(key, SCALES[shape])
-    stored["scaled_fp8"] = torch.zeros(2, dtype=FP8)
+def test_what_was_made_of_scaled_fp8_is_said(tmp_path: Path) -> None:
+    stored, _ = scaled(STATE)
     stored |= {name.replace("weight", "scale_input"): torch.ones(()) for name in MATRICES}
+    stored |= {"scaled_fp8": torch.zeros(2, dtype=FP8), "text_encoders.x.scale_input": torch.ones(())}
     weights = load_flat(prefixed(stored, "model.diffusion_model."), tmp_path)
-    for name in STATE:
-        torch.testing.assert_close(weights[name].float(), meant[name], rtol=1e-6, atol=0)
     assert f"c.safetensors: {len(MATRICES)} weights times their scales" in weights.taken
-    assert f"*.scale_input ({len(MATRICES)})" in " ".join(weights.taken)
-
-
-def note(**said: Any) -> Tensor:
-    return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
-
-
-def test_notes_of_comfyui_are_read(tmp_path: Path) -> None:
-    stored, meant = scaled("weight_scale")
-    notes = {name.replace("weight", "comfy_quant"): note(format="float8_e4m3fn") for name in MATRICES}
-    layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in MATRICES}
-    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-    weights = load_flat(stored | notes, tmp_path, metadata)
-    torch.testing.assert_close(weights[Q], meant[Q], rtol=1e-6, atol=0)
-    notes[Q.replace("weight", "comfy_quant")] = note(format="float8_e4m3fn", convrot=True)
-    with pytest.raises(InputError, match=r"comfy_quant describes weights stored as convrot"):
-        load_flat(stored | notes, tmp_path)
-    layers["blocks.0.ffn.0"] = {"format": "mxfp8"}
-    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
-    with pytest.raises(InputError, match=r"_quantization_metadata describes weights stored as mxfp8"):
-        load_flat(stored, tmp_path, metadata)
-    for metadata in ("no JSON", "[]", '["format"]', '{"layers": 3}', '{"layers": {"q": 3}}'):
-        with pytest.raises(InputError, match="is not a note"):
-            load_flat(stored, tmp_path, {"_quantization_metadata": metadata})
-    for odd in (torch.ones(3), torch.ones(3, dtype=torch.int64), torch.ones(0, dtype=torch.uint8)):
-        with pytest.raises(InputError, match="is not a note"):
-            load_flat(stored | {Q.replace("weight", "comfy_quant"): odd}, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop(Q.replace("weight", "scale_weight")), f"1 tensors: missing the scale of {Q}"),
-        (
-            lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones(5)}),
-            r"is \(5,\), which is no known scale",
-        ),
-        (
-            lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones(2, dtype=torch.uint8)}),
-            r"is \(2,\), which is no known scale",
-        ),
-        (
-            lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones((), dtype=torch.uint8)}),
-            "is stored as uint8, which is no known scale",
-        ),
-        (lambda s: s.update({Q.replace("weight", "weight_scale"): torch.ones(())}), "are both the scale of"),
-        (
-            lambda s: s.update({Q.replace("weight", "weight_scale_inv"): torch.ones(())}),
-            "unexpected .*weight_scale_inv",
-        ),
-        (
-            lambda s: s.update({"blocks.9.x.scale_weight": torch.ones(())}),
-            "unexpected blocks.9.x.scale_weight",
-        ),
-    ],
-)
-def test_spoilt_scales_are_refused(change: Callable[[State], object], message: str, tmp_path: Path) -> None:
-    stored, _ = scaled("scale_weight")
-    change(stored)
-    with pytest.raises(InputError, match=message):
-        load_flat(stored, tmp_path)
-
-
-def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    stored, _ = scaled("scale_weight")
-    stored[Q.replace("weight", "scale_weight")] = torch.tensor(float("nan"))
-    with pytest.raises(InputError, match="scale_weight is not finite"):
-        load_flat(stored, tmp_path)[Q]
-
-
-def test_all_marked_as_scaled_and_no_scale_is_refused(tmp_path: Path) -> None:
-    plain = {name: tensor.to(FP8) for name, tensor in STATE.items()}
-    with pytest.raises(InputError, match="missing the scale of"):
-        load_flat(plain | {"scaled_fp8": torch.zeros(0, dtype=FP8)}, tmp_path)
+    left_out = f"*.scale_input ({len(MATRICES)}), scaled_fp8, text_encoders.*"
+    assert f"c.safetensors: left out, since the model does without: {left_out}" in weights.taken
+    notes = {"_quantization_metadata": '{"format": "float8_e4m3fn"}'}
+    assert (
+        load_flat(stored, tmp_path, notes)
+        .taken[0]
+        .endswith("metadata on scales, scaled_fp8, text_encoders.*")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
