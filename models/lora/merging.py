@@ -33,7 +33,6 @@ class OpenLora:
         files: its tensors.
         strength: what all that it adds is multiplied by.
         shapes: Wan name -> shape of every tensor of the model.
-        aliases: other names of the model's layers -> Wan names.
         preset_alpha: the alpha of a preset's own LoRA, where the file does not say it.
 
     Raises InputError listing every tensor that is not of a LoRA, has no partner, no weight, or the wrong
@@ -45,13 +44,12 @@ class OpenLora:
         files: TensorFiles,
         strength: float,
         shapes: Shapes,
-        aliases: Mapping[str, str],
         preset_alpha: float | None = None,
     ) -> None:
         self.files, self.strength = files, strength
         where = str(files.where)
         self.scales = Scales(files.files[0], preset_alpha, any(note in files.shapes for note in NOTES))
-        found = sort_tensors(files.shapes, Layers(shapes, aliases), where)
+        found = sort_tensors(files.shapes, Layers(shapes), where)
         self.modules = len(found)
         every: list[Change] = []
         faults = [] if found else ["no lora_A and lora_B, nor what another kind has"]
@@ -185,7 +183,6 @@ def open_loras(
     source: PublicWeights | None,
     weights: Path,
     shapes: Shapes,
-    aliases: Mapping[str, str],
 ) -> list[OpenLora]:
     """Open the LoRAs that a user asks for, after the preset's own.
 
@@ -196,7 +193,6 @@ def open_loras(
             also where a user names it.
         weights: the checkpoint, beside which the preset's own LoRA may lie.
         shapes: Wan name -> shape of every tensor of the model.
-        aliases: other names of the model's layers -> Wan names.
 
     Raises InputError as `tensor_file` and `OpenLora` do.
     """
@@ -207,7 +203,7 @@ def open_loras(
         file = tensor_file(lora.path)
         is_own = theirs is not None and theirs.is_file() and file.samefile(theirs)
         alpha = source.lora_alpha if source and is_own else None
-        opened.append(OpenLora(open_tensors(file, None, KEY), lora.strength, shapes, aliases, alpha))
+        opened.append(OpenLora(open_tensors(file, None, KEY), lora.strength, shapes, alpha))
     return opened
 
 
