@@ -128,6 +128,11 @@ class Layers:
         flat = {name.replace(".", "_"): module for name, module in self._known.items()}
         self._known = flat | self._known
 
+    def takes(self, name: str) -> bool:
+        """Whether a tensor, named without prefix and wrappers, is a LoRA's part for one of the layers."""
+        key = _key(name)
+        return key is not None and key["module"] in self._known
+
     def find(self, written: str) -> Module | None:
         """The module that a file names; None if the model has none such."""
         name = bare(written)
@@ -137,6 +142,10 @@ class Layers:
                 return None
             name = name.removeprefix(prefix)
         return self._known[name]
+
+
+def _key(name: str) -> re.Match[str] | None:
+    return _KEY.fullmatch(_SPELT.sub(r".lora_\1", name))
 
 
 def _layer(name: str) -> str:
@@ -155,7 +164,7 @@ def sort_tensors(names: Iterable[str], layers: Layers, where: str) -> list[Parts
     strange: list[tuple[str, str]] = []
     twice: list[str] = []
     for name in names:
-        key = _KEY.fullmatch(_SPELT.sub(r".lora_\1", name))
+        key = _key(name)
         part = _part(key) if key else None
         if not key or not part:
             if name not in NOTES:

@@ -70,6 +70,12 @@ class OpenLora:
         self.changes: dict[str, list[Change]] = {}
         for change in every:
             self.changes.setdefault(change.target, []).append(change)
+        said = [change.scale for change in every if change.scale]
+        self.kinds = _each_once(change.kind for change in every)
+        self.ranks = _each_once(change.rank for change in every if change.rank is not None)
+        self.alphas = _each_once(scale.alpha for scale in said if scale.alpha is not None)
+        self.factors = _each_once(scale.factor for scale in said)
+        self.alpha_from = _each_once(scale.source for scale in said)
 
     @cached_property
     def sha256(self) -> str:
@@ -89,19 +95,17 @@ class OpenLora:
     @cached_property
     def record(self) -> LoraRecord:
         """What a manifest says of it."""
-        every = [change for of in self.changes.values() for change in of]
-        scales = [change.scale for change in every if change.scale]
         return LoraRecord(
             file=self.files.files[0].name,
             sha256=self.sha256,
             strength=self.strength,
             modules=self.modules,
-            kinds=_each_once(change.kind for change in every),
-            ranks=_each_once(change.rank for change in every if change.rank is not None),
-            alphas=_each_once(scale.alpha for scale in scales if scale.alpha is not None),
-            scales=_each_once(scale.factor for scale in scales),
-            alpha_from=tuple(sorted({scale.source for scale in scales})),
-            alpha_known=all(scale.source != NOWHERE for scale in scales),
+            kinds=self.kinds,
+            ranks=self.ranks,
+            alphas=self.alphas,
+            scales=self.factors,
+            alpha_from=self.alpha_from,
+            alpha_known=NOWHERE not in self.alpha_from,
         )
 
 

@@ -36,6 +36,7 @@ DIFFUSERS, KOHYA, KOHYA_MODULE = "lora_adapter_metadata", "ss_network_alpha", "s
 TENSOR = "alpha tensors of the file"
 PRESET = "the model's preset"
 NOWHERE = "taken as the rank: nothing says it"
+WHOLE = "no scale: whole matrices"
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin training (`init_lora_weights`) that subtract the first matrices from the weights."""

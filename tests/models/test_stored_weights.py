@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -137,20 +139,18 @@ def test_fused_projections_of_another_size_are_refused(rows: int, tmp_path: Path
         load_flat(spoilt, tmp_path)
 
 
-def wrapped_by_peft(alpha: float) -> tuple[State, State]:
-    """A model that PEFT has put a LoRA of rank 4 into, unmerged, and what PEFT itself merges it to."""
-    import peft
+TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2", "head.head"]
 
-    model = random_model(SPEC)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=alpha, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2", "head.head"]
-    )
-    wrapped = peft.get_peft_model(model, config)
+
+def wrapped_by_peft(alpha: float, config: peft.PeftConfig | None = None) -> tuple[State, State]:
+    """A model that PEFT has put a LoRA of rank 4 into, unmerged, and what PEFT itself merges it to."""
+    config = config or peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=TARGETS)
+    wrapped = peft.get_peft_model(random_model(SPEC), config)
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.1 + 0.05)
     state = {name: tensor.detach().clone() for name, tensor in wrapped.state_dict().items()}
     merged = {name: tensor.clone() for name, tensor in wrapped.merge_and_unload().state_dict().items()}
     return state, merged
@@ -172,7 +172,10 @@ def test_a_file_wrapped_by_peft_is_merged(layout: str, tmp_path: Path) -> None:
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-6)
     assert not torch.equal(weights[Q], STATE[Q])
     pairs = sum(".lora_A." in name for name in state)
-    assert weights.taken[-1] == f"c.pt: the LoRA beside {pairs} weights merged, alpha 12, rank 4"
+    assert (
+        weights.taken[-1]
+        == f"c.pt: the LoRA beside {pairs} weights merged, alpha 12 (the model's preset), rank 4"
+    )
 
 
 def test_a_file_wrapped_by_peft_needs_its_alpha(tmp_path: Path) -> None:
@@ -184,25 +187,119 @@ def test_a_file_wrapped_by_peft_needs_its_alpha(tmp_path: Path) -> None:
         load_pt(state, tmp_path, spec=of_another)
 
 
+PATTERNS = {"rank_pattern": {"ffn.0": 2}, "alpha_pattern": {"self_attn.k": 9, "head.head": 1}}
+OF_LORA: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": TARGETS}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (peft.LoraConfig(**OF_LORA, use_dora=True), "DoRA beside .*, alpha 12 .*, rank 4"),
+        pytest.param(
+            peft.LoraConfig(**OF_LORA, lora_bias=True),
+            "LoRA beside .*, alpha 12 .*, rank 4",
+            # PEFT takes a bias for a matrix that was torn apart.
+            marks=pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape"),
+        ),
+        (peft.LoraConfig(**OF_LORA, bias="lora_only"), "LoRA beside .*, alpha 12 .*, rank 4"),
+        (peft.LoraConfig(**OF_LORA, rank_pattern={"ffn.0": 2}), "LoRA beside .*, alpha 12 .*, rank 2, 4"),
+        (peft.LoHaConfig(r=4, alpha=12, target_modules=TARGETS), "LoHa beside .*, alpha 12 .*, rank 4"),
+        (peft.LoKrConfig(r=2, alpha=12, target_modules=TARGETS), "LoKr beside .*, alpha 12 .*, rank 2"),
+        (peft.LoraConfig(**OF_LORA, **PATTERNS), "LoRA beside .*, alpha 1, 9, 12 .*config.json.*, rank 2, 4"),
+        (peft.LoraConfig(**OF_LORA, use_rslora=True), r"alpha 12 \(adapter_config.json\), rank 4"),
+        (peft.LoKrConfig(r=20, alpha=12, target_modules=TARGETS), r"LoKr .*alpha 12 \(.*config.json\), whole"),
+    ],
+    ids=["DoRA", "bias of B", "bias of the layer", "rank pattern", "LoHa", "LoKr", "patterns", "rsLoRA",
+         "LoKr of whole matrices"],
+)  # fmt: skip
+def test_all_that_peft_puts_into_a_model_is_merged_as_peft_does(
+    config: peft.PeftConfig, told: str, tmp_path: Path
+) -> None:
+    """What the tensors do not show is in the configuration beside the file."""
+    state, merged = wrapped_by_peft(12, config)
+    options: dict[str, Any] = {"spec": ALPHA_12}
+    digest = ""
+    if "config" in told:
+        digest = load_pt(state, tmp_path, **options).digest or "" if "LoKr" not in told else ""
+        config.save_pretrained(tmp_path)
+        options = {}
+    weights = load_pt(state, tmp_path, **options)
+    for name, expected in merged.items():
+        torch.testing.assert_close(weights[name], expected, rtol=0, atol=2e-6)
+    assert re.search(told, weights.taken[-1])
+    assert weights.digest != digest, "a configuration is a part of what the weights are"
+    assert max(float((weights[name] - tensor).abs().max()) for name, tensor in STATE.items()) > 0.02
+
+
+def test_a_lokr_of_whole_matrices_needs_its_configuration(tmp_path: Path) -> None:
+    """PEFT divides by a rank that the matrices do not show; other programs do not scale it."""
+    state, _ = wrapped_by_peft(12, peft.LoKrConfig(r=20, alpha=12, target_modules=TARGETS))
+    with pytest.raises(
+        InputError, match=r"modules of whole matrices\), and nothing says its alpha.*adapter_config"
+    ):
+        load_pt(state, tmp_path, spec=ALPHA_12)
+
+
+@pytest.mark.parametrize("parts", [True, False], ids=["its parts too", "alone"])
+def test_a_lora_beside_a_fused_projection(parts: bool, tmp_path: Path) -> None:
+    """Its rows are those of the parts; where these are there too, nothing says which the LoRA belongs to."""
+    state = fused(STATE, keep=parts)
+    torch.manual_seed(2)
+    down, up = torch.randn(4, 36), torch.randn(108, 4)
+    module = "blocks.1.self_attn.to_qkv"
+    state |= {f"{module}.lora_A.default.weight": down, f"{module}.lora_B.default.weight": up}
+    if parts:
+        with pytest.raises(InputError, match=rf"holds .*{Q}.* twice, and a LoRA beside only one of them"):
+            load_flat(state, tmp_path, spec=ALPHA_12)
+        return
+    weights = load_flat(state, tmp_path, spec=ALPHA_12)
+    for number, part in enumerate("qkv"):
+        name = Q.replace(".q.", f".{part}.")
+        expected = STATE[name] + 3 * up[36 * number : 36 * (number + 1)] @ down
+        torch.testing.assert_close(weights[name], expected)
+
+
+def test_a_lora_beside_scaled_fp8_is_added_to_what_the_weights_mean(tmp_path: Path) -> None:
+    """Matrices in 8 bits need scales like the weights."""
+    state, _ = wrapped_by_peft(12)
+    stored, meant = scaled(STATE)
+    prefix = "base_model.model."
+    held = {n.removeprefix(prefix): t for n, t in state.items() if ".lora_" in n}
+    weights = load_flat(stored | held, tmp_path, spec=ALPHA_12)
+    down, up = (held[Q.replace("weight", f"lora_{side}.default.weight")] for side in "AB")
+    torch.testing.assert_close(weights[Q], meant[Q] + 3 * up @ down)
+    eight = {name: tensor.to(FP8) for name, tensor in held.items()}
+    with pytest.raises(InputError, match=rf"{len(held)} tensors: missing the scale of .*lora_A"):
+        load_flat(stored | eight, tmp_path, spec=ALPHA_12)
+
+
 A = "base_model.model." + Q.replace("weight", "lora_A.default.weight")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop(A), "has of a LoRA only .*lora_B.default.weight"),
+        (lambda s: s.pop(A), f"{Q} has only .*lora_B.default.weight"),
         (
             lambda s: s.update({A: torch.ones(5, 36)}),
-            r"are \(5, 36\) and \(36, 4\), which do not make \(36, 36\)",
+            rf"A \(5, 36\) and B \(36, 4\) do not make {Q} \(36, 36\)",
         ),
         (
             lambda s: s.update({A: torch.ones(4, 36, dtype=torch.int8)}),
             "lora_A.default.weight is stored as int8",
         ),
-        (lambda s: s.update({A.replace("default", "other"): torch.ones(4, 36)}), "are both lora_A of"),
         (
-            lambda s: s.update({A.replace("lora_A", "lora_magnitude_vector"): torch.ones(36)}),
-            "unexpected .*lora_magnitude_vector",
+            lambda s: s.update({A.replace("default", "other"): torch.ones(4, 36)}),
+            "several adapters: default, other",
+        ),
+        (lambda s: s.update({A.replace("blocks", "module.blocks"): torch.ones(4, 36)}), "are both blocks.1"),
+        (
+            lambda s: s.update({A.replace("lora_A", "lora_magnitude_vector"): torch.ones(35)}),
+            r"lora_magnitude_vector.default.weight is \(35,\) instead of",
+        ),
+        (
+            lambda s: s.update({A.replace("lora_A", "lora_embedding_A"): torch.ones(36)}),
+            "unexpected .*lora_embedding_A",
         ),
         (lambda s: s.update({A.replace(".q.", ".x."): torch.ones(4, 36)}), "unexpected .*self_attn.x.lora_A"),
     ],
