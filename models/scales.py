@@ -33,7 +33,7 @@ _MARK, _NOTE, _NOTES = "scaled_fp8", "comfy_quant", "_quantization_metadata"
 _NOTED = {"float8_e4m3fn", "float8_e5m2"}
 """Formats of such notes that are a weight in 8-bit floats times a scale."""
 
-_CALLED_SO = re.compile("(?<!un)scaled")
+_CALLED_SO = re.compile("(?<!un)(?<!up)(?<!re)(?<!down)scaled")
 _SCALE = re.compile(r"\.(scale_weight|weight_scale)$")
 _BESIDE = re.compile(rf"{_SCALE.pattern}|\.(scale_input|input_scale|{_NOTE})$")
 
@@ -67,15 +67,18 @@ class Scaled:
         Files are scaled where they, their names or what stands beside one of `weights` say so; then each of
         `weights` that is in 8-bit floats needs a scale.
         """
-        said = bool(self.marks) or any(_CALLED_SO.search(path.name.lower()) for path in self.stored.files)
-        scaled = said or any(name in self.beside for name in weights)
-        faults = [fault for name in weights for fault in self._faults(name, scaled)]
+        why = ""
+        if any(_CALLED_SO.search(path.name.lower()) for path in self.stored.files):
+            why = "the name of the file says that it is scaled"
+        if self.marks or any(name in self.beside for name in weights):
+            why = "the file is one of scaled weights"
+        faults = [fault for name in weights for fault in self._faults(name, why)]
         if _NOTES in self.stored.metadata:
             fault = _misread(self.stored.metadata[_NOTES].encode())
             faults += [f"metadata {_NOTES} {fault}"] if fault else []
         return faults
 
-    def _faults(self, weight: str, scaled: bool) -> Iterator[str]:
+    def _faults(self, weight: str, why_scaled: str) -> Iterator[str]:
         stored, beside = self.stored, self.beside.get(weight, ())
         for name in beside:
             if name.endswith(f".{_NOTE}"):
@@ -84,8 +87,8 @@ class Scaled:
                 yield from [f"{name} {fault}"] if fault else []
         scales = [name for name in beside if _SCALE.search(name)]
         if not scales:
-            if scaled and stored.dtypes[weight] in EIGHT_BITS:
-                yield f"missing the scale of {weight}: the file is one of scaled weights"
+            if why_scaled and stored.dtypes[weight] in EIGHT_BITS:
+                yield f"missing the scale of {weight}: {why_scaled}"
         elif len(scales) > 1:
             yield f"{' and '.join(scales)} are both the scale of {weight}"
         elif stored.dtypes[weight] not in EIGHT_BITS:

@@ -48,7 +48,7 @@ class OpenLora:
     ) -> None:
         self.files, self.strength = files, strength
         where = str(files.where)
-        self.scales = Scales(files.files[0], preset_alpha, any(note in files.shapes for note in NOTES))
+        self.scales = Scales(files, preset_alpha, any(note in files.shapes for note in NOTES))
         found = sort_tensors(files.shapes, Layers(shapes), where)
         self.modules = len(found)
         every: list[Change] = []

@@ -105,6 +105,7 @@ def opened(
     metadata: dict[str, str] | None = None,
     name: str = "c.safetensors",
 ) -> Callable[[str], Tensor]:
+    folder.mkdir(exist_ok=True)
     if name.endswith(".safetensors"):
         save_file({name: t.contiguous().clone() for name, t in state.items()}, folder / name, metadata)
     else:
@@ -276,10 +277,15 @@ def test_a_file_that_says_it_is_scaled_and_has_no_scales_is_refused(
     }
     metadata = {"_quantization_metadata": '{"layers": {}}'} if said == "metadata" else None
     if said == "nothing" and "scaled" not in name:
-        weight = opened(door, plain, tmp_path, name="c_unscaled.safetensors")(f"{door.q}.weight")
-        assert torch.equal(weight.float(), plain[f"{door.q}.weight"].float())
+        for plain_name in ("c_unscaled.safetensors", "c-upscaled.safetensors"):
+            weight = opened(door, plain, tmp_path / plain_name.split(".")[0], name=plain_name)(
+                f"{door.q}.weight"
+            )
+            assert torch.equal(weight.float(), plain[f"{door.q}.weight"].float())
         return
-    with pytest.raises(InputError, match=rf"{len(plain)} tensors: missing the scale of .*Take the file in"):
+    why = "the name of the file says" if said == "nothing" else "the file is one of scaled weights"
+    message = rf"{len(plain)} tensors: missing the scale of .*: {why}.*Take the file in"
+    with pytest.raises(InputError, match=message):
         opened(door, plain | more.get(said, {}), tmp_path, metadata, name)
 
 

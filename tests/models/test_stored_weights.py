@@ -207,7 +207,7 @@ OF_LORA: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": TARGETS}
         (peft.LoKrConfig(r=2, alpha=12, target_modules=TARGETS), "LoKr beside .*, alpha 12 .*, rank 2"),
         (peft.LoraConfig(**OF_LORA, **PATTERNS), "LoRA beside .*, alpha 1, 9, 12 .*config.json.*, rank 2, 4"),
         (peft.LoraConfig(**OF_LORA, use_rslora=True), r"alpha 12 \(adapter_config.json\), rank 4"),
-        (peft.LoKrConfig(r=20, alpha=12, target_modules=TARGETS), r"LoKr .*alpha 12 \(.*config.json\), whole"),
+        (peft.LoKrConfig(r=20, alpha=12, target_modules=TARGETS), r"LoKr .*alpha 12 \(.*config.json\), who"),
     ],
     ids=["DoRA", "bias of B", "bias of the layer", "rank pattern", "LoHa", "LoKr", "patterns", "rsLoRA",
          "LoKr of whole matrices"],
