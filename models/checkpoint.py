@@ -19,7 +19,6 @@ from torch import Tensor
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.layout import open_model
 from forcingkv.models.lora import Lora, LoraLike, Merger, asked, open_loras
-from forcingkv.models.naming import diffusers_layers
 from forcingkv.models.places import Located, locate
 from forcingkv.models.presets import shipped_file
 from forcingkv.models.tensor_files import open_tables
@@ -122,7 +121,7 @@ def load_weights(
         # The alpha of a file of its own is of that file: a LoRA beside other weights does not say its.
         alpha=source.lora_alpha if source and not source.lora else None,
     )
-    merger = Merger(open_loras(loras, found.lora, source, found.path, wanted, diffusers_layers(wanted)))
+    merger = Merger(open_loras(loras, found.lora, source, found.path, wanted))
 
     def read(name: str) -> Tensor:
         return merger.merged(name, files.read(name))

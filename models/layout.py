@@ -6,8 +6,7 @@ made of those of the file when they are asked for. What was chosen, left out or 
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -17,9 +16,12 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.entries import NOT_THE_MODEL, Choice, find_entry
+from forcingkv.models.lora import Merger, OpenLora
+from forcingkv.models.lora.keys import Layers
+from forcingkv.models.lora.scales import CONFIG, NOWHERE, WHOLE
 from forcingkv.models.naming import Named, bare, known_names
-from forcingkv.models.scales import MARK, NOTE, SCALES, check_metadata, check_note, dequantized, scale_faults
-from forcingkv.models.tensor_files import FLOATS, Shapes, TensorFiles, check_fit
+from forcingkv.models.scales import EIGHT_BITS, HINT, Scaled, find_scales
+from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed
 
 HEADS = ("_cls_pred_branch", "_register_tokens", "_gan_ca_blocks")
 """Modules that training adds and generating does without; their names also come without the underscore."""
@@ -33,18 +35,6 @@ OTHER_MODELS = (
     *("clip", "clip_vision", "image_encoder"),
 )
 """What one file may hold beside a transformer, each under its own name."""
-
-_EXTRA = re.compile(
-    r"^(?P<module>.+)\.(?P<kind>scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"
-)
-_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
-
-
-class Lora(NamedTuple):
-    """A LoRA that lies beside the weight it belongs to: names of A (rank, in) and B (out, rank)."""
-
-    a: str
-    b: str
 
 
 class Part(NamedTuple):
@@ -66,12 +56,14 @@ class _Found:
     """Wan name -> where it is once more, in a fused projection."""
     unexpected: dict[str, str] = field(default_factory=dict)
     """Name for messages -> name in the file."""
-    scales: dict[str, str] = field(default_factory=dict)
-    """Weight -> its scale, both by their names in the file."""
-    loras: dict[str, Lora] = field(default_factory=dict)
-    """Weight, by its name in the file -> the LoRA beside it."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Tensors of a LoRA that lies beside the weights: name behind the prefix -> name in the file."""
     left_out: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+
+    @property
+    def weights(self) -> set[str]:
+        """Names in the file of all that the model is made of."""
+        return {part.name for part in (*self.parts.values(), *self.twins.values())}
 
 
 def open_model(
@@ -90,25 +82,24 @@ def open_model(
         wanted: shapes of the model's tensors, by Wan name.
         what: the model, for messages.
         key, preferred: see `entries.find_entry`.
-        alpha: of a LoRA that lies beside the weights, unmerged; None: not known, and such a file is refused.
+        alpha: of a LoRA that lies beside the weights, unmerged, where nothing nearer says it (`lora.scales`);
+            None: not known, and such a file is refused.
 
     Weights in FP8 are given in bfloat16, which holds them exactly, those with a scale in float32, all others
     as they are stored. Raises InputError where nothing says what is meant, and listing every tensor that is
     missing, unexpected, wrongly shaped or stored as no number of a weight.
     """
-    known = known_names(wanted)
+    known, scaled = known_names(wanted), find_scales(files)
+    files = scaled.weights
     choice = find_entry(files, wanted, known, key, preferred)
     if choice is None:
         names = ", ".join(sorted(files.shapes)[:5]) or "no tensors at all"
         count = len(files.shapes)
         fault = f"does not fit {what}: none of its {count} tensors has a name of the model; it has {names}"
         raise InputError(fault, where=str(files.where), expected=f"names such as {next(iter(wanted))}")
-    found = _found(files, choice, known)
-    if check_metadata(files):
-        found.left_out.append("metadata on scales")
-    weights = {part.name for part in (*found.parts.values(), *found.twins.values())}
-    found.faults += scale_faults(files, found.scales, weights)
-    ranks = _check_loras(files, found)
+    found = _found(files, choice, known, Layers(wanted))
+    found.left_out += scaled.left_out(found.weights)
+    faults = scaled.faults(found.weights | set(found.beside.values()))
     shapes, dtypes = {}, {}
     for wan, part in found.parts.items():
         rows, *rest = files.shapes[part.name] or (0,)
@@ -117,25 +108,48 @@ def open_model(
         dtypes[wan] = files.dtypes[part.name]
     for wan, name in found.unexpected.items():
         shapes[wan], dtypes[wan] = files.shapes[name], files.dtypes[name]
-    reader = _Reader(files, found, alpha)
-    model = replace(files, shapes=shapes, dtypes=dtypes, read=reader.read, tables={}, entries=())
-    check_fit(model, {name: name for name in shapes}, wanted, what, also=found.faults)
-    if found.loras and alpha is None:
-        beside = f"{len(found.loras)} modules of rank {ranks}"
+    model = replace(files, shapes=shapes, dtypes=dtypes, tables={}, entries=())
+    check_fit(model, {name: name for name in shapes}, wanted, what, also=faults, hint=HINT)
+    lora = _open_beside(files, found, wanted, alpha) if found.beside else None
+    read = _Reader(files, found, Merger([lora] if lora else [])).read
+    # A configuration that says alphas is one of the files that the weights are made of.
+    said = [lora.scales.beside] if lora and lora.scales.beside else []
+    model = replace(model, read=read, files=[*files.files, *said])
+    return model, list(_told(files, choice, found, lora, scaled))
+
+
+def _open_beside(files: TensorFiles, found: _Found, wanted: Shapes, alpha: float | None) -> OpenLora:
+    """The LoRA beside the weights. Raises InputError unless its alphas are known, as `OpenLora` does."""
+    shapes = {behind: files.shapes[name] for behind, name in found.beside.items()}
+    dtypes = {behind: files.dtypes[name] for behind, name in found.beside.items()}
+
+    def read(behind: str) -> Tensor:
+        return files.read(found.beside[behind])
+
+    lora = OpenLora(replace(files, shapes=shapes, dtypes=dtypes, read=read), 1.0, wanted, alpha)
+    where, size = str(files.where), f"{lora.modules} modules of {_rank(lora)}"
+    if {NOWHERE, WHOLE} & set(lora.alpha_from):
         raise InputError(
-            f"holds a LoRA that is not merged ({beside}), and nothing says its alpha",
-            where=str(files.where),
-            expected="merged weights, or a spec that states lora_alpha under [source]",
+            f"holds a LoRA that is not merged ({size}), and nothing says its alpha",
+            where=where,
+            expected=f"merged weights, {CONFIG} beside, or a spec that states lora_alpha under [source]",
             hint='Write one: base = "self-forcing", a name, and [source] with hub, file and lora_alpha.',
         )
-    return model, list(_told(files, choice, found, alpha, ranks))
+    if twice := sorted(found.twins.keys() & lora.changes.keys()):
+        what = f"holds {listed(twice)} twice, and a LoRA beside only one of them"
+        raise InputError(what, where=where, hint="Save the one that is meant.")
+    return lora
+
+
+def _rank(lora: OpenLora) -> str:
+    return f"rank {', '.join(map(str, lora.ranks))}" if lora.ranks else "whole matrices"
 
 
 class _Reader:
     """Makes tensors of the model of those of the files."""
 
-    def __init__(self, files: TensorFiles, found: _Found, alpha: float | None) -> None:
-        self.files, self.found, self.alpha = files, found, alpha
+    def __init__(self, files: TensorFiles, found: _Found, merger: Merger) -> None:
+        self.files, self.found, self.merger = files, found, merger
 
     def read(self, name: str) -> Tensor:
         """The tensor of a Wan name. Raises InputError where the file holds it twice, with other values."""
@@ -145,35 +159,18 @@ class _Reader:
             first = self.found.parts[name].name
             what = f"holds {name} twice, with other values: {first} and {twin.name}"
             raise InputError(what, where=str(self.files.where), hint="Save the one that is meant.")
-        return tensor
+        return self.merger.merged(name, tensor)
 
     def _part(self, part: Part) -> Tensor:
-        tensor = self._merged(part.name)
+        tensor = self.files.read(part.name)
         return tensor.chunk(part.of)[part.number] if part.of > 1 else tensor
 
-    def _merged(self, name: str) -> Tensor:
-        """The weight; where a LoRA lies beside it, that plus alpha / rank * B A, in float32 (decision 21)."""
-        weight = self._scaled(name)
-        lora = self.found.loras.get(name)
-        if lora is None or self.alpha is None:
-            return weight
-        a, b = (self.files.read(side).float() for side in lora)
-        return weight.float() + self.alpha / a.shape[0] * (b @ a)
 
-    def _scaled(self, name: str) -> Tensor:
-        tensor, scale = self.files.read(name), self.found.scales.get(name)
-        if scale:
-            return dequantized(tensor, self.files.read(scale), f"{self.files.where}: {scale}")
-        # Exact: every number of 8 bits is one of bfloat16 too.
-        return tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
-
-
-def _found(files: TensorFiles, choice: Choice, known: Mapping[str, Named]) -> _Found:
+def _found(files: TensorFiles, choice: Choice, known: Mapping[str, Named], layers: Layers) -> _Found:
     """Tell apart what lies where the model does: in its tables, or behind its prefix."""
     taken, found = choice.taken, _Found()
     others = [other.prefix for other in choice.others if other.prefix]
-    modules: dict[str, str] = {}
-    beside: list[tuple[str, str]] = []
+    left: list[tuple[str, str]] = []
     # In a tree of tables nothing tells whose a tensor is: all count as the model's.
     everything = not taken.prefix and len(taken.tables) > 1
     diffusers = any(tail.startswith("condition_embedder.") for tail, _ in taken.held.values())
@@ -187,7 +184,7 @@ def _found(files: TensorFiles, choice: Choice, known: Mapping[str, Named]) -> _F
             continue
         named = known.get(behind) if behind else None
         if named is None or (named.diffusers and not diffusers):
-            beside.append((name, behind or ""))
+            left.append((name, behind or ""))
         elif named.fused:
             for number, wan in enumerate(named.wan):
                 found.twins[wan] = Part(name, number, len(named.wan))
@@ -196,14 +193,10 @@ def _found(files: TensorFiles, choice: Choice, known: Mapping[str, Named]) -> _F
             if wan in found.parts:
                 _refuse_both(files, found.parts[wan].name, name, wan)
             found.parts[wan] = Part(name)
-        if named and behind and behind.endswith(".weight"):
-            modules[behind.removesuffix(".weight")] = name
     for wan in found.twins.keys() - found.parts.keys():
         found.parts[wan] = found.twins.pop(wan)
-    pairs: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
-    for name, behind in beside:
-        _place(files, taken.prefix, name, behind, modules, pairs, known, found)
-    _pair(pairs, modules, found)
+    for name, behind in left:
+        _place(files, taken.prefix, name, behind, layers, known, found)
     return found
 
 
@@ -223,33 +216,20 @@ def _place(
     prefix: str,
     name: str,
     behind: str,
-    modules: Mapping[str, str],
-    pairs: dict[str, dict[str, tuple[str, str]]],
+    layers: Layers,
     known: Mapping[str, Named],
     found: _Found,
 ) -> None:
     """Say what a tensor is that is none of the model's."""
-    extra, lora = _EXTRA.match(behind), _LORA.match(behind)
     inner = _beside(prefix, bare(name))
     first, last = inner.split(".")[0], inner.split(".")[-1]
-    if extra and extra["module"] in modules and extra["kind"] in SCALES:
-        weight = modules[extra["module"]]
-        if weight in found.scales:
-            _refuse_both(files, found.scales[weight], name, f"the scale of {weight}")
-        found.scales[weight] = name
-    elif extra and extra["module"] in modules:
-        found.left_out.append(f"*.{extra['kind']}")
-        if extra["kind"] == NOTE:
-            where = f"{files.where}: {name}"
-            check_note(bytes(files.read(name).flatten().view(torch.uint8).tolist()), where)
-    elif lora and lora["module"] in modules:
-        adapters = pairs[lora["module"]]
-        if lora["side"] in adapters:
-            _refuse_both(files, adapters[lora["side"]][0], name, f"lora_{lora['side']} of {lora['module']}")
-        adapters[lora["side"]] = name, lora["adapter"] or ""
+    if layers.takes(behind):
+        if behind in found.beside:
+            _refuse_both(files, found.beside[behind], name, behind)
+        found.beside[behind] = name
     elif first in HEADS or f"_{first}" in HEADS or first in OTHER_MODELS:
         found.left_out.append(f"{first}.*" if first != inner else first)
-    elif last in BUFFERS or inner == MARK:
+    elif last in BUFFERS:
         found.left_out.append(f"*.{last}" if last != inner else last)
     else:
         parts = bare(name).split(".")
@@ -269,34 +249,8 @@ def _beside(prefix: str, name: str) -> str:
     return ".".join(parts[common:])
 
 
-def _pair(
-    pairs: Mapping[str, Mapping[str, tuple[str, str]]], modules: Mapping[str, str], found: _Found
-) -> None:
-    for module, sides in pairs.items():
-        if len({adapter for _, adapter in sides.values()}) != 1 or set(sides) != {"A", "B"}:
-            found.faults.append(
-                f"{module} has of a LoRA only {', '.join(name for name, _ in sides.values())}"
-            )
-        else:
-            found.loras[modules[module]] = Lora(sides["A"][0], sides["B"][0])
-
-
-def _check_loras(files: TensorFiles, found: _Found) -> str:
-    """Add what is wrong with LoRAs beside weights to the faults; returns their ranks, for messages."""
-    ranks = set()
-    for weight, (a, b) in found.loras.items():
-        (rank, *inner), (outer, *second) = files.shapes[a] or (0,), files.shapes[b] or (0,)
-        ranks.add(rank)
-        if [rank] != second or (outer, *inner) != files.shapes[weight] or len(inner) != 1:
-            shapes = f"{files.shapes[a]} and {files.shapes[b]}"
-            found.faults.append(f"{a} and {b} are {shapes}, which do not make {files.shapes[weight]}")
-        wrong = [name for name in (a, b) if files.dtypes[name] not in FLOATS]
-        found.faults += [f"{name} is stored as {files.dtypes[name]}" for name in wrong]
-    return ", ".join(map(str, sorted(ranks)))
-
-
 def _told(
-    files: TensorFiles, choice: Choice, found: _Found, alpha: float | None, ranks: str
+    files: TensorFiles, choice: Choice, found: _Found, lora: OpenLora | None, scaled: Scaled
 ) -> Iterable[str]:
     """What was chosen, left out and computed, a sentence each; nothing where there was nothing to choose."""
     taken, where = choice.taken, files.where.name
@@ -317,19 +271,16 @@ def _told(
             name if count == 1 else f"{name} ({count})" for name, count in sorted(counted.items())
         )
         yield f"{where}: left out, since the model does without: {names}"
-    if found.scales:
-        yield f"{where}: {len(found.scales)} weights times their scales"
-    elif eight := _eight_bits(files, found):
+    if count := scaled.scaled(found.weights):
+        yield f"{where}: {count} weights times their scales"
+    elif eight := sum(files.dtypes[name] in EIGHT_BITS for name in found.weights):
         yield f"{where}: {eight} tensors in FP8, without scales"
     fused = {part.name for part in found.parts.values() if part.of > 1}
     if fused:
         yield f"{where}: {len(fused)} fused projections split"
     if found.twins:
         yield f"{where}: {len(found.twins)} tensors also lie in fused projections, and are compared"
-    if found.loras:
-        yield f"{where}: the LoRA beside {len(found.loras)} weights merged, alpha {alpha:g}, rank {ranks}"
-
-
-def _eight_bits(files: TensorFiles, found: _Found) -> int:
-    names = {part.name for part in found.parts.values()}
-    return sum(files.dtypes[name].startswith("float8") for name in names)
+    if lora:
+        alphas, kinds = ", ".join(f"{alpha:g}" for alpha in lora.alphas), " and ".join(lora.kinds)
+        said = f"alpha {alphas} ({', '.join(lora.alpha_from)}), {_rank(lora)}"
+        yield f"{where}: the {kinds} beside {lora.modules} weights merged, {said}"

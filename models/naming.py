@@ -69,21 +69,6 @@ class Named(NamedTuple):
         return len(self.wan) > 1
 
 
-def to_wan(name: str) -> str | None:
-    """The Wan name of a diffusers name; None if there is none."""
-    match = _LEAF.match(name)
-    number, module, leaf = match.groups("") if match else ("", "", "")
-    wan = (_BLOCK if number else _WHOLE).get(module)
-    place = f"blocks.{number}." if number else ""
-    return place + wan + leaf if wan else None
-
-
-def diffusers_layers(names: Iterable[str]) -> dict[str, str]:
-    """Diffusers' name of each layer of a model -> Wan's. `names`: those of its tensors, Wan's."""
-    layers = {name.removesuffix(".weight").removesuffix(".bias") for name in names}
-    return {other: layer for layer in sorted(layers) for other in _in_diffusers(layer)}
-
-
 def bare(name: str) -> str:
     """A name without the parts that wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS and part != BASE_LAYER)

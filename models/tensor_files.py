@@ -23,6 +23,7 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError, first_line
 from forcingkv.headmaps.files import inside, record_file
+from forcingkv.runtime.dtypes import STORED_AS
 
 KEYS = ("generator_ema", "generator", "model")
 """Entries of a `.pt` file that are tried, in this order, where none is asked for by name."""
@@ -36,26 +37,15 @@ INDEX = "*" + INDEX_SUFFIX
 TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 """Suffixes of files that torch wrote."""
 
-_CODES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
+_CODES = {code: record.name for code, record in STORED_AS.items()} | {
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
 }
 """What safetensors calls a dtype -> what torch does."""
 
-FLOATS = frozenset(name for name in _CODES.values() if "float" in name)
-"""Dtypes that weights may be stored in. An integer is a weight by a rule that the tensor does not say."""
+FLOATS = frozenset(name for name in _CODES.values() if "float" in name) - {"float8_e8m0fnu"}
+"""Dtypes that weights may be stored in. An integer is a weight by a rule that the tensor does not say; e8m0,
+a power of two, is a scale."""
 
 DEEPEST = 16
 """Tables within tables that are looked through."""
@@ -322,13 +312,16 @@ def check_fit(
     what: str,
     optional: Shapes | None = None,
     also: Sequence[str] = (),
+    hint: str | None = None,
 ) -> None:
     """Compare names, shapes and dtypes in files with those of a model, which messages call `what`.
 
     `names`: the model's name of each tensor of the files -> the name in the files. Tensors in `optional` may
     be absent, but where they are there they too must have their shape. `also`: faults found before, which
-    are listed with the others. Raises InputError listing every tensor that is missing, unexpected, wrongly
-    shaped, or stored as what is no number of a weight.
+    are listed with the others; `hint`: what to do about those.
+
+    Raises InputError listing every tensor that is missing, unexpected, wrongly shaped, or stored as what is
+    no number of a weight.
     """
     known = {**(optional or {}), **wanted}
     faults = [*also]
@@ -342,7 +335,7 @@ def check_fit(
             faults.append(f"{name} is stored as {dtype}, which is no dtype of weights here")
     if faults:
         fault = f"does not fit {what}: {len(faults)} tensors: {listed(faults)}"
-        raise InputError(fault, where=str(files.where))
+        raise InputError(fault, where=str(files.where), hint=hint if also else None)
 
 
 def listed(faults: Sequence[str]) -> str:

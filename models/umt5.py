@@ -22,7 +22,7 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError, first_line
 from forcingkv.headmaps.files import read_json
-from forcingkv.models.quantized import EIGHT_BITS, dequantised
+from forcingkv.models.scales import EIGHT_BITS, HINT, find_scales
 from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed, open_tensors
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.memory import require_memory
@@ -70,8 +70,6 @@ class Umt5Files:
     files: TensorFiles
     names: Mapping[str, str]
     """transformers' name of each tensor -> the name in the files."""
-    dtypes: Mapping[str, str]
-    """The dtype in which each tensor of the files is stored."""
     config: Any
     """transformers' UMT5Config."""
     name: str
@@ -87,7 +85,7 @@ class Umt5Files:
         """What it computes in: what most numbers of the files are; bfloat16 for 8-bit floats."""
         held: Counter[str] = Counter()
         for stored in self.names.values():
-            kind = self.dtypes[stored]
+            kind = self.files.dtypes[stored]
             held["bfloat16" if kind in EIGHT_BITS else kind] += prod(self.files.shapes[stored])
         return max(held, key=lambda kind: (held[kind], kind))
 
@@ -101,9 +99,8 @@ class Umt5Files:
         """Raise InputError, with what loading needs by part, unless there is so much memory."""
         sizes = {name: prod(self.files.shapes[stored]) for name, stored in self.names.items()}
         weights = sum(size * DTYPES[self.dtype_of(name)].bytes for name, size in sizes.items())
-        changed = [
-            size for name, size in sizes.items() if self.dtypes[self.names[name]] != self.dtype_of(name)
-        ]
+        kinds = {name: self.files.dtypes[stored] for name, stored in self.names.items()}
+        changed = [size for name, size in sizes.items() if kinds[name] != self.dtype_of(name)]
         # A tensor that is converted is there as it was, in float32 with its scale, and as it will be.
         parts = {f"weights in {self.dtype}": weights, "conversion": 4 * max(changed, default=0)}
         hint = "Encode on a machine with more memory, and copy the file of embeddings: it is small."
@@ -151,26 +148,26 @@ def open_umt5(weights: Sequence[Path], name: str) -> Umt5Files:
     Raises InputError where a file cannot be read, a tensor is missing, unexpected, wrongly shaped, in two
     files, or no float, and for weights that are quantised in a way that is not known.
     """
-    files, dtypes = dequantised(joined(weights))
+    scaled = find_scales(joined(weights))
+    files = scaled.weights
     names = transformers_names(files.shapes)
     where = str(files.where)
     config = _config(weights[0].parent / CONFIG) or _config_of_shapes(files, names)
     wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     wanted.pop(TIED, None)
+    faults = scaled.faults(names.values())
     tied = names.pop(TIED, None)
-    check_fit(files, names, wanted, "the text encoder of Wan (names as in transformers)")
-    wrong = [f"{stored} is {dtypes[stored]}" for stored in names.values() if not _float(dtypes[stored])]
+    what = "the text encoder of Wan (names as in transformers)"
+    check_fit(files, names, wanted, what, also=faults, hint=HINT)
+    kinds = {stored: files.dtypes[stored] for stored in names.values()}
+    wrong = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in {*COMPUTED, *EIGHT_BITS}]
     if wrong:
         what, expected = f"has weights that are no numbers to compute with: {listed(wrong)}", "floats"
         raise InputError(what, where=where, expected=f"{', '.join(COMPUTED)}, or 8-bit {expected}")
     if tied and not torch.equal(files.read(tied), files.read(names[SHARED])):
         what = f"{tied} differs from {names[SHARED]}, which it should be"
         raise InputError(what, where=where, hint="The file was written by a faulty release of transformers.")
-    return Umt5Files(files, names, dtypes, config, name)
-
-
-def _float(dtype: str) -> bool:
-    return dtype in (*COMPUTED, *EIGHT_BITS)
+    return Umt5Files(files, names, config, name)
 
 
 def joined(paths: Sequence[Path]) -> TensorFiles:
@@ -188,7 +185,12 @@ def joined(paths: Sequence[Path]) -> TensorFiles:
             owners[name] = part
     shapes = {name: part.shapes[name] for name, part in owners.items()}
     kinds = {name: part.dtypes[name] for name, part in owners.items()}
-    return TensorFiles(paths[0].parent, list(paths), shapes, lambda name: owners[name].read(name), kinds)
+    said = {key: value for part in parts for key, value in part.metadata.items()}
+
+    def read(name: str) -> Tensor:
+        return owners[name].read(name)
+
+    return TensorFiles(paths[0].parent, list(paths), shapes, read, kinds, metadata=said)
 
 
 def empty_model(config: Any) -> Any:

@@ -8,23 +8,22 @@
 | musubi, kohya, LyCORIS | `lora_unet_blocks_0_self_attn_q.lora_down.weight` and `.alpha` |
 | extracted from checkpoints | `diffusion_model.blocks.0.self_attn.q.diff`, `.diff_b`; `blocks.0.diff_m` |
 
-Names of modules may be Wan's or diffusers', behind any of `PREFIXES`, in each of these layouts.
+Names of modules may be Wan's or diffusers', behind any of `PREFIXES` and with wrappers anywhere, in each of
+these layouts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.tensor_files import Shapes, listed
+from forcingkv.models.naming import bare, known_names
+from forcingkv.models.tensor_files import listed
 
 PREFIXES = (
     "base_model.model.",
-    "_fsdp_wrapped_module.",
-    "_orig_mod.",
-    "module.",
     "model.",
     "diffusion_model.",
     "transformer.",
@@ -34,17 +33,7 @@ PREFIXES = (
     "lora_transformer_",
     "lycoris_",
 )
-"""What stands before the name of a module, one or several."""
-
-FUSED = {
-    "self_attn.to_qkv": "qkv",
-    "self_attn.qkv": "qkv",
-    "cross_attn.to_kv": "kv",
-    "cross_attn.kv": "kv",
-    "attn1.to_qkv": "qkv",
-    "attn2.to_kv": "kv",
-}
-"""Projections that some programs join into one, rows below rows: by the end of the name, which they are."""
+"""What stands before the name of a module, one or several, beside what `naming.bare` takes out of it."""
 
 _SPELT = re.compile(r"(?:[._]lora|\.lora_linear_layer)\.(up|down)\b")
 """What diffusers once called `lora_up` and `lora_down`."""
@@ -124,34 +113,44 @@ class Layers:
     """The layers of a model, by each name that a LoRA may give them.
 
     Args:
-        shapes: Wan name -> shape of every tensor of the model.
-        aliases: other names of layers -> Wan names.
+        names: Wan names of every tensor of the model.
     """
 
-    def __init__(self, shapes: Shapes, aliases: Mapping[str, str]) -> None:
-        layers = {re.sub(r"\.(weight|bias)$", "", name) for name in shapes}
-        named = {name: name for name in layers} | {a: wan for a, wan in aliases.items() if wan in layers}
-        self._known = {name: Module(wan, (wan,)) for name, wan in named.items()}
-        for name, wan in named.items():
-            (place, _, _), (attention, _, last) = name.rpartition("."), wan.rpartition(".")
-            for joined, parts in FUSED.items():
-                within, _, fused = joined.rpartition(".")
-                if last == parts[0] and place.endswith(within):
-                    self._known[f"{place}.{fused}"] = Module(
-                        f"{attention}.{parts}", tuple(f"{attention}.{part}" for part in parts)
-                    )
+    def __init__(self, names: Collection[str]) -> None:
+        self._known: dict[str, Module] = {}
+        for name, named in known_names(names).items():
+            layers = tuple(map(_layer, named.wan))
+            attention, dot, _ = layers[0].rpartition(".")
+            letters = "".join(layer.removeprefix(attention + dot) for layer in layers)
+            module = self._known[_layer(name)] = Module(attention + dot + letters, layers)
+            if named.fused:  # by some trainers without `to_`
+                self._known[_layer(name).replace(".to_", ".")] = module
         flat = {name.replace(".", "_"): module for name, module in self._known.items()}
         self._known = flat | self._known
 
+    def takes(self, name: str) -> bool:
+        """Whether a tensor, named without prefix and wrappers, is a LoRA's part for one of the layers."""
+        key = _key(name)
+        return key is not None and key["module"] in self._known
+
     def find(self, written: str) -> Module | None:
         """The module that a file names; None if the model has none such."""
-        name = written.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+        name = bare(written)
         while name not in self._known:
             prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
             if prefix is None:
                 return None
             name = name.removeprefix(prefix)
         return self._known[name]
+
+
+def _key(name: str) -> re.Match[str] | None:
+    return _KEY.fullmatch(_SPELT.sub(r".lora_\1", name))
+
+
+def _layer(name: str) -> str:
+    """The layer of a tensor; the tensor itself, where it is no layer's."""
+    return re.sub(r"\.(weight|bias)$", "", name)
 
 
 def sort_tensors(names: Iterable[str], layers: Layers, where: str) -> list[Parts]:
@@ -165,7 +164,7 @@ def sort_tensors(names: Iterable[str], layers: Layers, where: str) -> list[Parts
     strange: list[tuple[str, str]] = []
     twice: list[str] = []
     for name in names:
-        key = _KEY.fullmatch(_SPELT.sub(r".lora_\1", name))
+        key = _key(name)
         part = _part(key) if key else None
         if not key or not part:
             if name not in NOTES:

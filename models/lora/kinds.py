@@ -21,10 +21,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from forcingkv.headmaps.errors import InputError
 from forcingkv.models.lora.keys import Parts
-from forcingkv.models.lora.scales import Scale, Scales
-from forcingkv.models.tensor_files import Shapes, TensorFiles
+from forcingkv.models.lora.scales import WHOLE, Scale, Scales
+from forcingkv.models.tensor_files import FLOATS, Shapes, TensorFiles
 
 Shape = tuple[int, ...]
 
@@ -53,9 +52,14 @@ class MisfitError(Exception):
 def changes(parts: Parts, files: TensorFiles, shapes: Shapes, scales: Scales) -> Iterator[Change]:
     """What the tensors of a module add to the model's.
 
-    Raises MisfitError where parts are missing, or their shapes do not make that of the weight, and
-    InputError as `Scales.of` does.
+    Raises MisfitError where parts are missing or no floating-point numbers, or their shapes do not make that
+    of the weight, and InputError as `Scales.of` does.
     """
+    kinds = {part: files.dtypes[name] for part, name in parts.names.items()}
+    wrong = [part for part, kind in kinds.items() if kind not in FLOATS and (part != "alpha" or " " in kind)]
+    if wrong:
+        told = (f"{parts.names[part]} is stored as {kinds[part]}" for part in wrong)
+        raise MisfitError(f"{'; '.join(told)}, which is no dtype of weights here")
     there = set(parts.names)
     weight = _weight(parts, shapes)
     reader = _Reader(parts, files, weight)
@@ -138,12 +142,7 @@ class _Reader:
         return self._names[part]
 
     def read(self, part: str) -> Tensor:
-        name = self._names[part]
-        tensor = self._files.read(name)
-        if not tensor.is_floating_point():
-            what = f"holds {name} as {str(tensor.dtype).removeprefix('torch.')}"
-            raise InputError(what, where=str(self._files.where), expected="floating-point numbers")
-        return tensor.float()
+        return self._files.read(self._names[part]).float()
 
     def read_matrix(self, part: str) -> Tensor:
         return self.read(part).flatten(1)
@@ -215,7 +214,7 @@ def _scale(kind: str, rank: int | None, reader: _Reader, parts: Parts, scales: S
         return configured
     if scales.by_musubi and alpha is not None:
         return Scale(alpha / max(reader.shape("lokr_w2")), alpha, "musubi's rule")
-    return Scale(1.0, None, "no scale: whole matrices")
+    return Scale(1.0, None, WHOLE)
 
 
 def _lora_product(reader: _Reader) -> tuple[int, Callable[[], Tensor], tuple[int, int]]:

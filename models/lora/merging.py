@@ -33,7 +33,6 @@ class OpenLora:
         files: its tensors.
         strength: what all that it adds is multiplied by.
         shapes: Wan name -> shape of every tensor of the model.
-        aliases: other names of the model's layers -> Wan names.
         preset_alpha: the alpha of a preset's own LoRA, where the file does not say it.
 
     Raises InputError listing every tensor that is not of a LoRA, has no partner, no weight, or the wrong
@@ -45,13 +44,12 @@ class OpenLora:
         files: TensorFiles,
         strength: float,
         shapes: Shapes,
-        aliases: Mapping[str, str],
         preset_alpha: float | None = None,
     ) -> None:
         self.files, self.strength = files, strength
         where = str(files.where)
-        self.scales = Scales(files.files[0], preset_alpha, any(note in files.shapes for note in NOTES))
-        found = sort_tensors(files.shapes, Layers(shapes, aliases), where)
+        self.scales = Scales(files, preset_alpha, any(note in files.shapes for note in NOTES))
+        found = sort_tensors(files.shapes, Layers(shapes), where)
         self.modules = len(found)
         every: list[Change] = []
         faults = [] if found else ["no lora_A and lora_B, nor what another kind has"]
@@ -72,6 +70,12 @@ class OpenLora:
         self.changes: dict[str, list[Change]] = {}
         for change in every:
             self.changes.setdefault(change.target, []).append(change)
+        said = [change.scale for change in every if change.scale]
+        self.kinds = _each_once(change.kind for change in every)
+        self.ranks = _each_once(change.rank for change in every if change.rank is not None)
+        self.alphas = _each_once(scale.alpha for scale in said if scale.alpha is not None)
+        self.factors = _each_once(scale.factor for scale in said)
+        self.alpha_from = _each_once(scale.source for scale in said)
 
     @cached_property
     def sha256(self) -> str:
@@ -91,19 +95,17 @@ class OpenLora:
     @cached_property
     def record(self) -> LoraRecord:
         """What a manifest says of it."""
-        every = [change for of in self.changes.values() for change in of]
-        scales = [change.scale for change in every if change.scale]
         return LoraRecord(
             file=self.files.files[0].name,
             sha256=self.sha256,
             strength=self.strength,
             modules=self.modules,
-            kinds=_each_once(change.kind for change in every),
-            ranks=_each_once(change.rank for change in every if change.rank is not None),
-            alphas=_each_once(scale.alpha for scale in scales if scale.alpha is not None),
-            scales=_each_once(scale.factor for scale in scales),
-            alpha_from=tuple(sorted({scale.source for scale in scales})),
-            alpha_known=all(scale.source != NOWHERE for scale in scales),
+            kinds=self.kinds,
+            ranks=self.ranks,
+            alphas=self.alphas,
+            scales=self.factors,
+            alpha_from=self.alpha_from,
+            alpha_known=NOWHERE not in self.alpha_from,
         )
 
 
@@ -185,7 +187,6 @@ def open_loras(
     source: PublicWeights | None,
     weights: Path,
     shapes: Shapes,
-    aliases: Mapping[str, str],
 ) -> list[OpenLora]:
     """Open the LoRAs that a user asks for, after the preset's own.
 
@@ -196,7 +197,6 @@ def open_loras(
             also where a user names it.
         weights: the checkpoint, beside which the preset's own LoRA may lie.
         shapes: Wan name -> shape of every tensor of the model.
-        aliases: other names of the model's layers -> Wan names.
 
     Raises InputError as `tensor_file` and `OpenLora` do.
     """
@@ -207,7 +207,7 @@ def open_loras(
         file = tensor_file(lora.path)
         is_own = theirs is not None and theirs.is_file() and file.samefile(theirs)
         alpha = source.lora_alpha if source and is_own else None
-        opened.append(OpenLora(open_tensors(file, None, KEY), lora.strength, shapes, aliases, alpha))
+        opened.append(OpenLora(open_tensors(file, None, KEY), lora.strength, shapes, alpha))
     return opened
 
 

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.files import read_json
+from forcingkv.models.tensor_files import TensorFiles
 
 T = TypeVar("T")
 
@@ -36,6 +35,7 @@ DIFFUSERS, KOHYA, KOHYA_MODULE = "lora_adapter_metadata", "ss_network_alpha", "s
 TENSOR = "alpha tensors of the file"
 PRESET = "the model's preset"
 NOWHERE = "taken as the rank: nothing says it"
+WHOLE = "no scale: whole matrices"
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin training (`init_lora_weights`) that subtract the first matrices from the weights."""
@@ -140,15 +140,15 @@ class Scales:
     """Where the alphas of one file stand.
 
     Args:
-        path: the file.
+        files: its tensors and metadata.
         preset: the alpha of a preset's own LoRA; None for all others.
         by_musubi: whether tensors of the file show that musubi wrote it.
 
-    Raises InputError where the metadata or the configuration cannot be read, or do not say what they should.
+    Raises InputError where the configuration cannot be read, or does not say what it should.
     """
 
-    def __init__(self, path: Path, preset: float | None = None, by_musubi: bool = False) -> None:
-        self._metadata = _metadata(path)
+    def __init__(self, files: TensorFiles, preset: float | None = None, by_musubi: bool = False) -> None:
+        path, self._metadata = files.files[0], files.metadata
         self._where, self._preset = str(path), preset
         self.config = _config(path, self._metadata)
         self.beside = path.parent / CONFIG if self.config and self.config.name == CONFIG else None
@@ -170,17 +170,6 @@ class Scales:
         if self._preset is not None:
             return Scale(self._preset / rank, self._preset, PRESET)
         return Scale(1.0, float(rank), NOWHERE)
-
-
-def _metadata(path: Path) -> Mapping[str, str]:
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        what, expected = f"cannot be read as safetensors ({error})", "a whole .safetensors file"
-        raise InputError(what, where=str(path), expected=expected) from error
 
 
 def _config(path: Path, metadata: Mapping[str, str]) -> AdapterConfig | None:

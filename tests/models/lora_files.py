@@ -213,6 +213,8 @@ LAYOUTS: dict[str, Write] = {
     "diffusers once": _with_tensors("transformer.", "lora.down.weight", "lora.up.weight", in_diffusers),
     "attention processors": _with_tensors("transformer.", "lora_linear_layer.down.weight",
                                           "lora_linear_layer.up.weight", in_diffusers),
+    "wrappers of training": _with_tensors("module.model._fsdp_wrapped_module._orig_mod.", "lora_A.weight",
+                                          "lora_B.weight", lambda m: m.replace("attn.", "attn._fpw_module.")),
     "LongLive's .pt": _torch_file,
 }  # fmt: skip
 """Layout -> what writes those matrices with their ranks and alphas, and says which file or folder to name."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from forcingkv.models.checkpoint import build_model, weight_shapes
 from forcingkv.models.generate import latent_shape, next_latents
 from forcingkv.models.kv import advance, attend_cache, empty_cache
-from forcingkv.models.naming import to_wan
+from forcingkv.models.naming import known_names
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime import positions
@@ -63,8 +63,15 @@ def twin(spec: ModelSpec) -> tuple[Any, WanModel]:
         for name, parameter in theirs.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    state = {to_wan(name) or name: tensor for name, tensor in theirs.state_dict().items()}
+    to_wan = wan_names(spec)
+    state = {to_wan[name]: tensor for name, tensor in theirs.state_dict().items()}
     return theirs, build_model(spec, state)
+
+
+def wan_names(spec: ModelSpec) -> dict[str, str]:
+    """Name of diffusers -> of Wan."""
+    known = known_names(weight_shapes(spec))
+    return {name: named.wan[0] for name, named in known.items() if not named.fused}
 
 
 def text_for(spec: ModelSpec) -> Tensor:
@@ -133,13 +140,15 @@ def test_every_name_has_its_counterpart_in_diffusers() -> None:
     spec = tiny()
     theirs, _ = twin(spec)
     names = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    assert {to_wan(name): shape for name, shape in names.items()} == weight_shapes(spec)
+    to_wan = wan_names(spec)
+    assert {to_wan[name]: shape for name, shape in names.items()} == weight_shapes(spec)
 
 
 def test_names_are_those_of_diffusers_own_converter() -> None:
     numbered = {name: torch.tensor(i) for i, name in enumerate(weight_shapes(tiny()))}
     converted = convert_wan_transformer_to_diffusers(dict(numbered))
-    assert {to_wan(name): int(t) for name, t in converted.items()} == {n: int(t) for n, t in numbered.items()}
+    to_wan = wan_names(tiny())
+    assert {to_wan[name]: int(t) for name, t in converted.items()} == {n: int(t) for n, t in numbered.items()}
 
 
 WARPED = [1000, 937.5, 833.3, 625]

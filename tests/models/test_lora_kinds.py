@@ -169,7 +169,11 @@ def test_joined_projections_are_split(tmp_path: Path) -> None:
     rows = {"q": drawn((36, 4), 1), "k": drawn((36, 4), 2), "v": drawn((36, 4), 3)}
     down = drawn((4, 36), 4)
     both = {}
-    for name in ("blocks.1.self_attn.qkv", "transformer.blocks.1.attn1.to_qkv"):
+    for name in (
+        "blocks.1.self_attn.qkv",
+        "blocks.1._checkpoint_wrapped_module.self_attn.to_qkv",
+        "transformer.blocks.1.attn1.to_qkv",
+    ):
         state = {
             f"{name}.lora_A.weight": down.clone(),
             f"{name}.lora_B.weight": torch.cat(list(rows.values())),
@@ -179,5 +183,14 @@ def test_joined_projections_are_split(tmp_path: Path) -> None:
         for part, up in rows.items():
             weight = f"blocks.1.self_attn.{part}.weight"
             torch.testing.assert_close(weights[weight], base()[weight] + up @ down)
+    for name in ("blocks.1.cross_attn.kv", "transformer.blocks.1.attn2.to_kv"):
+        state = {
+            f"{name}.lora_A.weight": down.clone(),
+            f"{name}.lora_B.weight": torch.cat([*rows.values()][1:]),
+        }
+        weights = loaded(tmp_path, state_file(state, tmp_path / "fused.safetensors"))
+        for part in "kv":
+            weight = f"blocks.1.cross_attn.{part}.weight"
+            torch.testing.assert_close(weights[weight], base()[weight] + rows[part] @ down)
     with pytest.raises(InputError, match=r"are the same part of blocks.1.self_attn.qkv"):
         loaded(tmp_path, state_file(both, tmp_path / "both.safetensors"))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor
 
 from forcingkv.headmaps import InputError
 from forcingkv.runtime.spec import PublicWeights
 from tests.conftest import random_model, small_spec
 from tests.models.test_checkpoints import assert_same, in_diffusers, prefixed
 from tests.models.test_layouts import SPEC, STATE, Q, State, load_flat, load_pt
+from tests.models.test_scales import FP8, scaled
 
-FP8 = torch.float8_e4m3fn
 MATRICES = [name for name, tensor in STATE.items() if tensor.dim() == 2 and name.endswith(".weight")]
 
 
@@ -31,126 +31,20 @@ def test_plain_fp8_is_cast_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     assert all(torch.equal(load_pt(eight, tmp_path)[name].float(), eight[name].float()) for name in MATRICES)
 
 
-def scaled(
-    key: str, shape: Callable[[int, int], tuple[int, ...]] = lambda rows, columns: ()
-) -> tuple[State, State]:
-    """A checkpoint in scaled FP8, and what it stands for, in float64 by another way than the reader's."""
-    torch.manual_seed(3)
-    stored: State = {}
-    meant: State = {}
-    for name, tensor in STATE.items():
-        if name not in MATRICES:
-            stored[name] = meant[name] = tensor
-            continue
-        rows, columns = tensor.shape
-        scale = torch.rand(shape(rows, columns)) + 0.5
-        stored[name] = (tensor * 4).to(FP8)
-        stored[name.removesuffix("weight") + key] = scale
-        values = stored[name].double()
-        for row in range(rows):
-            if scale.dim() == 3:
-                width = columns // scale.shape[1]
-                for block in range(scale.shape[1]):
-                    values[row, block * width : (block + 1) * width] *= float(scale[row, block, 0])
-            else:
-                values[row] *= float(scale.flatten()[row if scale.numel() > 1 else 0])
-        meant[name] = values.float()
-    return stored, meant
-
-
-SCALES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
-    "one number": lambda rows, columns: (),
-    "one in a list": lambda rows, columns: (1,),
-    "a row": lambda rows, columns: (rows,),
-    "a column": lambda rows, columns: (rows, 1),
-    "blocks": lambda rows, columns: (rows, 2, 1),
-}
-
-
-@pytest.mark.parametrize("key", ["scale_weight", "weight_scale"])
-@pytest.mark.parametrize("shape", SCALES)
-def test_scaled_fp8_is_what_it_stands_for(key: str, shape: str, tmp_path: Path) -> None:
-    stored, meant = scaled(key, SCALES[shape])
-    stored["scaled_fp8"] = torch.zeros(2, dtype=FP8)
+def test_what_was_made_of_scaled_fp8_is_said(tmp_path: Path) -> None:
+    stored, _ = scaled(STATE)
     stored |= {name.replace("weight", "scale_input"): torch.ones(()) for name in MATRICES}
+    stored |= {"scaled_fp8": torch.zeros(2, dtype=FP8), "text_encoders.x.scale_input": torch.ones(())}
     weights = load_flat(prefixed(stored, "model.diffusion_model."), tmp_path)
-    for name in STATE:
-        torch.testing.assert_close(weights[name].float(), meant[name], rtol=1e-6, atol=0)
     assert f"c.safetensors: {len(MATRICES)} weights times their scales" in weights.taken
-    assert f"*.scale_input ({len(MATRICES)})" in " ".join(weights.taken)
-
-
-def note(**said: Any) -> Tensor:
-    return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
-
-
-def test_notes_of_comfyui_are_read(tmp_path: Path) -> None:
-    stored, meant = scaled("weight_scale")
-    notes = {name.replace("weight", "comfy_quant"): note(format="float8_e4m3fn") for name in MATRICES}
-    layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in MATRICES}
-    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-    weights = load_flat(stored | notes, tmp_path, metadata)
-    torch.testing.assert_close(weights[Q], meant[Q], rtol=1e-6, atol=0)
-    notes[Q.replace("weight", "comfy_quant")] = note(format="float8_e4m3fn", convrot=True)
-    with pytest.raises(InputError, match=r"comfy_quant describes weights stored as convrot"):
-        load_flat(stored | notes, tmp_path)
-    layers["blocks.0.ffn.0"] = {"format": "mxfp8"}
-    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
-    with pytest.raises(InputError, match=r"_quantization_metadata describes weights stored as mxfp8"):
-        load_flat(stored, tmp_path, metadata)
-    for metadata in ("no JSON", "[]", '["format"]', '{"layers": 3}', '{"layers": {"q": 3}}'):
-        with pytest.raises(InputError, match="is not a note"):
-            load_flat(stored, tmp_path, {"_quantization_metadata": metadata})
-    for odd in (torch.ones(3), torch.ones(3, dtype=torch.int64), torch.ones(0, dtype=torch.uint8)):
-        with pytest.raises(InputError, match="is not a note"):
-            load_flat(stored | {Q.replace("weight", "comfy_quant"): odd}, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop(Q.replace("weight", "scale_weight")), f"1 tensors: missing the scale of {Q}"),
-        (
-            lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones(5)}),
-            r"is \(5,\), which is no known scale",
-        ),
-        (
-            lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones(2, dtype=torch.uint8)}),
-            r"is \(2,\), which is no known scale",
-        ),
-        (
-            lambda s: s.update({Q.replace("weight", "scale_weight"): torch.ones((), dtype=torch.uint8)}),
-            "is stored as uint8, which is no known scale",
-        ),
-        (lambda s: s.update({Q.replace("weight", "weight_scale"): torch.ones(())}), "are both the scale of"),
-        (
-            lambda s: s.update({Q.replace("weight", "weight_scale_inv"): torch.ones(())}),
-            "unexpected .*weight_scale_inv",
-        ),
-        (
-            lambda s: s.update({"blocks.9.x.scale_weight": torch.ones(())}),
-            "unexpected blocks.9.x.scale_weight",
-        ),
-    ],
-)
-def test_spoilt_scales_are_refused(change: Callable[[State], object], message: str, tmp_path: Path) -> None:
-    stored, _ = scaled("scale_weight")
-    change(stored)
-    with pytest.raises(InputError, match=message):
-        load_flat(stored, tmp_path)
-
-
-def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    stored, _ = scaled("scale_weight")
-    stored[Q.replace("weight", "scale_weight")] = torch.tensor(float("nan"))
-    with pytest.raises(InputError, match="scale_weight is not finite"):
-        load_flat(stored, tmp_path)[Q]
-
-
-def test_all_marked_as_scaled_and_no_scale_is_refused(tmp_path: Path) -> None:
-    plain = {name: tensor.to(FP8) for name, tensor in STATE.items()}
-    with pytest.raises(InputError, match="missing the scale of"):
-        load_flat(plain | {"scaled_fp8": torch.zeros(0, dtype=FP8)}, tmp_path)
+    left_out = f"*.scale_input ({len(MATRICES)}), scaled_fp8, text_encoders.*"
+    assert f"c.safetensors: left out, since the model does without: {left_out}" in weights.taken
+    notes = {"_quantization_metadata": '{"format": "float8_e4m3fn"}'}
+    assert (
+        load_flat(stored, tmp_path, notes)
+        .taken[0]
+        .endswith("metadata on scales, scaled_fp8, text_encoders.*")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
@@ -245,20 +139,18 @@ def test_fused_projections_of_another_size_are_refused(rows: int, tmp_path: Path
         load_flat(spoilt, tmp_path)
 
 
-def wrapped_by_peft(alpha: float) -> tuple[State, State]:
-    """A model that PEFT has put a LoRA of rank 4 into, unmerged, and what PEFT itself merges it to."""
-    import peft
+TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2", "head.head"]
 
-    model = random_model(SPEC)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=alpha, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2", "head.head"]
-    )
-    wrapped = peft.get_peft_model(model, config)
+
+def wrapped_by_peft(alpha: float, config: peft.PeftConfig | None = None) -> tuple[State, State]:
+    """A model that PEFT has put a LoRA of rank 4 into, unmerged, and what PEFT itself merges it to."""
+    config = config or peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=TARGETS)
+    wrapped = peft.get_peft_model(random_model(SPEC), config)
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.1 + 0.05)
     state = {name: tensor.detach().clone() for name, tensor in wrapped.state_dict().items()}
     merged = {name: tensor.clone() for name, tensor in wrapped.merge_and_unload().state_dict().items()}
     return state, merged
@@ -280,7 +172,10 @@ def test_a_file_wrapped_by_peft_is_merged(layout: str, tmp_path: Path) -> None:
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-6)
     assert not torch.equal(weights[Q], STATE[Q])
     pairs = sum(".lora_A." in name for name in state)
-    assert weights.taken[-1] == f"c.pt: the LoRA beside {pairs} weights merged, alpha 12, rank 4"
+    assert (
+        weights.taken[-1]
+        == f"c.pt: the LoRA beside {pairs} weights merged, alpha 12 (the model's preset), rank 4"
+    )
 
 
 def test_a_file_wrapped_by_peft_needs_its_alpha(tmp_path: Path) -> None:
@@ -292,25 +187,119 @@ def test_a_file_wrapped_by_peft_needs_its_alpha(tmp_path: Path) -> None:
         load_pt(state, tmp_path, spec=of_another)
 
 
+PATTERNS = {"rank_pattern": {"ffn.0": 2}, "alpha_pattern": {"self_attn.k": 9, "head.head": 1}}
+OF_LORA: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": TARGETS}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (peft.LoraConfig(**OF_LORA, use_dora=True), "DoRA beside .*, alpha 12 .*, rank 4"),
+        pytest.param(
+            peft.LoraConfig(**OF_LORA, lora_bias=True),
+            "LoRA beside .*, alpha 12 .*, rank 4",
+            # PEFT takes a bias for a matrix that was torn apart.
+            marks=pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape"),
+        ),
+        (peft.LoraConfig(**OF_LORA, bias="lora_only"), "LoRA beside .*, alpha 12 .*, rank 4"),
+        (peft.LoraConfig(**OF_LORA, rank_pattern={"ffn.0": 2}), "LoRA beside .*, alpha 12 .*, rank 2, 4"),
+        (peft.LoHaConfig(r=4, alpha=12, target_modules=TARGETS), "LoHa beside .*, alpha 12 .*, rank 4"),
+        (peft.LoKrConfig(r=2, alpha=12, target_modules=TARGETS), "LoKr beside .*, alpha 12 .*, rank 2"),
+        (peft.LoraConfig(**OF_LORA, **PATTERNS), "LoRA beside .*, alpha 1, 9, 12 .*config.json.*, rank 2, 4"),
+        (peft.LoraConfig(**OF_LORA, use_rslora=True), r"alpha 12 \(adapter_config.json\), rank 4"),
+        (peft.LoKrConfig(r=20, alpha=12, target_modules=TARGETS), r"LoKr .*alpha 12 \(.*config.json\), who"),
+    ],
+    ids=["DoRA", "bias of B", "bias of the layer", "rank pattern", "LoHa", "LoKr", "patterns", "rsLoRA",
+         "LoKr of whole matrices"],
+)  # fmt: skip
+def test_all_that_peft_puts_into_a_model_is_merged_as_peft_does(
+    config: peft.PeftConfig, told: str, tmp_path: Path
+) -> None:
+    """What the tensors do not show is in the configuration beside the file."""
+    state, merged = wrapped_by_peft(12, config)
+    options: dict[str, Any] = {"spec": ALPHA_12}
+    digest = ""
+    if "config" in told:
+        digest = load_pt(state, tmp_path, **options).digest or "" if "LoKr" not in told else ""
+        config.save_pretrained(tmp_path)
+        options = {}
+    weights = load_pt(state, tmp_path, **options)
+    for name, expected in merged.items():
+        torch.testing.assert_close(weights[name], expected, rtol=0, atol=2e-6)
+    assert re.search(told, weights.taken[-1])
+    assert weights.digest != digest, "a configuration is a part of what the weights are"
+    assert max(float((weights[name] - tensor).abs().max()) for name, tensor in STATE.items()) > 0.02
+
+
+def test_a_lokr_of_whole_matrices_needs_its_configuration(tmp_path: Path) -> None:
+    """PEFT divides by a rank that the matrices do not show; other programs do not scale it."""
+    state, _ = wrapped_by_peft(12, peft.LoKrConfig(r=20, alpha=12, target_modules=TARGETS))
+    with pytest.raises(
+        InputError, match=r"modules of whole matrices\), and nothing says its alpha.*adapter_config"
+    ):
+        load_pt(state, tmp_path, spec=ALPHA_12)
+
+
+@pytest.mark.parametrize("parts", [True, False], ids=["its parts too", "alone"])
+def test_a_lora_beside_a_fused_projection(parts: bool, tmp_path: Path) -> None:
+    """Its rows are those of the parts; where these are there too, nothing says which the LoRA belongs to."""
+    state = fused(STATE, keep=parts)
+    torch.manual_seed(2)
+    down, up = torch.randn(4, 36), torch.randn(108, 4)
+    module = "blocks.1.self_attn.to_qkv"
+    state |= {f"{module}.lora_A.default.weight": down, f"{module}.lora_B.default.weight": up}
+    if parts:
+        with pytest.raises(InputError, match=rf"holds .*{Q}.* twice, and a LoRA beside only one of them"):
+            load_flat(state, tmp_path, spec=ALPHA_12)
+        return
+    weights = load_flat(state, tmp_path, spec=ALPHA_12)
+    for number, part in enumerate("qkv"):
+        name = Q.replace(".q.", f".{part}.")
+        expected = STATE[name] + 3 * up[36 * number : 36 * (number + 1)] @ down
+        torch.testing.assert_close(weights[name], expected)
+
+
+def test_a_lora_beside_scaled_fp8_is_added_to_what_the_weights_mean(tmp_path: Path) -> None:
+    """Matrices in 8 bits need scales like the weights."""
+    state, _ = wrapped_by_peft(12)
+    stored, meant = scaled(STATE)
+    prefix = "base_model.model."
+    held = {n.removeprefix(prefix): t for n, t in state.items() if ".lora_" in n}
+    weights = load_flat(stored | held, tmp_path, spec=ALPHA_12)
+    down, up = (held[Q.replace("weight", f"lora_{side}.default.weight")] for side in "AB")
+    torch.testing.assert_close(weights[Q], meant[Q] + 3 * up @ down)
+    eight = {name: tensor.to(FP8) for name, tensor in held.items()}
+    with pytest.raises(InputError, match=rf"{len(held)} tensors: missing the scale of .*lora_A"):
+        load_flat(stored | eight, tmp_path, spec=ALPHA_12)
+
+
 A = "base_model.model." + Q.replace("weight", "lora_A.default.weight")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop(A), "has of a LoRA only .*lora_B.default.weight"),
+        (lambda s: s.pop(A), f"{Q} has only .*lora_B.default.weight"),
         (
             lambda s: s.update({A: torch.ones(5, 36)}),
-            r"are \(5, 36\) and \(36, 4\), which do not make \(36, 36\)",
+            rf"A \(5, 36\) and B \(36, 4\) do not make {Q} \(36, 36\)",
         ),
         (
             lambda s: s.update({A: torch.ones(4, 36, dtype=torch.int8)}),
             "lora_A.default.weight is stored as int8",
         ),
-        (lambda s: s.update({A.replace("default", "other"): torch.ones(4, 36)}), "are both lora_A of"),
         (
-            lambda s: s.update({A.replace("lora_A", "lora_magnitude_vector"): torch.ones(36)}),
-            "unexpected .*lora_magnitude_vector",
+            lambda s: s.update({A.replace("default", "other"): torch.ones(4, 36)}),
+            "several adapters: default, other",
+        ),
+        (lambda s: s.update({A.replace("blocks", "module.blocks"): torch.ones(4, 36)}), "are both blocks.1"),
+        (
+            lambda s: s.update({A.replace("lora_A", "lora_magnitude_vector"): torch.ones(35)}),
+            r"lora_magnitude_vector.default.weight is \(35,\) instead of",
+        ),
+        (
+            lambda s: s.update({A.replace("lora_A", "lora_embedding_A"): torch.ones(36)}),
+            "unexpected .*lora_embedding_A",
         ),
         (lambda s: s.update({A.replace(".q.", ".x."): torch.ones(4, 36)}), "unexpected .*self_attn.x.lora_A"),
     ],
