@@ -312,10 +312,17 @@ class _Writer:
                     decoder = copy.deepcopy(decoder)
                 _empty(decoder, lambda parameter: torch_dtype(kind))
             return decode_graph(self.plan, decoder, pixels=kind == "float32")
-        model = WanModel(self.plan.spec).eval() if precision else self.model
-        if precision:
-            _empty(model, precision.computed_in)
+        model = self._traced(name, precision) if precision else self.model
         return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
+
+    def _traced(self, name: str, precision: Precision) -> WanModel:
+        """The model that a graph is traced with: parameters of a precision's dtypes, without contents."""
+        with unset_fake_temporarily(), torch.device("meta"):  # drawing fake numbers would take longer
+            model = WanModel(self.plan.spec).eval()
+        if name == "prompt":
+            model.keep_prompt_part()  # tracing takes time for each parameter, used or not
+        _empty(model, precision.computed_in)
+        return model
 
 
 def _empty(module: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:

@@ -217,6 +217,14 @@ class WanModel(nn.Module):
         embedded = self.text_embedding(text)
         return [_cross(block).project(embedded) for block in self.blocks]
 
+    def keep_prompt_part(self) -> None:
+        """Drop every parameter that `prompt` does not use."""
+        del self.patch_embedding, self.time_embedding, self.time_projection, self.head
+        for block in self.blocks:
+            attention = _cross(block)
+            del block.self_attn, block.ffn, block.norm3, block.modulation
+            del attention.q, attention.o, attention.norm_q
+
     def forward(
         self,
         latents: Tensor,
