@@ -87,13 +87,14 @@ def attention_statistics(
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32  # never half precision
     membership = torch.zeros(len(pieces), slots, dtype=dtype, device=queries.device)
     membership[range(len(pieces)), [piece.slot for piece in pieces]] = 1
-    longest = max(piece.keys.shape[1] for piece in pieces)
+    blocks = _blocks(pieces, dtype)
+    longest = max(block.keys.shape[1] for block in blocks)
     step = max(1, LOGITS // (heads * longest))
     sums = torch.zeros(2, heads, frames, slots + 2, dtype=torch.float64, device=queries.device)
     for frame in range(frames):
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            values = _row_values(queries[:, frame, part], pieces, places[frame, part], membership).double()
+            values = _row_values(queries[:, frame, part], blocks, places[frame, part], membership).double()
             sums[0, :, frame] += values.sum(1)
             sums[1, :, frame] += values.square().sum(1)
     mean = sums[0] / rows
@@ -104,25 +105,53 @@ def attention_statistics(
     )
 
 
-def _row_values(queries: Tensor, pieces: Sequence[KeyRun], places: Tensor, membership: Tensor) -> Tensor:
+class _Block(NamedTuple):
+    """Pieces of one length that are looked at together."""
+
+    keys: Tensor
+    """(heads, pieces * tokens, head_dim)."""
+    offsets: Tensor
+    """(pieces,): place of the first token of each in its frame."""
+
+
+def _blocks(pieces: Sequence[KeyRun], dtype: torch.dtype) -> list[_Block]:
+    """The pieces in their order, neighbours of one length together, as many as `KEY_BLOCK` tokens hold."""
+    groups: list[list[KeyRun]] = []
+    for piece in pieces:
+        tokens = piece.keys.shape[1]
+        fits = groups and groups[-1][0].keys.shape[1] == tokens
+        if fits and (len(groups[-1]) + 1) * tokens <= KEY_BLOCK:
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+    return [
+        _Block(
+            torch.cat([piece.keys for piece in group], 1).to(dtype),
+            torch.tensor([piece.offset for piece in group], device=group[0].keys.device),
+        )
+        for group in groups
+    ]
+
+
+def _row_values(queries: Tensor, blocks: Sequence[_Block], places: Tensor, membership: Tensor) -> Tensor:
     """(heads, rows, slots + 2): mass of each slot, entropy and same-position mass of each row."""
     scaled = queries.to(membership) * queries.shape[-1] ** -0.5
-    logs, means, owns = zip(*(_piece_values(scaled, piece, places) for piece in pieces), strict=True)
-    by_piece = torch.stack(logs, -1)
+    values = zip(*(_block_values(scaled, block, places) for block in blocks), strict=True)
+    by_piece, means, owns = (torch.cat(parts, -1) for parts in values)
     total = by_piece.logsumexp(-1, keepdim=True)
     share = (by_piece - total).exp()
-    entropy = total - (share * torch.stack(means, -1)).sum(-1, keepdim=True)
-    own = (torch.stack(owns, -1) - total).exp().sum(-1, keepdim=True)
+    entropy = total - (share * means).sum(-1, keepdim=True)
+    own = (owns - total).exp().sum(-1, keepdim=True)
     return torch.cat([share @ membership, entropy, own], -1)
 
 
-def _piece_values(scaled: Tensor, piece: KeyRun, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(heads, rows) each: log-sum-exp of a row's logits, their mean under its softmax, the own place's."""
-    logits = scaled @ piece.keys.to(scaled).transpose(1, 2)
+def _block_values(scaled: Tensor, block: _Block, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(heads, rows, pieces) each: log-sum-exp of a row's logits, their softmax mean, the own place's logit."""
+    logits = (scaled @ block.keys.transpose(1, 2)).unflatten(-1, (len(block.offsets), -1))
     tokens = logits.shape[-1]
-    place = places - piece.offset
+    place = places.unsqueeze(-1) - block.offsets
     here = (place >= 0) & (place < tokens)
-    index = place.clamp(0, tokens - 1).expand(len(logits), -1).unsqueeze(-1)
+    index = place.clamp(0, tokens - 1).expand(len(logits), -1, -1).unsqueeze(-1)
     own = logits.gather(-1, index).squeeze(-1).masked_fill(~here, -torch.inf)
     highest = logits.amax(-1, keepdim=True)
     logits -= highest
