@@ -146,7 +146,7 @@ def _row_values(queries: Tensor, blocks: Sequence[_Block], places: Tensor, membe
 
 
 def _block_values(scaled: Tensor, block: _Block, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(heads, rows, pieces) each: log-sum-exp of a row's logits, their softmax mean, its own place's logit."""
+    """(heads, rows, pieces) each: log-sum-exp of a row's logits, their softmax mean, its own place's."""
     logits = (scaled @ block.keys.transpose(1, 2)).unflatten(-1, (len(block.offsets), -1))
     tokens = logits.shape[-1]
     place = places.unsqueeze(-1) - block.offsets
