@@ -212,3 +212,20 @@ $ sed x; forcingkv generate --bundle b
         ("export", "--model", "demo", "--out", "b"),
         ("inspect", "b"),
     ]
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    """As `test_name`, `file.py::test_name`, or `test_beginning...`."""
+    files = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    there = set(re.findall(r"\bdef (test_\w+)", files))
+    for page in PAGES:
+        if page in HISTORY:
+            continue
+        named = re.findall(r"`(?:\S*::)?(test_\w+(?:\.\.\.)?)`", page.read_text(encoding="utf-8"))
+        lost = [
+            test
+            for test in named
+            if not (any(one.startswith(test[:-3]) for one in there) if test[-3:] == "..." else test in there)
+        ]
+        assert lost == [], name(page)
+        assert len(named) > 100 or page.name != "formats.md"
