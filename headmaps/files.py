@@ -61,6 +61,19 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def there(path: Path | str) -> bool:
+    """Whether there is such a file or folder: not so for a name that none can have, as one that is too long.
+
+    Raises InputError where the system does not let us look.
+    """
+    try:
+        return bool(str(path)) and Path(path).exists()
+    except PermissionError as error:
+        raise InputError("cannot be read (Permission denied)", where=str(path)) from error
+    except (OSError, ValueError):
+        return False
+
+
 def _blobs_of(root: Path) -> Path | None:
     """Where the files of a hub's repository lie, for a folder in one of its snapshots."""
     for revision in (root, *root.parents):

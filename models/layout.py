@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.entries import NOT_THE_MODEL, Choice, find_entry
+from forcingkv.models.entries import Choice, find_entry
 from forcingkv.models.lora import Merger, OpenLora
-from forcingkv.models.lora.keys import Layers
+from forcingkv.models.lora.keys import Layers, is_part
 from forcingkv.models.lora.scales import CONFIG, NOWHERE, WHOLE
 from forcingkv.models.naming import Named, bare, known_names
 from forcingkv.models.scales import EIGHT_BITS, HINT, Scaled, find_scales
-from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed
+from forcingkv.models.tensor_files import NOT_THE_MODEL, Shapes, TensorFiles, check_fit, listed
 
 HEADS = ("_cls_pred_branch", "_register_tokens", "_gan_ca_blocks")
 """Modules that training adds and generating does without; their names also come without the underscore."""
@@ -96,15 +96,18 @@ def open_model(
         names = ", ".join(sorted(files.shapes)[:5]) or "no tensors at all"
         count = len(files.shapes)
         fault = f"does not fit {what}: none of its {count} tensors has a name of the model; it has {names}"
-        raise InputError(fault, where=str(files.where), expected=f"names such as {next(iter(wanted))}")
+        told = "It is a LoRA: give it with --lora, and the model with --checkpoint."
+        hint = told if any(map(is_part, files.shapes)) else None
+        expected = f"names such as {next(iter(wanted))}"
+        raise InputError(fault, where=str(files.where), expected=expected, hint=hint)
     found = _found(files, choice, known, Layers(wanted))
     found.left_out += scaled.left_out(found.weights)
     faults = scaled.faults(found.weights | set(found.beside.values()))
     shapes, dtypes = {}, {}
     for wan, part in found.parts.items():
-        rows, *rest = files.shapes[part.name] or (0,)
-        whole = rows % part.of == 0
-        shapes[wan] = (rows // part.of, *rest) if whole else files.shapes[part.name]
+        shape = files.shapes[part.name]
+        whole = part.of > 1 and shape and shape[0] % part.of == 0
+        shapes[wan] = (shape[0] // part.of, *shape[1:]) if whole else shape
         dtypes[wan] = files.dtypes[part.name]
     for wan, name in found.unexpected.items():
         shapes[wan], dtypes[wan] = files.shapes[name], files.dtypes[name]

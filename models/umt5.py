@@ -151,6 +151,8 @@ def open_umt5(weights: Sequence[Path], name: str) -> Umt5Files:
     scaled = find_scales(joined(weights))
     files = scaled.weights
     names = transformers_names(files.shapes)
+    if SHARED not in names and TIED in names:
+        names[SHARED] = names.pop(TIED)
     where = str(files.where)
     config = _config(weights[0].parent / CONFIG) or _config_of_shapes(files, names)
     wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
@@ -173,7 +175,7 @@ def open_umt5(weights: Sequence[Path], name: str) -> Umt5Files:
 def joined(paths: Sequence[Path]) -> TensorFiles:
     """The tensors of several files as those of one. Raises InputError for a name that two of them hold."""
     if len(paths) == 1:
-        return open_tensors(paths[0])
+        return open_tensors(paths[0], lambda name: name.endswith((SHARED, TIED, *_WHOLE)))
     parts = [open_tensors(path) for path in paths]
     owners: dict[str, TensorFiles] = {}
     for part in parts:

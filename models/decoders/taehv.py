@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forcingkv.models.decoders import StreamingDecoder
-from forcingkv.models.decoders.names import check_tensors
+from forcingkv.models.decoders.names import check_tensors, is_decoder, without_prefix
 from forcingkv.models.tensor_files import open_tensors
 
 WIDTHS = (256, 128, 64, 64)
@@ -153,9 +153,10 @@ def load_taehv(path: Path, kind: type[TaehvDecoder] = TaehvDecoder) -> TaehvDeco
     Raises InputError where the file cannot be read, or a tensor of the decoder is missing, unexpected or
     wrongly shaped, as in the files for other video models.
     """
-    files = open_tensors(path)
+    files = open_tensors(path, is_decoder)
+    stored = without_prefix(files.shapes)
     with torch.device("meta"):
         decoder = kind()
-    check_tensors("taehv", files.shapes, str(path))
-    names = {name: name for name in files.shapes if not name.startswith("encoder.")}
+    check_tensors("taehv", stored, str(path))
+    names = {name: held for name, held in stored.items() if not name.startswith("encoder.")}
     return decoder.fill(files, names, "the decoder of taew2_1")

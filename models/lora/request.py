@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import there
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 USUAL = ("adapter_model", "pytorch_lora_weights")
@@ -42,8 +43,8 @@ class Lora:
             strength = float(tail)
         except ValueError:
             strength = None
-        if _exists(text) or not head:
-            if strength is not None and head and _exists(head):
+        if there(text) or not head:
+            if strength is not None and head and there(head):
                 raise InputError(
                     f"there are both {text!r} and {head!r}",
                     where="--lora",
@@ -52,7 +53,7 @@ class Lora:
             return cls(Path(text))
         if strength is not None:
             return cls(Path(head), strength)
-        if colon and _exists(head):
+        if colon and there(head):
             raise _wrong_strength(tail, Path(head))
         return cls(Path(text))  # of Windows, with the letter of a drive; or there is no such file
 
@@ -76,12 +77,12 @@ def tensor_file(path: Path) -> Path:
 
     Raises InputError where there is none, or several that none of `USUAL` is among.
     """
-    if _exists(path) and path.is_file():
+    if there(path) and path.is_file():
         return path
-    if not _exists(path) or not path.is_dir():
+    if not there(path) or not path.is_dir():
         what, expected = "cannot be read: there is no such file or folder", "FILE, FOLDER or FILE:STRENGTH"
         raise InputError(what, where=f"--lora {path}", expected=expected)
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     usual = [file for stem in USUAL for file in files if file.stem == stem]
     if usual or len(files) == 1:
         return (usual or files)[0]
@@ -89,14 +90,6 @@ def tensor_file(path: Path) -> Path:
     what = f"holds {len(files)} files of tensors{named}"
     expected = f"one, or {' or '.join(f'{stem}.safetensors' for stem in USUAL)}"
     raise InputError(what, where=str(path), expected=expected, hint="Name the file.")
-
-
-def _exists(path: str | Path) -> bool:
-    """Whether there is such a file or folder; not so for a name that there cannot be."""
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):  # too long, or with a zero byte
-        return False
 
 
 def _wrong_strength(given: str, path: Path) -> InputError:
