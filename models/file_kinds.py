@@ -69,7 +69,7 @@ def torch_fault(error: Exception, path: Path) -> InputError:
         return InputError(what, where=str(path), expected=expected, hint=hint)
     if "TorchScript" in said:
         return InputError("is a TorchScript program", where=str(path), expected="tensors", hint=hint)
-    if "central directory" in said or isinstance(error, EOFError):
+    if "reading zip archive" in said or isinstance(error, EOFError):
         return InputError("cannot be read: it is cut short or damaged", where=str(path), hint=AGAIN)
     told = "" if "weights_only" in said else f" ({first_line(error)})"
     expected = "a whole .pt, .pth or .safetensors file"

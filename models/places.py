@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import there
 from forcingkv.models.file_kinds import CONVERT
 from forcingkv.models.hub import HubPlace, Listing, fetch, hub_place, list_files
+from forcingkv.models.other_models import SHARD
 from forcingkv.models.tensor_files import INDEX_SUFFIX, TORCH_FILES, shard_places
 from forcingkv.runtime.footprint import readable
 from forcingkv.runtime.spec import ModelSpec
@@ -21,7 +21,7 @@ PLACES = (".", "transformer")
 """Folders that are looked into first: the one that is named, and the one of diffusers."""
 
 SUFFIXES = (*TORCH_FILES, ".safetensors")
-_SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
+_SECOND = ("transformer_2/", "low_noise_model/")
 _ONE_OF_TWO = "To try one of them alone, name its folder."
 DEEPEST = 4
 """Folders within folders that are looked through for weights under other names."""
@@ -154,10 +154,10 @@ def _meant(
             raise InputError(what, where=where, hint=hint)
         return _Meant(source.file, source.lora)
     all_names = everything()
-    second = [name for name in _weights(all_names) if name.startswith("transformer_2/")]
+    second = [name for name in _weights(all_names) if name.startswith(_SECOND)]
     if second:
-        what = f"holds two transformers, in transformer/ and transformer_2/ ({shown(second[0])}): Wan 2.2's"
-        what += " 14B models take each for a part of the steps, and the models here have one"
+        what = f"holds two transformers, the second as {shown(second[0])}: Wan 2.2's 14B models take each for"
+        what += " some of the steps"
         raise InputError(what, where=where, expected="a model with one transformer", hint=_ONE_OF_TWO)
     for place in PLACES:
         here = [name for name in near if PurePosixPath(name).parent.as_posix() == place]
@@ -197,7 +197,7 @@ def _no_weights(names: Sequence[str], where: str, expected: str) -> InputError:
 
 def _which(names: Sequence[str]) -> str:
     """What to do about several files."""
-    if all(map(_SHARD.search, names)):
+    if all(map(SHARD.search, names)):
         return "They look like shards: their index *.safetensors.index.json has to lie beside them."
     return "Name the file."
 

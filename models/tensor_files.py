@@ -303,7 +303,7 @@ def check_fit(
 
     `names`: the model's name of each tensor of the files -> the name in the files. Tensors in `optional` may
     be absent, but where they are there they too must have their shape. `also`: faults found before, which
-    are listed with the others; `hint`: what to do about those.
+    are listed with the others; `hint`: what to do, or what the files are instead.
 
     Raises InputError listing every tensor that is missing, unexpected, wrongly shaped, or stored as what is
     no number of a weight.
@@ -319,10 +319,11 @@ def check_fit(
         elif dtype not in FLOATS:
             faults.append(f"{name} is stored as {dtype}, which is no dtype of weights here")
     if faults:
-        fault = f"does not fit {what}: {len(faults)} tensors: {listed(faults)}"
-        raise InputError(fault, where=str(files.where), hint=hint if also else None)
+        shown = 5 if hint and not also else 20
+        fault = f"does not fit {what}: {len(faults)} tensors: {listed(faults, shown)}"
+        raise InputError(fault, where=str(files.where), hint=hint)
 
 
-def listed(faults: Sequence[str]) -> str:
-    """The first twenty faults, in the order of their text."""
-    return "; ".join(sorted(faults)[:20]) + ("; ..." if len(faults) > 20 else "")
+def listed(faults: Sequence[str], most: int = 20) -> str:
+    """The first faults in the order of their text, at most so many."""
+    return "; ".join(sorted(faults)[:most]) + ("; ..." if len(faults) > most else "")

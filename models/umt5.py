@@ -160,7 +160,7 @@ def open_umt5(weights: Sequence[Path], name: str) -> Umt5Files:
     faults = scaled.faults(names.values())
     tied = names.pop(TIED, None)
     what = "the text encoder of Wan (names as in transformers)"
-    check_fit(files, names, wanted, what, also=faults, hint=HINT)
+    check_fit(files, names, wanted, what, also=faults, hint=HINT if faults else _t5(names))
     kinds = {stored: files.dtypes[stored] for stored in names.values()}
     wrong = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in {*COMPUTED, *EIGHT_BITS}]
     if wrong:
@@ -170,6 +170,12 @@ def open_umt5(weights: Sequence[Path], name: str) -> Umt5Files:
         what = f"{tied} differs from {names[SHARED]}, which it should be"
         raise InputError(what, where=where, hint="The file was written by a faulty release of transformers.")
     return Umt5Files(files, names, config, name)
+
+
+def _t5(names: Mapping[str, str]) -> str | None:
+    """What names say of a T5, in which all blocks share what the first has."""
+    biases = [name for name in names if "relative_attention_bias" in name]
+    return "It is a T5 and no UMT5: Wan takes google/umt5-xxl." if len(biases) == 1 else None
 
 
 def joined(paths: Sequence[Path]) -> TensorFiles:
