@@ -16,8 +16,8 @@ def on_this_machine(lora: Lora, progress: Callable[[str], None]) -> tuple[Lora, 
     """A LoRA on this machine, and what was taken of the hub, if anything, in a sentence.
 
     What is no file or folder here is looked for on the hub (`hub.FORM`). Of a repository, or a folder in it,
-    the file is chosen as of a folder here; a configuration beside it is fetched too. `progress` is called with
-    a line on what is fetched, before it is.
+    the file is chosen as of a folder here; a configuration beside it is fetched too. `progress` is called
+    with a line on what is fetched, before it is.
 
     Raises InputError where there is none, or several could be meant.
     """

@@ -21,10 +21,6 @@ PAIR = {"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 36), "blocks.0.ffn.0.lora_
 @pytest.fixture
 def loras(online: Hub) -> Hub:
     """A repository with LoRAs: one at its top, two in folders, one of those as PEFT saves it."""
-    pair = {
-        "blocks.0.ffn.0.lora_A.weight": torch.ones(2, 36),
-        "blocks.0.ffn.0.lora_B.weight": torch.ones(40, 2),
-    }
     for name in ("style.safetensors", "deep/a b.safetensors", "peft/adapter_model.safetensors"):
         (online.folder / name).parent.mkdir(exist_ok=True)
         save_file(PAIR, online.folder / name)
@@ -88,10 +84,6 @@ def test_what_is_no_lora_on_the_hub(loras: Hub, tmp_path: Path, monkeypatch: pyt
 
 def test_a_lora_of_the_hub_without_network(offline: Path, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
-    pair = {
-        "blocks.0.ffn.0.lora_A.weight": torch.ones(2, 36),
-        "blocks.0.ffn.0.lora_B.weight": torch.ones(40, 2),
-    }
     save_file(PAIR, tmp_path / "files" / "a.safetensors")
     (tmp_path / "files" / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
     into_cache(tmp_path / "files", offline, "me/lora")
