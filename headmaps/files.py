@@ -174,7 +174,7 @@ def new_folder(path: Path, mark: str) -> Iterator[Path]:
     as those made before do. Raises InputError for any other, and where nothing can be written.
     """
     path = path.resolve()
-    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+    if there(path) and path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
         raise InputError(
             f"holds other files than an earlier result (it has no {mark})",
             where=str(path),
