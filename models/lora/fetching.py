@@ -23,7 +23,7 @@ def on_this_machine(lora: Lora, progress: Callable[[str], None]) -> tuple[Lora, 
     """
     if there(lora.path):
         return lora, None
-    listing = list_files(hub_place(lora.path, EXPECTED))
+    listing = list_files(hub_place(lora.path, EXPECTED, "--lora"))
     place, names = listing.place, list(listing.sizes)
     file = place.path
     if file not in names:

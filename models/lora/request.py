@@ -44,7 +44,7 @@ class Lora:
             raise InputError("names nothing", where="--lora", expected="FILE or FILE:STRENGTH")
         head, colon, tail = text.rpartition(":")
         try:
-            strength = float(tail)
+            strength = None if "_" in tail else float(tail)  # 2_1 is a name, and 21 to Python
         except ValueError:
             strength = None
         if there(text) or not head:

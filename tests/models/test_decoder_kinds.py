@@ -156,6 +156,12 @@ def test_entries_of_decoders_are_not_guessed(tmp_path: Path) -> None:
         load_decoder("taehv", tmp_path / "d.pth")
 
 
+def test_a_folder_is_no_tiny_decoder(tmp_path: Path) -> None:
+    as_pth(taehv_state(), tmp_path)
+    with pytest.raises(InputError, match=r"is a folder; expected the file in it, such as taew2_1.pth"):
+        load_decoder("taehv", tmp_path)
+
+
 def test_a_decoder_with_values_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
     state = taehv_state()
     state["decoder.1.bias"] = state["decoder.1.bias"] * float("nan")

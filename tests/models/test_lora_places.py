@@ -66,6 +66,7 @@ def test_what_is_no_lora_on_the_hub(loras: Hub, tmp_path: Path, monkeypatch: pyt
         "me/ckpt": r"me/ckpt holds 2 files of tensors: other.safetensors, style.safetensors.*Name the file",
         "me/ckpt:none.safetensors": r"me/ckpt:none.safetensors holds 0 files of tensors",
         "me/ckpt:style.safetensors:much": r"me/ckpt:style.safetensors:much holds 0 files of tensors",
+        "me/ckpt:2_1": r"me/ckpt:2_1 holds 0 files of tensors",
         "me/ckpt:nan": r"has the strength 'nan'",
         "me/other": r"me/other is no file or folder here, and cannot be fetched from the hub",
         "me/ckpt:../x": "which is no place in a repository",
