@@ -56,7 +56,7 @@ class Listing:
 def hub_place(place: str | Path, local: str, option: str = "") -> HubPlace:
     """What a place that is not on this machine names on the hub.
 
-    Raises InputError where it can be none; `local` is what may be on this machine, `option` the one that names it.
+    Raises InputError where it can be none; `local` is what may be on this machine, `option` what named it.
     """
     where = f"{option} {place}".strip()
     match = _PLACE.match(str(place))
