@@ -61,6 +61,19 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def there(path: Path | str) -> bool:
+    """Whether there is such a file or folder: not so for a name that none can have, as one that is too long.
+
+    Raises InputError where the system does not let us look.
+    """
+    try:
+        return bool(str(path)) and Path(path).exists()
+    except PermissionError as error:
+        raise InputError("cannot be read (Permission denied)", where=str(path)) from error
+    except (OSError, ValueError):
+        return False
+
+
 def _blobs_of(root: Path) -> Path | None:
     """Where the files of a hub's repository lie, for a folder in one of its snapshots."""
     for revision in (root, *root.parents):
@@ -161,7 +174,7 @@ def new_folder(path: Path, mark: str) -> Iterator[Path]:
     as those made before do. Raises InputError for any other, and where nothing can be written.
     """
     path = path.resolve()
-    if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
+    if there(path) and path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
         raise InputError(
             f"holds other files than an earlier result (it has no {mark})",
             where=str(path),

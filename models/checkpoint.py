@@ -19,6 +19,7 @@ from torch import Tensor
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.layout import open_model
 from forcingkv.models.lora import Lora, LoraLike, Merger, asked, open_loras
+from forcingkv.models.lora.fetching import on_this_machine
 from forcingkv.models.places import Located, locate
 from forcingkv.models.presets import shipped_file
 from forcingkv.models.tensor_files import open_tables
@@ -96,7 +97,8 @@ def load_weights(
             weights that ship with the model. Names may be Wan's or diffusers', behind any entry and prefix,
             and weights in any form that `layout.open_model` reads.
         key: entry of a `.pt` file, for example `generator`; None: see `models.entries`.
-        lora: LoRAs to merge, one or several: paths, texts FILE:STRENGTH, or `models.lora.Lora`. They are
+        lora: LoRAs to merge, one or several: paths, places on the hub, texts FILE:STRENGTH, or
+            `models.lora.Lora`. They are
             added to the one that comes with the checkpoint, if any.
         preset_lora: whether that one is merged.
         progress: called with a line on what is fetched, before it is.
@@ -106,7 +108,9 @@ def load_weights(
     Raises InputError where the checkpoint or a LoRA cannot be read, nothing says which of several things is
     meant, and listing every tensor that is missing, unexpected, wrongly shaped or no number.
     """
-    source, loras, wanted = spec.source, asked(lora), weight_shapes(spec)
+    source, wanted = spec.source, weight_shapes(spec)
+    here = [on_this_machine(one, progress) for one in asked(lora)]
+    loras = [one for one, _ in here]
     if not preset_lora and (source is None or source.lora is None):
         raise InputError(f"{spec.name} has no LoRA of its own to leave out", where="--no-preset-lora")
     sought = spec if preset_lora else replace(spec, source=replace(source, lora=None))  # type: ignore[type-var]
@@ -134,10 +138,10 @@ def load_weights(
         spec,
         found.again or None,
         key=key,
-        lora=tuple(Lora(one.path.resolve(), one.strength) for one in loras),
+        lora=tuple(Lora(one.path.absolute(), one.strength) for one in loras),
         preset_lora=preset_lora,
     )
-    taken = (*found.taken, *told)
+    taken = (*found.taken, *told, *(f"LoRA of {said}" for _, said in here if said))
     return Weights(wanted, read, digest, again, taken, lambda: tuple(one.record for one in merger.loras))
 
 

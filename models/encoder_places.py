@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError, first_line
-from forcingkv.headmaps.files import read_json
+from forcingkv.headmaps.files import read_json, there
 from forcingkv.models.hub import hub_id
 from forcingkv.models.umt5 import CONFIG, WAN_ENCODER
 
@@ -53,15 +53,12 @@ def find_encoder(place: str | Path) -> EncoderPlace:
     Raises InputError where there is none, or more than one could be meant.
     """
     path, name = Path(place), Path(place).name
-    if not path.exists():
+    if not there(place):
         return _in_folder(_fetched(hub_id(place, "a folder with the text encoder, a file")), name)
     return _in_folder(path, path.resolve().name) if path.is_dir() else _file(path)
 
 
 def _file(path: Path) -> EncoderPlace:
-    if path.suffix.lower() == ".gguf":
-        hint = "Take the encoder as .safetensors or .pth; 8-bit floats with scales are read."
-        raise InputError("is a GGUF file, which is not read", where=str(path), hint=hint)
     folder = path.parent
     beside = [folder / WAN_TOKENIZER, folder / "tokenizer", folder, folder.parent / "tokenizer"]
     return EncoderPlace([path], beside, path.name)

@@ -12,10 +12,10 @@ from functools import cached_property
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.naming import Named, bare
-from forcingkv.models.tensor_files import KEYS, TORCH_FILES, Shapes, TensorFiles
+from forcingkv.models.tensor_files import NOT_THE_MODEL, TORCH_FILES, Shapes, TensorFiles
 
-NOT_THE_MODEL = ("critic", "fake_score", "real_score", "fake_model", "tea_model", "teacher", "discriminator")
-"""Entries that may have the model's very shapes and are not it: what training holds a generator against."""
+KEYS = ("generator_ema", "generator", "model")
+"""Entries of a `.pt` file that are tried, in this order, where none is asked for by name."""
 
 SHARE = 0.1
 """Share of the model's tensors, by name and shape, with which an entry counts as one that holds the model."""

@@ -53,20 +53,21 @@ class Listing:
     """Why it could not be asked."""
 
 
-def hub_place(place: str | Path, local: str) -> HubPlace:
+def hub_place(place: str | Path, local: str, option: str = "") -> HubPlace:
     """What a place that is not on this machine names on the hub.
 
-    Raises InputError where it can be none; `local` is what may be on this machine.
+    Raises InputError where it can be none; `local` is what may be on this machine, `option` what named it.
     """
+    where = f"{option} {place}".strip()
     match = _PLACE.match(str(place))
     if match is None or match["repository"].endswith(_FILES):
         what = "cannot be read: there is no such file or folder"
-        raise InputError(what, where=str(place), expected=f"{local}, or a repository on the hub ({FORM})")
+        raise InputError(what, where=where, expected=f"{local}, or a repository on the hub ({FORM})")
     path, revision = match["path"], match["revision"]
     inner = f"{revision or 'main'}/{path or '.'}"
     if (path or "").startswith("/") or "\\" in inner or ".." in PurePosixPath(inner).parts:
         what = f"names {inner!r}, which is no place in a repository"
-        raise InputError(what, where=str(place), expected="a relative name without '..'")
+        raise InputError(what, where=where, expected="a relative name without '..'")
     return HubPlace(match["repository"], revision, path and str(PurePosixPath(path)))
 
 

@@ -6,6 +6,7 @@ made of those of the file when they are asked for. What was chosen, left out or 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.entries import NOT_THE_MODEL, Choice, find_entry
+from forcingkv.models.entries import Choice, find_entry
 from forcingkv.models.lora import Merger, OpenLora
 from forcingkv.models.lora.keys import Layers
 from forcingkv.models.lora.scales import CONFIG, NOWHERE, WHOLE
 from forcingkv.models.naming import Named, bare, known_names
+from forcingkv.models.other_models import told_of, what_it_is
 from forcingkv.models.scales import EIGHT_BITS, HINT, Scaled, find_scales
-from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed
+from forcingkv.models.tensor_files import NOT_THE_MODEL, Shapes, TensorFiles, check_fit, listed
 
 HEADS = ("_cls_pred_branch", "_register_tokens", "_gan_ca_blocks")
 """Modules that training adds and generating does without; their names also come without the underscore."""
@@ -35,6 +37,9 @@ OTHER_MODELS = (
     *("clip", "clip_vision", "image_encoder"),
 )
 """What one file may hold beside a transformer, each under its own name."""
+
+
+_ONE_OF_TWO = re.compile("high_noise|low_noise|transformer_2")
 
 
 class Part(NamedTuple):
@@ -96,20 +101,22 @@ def open_model(
         names = ", ".join(sorted(files.shapes)[:5]) or "no tensors at all"
         count = len(files.shapes)
         fault = f"does not fit {what}: none of its {count} tensors has a name of the model; it has {names}"
-        raise InputError(fault, where=str(files.where), expected=f"names such as {next(iter(wanted))}")
+        expected = f"names such as {next(iter(wanted))}"
+        raise InputError(fault, where=str(files.where), expected=expected, hint=told_of(files.shapes))
     found = _found(files, choice, known, Layers(wanted))
     found.left_out += scaled.left_out(found.weights)
     faults = scaled.faults(found.weights | set(found.beside.values()))
     shapes, dtypes = {}, {}
     for wan, part in found.parts.items():
-        rows, *rest = files.shapes[part.name] or (0,)
-        whole = rows % part.of == 0
-        shapes[wan] = (rows // part.of, *rest) if whole else files.shapes[part.name]
+        shape = files.shapes[part.name]
+        whole = part.of > 1 and shape and shape[0] % part.of == 0
+        shapes[wan] = (shape[0] // part.of, *shape[1:]) if whole else shape
         dtypes[wan] = files.dtypes[part.name]
     for wan, name in found.unexpected.items():
         shapes[wan], dtypes[wan] = files.shapes[name], files.dtypes[name]
     model = replace(files, shapes=shapes, dtypes=dtypes, tables={}, entries=())
-    check_fit(model, {name: name for name in shapes}, wanted, what, also=faults, hint=HINT)
+    hint = HINT if faults else what_it_is(shapes, wanted, files.where.name)
+    check_fit(model, {name: name for name in shapes}, wanted, what, also=faults, hint=hint)
     lora = _open_beside(files, found, wanted, alpha) if found.beside else None
     read = _Reader(files, found, Merger([lora] if lora else [])).read
     # A configuration that says alphas is one of the files that the weights are made of.
@@ -152,8 +159,14 @@ class _Reader:
         self.files, self.found, self.merger = files, found, merger
 
     def read(self, name: str) -> Tensor:
-        """The tensor of a Wan name. Raises InputError where the file holds it twice, with other values."""
+        """The tensor of a Wan name.
+
+        Raises InputError where its values are no finite numbers, or the file holds it twice with other ones.
+        """
         tensor = self._part(self.found.parts[name])
+        if not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+            what, hint = f"holds {name} with values that are no finite numbers", "Fetch it again."
+            raise InputError(what, where=str(self.files.where), hint=hint)
         twin = self.found.twins.get(name)
         if twin and not torch.equal(tensor, self._part(twin).to(tensor.dtype)):
             first = self.found.parts[name].name
@@ -254,6 +267,8 @@ def _told(
 ) -> Iterable[str]:
     """What was chosen, left out and computed, a sentence each; nothing where there was nothing to choose."""
     taken, where = choice.taken, files.where.name
+    if _ONE_OF_TWO.search("/".join(files.where.parts[-2:])):
+        yield f"{where}: by its name one of the two transformers of Wan 2.2, made for some of the steps"
     entry = taken.entry
     inner = ".".join(taken.path)[len(entry) :].lstrip(".") if entry else ".".join(taken.path)
     if entry:

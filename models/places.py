@@ -9,7 +9,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import there
+from forcingkv.models.file_kinds import CONVERT
 from forcingkv.models.hub import HubPlace, Listing, fetch, hub_place, list_files
+from forcingkv.models.other_models import SHARD
 from forcingkv.models.tensor_files import INDEX_SUFFIX, TORCH_FILES, shard_places
 from forcingkv.runtime.footprint import readable
 from forcingkv.runtime.spec import ModelSpec
@@ -18,6 +21,8 @@ PLACES = (".", "transformer")
 """Folders that are looked into first: the one that is named, and the one of diffusers."""
 
 SUFFIXES = (*TORCH_FILES, ".safetensors")
+_SECOND = ("transformer_2/", "low_noise_model/")
+_ONE_OF_TWO = "To try one of them alone, name its folder."
 DEEPEST = 4
 """Folders within folders that are looked through for weights under other names."""
 
@@ -60,9 +65,9 @@ def locate(
     huggingface_hub is needed and not installed.
     """
     path = Path(checkpoint)
-    if path.is_file():
+    if there(checkpoint) and path.is_file():
         return Located(path, None, path.absolute())
-    if path.is_dir():
+    if there(checkpoint) and path.is_dir():
         return _in_folder(spec, path)
     return _on_hub(spec, hub_place(checkpoint, "a file, a folder"), progress)
 
@@ -148,10 +153,16 @@ def _meant(
             hint = f"Fetch it too, or name {source.file} itself to use it alone."
             raise InputError(what, where=where, hint=hint)
         return _Meant(source.file, source.lora)
+    all_names = everything()
+    second = [name for name in _weights(all_names) if name.startswith(_SECOND)]
+    if second:
+        what = f"holds two transformers, the second as {shown(second[0])}: Wan 2.2's 14B models take each for"
+        what += " some of the steps"
+        raise InputError(what, where=where, expected="a model with one transformer", hint=_ONE_OF_TWO)
     for place in PLACES:
         here = [name for name in near if PurePosixPath(name).parent.as_posix() == place]
         indices = [name for name in here if name.endswith(INDEX_SUFFIX)]
-        flat = indices or [name for name in here if name.endswith(".safetensors")]
+        flat = indices or [name for name in here if name.lower().endswith(".safetensors")]
         if len(flat) == 1:
             others = [name for name in _weights(near) if name != flat[0]]
             return _Meant(flat[0], why=f", not {', '.join(others)}" if others else "")
@@ -160,16 +171,35 @@ def _meant(
             kind = "indices of shards" if indices else "safetensors files"
             what = f"holds {len(flat)} {kind}: {names}"
             expected = "one, or an index of shards"
-            raise InputError(what, where=where, expected=expected, hint="Name the file.")
-    found = _weights(everything())
+            raise InputError(what, where=where, expected=expected, hint=_which(flat))
+    found = _weights(all_names)
     if len(found) == 1:
         return _Meant(found[0], why=", the only file of weights in it")
     own = f"{source.file}, " if source else ""
     expected = f"{own}one .safetensors file or an index of shards"
     if not found:
-        raise InputError("holds no weights", where=where, expected=expected)
+        raise _no_weights(all_names, where, expected)
     what = f"holds {len(found)} files of weights: {', '.join(shown(name) for name in found)}"
-    raise InputError(what, where=where, expected=expected, hint="Name the file.")
+    raise InputError(what, where=where, expected=expected, hint=_which(found))
+
+
+def _no_weights(names: Sequence[str], where: str, expected: str) -> InputError:
+    """What a folder without weights holds instead, where that is known."""
+    for suffix, kind, hint in (
+        (".distcp", "a distributed checkpoint", f"Make one file of it: {CONVERT}"),
+        (".gguf", "GGUF files", "Take the weights as .safetensors or .pt."),
+    ):
+        if any(name.lower().endswith(suffix) for name in names):
+            what = f"holds {kind}, which {'is' if kind[0] == 'a' else 'are'} not read"
+            return InputError(what, where=where, expected=expected, hint=hint)
+    return InputError("holds no weights", where=where, expected=expected)
+
+
+def _which(names: Sequence[str]) -> str:
+    """What to do about several files."""
+    if all(map(SHARD.search, names)):
+        return "They look like shards: their index *.safetensors.index.json has to lie beside them."
+    return "Name the file."
 
 
 def _weights(names: Iterable[str]) -> list[str]:
@@ -177,7 +207,7 @@ def _weights(names: Iterable[str]) -> list[str]:
     names = sorted(names)
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     folders = {PurePosixPath(name).parent for name in indices}
-    files = [name for name in names if name.endswith(SUFFIXES)]
+    files = [name for name in names if name.lower().endswith(SUFFIXES)]
     return indices + [
         name
         for name in files

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from forcingkv.headmaps.errors import InputError, first_line
+from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import inside, record_file
+from forcingkv.models.file_kinds import format_of, torch_fault
 from forcingkv.runtime.dtypes import STORED_AS
-
-KEYS = ("generator_ema", "generator", "model")
-"""Entries of a `.pt` file that are tried, in this order, where none is asked for by name."""
 
 RELOAD_BYTES = 512 * 2**20
 """A mapped file keeps every page that was read in memory; after so many bytes it is mapped anew."""
@@ -46,6 +43,13 @@ _CODES = {code: record.name for code, record in STORED_AS.items()} | {
 FLOATS = frozenset(name for name in _CODES.values() if "float" in name) - {"float8_e8m0fnu"}
 """Dtypes that weights may be stored in. An integer is a weight by a rule that the tensor does not say; e8m0,
 a power of two, is a scale."""
+
+NOT_THE_MODEL = (
+    *("critic", "fake_score", "real_score", "fake_model", "tea_model", "teacher", "discriminator"),
+    *("optimizer", "exp_avg", "exp_avg_sq", "momentum"),
+)
+"""Entries that may have the model's very shapes and are not it: what training holds a generator against, and
+what it keeps of each weight."""
 
 DEEPEST = 16
 """Tables within tables that are looked through."""
@@ -80,25 +84,42 @@ class TensorFiles:
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def open_tensors(path: Path, key: str | None = None, preferred: str | None = None) -> TensorFiles:
+def open_tensors(
+    path: Path, counts: Callable[[str], bool] = lambda name: True, preferred: str | None = None
+) -> TensorFiles:
     """Open a file, or a folder with sharded safetensors and their index, that holds one set of tensors.
 
     Args:
         path: a `.safetensors` file, a folder with one `*.safetensors.index.json`, such an index, or a torch
-            file.
-        key: entry of a torch file that holds the tensors. None: the first that it has of
-            `preferred` and `KEYS`, else the file itself.
-        preferred: entry that is looked for first.
+            file. Of a torch file the one entry is taken that holds what is sought, or the file itself.
+        counts: whether a name is one of those that are sought.
+        preferred: the entry that is taken where several hold them.
 
-    Raises InputError where the file cannot be read, holds something else than tensors, or lacks the key.
+    Raises InputError where the file cannot be read, or several entries could be meant.
     """
-    if _is_torch(path):
-        keys = (preferred, *KEYS) if preferred else KEYS
-        return _of_torch(path, lambda content: _Tables(_tensors(content, key, keys, str(path))))
-    if key is not None:
-        what = f"has no entry {key!r}: a safetensors file is flat"
-        raise InputError(what, where=str(path), hint="Leave --key out.")
-    return open_tables(path)
+    files = open_tables(path)
+    if not files.tables:
+        return files
+    entries: dict[str, dict[str, str]] = {}
+    for name in files.shapes:
+        table = files.tables.get(name, "")
+        entries.setdefault(table, {})[name.removeprefix(f"{table}.") if table else name] = name
+    holding = sorted(table for table, names in entries.items() if any(map(counts, names)))
+    real = [table for table in holding if not any(other in table for other in NOT_THE_MODEL)]
+    if holding and not real:
+        what = f"holds what is sought only as {', '.join(holding)}, which is not what generates"
+        raise InputError(what, where=str(path), hint="If it is meant, save it by itself.")
+    holding = real
+    if len(holding) > 1 and preferred not in holding:
+        told = ", ".join(table or "the file itself" for table in holding)
+        what = f"holds {len(holding)} entries that could be meant: {told}"
+        raise InputError(what, where=str(path), expected="one", hint="Save the one that is meant by itself.")
+    if not holding:
+        return files
+    names = entries[preferred if preferred in holding else holding[0]]
+    shapes = {short: files.shapes[name] for short, name in names.items()}
+    dtypes = {short: files.dtypes[name] for short, name in names.items()}
+    return replace(files, shapes=shapes, read=lambda name: files.read(names[name]), dtypes=dtypes, tables={})
 
 
 def open_tables(path: Path) -> TensorFiles:
@@ -108,18 +129,14 @@ def open_tables(path: Path) -> TensorFiles:
 
     Raises InputError where the file cannot be read or holds no table.
     """
-    if _is_torch(path):
-        return _of_torch(path, lambda content: _flattened(content, str(path)))
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
         return _sharded(path)
+    if format_of(path) == "torch":
+        return _of_torch(path)
     header = _header(path)
     return TensorFiles(
         path, [path], header.shapes, partial(_read_stored, path), header.dtypes, metadata=header.metadata
     )
-
-
-def _is_torch(path: Path) -> bool:
-    return not path.is_dir() and path.suffix != ".safetensors" and not path.name.endswith(INDEX_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -203,9 +220,8 @@ class _Tables:
     entries: Sequence[str] = ()
 
 
-def _of_torch(path: Path, pick: Callable[[Any], _Tables]) -> TensorFiles:
-    """A torch file, of which `pick` finds the tensors in its content."""
-    file = _TorchFile(path, pick)
+def _of_torch(path: Path) -> TensorFiles:
+    file = _TorchFile(path)
     found = file.found
     shapes = {name: tuple(tensor.shape) for name, tensor in found.state.items()}
     dtypes = {name: _dtype(tensor) for name, tensor in found.state.items()}
@@ -221,10 +237,10 @@ def _dtype(tensor: Tensor) -> str:
 
 
 class _TorchFile:
-    """A torch file, mapped where it can be. `found`: what was picked of its content."""
+    """A torch file, mapped where it can be. `found`: the tensors in it."""
 
-    def __init__(self, path: Path, pick: Callable[[Any], _Tables]) -> None:
-        self._path, self._pick = path, pick
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self.found = self._load()
         self._read_bytes = 0
 
@@ -237,26 +253,13 @@ class _TorchFile:
         return tensor
 
     def _load(self) -> _Tables:
-        where = str(self._path)
         try:
             # Files of torch before 1.6 are not zip archives and cannot be mapped.
             mapped = zipfile.is_zipfile(self._path)
             content = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError as error:
-            what = "is refused: it is no torch file, or holds a pickled object that is not a tensor"
-            raise InputError(
-                f"{what} ({first_line(error)})",
-                where=where,
-                expected="tensors only (torch.load with weights_only=True)",
-                hint="Save its state dict alone, best as .safetensors.",
-            ) from error
         except Exception as error:  # the unpickler raises whatever a damaged file leads it to
-            what, expected = (
-                f"cannot be read as a torch file ({first_line(error)})",
-                "a whole .pt, .pth or .safetensors file",
-            )
-            raise InputError(what, where=where, expected=expected) from error
-        return self._pick(content)
+            raise torch_fault(error, self._path) from error
+        return _flattened(content, str(self._path))
 
 
 def _flattened(content: Any, where: str) -> _Tables:
@@ -287,24 +290,6 @@ def _flattened(content: Any, where: str) -> _Tables:
     return _Tables(state, tables, entries)
 
 
-def _tensors(content: Any, key: str | None, keys: Sequence[str], where: str) -> Mapping[str, Tensor]:
-    """The tensors under `key`; without one those under the first of `keys` that is there, or `content`."""
-    table: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
-    entries = [name for name, value in table.items() if isinstance(value, Mapping)]
-    if key is not None and key not in entries:
-        expected = f"one of {', '.join(entries)}" if entries else "no --key, since the file has no entries"
-        raise InputError(f"has no entry {key!r}", where=where, expected=expected)
-    state = next((table[name] for name in (keys if key is None else (key,)) if name in entries), content)
-    if not isinstance(state, Mapping):
-        raise InputError(f"holds a {type(state).__name__}", where=where, expected="a table of tensors")
-    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        what = f"holds what is not a tensor: {', '.join(sorted(others)[:20])}"
-        expected = f"tensors, by themselves or in one of the entries {', '.join(KEYS)}"
-        raise InputError(what, where=where, expected=expected, hint="Name the entry with --key.")
-    return {str(name): tensor.detach() for name, tensor in state.items()}
-
-
 def check_fit(
     files: TensorFiles,
     names: Mapping[str, str],
@@ -318,7 +303,7 @@ def check_fit(
 
     `names`: the model's name of each tensor of the files -> the name in the files. Tensors in `optional` may
     be absent, but where they are there they too must have their shape. `also`: faults found before, which
-    are listed with the others; `hint`: what to do about those.
+    are listed with the others; `hint`: what to do, or what the files are instead.
 
     Raises InputError listing every tensor that is missing, unexpected, wrongly shaped, or stored as what is
     no number of a weight.
@@ -334,10 +319,11 @@ def check_fit(
         elif dtype not in FLOATS:
             faults.append(f"{name} is stored as {dtype}, which is no dtype of weights here")
     if faults:
-        fault = f"does not fit {what}: {len(faults)} tensors: {listed(faults)}"
-        raise InputError(fault, where=str(files.where), hint=hint if also else None)
+        shown = 5 if hint and not also else 20
+        fault = f"does not fit {what}: {len(faults)} tensors: {listed(faults, shown)}"
+        raise InputError(fault, where=str(files.where), hint=hint)
 
 
-def listed(faults: Sequence[str]) -> str:
-    """The first twenty faults, in the order of their text."""
-    return "; ".join(sorted(faults)[:20]) + ("; ..." if len(faults) > 20 else "")
+def listed(faults: Sequence[str], most: int = 20) -> str:
+    """The first faults in the order of their text, at most so many."""
+    return "; ".join(sorted(faults)[:most]) + ("; ..." if len(faults) > most else "")

@@ -151,6 +151,8 @@ def open_umt5(weights: Sequence[Path], name: str) -> Umt5Files:
     scaled = find_scales(joined(weights))
     files = scaled.weights
     names = transformers_names(files.shapes)
+    if SHARED not in names and TIED in names:
+        names[SHARED] = names.pop(TIED)
     where = str(files.where)
     config = _config(weights[0].parent / CONFIG) or _config_of_shapes(files, names)
     wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
@@ -158,7 +160,7 @@ def open_umt5(weights: Sequence[Path], name: str) -> Umt5Files:
     faults = scaled.faults(names.values())
     tied = names.pop(TIED, None)
     what = "the text encoder of Wan (names as in transformers)"
-    check_fit(files, names, wanted, what, also=faults, hint=HINT)
+    check_fit(files, names, wanted, what, also=faults, hint=HINT if faults else _t5(names))
     kinds = {stored: files.dtypes[stored] for stored in names.values()}
     wrong = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in {*COMPUTED, *EIGHT_BITS}]
     if wrong:
@@ -170,10 +172,16 @@ def open_umt5(weights: Sequence[Path], name: str) -> Umt5Files:
     return Umt5Files(files, names, config, name)
 
 
+def _t5(names: Mapping[str, str]) -> str | None:
+    """What names say of a T5, in which all blocks share what the first has."""
+    biases = [name for name in names if "relative_attention_bias" in name]
+    return "It is a T5 and no UMT5: Wan takes google/umt5-xxl." if len(biases) == 1 else None
+
+
 def joined(paths: Sequence[Path]) -> TensorFiles:
     """The tensors of several files as those of one. Raises InputError for a name that two of them hold."""
     if len(paths) == 1:
-        return open_tensors(paths[0])
+        return open_tensors(paths[0], lambda name: name.endswith((SHARED, TIED, *_WHOLE)))
     parts = [open_tensors(path) for path in paths]
     owners: dict[str, TensorFiles] = {}
     for part in parts:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import unwritable
+from forcingkv.headmaps.files import there, unwritable
 from forcingkv.runtime.tensors import StoredTensor, file_start
 from forcingkv.runtime.text import embeds_metadata
 
@@ -124,7 +124,7 @@ def _gone_on_with(file: BinaryIO, start: bytes, tensors: Sequence[StoredTensor])
 
 def check_place(path: Path) -> None:
     """Raise InputError unless `growing_embeds` can write there now."""
-    if path.is_dir():
+    if there(path) and path.is_dir():
         raise InputError("is a folder", where=str(path), expected="the name of a file to write")
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -94,6 +94,12 @@ def test_a_faulty_head_map(
         ([*EXPORT, "MAP", "--resolution", "96x64", "--out", "OUT"], "runs at 48x32 only"),
         ([*EXPORT, "MAP", "--policy", "nosuch", "--out", "OUT"], "there is no policy 'nosuch'"),
         ([*EXPORT, "MAP", "--out", "FILE/bundle"], "bundle cannot be written"),
+        ([*EXPORT, "MAP", "--out", "x" * 300], "cannot be written (File name too long)"),
+        (
+            [*EXPORT, "MAP", "--checkpoint", "", "--out", "OUT"],
+            "there is no such file or folder; expected a file",
+        ),
+        (["evaluate", "--video", "x" * 300], "there is no such file; expected a video"),
         ([*EXPORT, "nosuch.json", "--out", "OUT"], "nosuch.json cannot be read"),
         ([*EXPORT, "MAP", "--checkpoint", "FILE", "--out", "OUT"], "cannot be read as a torch file"),
         (

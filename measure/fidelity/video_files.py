@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import there
 from forcingkv.measure.fidelity.seams import ChunkLayout
 from forcingkv.measure.fidelity.video_measures import measure_pair, measure_video
 
@@ -25,7 +26,7 @@ def open_video(path: Path) -> Iterator[tuple[float, Frames]]:
     Each frame is uint8 (height, width, 3), in the order they are shown. Raises InputError where there is no
     such file or it is not a video, and while its frames are read, where it is damaged.
     """
-    if not path.is_file():
+    if not there(path) or not path.is_file():
         raise InputError("there is no such file", where=str(path), expected="a video, such as an mp4 file")
     try:
         opened = av.open(f"file:{path}")  # or a name such as "v1:kite.mp4" would be a protocol's to FFmpeg

@@ -50,13 +50,19 @@ class StreamingDecoder(nn.Module, ABC):
     ) -> Self:
         """Take over the parameters that files hold, in float32. Arguments and errors as in `check_fit`."""
         wanted = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
-        check_fit(files, names, wanted, what, optional)
+        theirs = files.shapes.get(names.get("post_quant_conv.weight", ""), (0,))[0]
+        hint = "It is the VAE of Wan 2.2, of 48 channels." if theirs == 48 else None
+        check_fit(files, names, wanted, what, optional, hint=hint)
         stored = {name: files.read(names[name]) for name in wanted}
         others = [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if not _readable(tensor)]
         if others:
             fault = f"does not hold {what} in floats: {listed(others)}"
             raise InputError(fault, where=str(files.where), expected="float32, bfloat16 or float16")
         state = {name: tensor.to(torch.float32, copy=True) for name, tensor in stored.items()}
+        spoilt = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+        if spoilt:
+            fault = f"holds values that are no finite numbers: {listed(spoilt)}"
+            raise InputError(fault, where=str(files.where), hint="Fetch it again.")
         self.load_state_dict({**dict(self.named_buffers()), **state}, assign=True)
         return self
 

@@ -11,24 +11,27 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import there
 
 _TINY = re.compile(r"^decoder\.\d+\.(conv\.)?(\d+\.)?weight$")
 """Tensors of a TAEHV: its layers have numbers."""
-_VAE = re.compile(r"^(model\.)?decoder\.(middle|upsamples|mid_block|up_blocks)\.")
+_VAE = re.compile(r"^decoder\.(middle|upsamples|mid_block|up_blocks)\.")
 """Tensors of a Wan VAE, in Wan's naming and in that of diffusers."""
 
+_BEFORE = re.compile(r"((?:.*?\.)?)decoder\.")
+
 _OTHER_LATENTS = (
-    (r"^lighttae", "LightTAE of another model than Wan 2.1"),
-    (r"^taew(an)?2_?2", "the tiny decoder of Wan 2.2"),
-    (r"^tae(hv|hy)", "the tiny decoder of HunyuanVideo, by its published name"),
-    (r"^taecvx", "the tiny decoder of CogVideoX"),
-    (r"^taeos", "the tiny decoder of Open-Sora"),
-    (r"^taem1", "the tiny decoder of Mochi"),
-    (r"^taeltx", "the tiny decoder of LTX-Video"),
-    (r"^tae(sd|f\d|qi)", "a tiny decoder of images"),
+    (r"(?<![a-z])lighttae", "LightTAE of another model than Wan 2.1"),
+    (r"(?<![a-z])taew(an)?2_?2", "the tiny decoder of Wan 2.2"),
+    (r"(?<![a-z])tae(hv|hy)", "the tiny decoder of HunyuanVideo, by its published name"),
+    (r"(?<![a-z])taecvx", "the tiny decoder of CogVideoX"),
+    (r"(?<![a-z])taeos", "the tiny decoder of Open-Sora"),
+    (r"(?<![a-z])taem1", "the tiny decoder of Mochi"),
+    (r"(?<![a-z])taeltx", "the tiny decoder of LTX-Video"),
+    (r"(?<![a-z])tae(sd|f\d|qi)", "a tiny decoder of images"),
     (r"qwen_?image", "the VAE of Qwen-Image, which was trained for images"),
-    (r"^lightvae", "LightVAE, a Wan VAE with fewer channels"),
-    (r"^wan(_video)?_?2_2_vae", "the VAE of Wan 2.2"),
+    (r"(?<![a-z])lightvae", "LightVAE, a Wan VAE with fewer channels"),
+    (r"(?<![a-z])wan(_video)?_?2_2_vae", "the VAE of Wan 2.2"),
 )
 """Names of files that hold a decoder of other latents, or layers that are not read; the first that fits."""
 
@@ -39,11 +42,11 @@ def kind_by_name(path: Path) -> str | None:
     Raises InputError for a name that says that the file is a decoder of other latents.
     """
     stem = re.sub(r"[-. ]", "_", path.name.lower())
-    if re.match(r"^lighttae_?w(an)?2_?1", stem):
+    if re.search(r"light_?tae_?w(an)?2_?1", stem):
         return "lighttae"
-    if re.match(r"^taew(an)?2_?1", stem):
+    if re.search(r"taew(an)?2_?1", stem):
         return "taehv"
-    if re.match(r"^wan(_video)?_?2_1_vae", stem):
+    if re.search(r"wan(_video)?_?2_1_vae", stem):
         return "wan-vae"
     for pattern, model in _OTHER_LATENTS:
         if re.search(pattern, stem):
@@ -58,12 +61,29 @@ def check_name(kind: str, path: Path) -> None:
 
     Folders have the names of whole models, which say little about the decoder in them.
     """
+    if not there(path):
+        what, expected = "cannot be read: there is no such file or folder", f"weights of {kind}"
+        raise InputError(what, where=str(path), expected=expected)
     named = None if path.is_dir() else kind_by_name(path)
     if named and named != kind:
         what = f"is the decoder {named}, by its name"
         expected = f"weights of {kind}"
         hint = f"Say --decoder {named}; or rename the file, if it is not what it is called."
         raise InputError(what, where=str(path), expected=expected, hint=hint)
+
+
+def is_decoder(name: str) -> bool:
+    """Whether a tensor is of a decoder, whatever stands before its name."""
+    return _BEFORE.match(name) is not None
+
+
+def without_prefix(names: Iterable[str]) -> dict[str, str]:
+    """Name without what stands before `decoder.`, where all names begin with that -> name."""
+    names = list(names)
+    before = {match[1] for match in map(_BEFORE.match, names) if match}
+    prefix = before.pop() if len(before) == 1 else ""
+    shared = prefix if all(name.startswith(prefix) for name in names) else ""
+    return {name.removeprefix(shared): name for name in names}
 
 
 def check_tensors(kind: str, names: Iterable[str], where: str) -> None:

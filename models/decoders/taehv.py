@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from forcingkv.headmaps.errors import InputError
 from forcingkv.models.decoders import StreamingDecoder
-from forcingkv.models.decoders.names import check_tensors
+from forcingkv.models.decoders.names import check_tensors, is_decoder, without_prefix
 from forcingkv.models.tensor_files import open_tensors
 
 WIDTHS = (256, 128, 64, 64)
@@ -153,9 +154,12 @@ def load_taehv(path: Path, kind: type[TaehvDecoder] = TaehvDecoder) -> TaehvDeco
     Raises InputError where the file cannot be read, or a tensor of the decoder is missing, unexpected or
     wrongly shaped, as in the files for other video models.
     """
-    files = open_tensors(path)
+    if path.is_dir():
+        raise InputError("is a folder", where=str(path), expected="the file in it, such as taew2_1.pth")
+    files = open_tensors(path, is_decoder)
+    stored = without_prefix(files.shapes)
     with torch.device("meta"):
         decoder = kind()
-    check_tensors("taehv", files.shapes, str(path))
-    names = {name: name for name in files.shapes if not name.startswith("encoder.")}
+    check_tensors("taehv", stored, str(path))
+    names = {name: held for name, held in stored.items() if not name.startswith("encoder.")}
     return decoder.fill(files, names, "the decoder of taew2_1")

@@ -23,15 +23,13 @@ from torch.nn import functional as F
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.decoders import StreamingDecoder
-from forcingkv.models.decoders.names import check_tensors
+from forcingkv.models.decoders.names import check_tensors, is_decoder, without_prefix
 from forcingkv.models.tensor_files import open_tensors
 
 PAST = 2
 """Frames that a temporal kernel of 3 looks back."""
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 WAN_VAE = "Wan2.1_VAE.pth"
-ENTRY, PREFIX = "model_state", "model."
-"""What DiffSynth wraps a VAE's tensors in: an entry of the file, and what stands before each name."""
 NAME = AutoencoderKLWan.__name__
 WAN_NAMES = ("decoder.middle.", "decoder.upsamples.")
 """How names start that only files in Wan's own naming have."""
@@ -204,10 +202,9 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
     else:
         weights = in_wans if path.is_dir() else path
         vae = _empty(dict(config or {}), str(weights))
-    files = open_tensors(weights, preferred=ENTRY)
-    check_tensors("wan-vae", files.shapes, str(weights))
-    prefix = PREFIX if all(name.startswith(PREFIX) for name in files.shapes) else ""
-    names = {name.removeprefix(prefix): name for name in files.shapes}
+    files = open_tensors(weights, is_decoder)
+    names = without_prefix(files.shapes)
+    check_tensors("wan-vae", names, str(weights))
     if any(name.startswith(WAN_NAMES) for name in names):
         names = convert_wan_vae_to_diffusers(names)
     whole = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}

@@ -25,6 +25,8 @@ from forcingkv.models.tensor_files import listed
 PREFIXES = (
     "base_model.model.",
     "model.",
+    "generator.",
+    "dit.",
     "diffusion_model.",
     "transformer.",
     "unet.",
@@ -144,6 +146,11 @@ class Layers:
         return self._known[name]
 
 
+def is_part(name: str) -> bool:
+    """Whether a tensor has a name as a LoRA's parts have."""
+    return _key(name) is not None
+
+
 def _key(name: str) -> re.Match[str] | None:
     return _KEY.fullmatch(_SPELT.sub(r".lora_\1", name))
 
@@ -184,7 +191,9 @@ def sort_tensors(names: Iterable[str], layers: Layers, where: str) -> list[Parts
             twice.append(f"{parts.names[part]} and {name} are the same part of {module.name}")
         parts.names[part] = name
     if strange:
-        raise InputError(f"is not a LoRA of this model: {_reasons(strange)}", where=where)
+        weights = not found and any(layers.find(_layer(name)) for name in names)
+        hint = "It holds weights, not a LoRA: give it with --checkpoint." if weights else None
+        raise InputError(f"is not a LoRA of this model: {_reasons(strange)}", where=where, hint=hint)
     if len(adapters) > 1:
         what, expected = f"holds several adapters: {', '.join(sorted(adapters))}", "one"
         raise InputError(what, where=where, expected=expected, hint="Save the one that is meant by itself.")

@@ -56,7 +56,8 @@ def changes(parts: Parts, files: TensorFiles, shapes: Shapes, scales: Scales) ->
     of the weight, and InputError as `Scales.of` does.
     """
     kinds = {part: files.dtypes[name] for part, name in parts.names.items()}
-    wrong = [part for part, kind in kinds.items() if kind not in FLOATS and (part != "alpha" or " " in kind)]
+    floats = [part for part, kind in kinds.items() if part != "alpha" or " " in kind or kind == "bool"]
+    wrong = [part for part in floats if kinds[part] not in FLOATS]
     if wrong:
         told = (f"{parts.names[part]} is stored as {kinds[part]}" for part in wrong)
         raise MisfitError(f"{'; '.join(told)}, which is no dtype of weights here")

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import record_file
-from forcingkv.models.lora.keys import NOTES, Layers, sort_tensors
+from forcingkv.models.lora.keys import NOTES, Layers, is_part, sort_tensors
 from forcingkv.models.lora.kinds import DORA, Change, MisfitError, changes
 from forcingkv.models.lora.request import Lora, tensor_file
 from forcingkv.models.lora.scales import NOWHERE, Scales
+from forcingkv.models.scales import HINT, find_scales
 from forcingkv.models.tensor_files import Shapes, TensorFiles, listed, open_tensors
 from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import PublicWeights
@@ -71,6 +72,10 @@ class OpenLora:
         for change in every:
             self.changes.setdefault(change.target, []).append(change)
         said = [change.scale for change in every if change.scale]
+        none = next((scale for scale in said if not scale.factor), None)
+        if none:
+            what = f"has alpha 0 ({none.source}), which some programs take as 0 and others as the rank"
+            raise InputError(what, where=where, hint="Mend the file, or leave the LoRA out.")
         self.kinds = _each_once(change.kind for change in every)
         self.ranks = _each_once(change.rank for change in every if change.rank is not None)
         self.alphas = _each_once(scale.alpha for scale in said if scale.alpha is not None)
@@ -207,8 +212,17 @@ def open_loras(
         file = tensor_file(lora.path)
         is_own = theirs is not None and theirs.is_file() and file.samefile(theirs)
         alpha = source.lora_alpha if source and is_own else None
-        opened.append(OpenLora(open_tensors(file, None, KEY), lora.strength, shapes, alpha))
+        opened.append(OpenLora(_numbers(open_tensors(file, is_part, KEY)), lora.strength, shapes, alpha))
     return opened
+
+
+def _numbers(files: TensorFiles) -> TensorFiles:
+    """The tensors as what they mean. Raises InputError for 8-bit floats that lack their scales."""
+    scaled = find_scales(files)
+    faults = scaled.faults(list(scaled.weights.shapes))
+    if faults:
+        raise InputError(f"cannot be merged: {listed(faults)}", where=str(files.where), hint=HINT)
+    return scaled.weights
 
 
 def _own_place(source: PublicWeights | None, weights: Path) -> Path | None:

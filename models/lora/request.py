@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import there
+from forcingkv.models.tensor_files import TORCH_FILES
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *TORCH_FILES)
+SHOWN = 20
+"""How many files a message names."""
+EXPECTED = "FILE, FOLDER or FILE:STRENGTH"
 USUAL = ("adapter_model", "pytorch_lora_weights")
 """What PEFT and diffusers call the file in a folder."""
 
@@ -20,7 +25,7 @@ class Lora:
     """A LoRA that a user asks for. Raises InputError for a strength that is not finite."""
 
     path: Path
-    """A file, or a folder with one."""
+    """A file, or a folder with one; or, until it is fetched, a place on the hub (`hub.FORM`)."""
     strength: float = 1.0
     """What all that it adds is multiplied by: 0 adds nothing, less takes it away."""
 
@@ -30,7 +35,7 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """Read FILE or FILE:STRENGTH.
+        """Read FILE or FILE:STRENGTH, where FILE may be a place on the hub.
 
         What exists by the whole text is that file, whatever it is called; else a number behind the last colon
         is the strength. Raises InputError where both could be meant, or the strength is not a finite number.
@@ -39,11 +44,11 @@ class Lora:
             raise InputError("names nothing", where="--lora", expected="FILE or FILE:STRENGTH")
         head, colon, tail = text.rpartition(":")
         try:
-            strength = float(tail)
+            strength = None if "_" in tail else float(tail)  # 2_1 is a name, and 21 to Python
         except ValueError:
             strength = None
-        if _exists(text) or not head:
-            if strength is not None and head and _exists(head):
+        if there(text) or not head:
+            if strength is not None and head and there(head):
                 raise InputError(
                     f"there are both {text!r} and {head!r}",
                     where="--lora",
@@ -52,9 +57,9 @@ class Lora:
             return cls(Path(text))
         if strength is not None:
             return cls(Path(head), strength)
-        if colon and _exists(head):
+        if colon and there(head):
             raise _wrong_strength(tail, Path(head))
-        return cls(Path(text))  # of Windows, with the letter of a drive; or there is no such file
+        return cls(Path(text))  # of Windows, with the letter of a drive; on the hub; or there is no such file
 
 
 LoraLike: TypeAlias = str | Path | Lora
@@ -76,27 +81,28 @@ def tensor_file(path: Path) -> Path:
 
     Raises InputError where there is none, or several that none of `USUAL` is among.
     """
-    if _exists(path) and path.is_file():
+    if there(path) and path.is_file():
         return path
-    if not _exists(path) or not path.is_dir():
-        what, expected = "cannot be read: there is no such file or folder", "FILE, FOLDER or FILE:STRENGTH"
-        raise InputError(what, where=f"--lora {path}", expected=expected)
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    usual = [file for stem in USUAL for file in files if file.stem == stem]
+    if not there(path) or not path.is_dir():
+        what = "cannot be read: there is no such file or folder"
+        raise InputError(what, where=f"--lora {path}", expected=EXPECTED)
+    files = [file.name for file in path.iterdir() if file.name.lower().endswith(SUFFIXES) and file.is_file()]
+    return path / usual_file(files, str(path))
+
+
+def usual_file(names: Sequence[str], where: str) -> str:
+    """Which of the files of tensors in a place is a LoRA's.
+
+    Raises InputError where there is none, or several that none of `USUAL` is among.
+    """
+    files = sorted(names)
+    usual = [file for stem in USUAL for file in files if PurePosixPath(file).stem == stem]
     if usual or len(files) == 1:
         return (usual or files)[0]
-    named = f": {', '.join(file.name for file in files)}" if files else ""
+    named = f": {', '.join(files[:SHOWN])}{', ...' if len(files) > SHOWN else ''}" if files else ""
     what = f"holds {len(files)} files of tensors{named}"
     expected = f"one, or {' or '.join(f'{stem}.safetensors' for stem in USUAL)}"
-    raise InputError(what, where=str(path), expected=expected, hint="Name the file.")
-
-
-def _exists(path: str | Path) -> bool:
-    """Whether there is such a file or folder; not so for a name that there cannot be."""
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):  # too long, or with a zero byte
-        return False
+    raise InputError(what, where=where, expected=expected, hint="Name the file.")
 
 
 def _wrong_strength(given: str, path: Path) -> InputError:

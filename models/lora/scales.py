@@ -31,6 +31,10 @@ T = TypeVar("T")
 
 CONFIG = "adapter_config.json"
 DIFFUSERS, KOHYA, KOHYA_MODULE = "lora_adapter_metadata", "ss_network_alpha", "ss_network_module"
+KOHYA_RANK = "ss_network_dim"
+
+_ALPHA = re.compile(r'(^|[_.]|network)alpha$|"(?!text_encoder)([\w.]+\.)?lora_alpha"', re.IGNORECASE)
+"""Keys or texts of metadata that say an alpha."""
 
 TENSOR = "alpha tensors of the file"
 PRESET = "the model's preset"
@@ -95,6 +99,8 @@ class AdapterConfig:
                 hint="PEFT saves it as a plain LoRA with path_initial_model_for_weight_conversion.",
             )
         alpha = data.get("lora_alpha" if kind == "LORA" else "alpha")
+        if kind == "LORA" and alpha is None and "alpha" in data:
+            raise InputError(f"has alpha {shown(data['alpha'])}", where=where, expected="lora_alpha")
         return cls(
             where=where,
             rank=None if data.get("r") is None else _rank(data["r"], f"{where}: r"),
@@ -166,9 +172,18 @@ class Scales:
             return configured
         if KOHYA in self._metadata:
             alpha = _number(self._metadata[KOHYA], f"{self._where}: metadata {KOHYA}")
+            said = self._metadata.get(KOHYA_RANK, "")
+            if said.isdecimal() and int(said) != rank:
+                what = f"has metadata for rank {said}, and matrices of rank {rank} for {module}"
+                raise InputError(what, where=self._where, hint="Nothing else says its alpha.")
             return Scale(alpha / rank, alpha, KOHYA)
         if self._preset is not None:
             return Scale(self._preset / rank, self._preset, PRESET)
+        unread = [key for key, text in self._metadata.items() if _ALPHA.search(key) or _ALPHA.search(text)]
+        if unread:
+            what = f"speaks of an alpha in its metadata ({unread[0]}) in a way that is not known"
+            hint = f'Say it in a file {CONFIG} beside it: {{"r": {rank}, "lora_alpha": ...}}'
+            raise InputError(what, where=self._where, hint=hint)
         return Scale(1.0, float(rank), NOWHERE)
 
 

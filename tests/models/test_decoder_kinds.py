@@ -48,6 +48,8 @@ def test_mean_and_deviation_are_those_of_wan_s_vae() -> None:
     [
         ("taehv", "lighttaew2_1.pth", "is the decoder lighttae, by its name; expected weights of taehv. Say"),
         ("taehv", "LightTAE-W2.1-bf16.pth", "is the decoder lighttae, by its name"),
+        ("taehv", "wan_light-taew2_1.pth", "is the decoder lighttae, by its name"),
+        ("taehv", "my_taehv.pth", "is the tiny decoder of HunyuanVideo"),
         ("lighttae", "taew2_1.pth", "is the decoder taehv, by its name; expected weights of lighttae"),
         ("wan-vae", "taew2_1.pth", "is the decoder taehv, by its name"),
         ("taehv", "Wan2.1_VAE.pth", "is the decoder wan-vae, by its name"),
@@ -127,3 +129,54 @@ def test_export_refuses_by_name_before_it_writes(run: Callable[..., Ran], tmp_pa
     ran = run(*words, "--vae", vae, "--out", tmp_path / "bundle")
     assert (ran.code, "Say --decoder lighttae" in ran.err) == (2, True), ran.err
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "prefix"),
+    [("state_dict", ""), ("model_state", "model."), ("params_ema", ""), ("decoder", "module."), ("", "vae.")],
+)
+def test_a_decoder_is_found_behind_an_entry_and_a_prefix(entry: str, prefix: str, tmp_path: Path) -> None:
+    vae, tiny = small_vae().state_dict(), taehv_state()
+    for state, read in (
+        ({wan_name(name): tensor for name, tensor in vae.items()}, lambda path: load_wan_vae(path, SMALL)),
+        (tiny, lambda path: load_decoder("taehv", path)),
+    ):
+        named = {prefix + name: tensor for name, tensor in state.items()}
+        torch.save({entry: named, "step": 3} if entry else named, tmp_path / "d.pth")
+        plain = read(as_pth(state, tmp_path)).state_dict()
+        found = read(tmp_path / "d.pth").state_dict()
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_entries_of_decoders_are_not_guessed(tmp_path: Path) -> None:
+    state = taehv_state()
+    torch.save({"params": state, "params_ema": state}, tmp_path / "d.pth")
+    with pytest.raises(InputError, match="holds 2 entries that could be meant: params, params_ema"):
+        load_decoder("taehv", tmp_path / "d.pth")
+
+
+def test_a_folder_is_no_tiny_decoder(tmp_path: Path) -> None:
+    as_pth(taehv_state(), tmp_path)
+    with pytest.raises(InputError, match=r"is a folder; expected the file in it, such as taew2_1.pth"):
+        load_decoder("taehv", tmp_path)
+
+
+def test_a_decoder_with_values_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    state = taehv_state()
+    state["decoder.1.bias"] = state["decoder.1.bias"] * float("nan")
+    with pytest.raises(InputError, match=r"holds values that are no finite numbers: decoder.1.bias"):
+        load_decoder("taehv", as_pth(state, tmp_path))
+
+
+def test_the_vae_of_wan_2_2_is_named_by_its_channels(tmp_path: Path) -> None:
+    state = {**small_vae().state_dict(), "post_quant_conv.weight": torch.zeros(48, 48, 1, 1, 1)}
+    with pytest.raises(InputError, match=r"It is the VAE of Wan 2.2, of 48 channels"):
+        load_decoder("wan-vae", as_safetensors(state, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["none.pth", "x" * 300, "madebyollin/taehv"])
+@pytest.mark.parametrize("kind", ["taehv", "wan-vae"])
+def test_a_decoder_that_is_not_there(kind: str, name: str) -> None:
+    with pytest.raises(InputError, match=f"there is no such file or folder; expected weights of {kind}"):
+        load_decoder(kind, Path(name))

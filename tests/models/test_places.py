@@ -193,6 +193,9 @@ class Hub:
     fetched: list[str] = field(default_factory=list)
     asked: list[str | None] = field(default_factory=list)
 
+    def size(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
+
     def model_info(self, repository: str, *, revision: str | None, files_metadata: bool) -> SimpleNamespace:
         assert files_metadata
         self.asked.append(revision)

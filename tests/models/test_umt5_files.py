@@ -318,3 +318,29 @@ def test_memory_is_asked_for_before_anything_is_loaded(
         InputError, match=r"the text encoder needs about .*\(weights in bfloat16 .*, conversion "
     ):
         files.require_memory()
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "encoder", "model"])
+def test_an_encoder_is_found_in_whatever_entry(entry: str, tmp_path: Path) -> None:
+    state = wan_state(encoder())
+    path = one_file({entry: state, "step": 3}, tmp_path, "umt5.pth")  # type: ignore[dict-item]
+    same(path, transformers_state(), tmp_path)
+    torch.save({entry: state, "generator_ema": state}, path)
+    with pytest.raises(InputError, match="holds 2 entries that could be meant"):
+        open_encoder(find_encoder(path))
+
+
+def test_the_embedding_may_go_by_its_other_name_alone(tmp_path: Path) -> None:
+    state = transformers_state()
+    named = {**state, "encoder.embed_tokens.weight": state[SHARED]}
+    del named[SHARED]
+    same(one_file(named, tmp_path), state, tmp_path)
+
+
+def test_a_t5_is_called_a_t5(tmp_path: Path) -> None:
+    state = transformers_state()
+    biases = [name for name in state if "relative_attention_bias" in name]
+    for name in biases[1:]:
+        del state[name]
+    with pytest.raises(InputError, match="It is a T5 and no UMT5"):
+        open_encoder(find_encoder(one_file(state, tmp_path)))

@@ -40,7 +40,8 @@ Loras: TypeAlias = Annotated[
     Option(
         "--lora",
         metavar="FILE[:STRENGTH]",
-        help="LoRA to merge: a file or folder, then its strength if not 1; may be given again.",
+        help="LoRA to merge: a file, a folder or a hub id (owner/name:path), then its strength if not 1;"
+        " may be given again.",
     ),
 ]
 NoPresetLora: TypeAlias = Annotated[
