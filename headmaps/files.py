@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -106,12 +107,28 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
     return path
 
 
+MOST_TEXT = 1 << 26
+"""Bytes, more than any file of text has that is read here: weights given by mistake would take the memory."""
+
+
+def read_content(path: Path | str) -> bytes:
+    """The bytes of a file of text. Raises InputError where it cannot be read, or is too large for one."""
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MOST_TEXT + 1)
+    except (OSError, ValueError) as error:  # ValueError: U+0000 in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot be read ({reason})", where=str(path)) from error
+    if len(content) > MOST_TEXT:
+        raise InputError(f"has more than {MOST_TEXT} bytes", where=str(path), expected="a file of text")
+    return content
+
+
 def read_json(path: Path | str) -> Any:
     """The content of a JSON file. Raises InputError where it cannot be read, or is not JSON."""
+    content = read_content(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=str(path)) from error
+        return json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON ({error})", where=str(path)) from error
 
@@ -122,14 +139,31 @@ def unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot be written ({error.strerror})", where=str(path), hint=hint)
 
 
+def place_to_write(path: Path) -> Path:
+    """The file that is written by a name: that itself or, of a link, what it leads to.
+
+    Raises InputError where no file can be: a folder, a pipe or a device would be replaced by the file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = stat.S_IFREG
+    except OSError as error:
+        raise unwritable(path, error) from error
+    is_folder = path.name in ("", "..") or stat.S_ISDIR(mode)
+    if is_folder or not stat.S_ISREG(mode):
+        kind = "a folder" if is_folder else "a pipe or a device"
+        raise InputError(f"is {kind}", where=str(path), expected="the name of a file to write")
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path` when the block ends well; nothing is left behind when it does not.
 
     Makes the folder. Raises InputError where the file cannot be written.
     """
-    if path.name in ("", ".."):
-        raise InputError("is a folder", where=str(path), expected="the name of a file to write")
+    path = place_to_write(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -241,7 +241,7 @@ class ModelSpec:
         raise InputError(what, where="resolution", expected=known)
 
 
-_SIDES = re.compile(r"\s*(\d{1,6})\s*[xX\N{MULTIPLICATION SIGN}]\s*(\d{1,6})\s*")
+_SIDES = re.compile(r"\s*(\d{1,6})\s*[xX*\N{MULTIPLICATION SIGN}]\s*(\d{1,6})\s*")
 """How people write a size."""
 
 

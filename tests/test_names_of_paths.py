@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,48 @@ def test_a_place_that_is_no_file_is_refused(
     assert places() == {"map.json"}
     with pytest.raises(InputError, match="is a folder"), new_file(Path(place)):
         pass
+
+
+def test_links_are_written_through_and_devices_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("sub/real")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    write_text(tmp_path / "link", "text")
+    assert ((tmp_path / "link").is_symlink(), (tmp_path / "sub/real").read_text()) == (True, "text")
+    wrong = {"folder": "is a folder", "pipe": "is a pipe or a device", "circle": "cannot be written"}
+    for name, message in wrong.items():
+        with pytest.raises(InputError, match=f"{name} {message}"):
+            write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert not list(tmp_path.rglob("*partial"))
+
+
+TOO_LONG = "a" * 256
+"""More than a file system takes for one name."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--model", f"{TOO_LONG}.toml"),
+        ("plan", "--model=demo", "--policy", f"{TOO_LONG}.toml"),
+        ("export", "--model=demo", "--policy=window", "--checkpoint", TOO_LONG, "--out=b"),
+        ("export", "--model=demo", "--policy=window", "--out", f"{TOO_LONG}/b"),
+        ("evaluate", "--video", f"{TOO_LONG}.mp4", *CHUNKS_OF_3, "--out=v.csv"),
+        ("encode", "--prompts=p.txt", "--text-encoder", TOO_LONG, "--out=e"),
+        ("encode", "--prompts=p.txt", "--text-encoder=e", "--out", TOO_LONG),
+        ("headmap", "convert", TOO_LONG, "--out=m.json"),
+    ],
+)
+def test_a_name_that_the_system_does_not_take_is_refused(
+    words: tuple[str, ...], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("p.txt"), "a 3 moving left\n")
+    ran = run(*words)
+    assert (ran.code, f"{TOO_LONG}" in ran.err, "File name too long)" in ran.err) == (2, True, True), ran.err
+    assert places() == {"p.txt"}
 
 
 def test_consoles_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
