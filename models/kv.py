@@ -127,9 +127,9 @@ class _TorchRetained(TorchRole):
         transition = done.held[Recent.name]
         one_frame = Recent(frames=1) in done.group.roles
         if choice.kept > choice.candidates - choice.split.segments:
-            # The first chunk finds no transition frame, and by itself has fewer segments than are kept. A graph
-            # chooses in every pass: there zeros stand for the frame, and nobody takes what is chosen. Zeros,
-            # since all else ties within rounding; made of the chunk, not to lie in the file by the megabyte.
+            # The first chunk finds no transition frame, and by itself has fewer segments than are kept. A
+            # graph chooses in every pass: there zeros stand for the frame, and nobody takes what is chosen.
+            # Zeros tie to the bit, and made of the chunk they do not lie in the file by the megabyte.
             pairs = zip(done.new, transition, strict=True)
             transition = KeysValues(*(torch.cat((new - new, held), 2) for new, held in pairs))
             one_frame = False
