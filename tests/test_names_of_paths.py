@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -20,9 +21,17 @@ from forcingkv.analyze.storage import Storage
 from forcingkv.commands.console import plain_console
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
 from forcingkv.headmaps.files import new_file, write_text
+from forcingkv.measure.demo_comparison import (
+    SHOWN_FRAMES,
+    PolicyRun,
+    write_comparison_sheet,
+    write_comparison_video,
+)
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle
+from forcingkv.runtime.text import read_embeds
 from tests.conftest import Ran, headmap_of, small_spec
+from tests.models.test_text_encoder import SPEC, wan_folder
 from tests.runtime.conftest import small_bundle
 
 Run = Callable[..., Ran]
@@ -155,6 +164,29 @@ def test_what_is_made_of_a_head_map(name: str, run: Run) -> None:
     assert Bundle.open(f"{name}/b").headmap == HeadMap.read(headmap)
     timed = run("bench", f"--bundle={name}/b", "--rounds=1", "--no-decode", f"--sweep={name}/sweep")
     assert f"written: {name}/sweep/" in done(timed).out
+
+
+@pytest.mark.parametrize("name", [ALL, "-rf", "~", "v1:x"], indirect=True)
+def test_prompts_that_are_encoded(name: str, run: Run) -> None:
+    write_text(Path(f"{name}/{leaf(name)}.toml"), SPEC)
+    write_text(Path(f"{name}/{leaf(name)}.txt"), "a red kite\n")
+    wan_folder(Path(f"{name}/{leaf(name)}").absolute())
+    before = places()
+    given = {"model": f"{leaf(name)}.toml", "prompts": f"{leaf(name)}.txt", "text-encoder": leaf(name)}
+    given |= {"tokenizer": f"{leaf(name)}/google/umt5-xxl", "out": f"{leaf(name)}.safetensors"}
+    done(run("encode", *(f"--{option}={name}/{file}" for option, file in given.items())))
+    assert places() - before == {f"{name}/{leaf(name)}.safetensors"}
+    assert read_embeds(f"{name}/{leaf(name)}.safetensors").prompts == ("a red kite",)
+
+
+@pytest.mark.parametrize("name", [ALL], indirect=True)
+def test_what_the_demo_writes_beside_its_analysis_and_bundles(name: str) -> None:
+    """These two and a picture, by `write_bytes`; the rest by functions that other commands call too."""
+    runs = {"full": PolicyRun([np.zeros((max(SHOWN_FRAMES) + 1, 32, 32, 3), np.uint8)])}
+    before = places()
+    write_comparison_video(runs, Path(f"{name}/policies.mp4"), 16)
+    write_comparison_sheet(runs, ["a 3 moving left"], Path(f"{name}/policies.png"))
+    assert places() - before == {f"{name}/policies.mp4", f"{name}/policies.png"}
 
 
 @pytest.mark.parametrize("place", [".", "/", "..", "a/..", ""])
