@@ -158,6 +158,10 @@ def read_pyramid(text: str, sha256: str, where: str, choices: Choices) -> HeadMa
     if unknown:
         expected = f"labels for {', '.join(sorted(used))}"
         raise InputError(f"has no class {', '.join(map(repr, unknown))}", where=where, expected=expected)
+    twice = sorted(code for code, name in CLASSES.items() if code in given and name in given)
+    if twice:
+        both = f"{twice[0]} and {CLASSES[twice[0]]}, which is the same class"
+        raise InputError(f"are given for {both}", where="labels", expected="each class once")
     names = {code: given.get(code, given.get(known[code], known[code])) for code in used}
     return HeadMap(
         ModelIdentity(choices.model or "unknown", len(rows), len(rows[0])),

@@ -18,6 +18,7 @@ from forcingkv.headmaps.errors import InputError
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 Renoise = Literal["fresh", "predicted"]
+DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Schedule:
 class Decoder:
     """How latents become pixels."""
 
-    kind: Literal["pixels", "wan-vae", "taehv", "lighttae"]
+    kind: Literal["pixels", DecoderKind]
     spatial_stride: int = 1
     """Pixels a latent pixel covers, each way."""
     temporal_stride: int = 1
