@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -139,11 +140,19 @@ def unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot be written ({error.strerror})", where=str(path), hint=hint)
 
 
+def refuse_url(path: Path | str) -> None:
+    """Raise InputError for what was a URL: as the name of a file it would be a folder `s3:` here."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        hint = "Write it to a folder, and copy that; statistics of an analysis may lie at a URL: --stats."
+        raise InputError("is a URL", where=str(path), expected="a file or folder here", hint=hint)
+
+
 def place_to_write(path: Path) -> Path:
     """The file that is written by a name: that itself or, of a link, what it leads to.
 
     Raises InputError where no file can be: a folder, a pipe or a device would be replaced by the file.
     """
+    refuse_url(path)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -194,6 +203,7 @@ def new_folder(path: Path, mark: str) -> Iterator[Path]:
     A folder already at `path` is replaced only then, and only if it is empty or holds the file `mark`,
     as those made before do. Raises InputError for any other, and where nothing can be written.
     """
+    refuse_url(path)
     path = path.resolve()
     if path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
         raise InputError(

@@ -17,10 +17,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from forcingkv.analyze.run import SampleRecorder
 from forcingkv.analyze.storage import Storage
 from forcingkv.commands.console import plain_console
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
-from forcingkv.headmaps.files import new_file, write_text
+from forcingkv.headmaps.files import new_file, new_folder, write_text
 from forcingkv.measure.demo_comparison import (
     SHOWN_FRAMES,
     PolicyRun,
@@ -30,6 +31,7 @@ from forcingkv.measure.demo_comparison import (
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.text import read_embeds
+from forcingkv.runtime.video import open_writer
 from tests.conftest import Ran, headmap_of, small_spec
 from tests.models.test_text_encoder import SPEC, wan_folder
 from tests.runtime.conftest import small_bundle
@@ -216,6 +218,41 @@ def test_links_are_written_through_and_devices_are_not_replaced(tmp_path: Path) 
             write_text(tmp_path / name, "text")
     assert (tmp_path / "pipe").is_fifo()
     assert not list(tmp_path.rglob("*partial"))
+
+
+def test_a_url_is_no_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a path it would be a folder `s3:` here, and nothing at the URL."""
+    monkeypatch.chdir(tmp_path)
+    url = Path("s3://bucket/x")
+    with pytest.raises(InputError, match="s3:/bucket/x is a URL; expected a file or folder here"):
+        write_text(url, "text")
+    with pytest.raises(InputError, match="is a URL"), new_folder(url, "mark"):
+        pass
+    with pytest.raises(InputError, match="is a URL"):
+        open_writer(url, fps=8)
+    with pytest.raises(InputError, match=r"is a URL.*--stats"):
+        Storage(url / "stats")
+    assert not places()
+
+
+def test_an_analysis_tries_its_place_before_it_measures(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(*_: object) -> None:
+        raise AssertionError("a sample is measured that cannot be kept")
+
+    monkeypatch.setattr(SampleRecorder, "record", record)
+    write_text(tmp_path / "tiny.toml", 'base = "demo"\nname = "tiny"\nlayers = 1\n')
+    write_text(tmp_path / "p.txt", "a 3 moving left\n")
+    (tmp_path / "nowhere").symlink_to("absent/folder")
+    words = (
+        f"--model={tmp_path}/tiny.toml",
+        "--random-weights",
+        f"--prompts={tmp_path}/p.txt",
+        "--samples=1",
+    )
+    ran = run("analyze", "heads", *words, "--chunks=3", f"--out={tmp_path}/nowhere")
+    assert (ran.code, "stats/.trial cannot be written" in ran.err) == (2, True), ran.err
 
 
 TOO_LONG = "a" * 256
