@@ -244,6 +244,7 @@ def record_samples(
     missing = _missing(job, storage, samples)
     if missing:
         storage.check_versions()
+        storage.check_writable()  # now, or the first sample would be lost
     progress(samples - len(missing), 0)
     if not missing:
         return []

@@ -13,6 +13,7 @@ import os
 import posixpath
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,12 @@ from forcingkv.analyze.recording import COLUMNS, METADATA_KEY, Recording
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.errors import first_line
 from forcingkv.headmaps.fields import shown
-from forcingkv.headmaps.files import unwritable, write_bytes
+from forcingkv.headmaps.files import refuse_url, unwritable, write_bytes
 
 URL = "://"
 """What tells a URL from a folder."""
+TRIAL = ".trial"
+"""File that is written and removed, to see whether others can be."""
 VERSIONS = "versions.json"
 """File beside the samples that says what recorded them: not in theirs, so equal samples stay equal."""
 MEASURING = ("forcingkv", "torch", "numpy")
@@ -49,7 +52,9 @@ class Storage:
 
     def __init__(self, place: str | Path) -> None:
         self.place = str(place)
-        if URL not in self.place:  # fsspec would take ~ and :: in the name of a folder for something else
+        if URL not in self.place:
+            refuse_url(self.place)
+            # fsspec would take ~ and :: in the name of a folder for something else
             self._files, self._root = LocalFileSystem(), os.path.abspath(self.place)
         else:
             try:
@@ -111,6 +116,19 @@ class Storage:
                 hint="Samples of both do not belong in one map: choose another folder, or measure everything"
                 " anew with --restart.",
             )
+
+    def check_writable(self) -> None:
+        """Raise InputError where no file can be written. Nothing is left of the trial."""
+        root = Path(self._root)
+        absent = [folder for folder in (root, *root.parents) if self._is_local and not folder.exists()]
+        try:
+            self._put(TRIAL, b"")
+        finally:
+            with suppress(OSError):
+                self._files.rm_file(self._at(TRIAL))
+            with suppress(OSError):
+                for folder in absent:
+                    folder.rmdir()
 
     def _put(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all."""

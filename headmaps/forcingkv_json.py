@@ -55,6 +55,11 @@ def from_data(data: Any, sha256: str, where: str, choices: Choices) -> HeadMap:
             f"is {choices.missing_layers!r}", where="missing layers", expected=f"{STATIC} or {DYNAMIC}"
         )
     fields, layers = _split(data)
+    again = [key for key, item in (fields or {}).items() if _number(key) is not None or _lists_heads(item)]
+    if again:
+        raise InputError(
+            f"has layers, and {again[0]!r:.60} beside them", where=where, expected="each layer in one place"
+        )
     if not isinstance(layers, list | Mapping) or not layers:
         raise InputError(
             "has no layers",
@@ -192,7 +197,9 @@ def _split(data: Any) -> tuple[dict[str, Any] | None, Any]:
 
 
 def _lists_heads(item: Any) -> bool:
-    return isinstance(item, Mapping) and any(name in item for names in NAMES.values() for name in names)
+    entries = item if isinstance(item, list) else [item]
+    names = {name for names in NAMES.values() for name in names}
+    return any(isinstance(entry, Mapping) and not names.isdisjoint(entry) for entry in entries)
 
 
 def _whole(layers: Any, total: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from pathlib import Path
 from forcingkv.headmaps import forcingkv_json
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import unique_keys
+from forcingkv.headmaps.files import read_content
 from forcingkv.headmaps.headmap import (
     DYNAMIC,
     SCHEMA,
@@ -59,10 +61,8 @@ def read_headmap(path: Path | str, choices: Choices | None = None) -> HeadMap:
     choices = choices or Choices()
     where = str(path)
     try:
-        content = Path(path).read_bytes()
+        content = read_content(path)
         text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=where) from error
     except UnicodeDecodeError as error:
         raise InputError(f"is not text ({error.reason})", where=where, expected=KNOWN) from error
     headmap, given = _read(text, hashlib.sha256(content).hexdigest(), where, choices)
@@ -95,6 +95,9 @@ def _read(text: str, sha256: str, where: str, choices: Choices) -> tuple[HeadMap
     if tabs == commas:
         has = "both tabs and commas" if tabs else "neither tabs nor commas"
         raise InputError(f"is not JSON, and has {has} between its values", where=where, expected=KNOWN)
+    if re.search(r"[][{}():#]", text):
+        what = "is neither JSON nor a table of values"
+        raise InputError(what, where=where, expected=KNOWN)
     if commas:
         return read_pyramid(text, sha256, where, choices), PYRAMID
     return read_duoattention(text, sha256, where, choices), DUOATTENTION
@@ -146,13 +149,19 @@ def read_pyramid(text: str, sha256: str, where: str, choices: Choices) -> HeadMa
                     where=where,
                     expected="a class: " + ", ".join(f"{code} ({name})" for code, name in CLASSES.items()),
                     hint="Name a class of your own: forcingkv headmap convert --labels"
-                    f" {shlex.quote(f'{code}=static')}",
+                    f" {shlex.quote(f'{code}=static')}"
+                    if code
+                    else None,
                 )
     used = {code for row in rows for code in row}
     unknown = sorted(set(given) - set(CLASSES) - set(CLASSES.values()) - used)
     if unknown:
         expected = f"labels for {', '.join(sorted(used))}"
         raise InputError(f"has no class {', '.join(map(repr, unknown))}", where=where, expected=expected)
+    twice = sorted(code for code, name in CLASSES.items() if code in given and name in given)
+    if twice:
+        both = f"{twice[0]} and {CLASSES[twice[0]]}, which is the same class"
+        raise InputError(f"are given for {both}", where="labels", expected="each class once")
     names = {code: given.get(code, given.get(known[code], known[code])) for code in used}
     return HeadMap(
         ModelIdentity(choices.model or "unknown", len(rows), len(rows[0])),

@@ -85,6 +85,17 @@ def plan_for(
     return plans[label], f"assumed: every head {label}, which takes most"
 
 
+def check_map(spec: ModelSpec, policies: Sequence[Policy], headmap: HeadMap) -> None:
+    """Raise InputError for a map that would be left out: of another model, or with labels of no policy."""
+    labels = set(headmap.counts())
+    if not any(labels <= set(policy.groups) for policy in policies):
+        raise InputError(
+            f"the heads given have the labels {', '.join(sorted(labels))}",
+            expected="labels that one of the policies has groups for",
+        )
+    headmap.check_model(spec.layers, spec.heads, labels)
+
+
 def spread(spec: ModelSpec, counts: Mapping[str, int]) -> Heads:
     """A map with exactly so many heads of each label in the whole model (`map_with_counts`).
 

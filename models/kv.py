@@ -125,7 +125,15 @@ class _TorchRetained(TorchRole):
         if choice is None:
             return done.held[role.name]
         transition = done.held[Recent.name]
-        if Recent(frames=1) not in done.group.roles:
+        one_frame = Recent(frames=1) in done.group.roles
+        if choice.kept > choice.candidates - choice.split.segments:
+            # The first chunk finds no transition frame, and by itself has fewer segments than are kept. A
+            # graph chooses in every pass: there zeros stand for the frame, and nobody takes what is chosen.
+            # Zeros tie to the bit, and made of the chunk they do not lie in the file by the megabyte.
+            pairs = zip(done.new, transition, strict=True)
+            transition = KeysValues(*(torch.cat((new - new, held), 2) for new, held in pairs))
+            one_frame = False
+        if not one_frame:
             transition = _tokens(transition, slice(-done.plan.frame_tokens, None))
         split = choice.split.frame_tokens, choice.split.segments
         if done.chosen and role.shared:

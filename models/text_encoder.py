@@ -22,7 +22,7 @@ import torch
 from forcingkv.headmaps.errors import InputError, first_line
 from forcingkv.models.encoder_places import EncoderPlace, find_encoder
 from forcingkv.models.umt5 import Umt5Files, digest, open_umt5
-from forcingkv.runtime.prompts import PromptLine, clean_prompt, control_characters, shortened
+from forcingkv.runtime.prompts import PromptLine, clean_prompt, control_characters, is_empty, shortened
 
 BROKEN_TRANSFORMERS = "5.0."
 """Releases of transformers that load UMT5 without its embeddings, silently: what they encode is noise. The
@@ -82,7 +82,7 @@ class PromptTokenizer:
         cleaned = clean_prompt(prompt)
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise InputError("the prompt has half a character (a lone surrogate)", where="prompt")
-        if not cleaned:
+        if is_empty(cleaned):
             raise InputError("the prompt is empty", where="prompt", expected="some words")
         whole = self.tokenizer(cleaned, verbose=False).input_ids
         cut = self.tokenizer(cleaned, max_length=length, truncation=True).input_ids

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import there, unwritable
-from forcingkv.runtime.tensors import StoredTensor, file_start
-from forcingkv.runtime.text import embeds_metadata
+from forcingkv.headmaps.files import place_to_write, unwritable
+from forcingkv.runtime.tensors import StoredTensor, file_start, read_header
+from forcingkv.runtime.text import SCHEMA, embeds_metadata
 
 # Windows has no such locks: there nothing is said where two processes write one file.
 _LOCKS: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
@@ -75,6 +75,7 @@ def growing_embeds(
     """
     planned = {f"embeds.{place}": ("F32", tuple(shape)) for place, shape in enumerate(shapes)}
     start, tensors = file_start(planned, embeds_metadata(prompts, cleaned, tokens, model_text), str(path))
+    path = place_to_write(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,9 +124,16 @@ def _gone_on_with(file: BinaryIO, start: bytes, tensors: Sequence[StoredTensor])
 
 
 def check_place(path: Path) -> None:
-    """Raise InputError unless `growing_embeds` can write there now."""
-    if there(path) and path.is_dir():
-        raise InputError("is a folder", where=str(path), expected="the name of a file to write")
+    """Raise InputError unless `growing_embeds` can write there now, and replaces nothing but such a file."""
+    path = place_to_write(path)
+    if path.exists() and path.stat().st_size:
+        try:
+            is_ours = read_header(path)[1].get("schema") == SCHEMA
+        except InputError:
+            is_ours = False
+        if not is_ours:
+            what, expected = "is there, and would be replaced", "a new file, or one of embeddings"
+            raise InputError(what, where=str(path), expected=expected, hint="Choose another --out.")
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.files import unwritable, write_bytes, write_text
+from forcingkv.headmaps.files import refuse_url, unwritable, write_bytes, write_text
 
 Frames = npt.NDArray[np.uint8]
 
@@ -119,6 +119,7 @@ class FrameWriter(ABC):
 
     def _check_place(self) -> None:
         """Raise OSError or InputError for a place that a file cannot be made at. Changes nothing."""
+        refuse_url(self.path)
         if self.path.is_dir():
             raise _os_error(errno.EISDIR)
         parent = self.path.parent

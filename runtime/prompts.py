@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.fields import unique_keys
+from forcingkv.headmaps.files import read_content
 
 _OTHER_UNICODE = {
     b"\xff\xfe\0\0": "UTF-32",
@@ -25,6 +27,10 @@ _OTHER_UNICODE = {
     b"\xfe\xff": "UTF-16",
 }
 """How files begin that are not UTF-8."""
+_INTERACTIVE = (".jsonl", ".ndjson")
+_OTHER_KINDS = (".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".rtf", ".md")
+"""Names of text that is not one prompt a line: its brackets, quotes and headings would become prompts."""
+_FORM = 'one prompt a line, or in a .jsonl {"prompts": ["...", "..."]} a line'
 _AS_UTF8 = "Save it as UTF-8 (in PowerShell: Out-File -Encoding utf8)."
 
 _SINGLE, _DOUBLE = "\u02bc\u2018-\u201b", "\u201c-\u201f"
@@ -62,7 +68,7 @@ class PromptLine:
 
 
 def read_prompts(path: Path) -> list[PromptLine]:
-    """The prompts of a text file, one a line, or of a `.jsonl` with `{"prompts": [...]}` a line.
+    """The prompts of a text file, one a line, or of a `.jsonl` (`.ndjson`) with `{"prompts": [...]}` a line.
 
     Lines end in a newline, with or without a carriage return before it, and nowhere else. A byte order mark
     is left out, lines of white space alone are passed over.
@@ -70,8 +76,10 @@ def read_prompts(path: Path) -> list[PromptLine]:
     Raises InputError, naming the line, where the file is not UTF-8 text, or a line is not of that form, and
     for a file without prompts.
     """
-    text = _utf8(path)
-    if "\r" in text.rstrip("\r") and "\n" not in text:
+    interactive, text = path.suffix.lower() in _INTERACTIVE, _utf8(path)
+    if path.suffix.lower() in _OTHER_KINDS or (not interactive and _is_json(text)):
+        raise InputError("is not lines of prompts", where=str(path), expected=_FORM)
+    if "\r" in text.strip() and "\n" not in text.strip():
         what, expected = "has carriage returns and no newline", "lines that end in a newline"
         raise InputError(
             what, where=str(path), expected=expected, hint="Save it with Unix or Windows line ends."
@@ -83,7 +91,9 @@ def read_prompts(path: Path) -> list[PromptLine]:
             what = "has the character U+0000, which is not text"
             raise InputError(what, where=where, expected="UTF-8 text", hint=f"If it is UTF-16: {_AS_UTF8}")
         if line.strip():
-            found = _interactive(line, where) if path.suffix.lower() == ".jsonl" else [line]
+            if not interactive and _is_json(line):
+                raise InputError("is JSON, not a prompt", where=where, expected=_FORM)
+            found = _interactive(line, where) if interactive else [line]
             prompts += [PromptLine(prompt.strip(), where, number) for prompt in found]
     if not prompts:
         raise InputError("has no prompts", where=str(path), expected="one prompt a line")
@@ -91,10 +101,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
 
 
 def _utf8(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
+    content = read_content(path)
     for mark, name in _OTHER_UNICODE.items():
         if content.startswith(mark):
             raise InputError(f"is {name} text", where=str(path), expected="UTF-8", hint=_AS_UTF8)
@@ -106,13 +113,23 @@ def _utf8(path: Path) -> str:
         raise InputError(what, where=where, expected="UTF-8 text", hint=_AS_UTF8) from error
 
 
+def _is_json(text: str) -> bool:
+    if text.lstrip()[:1] not in ("[", "{"):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _interactive(line: str, where: str) -> list[str]:
     """The prompts of a video whose prompt is switched."""
     try:
-        prompts = json.loads(line)["prompts"]
+        prompts = json.loads(line, object_pairs_hook=unique_keys)["prompts"]
     except (ValueError, KeyError, TypeError, RecursionError):
         prompts = None
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+    if not prompts or not isinstance(prompts, list) or not all(isinstance(one, str) for one in prompts):
         raise InputError("is not a line of prompts", where=where, expected='{"prompts": ["...", "..."]}')
     return prompts
 
@@ -147,6 +164,11 @@ def plain_form(prompt: str) -> str:
 
 def _resolved(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def is_empty(cleaned: str) -> bool:
+    """Whether a cleaned prompt has nothing to see: marks of direction and spaces of no width are nothing."""
+    return all(unicodedata.category(c) in ("Cc", "Cf", "Zs", "Zl", "Zp") for c in cleaned)
 
 
 def control_characters(prompt: str) -> list[str]:

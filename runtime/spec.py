@@ -18,6 +18,7 @@ from forcingkv.headmaps.errors import InputError
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 Renoise = Literal["fresh", "predicted"]
+DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Schedule:
 class Decoder:
     """How latents become pixels."""
 
-    kind: Literal["pixels", "wan-vae", "taehv", "lighttae"]
+    kind: Literal["pixels", DecoderKind]
     spatial_stride: int = 1
     """Pixels a latent pixel covers, each way."""
     temporal_stride: int = 1
@@ -241,7 +242,7 @@ class ModelSpec:
         raise InputError(what, where="resolution", expected=known)
 
 
-_SIDES = re.compile(r"\s*(\d{1,6})\s*[xX\N{MULTIPLICATION SIGN}]\s*(\d{1,6})\s*")
+_SIDES = re.compile(r"\s*(\d{1,6})\s*[xX*\N{MULTIPLICATION SIGN}]\s*(\d{1,6})\s*")
 """How people write a size."""
 
 

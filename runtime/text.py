@@ -30,6 +30,8 @@ HINT = "Make the file with: forcingkv encode --prompts prompts.txt --out embeds.
 
 SHOWN = 5
 """Prompts of a file that a message lists."""
+SEVERAL = -1
+"""In place of a prompt's place in a file that gives several, of which none is meant more than another."""
 COMPARED = 300
 """Characters of a prompt that are compared when the nearest ones are looked for."""
 
@@ -110,13 +112,15 @@ class Embeds:
             if other and len(other) != len(prompts):
                 what = f"has {len(other)} {name} for {len(prompts)} prompts"
                 raise InputError(what, where=self.where, expected="one for each, or none")
-        for prompt, array in zip(prompts, arrays, strict=True):
+        for place, (prompt, array) in enumerate(zip(prompts, arrays, strict=True)):
             if array.ndim != 2:
                 fault = f"{array.ndim} dimensions"
             elif array.shape[1] != arrays[0].shape[1]:
                 fault = f"the width {array.shape[1]}"
             elif not np.isfinite(array).all():
                 fault = "values that are not finite"
+            elif self.tokens and self.tokens[place] < len(array):
+                fault = f"{len(array)} tokens, and its prompt {self.tokens[place]}"
             else:
                 continue
             what = f"the embedding of {shortened(prompt)} has {fault}"
@@ -141,17 +145,23 @@ class Embeds:
             forms.append(clean_prompt)
         for form in forms:
             place = self._places(form).get(form(prompt))
+            if place == SEVERAL:
+                what = f"has several embeddings of {shortened(prompt)}, which differ"
+                raise InputError(what, where=self.where, expected="one for each prompt", hint=HINT)
             if place is not None:
                 return place
         raise self._not_there(prompt)
 
     def _places(self, form: Callable[[str], str]) -> dict[str, int]:
-        """Where each prompt stands by a form of it; what is cleaned already stays as it is."""
+        """Where each prompt stands by a form of it, or SEVERAL; what is cleaned already stays as it is."""
         if form not in self._tables:
             forms = (*map(form, self.prompts), *self.cleaned)
             table: dict[str, int] = {}
             for number, text in enumerate(forms):
-                table.setdefault(text, number % len(self.prompts))
+                place = number % len(self.prompts)
+                first = table.setdefault(text, place)
+                if first != SEVERAL and not np.array_equal(self.arrays[first], self.arrays[place]):
+                    table[text] = SEVERAL
             self._tables[form] = table
         return self._tables[form]
 

@@ -33,7 +33,8 @@ def open_writer(
     """
     path = Path(out)
     kinds: dict[str, type[FrameWriter]] = {".mp4": Mp4Writer, ".rgb": RawWriter, "": PngWriter}
-    kind = RawWriter if str(out) == "-" else kinds.get(path.suffix.lower())
+    name = path.name.lower()  # ".mp4" has no suffix to pathlib
+    kind = RawWriter if str(out) == "-" else kinds.get(name if name in kinds else path.suffix.lower())
     kind = kind or (PngWriter if path.is_dir() else None)
     if kind is None:
         files = "a name ending in .mp4, one ending in .rgb (bare bytes), a folder (PNG files)"

@@ -50,6 +50,14 @@ EXPORT = ["export", "--model", "demo", "--target", "onnx", "--headmap"]
 RTX = ["--target", "tensorrt-rtx", "--sm"]
 
 
+def test_export_says_that_a_policy_uses_no_head_map(made: Path, run: Callable[..., Ran]) -> None:
+    ran = run(*EXPORT, made / "headmap.json", "--policy=window", "--checkpoint=./absent.pt", "--out=nowhere")
+    assert (ran.code, "the policy window treats all heads alike, and uses no head map" in ran.err) == (
+        2,
+        True,
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
+from forcingkv.analyze.run import SampleRecorder
 from forcingkv.analyze.storage import Storage
 from forcingkv.commands.console import plain_console
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
-from forcingkv.headmaps.files import new_file, write_text
+from forcingkv.headmaps.files import new_file, new_folder, write_text
+from forcingkv.measure.demo_comparison import (
+    SHOWN_FRAMES,
+    PolicyRun,
+    write_comparison_sheet,
+    write_comparison_video,
+)
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle
+from forcingkv.runtime.text import read_embeds
+from forcingkv.runtime.video import open_writer
 from tests.conftest import Ran, headmap_of, small_spec
+from tests.models.test_text_encoder import SPEC, wan_folder
 from tests.runtime.conftest import small_bundle
 
 Run = Callable[..., Ran]
@@ -156,6 +168,29 @@ def test_what_is_made_of_a_head_map(name: str, run: Run) -> None:
     assert f"written: {name}/sweep/" in done(timed).out
 
 
+@pytest.mark.parametrize("name", [ALL, "-rf", "~", "v1:x"], indirect=True)
+def test_prompts_that_are_encoded(name: str, run: Run) -> None:
+    write_text(Path(f"{name}/{leaf(name)}.toml"), SPEC)
+    write_text(Path(f"{name}/{leaf(name)}.txt"), "a red kite\n")
+    wan_folder(Path(f"{name}/{leaf(name)}").absolute())
+    before = places()
+    given = {"model": f"{leaf(name)}.toml", "prompts": f"{leaf(name)}.txt", "text-encoder": leaf(name)}
+    given |= {"tokenizer": f"{leaf(name)}/google/umt5-xxl", "out": f"{leaf(name)}.safetensors"}
+    done(run("encode", *(f"--{option}={name}/{file}" for option, file in given.items())))
+    assert places() - before == {f"{name}/{leaf(name)}.safetensors"}
+    assert read_embeds(f"{name}/{leaf(name)}.safetensors").prompts == ("a red kite",)
+
+
+@pytest.mark.parametrize("name", [ALL], indirect=True)
+def test_what_the_demo_writes_beside_its_analysis_and_bundles(name: str) -> None:
+    """These two and a picture, by `write_bytes`; the rest by functions that other commands call too."""
+    runs = {"full": PolicyRun([np.zeros((max(SHOWN_FRAMES) + 1, 32, 32, 3), np.uint8)])}
+    before = places()
+    write_comparison_video(runs, Path(f"{name}/policies.mp4"), 16)
+    write_comparison_sheet(runs, ["a 3 moving left"], Path(f"{name}/policies.png"))
+    assert places() - before == {f"{name}/policies.mp4", f"{name}/policies.png"}
+
+
 @pytest.mark.parametrize("place", [".", "/", "..", "a/..", ""])
 def test_a_place_that_is_no_file_is_refused(
     place: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -168,6 +203,83 @@ def test_a_place_that_is_no_file_is_refused(
     assert places() == {"map.json"}
     with pytest.raises(InputError, match="is a folder"), new_file(Path(place)):
         pass
+
+
+def test_links_are_written_through_and_devices_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("sub/real")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    write_text(tmp_path / "link", "text")
+    assert ((tmp_path / "link").is_symlink(), (tmp_path / "sub/real").read_text()) == (True, "text")
+    wrong = {"folder": "is a folder", "pipe": "is a pipe or a device", "circle": "cannot be written"}
+    for name, message in wrong.items():
+        with pytest.raises(InputError, match=f"{name} {message}"):
+            write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert not list(tmp_path.rglob("*partial"))
+
+
+def test_a_url_is_no_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a path it would be a folder `s3:` here, and nothing at the URL."""
+    monkeypatch.chdir(tmp_path)
+    url = Path("s3://bucket/x")
+    with pytest.raises(InputError, match="s3:/bucket/x is a URL; expected a file or folder here"):
+        write_text(url, "text")
+    with pytest.raises(InputError, match="is a URL"), new_folder(url, "mark"):
+        pass
+    with pytest.raises(InputError, match="is a URL"):
+        open_writer(url, fps=8)
+    with pytest.raises(InputError, match=r"is a URL.*--stats"):
+        Storage(url / "stats")
+    assert not places()
+
+
+def test_an_analysis_tries_its_place_before_it_measures(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(*_: object) -> None:
+        raise AssertionError("a sample is measured that cannot be kept")
+
+    monkeypatch.setattr(SampleRecorder, "record", record)
+    write_text(tmp_path / "tiny.toml", 'base = "demo"\nname = "tiny"\nlayers = 1\n')
+    write_text(tmp_path / "p.txt", "a 3 moving left\n")
+    (tmp_path / "nowhere").symlink_to("absent/folder")
+    words = (
+        f"--model={tmp_path}/tiny.toml",
+        "--random-weights",
+        f"--prompts={tmp_path}/p.txt",
+        "--samples=1",
+    )
+    ran = run("analyze", "heads", *words, "--chunks=3", f"--out={tmp_path}/nowhere")
+    assert (ran.code, "stats/.trial cannot be written" in ran.err) == (2, True), ran.err
+
+
+TOO_LONG = "a" * 256
+"""More than a file system takes for one name."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--model", f"{TOO_LONG}.toml"),
+        ("plan", "--model=demo", "--policy", f"{TOO_LONG}.toml"),
+        ("export", "--model=demo", "--policy=window", "--checkpoint", TOO_LONG, "--out=b"),
+        ("export", "--model=demo", "--policy=window", "--out", f"{TOO_LONG}/b"),
+        ("evaluate", "--video", f"{TOO_LONG}.mp4", *CHUNKS_OF_3, "--out=v.csv"),
+        ("encode", "--prompts=p.txt", "--text-encoder", TOO_LONG, "--out=e"),
+        ("encode", "--prompts=p.txt", "--text-encoder=e", "--out", TOO_LONG),
+        ("headmap", "convert", TOO_LONG, "--out=m.json"),
+    ],
+)
+def test_a_name_that_the_system_does_not_take_is_refused(
+    words: tuple[str, ...], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("p.txt"), "a 3 moving left\n")
+    ran = run(*words)
+    assert (ran.code, f"{TOO_LONG}" in ran.err, "File name too long)" in ran.err) == (2, True, True), ran.err
+    assert places() == {"p.txt"}
 
 
 def test_consoles_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,18 +7,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.measure.nominal import map_with_counts, nominal_map
+from forcingkv.measure.nominal import check_map, map_with_counts, nominal_map
 from forcingkv.measure.planner.session_memory import session_memory
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.memory import require_memory
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.spec import DecoderKind, ModelSpec
 
 
 def bundle_cases(paths: Sequence[Path]) -> list[Bundle]:
@@ -93,7 +92,7 @@ def check_memory_of_presets(
     them. Activations are an estimate, of fused attention; what a graph needs is checked when it is there.
     """
     if spec.decoder.kind != "pixels":
-        kind = one_of(Literal["wan-vae", "taehv"], decoder, "decoder")
+        kind = one_of(DecoderKind, decoder, "decoder")
         spec = replace(spec, decoder=replace(spec.decoder, kind=kind))
     for part, policy, heads in _parts(spec, policies, layers, headmap):
         plan = build_plan(part, part.geometry(resolution), policy, heads)
@@ -112,8 +111,10 @@ def _parts(
     spec: ModelSpec, policies: Sequence[str], layers: int | None, headmap: HeadMap | None
 ) -> Iterator[tuple[ModelSpec, Policy, HeadMap | None]]:
     """For each policy the layers that stand for the model, the policy, and their head map."""
-    for name in dict.fromkeys(policies):
-        policy = load_policy(name)
+    loaded = [load_policy(name) for name in dict.fromkeys(policies)]
+    if headmap:
+        check_map(spec, loaded, headmap)
+    for policy in loaded:
         fits = headmap and policy.needs_headmap and set(headmap.counts()) <= set(policy.groups)
         heads = headmap if fits else nominal_map(spec, policy)
         yield typical_layers(spec, policy, heads, layers or spec.layers)

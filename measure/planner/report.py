@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.measure.nominal import Heads, plan_for
+from forcingkv.measure.nominal import Heads, check_map, plan_for
 from forcingkv.measure.planner.gpus import Gpu, gpu_names, load_gpu
 from forcingkv.measure.planner.published import basis, efficiencies
 from forcingkv.measure.planner.session_memory import RESERVE_BYTES, session_memory
@@ -41,13 +41,7 @@ def plan_report(
     Raises InputError where the heads that are given fit no policy, or a policy does not fit the model.
     """
     if known:
-        labels = set(known[0].counts())
-        if not any(labels <= set(policy.groups) for policy in policies):
-            raise InputError(
-                f"the heads given have the labels {', '.join(sorted(labels))}",
-                expected="labels that one of the policies has groups for",
-            )
-        known[0].check_model(spec.layers, spec.heads, labels)
+        check_map(spec, policies, known[0])
     geometry = spec.geometry(resolution)
     chunks = spec.chunks_for(seconds)
     full = video_work(plan_for(spec, geometry, load_policy("full"))[0], chunks, dtype)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,8 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.models.decoders.names import check_name
 from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed
-from forcingkv.runtime.spec import Decoder, ModelSpec
+from forcingkv.runtime.spec import Decoder, DecoderKind, ModelSpec
 
-DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
 KINDS: tuple[DecoderKind, ...] = get_args(DecoderKind)
 
 

@@ -19,6 +19,12 @@ def main() -> None:
     except (InputError, SessionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:  # a name that the system does not take, a folder that is not ours
+        if error.filename is None:
+            raise
+        refused = InputError(f"cannot be used ({error.strerror})", where=str(error.filename))
+        print(f"error: {refused}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

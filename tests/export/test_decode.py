@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from forcingkv.export.graphs import decode_graph
 from forcingkv.headmaps import InputError
 from forcingkv.models.decoders import KINDS, StreamingDecoder, decoder_for
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder
 from forcingkv.runtime import Session
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
+from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder, ModelSpec
 from tests.conftest import random_model, small_spec
@@ -117,3 +119,26 @@ def test_the_decoder_is_chosen_by_name_and_file(tmp_path: Path) -> None:
         chosen, decoder = decoder_for(spec, kind, None, random=True)
         assert (chosen.decoder.kind, decoder is not None) == (kind, True)
     assert decoder_for(small_spec(), None, None) == (small_spec(), None)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_cropped_frames_are_the_others_without_their_last_columns_and_rows(kind: str) -> None:
+    spec, decoder = spec_with(kind), CASES[kind][0]()
+    crop = spec.geometry("46x18")
+    whole, (width, height) = spec.geometry(f"{crop.width}x{crop.height}"), crop.shown
+    assert (whole.crop, whole.latent_height, whole.latent_width) == (
+        None,
+        crop.latent_height,
+        crop.latent_width,
+    )
+    plans = [build_plan(spec, geometry, load_policy("full")) for geometry in (crop, whole)]
+    graphs = [decode_graph(plan, decoder) for plan in plans]
+    held: dict[str, Tensor] = dict(graphs[0].inputs)
+    shape = (1, 4, 1, whole.latent_height, whole.latent_width)
+    for call in range(2):
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(call))
+        given = held | {"latents": latents, "first": torch.tensor([float(call == 0)])}
+        made = [dict(zip(graph.outputs, graph.run(given), strict=True)) for graph in graphs]
+        assert made[0]["frames"].shape == (4, height, width, 3)
+        assert torch.equal(made[0]["frames"], made[1]["frames"][:, :height, :width])
+        held = {name: made[0].get(f"next.{name}", tensor) for name, tensor in held.items()}

@@ -267,6 +267,14 @@ FULL: dict[str, Any] = {"static_head": [0], "dynamic_head": [1]}
         (one(static_head=[-1, 0], dynamic_head=[1]), "layer 0 names head -1"),
         (one(static_head=[True], dynamic_head=[0]), "layer 0: static_head names True; expected the number"),
         (one(static_head=["0"], dynamic_head=[1]), "layer 0: static_head names '0'"),
+        (
+            {**one(static_head=[0], dynamic_head=[1]), "0": {}},
+            "has layers, and '0' beside them; expected each",
+        ),
+        (
+            {**one(static_head=[0], dynamic_head=[1]), "heads": [{"static_head": [0]}]},
+            "and 'heads' beside them",
+        ),
         (one(static_head=[0.0], dynamic_head=[1]), "layer 0: static_head names 0.0"),
         (one(static_head=[float("nan")], dynamic_head=[1]), "layer 0: static_head names nan"),
         (

@@ -33,6 +33,34 @@ def written(folder: Path, text: str | bytes, name: str = "map") -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layers:\n- layer_idx: 0\n  static_head: [0]\n  dynamic_head: [1, 2]\n",
+        "// a remark\n[[0, 1], [1, 0]]\n",
+        "# a remark, and rows\n1,-1\n",
+        "static_head(1)\tdynamic_head(0)\n",
+    ],
+)
+def test_text_of_other_kinds_is_not_taken_for_a_table(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is neither JSON nor a table of values; expected a head map"):
+        read_headmap(written(tmp_path, text))
+
+
+def test_one_class_by_number_and_by_name_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "-1,1\n1,2\n")
+    with pytest.raises(
+        InputError, match="labels are given for -1 and wave, which is the same class; expected each"
+    ):
+        read_headmap(path, Choices(labels={"wave": "dynamic", "-1": "static"}))
+
+
+def test_a_cell_without_a_class_is_named_and_no_label_is_offered_for_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="layer 0, head 2 is ''; expected a class") as raised:
+        read_headmap(written(tmp_path, "1,-1,\n1,2,\n"))
+    assert raised.value.hint is None
+
+
 def test_the_classes_of_pyramid_forcing(tmp_path: Path) -> None:
     path = written(tmp_path, "-1,1, 2\r\n1,1,-1\r\n")
     headmap = read_headmap(path)

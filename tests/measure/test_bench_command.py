@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from forcingkv.measure.bench import turns
-from tests.conftest import Ran
+from forcingkv.runtime import memory
+from forcingkv.runtime.spec import DecoderKind
+from tests.conftest import Ran, headmap_of, small_spec
 
 Bundles = Callable[[str], Path]
 Run = Callable[..., Ran]
@@ -110,3 +113,29 @@ def test_wrong_input_is_named(run: Run, words: list[str], told: str) -> None:
     assert made.code == 2
     assert told in made.err
     assert "Traceback" not in made.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--layers=1",), "head map is for 2 layers of 3 heads (small); expected 30 layers of 3 heads"),
+        (
+            ("--policies=full,window",),
+            "the heads given have the labels dynamic, static; expected labels that one",
+        ),
+    ],
+)
+def test_a_head_map_that_would_be_left_out_is_refused(
+    words: tuple[str, ...], message: str, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "spec.toml").write_text(NARROW)
+    headmap_of(small_spec(layers=2), [[0], [1]]).write(tmp_path / "map.json")
+    ran = run("bench", "--model", tmp_path / "spec.toml", "--headmap", tmp_path / "map.json", *words)
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+
+
+@pytest.mark.parametrize("decoder", get_args(DecoderKind))
+def test_every_decoder_is_one_of_bench(decoder: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    ran = run("bench", "--model=self-forcing", "--layers=1", f"--decoder={decoder}")
+    assert (ran.code, "decoder caches" in ran.err) == (2, True), ran.err

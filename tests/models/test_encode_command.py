@@ -53,6 +53,7 @@ def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("&nbsp;", "prompts.txt, line 3: the prompt is empty once it is cleaned; expected some words"),
         ("\ufeff", "prompts.txt, line 3: the prompt is empty once it is cleaned"),
+        ("\u200b\u202e \u2060", "prompts.txt, line 3: the prompt is empty once it is cleaned"),
         ("\x0b\x1b[0m", "prompts.txt, line 3: the prompt is empty once it is cleaned"),
         ("\x00", "prompts.txt, line 3 has the character U+0000, which is not text"),
     ],
@@ -89,6 +90,26 @@ def test_an_encoder_that_does_not_fit_into_memory_is_refused(
 def test_a_place_that_cannot_be_written_is_refused(place: Path, run: Callable[..., Ran]) -> None:
     ran = run(*words(place, "."))
     assert (ran.code, "is a folder; expected the name of a file" in ran.err) == (2, True), ran.err
+
+
+@pytest.mark.usefixtures("never_loaded")
+def test_a_file_of_something_else_is_not_replaced(place: Path, run: Callable[..., Ran]) -> None:
+    os.mkfifo(place / "pipe")
+    for name in ("prompts.txt", "encoder/models_t5_umt5-xxl-enc-bf16.pth", "pipe"):
+        before = (place / name).read_bytes() if name != "pipe" else b""
+        ran = run(*words(place, name))
+        message = "is a pipe or a device" if name == "pipe" else f"{name} is there, and would be replaced"
+        assert (ran.code, message in ran.err) == (2, True), ran.err
+        assert name == "pipe" or (place / name).read_bytes() == before
+    assert (place / "pipe").is_fifo()
+
+
+def test_a_link_is_written_through(place: Path, run: Callable[..., Ran]) -> None:
+    (place / "embeds.safetensors").symlink_to("elsewhere.safetensors")
+    for _ in range(2):
+        assert run(*words(place)).code == 0
+    assert (place / "embeds.safetensors").is_symlink()
+    assert len(read_embeds(place / "elsewhere.safetensors").prompts) == 5
 
 
 def test_what_is_cut_and_what_is_cleaned_away_is_said(place: Path, run: Callable[..., Ran]) -> None:

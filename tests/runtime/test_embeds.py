@@ -228,3 +228,21 @@ def test_what_is_cut_is_known(tmp_path: Path) -> None:
     save_file({"embeds.0": ZEROS, "embeds.1": ZEROS}, tmp_path / "e", {**metadata, "tokens": "[3]"})
     with pytest.raises(InputError, match="has 1 counts of tokens for 2 prompts; expected one for each"):
         read_embeds(tmp_path / "e")
+
+
+def test_of_several_embeddings_that_differ_none_is_taken(tmp_path: Path) -> None:
+    one, other = embeddings(2)
+    write_embeds(tmp_path / "e", ["a cat", "a  cat", "a dog", "a dog"], [one, other, one, one], MADE)
+    embeds = read_embeds(tmp_path / "e")
+    assert [embeds.place(prompt) for prompt in ("a cat", "a  cat", "a dog")] == [0, 1, 2]
+    with pytest.raises(
+        InputError, match="has several embeddings of 'a cat', which differ; expected one for each"
+    ):
+        embeds.place("a   cat")
+    with pytest.raises(InputError, match="has several embeddings of 'a cat', which differ"):
+        Embeds(("a cat", "a cat"), (one, other)).place("a cat")
+
+
+def test_more_tokens_than_the_prompt_has_are_refused() -> None:
+    with pytest.raises(InputError, match="the embedding of 'a cat' has 3 tokens, and its prompt 2"):
+        Embeds(("a cat",), (embeddings(1)[0],), tokens=(2,))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from forcingkv.headmaps import InputError
+from forcingkv.headmaps import InputError, files, read_headmap
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.prompts import clean_prompt, control_characters, plain_form, read_prompts
 from forcingkv.runtime.text import encode_words
@@ -74,6 +74,12 @@ def test_interactive_lines(tmp_path: Path) -> None:
         (b"a\n\0\n", ", line 2 has the character U+0000"),
         (b"a kite\ncaf\xe9\n", ", line 2 has the byte 0xe9, which is not UTF-8; expected UTF-8 text"),
         (b"a kite\ra boat\r", " has carriage returns and no newline; expected lines that end in a newline"),
+        (b"a kite\ra boat\r\n", " has carriage returns and no newline"),
+        (b'a kite\n{"prompts": ["a boat"]}\n', ", line 2 is JSON, not a prompt; expected one prompt a line"),
+        (
+            b'[\n"a kite",\n"a boat"\n]\n',
+            " is not lines of prompts; expected one prompt a line, or in a .jsonl {",
+        ),
         (b"\xef\xbb\xbf\n \r\n\xc2\xa0\n", " has no prompts; expected one prompt a line"),
         (b"", " has no prompts"),
     ],
@@ -84,8 +90,41 @@ def test_files_that_are_no_prompts_are_refused(content: bytes, message: str, tmp
     assert f"prompts.txt{message}" in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["p.json", "p.CSV", "p.tsv", "p.yaml", "p.rtf", "p.md", "p.xml"])
+def test_text_of_other_kinds_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"is not lines of prompts; expected one prompt a line, or in a \.jsonl"
+    ):
+        texts(tmp_path / name, b"prompt,seed\na kite,1\n")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompts": []}', '{"prompts": "a"}', '{"prompt": "a"}', '{"prompts": ["a"], "prompts": ["b"]}']
+)
+def test_lines_of_other_json_are_refused(line: str, tmp_path: Path) -> None:
+    assert texts(tmp_path / "p.ndjson", b'{"prompts": ["a", "b"], "seed": 1}\n') == ["a", "b"]
+    with pytest.raises(InputError, match=r"p\.ndjson, line 2 is not a line of prompts"):
+        texts(tmp_path / "p.ndjson", f'{{"prompts": ["a"]}}\n{line}\n'.encode())
+
+
+def test_a_prompt_may_begin_with_a_bracket(tmp_path: Path) -> None:
+    assert texts(tmp_path / "p.txt", b"[wide shot] a kite\n{a} boat\n") == ["[wide shot] a kite", "{a} boat"]
+
+
+def test_what_is_larger_than_any_text_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights given by mistake, or a device without end."""
+    monkeypatch.setattr(files, "MOST_TEXT", 8)
+    assert texts(tmp_path / "p.txt", b"a kite 1") == ["a kite 1"]
+    for path in (tmp_path / "p.txt", Path("/dev/zero")):
+        if path.is_file():
+            path.write_bytes(b"a kite 12")
+        for read in (read_prompts, read_headmap, files.read_json):
+            with pytest.raises(InputError, match="has more than 8 bytes; expected a file of text"):
+                read(path)
+
+
 def test_places_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "absent.txt"):
+    for path in (tmp_path, tmp_path / "absent.txt", tmp_path / "a\0b", tmp_path / ("a" * 256)):
         with pytest.raises(InputError, match="cannot be read"):
             read_prompts(path)
 

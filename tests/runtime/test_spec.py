@@ -121,6 +121,7 @@ def test_a_resolution_that_cannot_be_used_is_refused(resolution: str) -> None:
         "832x480",
         "832X480",
         "832 x 480",
+        "832*480",
         "832\N{MULTIPLICATION SIGN}480",
         "832 \N{MULTIPLICATION SIGN} 480 ",
     ],

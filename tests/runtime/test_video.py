@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
+from forcingkv.runtime.frames import FrameWriter, PngWriter, RawWriter, ReaderGoneError
 from forcingkv.runtime.video import Mp4Writer, open_writer
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
@@ -301,6 +301,11 @@ def test_other_frames_are_refused(wrong: Any, message: str, name: str, tmp_path:
     with open_writer(tmp_path / name, fps=8.0) as writer, pytest.raises(InputError, match=message):
         wrong(writer)
     assert (tmp_path / name).exists() is (wrong is other_size)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(".mp4", Mp4Writer), (".RGB", RawWriter), (".hidden", PngWriter)])
+def test_a_name_may_begin_with_its_suffix(name: str, kind: type, tmp_path: Path) -> None:
+    assert type(open_writer(tmp_path / name, fps=8.0)) is kind
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def encode(
     from forcingkv.models.presets import load_spec
     from forcingkv.models.text_encoder import load_tokenizer, open_encoder
     from forcingkv.runtime.embeds_writer import check_place
-    from forcingkv.runtime.prompts import clean_prompt, read_prompts
+    from forcingkv.runtime.prompts import clean_prompt, is_empty, read_prompts
 
     spec = load_spec(model)
     if spec.text.kind != "umt5":
@@ -61,7 +61,7 @@ def encode(
     lines = read_prompts(prompts)
     for line in lines:  # again with the tokenizer, which may first have to be fetched
         with line.named():
-            if not clean_prompt(line.text):
+            if is_empty(clean_prompt(line.text)):
                 raise InputError("the prompt is empty once it is cleaned", expected="some words")
     check_place(out)
     place = find_encoder(text_encoder)

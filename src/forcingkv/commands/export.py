@@ -93,6 +93,8 @@ def export(
     wanted = one_of(Target, target, "target")
     spec, chosen = load_spec(model), load_policy(policy)
     given = read_headmap(headmap) if headmap else None
+    if given and not chosen.needs_headmap:
+        print(f"note: the policy {chosen.name} treats all heads alike, and uses no head map", file=sys.stderr)
     precision = one_of(ExportDtype, dtype, "dtype") if dtype else None
     if calibration and precision != "fp8":
         raise InputError("is for fp8 only", where="--calibration", expected="--dtype fp8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from typer import Option
@@ -13,7 +13,7 @@ from forcingkv.commands.console import AsJson, emit, listed, parse_pairs
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.spec import Dtype, ModelSpec
+from forcingkv.runtime.spec import DecoderKind, Dtype, ModelSpec
 
 
 def plan(
@@ -120,5 +120,5 @@ def _with_decoder(spec: ModelSpec, kind: str | None) -> ModelSpec:
         return spec
     if spec.decoder.kind == "pixels":
         raise InputError(f"the latents of {spec.name} are pixels: it needs no decoder", where="decoder")
-    chosen = one_of(Literal["wan-vae", "taehv", "lighttae"], kind, "decoder")
+    chosen = one_of(DecoderKind, kind, "decoder")
     return replace(spec, decoder=replace(spec.decoder, kind=chosen))
