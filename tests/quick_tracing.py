@@ -12,8 +12,9 @@ from onnxscript.rewriter import RewriteRule
 from torch._C import DispatchKey
 from torch._export import utils
 from torch._ops import OperatorBase
-from torch.export import decomp_utils, exported_program
-from torch.fx import config
+from torch.export import _unlift, decomp_utils, exported_program
+from torch.fx import GraphModule, config
+from torch.fx.graph import _PyTreeCodeGen
 from torch.onnx._internal.exporter import _decomp, _registration
 
 
@@ -28,6 +29,9 @@ def tables_are_kept() -> Iterator[None]:
             patch.setattr(module, "_collect_all_valid_cia_ops", composite)
         # Bundles do not keep the lines of source that torch notes for each node.
         patch.setattr(config, "do_not_emit_stack_traces", True)
+        # Nobody calls the modules that are made of graphs on the way, nor checks that their inputs fit.
+        patch.setattr(GraphModule, "recompile", _when_called(GraphModule.recompile))
+        patch.setattr(_unlift, "_ok_to_generate_guards_fn", lambda: False)
         patch.setattr(OperatorBase, "py_impl", _without_hints(OperatorBase.py_impl))
         patch.setattr(RewriteRule, "try_rewrite", _at_nodes_of_its_operator(RewriteRule.try_rewrite))
         yield
@@ -87,3 +91,20 @@ def _without_hints(py_impl: Callable[..., Any]) -> Callable[..., Any]:
         return register
 
     return registered
+
+
+def _when_called(recompile: Callable[..., Any]) -> Callable[[GraphModule], None]:
+    """`GraphModule.recompile`, which makes a Python function of a graph, put off until that is called."""
+
+    def later(module: GraphModule) -> None:
+        if isinstance(module._graph._codegen, _PyTreeCodeGen):
+            info = module._graph._codegen.pytree_info
+            module._in_spec, module._out_spec = info.in_spec, info.out_spec
+
+        def forward(module: GraphModule, *args: Any, **options: Any) -> Any:
+            recompile(module)
+            return module(*args, **options)
+
+        type(module).forward = forward  # type: ignore[method-assign]
+
+    return later

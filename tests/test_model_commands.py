@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a spec, a checkpoint in Self Forcing's form, and embeddings of two prompts."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "spec.toml").write_text(SPEC)
+    (folder / "prompts.txt").write_text("a red kite\n")
     (folder / "pixels.toml").write_text(SPEC.replace("layers = 2", "layers = 1") + PIXELS)
     weights = random_weights(load_spec(str(folder / "spec.toml")), seed=1)
     state = {f"model.{name}": weights[name] for name in weights}
@@ -175,7 +176,7 @@ EXPORT = ["export", "--policy", "full", "--out", "OUT"]
             "self_forcing_dmd.pt is not a safetensors file",
         ),
         (
-            ["encode", "--prompts", "SPEC", "--text-encoder", "no/such/folder", "--out", "OUT"],
+            ["encode", "--prompts", "TEXT", "--text-encoder", "no/such/folder", "--out", "OUT"],
             "no/such/folder cannot be read: there is no such file or folder",
         ),
     ],
@@ -184,7 +185,8 @@ def test_wrong_input(
     words: list[str], message: str, place: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
     before = sorted(place.iterdir())
-    files = {"SPEC": place / "spec.toml", "PT": place / "self_forcing_dmd.pt", "OUT": tmp_path / "out"}
+    files = {"SPEC": place / "spec.toml", "PT": place / "self_forcing_dmd.pt", "TEXT": place / "prompts.txt"}
+    files["OUT"] = tmp_path / "out"
     ran = run(*(files.get(word, word) for word in words))
     assert ran.code == 2, ran.err
     assert message in ran.err

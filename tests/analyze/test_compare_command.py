@@ -265,7 +265,7 @@ def test_short_names() -> None:
             "a.jpg is not a png file; expected a name that",
         ),
         (["heads-a", "heads-b", "--out", "text.json/a.png"], "a.png cannot be written"),
-        (["heads-a", "heads-b", "--out", "taken.png"], "taken.png cannot be written"),
+        (["heads-a", "heads-b", "--out", "taken.png"], "taken.png is a folder; expected the name of a file"),
         (["heads-a", "heads-b", "--min-agreement", "1.5"], "--min-agreement is 1.5; expected 0 to 1"),
         (["heads-a", "heads-b", "--min-agreement", "nan"], "--min-agreement is nan; expected 0 to 1"),
     ],
