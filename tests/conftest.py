@@ -38,8 +38,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, few of them garbage
 
 
-LONG = ("test_demo_command.py", "test_docs.py", "test_readme.py", "test_runtime_guide.py", "test_workers.py")
-"""Files with a test of half a minute or more."""
+LONG = {
+    *("test_demo_command.py", "test_readme.py", "test_runtime_guide.py", "test_workers.py"),
+    *(
+        "test_activations.py",
+        "test_bake.py",
+        "test_cubins.py",
+        "test_engine_builds.py",
+        "test_fp8_bundles.py",
+    ),
+    *("test_ablation_driver.py", "test_model_commands.py", "test_sizes.py", "test_triton_kernels.py"),
+}
+"""Files with a test of seven seconds or more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

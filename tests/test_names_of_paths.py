@@ -28,6 +28,7 @@ from forcingkv.measure.demo_comparison import (
     write_comparison_sheet,
     write_comparison_video,
 )
+from forcingkv.measure.bench import turns
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.text import read_embeds
@@ -155,7 +156,8 @@ def test_an_analysis(name: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", [ALL], indirect=True)
-def test_what_is_made_of_a_head_map(name: str, run: Run) -> None:
+def test_what_is_made_of_a_head_map(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "TIMED_SECONDS", 0.02)
     write_text(Path(f"{name}/{leaf(name)}.toml"), 'base = "demo"\nname = "tiny"\nlayers = 1\n')
     spec, headmap = load_spec(f"{name}/{leaf(name)}.toml"), f"{name}/map.json"
     headmap_of(spec, [[0]]).write(Path(headmap))
