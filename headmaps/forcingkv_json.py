@@ -55,7 +55,11 @@ def from_data(data: Any, sha256: str, where: str, choices: Choices) -> HeadMap:
             f"is {choices.missing_layers!r}", where="missing layers", expected=f"{STATIC} or {DYNAMIC}"
         )
     fields, layers = _split(data)
-    again = [key for key, item in (fields or {}).items() if _number(key) is not None or _lists_heads(item)]
+    again = [
+        key
+        for key, item in (fields or {}).items()
+        if _lists_heads(item) or (_number(key) is not None and isinstance(item, list | Mapping))
+    ]
     if again:
         raise InputError(
             f"has layers, and {again[0]!r:.60} beside them", where=where, expected="each layer in one place"

@@ -22,13 +22,13 @@ from forcingkv.analyze.storage import Storage
 from forcingkv.commands.console import plain_console
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
 from forcingkv.headmaps.files import new_file, new_folder, write_text
+from forcingkv.measure.bench import turns
 from forcingkv.measure.demo_comparison import (
     SHOWN_FRAMES,
     PolicyRun,
     write_comparison_sheet,
     write_comparison_video,
 )
-from forcingkv.measure.bench import turns
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.text import read_embeds

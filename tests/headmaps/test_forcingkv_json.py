@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from forcingkv.headmaps import (
@@ -77,6 +77,7 @@ def files(draw: st.DrawFn) -> Any:
 
 
 @given(files())
+@example({"0": None, "1": "a note", "layers": [{"layer_idx": 0, "static_head": [], "dynamic_head": [0]}]})
 def test_any_forcing_kv_file_makes_the_way_to_our_format_and_back(data: Any) -> None:
     headmap = from_json(data)
     again = HeadMap.from_json(json.loads(headmap.to_text()))
