@@ -87,8 +87,8 @@ def attention_statistics(
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32  # never half precision
     membership = torch.zeros(len(pieces), slots, dtype=dtype, device=queries.device)
     membership[range(len(pieces)), [piece.slot for piece in pieces]] = 1
-    blocks = _blocks(pieces, dtype)
-    longest = max(block.keys.shape[1] for block in blocks)
+    blocks = _blocks(pieces)
+    longest = max(len(block) * block[0].keys.shape[1] for block in blocks)
     step = max(1, LOGITS // (heads * longest))
     sums = torch.zeros(2, heads, frames, slots + 2, dtype=torch.float64, device=queries.device)
     for frame in range(frames):
@@ -105,35 +105,22 @@ def attention_statistics(
     )
 
 
-class _Block(NamedTuple):
-    """Pieces of one length that are looked at together."""
-
-    keys: Tensor
-    """(heads, pieces * tokens, head_dim)."""
-    offsets: Tensor
-    """(pieces,): place of the first token of each in its frame."""
-
-
-def _blocks(pieces: Sequence[KeyRun], dtype: torch.dtype) -> list[_Block]:
+def _blocks(pieces: Sequence[KeyRun]) -> list[list[KeyRun]]:
     """The pieces in their order, neighbours of one length together, as many as `KEY_BLOCK` tokens hold."""
-    groups: list[list[KeyRun]] = []
+    blocks: list[list[KeyRun]] = []
     for piece in pieces:
         tokens = piece.keys.shape[1]
-        fits = groups and groups[-1][0].keys.shape[1] == tokens
-        if fits and (len(groups[-1]) + 1) * tokens <= KEY_BLOCK:
-            groups[-1].append(piece)
+        fits = blocks and blocks[-1][0].keys.shape[1] == tokens
+        if fits and (len(blocks[-1]) + 1) * tokens <= KEY_BLOCK:
+            blocks[-1].append(piece)
         else:
-            groups.append([piece])
-    return [
-        _Block(
-            torch.cat([piece.keys for piece in group], 1).to(dtype),
-            torch.tensor([piece.offset for piece in group], device=group[0].keys.device),
-        )
-        for group in groups
-    ]
+            blocks.append([piece])
+    return blocks
 
 
-def _row_values(queries: Tensor, blocks: Sequence[_Block], places: Tensor, membership: Tensor) -> Tensor:
+def _row_values(
+    queries: Tensor, blocks: Sequence[Sequence[KeyRun]], places: Tensor, membership: Tensor
+) -> Tensor:
     """(heads, rows, slots + 2): mass of each slot, entropy and same-position mass of each row."""
     scaled = queries.to(membership) * queries.shape[-1] ** -0.5
     values = zip(*(_block_values(scaled, block, places) for block in blocks), strict=True)
@@ -145,11 +132,13 @@ def _row_values(queries: Tensor, blocks: Sequence[_Block], places: Tensor, membe
     return torch.cat([share @ membership, entropy, own], -1)
 
 
-def _block_values(scaled: Tensor, block: _Block, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _block_values(scaled: Tensor, block: Sequence[KeyRun], places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(heads, rows, pieces) each: log-sum-exp of a row's logits, their softmax mean, its own place's."""
-    logits = (scaled @ block.keys.transpose(1, 2)).unflatten(-1, (len(block.offsets), -1))
+    # Put together here, not before, so that no second copy of all keys is held.
+    keys = torch.cat([piece.keys for piece in block], 1) if len(block) > 1 else block[0].keys
+    logits = (scaled @ keys.to(scaled).transpose(1, 2)).unflatten(-1, (len(block), -1))
     tokens = logits.shape[-1]
-    place = places.unsqueeze(-1) - block.offsets
+    place = places.unsqueeze(-1) - places.new_tensor([piece.offset for piece in block])
     here = (place >= 0) & (place < tokens)
     index = place.clamp(0, tokens - 1).expand(len(logits), -1, -1).unsqueeze(-1)
     own = logits.gather(-1, index).squeeze(-1).masked_fill(~here, -torch.inf)
