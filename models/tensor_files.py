@@ -84,16 +84,13 @@ class TensorFiles:
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def open_tensors(
-    path: Path, counts: Callable[[str], bool] = lambda name: True, preferred: str | None = None
-) -> TensorFiles:
+def open_tensors(path: Path, counts: Callable[[str], bool] = lambda name: True) -> TensorFiles:
     """Open a file, or a folder with sharded safetensors and their index, that holds one set of tensors.
 
     Args:
         path: a `.safetensors` file, a folder with one `*.safetensors.index.json`, such an index, or a torch
             file. Of a torch file the one entry is taken that holds what is sought, or the file itself.
         counts: whether a name is one of those that are sought.
-        preferred: the entry that is taken where several hold them.
 
     Raises InputError where the file cannot be read, or several entries could be meant.
     """
@@ -110,13 +107,13 @@ def open_tensors(
         what = f"holds what is sought only as {', '.join(holding)}, which is not what generates"
         raise InputError(what, where=str(path), hint="If it is meant, save it by itself.")
     holding = real
-    if len(holding) > 1 and preferred not in holding:
+    if len(holding) > 1:
         told = ", ".join(table or "the file itself" for table in holding)
         what = f"holds {len(holding)} entries that could be meant: {told}"
         raise InputError(what, where=str(path), expected="one", hint="Save the one that is meant by itself.")
     if not holding:
         return files
-    names = entries[preferred if preferred in holding else holding[0]]
+    names = entries[holding[0]]
     shapes = {short: files.shapes[name] for short, name in names.items()}
     dtypes = {short: files.dtypes[name] for short, name in names.items()}
     return replace(files, shapes=shapes, read=lambda name: files.read(names[name]), dtypes=dtypes, tables={})

@@ -23,9 +23,6 @@ from forcingkv.runtime.spec import PublicWeights
 
 T = TypeVar("T")
 
-KEY = "generator_lora"
-"""Entry of a `.pt` file that is looked for first."""
-
 
 class OpenLora:
     """A LoRA of a model, opened and checked: what it adds to which tensor.
@@ -212,7 +209,7 @@ def open_loras(
         file = tensor_file(lora.path)
         is_own = theirs is not None and theirs.is_file() and file.samefile(theirs)
         alpha = source.lora_alpha if source and is_own else None
-        opened.append(OpenLora(_numbers(open_tensors(file, is_part, KEY)), lora.strength, shapes, alpha))
+        opened.append(OpenLora(_numbers(open_tensors(file, is_part)), lora.strength, shapes, alpha))
     return opened
 
 

@@ -239,6 +239,10 @@ def test_a_lora_is_found_in_whatever_entry(content: Any, tmp_path: Path) -> None
     ("content", "message"),
     [
         ({"generator": PAIR, "generator_ema": PAIR}, "holds 2 entries that could be meant: generator, gen"),
+        (
+            {"generator_lora": PAIR, "style": PAIR},
+            "holds 2 entries that could be meant: generator_lora, style",
+        ),
         ({**PAIR, "other": PAIR}, "holds 2 entries that could be meant: the file itself, other"),
         ({"critic_lora": PAIR}, "only as critic_lora, which is not what generates"),
     ],
