@@ -152,6 +152,7 @@ class ModelSpec:
     """Whether tokens carry a learned code of their place in the frame. Public Wan models have none:
     rotary embedding alone cannot tell the left half of pure noise from the right. A model with a
     table runs at its default resolution only."""
+    # No part of the hash, since a table has none: equal specs have equal ones all the same.
     resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     """Named pixel sizes, (width, height)."""
 
