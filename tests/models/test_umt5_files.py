@@ -280,6 +280,22 @@ def test_a_weight_that_nothing_fills_is_named(tmp_path: Path, monkeypatch: pytes
         load_prompt_encoder(diffusers_folder(tmp_path))
 
 
+def test_a_weight_that_is_left_over_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are compared with the model when they are opened; here it is another when they are loaded."""
+
+    class Fewer(transformers.UMT5EncoderModel):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.encoder.final_layer_norm = torch.nn.Identity()
+
+    opened = open_encoder(find_encoder(diffusers_folder(tmp_path)))
+    monkeypatch.setattr(umt5, "empty_model", lambda config: on_no_device(Fewer, config))
+    with pytest.raises(
+        InputError, match=r"has 1 weights that the encoder does not know: encoder.final_layer"
+    ):
+        opened.load()
+
+
 def test_files_that_are_no_encoder_for_us_are_refused(tmp_path: Path) -> None:
     (tmp_path / "umt5-xxl-Q8_0.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match="is a GGUF file, which is not read"):
