@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from forcingkv.headmaps.files import write_text
+from forcingkv.headmaps.writing import write_text
 
 WIDTH = 80
 """Columns that lines of text keep to, wherever they are shown."""

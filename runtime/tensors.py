@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import unique_keys
-from forcingkv.headmaps.files import new_file
+from forcingkv.headmaps.writing import new_file
 from forcingkv.runtime.dtypes import STORED_AS
 
 MAX_HEADER = 100_000_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from forcingkv.commands import app
+from forcingkv.commands.stopping import Stopped, told_to_stop
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.faults import SessionError
 
@@ -12,10 +13,15 @@ from forcingkv.runtime.faults import SessionError
 def main() -> None:
     """Run a command.
 
-    Exit codes: 0 done, 1 a check did not hold or a video could not go on, 2 wrong input, 130 interrupted.
+    Exit codes: 0 done, 1 a check did not hold or a video could not go on, 2 wrong input, 130 interrupted, 143
+    ended by SIGTERM (128 and the number of the signal). A second signal ends it at once.
     """
     try:
-        app()
+        with told_to_stop():
+            app()
+    except Stopped as error:
+        print(f"stopped: {error.signal.name}", file=sys.stderr)
+        sys.exit(error.code)
     except (InputError, SessionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

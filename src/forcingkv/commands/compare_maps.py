@@ -16,7 +16,7 @@ from typer import Argument, Option
 from forcingkv.commands.console import emit, must_end, need, plain_console
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.files import write_bytes
+from forcingkv.headmaps.writing import write_bytes
 from forcingkv.measure.nominal import in_words
 
 STYLES = {STATIC: "reverse bold cyan", DYNAMIC: "reverse bold magenta"}
