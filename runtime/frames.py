@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.files import refuse_url, unwritable, write_bytes, write_text
+from forcingkv.headmaps.reading import read_json
 
 Frames = npt.NDArray[np.uint8]
 
@@ -209,8 +210,8 @@ class PngWriter(FrameWriter):
     def _ends_a_result(self) -> bool:
         """Whether the folder has the record that is written last."""
         try:
-            data = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            data = read_json(self.path / RECORD)
+        except InputError:
             return False
         return isinstance(data, dict) and data.get("schema") == SCHEMA
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 from forcingkv.commands import app
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.plain import plain
 from forcingkv.runtime.faults import SessionError
 
 
@@ -14,10 +16,14 @@ def main() -> None:
 
     Exit codes: 0 done, 1 a check did not hold or a video could not go on, 2 wrong input, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot show, it is told the name of: a name must not end a command.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (InputError, SessionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error, lines=True)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except OSError as error:  # a name that the system does not take, a folder that is not ours
         if error.filename is None:
