@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.locks import busy, is_held
+from forcingkv.headmaps.reading import read_json
 from forcingkv.headmaps.renames import sync_tree
 from forcingkv.headmaps.writing import (
     Hold,
@@ -229,8 +230,8 @@ class PngWriter(FrameWriter):
     def _ends_a_result(self) -> bool:
         """Whether the folder has the record that is written last."""
         try:
-            data = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            data = read_json(self.path / RECORD)
+        except InputError:
             return False
         return isinstance(data, dict) and data.get("schema") == SCHEMA
 

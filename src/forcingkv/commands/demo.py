@@ -8,9 +8,10 @@ from typing import Annotated
 
 from typer import Option
 
-from forcingkv.commands.console import AsJson, default_prompts, emit, need, plain_console, progress_bar
+from forcingkv.commands.console import AsJson, default_prompts, emit, need, progress_bar, say
 from forcingkv.commands.models import Threads, text_inputs
 from forcingkv.headmaps import DYNAMIC, STATIC, InputError
+from forcingkv.measure.tables import PlainConsole
 
 MODEL = "demo"
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
@@ -100,6 +101,6 @@ def demo(
         counted = {STATIC: 0, DYNAMIC: 0} | headmap.counts()
         emit({"model": spec.name, "headmap": counted, "policies": rows, "out": str(out)})
         return
-    plain_console(width=100).print(comparison_table(rows, chunks))
-    print(f"head map: {in_words(headmap)} heads (rule {headmap.rule.name}). {analysis.verdict}")
-    print(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")
+    PlainConsole(width=100).print(comparison_table(rows, chunks))
+    say(f"head map: {in_words(headmap)} heads (rule {headmap.rule.name}). {analysis.verdict}")
+    say(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")

@@ -16,7 +16,7 @@ import typer
 from typer import Option
 
 from forcingkv import __version__
-from forcingkv.commands.console import AsJson, emit, progress_bar
+from forcingkv.commands.console import AsJson, emit, progress_bar, say
 from forcingkv.commands.models import Backend, Embeds, Threads, text_input
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
@@ -93,7 +93,7 @@ def generate(
             changes = [(chunk, text) for chunk, text in changes if chunk >= video.index]
             if out == "-":
                 width, height = (size * enlarge for size in session.bundle.manifest.frame_size)
-                print(f"rgb24, {width}x{height}, {rate:g} frames a second", file=sys.stderr)
+                say(f"rgb24, {width}x{height}, {rate:g} frames a second", error=True)
             metadata = _metadata(session, prompt, video.seed)
             with open_writer(out, fps=rate, enlarge=enlarge, metadata=metadata) as writer:
                 for _ in _write(video, writer, written):
@@ -104,7 +104,7 @@ def generate(
                         video.save(save)
     except (KeyboardInterrupt, SystemExit) as error:
         kept = f"{written.frames} frames in {out}" if written.frames else "nothing was written"
-        print(f"stopped: {kept}", file=sys.stderr)
+        say(f"stopped: {kept}", error=True)
         raise typer.Exit(exit_code(error)) from error
     except ReaderGoneError as error:
         raise typer.Exit(BROKEN_PIPE) from error
@@ -153,7 +153,7 @@ def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
     if as_json:
         emit(result)
         return
-    print(
+    say(
         f"{out}: {written.frames} frames in {result['chunks']} chunks,"
         f" {result['frames_per_second']:.1f} frames a second"
         f" ({result['frames_per_second_without_decoding']:.1f} without decoding)"
