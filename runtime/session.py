@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -18,8 +19,9 @@ from forcingkv.runtime.faults import MemoryShortError, SessionError
 from forcingkv.runtime.kv.rebuild import replayed
 from forcingkv.runtime.positions import Floats, chunk_noise
 from forcingkv.runtime.preflight import check_memory
+from forcingkv.runtime.script import PromptRecord, Script, Switch
 from forcingkv.runtime.snapshot import read_snapshot, write_snapshot
-from forcingkv.runtime.text import Prompt, prompt_input
+from forcingkv.runtime.text import Prompt
 
 
 class Session:
@@ -110,7 +112,7 @@ class Session:
             lane.close()
 
     def generate(
-        self, prompt: Prompt, *, seed: int, chunks: int | None = None, noise: NoiseSource | None = None
+        self, prompt: Prompt, *, seed: int, chunks: float | None = None, noise: NoiseSource | None = None
     ) -> Video:
         """Begin a video: an iterator that yields each chunk as soon as it is decoded.
 
@@ -118,35 +120,38 @@ class Session:
             prompt: words, or text embeddings (1, text_length, text_width) for models whose text
                 encoder does not live in the runtime.
             seed: of the noise; the same seed gives the same video.
-            chunks: how many chunks to make; None: without end.
+            chunks: how many chunks to make, a whole number; None or infinity: without end.
             noise: another source of noise than the seed.
 
         Raises:
-            InputError: the prompt or the seed cannot be used. The video before goes on then.
+            InputError: the prompt, the seed or chunks cannot be used. The video before goes on then.
             RuntimeError: the session is closed.
             SessionError: as iterating over the video does.
         """
         maker = self._memory()
-        video, text = Video(self, seed, chunks, noise), prompt_input(self.spec, prompt)
+        record, text = PromptRecord.of(self.spec, prompt)
+        video = Video(self, seed, chunks, noise, Script(record))
         self._video = video
         with video._changing():
             maker.restart()
             maker.prompt(text)
         return video
 
-    def restore(self, folder: Path | str, *, chunks: int | None = None) -> Video:
+    def restore(self, folder: Path | str, *, chunks: float | None = None) -> Video:
         """Go on with a video that `Video.save` saved, from the chunk after it, to the bit.
 
         Args:
             folder: where it was saved.
-            chunks: how many chunks the whole video is to have; None: as many as when it was saved.
+            chunks: how many chunks the whole video is to have, infinity: without end; None: as many as when
+                it was saved.
 
         Raises InputError for a state that is damaged, or of another bundle (the video before goes on then),
         and SessionError as iterating over a video does.
         """
         maker = self._memory()
-        state, arrays, latents, ready = read_snapshot(Path(folder), self.bundle)
-        video = Video(self, state.seed, state.chunks if chunks is None else chunks, None)
+        state, arrays, latents, ready, script = read_snapshot(Path(folder), self.bundle)
+        video = Video(self, state.seed, state.chunks if chunks is None else chunks, None, script)
+        video.notes = state.notes or {}
         video.index, video._begun = state.index, state.made
         video._latents, video._ready = latents, deque(ready)
         try:
@@ -183,15 +188,24 @@ class Video:
         seed: of the noise.
         chunks: how many there will be; None: without end.
         index: of the chunk that is handed out next.
+        notes: what the program that saved it wanted to find again; nothing, if it was not restored.
     """
 
-    def __init__(self, session: Session, seed: int, chunks: int | None, noise: NoiseSource | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        seed: int,
+        chunks: float | None,
+        noise: NoiseSource | None,
+        script: Script,
+    ) -> None:
         """For the session. It is asked for its memory each time: a video that has ended keeps none of it."""
         seed = operator.index(seed)  # numpy's whole numbers would not go into JSON
         if seed < 0:
             raise InputError(f"is {seed}", where="seed", expected="0 or more")
-        self.seed, self.chunks = seed, None if chunks is None else operator.index(chunks)
-        self.index = 0
+        self.seed, self.chunks = seed, _whole(chunks)
+        self.index, self._script = 0, script
+        self.notes: Mapping[str, str] = {}
         self._session, self._own_noise = session, noise is not None
         self._noise = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
         self._begun = 0
@@ -201,6 +215,17 @@ class Video:
         self._latents: dict[int, Floats] = {}
         """Of the chunks that a rebuild of the cache needs, in order."""
         self._failed = False
+
+    @property
+    def prompt(self) -> PromptRecord | None:
+        """The prompt that it began with. None: of a saved state that does not know it, as those of earlier
+        versions."""
+        return self._script.prompt
+
+    @property
+    def switches(self) -> tuple[Switch, ...]:
+        """The changes of the prompt that were made, and those to come, in order."""
+        return self._script.switches
 
     def __iter__(self) -> Self:
         return self
@@ -222,14 +247,16 @@ class Video:
                 while len(self._pending) <= maker.lane.lookahead and (
                     self.chunks is None or self._begun < self.chunks
                 ):
+                    self._switch_in_time(maker)
                     self._pending.append(maker.begin(self._begun, self._noise))
                     self._begun += 1
-                self._finish_one(maker)
+                if not self._ready:  # a switch finishes what was begun
+                    self._finish_one(maker)
         self.index += 1
         return self._ready.popleft()
 
-    def switch(self, prompt: Prompt, *, recache: bool = True) -> int:
-        """Follow another prompt from the next chunk that was not yet begun.
+    def switch(self, prompt: Prompt, *, recache: bool = True, at: int | None = None) -> int:
+        """Follow another prompt from a chunk on.
 
         Args:
             prompt: words or text embeddings, as for `Session.generate`.
@@ -237,31 +264,53 @@ class Video:
                 takes as many clean passes as chunks fill the cache, and for models that were not trained
                 with switches denoising passes too (`Schedule.redraw_from`). Without it the keys and values
                 of the old prompt go on ruling what is shown.
+            at: the chunk, one that was not yet begun: the video switches when it comes there, and a saved
+                state knows that it is to. None: now, with the next chunk that was not yet begun.
 
         Returns the index of the first chunk that follows the new prompt.
 
-        Raises InputError for a prompt that cannot be used (nothing has changed then), RuntimeError for a
-        video that failed, and what `__next__` raises.
+        Raises InputError for a prompt or a chunk that cannot be used (nothing has changed then), RuntimeError
+        for a video that failed, and what `__next__` raises.
         """
-        text = prompt_input(self._session.spec, prompt)
+        record, text = PromptRecord.of(self._session.spec, prompt)
+        if at is not None:
+            self._ours()
+            self._script.plan(Switch(operator.index(at), record, recache), text, self._begun)
+            return at
         with self._changing() as maker:
-            while self._pending:
-                self._finish_one(maker)
-            maker.prompt(text)
-            if recache:
-                redraw_from = self._session.spec.schedule.redraw_from
-                maker.cache.passes = 0
-                for index, latents in self._latents.items():
-                    maker.replay(index, latents, self._noise, redraw_from)
-        return self._begun
+            switch = Switch(self._begun, record, recache)
+            self._follow(maker, switch, text)
+        return switch.chunk
 
-    def save(self, folder: Path | str) -> None:
+    def _switch_in_time(self, maker: ChunkMaker) -> None:
+        """Make the switch with which the next chunk that is begun begins, if there is one."""
+        if self._begun in self._script.due:
+            self._follow(maker, *self._script.due[self._begun])
+            del self._script.due[self._begun]
+
+    def _follow(self, maker: ChunkMaker, switch: Switch, text: Floats) -> None:
+        while self._pending:
+            self._finish_one(maker)
+        maker.prompt(text)
+        if switch.recache:
+            redraw_from = self._session.spec.schedule.redraw_from
+            maker.cache.passes = 0
+            for index, latents in self._latents.items():
+                maker.replay(index, latents, self._noise, redraw_from)
+        self._script.made.append(switch)
+
+    def save(self, folder: Path | str, *, notes: Mapping[str, str] = {}) -> None:
         """Save the whole state to a folder: `Session.restore` goes on from it, to the bit.
 
         A state saved there before is replaced once this one is whole.
 
+        Args:
+            folder: where.
+            notes: what the caller wants to find again as `Video.notes`.
+
         Raises InputError where the folder cannot be written, or holds anything else, and for a video with
-        a noise source of its own, which cannot be saved; RuntimeError for a video that failed.
+        a noise source of its own, which cannot be saved: the state before stays then, and the video can go
+        on. RuntimeError for a video that failed.
         """
         with self._changing() as maker:
             while self._pending:
@@ -272,9 +321,14 @@ class Video:
                 where="noise",
                 expected="noise of a seed",
             )
-        bundle = self._session.bundle.digest
+        bundle, notes = self._session.bundle.digest, dict(notes)
         known = {"bundle": bundle, "seed": self.seed, "chunks": self.chunks, "index": self.index}
-        write_snapshot(Path(folder), maker, self._latents, self._ready, **known)
+        try:
+            write_snapshot(
+                Path(folder), maker, self._latents, self._ready, self._script, **known, notes=notes
+            )
+        except MemoryError as error:
+            raise MemoryShortError(f"memory ran out on the host while a state was saved ({error})") from error
 
     def _finish_one(self, maker: ChunkMaker) -> None:
         chunk = maker.finish(self._pending.popleft())
@@ -283,6 +337,12 @@ class Video:
         self._latents = {index: self._latents[index] for index in needed}
         self._ready.append(chunk)
 
+    def _ours(self) -> ChunkMaker:
+        maker = self._session._memory(self)
+        if self._failed:
+            raise RuntimeError("this video ended with an error: begin another")
+        return maker
+
     @contextmanager
     def _changing(self) -> Iterator[ChunkMaker]:
         """The session's memory, to change it. Whatever goes wrong ends the video, since its caches may be
@@ -290,9 +350,7 @@ class Video:
 
         Raises RuntimeError for a video that the session no longer works on, or that failed.
         """
-        maker = self._session._memory(self)
-        if self._failed:
-            raise RuntimeError("this video ended with an error: begin another")
+        maker = self._ours()
         try:
             yield maker
         except BaseException as error:
@@ -301,3 +359,16 @@ class Video:
             if isinstance(error, MemoryError):  # of numpy's: noise, or a copy of what is shown
                 raise MemoryShortError(f"memory ran out on the host ({error})") from error
             raise
+
+
+def _whole(chunks: float | None) -> int | None:
+    """A number of chunks; None: without end. Raises InputError for one that is no whole number from 0 on."""
+    if chunks is None or chunks == math.inf:
+        return None
+    try:
+        count = operator.index(chunks)  # type: ignore[arg-type]
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise InputError(f"is {chunks}", where="chunks", expected="a whole number from 0 on, or None")
+    return count
