@@ -70,7 +70,7 @@ def check_prompt(session: Session, video: Video, prompt: str | None, embeds: Pat
     text = text_input(session.spec, prompt, embeds)
     if PromptRecord.of(session.spec, text)[0].digest != video.prompt.digest:
         option = "--prompt" if prompt is not None else "--embeds"
-        raise _contradiction(option, f"says {text.text!r}", str(video.prompt))
+        raise _contradiction(option, f"is {text.text!r}", str(video.prompt))
 
 
 def take_switches(
