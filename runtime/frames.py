@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.files import refuse_url, unwritable
+from forcingkv.headmaps.locks import busy, is_held
+from forcingkv.headmaps.writing import open_alone, refuse_name, unwritable
 
 Frames = npt.NDArray[np.uint8]
 
@@ -178,7 +179,7 @@ class FrameWriter(ABC):
 
     def _check_place(self) -> None:
         """Raise OSError or InputError for a place that a file cannot be made at. Changes nothing."""
-        refuse_url(self.path)
+        refuse_name(self.path)
         if self.path.is_dir():
             raise os_error(errno.EISDIR)
         parent = self.path.parent
@@ -188,6 +189,8 @@ class FrameWriter(ABC):
             raise os_error(errno.ENOTDIR)
         if not os.access(self.path if self.path.exists() else parent, os.W_OK):
             raise os_error(errno.EACCES)
+        if self.path.is_file() and is_held(self.path):
+            raise busy(self.path)
 
     @abstractmethod
     def _check_kept(self, kept: Kept) -> None:
@@ -245,8 +248,7 @@ class RawWriter(FrameWriter):
             sys.stdout.flush()
             self._file = FileIO(sys.stdout.fileno(), "wb", closefd=False)
         elif self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = FileIO(self.path, "r+b" if self._kept else "wb")
+            self._file = open_alone(self.path, anew=self._kept is None)
             if self._kept:
                 self._begin_after(self._kept, self._file, frames)
         for frame in self._enlarged(frames):

@@ -7,13 +7,11 @@ protection against somebody who means to.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -23,7 +21,16 @@ import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
-from forcingkv.headmaps.files import FileRecord, inside, read_json, record_file, unwritable, write_text
+from forcingkv.headmaps.files import FileRecord, inside, record_file
+from forcingkv.headmaps.reading import read_json
+from forcingkv.headmaps.writing import (
+    held_inside,
+    is_ours,
+    refuse_name,
+    unwritable,
+    unwritable_where,
+    write_text,
+)
 from forcingkv.runtime.backends import Array, Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
@@ -85,20 +92,6 @@ def own_digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def refuse_folder(folder: Path) -> None:
-    """Raise InputError for a folder that no state can be saved to, as far as can be found out now."""
-    try:
-        if folder.is_dir():
-            _tensor_files(folder)
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        if not there.is_dir():
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(there, os.W_OK):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise unwritable(folder, error) from error
-
-
 def write_snapshot(
     folder: Path,
     maker: ChunkMaker,
@@ -117,9 +110,21 @@ def write_snapshot(
         script: the video's prompts.
         known: the fields `bundle`, `seed`, `chunks`, `index` and `notes` of `Snapshot`.
 
-    Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved. The
-    state before is whole then.
+    Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved, or
+    another process or thread is saving one there. The state before is whole then.
     """
+    with _alone(folder):
+        _write(folder, maker, latents, ready, script, **known)
+
+
+def _write(
+    folder: Path,
+    maker: ChunkMaker,
+    latents: Mapping[int, Array],
+    ready: Sequence[Chunk],
+    script: Script,
+    **known: Any,
+) -> None:
     earlier, made = _earlier(folder), known["index"] + len(ready)
     # A name that no file has: one of them may be in use until the new state is whole.
     stem = f"state-{made:06}"
@@ -165,6 +170,20 @@ def write_snapshot(
     for file in earlier - {name}:
         with suppress(OSError):
             (folder / file).unlink()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder while a state is saved, and remove what killed processes left in it."""
+    refuse_name(folder)
+    with unwritable_where(folder, within=folder), held_inside(folder, "saving", "state-", STATE):
+        yield
+
+
+def check_states(folder: Path) -> None:
+    """Raise InputError unless states can be saved in a folder now. Nothing is left of the trial."""
+    with _alone(folder):
+        _earlier(folder)
 
 
 def read_snapshot(
@@ -251,17 +270,11 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
 
 
 def _earlier(folder: Path) -> set[str]:
-    """The tensor files of the folder's earlier states. Makes the folder."""
+    """The tensor files of the folder's earlier states."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _tensor_files(folder)
+        there = {path.name for path in folder.iterdir() if not is_ours(path.name)}
     except OSError as error:
         raise unwritable(folder, error) from error
-
-
-def _tensor_files(folder: Path) -> set[str]:
-    """Those in a folder. Raises InputError where it holds other files than states leave."""
-    there = {path.name for path in folder.iterdir()}
     ours = {name for name in there if TENSORS.fullmatch(name)}
     others = there - ours - {STATE, f".{STATE}.partial"}
     if others:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO, FileIO
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.files import new_file
+from forcingkv.headmaps.writing import new_file, open_alone
 from forcingkv.runtime.frames import Frames, FrameWriter, Kept, RawWriter, need_av, write_all
 from forcingkv.runtime.mp4 import Fragments, as_stored, copy_bytes, metadata_of, read_fragments, stream_of
 from forcingkv.runtime.pictures import PngWriter
@@ -76,6 +75,7 @@ class Mp4Writer(FrameWriter):
     Each fragment has an encoder of its own and needs none before it: a file that is gone on with (`keep`)
     becomes the one that a single writer makes. Write a chunk at a time: single frames take several times the
     bytes.
+    Meanwhile it is locked, and a second writer is refused.
 
     yuv420p needs even sizes: an odd width or height is made even by repeating the last column or row.
     All of `metadata` is written, whatever its keys.
@@ -140,8 +140,7 @@ class Mp4Writer(FrameWriter):
     def _open_file(self) -> bytes:
         """Open the file for what comes next. Returns what belongs before it."""
         if self._earlier is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = FileIO(self.path, "wb")
+            self._file = open_alone(self.path)
             return self._head_bytes
         start, end = len(self._earlier.head), self._earlier.all[-1].end
         said = metadata_of(self.path, self._earlier)
@@ -153,7 +152,7 @@ class Mp4Writer(FrameWriter):
                 old.seek(start)
                 copy_bytes(old, new, end - start)
             self._written = len(self._head_bytes) + end - start
-        self._file = FileIO(self.path, "r+b")
+        self._file = open_alone(self.path, anew=False)
         self._file.truncate(self._written)
         self._file.seek(self._written)
         return b""
@@ -250,5 +249,10 @@ class Mp4Writer(FrameWriter):
         if self._head is not None:
             self._head.close()
         if self._file is not None:
-            with self._file, suppress(OSError):  # a FIFO cannot be cut
+            with self._file:
+                if not self._file.seekable():  # a FIFO cannot be cut
+                    return
                 self._file.truncate(self._written)  # what an error left of a fragment
+                os.fsync(self._file.fileno())
+            if not self._written:
+                self.path.unlink()

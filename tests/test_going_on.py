@@ -70,7 +70,7 @@ def made(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 with pytest.raises(SystemExit, match="0"):
                     command_line.main()
     (folder / "cut" / "a" / "frames.json").unlink()  # it comes last
-    (folder / "cut" / "a" / ".frame-000019.png.partial").write_bytes(b"half")
+    (folder / "cut" / "a" / ".frame-000019.png.0123abcd.new.forcingkv").write_bytes(b"half")
     return folder
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -17,18 +16,20 @@ import numpy as np
 import typer
 from typer import Option
 
-from forcingkv.commands.console import AsJson, emit, progress_bar
+from forcingkv.commands.console import AsJson, emit, progress_bar, say
 from forcingkv.commands.going_on import Look, agreed, check_prompt, look_of, take_switches, writer_for
 from forcingkv.commands.models import Backend, Embeds, Threads, text_input
+from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Video
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
-from forcingkv.runtime.snapshot import refuse_folder
+from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import TextInput
 from forcingkv.runtime.video import open_writer
 
-TERMINATED = 128 + signal.SIGTERM
+BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
+"""What a shell sees of other programs in a pipe whose reader has gone."""
 
 
 def generate(
@@ -89,18 +90,15 @@ def generate(
     # Makes nothing: a wrong place is refused before the bundle, which may be large, is read.
     open_writer(out, fps=fps or 1.0, enlarge=enlarge or 1, going_on=bool(restore))
     if save:
-        refuse_folder(save)
+        check_states(save)
     written = Written()
     asked = Asked(prompt, embeds, seconds, switch or (), recache, restore, fps, seed, enlarge)
     try:
-        with (
-            _sigterm_exits(),
-            Session.open(bundle, backend=backend, threads=threads, cuda_graphs=cuda_graphs) as session,
-        ):
+        with Session.open(bundle, backend=backend, threads=threads, cuda_graphs=cuda_graphs) as session:
             video, look = begin_video(session, asked)
             if out == "-":
                 width, height = (size * look.enlarge for size in session.bundle.manifest.frame_size)
-                print(f"rgb24, {width}x{height}, {look.fps:g} frames a second", file=sys.stderr)
+                say(f"rgb24, {width}x{height}, {look.fps:g} frames a second", error=True)
             writer, first, written.kept = writer_for(out, session, video, look, restored=bool(restore))
             with writer:
                 for frames in _write(video, writer, written):
@@ -108,10 +106,10 @@ def generate(
                         _save(video, save, look, first, frames, written)
     except (KeyboardInterrupt, SystemExit) as error:
         kept = f"{written.kept + written.frames} frames in {out}" if written.frames else "nothing was written"
-        print(f"stopped: {kept}", file=sys.stderr)
-        raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else TERMINATED) from error
+        say(f"stopped: {kept}", error=True)
+        raise typer.Exit(exit_code(error)) from error
     except ReaderGoneError as error:
-        raise typer.Exit(128 + signal.SIGPIPE) from error  # what a shell sees of others in a pipe
+        raise typer.Exit(BROKEN_PIPE) from error
     with redirect_stdout(sys.stderr if out == "-" else sys.stdout):
         _report(written, out, look.fps, as_json=as_json)
 
@@ -167,7 +165,7 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
     take_switches(session, video, switches, asked.recache)
     for change in video.switches:
         if video.chunks is not None and change.chunk >= video.chunks:
-            print(f"note: the video ends with chunk {video.chunks - 1}, before {change}", file=sys.stderr)
+            say(f"note: the video ends with chunk {video.chunks - 1}, before {change}", error=True)
     return video, look
 
 
@@ -188,7 +186,7 @@ class Written:
     def warn(self, text: str) -> None:
         """Say something on standard error, and in the report."""
         self.warnings.append(text)
-        print(f"warning: {text}", file=sys.stderr)
+        say(f"warning: {text}", error=True)
 
 
 def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[Frames]:
@@ -239,7 +237,7 @@ def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
         emit(result)
         return
     after = f" after the {written.kept} that were there" if written.kept else ""
-    print(
+    say(
         f"{out}: {written.frames} frames in {result['chunks']} chunks{after},"
         f" {result['frames_per_second']:.1f} frames a second"
         f" ({result['frames_per_second_without_decoding']:.1f} without decoding)"
@@ -271,16 +269,3 @@ def _prompt_changes(
             raise InputError(what, where="--switch", expected="one prompt for each chunk")
         changes[chunk] = option, text_input(spec, prompt.strip(), embeds)
     return [(chunk, text) for chunk, (_, text) in sorted(changes.items(), key=lambda change: change[0])]
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM raises SystemExit, so that files are closed as after Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

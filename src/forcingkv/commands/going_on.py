@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forcingkv import __version__
+from forcingkv.commands.console import say
 from forcingkv.commands.models import text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Session, Video
@@ -163,7 +163,7 @@ def writer_for(
     if restored:
         gets = f"keeps its first {kept} frames, and the rest follows" if kept else "gets the rest alone"
         unknown = "" if video.prompt else " (its state does not know its prompt)"
-        print(f"{out} {gets}, from chunk {video.index} on{unknown}", file=sys.stderr)
+        say(f"{out} {gets}, from chunk {video.index} on{unknown}", error=True)
     return writer, first, kept
 
 
