@@ -42,11 +42,17 @@ def require_memory(doing: str, parts: Mapping[str, float], hint: str, available:
 
 
 def give_back() -> None:
-    """Let the system have memory that nothing holds any more."""
-    gc.collect()  # what held it may be in a cycle
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it, and keeps what is freed
-    if trim:
-        trim(0)
+    """Let the system have memory that nothing holds any more, cycles of objects included. That takes a while
+    where much is loaded."""
+    gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Let the system have what the C library keeps of memory that was freed."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if malloc_trim:
+        malloc_trim(0)
 
 
 def device_free_bytes() -> int:
