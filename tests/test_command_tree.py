@@ -19,6 +19,7 @@ _WITHOUT = "new: a preset's own LoRA stays where a user adds others, unless it i
 CHANGED: dict[str, str] = {
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
+    "demo --backend": "new: where onnxruntime-gpu is installed and does not start, the CPU has to be named",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
 }
