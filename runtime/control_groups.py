@@ -91,7 +91,7 @@ def groups(controller: str) -> list[Group]:
 
 
 def _paths(controller: str) -> dict[int, PurePosixPath]:
-    """Version -> the path of this process's group, from lines as `4:memory:/job`, or of version 2 `0::/job`."""
+    """Version -> the path of this process's group: lines as `4:memory:/job`, or of version 2 `0::/job`."""
     found = {}
     for line in _text(PROCESS / "cgroup").splitlines():
         number, _, rest = line.partition(":")

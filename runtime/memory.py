@@ -106,9 +106,15 @@ def require_memory(doing: str, parts: Mapping[str, float], hint: str, available:
 
 
 def give_back() -> None:
-    """Let the system have memory that nothing holds any more."""
-    gc.collect()  # what held it may be in a cycle
-    # glibc alone has this function, and keeps what is freed. Windows knows no library by the name None.
+    """Let the system have memory that nothing holds any more, cycles of objects included. That takes a while
+    where much is loaded."""
+    gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Let the system have what the C library keeps of memory that was freed."""
+    # glibc alone has this function. Windows knows no library by the name None.
     with suppress(AttributeError, TypeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
