@@ -21,8 +21,10 @@ from forcingkv.commands.console import AsJson, emit, progress_bar
 from forcingkv.commands.models import Backend, Embeds, Threads, text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Prompt, Session, Video
+from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
 from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.video import open_writer
 
 TERMINATED = 128 + signal.SIGTERM
@@ -77,7 +79,7 @@ def generate(
             _sigterm_exits(),
             Session.open(bundle, backend=backend, threads=threads, cuda_graphs=cuda_graphs) as session,
         ):
-            rate = fps or session.spec.fps
+            rate, on = fps or session.spec.fps, _runs_on(session, backend, threads)
 
             def chunks_for(seconds: float) -> int:
                 """Chunks for that many seconds as they are shown."""
@@ -106,11 +108,13 @@ def generate(
         print(f"stopped: {kept}", file=sys.stderr)
         raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else TERMINATED) from error
     except ReaderGoneError as error:
-        raise typer.Exit(128 + signal.SIGPIPE) from error  # what a shell sees of others in a pipe
+        raise typer.Exit(
+            128 + getattr(signal, "SIGPIPE", 13)
+        ) from error  # what a shell sees of others in a pipe
     if not written.frames:
         raise InputError("the saved video is complete", where=str(restore), hint="Make it longer: --seconds.")
     with redirect_stdout(sys.stderr if out == "-" else sys.stdout):
-        _report(written, out, rate, as_json=as_json)
+        _report(written, out, rate, on, as_json=as_json)
 
 
 @dataclass
@@ -139,8 +143,17 @@ def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[None
             asked = time.perf_counter()
 
 
-def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
+def _runs_on(session: Session, backend: str, threads: int | None) -> dict[str, object]:
+    """What a session runs on, and for the CPU how many threads were chosen, and why."""
+    if BACKENDS[backend] != "onnxruntime":
+        return {"runs_on": session.runs_on}
+    chosen = chosen_threads(threads)
+    return {"runs_on": session.runs_on, "threads": chosen.number, "threads_because": chosen.because}
+
+
+def _report(written: Written, out: str, rate: float, on: dict[str, object], *, as_json: bool) -> None:
     result = {
+        **on,
         "out": out,
         "frames": written.frames,
         "chunks": len(written.waited),
