@@ -25,6 +25,8 @@ from typing import Any
 import psutil
 import pytest
 
+from forcingkv.headmaps import locks, renames
+
 ELSEWHERE = ("/proc", "/sys", "/dev/shm")
 """Folders that Linux alone has."""
 LACKED_BY_WINDOWS = {
@@ -54,6 +56,7 @@ def macos(patch: pytest.MonkeyPatch) -> None:
     _without(patch, LACKED_BY_MACOS)
     _hide(patch, ELSEWHERE)
     patch.setattr(sys, "platform", "darwin")
+    patch.setattr(renames, "_renameat2", lambda: None)  # found when it was first asked for
     patch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace())
     info = namedtuple("info", "rss vms pfaults pageins")
     _psutil(patch, info(200 << 20, 400 << 30, 1, 1), affinity=False)
@@ -67,7 +70,11 @@ def windows(patch: pytest.MonkeyPatch, home: Path) -> None:
     _without(patch, LACKED_BY_WINDOWS)
     for name in NO_MODULES:
         patch.setitem(sys.modules, name, None)
-    patch.setitem(sys.modules, "msvcrt", _msvcrt())
+    found = _msvcrt()
+    patch.setitem(sys.modules, "msvcrt", found)
+    patch.setattr(locks, "_UNIX", None)  # found when it was imported
+    patch.setattr(locks, "_WINDOWS", found)
+    patch.setattr(renames, "_renameat2", lambda: None)
     _hide(patch, ELSEWHERE)
     patch.setattr(sys, "platform", "win32")
     patch.setattr(ctypes, "CDLL", _refusing(TypeError("a name is needed")))
@@ -146,26 +153,16 @@ def _psutil(patch: pytest.MonkeyPatch, info: Any, affinity: bool) -> None:
 
 
 def _msvcrt() -> ModuleType:
-    """Locks of Windows: of a range of bytes, held by the open file."""
-    held: dict[tuple[int, int], int] = {}
+    """Locks of Windows, held by the open file until it is closed."""
 
     def locking(file: int, mode: int, _: int) -> None:
-        status = os.fstat(file)
-        key = status.st_dev, status.st_ino
-        if mode == module.LK_UNLCK:
-            held.pop(key, None)
-            return
-        if held.get(key, file) != file:
-            try:
-                fcntl.fcntl(held[key], fcntl.F_GETFD)
-            except OSError:
-                pass  # its holder closed it
-            else:
-                raise PermissionError(errno.EACCES, "Permission denied")
-        held[key] = file
+        try:
+            fcntl.flock(file, fcntl.LOCK_UN if mode == module.LK_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PermissionError(errno.EACCES, "Permission denied") from error
 
     module: Any = ModuleType("msvcrt")
-    module.LK_NBLCK, module.LK_UNLCK, module.LK_LOCK, module.locking = 2, 0, 1, locking
+    module.LK_UNLCK, module.LK_LOCK, module.LK_NBLCK, module.locking = 0, 1, 2, locking
     return module
 
 

@@ -28,6 +28,9 @@ NOT_FILES = ("av", "os", "Session", "Bundle", "Image")
 """What has a function `open` of another kind."""
 
 WAY_ROUND = {
+    "commands/stopping.py os.register_at_fork": "where no process is forked, nothing is registered",
+    "headmaps/locks.py os.O_DIRECTORY": "for systems whose locks are those of Unix",
+    "headmaps/renames.py /proc/self/mountinfo": "os.path.ismount alone answers where the file is not there",
     "measure/bench/results.py /proc/cpuinfo": "the processor has the name that Python knows",
     "runtime/control_groups.py /proc/self": "no group is found where the folder is not there",
     "runtime/control_groups.py /sys/fs/cgroup": "the same",
