@@ -186,7 +186,9 @@ def _names_that_are_held(patch: pytest.MonkeyPatch) -> None:
     def busy(path: Any) -> None:
         if held_open(path):
             text = "The process cannot access the file because it is being used by another process"
-            raise PermissionError(errno.EACCES, text, os.fsdecode(path))
+            refused: Any = PermissionError(errno.EACCES, text, os.fsdecode(path))
+            refused.winerror = 32
+            raise refused
 
     def removing(real: Any) -> Any:
         def call(path: Any, **options: Any) -> None:

@@ -6,6 +6,7 @@ Everything runs once as it is and once on the other system; what comes of it is 
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import os
 import signal
@@ -18,13 +19,16 @@ import av
 import numpy as np
 import pytest
 
+from forcingkv import __main__ as command_line
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.writing import write_text
 from forcingkv.measure.bench import turns
 from forcingkv.measure.process import resident
 from forcingkv.runtime import memory
 from forcingkv.runtime.memory import available, bound_memory, give_back, peak_bytes, what_limits
 from forcingkv.runtime.threads import cpu_threads
 from tests import systems
-from tests.conftest import Ran
+from tests.conftest import Ran, headmap_of, small_spec
 
 Run = Callable[..., Ran]
 SPEC = """
@@ -53,8 +57,10 @@ def whole_way(run: Run, folder: Path) -> dict[str, Any]:
 
     folder.mkdir()
     (folder / "little.toml").write_text(SPEC, encoding="utf-8")
+    (folder / "p.txt").write_text(PROMPT, encoding="utf-8")
     given = ("--model", folder / "little.toml", "--random-weights", "--policy", "window", "--no-verify")
-    for _ in range(2):  # the second replaces the first
+    made = done("export", *given, "--out", folder / "bundle", "--json")
+    if sys.platform == "win32":  # where replacing is refused most often
         made = done("export", *given, "--out", folder / "bundle", "--json")
     bundle = ("--bundle", folder / "bundle", "--json")
     asked = ("--prompt", PROMPT, "--seed", 3, "--enlarge", 2)
@@ -64,20 +70,32 @@ def whole_way(run: Run, folder: Path) -> dict[str, Any]:
     rest = ("--restore", folder / "state", "--seconds", 1.1, "--out", folder / "rest.rgb")
     done("generate", *bundle, *rest)
     timed = json.loads(done("bench", *bundle, "--rounds", 1))
+    measured = json.loads(
+        done("evaluate", "--video", folder / "a.mp4", "--out", folder / "all.csv", "--json")
+    )
+    recorded = ("--samples", 1, "--chunks", 3, "--prompts", folder / "p.txt", "--out", folder / "heads")
+    found = json.loads(done("analyze", "heads", *given[:3], *recorded, "--json"))
+    done("inspect", folder / "bundle", "--picture", folder / "memory.png")
     return {
         "digests": json.loads(made)["files"],
         "video": pictures(folder / "a.mp4").tobytes(),
         "pictures": sorted(path.name for path in (folder / "pictures").iterdir()),
         "rest": (folder / "rest.rgb").read_bytes(),
         "timed": [row["policy"] for row in timed["rows"]],
+        "measured": [one["values"] for one in measured["videos"]],
+        "labels": found["headmap"]["labels"],
         "files": sorted(path.name for path in folder.iterdir()),
     }
 
 
 @pytest.fixture
-def here(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What comes of the whole way on this system."""
+def _quickly(white_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "TIMED_SECONDS", 0.01)
+
+
+@pytest.fixture
+def here(_quickly: None, run: Run, tmp_path: Path) -> dict[str, Any]:
+    """What comes of the whole way on this system."""
     if not _HERE:
         _HERE.append(whole_way(run, tmp_path / "here"))
     return _HERE[0]
@@ -96,6 +114,7 @@ def other(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[pytest.Mo
     return turn
 
 
+@pytest.mark.usefixtures("_quickly")
 def test_the_whole_way_is_the_same_on_other_systems(
     run: Run, tmp_path: Path, here: dict[str, Any], other: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
@@ -105,6 +124,53 @@ def test_the_whole_way_is_the_same_on_other_systems(
         other(patch)
         there = whole_way(run, tmp_path / "there")
     assert there == here
+
+
+def test_what_a_reader_has_open_on_windows_is_kept_and_named(tmp_path: Path) -> None:
+    """There no open file is replaced: the old one stays whole, and nothing is left beside it."""
+    file = tmp_path / "map.json"
+    file.write_bytes(b"old")
+    with pytest.MonkeyPatch.context() as patch:
+        systems.windows(patch, tmp_path)
+        with (
+            file.open("rb"),
+            pytest.raises(InputError, match=r"map\.json cannot be written \(The process.*Close the program"),
+        ):
+            write_text(file, "new")
+        assert [path.name for path in tmp_path.iterdir()] == ["map.json"]
+        assert file.read_bytes() == b"old"
+        write_text(file, "new")
+        with pytest.raises(InputError, match=r"con\.json cannot be written \(The filename"):
+            write_text(tmp_path / "con.json", "new")
+    assert file.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii", "utf-8"])
+def test_a_console_of_any_encoding_shows_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    place = tmp_path / "h \u65e5\u672c \u00fc \U0001f3a5.json"
+    headmap_of(small_spec(layers=2), [[0], [1]]).write(place)
+    shown = place.name.encode(encoding, "backslashreplace").decode(encoding)
+    for words, code, stream in (
+        (("headmap", "show", str(place)), 0, "stdout"),
+        (("headmap", "validate", str(place)), 0, "stdout"),
+        (("headmap", "show", f"{place}.not"), 2, "stderr"),
+        (("generate", "--help"), 0, "stdout"),
+        (("plan", "--model", "demo", "--policy", "full"), 0, "stdout"),
+    ):
+        streams = {name: io.TextIOWrapper(io.BytesIO(), encoding, "strict") for name in ("stdout", "stderr")}
+        for name, wrapper in streams.items():
+            monkeypatch.setattr(sys, name, wrapper)
+        monkeypatch.setattr(sys, "argv", ["forcingkv", *words])
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+        assert int(ended.value.code or 0) == code
+        streams[stream].flush()
+        told = streams[stream].buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+        assert told.strip()
+        if words[1] == "validate" or code:
+            assert shown in told.replace("\n", ""), words
 
 
 def test_memory_and_threads_are_found_without_proc(other: Callable[[pytest.MonkeyPatch], None]) -> None:
