@@ -21,6 +21,7 @@ _AS_SAVED = "not given is not the default: --restore has its own, and refuses an
 CHANGED: dict[str, str] = {
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
+    "demo --backend": "new: where onnxruntime-gpu is installed and does not start, the CPU has to be named",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "generate --enlarge": _AS_SAVED,
