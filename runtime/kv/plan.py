@@ -15,11 +15,11 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.policies import ALL, Policy
 from forcingkv.runtime.kv.roles import Choice, Retained, Role, Rows
-from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
+from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 PARTS = ("keys", "values")
-MOST_CHUNKS = 10_000
-"""Chunks after which every role has come to rest; the longest history of a public model is 21 frames."""
+MOST_CHUNKS = 2 * MOST_FRAMES
+"""Chunks after which every role has come to rest."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,18 @@ class CachePlan:
         For the sink: all tokens of its frames in the first chunk, none in the others. So the output that
         makes the sink is empty once it is made, and nothing copies it, though every pass makes all outputs.
         """
-        rows = {
-            rows_name(group, role): role.rows(self, group, chunk)
+        return {name: role.rows(self, group, chunk) for name, (group, role) in self._takers.items()}
+
+    @cached_property
+    def _takers(self) -> dict[str, tuple[HeadGroup, Role]]:
+        """The roles that are told which tokens they take, by the name of that input."""
+        takers = {
+            rows_name(group, role): (group, role)
             for group in reversed(self.groups)  # of a label's groups, the first layer's
             for role in group.roles
             if role.takes_rows
         }
-        return dict(sorted(rows.items()))
+        return dict(sorted(takers.items()))
 
     def tokens(self, group: HeadGroup, role: Role, chunk: int) -> int:
         """Cached tokens of that role which the chunk of that index sees."""
