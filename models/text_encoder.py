@@ -227,11 +227,9 @@ def load_tokenizer(place: EncoderPlace, named: str | Path | None = None) -> Prom
     _refuse_other_files(Path(words))
     try:
         # No code of strangers is run, and nobody is asked whether it may be.
-        tokenizer = PromptTokenizer(
-            transformers.AutoTokenizer.from_pretrained(words, trust_remote_code=False)
-        )
-        tokenizer.tokens("a prompt", 1)
-        return tokenizer
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words, trust_remote_code=False)
+        tokenizer("a", max_length=1, truncation=True)  # what is wrong with its settings shows only now
+        return PromptTokenizer(tokenizer)
     except Exception as error:  # transformers and tokenizers raise whatever a wrong file leads them to
         what = f"cannot be read by transformers' AutoTokenizer ({first_line(error)})"
         hint = "Name the folder with --text-encoder and, if it lies elsewhere, --tokenizer."

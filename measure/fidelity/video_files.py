@@ -20,27 +20,12 @@ MOST_PIXELS = 1 << 25
 """Of a frame: as many as 8K has, which take 100 MB. A picture of 700 kB may say that it has 256 million."""
 MOST_VIDEO_FRAMES = 200_000
 """Three hours at 16 frames a second."""
-KINDS = (
-    *(
-        "mov",
-        "mp4",
-        "matroska",
-        "webm",
-        "avi",
-        "mpegts",
-        "mpeg",
-        "flv",
-        "ogg",
-        "yuv4mpegpipe",
-        "h264",
-        "hevc",
-    ),
-    *("gif", "apng", "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe"),
-)
+_VIDEOS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "yuv4mpegpipe")
+_PICTURES = ("gif", "apng", "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe")
 """Names that FFmpeg has for what a file is by its content. Not those of lists of other files and of streams
 (hls, dash, concat, sdp, image2): what a stranger calls a video then opens nothing else."""
 _ALONE = {
-    "format_whitelist": ",".join(KINDS),
+    "format_whitelist": ",".join((*_VIDEOS, *_PICTURES)),
     "protocol_whitelist": "file",
     "max_pixels": str(MOST_PIXELS),
 }
