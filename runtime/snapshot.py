@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import to_data
+from forcingkv.headmaps.fields import check_bounds, to_data
 from forcingkv.headmaps.files import FileRecord, inside, record_file, unwritable, write_text
 from forcingkv.runtime.backends import Array, Tensor
 from forcingkv.runtime.bundle import Bundle, read_data
@@ -62,6 +62,10 @@ class Snapshot:
     record: FileRecord
     """Its digest and size."""
     schema: Literal["forcingkv.snapshot/1"] = "forcingkv.snapshot/1"
+
+    def __post_init__(self) -> None:
+        numbers = ("chunks", "index", "made", "passes", "decoder_calls")
+        check_bounds(self, dict.fromkeys(numbers, (0, 1 << 40)), "the state")
 
 
 def write_snapshot(

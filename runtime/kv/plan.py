@@ -6,6 +6,7 @@ runtime, analysis and benchmarks alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,6 +123,11 @@ class CachePlan:
         return tuple(group for groups in self.layers for group in groups)
 
     @cached_property
+    def kinds(self) -> tuple[tuple[HeadGroup, int], ...]:
+        """Each different head group, and in how many layers it is: layers are many, and hardly differ."""
+        return tuple(Counter(self.groups).items())
+
+    @cached_property
     def entries(self) -> tuple[CacheEntry, ...]:
         """Every cached tensor, in the order of the step graph's inputs."""
         return tuple(
@@ -222,9 +228,9 @@ class CachePlan:
 
     def _bytes_by_role(self, tokens: Callable[[HeadGroup, Role], int], compute: Dtype) -> dict[str, int]:
         total = dict.fromkeys(Role.KINDS, 0)
-        for group in self.groups:
+        for group, layers in self.kinds:
             for role in group.roles:
-                size = group.heads * self._token_bytes(role.dtype(compute))
+                size = layers * group.heads * self._token_bytes(role.dtype(compute))
                 total[role.name] += size * tokens(group, role)
         return total
 
