@@ -28,8 +28,8 @@ from forcingkv.analyze.recording import COLUMNS, METADATA_KEY, Recording
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.errors import first_line
 from forcingkv.headmaps.fields import shown
-from forcingkv.headmaps.files import refuse_url, unwritable, write_bytes
 from forcingkv.headmaps.reading import parse_json
+from forcingkv.headmaps.writing import check_file, refuse_url, unwritable, write_bytes
 
 URL = "://"
 """What tells a URL from a folder."""
@@ -121,16 +121,14 @@ class Storage:
 
     def check_writable(self) -> None:
         """Raise InputError where no file can be written. Nothing is left of the trial."""
-        root = Path(self._root)
-        absent = [folder for folder in (root, *root.parents) if self._is_local and not folder.exists()]
+        if self._is_local:
+            check_file(Path(self._at(TRIAL)))
+            return
         try:
             self._put(TRIAL, b"")
         finally:
             with suppress(OSError):
                 self._files.rm_file(self._at(TRIAL))
-            with suppress(OSError):
-                for folder in absent:
-                    folder.rmdir()
 
     def _put(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all."""

@@ -156,7 +156,7 @@ def build_engine(
 def run_child(graph: Path, flavour: Flavour, **more: Any) -> dict[str, Any]:
     """Run `engine_child` on a graph and return its report; `more` of its request, see `engine_child.build`.
 
-    Raises EngineError where it fails.
+    Raises EngineError where it fails, OSError where the engine cannot be written.
     """
     request = {"memory_limit": int(available_bytes() * MEMORY_SHARE), "graph": str(graph)}
     request |= {"flavour": flavour.name} | more
@@ -172,6 +172,8 @@ def run_child(graph: Path, flavour: Flavour, **more: Any) -> dict[str, Any]:
     if done.returncode:
         raise EngineError(_fault(done, request))
     report: dict[str, Any] = parse_json(done.stdout, "the report of the build")
+    if "errno" in report:
+        raise OSError(report["errno"], report["strerror"], request["engine"])
     return report
 
 

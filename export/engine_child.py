@@ -112,6 +112,8 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_DATA, (request["memory_limit"], request["memory_limit"]))
     try:
         report = build(request)
+    except OSError as error:  # the engine cannot be written: the parent says so in its own words
+        report = {"errno": error.errno, "strerror": error.strerror}
     except (RuntimeError, MemoryError, ValueError) as error:
         print(f"[E] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from forcingkv.headmaps.files import write_text
 from forcingkv.headmaps.plain import plain, plain_cell
+from forcingkv.headmaps.writing import write_text
 
 WIDTH = 80
 """Columns that lines of text keep to, wherever they are shown."""

@@ -13,6 +13,7 @@ from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
 from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_file
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.headmaps.reading import read_json
+from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
@@ -22,7 +23,6 @@ from forcingkv.runtime.spec import Dtype, ModelSpec
 T = TypeVar("T")
 
 SCHEMA = "forcingkv.bundle/1"
-MANIFEST, HEADMAP = "manifest.json", "headmap.json"
 GRAPHS = ("prompt", "step", "decode")
 CLEAN = "clean"
 """The input of `step` that says whether a pass is the clean one."""
@@ -234,11 +234,7 @@ def read_data(kind: type[T], path: Path) -> T:
 def _read_manifest(folder: Path) -> Manifest:
     path = inside(folder, MANIFEST)
     if not path.is_file():
-        raise InputError(
-            "is not a bundle: it has no manifest.json",
-            where=str(folder),
-            hint="Make one with: forcingkv export",
-        )
+        raise no_bundle(folder)
     manifest = read_data(Manifest, path)
     for name in manifest.files:
         inside(folder, name)

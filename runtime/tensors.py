@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import new_file
 from forcingkv.headmaps.reading import parse_json
+from forcingkv.headmaps.writing import new_file
 from forcingkv.runtime.dtypes import STORED_AS
 
 MAX_HEADER = 100_000_000

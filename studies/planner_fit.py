@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forcingkv.headmaps.fields import from_data
-from forcingkv.headmaps.files import write_text
 from forcingkv.headmaps.reading import parse_toml
+from forcingkv.headmaps.writing import write_text
 from forcingkv.measure.nominal import plan_for
 from forcingkv.measure.planner import published as shipped
 from forcingkv.measure.planner.gpus import Gpu, load_gpu

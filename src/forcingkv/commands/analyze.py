@@ -166,6 +166,7 @@ def heads(
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     from forcingkv.analyze import Job, analyze_heads
     from forcingkv.analyze.recording import RecordedDtype
+    from forcingkv.analyze.results import check_places
     from forcingkv.analyze.run import check_room, choose_device, recording_plan, video_length
     from forcingkv.models.presets import load_spec
 
@@ -184,6 +185,7 @@ def heads(
         dtype=kind,
         device=chosen,
     )
+    check_places(out, stats, samples=samples, restart=restart)
     texts = text_inputs(spec, read_prompts(prompts) if prompts else None, embeds)
     job = Job(
         spec=spec,
@@ -233,8 +235,10 @@ def report(
     """
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     from forcingkv.analyze import analyze_statistics, write_analysis
+    from forcingkv.analyze.results import check_results
     from forcingkv.analyze.storage import read_statistics
 
+    check_results(out or folder)
     place = stats or str(folder / "stats")
     asked = labels.labelling(read_statistics(place).recording.geometry)
     with console.status("labelling, judging, drawing"):

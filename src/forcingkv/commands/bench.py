@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Option
 
-from forcingkv.commands.console import AsJson, emit, listed, need, progress_bar, say
+from forcingkv.commands.console import AsJson, emit, listed, must_end, need, progress_bar, say
 from forcingkv.commands.models import Backend
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -81,6 +81,9 @@ def bench(
         )
     if sweep:
         need("analyze", "matplotlib")
+        for name in ("lengths", "resolutions"):
+            must_end(sweep / f"{name}.csv", ".csv")
+            must_end(sweep / f"{name}.png", ".png")
     sizes: Sequence[str | None] = [None]
     if model is None:
         opened = bundle_cases(bundle or ())

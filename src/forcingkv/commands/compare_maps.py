@@ -15,8 +15,8 @@ from typer import Argument, Option
 from forcingkv.commands.console import emit, must_end, need, say
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.files import write_bytes
 from forcingkv.headmaps.plain import plain
+from forcingkv.headmaps.writing import write_bytes
 from forcingkv.measure.nominal import in_words
 from forcingkv.measure.tables import PlainConsole
 

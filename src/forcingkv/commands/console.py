@@ -16,6 +16,7 @@ from typer import Option
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.plain import plain
+from forcingkv.headmaps.writing import check_file
 from forcingkv.measure.tables import PlainConsole
 from forcingkv.runtime.prompts import read_prompts
 
@@ -65,11 +66,14 @@ def need(extra: str, *modules: str) -> None:
 
 
 def must_end(path: Path | None, suffix: str) -> None:
-    """Raise InputError for a file to write whose name ends in another way, such as ".png"."""
-    if path is not None and path.suffix.lower() != suffix:
+    """Raise InputError for a file to write whose name ends in another way than ".png", or that cannot be."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
         raise InputError(
             f"is not a {suffix[1:]} file", where=str(path), expected=f"a name that ends in {suffix}"
         )
+    check_file(path)
 
 
 def parse_pairs(text: str, option: str, expected: str, value: str = ".+") -> dict[str, str]:

@@ -10,6 +10,7 @@ from typer import Option
 
 from forcingkv.commands.console import AsJson, emit, need, progress_bar, say
 from forcingkv.commands.models import Model
+from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 
 if TYPE_CHECKING:
@@ -138,10 +139,10 @@ def _encode(
                     with prompt.line.named():
                         growing.write(encoder.encode_tokens(prompt.tokens.ids))
                     shown.advance(task)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, SystemExit) as error:
             done = growing.done if growing else 0
             say(f"stopped after {done} of {len(checked)} prompts: the same command goes on", error=True)
-            raise typer.Exit(130) from error
+            raise typer.Exit(exit_code(error)) from error
     return went_on
 
 

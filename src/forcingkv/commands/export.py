@@ -83,6 +83,7 @@ def export(
     """
     need("export", "torch", "onnx", "onnxscript")
     from forcingkv.export import EngineError, VerificationError, export_bundle
+    from forcingkv.export.bundle_writer import check_out
     from forcingkv.export.precision import ExportDtype, Target
     from forcingkv.headmaps.fields import to_data
     from forcingkv.models.decoders import decoder_for
@@ -95,6 +96,9 @@ def export(
     if given and not chosen.needs_headmap:
         say(f"note: the policy {chosen.name} treats all heads alike, and uses no head map", error=True)
     precision = one_of(ExportDtype, dtype, "dtype") if dtype else None
+    if kept := check_out(out):
+        names = ", ".join(kept[:5]) + (f" and {len(kept) - 5} more" if len(kept) > 5 else "")
+        say(f"note: {out} holds what is no part of its bundle, and stays: {names}", error=True)
     if calibration and precision != "fp8":
         raise InputError("is for fp8 only", where="--calibration", expected="--dtype fp8")
     texts = texts_for(spec, calibration, random_weights) if precision == "fp8" else None

@@ -15,8 +15,8 @@ from typer import Argument, Option
 from forcingkv.commands.console import AsJson, emit, parse_pairs, say
 from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.files import write_text
 from forcingkv.headmaps.plain import plain
+from forcingkv.headmaps.writing import check_file, write_text
 from forcingkv.measure.nominal import in_words
 from forcingkv.measure.tables import PlainConsole
 
@@ -111,6 +111,7 @@ def convert(
     """
     if to not in WRITERS:
         raise InputError(f"is {to!r}", where="--to", expected=f"one of {', '.join(WRITERS)}")
+    check_file(out)
     form = "old=new,old=new, each old one once"
     given = parse_pairs(labels, "--labels", form) if labels is not None else {}
     size = _choices(model, heads)
