@@ -26,8 +26,8 @@ from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
 from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.text import TextInput
+from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.video import open_writer
 
 BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
