@@ -70,8 +70,9 @@ class Session:
 
         Args:
             bundle: an opened bundle, or its folder.
-            backend: what runs the graphs: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
-            threads: threads of a CPU backend; None leaves it to the backend.
+            backend: what runs the graphs: `onnxruntime`, `tensorrt` or `tensorrt-rtx`; `onnxruntime-cpu` for
+                the CPU where ONNX Runtime was built for GPUs.
+            threads: threads of a CPU backend; None: what this process may use (`threads.cpu_threads`).
             frames: where chunks' frames are: numpy arrays on the host, or left on the device (`Chunk`).
             cuda_graphs: TensorRT: whether passes that come again are captured and replayed.
             preflight: whether to refuse a bundle that needs more memory than there is, before any is
@@ -180,6 +181,11 @@ class Session:
                 raise
             self._user = video._token
         return video
+
+    @property
+    def runs_on(self) -> str:
+        """What passes run on, in words: `the CPU, 2 threads`. Raises RuntimeError: the session is closed."""
+        return self._memory().lane.runs_on
 
     def pass_timer(self, chunk: int) -> PassTimer:
         """Times the passes of a chunk without the video before it. Ends the video there was.

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds, from_data, to_data
 from forcingkv.headmaps.files import FileRecord, inside, record_file
 from forcingkv.headmaps.reading import read_json
 from forcingkv.headmaps.writing import (
@@ -84,6 +84,10 @@ class Snapshot:
     digest: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Of all other fields (`own_digest`)."""
     schema: Literal["forcingkv.snapshot/1"] = "forcingkv.snapshot/1"
+
+    def __post_init__(self) -> None:
+        numbers = ("chunks", "index", "made", "passes", "decoder_calls")
+        check_bounds(self, dict.fromkeys(numbers, (0, 1 << 40)), "the state")
 
 
 def own_digest(data: Mapping[str, Any]) -> str:

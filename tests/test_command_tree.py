@@ -28,6 +28,7 @@ CHANGED: dict[str, str] = {
     "evaluate --seeds": _AT_MOST,
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
+    "demo --backend": "new: where onnxruntime-gpu is installed and does not start, the CPU has to be named",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "generate --enlarge": _AS_SAVED,

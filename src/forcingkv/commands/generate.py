@@ -22,10 +22,12 @@ from forcingkv.commands.models import Backend, Embeds, Threads, text_input
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Video
+from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
 from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import TextInput
+from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.video import open_writer
 
 BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
@@ -96,6 +98,7 @@ def generate(
     try:
         with Session.open(bundle, backend=backend, threads=threads, cuda_graphs=cuda_graphs) as session:
             video, look = begin_video(session, asked)
+            on = _runs_on(session, backend, threads)
             if out == "-":
                 width, height = (size * look.enlarge for size in session.bundle.manifest.frame_size)
                 say(f"rgb24, {width}x{height}, {look.fps:g} frames a second", error=True)
@@ -111,7 +114,7 @@ def generate(
     except ReaderGoneError as error:
         raise typer.Exit(BROKEN_PIPE) from error
     with redirect_stdout(sys.stderr if out == "-" else sys.stdout):
-        _report(written, out, look.fps, as_json=as_json)
+        _report(written, out, look.fps, on, as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -221,8 +224,17 @@ def _save(video: Video, folder: Path, look: Look, first: int, frames: Frames, wr
         written.warn(f"the state was not saved before chunk {video.index}, and the video goes on: {error}")
 
 
-def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
+def _runs_on(session: Session, backend: str, threads: int | None) -> dict[str, object]:
+    """What a session runs on, and for the CPU how many threads were chosen, and why."""
+    if BACKENDS[backend] != "onnxruntime":
+        return {"runs_on": session.runs_on}
+    chosen = chosen_threads(threads)
+    return {"runs_on": session.runs_on, "threads": chosen.number, "threads_because": chosen.because}
+
+
+def _report(written: Written, out: str, rate: float, on: dict[str, object], *, as_json: bool) -> None:
     result = {
+        **on,
         "out": out,
         "frames": written.frames,
         "kept_frames": written.kept,

@@ -50,7 +50,9 @@ RandomWeights: TypeAlias = Annotated[
     bool, Option("--random-weights", help="Draw the weights at random, to try things out.")
 ]
 Embeds: TypeAlias = Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")]
-Threads: TypeAlias = Annotated[int | None, Option(min=1, help="CPU threads.")]
+Threads: TypeAlias = Annotated[
+    int | None, Option(min=1, help="CPU threads; default: one a core that this process may use.")
+]
 Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT of frames, or a name, such as 480p.")]
 
 
