@@ -6,9 +6,12 @@ the GPU's memory where there is one (`StateTensor`); the rest goes in and out by
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import re
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from forcingkv.runtime.backends.linked_graphs import graph_and_folder
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
-from forcingkv.runtime.memory import available_bytes, give_back
+from forcingkv.runtime.memory import available_bytes, trim
 from forcingkv.runtime.threads import chosen_threads
 
 FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
@@ -120,6 +123,7 @@ class OnnxGraph:
             self._session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime has a class of its own for each status
             raise _fault(f"loading {path.name}", error, provider) from error
+        _loaded.add(self)
         if self._session.get_providers()[0] != provider:
             what = f"ONNX Runtime has {provider}, but could not start it for {path.name}"
             raise DeviceError(f"{what}: {WAY_ROUND}")
@@ -136,6 +140,19 @@ class OnnxGraph:
         """Run on contiguous arrays, writing into `outputs`; outputs not named go nowhere."""
         given, taken = ({n: HostTensor(array) for n, array in arrays.items()} for arrays in (inputs, outputs))
         self.bind(given, taken).run()
+
+
+_loaded: weakref.WeakSet[OnnxGraph] = weakref.WeakSet()
+
+
+def _keep_in_forked_process() -> None:
+    """A process that was forked has none of ONNX Runtime's threads, and to free a graph waits for them."""
+    for graph in _loaded:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph._session))
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_keep_in_forked_process)
 
 
 class OnnxPass:
@@ -186,7 +203,7 @@ class OnnxLane:
     def close(self) -> None:
         """ONNX Runtime gives memory back with its last graph; the C library, where it is asked to."""
         self._graphs = {}
-        give_back()
+        trim()
 
     def _loaded(self) -> Mapping[str, OnnxGraph]:
         graphs = self._graphs  # once: another thread may close the lane

@@ -2,6 +2,6 @@
 
     python -m tests.hostile --inputs 10000 --seed 1
 
-`mutations` spoils, `formats` says what is spoilt and what reads it, `seeds` makes the whole files, `child` runs
-one input in a process of its own and says what happened, `__main__` counts.
+`mutations` spoils, `formats` says what is spoilt and what reads it, `seeds` makes the whole files, `child`
+runs one input in a process of its own and says what happened, `__main__` counts.
 """
