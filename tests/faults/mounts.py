@@ -1,4 +1,4 @@
-"""Replace bundles in folders that are mounted: `unshare -rm python -m tests.faults.mounts ROOM`. Prints JSON."""
+"""Replace bundles in mounted folders: `unshare -rm python -m tests.faults.mounts ROOM`. Prints JSON."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def bound(room: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"again": said(lambda: small.write(room / "place", "new"))}
     found |= {"seen": small.seen(room / "real"), "hidden": small.hidden(room)}
     found |= {"check": said(lambda: check_file(room / "file.json"))}
-    found |= {"file": said(lambda: write_text(room / "file.json", "new")), "text": (room / "real.json").read_text()}
+    found |= {
+        "file": said(lambda: write_text(room / "file.json", "new")),
+        "text": (room / "real.json").read_text(),
+    }
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     room = tmp_path_factory.mktemp("disks")
     tried = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(room)]
     if shutil.which("unshare") is None or subprocess.run(tried, capture_output=True, check=False).returncode:
-        pytest.skip("no disk is mounted, and none filled: this machine does not let tests do that (unshare -rm)")
+        pytest.skip(
+            "no disk is mounted, and none filled: this machine does not let tests do that (unshare -rm)"
+        )
     ran = python("-m", "tests.faults.mounts", str(room), before=("unshare", "-rm"))
     assert ran.returncode == 0, ran.stderr
     seen: dict[str, Any] = json.loads(ran.stdout)
@@ -30,8 +31,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_bundle_is_written_into_a_mounted_folder(way: str, found: dict[str, Any]) -> None:
     """CASES.md 12: `docker run -v $PWD/out:/out ... --out /out`, with what a user put there."""
     assert found[way] == {
-        **{"empty": "", "first": "old", "checked": "", "again": "", "seen": "new"},
-        **{"lost": [], "hidden": [], "built_in": True},
+        "empty": "",
+        "first": "old",
+        "checked": "",
+        "again": "",
+        "seen": "new",
+        "lost": [],
+        "hidden": [],
+        "built_in": True,
     }
 
 
