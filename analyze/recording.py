@@ -34,7 +34,8 @@ import numpy.typing as npt
 import polars as pl
 
 from forcingkv.headmaps import InputError, ModelIdentity, Statistics
-from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds, from_data, to_data
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
@@ -81,6 +82,10 @@ class Recording:
     loras: tuple[LoraRecord, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What was merged into the weights."""
 
+    def __post_init__(self) -> None:
+        bounds = {"chunks": (1, 10**6), "rows": (1, 1 << 31), "sample": (0, 10**9)}
+        check_bounds(self, bounds, "the recording")
+
     @property
     def first_chunk(self) -> int:
         """The first chunk that is scored: the one after the split (`ar_start`), where pruning acts."""
@@ -119,10 +124,7 @@ class Recording:
     @classmethod
     def from_text(cls, text: str, where: str) -> Recording:
         """Read `to_text` back. Raises InputError for another version, or fields that are not right."""
-        try:
-            data: Any = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"its metadata are not JSON ({error})", where=where) from error
+        data: Any = parse_json(text, f"the metadata of {where}")
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:
             raise InputError(

@@ -11,7 +11,7 @@ from forcingkv.analyze.analysis import Analysis, summary_json
 from forcingkv.analyze.report import report_html
 from forcingkv.analyze.storage import Storage
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import read_json
+from forcingkv.headmaps.reading import read_json
 from forcingkv.headmaps.writing import check_file, held_inside, refuse_name, unwritable_where, write_text
 
 HEADMAP, STABILITY, REPORT = "headmap.json", "stability.json", "report.html"

@@ -28,6 +28,7 @@ from forcingkv.analyze.recording import COLUMNS, METADATA_KEY, Recording
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.errors import first_line
 from forcingkv.headmaps.fields import shown
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.headmaps.writing import check_file, refuse_url, unwritable, write_bytes
 
 URL = "://"
@@ -100,12 +101,13 @@ class Storage:
         """
         if not self.samples():
             return
+        where = posixpath.join(self.place, VERSIONS)
         try:
-            recorded = json.loads(self._files.cat_file(self._at(VERSIONS)))
+            recorded = parse_json(self._files.cat_file(self._at(VERSIONS)), where)
         except FileNotFoundError:
             return
-        except (OSError, ValueError) as error:
-            where, hint = posixpath.join(self.place, VERSIONS), "Measure everything anew with --restart."
+        except (OSError, InputError) as error:
+            hint = "Measure everything anew with --restart."
             raise InputError(f"cannot be read ({first_line(error)})", where=where, hint=hint) from error
         current = _installed()
         if recorded != current:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.prune.launcher import check_candidates
 from forcingkv.runtime.engines import EngineRecord, device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, FlavourName, require
@@ -170,7 +171,7 @@ def run_child(graph: Path, flavour: Flavour, **more: Any) -> dict[str, Any]:
         )
     if done.returncode:
         raise EngineError(_fault(done, request))
-    report: dict[str, Any] = json.loads(done.stdout)
+    report: dict[str, Any] = parse_json(done.stdout, "the report of the build")
     if "errno" in report:
         raise OSError(report["errno"], report["strerror"], request["engine"])
     return report

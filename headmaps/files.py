@@ -1,14 +1,12 @@
-"""Reading files: names that stay inside a folder, digests, JSON. Writing them: `writing` and `folders`."""
+"""Reading files: names that stay inside a folder, digests. Writing them: `writing` and `folders`."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from forcingkv.headmaps.errors import InputError
 
@@ -19,6 +17,10 @@ class FileRecord:
 
     sha256: str
     bytes: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bytes < 1 << 63:
+            raise InputError(f"bytes is {self.bytes:.3g}", where="a file's record", expected="0 or more")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -114,29 +116,3 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
             hint="The file was changed: export or copy the bundle again.",
         )
     return path
-
-
-MOST_TEXT = 1 << 26
-"""Bytes, more than any file of text has that is read here: weights given by mistake would take the memory."""
-
-
-def read_content(path: Path | str) -> bytes:
-    """The bytes of a file of text. Raises InputError where it cannot be read, or is too large for one."""
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(MOST_TEXT + 1)
-    except (OSError, ValueError) as error:  # ValueError: U+0000 in the name
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot be read ({reason})", where=str(path)) from error
-    if len(content) > MOST_TEXT:
-        raise InputError(f"has more than {MOST_TEXT} bytes", where=str(path), expected="a file of text")
-    return content
-
-
-def read_json(path: Path | str) -> Any:
-    """The content of a JSON file. Raises InputError where it cannot be read, or is not JSON."""
-    content = read_content(path)
-    try:
-        return json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error})", where=str(path)) from error

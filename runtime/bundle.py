@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
-from forcingkv.headmaps.files import FileRecord, inside, read_json, record_file, verify_file
+from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_file
 from forcingkv.headmaps.headmap import HeadMap
+from forcingkv.headmaps.reading import read_json
 from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.kv.plan import CachePlan, build_plan

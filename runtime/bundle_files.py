@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import read_json
 from forcingkv.headmaps.folders import Kind, interrupted, is_whole
+from forcingkv.headmaps.reading import read_json
 
 MANIFEST, HEADMAP = "manifest.json", "headmap.json"
 SCHEMAS = "forcingkv.bundle/"

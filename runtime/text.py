@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.prompts import clean_prompt, plain_form, shortened
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import new_tensors, read_arrays, read_header
@@ -37,7 +38,18 @@ COMPARED = 300
 
 T = TypeVar("T")
 Array = npt.NDArray[np.float32]
-Prompt: TypeAlias = str | Array
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """Text embeddings, with the words that they stand for: saved states and videos then say these."""
+
+    text: str
+    array: Array
+    """(1, text_length, text_width)."""
+
+
+Prompt: TypeAlias = str | Array | TextInput
 """Words, or text embeddings (1, text_length, text_width) for models whose text encoder does not live here."""
 
 
@@ -49,6 +61,8 @@ def prompt_input(spec: ModelSpec, prompt: Prompt) -> Array:
     """
     if isinstance(prompt, str):
         return encode_words(spec, prompt)
+    if isinstance(prompt, TextInput):
+        prompt = prompt.array
     shape = (1, spec.text_length, spec.text_width)
     if not isinstance(prompt, np.ndarray):
         expected = f"words, or an array {shape}"
@@ -251,8 +265,8 @@ def _stripped(prompt: str) -> str:
 def _listed(metadata: Mapping[str, str], name: str, kind: type[T]) -> list[T] | None:
     """A list in a file's metadata; empty where there is none, None where it is of something else."""
     try:
-        found = json.loads(metadata.get(name, "[]"))
-    except (ValueError, RecursionError):
+        found = parse_json(metadata.get(name, "[]"), name)
+    except InputError:
         return None
     return found if isinstance(found, list) and all(type(item) is kind for item in found) else None
 

@@ -19,7 +19,6 @@ import pytest
 
 from forcingkv.analyze.run import SampleRecorder
 from forcingkv.analyze.storage import Storage
-from forcingkv.commands.console import plain_console
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
 from forcingkv.headmaps.folders import new_folder
 from forcingkv.headmaps.writing import new_file, write_text
@@ -30,6 +29,7 @@ from forcingkv.measure.demo_comparison import (
     write_comparison_sheet,
     write_comparison_video,
 )
+from forcingkv.measure.tables import PlainConsole
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.bundle_files import BUNDLE
@@ -289,5 +289,5 @@ def test_a_name_that_the_system_does_not_take_is_refused(
 
 def test_consoles_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     text = "runs [v1]/[/b] :fire: [red]x[/red]"
-    plain_console(width=80).print(text)
+    PlainConsole(width=80).print(text)
     assert capsys.readouterr().out == f"{text}\n"

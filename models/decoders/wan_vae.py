@@ -9,7 +9,6 @@ must read zeros there, as it reads before the start of a video.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,10 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import shown
+from forcingkv.headmaps.reading import read_json
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.decoders.names import check_tensors, is_decoder, without_prefix
 from forcingkv.models.tensor_files import open_tensors
 
+MOST_SIZE, MOST_BLOCKS = 1 << 14, 64
+"""Of a number in a configuration, and of layers or entries of a list."""
 PAST = 2
 """Frames that a temporal kernel of 3 looks back."""
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -212,21 +215,30 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
 
 
 def _from_config(path: Path) -> AutoencoderKLWan:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
+    if not path.exists():
         expected = f"a diffusers VAE: {CONFIG} and {WEIGHTS}"
-        raise InputError("is not there", where=str(path), expected=expected) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read ({error})", where=str(path), expected="JSON") from error
+        raise InputError("is not there", where=str(path), expected=expected)
+    content = read_json(path, marked=True)
     kind = content.get("_class_name") if isinstance(content, dict) else None
     if kind != NAME:
         raise InputError(f"describes {kind or 'no model'}", where=str(path), expected=NAME)
     return _empty({name: v for name, v in content.items() if not name.startswith("_")}, str(path))
 
 
+def _check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that no autoencoder has: one of 10^9 layers would take hours to find wrong."""
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        most = MOST_BLOCKS if "num" in name else MOST_SIZE
+        numbers = [one for one in values if isinstance(one, int | float)]
+        if len(values) > MOST_BLOCKS or any(abs(number) > most for number in numbers):
+            expected = f"numbers up to {most}, {MOST_BLOCKS} of them at most"
+            raise InputError(f"{name} is {shown(value)}", where=where, expected=expected)
+
+
 def _empty(config: dict[str, Any], where: str) -> AutoencoderKLWan:
     """The autoencoder without storage, once it is sure that it is one this decoder knows."""
+    _check_sizes(config, where)
     try:
         with torch.device("meta"):
             vae = AutoencoderKLWan(**config)

@@ -18,7 +18,7 @@ from forcingkv.analyze.storage import Storage
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity
 from forcingkv.measure.tables import write_csv
 from forcingkv.runtime import Bundle, Session
-from forcingkv.runtime.frames import PngWriter
+from forcingkv.runtime.pictures import PngWriter
 from forcingkv.runtime.text import read_embeds
 from forcingkv.runtime.video import Mp4Writer
 from tests.conftest import headmap_of, small_spec

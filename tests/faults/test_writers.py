@@ -25,7 +25,8 @@ from forcingkv.headmaps.writing import (
     write_text,
 )
 from forcingkv.runtime.embeds_writer import check_place, growing_embeds
-from forcingkv.runtime.frames import PngWriter, RawWriter
+from forcingkv.runtime.frames import RawWriter
+from forcingkv.runtime.pictures import PngWriter
 from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.tensors import new_tensors
 from forcingkv.runtime.video import Mp4Writer, open_writer

@@ -8,16 +8,21 @@ for every head and needs no head map.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import check_bounds
+from forcingkv.headmaps.headmap import MOST
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.shipped import read_named, shipped_names
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
+MOST_GROUPS = 16
+"""Groups of heads; those that ship have three at most."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,11 @@ class Unsplit:
 
     layers: tuple[int, ...]
     group: str
+
+    def __post_init__(self) -> None:
+        check_bounds(self, {"layers": (0, MOST)}, "unsplit")
+        if len(self.layers) > MOST:
+            raise InputError(f"has {len(self.layers)} layers", where="unsplit", expected=f"at most {MOST}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         where = f"policy {self.name}"
+        if len(self.groups) > MOST_GROUPS:
+            what = f"has {len(self.groups)} groups"
+            raise InputError(what, where=where, expected=f"at most {MOST_GROUPS}")
         if not self.groups or (ALL in self.groups and len(self.groups) > 1):
             raise InputError(
                 f"its groups are {sorted(self.groups)}", where=where, expected=f"{ALL!r} alone, or labels"
@@ -75,7 +88,8 @@ class Policy:
             raise InputError(
                 "is written as policies were before each group listed its roles",
                 where=where,
-                expected=f"the form:\n{_in_new_form(data)}\n",
+                expected="the form:",
+                form=_in_new_form(data),
             )
 
     @property
@@ -113,10 +127,14 @@ def _in_new_form(data: Mapping[str, Any]) -> str:
             middle = {"role": "retained"} if group.get("retained") else None
             roles = [role for role in (frames.get("sink"), middle, frames.get("recent")) if role]
         shown = [role | (retain if role.get("role") == "retained" else {}) for role in roles]
-        lines.append(f"{label} = [{', '.join(map(_toml, shown))}]")
+        lines.append(f"{_key(label)} = [{', '.join(map(_toml, shown))}]")
     return "\n".join(lines)
 
 
 def _toml(table: Mapping[str, Any]) -> str:
     """An inline table. JSON writes strings, numbers and booleans as TOML does."""
-    return "{ " + ", ".join(f"{name} = {json.dumps(value)}" for name, value in table.items()) + " }"
+    return "{ " + ", ".join(f"{_key(name)} = {json.dumps(value)}" for name, value in table.items()) + " }"
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name)

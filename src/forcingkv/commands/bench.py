@@ -9,10 +9,11 @@ from typing import Annotated
 
 from typer import Option
 
-from forcingkv.commands.console import AsJson, emit, listed, must_end, need, plain_console, progress_bar
+from forcingkv.commands.console import AsJson, emit, listed, must_end, need, progress_bar, say
 from forcingkv.commands.models import Backend
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
+from forcingkv.measure.tables import PlainConsole
 from forcingkv.runtime.preflight import check_memory
 
 POLICIES = "full,window,dummy-forcing,forcing-kv"
@@ -39,7 +40,9 @@ def bench(
     minutes: Annotated[
         float, Option(min=0, help="Leave out rounds that would end later than this, for each geometry.")
     ] = 17.0,
-    threads: Annotated[int | None, Option(min=1, help="CPU threads; default: one a core.")] = None,
+    threads: Annotated[
+        int | None, Option(min=1, help="CPU threads; default: one a core that this process may use.")
+    ] = None,
     decode: Annotated[bool, Option(help="Time decoding too.")] = True,
     decoder: Annotated[
         str | None, Option(help="wan-vae, taehv or lighttae, with random weights; default: taehv.")
@@ -62,7 +65,7 @@ def bench(
     Example: forcingkv bench --model self-forcing --layers 1 --geometry 480p --policies full,forcing-kv
     """
     from forcingkv.measure.bench.cases import bundle_cases, check_memory_of_presets, preset_cases
-    from forcingkv.measure.bench.results import cores, report, results_table, title_of
+    from forcingkv.measure.bench.results import report, results_table, title_of
     from forcingkv.measure.bench.sweeps import lengths, resolutions, write_lengths, write_resolutions
     from forcingkv.measure.bench.turns import BenchSetup, take_turns
 
@@ -101,7 +104,7 @@ def bench(
             check_memory_of_presets(
                 spec, names, layers=layers, resolution=size, headmap=heads, decoder=decoder or "taehv"
             )
-    setup = BenchSetup(rounds, backend, threads or cores(), decode)
+    setup = BenchSetup(rounds, backend, threads, decode)
     results, across = [], []
     with progress_bar() as shown:
         task = shown.add_task("exporting", total=None)
@@ -131,9 +134,9 @@ def bench(
         emit(results[0] if len(results) == 1 else results)
         return
     for result in results:
-        plain_console(width=160).print(results_table(result))
+        PlainConsole(width=160).print(results_table(result))
         for path in result.get("written", ()):
-            print(f"written: {path}")
+            say(f"written: {path}")
 
 
 def _names(text: str, option: str) -> list[str]:

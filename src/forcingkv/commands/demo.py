@@ -8,9 +8,10 @@ from typing import Annotated
 
 from typer import Option
 
-from forcingkv.commands.console import AsJson, default_prompts, emit, need, plain_console, progress_bar
-from forcingkv.commands.models import Threads, text_inputs
+from forcingkv.commands.console import AsJson, default_prompts, emit, need, progress_bar, say
+from forcingkv.commands.models import Backend, Threads, text_inputs
 from forcingkv.headmaps import DYNAMIC, STATIC, InputError
+from forcingkv.measure.tables import PlainConsole
 
 MODEL = "demo"
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
@@ -21,6 +22,7 @@ def demo(
     samples: Annotated[int, Option(min=1, help="Videos to measure heads on.")] = 6,
     prompts: Annotated[int, Option(min=1, help="Prompts to compare policies on.")] = 40,
     seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
+    backend: Backend = "onnxruntime",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -85,7 +87,9 @@ def demo(
         task = shown.add_task("3/3 generating (prompts)", total=prompts)
         with ExitStack() as stack:
             sessions = {
-                name: stack.enter_context(Session.open(out / "bundles" / name, threads=threads))
+                name: stack.enter_context(
+                    Session.open(out / "bundles" / name, backend=backend, threads=threads)
+                )
                 for name in POLICIES
             }
             chunks = spec.attended_frames // spec.frames_per_chunk
@@ -100,6 +104,6 @@ def demo(
         counted = {STATIC: 0, DYNAMIC: 0} | headmap.counts()
         emit({"model": spec.name, "headmap": counted, "policies": rows, "out": str(out)})
         return
-    plain_console(width=100).print(comparison_table(rows, chunks))
-    print(f"head map: {in_words(headmap)} heads (rule {headmap.rule.name}). {analysis.verdict}")
-    print(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")
+    PlainConsole(width=100).print(comparison_table(rows, chunks))
+    say(f"head map: {in_words(headmap)} heads (rule {headmap.rule.name}). {analysis.verdict}")
+    say(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from forcingkv.commands.console import AsJson, console, emit, must_end, need
+from forcingkv.commands.console import AsJson, console, emit, must_end, need, say
 from forcingkv.headmaps.fields import to_data
 from forcingkv.measure.tables import wrapped
 from forcingkv.runtime import Bundle
@@ -53,7 +53,8 @@ def inspect(
     if as_json:
         emit(to_data(opened.manifest) | {"footprint": _footprints(opened)})
         return
-    print("\n\n".join("\n".join(section) for section in _sections(opened)))
+    for number, section in enumerate(_sections(opened)):
+        say(*([""] if number else []), *section)
 
 
 def _footprints(opened: Bundle) -> list[dict[str, Any]]:
