@@ -166,7 +166,11 @@ class PromptEncoder:
             what = f"the tokenizer gives the token {max(ids)}, and the encoder has {vocabulary}"
             raise InputError(what, where=self.name, hint="Name the encoder's own with --tokenizer.")
         given = torch.tensor([list(ids)])
-        states = self.model(given, attention_mask=torch.ones_like(given)).last_hidden_state
+        try:
+            states = self.model(given, attention_mask=torch.ones_like(given)).last_hidden_state
+        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+            what = f"cannot be run as its configuration describes it ({first_line(error)})"
+            raise InputError(what, where=self.name) from error
         embedding: npt.NDArray[np.float32] = states[0].float().numpy()
         if not np.isfinite(embedding).all():
             hint = "Take the encoder in bfloat16."
