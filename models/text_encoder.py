@@ -232,7 +232,8 @@ def load_tokenizer(place: EncoderPlace, named: str | Path | None = None) -> Prom
     try:
         # No code of strangers is run, and nobody is asked whether it may be.
         tokenizer = transformers.AutoTokenizer.from_pretrained(words, trust_remote_code=False)
-        tokenizer("a", max_length=1, truncation=True)  # what is wrong with its settings shows only now
+        for settings in ({"verbose": False}, {"max_length": 1, "truncation": True}):
+            tokenizer("a", **settings)  # what is wrong with its configuration shows only now
         return PromptTokenizer(tokenizer)
     except Exception as error:  # transformers and tokenizers raise whatever a wrong file leads them to
         what = f"cannot be read by transformers' AutoTokenizer ({first_line(error)})"

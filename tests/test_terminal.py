@@ -1,4 +1,4 @@
-"""What commands show of names that strangers chose: no command to the terminal, no line of ours, no markup."""
+"""What commands show of names that strangers chose: no command to the terminal, no line, no markup."""
 
 from __future__ import annotations
 
@@ -140,9 +140,8 @@ def test_no_terminal_is_too_small_for_a_name(encoding: str, maps: tuple[Path, Pa
     """LC_ALL=C, or a program that asks for ASCII: what it cannot show is named."""
     name = "日本 é \udcff"
     path = maps[0].with_name("名.json")
-    path.write_text(
-        replace(HeadMap.read(maps[0]), model=replace(HeadMap.read(maps[0]).model, name=name)).to_text()
-    )
+    headmap = HeadMap.read(maps[0])
+    path.write_text(replace(headmap, model=replace(headmap.model, name=name)).to_text())
     environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     command = [sys.executable, "-m", "forcingkv", "headmap", "show", str(path)]
     ran = subprocess.run(command, env=environment, capture_output=True, check=False)

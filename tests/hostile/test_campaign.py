@@ -1,4 +1,4 @@
-"""A small part of the campaign, on all that is read without torch; `python -m tests.hostile` runs all of it."""
+"""A small part of the campaign, of what is read without torch; `python -m tests.hostile` runs all of it."""
 
 from __future__ import annotations
 
@@ -30,19 +30,15 @@ def test_three_hundred_inputs_are_refused_or_read(tmp_path: Path) -> None:
     counts = list(map(int, re.findall(r"\d+", re.findall(r"^all .*$", done.stdout, re.MULTILINE)[0])[:9]))
     assert counts[0] == sum(counts[1:4]) == 300
     assert counts[1] > 150, "most are refused"
-    assert counts[2] and counts[3], "some are read"
+    assert min(counts[2:4]) > 0, "some are read"
 
 
 def test_the_same_seed_spoils_in_the_same_way() -> None:
     content = json.dumps({"a": [1, 2.5, "x"], "b": {"c": None}}).encode()
     tensors = len(content).to_bytes(8, "little") + content
     toml = b"a = 1\nb = [1, 2]\n"
-    for spoil, given in (
-        (spoil_bytes, content),
-        (spoil_json, content),
-        (spoil_tensors, tensors),
-        (spoil_toml, toml),
-    ):
+    spoiling = ((spoil_bytes, content), (spoil_json, content), (spoil_tensors, tensors), (spoil_toml, toml))
+    for spoil, given in spoiling:
         made = [spoil(Random(f"{seed}"), given) for seed in (*range(50), *range(50))]
         assert made[:50] == made[50:]
         assert len(set(made)) > 25

@@ -1,4 +1,4 @@
-"""Text encoders and tokenizers of strangers: no code of theirs runs, nobody is asked, nothing else is read."""
+"""Text encoders and tokenizers of strangers: no code of theirs runs, and nobody is asked."""
 
 from __future__ import annotations
 
