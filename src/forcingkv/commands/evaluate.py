@@ -25,6 +25,7 @@ from forcingkv.runtime import Bundle, Prompt, Session
 from forcingkv.runtime.prompts import PromptLine, read_prompts
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import read_embeds
+from forcingkv.runtime.threads import chosen_threads
 
 SAMPLES = 32
 """Prompts, where there are as many and no other number is asked for."""
@@ -90,8 +91,7 @@ def evaluate(
     if bundle and (reference_video or top):
         raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
     must_end(out, ".csv")
-    if threads:
-        cv2.setNumThreads(threads)
+    cv2.setNumThreads(chosen_threads(threads).number)
     if video:
         need("evaluate", "av")
         from forcingkv.measure.fidelity.video_files import measure_file
