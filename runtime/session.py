@@ -14,7 +14,7 @@ from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.backends import Lane, open_backend
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
-from forcingkv.runtime.faults import InUseError, SessionError
+from forcingkv.runtime.faults import InUseError
 from forcingkv.runtime.pass_timer import PassTimer
 from forcingkv.runtime.preflight import check_memory
 from forcingkv.runtime.script import PromptRecord, Script
@@ -179,8 +179,10 @@ class Session:
             video._latents, video._ready = latents, deque(ready)
             try:
                 maker.restore(state.passes, state.decoder_calls, arrays)
-            except SessionError:
-                self._user = None  # its caches may be half overwritten
+            except InputError:
+                raise  # nothing was written
+            except BaseException:  # Ctrl-C too
+                self._user = None  # the caches of the video before may be half overwritten
                 raise
             self._user = video._token
         return video
