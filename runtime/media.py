@@ -17,7 +17,7 @@ PICTURES = ("gif", "apng", "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "ti
 def open_media(source: Path | BinaryIO, kinds: Sequence[str] = (*VIDEOS, *PICTURES)) -> Any:
     """The container (PyAV's) of a file, or of bytes, that is one of `kinds`.
 
-    Names in its metadata that are not UTF-8 are escaped. Raises av.error.FFmpegError and OSError as PyAV does.
+    Metadata that are not UTF-8 are escaped. Raises av.error.FFmpegError and OSError as PyAV does.
     """
     import av
 
