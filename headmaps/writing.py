@@ -76,6 +76,8 @@ def refuse_name(path: Path) -> None:
     if "\0" in str(path):
         raise InputError("is no name of a file (it has U+0000)", where=repr(str(path)))
     there = nearest(path)
+    if not there.is_dir():
+        raise unwritable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     for part in path.parts[len(there.parts) :]:
         with unwritable_where(path), suppress(FileNotFoundError, NotADirectoryError):
             (there / part).lstat()
