@@ -18,7 +18,14 @@ _WITHOUT = "new: a preset's own LoRA stays where a user adds others, unless it i
 
 _AS_SAVED = "not given is not the default: --restore has its own, and refuses another"
 
+_AT_MOST = "more than 100,000 hung or took all memory before anything was said"
+
 CHANGED: dict[str, str] = {
+    "analyze heads --samples": _AT_MOST,
+    "bench --rounds": _AT_MOST,
+    "demo --prompts": _AT_MOST,
+    "demo --samples": _AT_MOST,
+    "evaluate --seeds": _AT_MOST,
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
     "demo --backend": "new: where onnxruntime-gpu is installed and does not start, the CPU has to be named",
