@@ -40,7 +40,7 @@ WARM_UP, SPAN = 0.2, 0.2
 GROWN_BYTES, GROWN_SHARE = 8_000_000, 0.03
 """Resident memory that may be more at the end: pieces of pages that the C library keeps."""
 SLOWER = 1.5
-"""Times the processor's seconds of a chunk that may be more: of the quickest quarter. By the clock it is printed
+"""Times the processor's seconds of a chunk that may be more: of the quickest quarter. By the clock it is shown
 alone, since other programs run too."""
 LAST_CHUNKS = 6
 
