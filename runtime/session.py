@@ -23,6 +23,9 @@ from forcingkv.runtime.streaming import Video
 from forcingkv.runtime.text import Prompt
 from forcingkv.runtime.turn import Turn
 
+MOST_THREADS = 4096
+"""Of a CPU backend: more are no machine's, and taking their stacks would be what fails."""
+
 
 class Session:
     """Generates videos from a bundle. Open it with `Session.open`, close it when done.
@@ -85,8 +88,8 @@ class Session:
             SessionError: the backend could not be started.
         """
         one_of(FramesOn, frames, "place for frames")
-        if threads is not None and threads < 1:
-            raise InputError(f"is {threads}", where="threads", expected="1 or more, or None")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise InputError(f"is {threads}", where="threads", expected=f"1 to {MOST_THREADS}, or None")
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if preflight:
             check_memory(opened, backend)

@@ -127,7 +127,7 @@ def test_the_whole_way_is_the_same_on_other_systems(
     run: Run, tmp_path: Path, here: dict[str, Any], other: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     assert len(here["pictures"]) == 7, "6 pictures and their record"
-    assert len(here["rest"]) == 3 * 48 * 32 * 3
+    assert len(here["rest"]) == 3 * 96 * 64 * 3, "3 frames, enlarged as those before"
     with pytest.MonkeyPatch.context() as patch:
         other(patch)
         there = whole_way(run, tmp_path / "there", briefly=sys.platform == "darwin")

@@ -31,6 +31,7 @@ CHANGED: dict[str, str] = {
     "demo --backend": "new: where onnxruntime-gpu is installed and does not start, the CPU has to be named",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
+    "headmap convert --heads": "0 heads were taken for a number that was not given",
     "generate --enlarge": _AS_SAVED,
     "generate --seed": _AS_SAVED,
 }

@@ -75,8 +75,8 @@ def test_what_strangers_wrote_is_read_in_one_place() -> None:
         r"\bjson\.loads?\(|\btomllib\b": {"headmaps/reading.py"},
         r"\btorch\.load\(": {"models/tensor_files.py"},
         r"\bAutoTokenizer\.|\.from_pretrained\(": {"models/text_encoder.py"},
-        r'\bav\.open\((?!memory, "w")': {"measure/fidelity/video_files.py"},
-        r"\byaml\b|\bpickle\.|(?<![.\w])(eval|exec)\(|\bos\.system\(|shell=True|allow_pickle=True": set(),
+        r'\bav\.open\((?!memory, "w")': {"runtime/media.py"},
+        r"\byaml\.|\bpickle\.|(?<![.\w])(eval|exec)\(|\bos\.system\(|shell=True|allow_pickle=True": set(),
         r"\bImage\.open\(": set(),
     }
     for pattern, allowed in homes.items():

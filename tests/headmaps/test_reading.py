@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
@@ -160,6 +160,7 @@ def test_a_mark_of_byte_order_is_taken_only_where_it_may_be() -> None:
         parse_json(b'\xef\xbb\xbf{"a": 1}', "it")
 
 
+@settings(max_examples=40)
 @given(
     st.recursive(
         st.none()
