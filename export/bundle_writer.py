@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import forcingkv
-from forcingkv.export.activations import activation_bytes, weight_bytes
+from forcingkv.export.activations import activation_bytes
 from forcingkv.export.bake import Planned, bake_weights, baked_bytes, baked_model, store_tensors
 from forcingkv.export.engine_builder import (
     EngineTarget,
@@ -50,6 +50,8 @@ from forcingkv.runtime.bundle import (
     TensorRecord,
 )
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
+from forcingkv.runtime.graph_file import read_graph
+from forcingkv.runtime.graph_memory import weight_bytes
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
@@ -234,7 +236,8 @@ class _Writer:
         if precision.compute == "float32":  # ONNX Runtime runs the graph
             shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
             activations = activation_bytes(traced, shapes if name == "step" else [{}])
-            record = replace(record, weight_bytes=weight_bytes(traced), activation_bytes=activations)
+            weights = weight_bytes(read_graph(path.read_bytes(), str(path)))
+            record = replace(record, weight_bytes=weights, activation_bytes=activations)
         self.records[name] = record
         if self.verify:
             self.progress(f"verifying {name}")

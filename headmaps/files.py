@@ -140,11 +140,15 @@ def read_content(path: Path | str) -> bytes:
 
 def read_json(path: Path | str) -> Any:
     """The content of a JSON file. Raises InputError where it cannot be read, or is not JSON."""
-    content = read_content(path)
+    return json_of(read_content(path), str(path))
+
+
+def json_of(content: bytes, where: str) -> Any:
+    """What the bytes of a JSON file hold. Raises InputError, beginning with `where`, where they are not."""
     try:
         return json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error})", where=str(path)) from error
+        raise InputError(f"is not JSON ({error})", where=where) from error
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
