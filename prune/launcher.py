@@ -6,7 +6,7 @@ common with the compilation, the quick plugins and the tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -113,8 +113,16 @@ class KernelLauncher:
         uneven: whether the kernels are those for uneven segments.
     """
 
-    def __init__(self, folder: Path, records: Sequence[KernelRecord], sm: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        records: Sequence[KernelRecord],
+        sm: int,
+        content: Callable[[str], bytes] | None = None,
+    ) -> None:
         """Load the kernels of the bundle in `folder` that run on compute capability `sm`, 89 for 8.9.
+
+        `content` gives what is in a file of it, checked (`Bundle.content`); None: it is read here.
 
         Raises InputError where there are none, MissingExtraError where cuda-core is not installed.
         """
@@ -144,7 +152,7 @@ class KernelLauncher:
             path = inside(folder, record.file)
             if not path.is_file():
                 raise InputError("is missing", where=str(path), hint="Export the bundle again.")
-            code = self._cuda.ObjectCode.from_cubin(path.read_bytes())
+            code = self._cuda.ObjectCode.from_cubin(content(record.file) if content else path.read_bytes())
             self._kernels[name] = code.get_kernel(record.symbol)
 
     def score(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -172,7 +173,7 @@ class Bundle:
         folder = Path(path)
         content = _manifest_content(folder)
         digest, where = hashlib.sha256(content).hexdigest(), str(folder / MANIFEST)
-        _check_digest(folder, digest, expect)
+        check_digest(folder, digest, expect)
         manifest = _read_manifest(folder, content)
         for name, record in manifest.files.items():
             verify_file(folder, name, record)
@@ -253,6 +254,21 @@ class Bundle:
         return inside(self.path, file) if file else None
 
 
+def open_bundles(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bundle]:
+    """Open several bundles, of the digests expected if any are: one for each, in their order.
+
+    Raises InputError as `Bundle.open`, and for fewer or more digests than bundles.
+    """
+    if expect and len(expect) != len(paths):
+        raise InputError(
+            f"is given {len(expect)} times, and there are {len(paths)} bundles",
+            where="--expect-digest",
+            expected="a digest for each bundle, in their order, or none",
+        )
+    digests: list[str | None] = [*expect] or [None] * len(paths)
+    return [Bundle.open(path, expect=digest) for path, digest in zip(paths, digests, strict=True)]
+
+
 def read_data(kind: type[T], path: Path) -> T:
     """The dataclass `kind` from a file of JSON. Raises InputError where it cannot be read or does not fit."""
     return from_data(kind, json_of(read_content(path), str(path)), str(path))
@@ -269,7 +285,8 @@ def _manifest_content(folder: Path) -> bytes:
     return read_content(path)
 
 
-def _check_digest(folder: Path, digest: str, expect: str | None) -> None:
+def check_digest(folder: Path, digest: str, expect: str | None) -> None:
+    """Raise InputError for a bundle of another digest than expected; None: any will do."""
     if expect is None:
         return
     if not re.fullmatch("[0-9a-f]{64}", expect.lower()):

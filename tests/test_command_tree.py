@@ -15,8 +15,13 @@ GOLDEN = Path(__file__).with_name("golden") / "commands.json"
 
 _SEVERAL = "may be given again, each with its strength: users add LoRAs to a preset's own"
 _WITHOUT = "new: a preset's own LoRA stays where a user adds others, unless it is left out"
+_DIGESTS = "new: a bundle is a program, and a digest from someone you trust says whose it is"
 
 CHANGED: dict[str, str] = {
+    "bench --expect-digest": _DIGESTS,
+    "evaluate --expect-digest": _DIGESTS,
+    "generate --expect-digest": _DIGESTS,
+    "inspect --expect-digest": _DIGESTS,
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
     "export --lora": _SEVERAL,

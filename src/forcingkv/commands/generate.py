@@ -18,7 +18,7 @@ from typer import Option
 
 from forcingkv import __version__
 from forcingkv.commands.console import AsJson, emit, progress_bar
-from forcingkv.commands.models import Backend, Embeds, Threads, text_input
+from forcingkv.commands.models import Backend, Embeds, ExpectDigest, Threads, text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Prompt, Session, Video
 from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
@@ -57,6 +57,7 @@ def generate(
         bool, Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
     ] = False,
     threads: Threads = None,
+    expect_digest: ExpectDigest = None,
     enlarge: Annotated[int, Option(min=1, help="Repeat each pixel this many times.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -75,7 +76,13 @@ def generate(
     try:
         with (
             _sigterm_exits(),
-            Session.open(bundle, backend=backend, threads=threads, cuda_graphs=cuda_graphs) as session,
+            Session.open(
+                bundle,
+                backend=backend,
+                threads=threads,
+                cuda_graphs=cuda_graphs,
+                expect_digest=expect_digest,
+            ) as session,
         ):
             rate = fps or session.spec.fps
 
