@@ -50,8 +50,10 @@ from forcingkv.runtime.bundle import (
     TensorRecord,
 )
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
+from forcingkv.runtime.graph_check import check_graph
 from forcingkv.runtime.graph_file import read_graph
 from forcingkv.runtime.graph_memory import weight_bytes
+from forcingkv.runtime.graph_records import check_records
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
@@ -146,6 +148,7 @@ def export_bundle(
             bundle.calibrate(calibration)
         for name in GRAPHS:
             bundle.write_graph(name)
+        check_records(bundle.records, plan, precision.compute, str(out))
         if engines:
             bundle.write_engines(engines)
         if headmap:
@@ -238,6 +241,7 @@ class _Writer:
             activations = activation_bytes(traced, shapes if name == "step" else [{}])
             weights = weight_bytes(read_graph(path.read_bytes(), str(path)))
             record = replace(record, weight_bytes=weights, activation_bytes=activations)
+        self._check(name, path, record)
         self.records[name] = record
         if self.verify:
             self.progress(f"verifying {name}")
@@ -249,6 +253,19 @@ class _Writer:
                 self._trace(name, in_float32, replace(precision, compute="float32"))
                 self._compare(name, in_float32)
                 in_float32.unlink()
+
+    def _check(self, name: str, path: Path, record: GraphRecord) -> None:
+        """Raise InputError for a graph that the runtime would refuse: nobody could open the bundle."""
+        file = self.folder / record.weights if record.weights else None
+        check_graph(
+            path.read_bytes(),
+            str(path),
+            name,
+            record,
+            self.plan,
+            runs=self.precision.compute == "float32",
+            weights=file.stat().st_size if file else None,
+        )
 
     def write_engines(self, target: EngineTarget) -> None:
         """Compile the plugin's kernels, and build an engine of every graph for every GPU."""
