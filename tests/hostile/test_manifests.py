@@ -188,7 +188,7 @@ def test_the_digest_that_someone_said_is_asked_for(tmp_path: Path, run: Callable
         Session.open(Bundle.open(changed), expect_digest=digest)
     for wrong in ("", digest[:12], "sha256:" + digest, "g" * 64):
         with pytest.raises(
-            InputError, match="the expected digest is .*; expected the 64 digits of a SHA-256"
+            InputError, match=r"the expected digest is .*; expected the 64 digits of a SHA-256"
         ):
             Bundle.open(bundle, expect=wrong)
     shown = run("inspect", bundle, "--expect-digest", digest)

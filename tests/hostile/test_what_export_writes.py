@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from forcingkv.export import bundle_writer, export_bundle
+from forcingkv.export import bundle_writer
+from forcingkv.export.precision import precision_of
 from forcingkv.headmaps import InputError
 from forcingkv.prune.onnx_operators import OPSET
 from forcingkv.runtime import Bundle, graph_check
@@ -19,7 +20,7 @@ from forcingkv.runtime.graph_check import BODIES, OPERATORS, OPSETS
 from forcingkv.runtime.graph_file import Node, read_graph
 from forcingkv.runtime.graph_rules import RULES
 from forcingkv.runtime.kv.policies import load_policy
-from tests.conftest import random_model, small_spec
+from tests.conftest import random_model
 from tests.export.test_decode import CASES, spec_with
 from tests.export.test_fp8_bundles import prompts, small
 from tests.exported import demo_bundle, shared_bundle
@@ -45,8 +46,9 @@ def nodes_of(bundle: Path) -> Iterator[Node]:
         yield from read_graph(file.read_bytes(), file.name).graph.all_nodes()
 
 
-FOR_TENSORRT = {("", "Split"), ("", "Tile")}
-"""Operators of graphs for TensorRT alone, which tests/export/test_engine_builds.py exports."""
+ELSEWHERE = {("", "Split"), ("", "Tile"), ("", "Identity")}
+"""Of graphs for TensorRT alone (tests/export/test_engine_builds.py); and where an output that only a clean pass
+is asked for is needed in every pass (tests/export/test_branch_on_clean.py)."""
 
 
 def test_operators_and_attributes_are_those_that_export_writes() -> None:
@@ -59,7 +61,7 @@ def test_operators_and_attributes_are_those_that_export_writes() -> None:
         kind: names - set(OPERATORS[kind]) for kind, names in written.items() if names - set(OPERATORS[kind])
     } == {}
     standard = {kind for kind in OPERATORS if kind[0] != "forcingkv"}
-    assert standard - set(written) - FOR_TENSORRT == set(), "allowed, and written by nothing"
+    assert standard - set(written) - ELSEWHERE == set(), "allowed, and written by nothing"
     unused = {kind: set(OPERATORS[kind]) - written[kind] for kind in standard & set(written)}
     assert {kind: names for kind, names in unused.items() if names} == {}
 
@@ -71,12 +73,12 @@ def test_the_tables_go_together() -> None:
     assert OPSETS[""] == OPSET
 
 
-def test_export_refuses_to_write_what_would_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_refuses_what_would_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(small_bundle("full"))
+    precision = precision_of("float32", "onnx")
+    writer = bundle_writer._Writer(bundle.path, bundle.plan, None, precision, None, False, print)
+    given = "prompt", bundle.graph("prompt"), bundle.manifest.graphs["prompt"]
+    writer._check(*given)
     monkeypatch.delitem(graph_check.OPERATORS, ("", "Gelu"))
-    spec = small_spec(layers=1)
     with pytest.raises(InputError, match="the operator 'Gelu'"):
-        export_bundle(
-            spec, random_model(spec).state_dict(), load_policy("full"), tmp_path / "b", verify=False
-        )
-    assert list(tmp_path.iterdir()) == []
-    assert bundle_writer.check_graph is graph_check.check_graph
+        writer._check(*given)
