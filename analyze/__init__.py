@@ -1,7 +1,8 @@
 """Analysis: record attention statistics, label heads, judge how stable the labels are, and report."""
 
 from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics
-from forcingkv.analyze.run import Job, analyze_heads, record_samples, write_analysis
+from forcingkv.analyze.results import write_analysis
+from forcingkv.analyze.run import Job, analyze_heads, record_samples
 
 __all__ = [
     "Analysis",

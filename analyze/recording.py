@@ -35,6 +35,7 @@ import polars as pl
 
 from forcingkv.headmaps import InputError, ModelIdentity, Statistics
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
@@ -119,10 +120,7 @@ class Recording:
     @classmethod
     def from_text(cls, text: str, where: str) -> Recording:
         """Read `to_text` back. Raises InputError for another version, or fields that are not right."""
-        try:
-            data: Any = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"its metadata are not JSON ({error})", where=where) from error
+        data: Any = parse_json(text, f"the metadata of {where}")
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:
             raise InputError(

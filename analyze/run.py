@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,15 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics, summary_json
+from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics
 from forcingkv.analyze.recorder import record_sample
 from forcingkv.analyze.recording import SCHEMA, RecordedDtype, Recording
-from forcingkv.analyze.report import report_html
+from forcingkv.analyze.results import analyzed_alone, check_places, write_analysis
 from forcingkv.analyze.space import check_memory_to_record
 from forcingkv.analyze.storage import Storage, check_same
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity
 from forcingkv.headmaps.fields import one_of
-from forcingkv.headmaps.files import write_text
 from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.heads import head_orders, permute_tensor
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
@@ -195,14 +193,16 @@ def analyze_heads(
 
     Raises:
         InputError: there are no prompts, too few chunks, too little memory, recordings of another run or
-            by other versions, or the rule cannot be applied.
+            by other versions, the rule cannot be applied, `out` cannot be written or has another writer.
     """
     place = stats or out / "stats"
-    record_samples(
-        job, place, samples=samples, restart=restart, cluster=cluster, workers=workers, progress=progress
-    )
-    analysis = analyze_statistics(place, labelling)
-    write_analysis(analysis, out, command)
+    check_places(out, stats, samples=samples, restart=restart)
+    with analyzed_alone(out):
+        record_samples(
+            job, place, samples=samples, restart=restart, cluster=cluster, workers=workers, progress=progress
+        )
+        analysis = analyze_statistics(place, labelling)
+        write_analysis(analysis, out, command)
     return analysis
 
 
@@ -290,17 +290,6 @@ def check_room(
     if restart or not set(range(samples)) <= set(Storage(place).samples()):
         here = max(1, min(workers or 1, samples)) if cluster else 0
         check_memory_to_record(plan, dtype, chunks, device, here)
-
-
-def write_analysis(analysis: Analysis, out: Path, command: Sequence[str] = ()) -> None:
-    """Write headmap.json, stability.json and report.html, each under a temporary name first.
-
-    Raises InputError where they cannot be written.
-    """
-    page = report_html(analysis, command)
-    write_text(out / "stability.json", json.dumps(summary_json(analysis), indent=1) + "\n")
-    write_text(out / "report.html", page)
-    analysis.headmap.write(out / "headmap.json")
 
 
 def _missing(job: Job, storage: Storage, samples: int) -> list[int]:

@@ -28,7 +28,8 @@ from forcingkv.analyze.recording import COLUMNS, METADATA_KEY, Recording
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.errors import first_line
 from forcingkv.headmaps.fields import shown
-from forcingkv.headmaps.files import refuse_url, unwritable, write_bytes
+from forcingkv.headmaps.reading import parse_json
+from forcingkv.headmaps.writing import check_file, refuse_url, unwritable, write_bytes
 
 URL = "://"
 """What tells a URL from a folder."""
@@ -100,12 +101,13 @@ class Storage:
         """
         if not self.samples():
             return
+        where = posixpath.join(self.place, VERSIONS)
         try:
-            recorded = json.loads(self._files.cat_file(self._at(VERSIONS)))
+            recorded = parse_json(self._files.cat_file(self._at(VERSIONS)), where)
         except FileNotFoundError:
             return
-        except (OSError, ValueError) as error:
-            where, hint = posixpath.join(self.place, VERSIONS), "Measure everything anew with --restart."
+        except (OSError, InputError) as error:
+            hint = "Measure everything anew with --restart."
             raise InputError(f"cannot be read ({first_line(error)})", where=where, hint=hint) from error
         current = _installed()
         if recorded != current:
@@ -119,16 +121,14 @@ class Storage:
 
     def check_writable(self) -> None:
         """Raise InputError where no file can be written. Nothing is left of the trial."""
-        root = Path(self._root)
-        absent = [folder for folder in (root, *root.parents) if self._is_local and not folder.exists()]
+        if self._is_local:
+            check_file(Path(self._at(TRIAL)))
+            return
         try:
             self._put(TRIAL, b"")
         finally:
             with suppress(OSError):
                 self._files.rm_file(self._at(TRIAL))
-            with suppress(OSError):
-                for folder in absent:
-                    folder.rmdir()
 
     def _put(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all."""

@@ -31,7 +31,8 @@ from forcingkv.export.precision import ExportDtype, Precision, Target, precision
 from forcingkv.export.space import check_disk, check_memory_to_calibrate, check_memory_to_verify
 from forcingkv.export.verify import fp8_differences, graph_difference
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import new_folder, record_file
+from forcingkv.headmaps.files import record_file
+from forcingkv.headmaps.folders import check_folder, new_folder
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
@@ -41,14 +42,13 @@ from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS
 from forcingkv.prune.onnx_operators import check_choice
 from forcingkv.runtime.bundle import (
     GRAPHS,
-    HEADMAP,
-    MANIFEST,
     CalibrationRecord,
     GraphRecord,
     Manifest,
     PlanRecord,
     TensorRecord,
 )
+from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
 from forcingkv.runtime.graph_file import read_graph
@@ -61,6 +61,8 @@ from forcingkv.runtime.tensors import StoredTensor
 
 WEIGHTS, DECODER = "weights.safetensors", "decoder.safetensors"
 """Files that the graphs point into."""
+NAMES = (MANIFEST, HEADMAP, WEIGHTS, DECODER, "engines", "kernels", *(f"{name}.onnx" for name in GRAPHS))
+"""What a bundle may have at its top."""
 
 TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, in float32, that an export passes with."""
@@ -71,6 +73,14 @@ FP8_TOLERANCE = 2.0
 
 class VerificationError(Exception):
     """The exported graphs do not compute what the model computes."""
+
+
+def check_out(out: Path) -> list[str]:
+    """What is in the folder of a bundle and is no part of one: it stays when the bundle is written anew.
+
+    Raises InputError unless a bundle can be written there now. Nothing is left of the trial.
+    """
+    return check_folder(out, BUNDLE, NAMES)
 
 
 def export_bundle(
@@ -96,7 +106,8 @@ def export_bundle(
         spec: the model.
         weights: its tensors by Wan name, heads in their original order; read one at a time.
         policy: what each head group sees.
-        out: the bundle's folder; written whole or not at all.
+        out: the bundle's folder; written whole or not at all. Of a bundle that is there its own files are
+            replaced, and others stay (`check_out` names them).
         headmap: needed where the policy tells heads apart.
         resolution: "WxH" or a name; None for the model's default. Frames are cropped to even sides that do
             not divide into tokens (`ModelSpec.geometry`).
@@ -122,6 +133,7 @@ def export_bundle(
         where = "--aot" if aot else "--sm"
         raise InputError("is for engines only", where=where, expected="--target tensorrt or tensorrt-rtx")
     gpus = engines.sms if engines else ()
+    check_out(out)
     precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target, gpus)
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
@@ -141,7 +153,7 @@ def export_bundle(
     if engines:
         check_plugin(plan)
     check_disk(out, baked_bytes(spec, precision), len(gpus))
-    with new_folder(out, MANIFEST) as folder:
+    with new_folder(out, BUNDLE, NAMES) as folder:
         bundle = _Writer(folder, plan, decoder, precision, engines, verify, progress)
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
         if calibration:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.prune.launcher import check_candidates
 from forcingkv.runtime.engines import EngineRecord, device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, FlavourName, require
@@ -155,7 +156,7 @@ def build_engine(
 def run_child(graph: Path, flavour: Flavour, **more: Any) -> dict[str, Any]:
     """Run `engine_child` on a graph and return its report; `more` of its request, see `engine_child.build`.
 
-    Raises EngineError where it fails.
+    Raises EngineError where it fails, OSError where the engine cannot be written.
     """
     request = {"memory_limit": int(available_bytes() * MEMORY_SHARE), "graph": str(graph)}
     request |= {"flavour": flavour.name} | more
@@ -170,7 +171,9 @@ def run_child(graph: Path, flavour: Flavour, **more: Any) -> dict[str, Any]:
         )
     if done.returncode:
         raise EngineError(_fault(done, request))
-    report: dict[str, Any] = json.loads(done.stdout)
+    report: dict[str, Any] = parse_json(done.stdout, "the report of the build")
+    if "errno" in report:
+        raise OSError(report["errno"], report["strerror"], request["engine"])
     return report
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.flavour import FLAVOURS, choose, make_log, trt
 
 MEMORY = {
@@ -107,10 +108,12 @@ def _hear(figures: dict[str, int], severity: str, message: str) -> None:
 
 def main() -> int:
     """Build what standard input asks for."""
-    request = json.load(sys.stdin)
+    request = parse_json(sys.stdin.read(), "the request")
     resource.setrlimit(resource.RLIMIT_DATA, (request["memory_limit"], request["memory_limit"]))
     try:
         report = build(request)
+    except OSError as error:  # the engine cannot be written: the parent says so in its own words
+        report = {"errno": error.errno, "strerror": error.strerror}
     except (RuntimeError, MemoryError, ValueError) as error:
         print(f"[E] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from forcingkv.export.fp8 import calibration_plan
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import there
+from forcingkv.headmaps.folders import built_in
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.runtime.kv.plan import CachePlan
@@ -78,7 +78,7 @@ def check_disk(out: Path, weights: int, engines: int) -> None:
 
     `weights` are bytes, which the engines for each GPU hold again; `engines` is for how many GPUs.
     """
-    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if there(folder))
+    place = built_in(out)
     needed, free = int(weights * (1 + ENGINE_WEIGHTS * engines)) + OTHER_FILES, shutil.disk_usage(place).free
     if needed > free:
         again = f" and as much again in the engines for each of {engines} GPUs" if engines else ""

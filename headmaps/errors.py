@@ -8,6 +8,8 @@ from __future__ import annotations
 import copyreg
 import re
 
+from forcingkv.headmaps.plain import plain
+
 PREDICATES = re.compile(
     "(is|are|was|has|have|holds|names|lacks|lets|needs|takes|gives|does|cannot|decodes|describes|leaves|lists|uses)"
     "( |$)"
@@ -18,20 +20,29 @@ PREDICATES = re.compile(
 class InputError(ValueError):
     """Something a user gave is wrong: the command line ends with exit code 2 and this message.
 
-    `where` names the file, option or field, `expected` what would have been right, `hint` what to do. `what`
-    is a sentence of its own, or the rest of one that `where` begins: InputError("is -1", where="seconds").
-    The parts are kept as attributes, so that `--json` and callers can use them.
+    `where` names the file, option or field, `expected` what would have been right, `hint` what to do, `form`
+    what to write instead, in several lines. `what` is a sentence of its own, or the rest of one that `where`
+    begins: InputError("is -1", where="seconds").
+    The parts are kept as attributes, as they were given, so that `--json` and callers can use them. In the
+    message what would be a command to a terminal is replaced (`headmaps.plain`): much of it is from files.
     """
 
     def __init__(
-        self, what: str, *, where: str | None = None, expected: str | None = None, hint: str | None = None
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        hint: str | None = None,
+        form: str | None = None,
     ) -> None:
-        self.what, self.where, self.expected, self.hint = what, where, expected, hint
-        message = what
+        self.what, self.where, self.expected, self.hint, self.form = what, where, expected, hint, form
+        message = plain(what)
         if where:
-            message = f"{where} {what}" if PREDICATES.match(what) else f"{where}: {what}"
-        message += f"; expected {expected}." if expected else "."
-        super().__init__(f"{message} {hint}" if hint else message)
+            message = f"{plain(where)} {message}" if PREDICATES.match(what) else f"{plain(where)}: {message}"
+        message += f"; expected {plain(expected)}." if expected else "."
+        message += f" {plain(hint)}" if hint else ""
+        super().__init__(f"{message}\n{plain(form, lines=True)}" if form else message)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Errors come back from other processes whole, without a call of `__init__`."""

@@ -10,7 +10,6 @@ import dataclasses
 import math
 import types
 import typing
-from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -92,14 +91,6 @@ def to_data(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_data(item) for item in value]
     return value
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The table of JSON pairs (`object_pairs_hook`). Raises ValueError where a key is given twice."""
-    duplicates = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
-    if duplicates:
-        raise ValueError(f"{duplicates[0]!r} is given twice in a table")
-    return dict(pairs)
 
 
 def one_of(kind: Any, name: str, what: str) -> Any:

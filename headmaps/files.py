@@ -1,19 +1,12 @@
-"""Files: names that stay inside a folder, digests, reading JSON, and writing that is all or nothing."""
+"""Reading files: names that stay inside a folder, digests. Writing them: `writing` and `folders`."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import re
 import shlex
-import shutil
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from forcingkv.headmaps.errors import InputError
 
@@ -119,127 +112,3 @@ def verify_file(folder: Path, name: str, record: FileRecord) -> Path:
             hint="The file was changed: export or copy the bundle again.",
         )
     return path
-
-
-MOST_TEXT = 1 << 26
-"""Bytes, more than any file of text has that is read here: weights given by mistake would take the memory."""
-
-
-def read_content(path: Path | str) -> bytes:
-    """The bytes of a file of text. Raises InputError where it cannot be read, or is too large for one."""
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(MOST_TEXT + 1)
-    except (OSError, ValueError) as error:  # ValueError: U+0000 in the name
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot be read ({reason})", where=str(path)) from error
-    if len(content) > MOST_TEXT:
-        raise InputError(f"has more than {MOST_TEXT} bytes", where=str(path), expected="a file of text")
-    return content
-
-
-def read_json(path: Path | str) -> Any:
-    """The content of a JSON file. Raises InputError where it cannot be read, or is not JSON."""
-    return json_of(read_content(path), str(path))
-
-
-def json_of(content: bytes, where: str) -> Any:
-    """What the bytes of a JSON file hold. Raises InputError, beginning with `where`, where they are not."""
-    try:
-        return json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error})", where=where) from error
-
-
-def unwritable(path: Path, error: OSError) -> InputError:
-    """The error for an output that cannot be written."""
-    hint = "Choose a place that you may write to."
-    return InputError(f"cannot be written ({error.strerror})", where=str(path), hint=hint)
-
-
-def refuse_url(path: Path | str) -> None:
-    """Raise InputError for what was a URL: as the name of a file it would be a folder `s3:` here."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        hint = "Write it to a folder, and copy that; statistics of an analysis may lie at a URL: --stats."
-        raise InputError("is a URL", where=str(path), expected="a file or folder here", hint=hint)
-
-
-def place_to_write(path: Path) -> Path:
-    """The file that is written by a name: that itself or, of a link, what it leads to.
-
-    Raises InputError where no file can be: a folder, a pipe or a device would be replaced by the file.
-    """
-    refuse_url(path)
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        mode = stat.S_IFREG
-    except OSError as error:
-        raise unwritable(path, error) from error
-    is_folder = path.name in ("", "..") or stat.S_ISDIR(mode)
-    if is_folder or not stat.S_ISREG(mode):
-        kind = "a folder" if is_folder else "a pipe or a device"
-        raise InputError(f"is {kind}", where=str(path), expected="the name of a file to write")
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` when the block ends well; nothing is left behind when it does not.
-
-    Makes the folder. Raises InputError where the file cannot be written.
-    """
-    path = place_to_write(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises InputError where it cannot be written."""
-    with new_file(path) as partial:
-        partial.write_bytes(content)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file of text whole or not at all, in UTF-8."""
-    write_bytes(path, text.encode())
-
-
-@contextmanager
-def new_folder(path: Path, mark: str) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
-
-    A folder already at `path` is replaced only then, and only if it is empty or holds the file `mark`,
-    as those made before do. Raises InputError for any other, and where nothing can be written.
-    """
-    refuse_url(path)
-    path = path.resolve()
-    if there(path) and path.is_dir() and any(path.iterdir()) and not (path / mark).is_file():
-        raise InputError(
-            f"holds other files than an earlier result (it has no {mark})",
-            where=str(path),
-            hint="Choose a new or empty folder: this one would be replaced.",
-        )
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-    except OSError as error:
-        raise unwritable(path, error) from error
-    try:
-        yield partial
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
-from forcingkv.headmaps.files import read_json, write_text
+from forcingkv.headmaps.reading import read_json
+from forcingkv.headmaps.writing import write_text
 
 SCHEMA: Literal["forcingkv.headmap/1"] = "forcingkv.headmap/1"
 STATIC, DYNAMIC = "static", "dynamic"

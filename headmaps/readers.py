@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import shlex
@@ -21,8 +20,6 @@ from pathlib import Path
 
 from forcingkv.headmaps import forcingkv_json
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import unique_keys
-from forcingkv.headmaps.files import read_content
 from forcingkv.headmaps.headmap import (
     DYNAMIC,
     SCHEMA,
@@ -34,6 +31,7 @@ from forcingkv.headmaps.headmap import (
     Source,
     size_limit,
 )
+from forcingkv.headmaps.reading import parse_json, read_content
 
 PYRAMID, DUOATTENTION = "pyramid-forcing-csv", "duo-attention-tsv"
 KNOWN = "a head map of forcingkv or Forcing-KV (JSON), Pyramid Forcing (CSV) or DuoAttention (TSV)"
@@ -104,10 +102,7 @@ def _read(text: str, sha256: str, where: str, choices: Choices) -> tuple[HeadMap
 
 
 def _read_json(text: str, sha256: str, where: str, choices: Choices) -> tuple[HeadMap, str]:
-    try:
-        data = json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error})", where=where) from error
+    data = parse_json(text, where)
     if isinstance(data, dict) and "schema" in data:
         rows = data.get("layers")
         if isinstance(rows, list) and any(isinstance(row, dict) and "layer_idx" in row for row in rows):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from forcingkv.headmaps.files import write_bytes
+from forcingkv.headmaps.writing import write_bytes
 from forcingkv.measure.fidelity.pairs import mean_psnr
 from forcingkv.measure.tables import printable
 from forcingkv.models.demo.data import moves_of

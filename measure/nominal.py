@@ -5,8 +5,6 @@ Which head has which label is of no meaning in a map that is made here from numb
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -14,6 +12,7 @@ from typing import Any
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, Rule, uniform
+from forcingkv.headmaps.reading import parse_json, parse_toml
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import Geometry, ModelSpec
@@ -151,7 +150,7 @@ def in_words(headmap: HeadMap) -> str:
 @cache
 def _published() -> dict[str, dict[str, dict[str, Any]]]:
     """Policy -> model -> what is published; `nominal.toml` says what the fields mean."""
-    return tomllib.loads((resources.files(__package__) / "nominal.toml").read_text(encoding="utf-8"))
+    return parse_toml((resources.files(__package__) / "nominal.toml").read_bytes(), "nominal.toml")
 
 
 @cache
@@ -159,4 +158,4 @@ def _shipped(model: str) -> HeadMap | None:
     file = resources.files("forcingkv.headmaps") / "maps" / f"{model}.json"
     if not file.is_file():
         return None
-    return HeadMap.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
+    return HeadMap.from_json(parse_json(file.read_bytes(), str(file)), str(file))

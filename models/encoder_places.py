@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError, first_line
-from forcingkv.headmaps.files import read_json, there
+from forcingkv.headmaps.files import there
+from forcingkv.headmaps.reading import read_json
 from forcingkv.models.hub import hub_id
 from forcingkv.models.umt5 import CONFIG, WAN_ENCODER
 

@@ -8,7 +8,6 @@ rounded where the GPU multiplies in 8 bits, and change nothing about the weights
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.models.naming import bare
 from forcingkv.models.tensor_files import FLOATS, TensorFiles
 
@@ -158,11 +158,11 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
 def _misread(text: bytes) -> str:
     """What a note of ComfyUI says but that weights are in 8-bit floats with scales; empty if nothing."""
     try:
-        note = json.loads(text)
+        note = parse_json(text, "note")
         notes = note["layers"].values() if "layers" in note else [note]
         formats = {str(one["format"]) for one in notes}
         more = {name for one in notes for name in one} - {"format", "full_precision_matrix_mult"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "is not a note on how weights are stored"
     said = ", ".join(sorted((formats - _NOTED) | more))
     return f"describes weights stored as {said}" if said else ""

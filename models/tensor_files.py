@@ -8,7 +8,6 @@ sharded safetensors with an index, and torch's `.pt` / `.pth`, which is only eve
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import inside, record_file
+from forcingkv.headmaps.reading import read_json
 from forcingkv.models.file_kinds import format_of, torch_fault
 from forcingkv.runtime.dtypes import STORED_AS
 
@@ -195,7 +195,7 @@ def shard_places(index: Path) -> dict[str, Path]:
     Raises InputError where it is no index, or names a file that is not in its folder (`files.inside`).
     """
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        where = read_json(index)["weight_map"]
         return {str(name): inside(index.parent, str(file)) for name, file in where.items()}
     except InputError:
         raise

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError, first_line
-from forcingkv.headmaps.files import read_json
+from forcingkv.headmaps.reading import read_json
 from forcingkv.models.scales import EIGHT_BITS, HINT, find_scales
 from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed, open_tensors
 from forcingkv.runtime.dtypes import DTYPES

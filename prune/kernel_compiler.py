@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from forcingkv.headmaps.errors import MissingExtraError
-from forcingkv.headmaps.files import write_bytes
+from forcingkv.headmaps.writing import write_bytes
 from forcingkv.prune.launcher import COMPACT_BLOCK, COSINE_BLOCK, KERNELS, MAX_CANDIDATES, SELECT_BLOCK
 from forcingkv.prune.triton_kernels import (
     compact_segments,

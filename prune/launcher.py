@@ -6,8 +6,9 @@ common with the compilation, the quick plugins and the tests.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -111,6 +112,7 @@ class KernelLauncher:
         dtype: of keys and values.
         width: of a head.
         uneven: whether the kernels are those for uneven segments.
+        digest: the same for the same kernels.
     """
 
     def __init__(
@@ -148,12 +150,15 @@ class KernelLauncher:
         self.dtype, self.width = kinds.pop()
         self._cuda = cuda_core()
         self._kernels: dict[KernelName, Any] = {}
+        digest = hashlib.sha256()
         for name, record in self._records.items():
             path = inside(folder, record.file)
             if not path.is_file():
                 raise InputError("is missing", where=str(path), hint="Export the bundle again.")
-            code = self._cuda.ObjectCode.from_cubin(content(record.file) if content else path.read_bytes())
-            self._kernels[name] = code.get_kernel(record.symbol)
+            cubin = content(record.file) if content else path.read_bytes()
+            digest.update(f"{replace(record, file='')}{len(cubin)}".encode() + cubin)
+            self._kernels[name] = self._cuda.ObjectCode.from_cubin(cubin).get_kernel(record.symbol)
+        self.digest = digest.digest()
 
     def score(
         self, transition_keys: int, new_keys: int, cosines: int, indices: int, sizes: LaunchSizes, stream: int

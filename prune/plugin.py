@@ -10,6 +10,7 @@ is kept here for `raise_plugin_error`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache, wraps
@@ -19,7 +20,7 @@ import numpy as np
 
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes, check_candidates
 from forcingkv.runtime.dtypes import DTYPES
-from forcingkv.runtime.flavour import trt
+from forcingkv.runtime.flavour import Told, trt
 from forcingkv.runtime.kv.segments import Split
 from forcingkv.runtime.spec import Dtype
 
@@ -192,19 +193,24 @@ def register_plugins(launcher: KernelLauncher | None) -> None:
     """Make the plugins known to the flavour of TensorRT in use; any number of times.
 
     The launcher launches the kernels for keys of its type and width and its kind of segments, in the place of
-    an earlier one for such. Building needs none.
+    an earlier one for such, unless that one has the same kernels. Building needs none.
     """
-    if launcher is not None:
-        _launchers[launcher.dtype, launcher.width, launcher.uneven] = launcher
-    if _creators:
-        return
-    creator_of = _creator_class()
-    for kind in OPERATORS:
-        creator = creator_of(kind)
-        if not trt.get_plugin_registry().register_creator(creator, PLUGIN_NAMESPACE):
-            unregister_plugins()
-            raise RuntimeError(f"TensorRT already knows a plugin {PLUGIN_NAMESPACE}::{kind.__name__}")
-        _creators.append(creator)
+    with _registering:
+        if launcher is not None:
+            kind = launcher.dtype, launcher.width, launcher.uneven
+            earlier = _launchers.get(kind)
+            if earlier is None or earlier.digest != launcher.digest:
+                _launchers[kind] = launcher
+                _loaded.append(launcher)
+        if _creators:
+            return
+        creator_of = _creator_class()
+        for operator in OPERATORS:
+            creator = creator_of(operator)
+            if not trt.get_plugin_registry().register_creator(creator, PLUGIN_NAMESPACE):
+                unregister_plugins()
+                raise RuntimeError(f"TensorRT already knows a plugin {PLUGIN_NAMESPACE}::{operator.__name__}")
+            _creators.append(creator)
 
 
 def unregister_plugins() -> None:
@@ -213,23 +219,26 @@ def unregister_plugins() -> None:
         trt.get_plugin_registry().deregister_creator(creator)
     _creators.clear()
     _launchers.clear()
+    _loaded.clear()
 
 
 def raise_plugin_error() -> None:
-    """Raise the first error of a callback since the last call, if there was one.
+    """Raise the first error of a callback in this thread since the last call, if there was one.
 
     Ask after every parse, build and run: after some errors TensorRT goes on, and for example makes an engine
     without a workspace.
     """
-    errors, _errors[:] = _errors[:], []
-    if errors:
-        raise errors[0]
+    for error in _errors.take():
+        raise error
 
 
 _creators: list[trt.IPluginCreatorV3One] = []
 """The registry does not keep them alive."""
 _launchers: dict[tuple[Dtype, int, bool], KernelLauncher] = {}
-_errors: list[Exception] = []
+_loaded: list[KernelLauncher] = []
+"""Those that were replaced too: work of other sessions, in a stream or captured, needs their code."""
+_registering = threading.Lock()
+_errors: Told[Exception] = Told()
 
 
 def _kept(callback: Callable[P, R]) -> Callable[P, R]:
@@ -240,8 +249,7 @@ def _kept(callback: Callable[P, R]) -> Callable[P, R]:
         try:
             return callback(*args, **kwargs)
         except Exception as error:
-            if not _errors:
-                _errors.append(error)
+            _errors.add(error)
             raise
 
     return call

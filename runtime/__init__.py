@@ -3,7 +3,7 @@
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, NoiseSource, Timing
-from forcingkv.runtime.faults import DeviceError, MemoryShortError, NotFiniteError, SessionError
+from forcingkv.runtime.faults import DeviceError, InUseError, MemoryShortError, NotFiniteError, SessionError
 from forcingkv.runtime.session import Session, Video
 from forcingkv.runtime.text import Prompt
 
@@ -11,6 +11,7 @@ __all__ = [
     "Bundle",
     "Chunk",
     "DeviceError",
+    "InUseError",
     "InputError",
     "MemoryShortError",
     "MissingExtraError",

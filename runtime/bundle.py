@@ -13,9 +13,11 @@ from typing import Any, Literal, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, shown, to_data
-from forcingkv.headmaps.files import FileRecord, inside, json_of, read_content, record_file, verify_file
+from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_file
 from forcingkv.headmaps.headmap import HeadMap
-from forcingkv.runtime.bundle_files import check_files, check_sizes, read_checked
+from forcingkv.headmaps.reading import parse_json, read_content
+from forcingkv.runtime.bundle_check import check_files, check_sizes, read_checked
+from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
 from forcingkv.runtime.graph_records import CLEAN as CLEAN
@@ -30,7 +32,6 @@ from forcingkv.runtime.spec import Dtype, ModelSpec
 T = TypeVar("T")
 
 SCHEMA = "forcingkv.bundle/1"
-MANIFEST, HEADMAP = "manifest.json", "headmap.json"
 
 
 @dataclass(frozen=True)
@@ -271,17 +272,13 @@ def open_bundles(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bund
 
 def read_data(kind: type[T], path: Path) -> T:
     """The dataclass `kind` from a file of JSON. Raises InputError where it cannot be read or does not fit."""
-    return from_data(kind, json_of(read_content(path), str(path)), str(path))
+    return from_data(kind, parse_json(read_content(path), str(path)), str(path))
 
 
 def _manifest_content(folder: Path) -> bytes:
     path = inside(folder, MANIFEST)
     if not path.is_file():
-        raise InputError(
-            "is not a bundle: it has no manifest.json",
-            where=str(folder),
-            hint="Make one with: forcingkv export",
-        )
+        raise no_bundle(folder)
     return read_content(path)
 
 
@@ -303,7 +300,7 @@ def check_digest(folder: Path, digest: str, expect: str | None) -> None:
 
 def _read_manifest(folder: Path, content: bytes) -> Manifest:
     path = folder / MANIFEST
-    manifest = from_data(Manifest, json_of(content, str(path)), str(path))
+    manifest = from_data(Manifest, parse_json(content, str(path)), str(path))
     for name in manifest.files:
         inside(folder, name)
     named: set[str | None] = {HEADMAP} if manifest.headmap else set()

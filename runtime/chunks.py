@@ -338,48 +338,6 @@ class ChunkDecoder:
         return self._passes[key]
 
 
-class PassTimer:
-    """Times single passes as they are at a chunk, without the video before it.
-
-    How long a pass takes does not depend on what the caches hold, only on how much: they have the lengths of
-    that chunk, and are full of zeros. What comes out means nothing.
-
-    Attributes:
-        cache_bytes: of all buffers for keys and values.
-    """
-
-    def __init__(self, maker: ChunkMaker, chunk: int) -> None:
-        """For `Session.pass_timer`."""
-        self._maker, self._chunk, self.cache_bytes = maker, chunk, maker.cache.nbytes
-        maker.cache.passes = maker.decoder.called = chunk
-        for name, tensor in maker.state().items():
-            tensor.clear(maker.queue_of(name))
-        for tensor in maker._latents:
-            tensor.clear(maker.lane.main)
-        maker._write_positions(chunk)
-
-    def denoise(self) -> float:
-        """Seconds of a denoising pass."""
-        return _seconds(self._maker.lane.main, self._maker._pass(0).run)
-
-    def clean(self) -> float:
-        """Seconds of the clean pass, which makes the next caches too. The chunk stays the next one."""
-        return _seconds(self._maker.lane.main, self._maker._pass(self._maker._steps).run)
-
-    def decode(self) -> float:
-        """Seconds of decoding a chunk."""
-        zeros = np.zeros(self._maker.latent_shape, np.float32)
-        return _seconds(self._maker.lane.side, lambda: self._maker.decoder.decode(zeros, self._chunk))
-
-
-def _seconds(queue: Queue, work: Callable[[], object]) -> float:
-    started = queue.mark()
-    work()
-    done = queue.mark()
-    done.wait()
-    return done.since(started)
-
-
 def _as_bits(array: Array) -> Array:
     """bfloat16 that was read as float32, as its bits: uint16."""
     return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)

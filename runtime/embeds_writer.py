@@ -7,8 +7,6 @@ temporary file with another header is of another command, and begun anew.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import place_to_write, unwritable
+from forcingkv.headmaps.renames import sync_folder
+from forcingkv.headmaps.writing import (
+    OURS,
+    check_file,
+    held_alone,
+    parents_of,
+    place_to_write,
+    stem_of,
+    unwritable_where,
+)
 from forcingkv.runtime.tensors import StoredTensor, file_start, read_header
 from forcingkv.runtime.text import SCHEMA, embeds_metadata
-
-# Windows has no such locks: there nothing is said where two processes write one file.
-_LOCKS: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 
 class GrowingEmbeds:
@@ -75,11 +79,10 @@ def growing_embeds(
     """
     planned = {f"embeds.{place}": ("F32", tuple(shape)) for place, shape in enumerate(shapes)}
     start, tensors = file_start(planned, embeds_metadata(prompts, cleaned, tokens, model_text), str(path))
-    path = place_to_write(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial) as file:
+    place = place_to_write(path)
+    partial = unfinished(place)
+    with unwritable_where(path, place), parents_of(place), held_alone(place):
+        with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             growing = _gone_on_with(file, start, list(tensors.values()))
             try:
                 yield growing
@@ -88,25 +91,13 @@ def growing_embeds(
                     partial.unlink()
             if growing.done < len(tensors):
                 raise ValueError(f"{len(tensors) - growing.done} embeddings were not written")
-        os.replace(partial, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        os.replace(partial, place)
+        sync_folder(place.parent)
 
 
-@contextmanager
-def _locked(partial: Path) -> Iterator[BinaryIO]:
-    """The file, open for reading and writing, and for nobody else."""
-    with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        if _LOCKS:
-            try:
-                _LOCKS.flock(file, _LOCKS.LOCK_EX | _LOCKS.LOCK_NB)
-                mine = os.stat(partial).st_ino == os.fstat(file.fileno()).st_ino
-            except OSError:
-                mine = False  # held by another, or just made whole and renamed by it
-            if not mine:
-                what, hint = "is being written by another process", "Wait for it, or choose another --out."
-                raise InputError(what, where=str(partial), hint=hint)
-        yield file
+def unfinished(place: Path) -> Path:
+    """The file beside a place that what is done is kept in, from run to run."""
+    return place.with_name(f".{stem_of(place.name)}.growing{OURS}")
 
 
 def _gone_on_with(file: BinaryIO, start: bytes, tensors: Sequence[StoredTensor]) -> GrowingEmbeds:
@@ -125,20 +116,13 @@ def _gone_on_with(file: BinaryIO, start: bytes, tensors: Sequence[StoredTensor])
 
 def check_place(path: Path) -> None:
     """Raise InputError unless `growing_embeds` can write there now, and replaces nothing but such a file."""
-    path = place_to_write(path)
-    if path.exists() and path.stat().st_size:
+    check_file(path)
+    place = place_to_write(path)
+    if place.exists() and place.stat().st_size:
         try:
-            is_ours = read_header(path)[1].get("schema") == SCHEMA
+            is_ours = read_header(place)[1].get("schema") == SCHEMA
         except InputError:
             is_ours = False
         if not is_ours:
             what, expected = "is there, and would be replaced", "a new file, or one of embeddings"
             raise InputError(what, where=str(path), expected=expected, hint="Choose another --out.")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial) as file:
-            if not os.fstat(file.fileno()).st_size:
-                partial.unlink()
-    except OSError as error:
-        raise unwritable(path, error) from error

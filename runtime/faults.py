@@ -1,4 +1,5 @@
-"""What can go wrong while a session runs. Wrong input is `InputError`; these are no fault of the caller's."""
+"""What can go wrong while a session runs. Wrong input is `InputError`, wrong use `InUseError` or another
+RuntimeError; `SessionError` is no fault of the caller's."""
 
 from __future__ import annotations
 
@@ -40,6 +41,18 @@ class NotFiniteError(SessionError):
 
 class DeviceError(SessionError):
     """The device, or what drives it, refused."""
+
+
+class InUseError(RuntimeError):
+    """A session was used while something else was at work in it. That goes on undisturbed."""
+
+    def __init__(self, *, again: bool = False) -> None:
+        """`again` says that it was the same thread: something that the session called."""
+        super().__init__(
+            "the session is at work in this very thread: what it calls (a noise source) cannot use it"
+            if again
+            else "the session is in use by another thread: give each thread its own, with sibling()"
+        )
 
 
 def ran_out_of_memory(error: Exception | str) -> bool:

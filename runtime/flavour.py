@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 
 # Because of `trt`, which type checkers would else take for an import of this module's own.
-__all__ = ["FLAVOURS", "Flavour", "FlavourName", "choose", "chosen", "make_log", "require", "trt"]
+__all__ = ["FLAVOURS", "Flavour", "FlavourName", "Told", "choose", "chosen", "make_log", "require", "trt"]
 
 FlavourName: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
 }
 
 _chosen: list[tuple[Flavour, ModuleType]] = []
+_choosing = threading.Lock()
 
 
 def choose(name: FlavourName) -> Flavour:
@@ -48,9 +51,10 @@ def choose(name: FlavourName) -> Flavour:
     Raises MissingExtraError if it is not installed, InputError if the process uses the other one already.
     """
     flavour = require(name)
-    if not _chosen:
-        _chosen.append((flavour, importlib.import_module(flavour.module)))
-    elif _chosen[0][0] is not flavour:
+    with _choosing:
+        if not _chosen:
+            _chosen.append((flavour, importlib.import_module(flavour.module)))
+    if _chosen[0][0] is not flavour:
         raise InputError(
             f"cannot be used: this process already uses {_chosen[0][0].name}",
             where=name,
@@ -103,3 +107,28 @@ def make_log(hear: Callable[[str, str], None]) -> trt.ILogger:
             hear(severity.name, message)
 
     return Log()
+
+
+class Told(Generic[T]):
+    """What was told in callbacks, kept for the thread whose work it is about.
+
+    TensorRT calls back in the thread that asked it for something, so a session is not told what happened in
+    another. What comes from a thread of TensorRT's own cannot be told apart: it goes to whoever asks next
+    and has nothing, rather than to nobody.
+    """
+
+    def __init__(self) -> None:
+        self._own, self._nobodys = threading.local(), list[T]()
+
+    def add(self, what: T) -> None:
+        """Keep it, for this thread if it is one of Python's."""
+        known = any(thread.ident == threading.get_ident() for thread in threading.enumerate())
+        told = self._own.__dict__.setdefault("told", []) if known else self._nobodys
+        told.append(what)
+
+    def take(self) -> list[T]:
+        """What there is for this thread, which is then forgotten."""
+        told: list[T] = self._own.__dict__.pop("told", [])
+        if not told:
+            told, self._nobodys = self._nobodys, []
+        return told

@@ -10,7 +10,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
@@ -20,7 +20,20 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.files import refuse_url, unwritable, write_bytes, write_text
+from forcingkv.headmaps.locks import busy, is_held
+from forcingkv.headmaps.reading import read_json
+from forcingkv.headmaps.renames import sync_tree
+from forcingkv.headmaps.writing import (
+    Hold,
+    held_inside,
+    is_ours,
+    lock_of,
+    open_alone,
+    put,
+    refuse_name,
+    unwritable,
+    write_text,
+)
 
 Frames = npt.NDArray[np.uint8]
 
@@ -119,7 +132,7 @@ class FrameWriter(ABC):
 
     def _check_place(self) -> None:
         """Raise OSError or InputError for a place that a file cannot be made at. Changes nothing."""
-        refuse_url(self.path)
+        refuse_name(self.path)
         if self.path.is_dir():
             raise _os_error(errno.EISDIR)
         parent = self.path.parent
@@ -129,6 +142,8 @@ class FrameWriter(ABC):
             raise _os_error(errno.ENOTDIR)
         if not os.access(self.path if self.path.exists() else parent, os.W_OK):
             raise _os_error(errno.EACCES)
+        if self.path.is_file() and is_held(self.path):
+            raise busy(self.path)
 
     @abstractmethod
     def _append(self, frames: Frames) -> None:
@@ -161,8 +176,7 @@ class RawWriter(FrameWriter):
             sys.stdout.flush()
             self._file = FileIO(sys.stdout.fileno(), "wb", closefd=False)
         elif self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = FileIO(self.path, "wb")
+            self._file = open_alone(self.path)
         for frame in self._enlarged(frames):
             write_all(self._file, frame.data.cast("B"))
 
@@ -172,6 +186,7 @@ class RawWriter(FrameWriter):
 
 
 RECORD = "frames.json"
+_WRITING = "frames"
 SCHEMA = "forcingkv.frames/1"
 _NAME = re.compile(r"frame-\d{6,}\.png")
 
@@ -180,14 +195,17 @@ class PngWriter(FrameWriter):
     """A folder of PNG files (RGB, 8 bits), `frame-000001.png` and on, equal to the frames.
 
     `frames.json` comes last: schema, fps, count, width, height and metadata. A folder without it was cut
-    short. An earlier result in the folder is removed when the first frames come.
+    short. An earlier result in the folder is removed when the first frames come, and so is what a process
+    left there that was killed. Meanwhile the folder holds a lock.
 
-    Raises InputError where the folder holds other files than an earlier result or cannot be written to,
-    MissingExtraError where PyAV is not installed.
+    Raises InputError where the folder holds other files than an earlier result, cannot be written to or has
+    another writer, MissingExtraError where PyAV is not installed.
     """
 
     _encoder: Any = None
     _count = 0
+    _hold: Hold | None = None
+    _lock: ExitStack
 
     def _check_place(self) -> None:
         need_av()
@@ -196,9 +214,12 @@ class PngWriter(FrameWriter):
                 raise _os_error(errno.ENOTDIR)
             super()._check_place()
             return
-        names = set(os.listdir(self.path))
+        lock = lock_of(self.path, _WRITING)
+        if is_held(lock):
+            raise busy(self.path)
+        names = {name for name in os.listdir(self.path) if not is_ours(name)}
         other = sorted(name for name in names - {RECORD} if not _NAME.fullmatch(name))
-        if other or (names and not self._ends_a_result()):
+        if other or (names and not self._ends_a_result() and not lock.exists()):
             lacks = f"such as {other[0]}" if other else f"it has no {RECORD} of an earlier result"
             what = f"holds other files than an earlier result ({lacks})"
             hint = "Choose a new or empty folder: this one would be replaced."
@@ -209,8 +230,8 @@ class PngWriter(FrameWriter):
     def _ends_a_result(self) -> bool:
         """Whether the folder has the record that is written last."""
         try:
-            data = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            data = read_json(self.path / RECORD)
+        except InputError:
             return False
         return isinstance(data, dict) and data.get("schema") == SCHEMA
 
@@ -230,11 +251,13 @@ class PngWriter(FrameWriter):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             picture.pts = self._count
             data = b"".join(bytes(packet) for packet in self._encoder.encode(picture))
-            write_bytes(self.path / f"frame-{self._count + 1:06d}.png", data)
+            put(self.path / f"frame-{self._count + 1:06d}.png", data)
             self._count += 1
 
     def _clear(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = ExitStack()
+        self._hold = self._lock.enter_context(held_inside(self.path, _WRITING, "frame-", RECORD))
+        self._hold.unfinished = True
         # The record first: without it nobody takes a half-removed result for a whole one.
         (self.path / RECORD).unlink(missing_ok=True)
         for path in list(self.path.iterdir()):
@@ -242,8 +265,14 @@ class PngWriter(FrameWriter):
                 path.unlink()
 
     def _end(self) -> None:
-        if not self._count:
+        if self._hold is None:
             return
+        with self._lock:
+            if self._count:
+                self._write_record()
+            self._hold.unfinished = False
+
+    def _write_record(self) -> None:
         record = {
             "schema": SCHEMA,
             "fps": self.fps,
@@ -252,6 +281,7 @@ class PngWriter(FrameWriter):
             "height": self._encoder.height,
             "metadata": self.metadata,
         }
+        sync_tree(self.path)
         write_text(self.path / RECORD, json.dumps(record, indent=1) + "\n")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import importlib.util
-import json
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -17,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.fields import unique_keys
-from forcingkv.headmaps.files import read_content
+from forcingkv.headmaps.reading import is_json, parse_json, read_content
 
 _OTHER_UNICODE = {
     b"\xff\xfe\0\0": "UTF-32",
@@ -114,20 +112,14 @@ def _utf8(path: Path) -> str:
 
 
 def _is_json(text: str) -> bool:
-    if text.lstrip()[:1] not in ("[", "{"):
-        return False
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    return text.lstrip()[:1] in ("[", "{") and is_json(text)
 
 
 def _interactive(line: str, where: str) -> list[str]:
     """The prompts of a video whose prompt is switched."""
     try:
-        prompts = json.loads(line, object_pairs_hook=unique_keys)["prompts"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        prompts = parse_json(line, where)["prompts"]
+    except (InputError, KeyError, TypeError):
         prompts = None
     if not prompts or not isinstance(prompts, list) or not all(isinstance(one, str) for one in prompts):
         raise InputError("is not a line of prompts", where=where, expected='{"prompts": ["...", "..."]}')

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,15 @@ import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.files import FileRecord, inside, record_file, unwritable, write_text
+from forcingkv.headmaps.files import FileRecord, inside, record_file
+from forcingkv.headmaps.writing import (
+    held_inside,
+    is_ours,
+    refuse_name,
+    unwritable,
+    unwritable_where,
+    write_text,
+)
 from forcingkv.runtime.backends import Array, Tensor
 from forcingkv.runtime.bundle import Bundle, read_data
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
@@ -76,8 +84,16 @@ def write_snapshot(
         ready: chunks that were made, but not handed out.
         known: the fields `bundle`, `seed`, `chunks` and `index` of `Snapshot`.
 
-    Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved.
+    Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved, or
+    another process or thread is saving one there.
     """
+    with _alone(folder):
+        _write(folder, maker, latents, ready, **known)
+
+
+def _write(
+    folder: Path, maker: ChunkMaker, latents: Mapping[int, Array], ready: Sequence[Chunk], **known: Any
+) -> None:
     earlier, made = _earlier(folder), known["index"] + len(ready)
     # A name that no file has: one of them may be in use until the new state is whole.
     stem = f"state-{made:06}"
@@ -110,6 +126,20 @@ def write_snapshot(
     for file in earlier - {name}:
         with suppress(OSError):
             (folder / file).unlink()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder while a state is saved, and remove what killed processes left in it."""
+    refuse_name(folder)
+    with unwritable_where(folder, within=folder), held_inside(folder, "saving", "state-", STATE):
+        yield
+
+
+def check_states(folder: Path) -> None:
+    """Raise InputError unless states can be saved in a folder now. Nothing is left of the trial."""
+    with _alone(folder):
+        _earlier(folder)
 
 
 def read_snapshot(
@@ -179,8 +209,7 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
 def _earlier(folder: Path) -> set[str]:
     """The tensor files of the folder's earlier states."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = {path.name for path in folder.iterdir()}
+        there = {path.name for path in folder.iterdir() if not is_ours(path.name)}
     except OSError as error:
         raise unwritable(folder, error) from error
     ours = {name for name in there if TENSORS.fullmatch(name)}

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import unique_keys
-from forcingkv.headmaps.files import new_file
+from forcingkv.headmaps.reading import parse_json
+from forcingkv.headmaps.writing import new_file
 from forcingkv.runtime.dtypes import STORED_AS
 
 MAX_HEADER = 100_000_000
@@ -55,9 +55,9 @@ def read_header(path: Path | str) -> tuple[dict[str, StoredTensor], dict[str, st
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", where=where) from error
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise _no_safetensors(where, f"its header is not JSON ({error})") from error
+        header = parse_json(text, where)
+    except InputError as error:
+        raise _no_safetensors(where, f"its header {error.what}") from error
     if not isinstance(header, dict):
         raise _no_safetensors(where, "its header is not a table of tensors")
     metadata = header.pop(METADATA, {})

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.prompts import clean_prompt, plain_form, shortened
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import new_tensors, read_arrays, read_header
@@ -251,8 +252,8 @@ def _stripped(prompt: str) -> str:
 def _listed(metadata: Mapping[str, str], name: str, kind: type[T]) -> list[T] | None:
     """A list in a file's metadata; empty where there is none, None where it is of something else."""
     try:
-        found = json.loads(metadata.get(name, "[]"))
-    except (ValueError, RecursionError):
+        found = parse_json(metadata.get(name, "[]"), name)
+    except InputError:
         return None
     return found if isinstance(found, list) and all(type(item) is kind for item in found) else None
 

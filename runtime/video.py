@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.writing import open_alone
 from forcingkv.runtime.frames import Frames, FrameWriter, PngWriter, RawWriter, need_av, write_all
 
 
@@ -63,6 +63,7 @@ class Mp4Writer(FrameWriter):
     Each `write` appends one fragment, which holds all of its frames: when it returns they are in the file
     and play, even if the process is killed then. So the file grows under its own name, not a temporary
     one: a fragmented file is whole at every moment, and what an interruption leaves is the video so far.
+    Meanwhile it is locked, and a second writer is refused.
 
     yuv420p needs even sizes: an odd width or height is made even by repeating the last column or row.
     All of `metadata` is written, whatever its keys.
@@ -91,8 +92,7 @@ class Mp4Writer(FrameWriter):
             head = self._begin(height + height % 2, width + width % 2)
         data = head + self._fragment(frames)
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = FileIO(self.path, "wb")
+            self._file = open_alone(self.path)
         self._put(self._file, data)
         self._kept += len(data)
 
@@ -171,5 +171,10 @@ class Mp4Writer(FrameWriter):
         if self._head is not None:
             self._head.close()
         if self._file is not None:
-            with self._file, suppress(OSError):  # a FIFO cannot be cut
+            with self._file:
+                if not self._file.seekable():  # a FIFO cannot be cut
+                    return
                 self._file.truncate(self._kept)  # what an error left of a fragment
+                os.fsync(self._file.fileno())
+            if not self._kept:
+                self.path.unlink()

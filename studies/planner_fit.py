@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forcingkv.headmaps.fields import from_data
-from forcingkv.headmaps.files import write_text
+from forcingkv.headmaps.reading import parse_toml
+from forcingkv.headmaps.writing import write_text
 from forcingkv.measure.nominal import plan_for
 from forcingkv.measure.planner import published as shipped
 from forcingkv.measure.planner.gpus import Gpu, load_gpu
@@ -92,7 +92,7 @@ class PublishedFile:
 
 def parse_published(text: str) -> PublishedFile:
     """The rows and classes of a TOML text. Raises InputError naming the field that is wrong."""
-    return from_data(PublishedFile, tomllib.loads(text), "published.toml")
+    return from_data(PublishedFile, parse_toml(text, "published.toml"), "published.toml")
 
 
 @cache

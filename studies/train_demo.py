@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forcingkv.headmaps.files import new_file, write_bytes
+from forcingkv.headmaps.writing import new_file, write_bytes
 from forcingkv.models.demo.data import make_clip
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import KeysValues, WanModel

@@ -19,9 +19,9 @@ import pytest
 
 from forcingkv.analyze.run import SampleRecorder
 from forcingkv.analyze.storage import Storage
-from forcingkv.commands.console import plain_console
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
-from forcingkv.headmaps.files import new_file, new_folder, write_text
+from forcingkv.headmaps.folders import new_folder
+from forcingkv.headmaps.writing import new_file, write_text
 from forcingkv.measure.bench import turns
 from forcingkv.measure.demo_comparison import (
     SHOWN_FRAMES,
@@ -29,8 +29,10 @@ from forcingkv.measure.demo_comparison import (
     write_comparison_sheet,
     write_comparison_video,
 )
+from forcingkv.measure.tables import PlainConsole
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle
+from forcingkv.runtime.bundle_files import BUNDLE
 from forcingkv.runtime.text import read_embeds
 from forcingkv.runtime.video import open_writer
 from tests.conftest import Ran, headmap_of, small_spec
@@ -219,7 +221,7 @@ def test_links_are_written_through_and_devices_are_not_replaced(tmp_path: Path) 
         with pytest.raises(InputError, match=f"{name} {message}"):
             write_text(tmp_path / name, "text")
     assert (tmp_path / "pipe").is_fifo()
-    assert not list(tmp_path.rglob("*partial"))
+    assert not list(tmp_path.rglob("*.forcingkv"))
 
 
 def test_a_url_is_no_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +230,7 @@ def test_a_url_is_no_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     url = Path("s3://bucket/x")
     with pytest.raises(InputError, match="s3:/bucket/x is a URL; expected a file or folder here"):
         write_text(url, "text")
-    with pytest.raises(InputError, match="is a URL"), new_folder(url, "mark"):
+    with pytest.raises(InputError, match="is a URL"), new_folder(url, BUNDLE):
         pass
     with pytest.raises(InputError, match="is a URL"):
         open_writer(url, fps=8)
@@ -287,5 +289,5 @@ def test_a_name_that_the_system_does_not_take_is_refused(
 
 def test_consoles_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     text = "runs [v1]/[/b] :fire: [red]x[/red]"
-    plain_console(width=80).print(text)
+    PlainConsole(width=80).print(text)
     assert capsys.readouterr().out == f"{text}\n"

@@ -30,6 +30,7 @@ SURFACE = {
         "Bundle",
         "Chunk",
         "DeviceError",
+        "InUseError",
         "InputError",
         "MemoryShortError",
         "MissingExtraError",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
-import tomllib
 from collections.abc import Sequence
 from importlib import resources
 
@@ -29,6 +28,7 @@ from forcingkv.analyze.report.pictures import (
     variance_bars,
 )
 from forcingkv.analyze.stability import REASONS
+from forcingkv.headmaps.reading import parse_toml
 
 LISTED = 40
 """Undecided heads listed; the others are counted."""
@@ -233,9 +233,7 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
             lines.index(("policy", recording.policy)) + 1,
             ("grouped by, SHA-256", node("code", recording.headmap)),
         )
-    words = tomllib.loads(
-        resources.files(__package__).joinpath("definitions.toml").read_text(encoding="utf-8")
-    )
+    words = parse_toml((resources.files(__package__) / "definitions.toml").read_bytes(), "definitions.toml")
     return Markup(pairs(lines) + node("h3", "What the words mean") + pairs(words.items()))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forcingkv.headmaps.files import write_bytes
+from forcingkv.headmaps.writing import write_bytes
 from forcingkv.measure.bench.results import rows
 from forcingkv.measure.bench.turns import BenchSetup, BenchTurns, decode_seconds, take_turns
 from forcingkv.measure.tables import write_csv

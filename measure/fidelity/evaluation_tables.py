@@ -10,7 +10,7 @@ from rich.console import Console
 
 from forcingkv.measure.fidelity.evaluation import Estimate
 from forcingkv.measure.fidelity.video_measures import METRICS
-from forcingkv.measure.tables import printable
+from forcingkv.measure.tables import PlainConsole, printable
 from forcingkv.resampling import CONFIDENCE
 
 Cells = dict[str, str]
@@ -63,7 +63,7 @@ def metric_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _console(columns: int) -> Console:
-    return Console(width=FIRST + (COLUMN + 3) * columns + 4, highlight=False, markup=False, emoji=False)
+    return PlainConsole(width=FIRST + (COLUMN + 3) * columns + 4)
 
 
 def _rows(columns: Sequence[Cells]) -> Iterator[list[str]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.reading import parse_toml
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Gpu:
 
 @cache
 def _gpus() -> Mapping[str, Gpu]:
-    text = (resources.files(__package__) / "gpus.toml").read_text(encoding="utf-8")
-    return {key: Gpu(key, **one) for key, one in tomllib.loads(text).items()}
+    text = (resources.files(__package__) / "gpus.toml").read_bytes()
+    return {key: Gpu(key, **one) for key, one in parse_toml(text, "gpus.toml").items()}
 
 
 def gpu_names() -> list[str]:

@@ -5,12 +5,12 @@ All of it is data: `published.json`, which `python studies/planner_fit.py` write
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from typing import Any
 
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.measure.planner.gpus import Gpu
 from forcingkv.runtime.footprint import readable
 
@@ -21,7 +21,7 @@ BOUND = 0.15
 
 @cache
 def _file() -> Any:
-    return json.loads((resources.files(__package__) / FILE).read_text(encoding="utf-8"))
+    return parse_json((resources.files(__package__) / FILE).read_bytes(), FILE)
 
 
 def efficiencies() -> dict[str, Any]:

@@ -8,11 +8,11 @@ are an estimate: docs/planning.md compares it with engines that were built.
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from forcingkv.headmaps.reading import parse_toml
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.footprint import kv_parts
 from forcingkv.runtime.kv.plan import CachePlan
@@ -52,8 +52,8 @@ class DecoderCosts:
 @cache
 def decoder_costs(kind: str) -> DecoderCosts:
     """The sizes of a decoder."""
-    text = (resources.files(__package__) / "decoders.toml").read_text(encoding="utf-8")
-    return DecoderCosts(**tomllib.loads(text)[kind])
+    text = (resources.files(__package__) / "decoders.toml").read_bytes()
+    return DecoderCosts(**parse_toml(text, "decoders.toml")[kind])
 
 
 def parameters(spec: ModelSpec) -> int:

@@ -9,7 +9,6 @@ must read zeros there, as it reads before the start of a video.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.reading import read_json
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.decoders.names import check_tensors, is_decoder, without_prefix
 from forcingkv.models.tensor_files import open_tensors
@@ -212,13 +212,10 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
 
 
 def _from_config(path: Path) -> AutoencoderKLWan:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
+    if not path.exists():
         expected = f"a diffusers VAE: {CONFIG} and {WEIGHTS}"
-        raise InputError("is not there", where=str(path), expected=expected) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read ({error})", where=str(path), expected="JSON") from error
+        raise InputError("is not there", where=str(path), expected=expected)
+    content = read_json(path, marked=True)
     kind = content.get("_class_name") if isinstance(content, dict) else None
     if kind != NAME:
         raise InputError(f"describes {kind or 'no model'}", where=str(path), expected=NAME)

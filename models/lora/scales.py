@@ -14,7 +14,6 @@ Where none of them says it, alpha is taken as the rank (scale 1), as all program
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
-from forcingkv.headmaps.files import read_json
+from forcingkv.headmaps.reading import parse_json, read_json
 from forcingkv.models.tensor_files import TensorFiles
 
 T = TypeVar("T")
@@ -191,10 +190,7 @@ def _config(path: Path, metadata: Mapping[str, str]) -> AdapterConfig | None:
     """PEFT's configuration in the metadata or beside the file."""
     if DIFFUSERS in metadata:
         where = f"{path}: {DIFFUSERS}"
-        try:
-            data = json.loads(metadata[DIFFUSERS])
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"is not JSON ({error})", where=where) from error
+        data = parse_json(metadata[DIFFUSERS], where)
         if not isinstance(data, Mapping):
             raise InputError(f"is {shown(data)}", where=where, expected="a table")
         own = {

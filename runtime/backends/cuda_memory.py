@@ -57,10 +57,10 @@ class CudaMemory:
         """A piece of pinned memory of at least that size. Raises MemoryShortError where there is none."""
         size = -(-nbytes // PAGE) * PAGE
         idle = self._idle.setdefault(size, deque())
-        for place, piece in enumerate(idle):
-            if piece.free():
-                del idle[place]
-                return piece
+        for _ in range(len(idle)):  # not by iterating: a copy that another thread drops adds to it
+            if idle[0].free():
+                return idle.popleft()
+            idle.rotate(-1)
         if len(idle) >= IN_FLIGHT:
             oldest = idle.popleft()
             oldest.wait()

@@ -9,6 +9,7 @@ An engine computes all of its outputs in every pass. Those that a pass has no us
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import device_sm, find_engine
 from forcingkv.runtime.faults import DeviceError, SessionError
-from forcingkv.runtime.flavour import FlavourName, choose, make_log, trt
+from forcingkv.runtime.flavour import FlavourName, Told, choose, make_log, trt
 
 Shape = tuple[int, ...]
 ALIGNMENT = 256
@@ -31,7 +32,8 @@ ALIGNMENT = 256
 
 _runtimes: list[Any] = []
 """The process's TensorRT runtime, which engines need as long as they live."""
-_said: list[str] = []
+_making_it = threading.Lock()
+_said: Told[str] = Told()
 """What it has reported as errors and was not asked for yet."""
 
 
@@ -70,9 +72,10 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
     if record.needs_plugin:
         register_plugins(KernelLauncher(bundle.path, manifest.kernels, sm, bundle.content))
     path, content = bundle.path / record.file, bundle.content(record.file)
-    if not _runtimes:
-        _runtimes.append(trt.Runtime(make_log(_hear)))
-    _said.clear()
+    with _making_it:
+        if not _runtimes:
+            _runtimes.append(trt.Runtime(make_log(_hear)))
+    last_words()  # of something else
     engine: trt.ICudaEngine | None = _runtimes[0].deserialize_cuda_engine(content)
     if engine is None:
         why = last_words()
@@ -86,14 +89,13 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
 
 
 def last_words() -> str:
-    """The errors that TensorRT reported since the last call, or since an engine was last loaded."""
-    words, _said[:] = "; ".join(_said), []
-    return words
+    """The errors that TensorRT reported in this thread since the last call."""
+    return "; ".join(_said.take())
 
 
 def _hear(severity: str, message: str) -> None:
     if severity in ("ERROR", "INTERNAL_ERROR"):
-        _said.append(message.strip())
+        _said.add(message.strip())
 
 
 class TensorRTLane:
@@ -243,6 +245,7 @@ class PhaseContext:
         self.what, self._gpu = what, gpu
         self.shapes: dict[str, Shape] = {}
         with gpu.asked(f"make a context of {what}"):
+            last_words()  # of something else
             context = _new_context(engine)
             if context is None:
                 raise self._refusal("make a context of")
@@ -258,6 +261,7 @@ class PhaseContext:
         """
         context = self._context
         with self._gpu.asked(f"prepare {self.what}"):
+            last_words()
             if not context.set_optimization_profile_async(phase, queue.handle):
                 raise self._refusal("choose the profile of")
             queue.sync()
@@ -271,6 +275,7 @@ class PhaseContext:
     def enqueue(self, addresses: Mapping[str, int], queue: CudaQueue) -> None:
         """Put one execution, on those addresses of all inputs and outputs, into a queue."""
         with self._gpu.asked(f"run {self.what}"):
+            last_words()
             for name, address in addresses.items():
                 if not self._context.set_tensor_address(name, address):
                     raise self._refusal(f"place {name} of")

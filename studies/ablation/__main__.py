@@ -26,7 +26,7 @@ from forcingkv.analyze.labels import decide
 from forcingkv.commands.console import default_prompts
 from forcingkv.commands.models import text_inputs
 from forcingkv.headmaps import HeadMap
-from forcingkv.headmaps.files import write_bytes, write_text
+from forcingkv.headmaps.writing import write_bytes, write_text
 from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec

@@ -17,7 +17,7 @@ import forcingkv
 from forcingkv.export.graphs import to_frames
 from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.files import write_bytes
+from forcingkv.headmaps.writing import write_bytes
 from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.generate import generate, seeded_noise

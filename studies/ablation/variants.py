@@ -5,7 +5,6 @@ And the head maps that look at no statistics: what a profiled map has to beat.
 
 from __future__ import annotations
 
-import tomllib
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, Rule
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.headmaps.headmap import uniform
+from forcingkv.headmaps.reading import parse_toml, read_content
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.kv.roles import Role
 
@@ -83,10 +83,7 @@ def read_variants(path: Path | None = None) -> list[Variant]:
     Raises InputError naming the file and field that is wrong, or the variants that are missing.
     """
     where = str(path) if path else SHIPPED.name
-    try:
-        data = tomllib.loads((path or SHIPPED).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as TOML ({error})", where=where) from error
+    data = parse_toml(read_content(path or SHIPPED), where)
     variants = [v for sweep in from_data(_Study, data, where).sweep for v in _variants_of(sweep, where)]
     names = [(variant.name, variant.draw) for variant in variants]
     for name in (REFERENCE, PROFILED):

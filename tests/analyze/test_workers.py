@@ -108,7 +108,7 @@ def test_two_workers_of_which_one_is_killed_write_the_same_bytes_as_one_process(
     assert told == list(range(SAMPLES + 1))
     assert len(killed) == 1, "no worker was found at work"
     assert not workers(), "workers are gone when the run is over"
-    leftover = {name for name in contents(tmp_path) if name.endswith(".partial")}
+    leftover = {name for name in contents(tmp_path) if name.endswith(".forcingkv")}
     assert leftover == set()
     assert contents(tmp_path) == contents(alone)
 

@@ -277,7 +277,7 @@ FULL: dict[str, Any] = {"static_head": [0], "dynamic_head": [1]}
             "and 'heads' beside them",
         ),
         (one(static_head=[0.0], dynamic_head=[1]), "layer 0: static_head names 0.0"),
-        (one(static_head=[float("nan")], dynamic_head=[1]), "layer 0: static_head names nan"),
+        (one(static_head=[float("nan")], dynamic_head=[1]), "the number NaN is not a finite number"),
         (
             one(static_head=None, dynamic_head=[1]),
             "layer 0 leaves out head 0; expected each head exactly once",

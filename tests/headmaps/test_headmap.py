@@ -68,7 +68,7 @@ def heads(data: dict[str, Any]) -> dict[str, list[int]]:
         (lambda d: d["layers"].pop(), r"lists the layers \[0\]; expected each of the 2 layers once"),
         (
             lambda d: d["layers"][0]["scores"].__setitem__(1, float("nan")),
-            "is nan; expected a finite number",
+            "the number NaN is not a finite number",
         ),
         (
             lambda d: d["layers"][0]["scores"].pop(),

@@ -173,7 +173,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
     assert (ran.code, json.loads(ran.out)["went_on_after"]) == (0, stops), ran.err
     assert len(calls) == len(PROMPTS), "nothing is encoded twice"
     assert (place / "embeds.safetensors").read_bytes() == (place / "whole.safetensors").read_bytes()
-    assert not list(place.glob(".*partial"))
+    assert not list(place.glob(".*forcingkv"))
 
 
 def test_an_error_in_mid_way_loses_nothing(
@@ -192,7 +192,7 @@ def test_an_error_in_mid_way_loses_nothing(
 def test_other_prompts_or_another_encoder_begin_anew(
     place: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = place / ".embeds.safetensors.partial"
+    left = place / ".embeds.safetensors.growing.forcingkv"
     assert run(*words(place, "whole.safetensors")).code == 0
     left.write_bytes((place / "whole.safetensors").read_bytes()[:-10])
     assert json.loads(run(*words(place), "--json").out)["went_on_after"] == 4

@@ -161,7 +161,7 @@ CONFIGS: list[tuple[object, str]] = [
     ({"r": 0, "lora_alpha": 16}, r"adapter_config.json: r is 0; expected a whole number from 1 on"),
     ({"r": True, "lora_alpha": 16}, r"r is True; expected a whole number"),
     ({"r": 4, "lora_alpha": "much"}, r"alpha is 'much'; expected a finite number"),
-    ({"r": 4, "lora_alpha": float("inf")}, r"alpha is inf; expected a finite number"),
+    ({"r": 4, "lora_alpha": float("inf")}, r"the number Infinity is not a finite number"),
     ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": 8}}, r"for 'to_q', which names no mod"),
     ({"r": 4, "lora_alpha": 4, "alpha_pattern": {"q(": 8}}, r"has the pattern 'q\('"),
     ({"r": 4, "lora_alpha": 4, "alpha_pattern": [1]}, r"alpha_pattern is \[1\]; expected a table"),

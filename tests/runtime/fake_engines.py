@@ -22,6 +22,7 @@ import pytest
 
 from forcingkv.runtime.backends import tensorrt as backend
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, GraphRecord
+from forcingkv.runtime.flavour import Told
 from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_streams import Misuse, Owned
 
@@ -96,6 +97,7 @@ class FakeTensorRT:
         runners: what computes; they are not asked where `computes` is false.
         memory: the activation memory each engine needs.
         refuse_at: the index of a call, of those that TensorRT can refuse, that it refuses.
+        says: what it reports then.
         refusable: how many such calls there were.
         executed: (graph, phase, stream, addresses) of every execution that was put into a stream.
     """
@@ -105,6 +107,7 @@ class FakeTensorRT:
     computes: bool = True
     memory: Mapping[str, int] = field(default_factory=lambda: {"prompt": 300, "step": 5000, "decode": 700})
     refuse_at: int | None = None
+    says: str = "as the test wants it"
     refusable: int = 0
     executed: list[tuple[str, int, int, dict[str, int]]] = field(default_factory=list)
     users: dict[int, set[int]] = field(default_factory=dict)
@@ -119,7 +122,7 @@ class FakeTensorRT:
         monkeypatch.setattr(backend, "trt", self)
         monkeypatch.setattr(backend, "device_sm", lambda: 89)
         monkeypatch.setattr(backend, "load_engine", self.load_engine)
-        monkeypatch.setattr(backend, "_said", [])
+        monkeypatch.setattr(backend, "_said", Told())
 
     def load_engine(self, bundle: Bundle, graph: str, flavour: str) -> FakeEngine:
         self.cuda.called("load_engine")
@@ -131,7 +134,7 @@ class FakeTensorRT:
         self.refusable += 1
         if self.refuse_at != self.refusable - 1:
             return True
-        backend._said.append(f"{name}: as the test wants it")
+        backend._said.add(f"{name}: {self.says}")
         return False
 
 

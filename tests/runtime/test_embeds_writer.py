@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forcingkv.headmaps import InputError
-from forcingkv.runtime import embeds_writer
+from forcingkv.headmaps import InputError, locks
 from forcingkv.runtime.embeds_writer import GrowingEmbeds, check_place, growing_embeds
 from forcingkv.runtime.text import read_embeds
 
 PROMPTS = ["a", "b", "c"]
 ARRAYS = [np.full((tokens, 4), tokens, np.float32) + np.arange(4, dtype=np.float32) for tokens in (2, 3, 5)]
-HIDDEN = ".e.safetensors.partial"
+HIDDEN = ".e.safetensors.growing.forcingkv"
 
 
 def opened(path: Path, **made: Any) -> AbstractContextManager[GrowingEmbeds]:
@@ -142,10 +141,10 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         check_place(tmp_path / "file" / "e")
     check_place(tmp_path / "new" / "e")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
 
 
 def test_without_locks_it_writes_too(whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeds_writer, "_LOCKS", None)
+    monkeypatch.setattr(locks, "_UNIX", None)
     write(tmp_path / "e.safetensors", 3)
     assert (tmp_path / "e.safetensors").read_bytes() == whole

@@ -117,7 +117,7 @@ shared = true
 def test_an_old_file_is_refused_and_shown_in_the_new_form(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="before each group listed its roles") as refused:
         read(tmp_path, OLD)
-    shown = refused.value.expected or ""
+    shown = refused.value.form or ""
     groups = tomllib.loads(shown[shown.index("[groups]") :])
     found = from_data(Policy, {"name": "old", "summary": ""} | groups, "shown")
     assert found.groups == {
@@ -129,7 +129,7 @@ def test_an_old_file_is_refused_and_shown_in_the_new_form(tmp_path: Path) -> Non
 def test_so_is_an_old_file_that_is_based_on_a_shipped_policy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="before each group listed its roles") as refused:
         read(tmp_path, 'base = "forcing-kv"\nname = "own"\n[retain]\nratio = 0.5\n')
-    shown = refused.value.expected or ""
+    shown = refused.value.form or ""
     found = from_data(
         Policy, {"name": "own", "summary": ""} | tomllib.loads(shown[shown.index("[groups]") :]), ""
     )

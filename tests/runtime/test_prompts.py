@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from forcingkv.headmaps import InputError, files, read_headmap
+from forcingkv.headmaps import InputError, read_headmap, reading
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.prompts import clean_prompt, control_characters, plain_form, read_prompts
 from forcingkv.runtime.text import encode_words
@@ -113,12 +113,12 @@ def test_a_prompt_may_begin_with_a_bracket(tmp_path: Path) -> None:
 
 def test_what_is_larger_than_any_text_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights given by mistake, or a device without end."""
-    monkeypatch.setattr(files, "MOST_TEXT", 8)
+    monkeypatch.setattr(reading, "MOST_TEXT", 8)
     assert texts(tmp_path / "p.txt", b"a kite 1") == ["a kite 1"]
     for path in (tmp_path / "p.txt", Path("/dev/zero")):
         if path.is_file():
             path.write_bytes(b"a kite 12")
-        for read in (read_prompts, read_headmap, files.read_json):
+        for read in (read_prompts, read_headmap, reading.read_json):
             with pytest.raises(InputError, match="has more than 8 bytes; expected a file of text"):
                 read(path)
 

@@ -12,7 +12,6 @@ import pytest
 
 from forcingkv.prune import plugin
 from forcingkv.runtime.backends import Lane
-from forcingkv.runtime.backends import tensorrt as backend
 from forcingkv.runtime.backends.tensorrt import open_lane
 from forcingkv.runtime.faults import DeviceError, MemoryShortError
 from tests.runtime.engine_world import World
@@ -54,7 +53,7 @@ def test_a_refusal_tells_graph_and_phase_and_what_tensorrt_said(world: World) ->
         run()
     run()
     world.tensorrt.refuse_at = world.tensorrt.refusable + 2
-    backend._said.append("[resizeAllocator] Requested amount of GPU memory (1 bytes): out of memory")
+    world.tensorrt.says = "[resizeAllocator] Requested amount of GPU memory (1 bytes): out of memory"
     with pytest.raises(MemoryShortError, match="could not run decode in phase 0"):
         run()
     lane.close()
@@ -65,10 +64,10 @@ def test_what_the_plugin_raised_comes_first(world: World, refused: bool) -> None
     lane = world.lane()
     run = decode_pass(lane)
     world.tensorrt.refuse_at = world.tensorrt.refusable + 2 if refused else None
-    plugin._errors.append(RuntimeError("DynamicPrune has no kernels"))
+    plugin._errors.add(RuntimeError("DynamicPrune has no kernels"))
     with pytest.raises(DeviceError, match=r"decode in phase 0 \(RuntimeError: DynamicPrune has no kernels\)"):
         run()
-    assert plugin._errors == []
+    plugin.raise_plugin_error()
     lane.close()
 
 

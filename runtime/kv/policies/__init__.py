@@ -8,6 +8,7 @@ for every head and needs no head map.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +76,8 @@ class Policy:
             raise InputError(
                 "is written as policies were before each group listed its roles",
                 where=where,
-                expected=f"the form:\n{_in_new_form(data)}\n",
+                expected="the form:",
+                form=_in_new_form(data),
             )
 
     @property
@@ -113,10 +115,14 @@ def _in_new_form(data: Mapping[str, Any]) -> str:
             middle = {"role": "retained"} if group.get("retained") else None
             roles = [role for role in (frames.get("sink"), middle, frames.get("recent")) if role]
         shown = [role | (retain if role.get("role") == "retained" else {}) for role in roles]
-        lines.append(f"{label} = [{', '.join(map(_toml, shown))}]")
+        lines.append(f"{_key(label)} = [{', '.join(map(_toml, shown))}]")
     return "\n".join(lines)
 
 
 def _toml(table: Mapping[str, Any]) -> str:
     """An inline table. JSON writes strings, numbers and booleans as TOML does."""
-    return "{ " + ", ".join(f"{name} = {json.dumps(value)}" for name, value in table.items()) + " }"
+    return "{ " + ", ".join(f"{_key(name)} = {json.dumps(value)}" for name, value in table.items()) + " }"
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import AsJson, console, emit, need, plain_console, progress_bar
+from forcingkv.commands.console import AsJson, console, emit, need, progress_bar
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
     Checkpoint,
@@ -34,6 +35,8 @@ from forcingkv.commands.models import (
 )
 from forcingkv.headmaps import Budget, InputError, read_headmap
 from forcingkv.headmaps.fields import one_of
+from forcingkv.headmaps.plain import plain
+from forcingkv.measure.tables import PlainConsole
 from forcingkv.runtime.prompts import read_prompts
 from forcingkv.runtime.spec import Geometry
 
@@ -163,6 +166,7 @@ def heads(
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     from forcingkv.analyze import Job, analyze_heads
     from forcingkv.analyze.recording import RecordedDtype
+    from forcingkv.analyze.results import check_places
     from forcingkv.analyze.run import check_room, choose_device, recording_plan, video_length
     from forcingkv.models.presets import load_spec
 
@@ -181,6 +185,7 @@ def heads(
         dtype=kind,
         device=chosen,
     )
+    check_places(out, stats, samples=samples, restart=restart)
     texts = text_inputs(spec, read_prompts(prompts) if prompts else None, embeds)
     job = Job(
         spec=spec,
@@ -230,8 +235,10 @@ def report(
     """
     need("analyze", "torch", "polars", "sklearn", "seaborn")
     from forcingkv.analyze import analyze_statistics, write_analysis
+    from forcingkv.analyze.results import check_results
     from forcingkv.analyze.storage import read_statistics
 
+    check_results(out or folder)
     place = stats or str(folder / "stats")
     asked = labels.labelling(read_statistics(place).recording.geometry)
     with console.status("labelling, judging, drawing"):
@@ -249,8 +256,8 @@ def _show(analysis: Analysis, out: Path, as_json: bool) -> None:
         found = {"headmap": headmap.to_json(), "digest": headmap.digest, "stability": summary_json(analysis)}
         emit({"out": str(out)} | found)
         return
-    screen, level = plain_console(), analysis.verdict.level
-    told = "\n".join(analysis.verdict.sentences)
+    screen, level = PlainConsole(), analysis.verdict.level
+    told = Text("\n".join(map(plain, analysis.verdict.sentences)))
     screen.print(Panel(told, title=level, border_style=LEVEL_STYLES[level]))
     print_map(headmap, screen)
     table = Table.grid(padding=(0, 2))

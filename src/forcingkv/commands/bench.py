@@ -9,10 +9,11 @@ from typing import Annotated
 
 from typer import Option
 
-from forcingkv.commands.console import AsJson, emit, listed, need, plain_console, progress_bar
+from forcingkv.commands.console import AsJson, emit, listed, must_end, need, progress_bar, say
 from forcingkv.commands.models import Backend, ExpectDigests
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
+from forcingkv.measure.tables import PlainConsole
 from forcingkv.runtime.preflight import check_memory
 
 POLICIES = "full,window,dummy-forcing,forcing-kv"
@@ -83,6 +84,9 @@ def bench(
         raise InputError("is for bundles", where="--expect-digest", expected="--bundle FOLDER beside it")
     if sweep:
         need("analyze", "matplotlib")
+        for name in ("lengths", "resolutions"):
+            must_end(sweep / f"{name}.csv", ".csv")
+            must_end(sweep / f"{name}.png", ".png")
     sizes: Sequence[str | None] = [None]
     if model is None:
         opened = bundle_cases(bundle or (), expect_digest or ())
@@ -131,9 +135,9 @@ def bench(
         emit(results[0] if len(results) == 1 else results)
         return
     for result in results:
-        plain_console(width=160).print(results_table(result))
+        PlainConsole(width=160).print(results_table(result))
         for path in result.get("written", ()):
-            print(f"written: {path}")
+            say(f"written: {path}")
 
 
 def _names(text: str, option: str) -> list[str]:

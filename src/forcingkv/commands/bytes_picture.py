@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from forcingkv.commands.inspect import REMARKS, memory_title
-from forcingkv.headmaps.files import write_bytes
+from forcingkv.headmaps.writing import write_bytes
 from forcingkv.plotting import INK, SOFT, figure, png, style
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord

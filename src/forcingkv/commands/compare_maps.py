@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -13,11 +12,13 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from forcingkv.commands.console import emit, must_end, need, plain_console
+from forcingkv.commands.console import emit, must_end, need, say
 from forcingkv.headmaps import DYNAMIC, STATIC, HeadMap, InputError
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.files import write_bytes
+from forcingkv.headmaps.plain import plain
+from forcingkv.headmaps.writing import write_bytes
 from forcingkv.measure.nominal import in_words
+from forcingkv.measure.tables import PlainConsole
 
 STYLES = {STATIC: "reverse bold cyan", DYNAMIC: "reverse bold magenta"}
 OTHER = "reverse bold yellow"
@@ -57,9 +58,9 @@ def compare(
     else:
         _show(maps, found, limit)
         if out:
-            print(f"picture: {out}")
+            say(f"picture: {out}")
     if min_agreement is not None and found["agreement"] < min_agreement:
-        print(f"error: agreement {found['agreement']:.4f} is below {min_agreement}", file=sys.stderr)
+        say(f"error: agreement {found['agreement']:.4f} is below {min_agreement}", error=True)
         raise typer.Exit(1)
 
 
@@ -88,7 +89,7 @@ def _side(place: Path, found: HeadMap) -> dict[str, Any]:
 
 def _show(maps: Maps, found: Mapping[str, Any], limit: int) -> None:
     """Print the comparison for people."""
-    out = plain_console()
+    out = PlainConsole()
     for side, one in zip("ab", maps, strict=True):
         out.print(f"{side.upper()}  {found[side]['path']}: {_described(one)}", soft_wrap=True)
     out.print(soft_wrap=True)
@@ -106,7 +107,8 @@ def _show(maps: Maps, found: Mapping[str, Any], limit: int) -> None:
         if known and maps[0].rule.name != maps[1].rule.name:
             out.print("Distances are in the units of each map's own rule.", soft_wrap=True)
         out.print(soft_wrap=True)
-    out.print("\n".join(_conclusions(maps, found)), soft_wrap=True)
+    for line in _conclusions(maps, found):
+        out.print(line, soft_wrap=True)
 
 
 def _described(found: HeadMap) -> str:
@@ -126,7 +128,9 @@ def _print_map(out: Console, a: HeadMap, b: HeadMap) -> None:
         line = Text(f"{layer:3d}  ")
         news = [None if old == new else new for old, new in zip(*labels, strict=True)]
         for new in news:
-            line.append(*(("." + gap, "dim") if new is None else (letters[new], STYLES.get(new, OTHER))))
+            line.append(
+                *(("." + gap, "dim") if new is None else (plain(letters[new]), STYLES.get(new, OTHER)))
+            )
             line.append("" if new is None else gap)
         number = len(news) - news.count(None)
         out.print(line + Text(f" {number} changed" if number else "", "dim"), soft_wrap=True)
@@ -146,7 +150,7 @@ def _table(changed: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             str(change["layer"]),
             str(change["head"]),
-            Text(" -> ".join(change["labels"])),
+            Text(plain(" -> ".join(change["labels"]))),
             _arrow(_number(score) for score in change["scores"]),
             _arrow(_number(distance) for distance in change["distances"]),
             _arrow(UNKNOWN if value is None else "yes" if value else "no" for value in change["undecided"]),

@@ -5,32 +5,36 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from typer import Option
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.plain import plain
+from forcingkv.headmaps.writing import check_file
+from forcingkv.measure.tables import PlainConsole
 from forcingkv.runtime.prompts import read_prompts
 
 AsJson: TypeAlias = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
-def plain_console(**options: Any) -> Console:
-    """A console that shows text as it is: rich would take [x] for markup, :fire: for a picture."""
-    return Console(markup=False, emoji=False, highlight=False, **options)
-
-
-console = plain_console(stderr=True)
+console = PlainConsole(stderr=True)
 """Messages for people go to standard error; results go to standard output."""
 
 
 def emit(data: Any) -> None:
-    """Print a result as JSON."""
+    """Print a result as JSON, exactly: JSON itself writes commands to a terminal as \\u001b."""
     print(json.dumps(data, indent=1))
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Print lines for people, on standard output or standard error: each stays one, whatever is in it."""
+    print("\n".join(map(plain, lines)), file=sys.stderr if error else sys.stdout)
 
 
 def listed(texts: str | Iterable[str] | None) -> list[str]:
@@ -40,10 +44,15 @@ def listed(texts: str | Iterable[str] | None) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))
 
 
+class _PlainColumn(TextColumn):
+    def render(self, task: Task) -> Text:
+        return Text(plain(super().render(task).plain))
+
+
 def progress_bar() -> Progress:
     """A progress display on standard error, shown inside a `with` block."""
     doing, done = (
-        TextColumn(text, markup=False) for text in ("{task.description}", "{task.completed}/{task.total}")
+        _PlainColumn(text, markup=False) for text in ("{task.description}", "{task.completed}/{task.total}")
     )
     columns = SpinnerColumn(), doing, BarColumn(), done, TimeElapsedColumn()
     return Progress(*columns, console=console)
@@ -57,11 +66,14 @@ def need(extra: str, *modules: str) -> None:
 
 
 def must_end(path: Path | None, suffix: str) -> None:
-    """Raise InputError for a file to write whose name ends in another way, such as ".png"."""
-    if path is not None and path.suffix.lower() != suffix:
+    """Raise InputError for a file to write whose name ends in another way than ".png", or that cannot be."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
         raise InputError(
             f"is not a {suffix[1:]} file", where=str(path), expected=f"a name that ends in {suffix}"
         )
+    check_file(path)
 
 
 def parse_pairs(text: str, option: str, expected: str, value: str = ".+") -> dict[str, str]:

@@ -8,9 +8,10 @@ from typing import Annotated
 
 from typer import Option
 
-from forcingkv.commands.console import AsJson, default_prompts, emit, need, plain_console, progress_bar
+from forcingkv.commands.console import AsJson, default_prompts, emit, need, progress_bar, say
 from forcingkv.commands.models import Threads, text_inputs
-from forcingkv.headmaps import DYNAMIC, STATIC
+from forcingkv.headmaps import DYNAMIC, STATIC, InputError
+from forcingkv.measure.tables import PlainConsole
 
 MODEL = "demo"
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
@@ -33,8 +34,10 @@ def demo(
     need("video", "av")
     from forcingkv.analyze import Job, Labelling, analyze_heads, analyze_statistics
     from forcingkv.analyze.report.pictures import headmap_picture
+    from forcingkv.analyze.results import check_places
     from forcingkv.export import export_bundle
-    from forcingkv.headmaps.files import write_bytes
+    from forcingkv.export.bundle_writer import check_out
+    from forcingkv.headmaps.writing import check_file, write_bytes
     from forcingkv.measure.demo_comparison import (
         compare_policies,
         comparison_rows,
@@ -48,6 +51,14 @@ def demo(
     from forcingkv.runtime import Session
     from forcingkv.runtime.kv.policies import load_policy
 
+    check_places(out / "analysis", None, samples=samples, restart=True)
+    for name in POLICIES:
+        check_out(out / "bundles" / name)
+    for name in ("headmap.png", "policies.mp4", "policies.png"):
+        check_file(out / name)
+        if (out / name).exists() and not (out / "analysis" / "headmap.json").exists():
+            what = "is there, and is none of an earlier demo"
+            raise InputError(what, where=str(out / name), hint="Choose another --out.")
     spec = load_spec(MODEL)
     weights = load_weights(spec)
     texts = default_prompts(MODEL)
@@ -90,6 +101,6 @@ def demo(
         counted = {STATIC: 0, DYNAMIC: 0} | headmap.counts()
         emit({"model": spec.name, "headmap": counted, "policies": rows, "out": str(out)})
         return
-    plain_console(width=100).print(comparison_table(rows, chunks))
-    print(f"head map: {in_words(headmap)} heads (rule {headmap.rule.name}). {analysis.verdict}")
-    print(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")
+    PlainConsole(width=100).print(comparison_table(rows, chunks))
+    say(f"head map: {in_words(headmap)} heads (rule {headmap.rule.name}). {analysis.verdict}")
+    say(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
-from forcingkv.commands.console import AsJson, emit, need, progress_bar
+from forcingkv.commands.console import AsJson, emit, need, progress_bar, say
 from forcingkv.commands.models import Model
+from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def encode(
     checked = words.check(lines, spec.text_length)
     for prompt in checked:
         for note in prompt.notes():
-            print(f"note: {prompt.line.where}: {note}", file=sys.stderr)
+            say(f"note: {prompt.line.where}: {note}", error=True)
     files.require_memory()
     went_on = _encode(files, words, checked, out, spec.text_length)
     tokens = [len(prompt.tokens.ids) for prompt in checked]
@@ -88,7 +88,7 @@ def encode(
             }
         )
         return
-    print(f"{out}: {len(checked)} prompts of {min(tokens)} to {max(tokens)} tokens, width {files.width}")
+    say(f"{out}: {len(checked)} prompts of {min(tokens)} to {max(tokens)} tokens, width {files.width}")
 
 
 def _fit(files: Umt5Files, words: PromptTokenizer, spec: ModelSpec) -> None:
@@ -131,22 +131,18 @@ def _encode(
             ) as growing:
                 went_on = growing.done
                 if went_on:
-                    print(
-                        f"going on after {went_on} of {len(checked)} prompts that are there", file=sys.stderr
-                    )
+                    say(f"going on after {went_on} of {len(checked)} prompts that are there", error=True)
                 elif growing.begun_anew:
-                    print("what was left unfinished is of another command: begun anew", file=sys.stderr)
+                    say("what was left unfinished is of another command: begun anew", error=True)
                 shown.update(task, description="encoding prompts", completed=went_on)
                 for prompt in checked[went_on:]:
                     with prompt.line.named():
                         growing.write(encoder.encode_tokens(prompt.tokens.ids))
                     shown.advance(task)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, SystemExit) as error:
             done = growing.done if growing else 0
-            print(
-                f"stopped after {done} of {len(checked)} prompts: the same command goes on", file=sys.stderr
-            )
-            raise typer.Exit(130) from error
+            say(f"stopped after {done} of {len(checked)} prompts: the same command goes on", error=True)
+            raise typer.Exit(exit_code(error)) from error
     return went_on
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
-from forcingkv.commands.console import console, default_prompts, emit, need
+from forcingkv.commands.console import console, default_prompts, emit, need, say
 from forcingkv.commands.models import (
     Checkpoint,
     Key,
@@ -84,6 +83,7 @@ def export(
     """
     need("export", "torch", "onnx", "onnxscript")
     from forcingkv.export import EngineError, VerificationError, export_bundle
+    from forcingkv.export.bundle_writer import check_out
     from forcingkv.export.precision import ExportDtype, Target
     from forcingkv.headmaps.fields import to_data
     from forcingkv.models.decoders import decoder_for
@@ -94,8 +94,11 @@ def export(
     spec, chosen = load_spec(model), load_policy(policy)
     given = read_headmap(headmap) if headmap else None
     if given and not chosen.needs_headmap:
-        print(f"note: the policy {chosen.name} treats all heads alike, and uses no head map", file=sys.stderr)
+        say(f"note: the policy {chosen.name} treats all heads alike, and uses no head map", error=True)
     precision = one_of(ExportDtype, dtype, "dtype") if dtype else None
+    if kept := check_out(out):
+        names = ", ".join(kept[:5]) + (f" and {len(kept) - 5} more" if len(kept) > 5 else "")
+        say(f"note: {out} holds what is no part of its bundle, and stays: {names}", error=True)
     if calibration and precision != "fp8":
         raise InputError("is for fp8 only", where="--calibration", expected="--dtype fp8")
     texts = texts_for(spec, calibration, random_weights) if precision == "fp8" else None
@@ -120,37 +123,37 @@ def export(
                 progress=status.update,
             )
     except (VerificationError, EngineError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(*f"error: {error}".splitlines(), error=True)
         raise typer.Exit(1) from error
     if as_json:
         emit(to_data(manifest))
         return
     size = sum(record.bytes for record in manifest.files.values())
-    print(f"{out}: {spec.name}, policy {chosen.name}, {size / 1e6:.1f} MB")
-    print(
+    say(f"{out}: {spec.name}, policy {chosen.name}, {size / 1e6:.1f} MB")
+    say(
         f"KV cache {manifest.plan.kv_bytes / 1e6:.2f} MB, phases at chunk "
         + ", ".join(str(phase["first_chunk"]) for phase in manifest.plan.phases)
     )
     if manifest.crop:
         computed, shown = ("{}x{}".format(*size) for size in (manifest.resolution, manifest.crop))
-        print(f"computed at {computed}; the last columns and rows are cut off: frames are {shown}")
+        say(f"computed at {computed}; the last columns and rows are cut off: frames are {shown}")
     if record := manifest.calibration:
         width, height = record.resolution
         of = f"{len(record.prompts)} {record.texts}" if record.prompts else "random embeddings: no real texts"
-        print(f"FP8 calibrated with {record.chunks} chunks at {width}x{height} for {of}")
+        say(f"FP8 calibrated with {record.chunks} chunks at {width}x{height} for {of}")
     if manifest.verification:
         exact = {name: found for name, found in manifest.verification.items() if name != "step.fp8"}
-        print(f"verified against torch: largest difference {max(exact.values()):.1e}")
+        say(f"verified against torch: largest difference {max(exact.values()):.1e}")
     else:
-        print("not verified against torch: add --verify to do that")
+        say("not verified against torch: add --verify to do that")
     for engine in manifest.engines:
-        print(
+        say(
             f"engine {engine.graph} for sm_{engine.sm}: {manifest.files[engine.file].bytes / 1e6:.1f} MB,"
             f" activations {engine.activation_bytes / 1e6:.1f} MB, built in {engine.seconds:.0f} s"
             f" with {engine.peak_bytes / 1e9:.1f} GB"
         )
     for warning in manifest.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}", error=True)
 
 
 def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTexts:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -17,15 +16,18 @@ import typer
 from typer import Option
 
 from forcingkv import __version__
-from forcingkv.commands.console import AsJson, emit, progress_bar
+from forcingkv.commands.console import AsJson, emit, progress_bar, say
 from forcingkv.commands.models import Backend, Embeds, ExpectDigest, Threads, text_input
+from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Prompt, Session, Video
 from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
+from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.video import open_writer
 
-TERMINATED = 128 + signal.SIGTERM
+BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
+"""What a shell sees of other programs in a pipe whose reader has gone."""
 
 
 def generate(
@@ -72,18 +74,17 @@ def generate(
     """
     # Makes nothing: a wrong place is refused before the bundle, which may be large, is read.
     open_writer(out, fps=fps or 1.0)
+    if save:
+        check_states(save)
     written = Written()
     try:
-        with (
-            _sigterm_exits(),
-            Session.open(
-                bundle,
-                backend=backend,
-                threads=threads,
-                cuda_graphs=cuda_graphs,
-                expect_digest=expect_digest,
-            ) as session,
-        ):
+        with Session.open(
+            bundle,
+            backend=backend,
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+            expect_digest=expect_digest,
+        ) as session:
             rate = fps or session.spec.fps
 
             def chunks_for(seconds: float) -> int:
@@ -99,7 +100,7 @@ def generate(
             changes = [(chunk, text) for chunk, text in changes if chunk >= video.index]
             if out == "-":
                 width, height = (size * enlarge for size in session.bundle.manifest.frame_size)
-                print(f"rgb24, {width}x{height}, {rate:g} frames a second", file=sys.stderr)
+                say(f"rgb24, {width}x{height}, {rate:g} frames a second", error=True)
             metadata = _metadata(session, prompt, video.seed)
             with open_writer(out, fps=rate, enlarge=enlarge, metadata=metadata) as writer:
                 for _ in _write(video, writer, written):
@@ -110,10 +111,10 @@ def generate(
                         video.save(save)
     except (KeyboardInterrupt, SystemExit) as error:
         kept = f"{written.frames} frames in {out}" if written.frames else "nothing was written"
-        print(f"stopped: {kept}", file=sys.stderr)
-        raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else TERMINATED) from error
+        say(f"stopped: {kept}", error=True)
+        raise typer.Exit(exit_code(error)) from error
     except ReaderGoneError as error:
-        raise typer.Exit(128 + signal.SIGPIPE) from error  # what a shell sees of others in a pipe
+        raise typer.Exit(BROKEN_PIPE) from error
     if not written.frames:
         raise InputError("the saved video is complete", where=str(restore), hint="Make it longer: --seconds.")
     with redirect_stdout(sys.stderr if out == "-" else sys.stdout):
@@ -159,7 +160,7 @@ def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
     if as_json:
         emit(result)
         return
-    print(
+    say(
         f"{out}: {written.frames} frames in {result['chunks']} chunks,"
         f" {result['frames_per_second']:.1f} frames a second"
         f" ({result['frames_per_second_without_decoding']:.1f} without decoding)"
@@ -202,16 +203,3 @@ def _metadata(session: Session, prompt: str | None, seed: int) -> dict[str, str]
         "forcingkv.bundle": session.bundle.digest,
         "forcingkv.version": __version__,
     }
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM raises SystemExit, so that files are closed as after Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument, Option
 
-from forcingkv.commands.console import AsJson, emit, parse_pairs, plain_console
+from forcingkv.commands.console import AsJson, emit, parse_pairs, say
 from forcingkv.headmaps import DYNAMIC, STATIC, Choices, HeadMap, InputError, forcingkv_json, read_headmap
 from forcingkv.headmaps.fields import to_data
-from forcingkv.headmaps.files import write_text
+from forcingkv.headmaps.plain import plain
+from forcingkv.headmaps.writing import check_file, write_text
 from forcingkv.measure.nominal import in_words
+from forcingkv.measure.tables import PlainConsole
 
 app = typer.Typer(help="Look at, check and convert head maps.", no_args_is_help=True)
 
@@ -35,7 +37,7 @@ def show(file: File, as_json: AsJson = False) -> None:
     if as_json:
         emit(_summary(headmap))
         return
-    out = plain_console()
+    out = PlainConsole()
     letters = headmap.letters()
     print_map(headmap, out)
     model = headmap.model
@@ -43,7 +45,8 @@ def show(file: File, as_json: AsJson = False) -> None:
     out.print(f"{model.name}, {model.layers} layers x {model.heads} heads: {total}", soft_wrap=True)
     if set(letters) - {STATIC, DYNAMIC}:
         out.print(", ".join(f"{letter} {label}" for label, letter in letters.items()), soft_wrap=True)
-    out.print("\n".join(_evidence(headmap)), soft_wrap=True)
+    for line in _evidence(headmap):
+        out.print(line, soft_wrap=True)
 
 
 def print_map(headmap: HeadMap, out: Console) -> None:
@@ -54,10 +57,10 @@ def print_map(headmap: HeadMap, out: Console) -> None:
         line = Text(f"{layer:3d}  ")
         undecided = headmap.undecided[layer] if headmap.undecided else ()
         for head, label in enumerate(row):
-            letter = letters[label]
+            letter = plain(letters[label])
             line.append((letter.lower() if head in undecided else letter) + gap, STYLES.get(label))
         counted = _counted(row, letters) + (f", {len(undecided)} undecided" if undecided else "")
-        out.print(line + Text(f" {counted}", "dim"), soft_wrap=True)
+        out.print(line + Text(plain(f" {counted}"), "dim"), soft_wrap=True)
 
 
 @app.command()
@@ -75,10 +78,10 @@ def validate(
     if as_json:
         emit(_summary(headmap))
         return
-    print(f"{file}: {headmap.model.layers} layers x {headmap.model.heads} heads, each labelled once")
+    say(f"{file}: {headmap.model.layers} layers x {headmap.model.heads} heads, each labelled once")
     others = sorted(set(headmap.counts()) - {STATIC, DYNAMIC})
     if others:
-        print(
+        say(
             f"labels {', '.join(others)}: the policy forcing-kv knows static and dynamic only. To say "
             f"which is which: forcingkv headmap convert --labels {shlex.quote(f'{others[0]}=dynamic')},..."
         )
@@ -108,6 +111,7 @@ def convert(
     """
     if to not in WRITERS:
         raise InputError(f"is {to!r}", where="--to", expected=f"one of {', '.join(WRITERS)}")
+    check_file(out)
     form = "old=new,old=new, each old one once"
     given = parse_pairs(labels, "--labels", form) if labels is not None else {}
     size = _choices(model, heads)
@@ -117,7 +121,7 @@ def convert(
     if as_json:
         emit({"out": str(out), "to": to, **_summary(headmap)})
         return
-    print(f"{out}: {headmap.model.layers} layers x {headmap.model.heads} heads, {in_words(headmap)}")
+    say(f"{out}: {headmap.model.layers} layers x {headmap.model.heads} heads, {in_words(headmap)}")
 
 
 def _choices(model: str | None, heads: int | None) -> Choices:

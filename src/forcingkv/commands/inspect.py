@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from forcingkv.commands.console import AsJson, console, emit, must_end, need
+from forcingkv.commands.console import AsJson, console, emit, must_end, need, say
 from forcingkv.commands.models import ExpectDigest
 from forcingkv.headmaps.fields import to_data
 from forcingkv.measure.tables import wrapped
@@ -55,7 +55,8 @@ def inspect(
     if as_json:
         emit(to_data(opened.manifest) | {"digest": opened.digest, "footprint": _footprints(opened)})
         return
-    print("\n\n".join("\n".join(section) for section in _sections(opened)))
+    for number, section in enumerate(_sections(opened)):
+        say(*([""] if number else []), *section)
 
 
 def _footprints(opened: Bundle) -> list[dict[str, Any]]:

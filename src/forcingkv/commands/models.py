@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from typer import Option
 
-from forcingkv.commands.console import console, default_prompts
+from forcingkv.commands.console import console, default_prompts, say
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.prompts import PromptLine, shortened
@@ -106,7 +105,7 @@ def text_input(spec: ModelSpec, prompt: str | None, embeds: Path | None) -> npt.
         text = known.get(prompt, spec)
         if unused := known.cut(prompt):
             shown = shortened(known.prompts[known.place(prompt)])
-            print(f"note: the last {unused:,} tokens of {shown} are not used", file=sys.stderr)
+            say(f"note: the last {unused:,} tokens of {shown} are not used", error=True)
         return text
     if not (prompt or "").strip():
         raise InputError("the prompt is empty", where="prompt", expected="some words")
@@ -130,5 +129,5 @@ def text_inputs(
             texts.append(known.get(text, spec) if known else encode_words(spec, text))
             cut += bool(known and known.cut(text))
     if cut:
-        print(f"note: {cut} of {len(texts)} prompts are cut to {spec.text_length} tokens", file=sys.stderr)
+        say(f"note: {cut} of {len(texts)} prompts are cut to {spec.text_length} tokens", error=True)
     return texts

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from forcingkv.commands.console import AsJson, emit, listed, parse_pairs
+from forcingkv.commands.console import AsJson, emit, listed, parse_pairs, say
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
@@ -53,7 +53,7 @@ def plan(
         _refuse_others(context)
         from forcingkv.measure.planner.published import published_data, published_lines
 
-        emit(published_data()) if as_json else print("\n".join(published_lines()))
+        emit(published_data()) if as_json else say(*published_lines())
         return
     if model is None:
         raise InputError("is not given", where="--model", expected="a preset, a spec file, or --published")
@@ -82,7 +82,7 @@ def plan(
         known=known,
         strict=bool(policy),
     )
-    emit(report) if as_json else print("\n".join(plan_lines(report)))
+    emit(report) if as_json else say(*plan_lines(report))
 
 
 def _refuse_others(context: typer.Context) -> None:
