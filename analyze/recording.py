@@ -34,7 +34,7 @@ import numpy.typing as npt
 import polars as pl
 
 from forcingkv.headmaps import InputError, ModelIdentity, Statistics
-from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds, from_data, to_data
 from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import Geometry, ModelSpec
@@ -81,6 +81,10 @@ class Recording:
     """SHA-256 of the sample's text input."""
     loras: tuple[LoraRecord, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What was merged into the weights."""
+
+    def __post_init__(self) -> None:
+        bounds = {"chunks": (1, 10**6), "rows": (1, 1 << 31), "sample": (0, 10**9)}
+        check_bounds(self, bounds, "the recording")
 
     @property
     def first_chunk(self) -> int:

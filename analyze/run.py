@@ -25,6 +25,7 @@ from forcingkv.headmaps import HeadMap, InputError, ModelIdentity
 from forcingkv.headmaps.fields import one_of
 from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.heads import head_orders, permute_tensor
+from forcingkv.models.torch_threads import use_threads
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
@@ -56,7 +57,7 @@ class Job:
     device: Device = "cpu"
     dtype: RecordedDtype = "float32"
     threads: int | None = None
-    """CPU threads; None: as many as torch chooses."""
+    """CPU threads; None: as `models.torch_threads.use_threads` says."""
 
     def plan(self) -> CachePlan:
         """The cache plan. Raises InputError where policy, map and model do not fit."""
@@ -127,8 +128,7 @@ class SampleRecorder:
     """A model on its device, ready to record samples of a job. Their files go to `place`."""
 
     def __init__(self, job: Job, recording: Recording, place: str) -> None:
-        if job.threads:
-            torch.set_num_threads(job.threads)
+        use_threads(job.threads)
         plan, weights, spec = job.plan(), job.weights, job.spec
         orders = head_orders(spec, plan.policy, job.headmap)
         if plan.policy.needs_headmap:

@@ -21,6 +21,7 @@ from forcingkv.analyze.run import Job, SampleRecorder
 from forcingkv.analyze.space import workers_that_fit
 from forcingkv.analyze.storage import Storage
 from forcingkv.headmaps.errors import InputError, MissingExtraError, first_line
+from forcingkv.runtime.threads import cpu_threads
 
 LOCAL = "local"
 RETRIES = 3
@@ -59,7 +60,7 @@ def record_with_ray(
     with _cluster(cluster, workers):
         count = min(workers or _room(job, cluster), len(samples))
         if job.threads is None and cluster == LOCAL:
-            job = replace(job, threads=max(1, (os.cpu_count() or 1) // count))
+            job = replace(job, threads=max(1, cpu_threads().number // count))
         needs = {"num_gpus": 1} if job.device == "cuda" else {"num_cpus": job.threads or 1}
         needs |= {"max_restarts": RETRIES, "max_task_retries": RETRIES}
         actor: Any = ray.remote(SampleRecorder).options(**needs)
@@ -119,7 +120,7 @@ def _cluster(cluster: str, workers: int | None) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if cluster == LOCAL:
         # More workers than cores may be asked for: torch's threads share the cores.
-        options |= {"num_cpus": max(workers or 1, os.cpu_count() or 1), "include_dashboard": False}
+        options |= {"num_cpus": max(workers or 1, cpu_threads().number), "include_dashboard": False}
     try:
         ray.init(address=cluster, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:

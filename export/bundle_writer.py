@@ -37,6 +37,7 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
+from forcingkv.models.torch_threads import use_threads
 from forcingkv.models.wan import WanModel
 from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS
 from forcingkv.prune.onnx_operators import check_choice
@@ -153,6 +154,7 @@ def export_bundle(
     if engines:
         check_plugin(plan)
     check_disk(out, baked_bytes(spec, precision), len(gpus))
+    use_threads()
     with new_folder(out, BUNDLE, NAMES) as folder:
         bundle = _Writer(folder, plan, decoder, precision, engines, verify, progress)
         bundle.write_weights(weights, head_orders(spec, policy, headmap))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.flavour import FLAVOURS, choose, make_log, trt
+from forcingkv.runtime.memory import bound_memory, peak_bytes
 
 MEMORY = {
     "activation_bytes": "Total Activation Memory",
@@ -68,13 +68,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         Path(request["engine"]).write_bytes(memoryview(engine))
         report |= figures
     seconds = time.perf_counter() - started
-    return report | {"version": trt.__version__, "seconds": seconds, "peak_bytes": _peak_bytes()}
-
-
-def _peak_bytes() -> int:
-    """The most memory this process held. Not ru_maxrss, which begins with what its parent held."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return report | {"version": trt.__version__, "seconds": seconds, "peak_bytes": peak_bytes()}
 
 
 def _plugins(request: dict[str, Any]) -> Callable[[], None]:
@@ -109,7 +103,7 @@ def _hear(figures: dict[str, int], severity: str, message: str) -> None:
 def main() -> int:
     """Build what standard input asks for."""
     request = parse_json(sys.stdin.read(), "the request")
-    resource.setrlimit(resource.RLIMIT_DATA, (request["memory_limit"], request["memory_limit"]))
+    bound_memory(request["memory_limit"])
     try:
         report = build(request)
     except OSError as error:  # the engine cannot be written: the parent says so in its own words

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 
@@ -47,7 +47,7 @@ def from_data(kind: type[T], data: Any, where: str) -> T:
     if issubclass(kind, Tagged):
         data = dict(data)
         name, known = data.pop(kind.TAG, None), kind.KINDS
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise InputError(
                 f"has the {kind.TAG} {shown(name)}", where=where, expected=f"one of {', '.join(known)}"
             )
@@ -74,6 +74,23 @@ def from_data(kind: type[T], data: Any, where: str) -> T:
 def _hints(kind: type) -> dict[str, Any]:
     """The types of a class's fields. Kept: a manifest has hundreds of records of a few classes."""
     return typing.get_type_hints(kind)
+
+
+Bounds: TypeAlias = Mapping[str, tuple[float, float]]
+"""Name of a field -> the least and the most that its number, or each of its numbers, may be."""
+
+
+def check_bounds(record: Any, bounds: Bounds, where: str) -> None:
+    """Refuse a dataclass with a number that cannot be true: a damaged one must take neither time nor memory.
+
+    None is no number, and passes; NaN does not. Raises InputError naming the field.
+    """
+    for name, (least, most) in bounds.items():
+        value = getattr(record, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not (isinstance(number, int | float) and least <= number <= most):
+                what, expected = f"{name} is {shown(number)}", f"{least} to {most}"
+                raise InputError(what, where=where, expected=expected)
 
 
 def to_data(value: Any) -> Any:

@@ -18,6 +18,10 @@ class FileRecord:
     sha256: str
     bytes: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.bytes < 1 << 63:
+            raise InputError(f"bytes is {self.bytes:.3g}", where="a file's record", expected="0 or more")
+
 
 def inside(folder: Path, name: str) -> Path:
     """The path of a file named relative to a folder. It may be a link to a file in the folder.

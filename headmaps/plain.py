@@ -34,8 +34,7 @@ def plain_cell(value: object) -> object:
     """
     if not isinstance(value, str):
         return value
-    shown = value.replace("\0", "\\x00")
-    return f"'{shown}" if shown.startswith(_FORMULA) else shown
+    return f"'{plain(value)}" if value.startswith(_FORMULA) else plain(value)
 
 
 def _named(character: str) -> str:

@@ -29,6 +29,8 @@ NEW = "new"
 """Kind of a temporary name: what is still being written."""
 _LONGEST = 180
 """Bytes of a name that a temporary name repeats."""
+_IN_USE = 32
+"""What Windows says of a file that is open: ERROR_SHARING_VIOLATION."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -37,6 +39,8 @@ def unwritable(path: Path, error: OSError) -> InputError:
     hint = "Choose a place that you may write to."
     if error.errno in _NO_ROOM:
         hint = "Make room there, or choose another disk."
+    if getattr(error, "winerror", None) == _IN_USE:
+        hint = "Close the program that has it open."
     return InputError(f"cannot be written ({error.strerror or error})", where=str(path), hint=hint)
 
 

@@ -1,4 +1,4 @@
-"""Memory that this process holds, as Linux counts it."""
+"""Memory that this process holds."""
 
 from __future__ import annotations
 
@@ -6,20 +6,33 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-STATUS = Path("/proc/self/status")
+import psutil
+
+from forcingkv.runtime.memory import peak_bytes
 
 
 def resident(field: str = "RssAnon") -> int:
     """Bytes of this process: its own memory, without pages of files; `VmRSS` is all, `VmHWM` all at most.
 
+    The names are Linux's. Where others count differently, what comes nearest: on Windows what is committed,
+    on macOS what would be free if the process ended.
+
     Raises RuntimeError where the system has no such count.
     """
-    for line in STATUS.read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{STATUS} has no {field}")
+    if field == "VmHWM":
+        return peak_bytes()
+    memory: Any = psutil.Process().memory_info()
+    if field == "VmRSS":
+        return int(memory.rss)
+    if field != "RssAnon":
+        raise RuntimeError(f"a process has no {field}")
+    if hasattr(memory, "shared"):  # Linux: pages of files, and those shared with other processes
+        return int(memory.rss - memory.shared)
+    if hasattr(memory, "private"):  # Windows
+        return int(memory.private)
+    return int(psutil.Process().memory_full_info().uss)
 
 
 @dataclass

@@ -20,9 +20,15 @@ import numpy.typing as npt
 import torch
 
 from forcingkv.headmaps.errors import InputError, first_line
+from forcingkv.headmaps.files import there
+from forcingkv.headmaps.reading import read_json
 from forcingkv.models.encoder_places import EncoderPlace, find_encoder
 from forcingkv.models.umt5 import Umt5Files, digest, open_umt5
 from forcingkv.runtime.prompts import PromptLine, clean_prompt, control_characters, is_empty, shortened
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+NAMED_FILES = ("vocab_file", "tokenizer_file", "merges_file")
+"""Entries of a tokenizer's configuration that stand for files of its words."""
 
 BROKEN_TRANSFORMERS = "5.0."
 """Releases of transformers that load UMT5 without its embeddings, silently: what they encode is noise. The
@@ -197,6 +203,19 @@ def open_encoder(place: EncoderPlace) -> Umt5Files:
     return open_umt5(place.weights, place.name)
 
 
+def _refuse_other_files(folder: Path) -> None:
+    """Raise InputError for a configuration of a tokenizer that names the files of its words itself.
+
+    transformers would read those, wherever they are, in place of the ones in the folder.
+    """
+    path = folder / TOKENIZER_CONFIG
+    data = read_json(path) if there(path) and path.is_file() else None
+    named = [name for name in data if name in NAMED_FILES and data[name]] if isinstance(data, dict) else []
+    if named:
+        what, expected = f"names a file as its {named[0]}", "none: the files of the folder are taken"
+        raise InputError(what, where=str(path), expected=expected, hint="Take the entry out.")
+
+
 def load_tokenizer(place: EncoderPlace, named: str | Path | None = None) -> PromptTokenizer:
     """Load the tokenizer that is named, or else the one beside an encoder.
 
@@ -205,9 +224,13 @@ def load_tokenizer(place: EncoderPlace, named: str | Path | None = None) -> Prom
     import transformers
 
     words = str(named) if named else str(place.tokenizer())
+    _refuse_other_files(Path(words))
     try:
-        return PromptTokenizer(transformers.AutoTokenizer.from_pretrained(words))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        # No code of strangers is run, and nobody is asked whether it may be.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words, trust_remote_code=False)
+        tokenizer("a", max_length=1, truncation=True)  # what is wrong with its settings shows only now
+        return PromptTokenizer(tokenizer)
+    except Exception as error:  # transformers and tokenizers raise whatever a wrong file leads them to
         what = f"cannot be read by transformers' AutoTokenizer ({first_line(error)})"
         hint = "Name the folder with --text-encoder and, if it lies elsewhere, --tokenizer."
         raise InputError(what, where=words, hint=hint) from error

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError, first_line
+from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.reading import read_json
 from forcingkv.models.scales import EIGHT_BITS, HINT, find_scales
 from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed, open_tensors
@@ -155,7 +156,14 @@ def open_umt5(weights: Sequence[Path], name: str) -> Umt5Files:
         names[SHARED] = names.pop(TIED)
     where = str(files.where)
     config = _config(weights[0].parent / CONFIG) or _config_of_shapes(files, names)
-    wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    if not isinstance(config.num_layers, int) or config.num_layers > len(names):
+        what = f"would have {shown(config.num_layers)} layers, and holds {len(names)} tensors"
+        raise InputError(what, where=where, hint=_t5(names))
+    try:
+        wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    except Exception as error:  # whatever sizes that are no sizes lead torch to
+        what = f"does not describe a UMT5 ({first_line(error)})"
+        raise InputError(what, where=str(weights[0].parent / CONFIG)) from error
     wanted.pop(TIED, None)
     faults = scaled.faults(names.values())
     tied = names.pop(TIED, None)
@@ -247,7 +255,7 @@ def _config(path: Path) -> Any | None:
         return None
     try:
         return transformers.UMT5Config.from_dict({**content, "tie_word_embeddings": True})
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers' own checks have types of their own
         what = f"does not describe a UMT5 ({first_line(error)})"
         raise InputError(what, where=str(path)) from error
 

@@ -4,7 +4,8 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, NoiseSource, Timing
 from forcingkv.runtime.faults import DeviceError, InUseError, MemoryShortError, NotFiniteError, SessionError
-from forcingkv.runtime.session import Session, Video
+from forcingkv.runtime.session import Session
+from forcingkv.runtime.streaming import Video
 from forcingkv.runtime.text import Prompt
 
 __all__ = [

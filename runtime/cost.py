@@ -43,8 +43,8 @@ def pass_flops(plan: CachePlan, chunk: int | None = None) -> PassFlops:
     block = 6 * spec.dim**2 + 2 * spec.dim * spec.ffn_width
     linear = 2 * tokens * (spec.layers * block + 2 * cell * spec.dim)
     keys = sum(
-        group.heads * (tokens + sum(plan.tokens(group, role, at) for role in group.roles))
-        for group in plan.groups
+        layers * group.heads * (tokens + sum(plan.tokens(group, role, at) for role in group.roles))
+        for group, layers in plan.kinds
     )
     return PassFlops(
         linear=linear,

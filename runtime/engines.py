@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.fields import check_bounds
 from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.spec import Dtype
 
@@ -47,6 +48,12 @@ class EngineRecord:
     peak_bytes: int
     """Host memory of the process that built it."""
 
+    def __post_init__(self) -> None:
+        numbers = ("sm", "layers", "plugin_layers", "phases", "seconds")
+        sizes = ("weight_bytes", "activation_bytes", "scratch_bytes", "peak_bytes")
+        bounds = dict.fromkeys(numbers, (0, 10**9)) | dict.fromkeys(sizes, (0, 1 << 50))
+        check_bounds(self, bounds, f"the engine of {self.graph}")
+
 
 @dataclass(frozen=True)
 class KernelRecord:
@@ -68,6 +75,10 @@ class KernelRecord:
     registers: int
     spill_bytes: int
     """Local memory a thread spills to; 0, since export refuses to write a kernel that spills."""
+
+    def __post_init__(self) -> None:
+        numbers = ("width", "sm", "warps", "shared_bytes", "registers", "spill_bytes")
+        check_bounds(self, dict.fromkeys(numbers, (0, 10**9)), f"the kernel {self.kernel}")
 
 
 def find_engine(

@@ -3,6 +3,8 @@ RuntimeError; `SessionError` is no fault of the caller's."""
 
 from __future__ import annotations
 
+from forcingkv.headmaps.plain import plain
+
 OUT_OF_MEMORY = (
     "bad_alloc",
     "bad allocation",
@@ -16,7 +18,13 @@ OUT_OF_MEMORY = (
 
 
 class SessionError(RuntimeError):
-    """A video could not go on. The session can begin another."""
+    """A video could not go on. The session can begin another.
+
+    What would be a command to a terminal is replaced in its message: names of a graph are in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message))
 
 
 class MemoryShortError(SessionError):

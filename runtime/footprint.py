@@ -101,8 +101,8 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
     parts["text"] = _bytes(prompt.inputs) + _bytes(prompt.outputs)
     counted = {entry.name for entry in plan.entries} | set(prompt.outputs)
     # The inputs that vary by phase are as long as in the phase where they are longest.
-    phases = [plan.phase_shapes(phase) for phase in plan.phases]
-    longest = {name: max((shapes[name] for shapes in phases), key=math.prod) for name in phases[0]}
+    rows = [plan.rows(phase.first_chunk) for phase in plan.phases]
+    longest = {name: max((one[name].shape for one in rows), key=math.prod) for name in rows[0]}
     parts["latents"] = _bytes(step.inputs, step.inputs.keys() - counted, longest)
     parts["latents"] += _bytes(step.outputs, ["next_latents"])
     parts["latents"] += _bytes(decode.inputs, decode.inputs.keys() - decode.carried.keys())

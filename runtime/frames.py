@@ -1,39 +1,27 @@
-"""What every writer of frames does; and frames as a folder of PNG files, or as bytes for another program."""
+"""What every writer of frames does; and frames as bytes for another program."""
 
 from __future__ import annotations
 
 import errno
-import json
+import hashlib
 import math
 import os
-import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.locks import busy, is_held
-from forcingkv.headmaps.reading import read_json
-from forcingkv.headmaps.renames import sync_tree
-from forcingkv.headmaps.writing import (
-    Hold,
-    held_inside,
-    is_ours,
-    lock_of,
-    open_alone,
-    put,
-    refuse_name,
-    unwritable,
-    write_text,
-)
+from forcingkv.headmaps.writing import open_alone, refuse_name, unwritable
 
 Frames = npt.NDArray[np.uint8]
 
@@ -43,6 +31,29 @@ class ReaderGoneError(BrokenPipeError):
 
     def __init__(self, where: str) -> None:
         super().__init__(errno.EPIPE, "the reader of the frames has gone", where)
+
+
+MOST_FPS = 1000
+MOST_PIXELS = 1 << 14
+"""Width or height of enlarged frames, as H.264 takes them: one is held in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The frames of a place that a writer is to go on after."""
+
+    frames: int
+    """How many, from the first on. 0 is for bytes: all are made again, and what is there must be the same as
+    far as the first frames that come."""
+    size: tuple[int, int]
+    """Width and height of frames as they are given to the writer."""
+    last: str | None
+    """`digest_of` the last of them, as it was given; None: not known. No mp4 can be asked for it."""
+
+
+def digest_of(frame: Frames) -> str:
+    """SHA-256 of the bytes of a frame (height, width, 3)."""
+    return hashlib.sha256(np.ascontiguousarray(frame).data).hexdigest()
 
 
 class FrameWriter(ABC):
@@ -56,16 +67,30 @@ class FrameWriter(ABC):
         fps: frames a second.
         enlarge: whole number by which each pixel is repeated, for tiny videos.
         metadata: what the file says of itself.
+        going_on: whether `keep` will be called: a folder of pictures that was cut short is taken then.
 
     Raises InputError where `fps` is not a rate, or the place cannot be written to, as far as can be found out
     without writing.
     """
 
-    def __init__(self, path: Path, fps: float, enlarge: int = 1, metadata: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fps: float,
+        enlarge: int = 1,
+        metadata: Mapping[str, str] = {},
+        going_on: bool = False,
+    ) -> None:
         self.rate = Fraction(fps).limit_denominator(1001) if math.isfinite(fps) else Fraction(0)
-        if self.rate <= 0:
-            raise InputError(f"is {fps}", where="fps", expected="frames a second, above 0")
+        if not 0 < self.rate <= MOST_FPS:
+            expected = f"frames a second, above 0 and at most {MOST_FPS}"
+            raise InputError(f"is {fps}", where="fps", expected=expected)
+        if not 1 <= enlarge <= MOST_PIXELS:
+            expected = f"a whole number, from 1 to {MOST_PIXELS}"
+            raise InputError(f"is {enlarge}", where="enlarge", expected=expected)
         self.path, self.fps, self.enlarge, self.metadata = path, fps, enlarge, dict(metadata)
+        self.going_on = going_on
+        self._kept: Kept | None = None
         self._size: tuple[int, int] | None = None
         self._closed = False
         try:
@@ -78,6 +103,27 @@ class FrameWriter(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def expect(self, width: int, height: int) -> None:
+        """Raise InputError for a size of frames that is too large when enlarged."""
+        sides = width * self.enlarge, height * self.enlarge
+        if self.enlarge > 1 and max(sides) > MOST_PIXELS:
+            raise InputError(
+                f"{self.enlarge} makes frames of {sides[0]}x{sides[1]} pixels",
+                where="enlarge",
+                expected=f"at most {MOST_PIXELS} a side",
+            )
+
+    def keep(self, kept: Kept) -> None:
+        """Go on after the first frames that the place holds, in place of replacing them. To be called before
+        the first frames come: what lies behind those kept is cut off when they do, and not before.
+
+        Raises InputError where the place holds fewer frames, or is seen to hold others.
+        """
+        self._check_kept(kept)
+        self._kept = kept
+        width, height = kept.size
+        self._size = height, width
 
     def write(self, frames: Frames) -> None:
         """Append frames: uint8 (n, height, width, 3), all of one size.
@@ -120,6 +166,7 @@ class FrameWriter(ABC):
             shape = f"are {frames.dtype} {frames.shape}"
             raise InputError(shape, where="frames", expected="uint8 (n, height, width, 3)")
         height, width = frames.shape[1:3]
+        self.expect(width, height)
         self._size = self._size or (height, width)
         if self._size != (height, width):
             expected = "{1}x{0}, as the first".format(*self._size)
@@ -134,16 +181,41 @@ class FrameWriter(ABC):
         """Raise OSError or InputError for a place that a file cannot be made at. Changes nothing."""
         refuse_name(self.path)
         if self.path.is_dir():
-            raise _os_error(errno.EISDIR)
+            raise os_error(errno.EISDIR)
         parent = self.path.parent
         while not parent.exists():
             parent = parent.parent
         if not parent.is_dir():
-            raise _os_error(errno.ENOTDIR)
+            raise os_error(errno.ENOTDIR)
         if not os.access(self.path if self.path.exists() else parent, os.W_OK):
-            raise _os_error(errno.EACCES)
+            raise os_error(errno.EACCES)
         if self.path.is_file() and is_held(self.path):
             raise busy(self.path)
+
+    @abstractmethod
+    def _check_kept(self, kept: Kept) -> None:
+        """Raise InputError where the place does not hold these frames. Changes nothing."""
+
+    def _fewer(self, found: int, kept: Kept, why: str = "") -> InputError:
+        return InputError(
+            f"holds {found} whole frames{why}",
+            where=str(self.path),
+            expected=f"{kept.frames} or more, which the saved state goes on after",
+            hint="Choose another --out: it gets the rest of the video.",
+        )
+
+    def _check_last(self, found: Frames, kept: Kept) -> None:
+        """Raise InputError unless this is the last of the frames that are kept, enlarged."""
+        small = found[:: self.enlarge, :: self.enlarge]
+        enlarged = np.array_equal(small.repeat(self.enlarge, 0).repeat(self.enlarge, 1), found)
+        if kept.last is None or not enlarged or digest_of(small) != kept.last:
+            unknown = "its state does not know its frames" if kept.last is None else "it is another"
+            raise InputError(
+                f"frame {kept.frames} is not known to be the one that the saved video has there ({unknown})",
+                where=str(self.path),
+                expected="frames of the same video, of the same --enlarge",
+                hint="Choose another --out: it gets the rest of the video.",
+            )
 
     @abstractmethod
     def _append(self, frames: Frames) -> None:
@@ -176,113 +248,45 @@ class RawWriter(FrameWriter):
             sys.stdout.flush()
             self._file = FileIO(sys.stdout.fileno(), "wb", closefd=False)
         elif self._file is None:
-            self._file = open_alone(self.path)
+            self._file = open_alone(self.path, anew=self._kept is None)
+            if self._kept:
+                self._begin_after(self._kept, self._file, frames)
         for frame in self._enlarged(frames):
             write_all(self._file, frame.data.cast("B"))
+
+    def frames_there(self, size: tuple[int, int]) -> int:
+        """How many frames of that width and height the file holds, if it holds such frames."""
+        return self.path.stat().st_size // self._frame_bytes(size)
+
+    def _frame_bytes(self, size: tuple[int, int]) -> int:
+        return size[0] * size[1] * self.enlarge**2 * 3
+
+    def _begin_after(self, kept: Kept, file: FileIO, frames: Frames) -> None:
+        if not kept.frames:
+            for frame in self._enlarged(frames):
+                there = file.read(frame.nbytes)
+                if there != frame.tobytes()[: len(there)]:
+                    raise InputError(
+                        "holds other frames than the rest of the saved video, and not those before it",
+                        where=str(self.path),
+                        hint="Choose another --out: it gets the rest of the video.",
+                    )
+        file.truncate(kept.frames * self._frame_bytes(kept.size))
+        file.seek(0, os.SEEK_END)
+
+    def _check_kept(self, kept: Kept) -> None:
+        if not kept.frames:
+            return
+        size, there = self._frame_bytes(kept.size), self.frames_there(kept.size)
+        if there < kept.frames:
+            raise self._fewer(there, kept)
+        width, height = (side * self.enlarge for side in kept.size)
+        last: Frames = np.fromfile(self.path, np.uint8, size, offset=(kept.frames - 1) * size)
+        self._check_last(last.reshape(height, width, 3), kept)
 
     def _end(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-RECORD = "frames.json"
-_WRITING = "frames"
-SCHEMA = "forcingkv.frames/1"
-_NAME = re.compile(r"frame-\d{6,}\.png")
-
-
-class PngWriter(FrameWriter):
-    """A folder of PNG files (RGB, 8 bits), `frame-000001.png` and on, equal to the frames.
-
-    `frames.json` comes last: schema, fps, count, width, height and metadata. A folder without it was cut
-    short. An earlier result in the folder is removed when the first frames come, and so is what a process
-    left there that was killed. Meanwhile the folder holds a lock.
-
-    Raises InputError where the folder holds other files than an earlier result, cannot be written to or has
-    another writer, MissingExtraError where PyAV is not installed.
-    """
-
-    _encoder: Any = None
-    _count = 0
-    _hold: Hold | None = None
-    _lock: ExitStack
-
-    def _check_place(self) -> None:
-        need_av()
-        if not self.path.is_dir():
-            if self.path.exists():
-                raise _os_error(errno.ENOTDIR)
-            super()._check_place()
-            return
-        lock = lock_of(self.path, _WRITING)
-        if is_held(lock):
-            raise busy(self.path)
-        names = {name for name in os.listdir(self.path) if not is_ours(name)}
-        other = sorted(name for name in names - {RECORD} if not _NAME.fullmatch(name))
-        if other or (names and not self._ends_a_result() and not lock.exists()):
-            lacks = f"such as {other[0]}" if other else f"it has no {RECORD} of an earlier result"
-            what = f"holds other files than an earlier result ({lacks})"
-            hint = "Choose a new or empty folder: this one would be replaced."
-            raise InputError(what, where=str(self.path), hint=hint)
-        if not os.access(self.path, os.W_OK):
-            raise _os_error(errno.EACCES)
-
-    def _ends_a_result(self) -> bool:
-        """Whether the folder has the record that is written last."""
-        try:
-            data = read_json(self.path / RECORD)
-        except InputError:
-            return False
-        return isinstance(data, dict) and data.get("schema") == SCHEMA
-
-    def _append(self, frames: Frames) -> None:
-        import av
-
-        if self._encoder is None:
-            self._clear()
-            height, width = (size * self.enlarge for size in frames.shape[1:3])
-            encoder: Any = av.CodecContext.create("png", "w")
-            encoder.width, encoder.height, encoder.pix_fmt = width, height, "rgb24"
-            encoder.time_base = 1 / self.rate
-            encoder.thread_count = 1  # with more, a picture comes out some frames later
-            encoder.options = {"compression_level": "1"}  # a quarter of the time, 8% more bytes
-            self._encoder = encoder
-        for frame in self._enlarged(frames):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts = self._count
-            data = b"".join(bytes(packet) for packet in self._encoder.encode(picture))
-            put(self.path / f"frame-{self._count + 1:06d}.png", data)
-            self._count += 1
-
-    def _clear(self) -> None:
-        self._lock = ExitStack()
-        self._hold = self._lock.enter_context(held_inside(self.path, _WRITING, "frame-", RECORD))
-        self._hold.unfinished = True
-        # The record first: without it nobody takes a half-removed result for a whole one.
-        (self.path / RECORD).unlink(missing_ok=True)
-        for path in list(self.path.iterdir()):
-            if _NAME.fullmatch(path.name):
-                path.unlink()
-
-    def _end(self) -> None:
-        if self._hold is None:
-            return
-        with self._lock:
-            if self._count:
-                self._write_record()
-            self._hold.unfinished = False
-
-    def _write_record(self) -> None:
-        record = {
-            "schema": SCHEMA,
-            "fps": self.fps,
-            "count": self._count,
-            "width": self._encoder.width,
-            "height": self._encoder.height,
-            "metadata": self.metadata,
-        }
-        sync_tree(self.path)
-        write_text(self.path / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def need_av() -> None:
@@ -300,5 +304,6 @@ def write_all(file: FileIO, data: bytes | memoryview) -> None:
         left = left[file.write(left) :]
 
 
-def _os_error(number: int) -> OSError:
+def os_error(number: int) -> OSError:
+    """The error of that number (`errno`), as the system words it."""
     return OSError(number, os.strerror(number))

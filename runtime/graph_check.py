@@ -18,7 +18,7 @@ from forcingkv.runtime.cost import pass_flops, prompt_flops
 from forcingkv.runtime.graph_file import Graph, Model, Node, Reference, Tensor, Value, read_graph
 from forcingkv.runtime.graph_memory import peak_bytes, weight_bytes
 from forcingkv.runtime.graph_records import CLEAN
-from forcingkv.runtime.graph_sizes import flat_nodes, follow
+from forcingkv.runtime.graph_sizes import Sizes, flat_nodes, follow
 from forcingkv.runtime.graph_tensors import FORCINGKV, KINDS, Known, SizeError, element_bytes, known_tensor
 from forcingkv.runtime.kv.plan import CachePlan
 
@@ -37,6 +37,8 @@ OPERATIONS_OF_A_SECOND = 1e9
 """Added to them: in tiny models the arithmetic is all norms."""
 OPERATIONS_A_NUMBER = 20_000_000
 """Operations that a decoder may take for a number of a frame: the VAE takes some 3 million, TAEHV 110,000."""
+MOST_NODES = 2_000_000
+"""Nodes in all phases; 30 layers have 2,800, and a policy some phases."""
 KEPT_AT_LOAD = 64 << 20
 """Bytes of what is computed once, beyond twice the weights."""
 
@@ -181,9 +183,15 @@ def _check_nodes(model: Model, plan: CachePlan, where: str, *, told: bool) -> No
             if node.op_type not in bodies:
                 refuse(f"the operator {node.op_type} without its body", where)
             _check_segments(node, plan, where)
+    made: set[str] = set()
     for node in model.graph.node:
         if node.op_type == "If":
             _check_branches(node, where, told=told)
+            made.update(node.output)
+        elif not made.isdisjoint(
+            node.input
+        ):  # so passes that take no branch run some of the nodes of those that do
+            refuse(f"{node.op_type} of what a branch makes", where)
 
 
 def _check_segments(node: Node, plan: CachePlan, where: str) -> None:
@@ -206,6 +214,8 @@ def _check_branches(node: Node, where: str, *, told: bool) -> None:
     for branch in branches:
         if not isinstance(branch, Graph) or branch.initializer or branch.input:
             refuse("an If without two plain branches", where)
+        if branch is branches[1] and any(inner.op_type != "Constant" for inner in branch.node):
+            refuse("an If that computes where it is not taken", where)
         if any(inner.op_type == "If" for inner in branch.node):
             refuse("an If in a branch", where)
         if len(branch.output) != len(node.output):
@@ -298,27 +308,23 @@ def _check_sizes(model: Model, name: str, record: GraphRecord, plan: CachePlan, 
     """Memory and arithmetic of the graph, in every phase, are what the manifest says and the model needs."""
     contents = {tensor.name: known_tensor(tensor) for tensor in model.graph.initializer}
     phases = [plan.phase_shapes(phase) for phase in plan.phases] if name == "step" else [{}]
-    conditions = (True, False) if any(node.op_type == "If" for node in model.graph.node) else (True,)
-    most = _most_operations(name, plan)
-    for condition in conditions:
-        nodes = flat_nodes(model.graph, taken=condition)
-        for shapes in phases:
-            given = {v.name: _given(v, shapes) for v in model.graph.input}
-            tensors, operations = follow(nodes, contents | given)
-            if operations > most:
-                refuse(f"{operations:.1e} operations", where, f"at most {most:.1e}, which the model takes")
-            _check_outputs(model.graph.output, tensors, where)
-            needed = peak_bytes(
-                nodes,
-                contents,
-                {value.name for value in model.graph.output},
-                {tensor: known.shape for tensor, known in tensors.items()},
-                {tensor: known.bytes for tensor, known in tensors.items()},
-            )
-            _check_bytes("activation_bytes", record.activation_bytes, needed, where)
-            kept = _kept_at_load(nodes, contents, tensors)
-            if kept > 2 * (record.weight_bytes or 0) + KEPT_AT_LOAD:
-                refuse(f"constants that come to {kept} bytes", where)
+    nodes, most = flat_nodes(model.graph), _most_operations(name, plan)
+    if len(nodes) * len(phases) > MOST_NODES:
+        refuse(f"{len(nodes)} nodes to be looked at in {len(phases)} phases", where, f"{MOST_NODES} in all")
+    outputs = {value.name for value in model.graph.output}
+    found: Sizes | None = None
+    for shapes in phases:
+        given = {v.name: _given(v, shapes) for v in model.graph.input}
+        found = follow(nodes, given if found else contents | given, found)
+        operations = sum(found.operations.values())
+        if operations > most:
+            refuse(f"{operations:.1e} operations", where, f"at most {most:.1e}, which the model takes")
+        _check_outputs(model.graph.output, found.tensors, where)
+        needed = peak_bytes(nodes, contents, outputs, found.shapes, found.bytes)
+        _check_bytes("activation_bytes", record.activation_bytes, needed, where)
+        kept = _kept_at_load(nodes, contents, found.bytes)
+        if kept > 2 * (record.weight_bytes or 0) + KEPT_AT_LOAD:
+            refuse(f"constants that come to {kept} bytes", where)
     _check_bytes("weight_bytes", record.weight_bytes, weight_bytes(model), where)
 
 
@@ -349,14 +355,14 @@ def _check_bytes(field: str, said: int | None, needed: int, where: str) -> None:
         )
 
 
-def _kept_at_load(nodes: Sequence[Node], contents: Mapping[str, Known], tensors: Mapping[str, Known]) -> int:
+def _kept_at_load(nodes: Sequence[Node], contents: Mapping[str, Known], sizes: Mapping[str, int]) -> int:
     """Bytes of what ONNX Runtime may compute once, when the graph is loaded, and keep."""
     constant, kept = {"", *contents}, 0
     for node in nodes:
         if constant.issuperset(node.input):
             constant.update(node.output)
             if node.op_type != "DequantizeLinear":  # stays a node, and is four times its weight at most
-                kept += sum(tensors[name].bytes for name in node.output)
+                kept += sum(sizes[name] for name in node.output)
     return kept
 
 

@@ -168,8 +168,9 @@ def _constant(node: Node, inputs: list[Known]) -> list[Known]:
 def _cast(node: Node, inputs: list[Known]) -> list[Known]:
     kind, value = _attribute(node, "to"), inputs[0].value
     element_bytes(kind)
-    whole = {inputs[0].kind, kind} <= {INT64, NUMBERS["int32"]}
-    return [Known(kind, inputs[0].shape, value if whole else None)]
+    if value is None or not {inputs[0].kind, kind} <= {INT64, NUMBERS["int32"]}:
+        return [Known(kind, inputs[0].shape)]
+    return [Known(kind, inputs[0].shape, value.astype(np.int64 if kind == INT64 else np.int32))]
 
 
 def _quantize(node: Node, inputs: list[Known]) -> list[Known]:
@@ -250,7 +251,9 @@ def _split(node: Node, inputs: list[Known]) -> list[Known]:
     if len(inputs) > 1:
         parts = _numbers(inputs[1])
     else:
-        count = _attribute(node, "num_outputs")
+        count = len(node.output)
+        if _attribute(node, "num_outputs") != count:
+            raise SizeError("it splits into another number of parts")
         whole = -(-data.shape[axis] // count)
         parts = [*[whole] * (count - 1), data.shape[axis] - whole * (count - 1)]
     if sum(parts) != data.shape[axis] or min(parts) < 0:

@@ -29,6 +29,8 @@ NUMBERS = {name: number for number, name in KINDS.items()}
 FLOAT, INT64, BOOL = 1, 7, 9
 MOST_ELEMENTS = 1 << 42
 """Of a tensor."""
+MOST_RANK = 16
+"""Dimensions of a tensor."""
 MOST_FOLLOWED = 256
 """Elements of a tensor whose values are followed."""
 FORCINGKV = "forcingkv"

@@ -14,7 +14,7 @@ from forcingkv.runtime.flavour import FLAVOURS, choose, trt
 from forcingkv.runtime.footprint import footprint, kv_parts, readable
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
-from forcingkv.runtime.memory import available_bytes, device_free_bytes
+from forcingkv.runtime.memory import available_bytes, device_free_bytes, what_limits
 
 SIZED_BY_TOKENS = ("activations", "decoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""
@@ -79,8 +79,8 @@ def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
     suggested = [f"{policy} at {size} ({readable(needs)})" for policy, size, needs in fits[:SUGGESTED]]
     size = bundle.plan.geometry.name
     raise InputError(
-        f"a session of {bundle.plan.policy.name} at {size} needs {readable(needed)} ({listed}),"
-        f" and {readable(available)} are available" + (" on the GPU" if on_device else ""),
+        f"a session of {bundle.plan.policy.name} at {size} needs about {readable(needed)} ({listed}),"
+        f" and {readable(available)} are available" + (" on the GPU" if on_device else what_limits()),
         where=str(bundle.path),
         hint=f"What fits: {'; '.join(suggested)}. Export the model so."
         if fits

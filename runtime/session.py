@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -14,14 +13,14 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.backends import Lane, open_backend
 from forcingkv.runtime.bundle import Bundle, check_digest
-from forcingkv.runtime.chunks import Chunk, ChunkMaker, FramesOn, NoiseSource, PendingChunk
-from forcingkv.runtime.faults import InUseError, MemoryShortError, SessionError
-from forcingkv.runtime.kv.rebuild import replayed
+from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
+from forcingkv.runtime.faults import InUseError, SessionError
 from forcingkv.runtime.pass_timer import PassTimer
-from forcingkv.runtime.positions import Floats, chunk_noise
 from forcingkv.runtime.preflight import check_memory
-from forcingkv.runtime.snapshot import read_snapshot, write_snapshot
-from forcingkv.runtime.text import Prompt, prompt_input
+from forcingkv.runtime.script import PromptRecord, Script
+from forcingkv.runtime.snapshot import read_snapshot
+from forcingkv.runtime.streaming import Video
+from forcingkv.runtime.text import Prompt
 from forcingkv.runtime.turn import Turn
 
 
@@ -72,8 +71,9 @@ class Session:
 
         Args:
             bundle: an opened bundle, or its folder.
-            backend: what runs the graphs: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
-            threads: threads of a CPU backend; None leaves it to the backend.
+            backend: what runs the graphs: `onnxruntime`, `tensorrt` or `tensorrt-rtx`; `onnxruntime-cpu` for
+                the CPU where ONNX Runtime was built for GPUs.
+            threads: threads of a CPU backend; None: what this process may use (`threads.cpu_threads`).
             frames: where chunks' frames are: numpy arrays on the host, or left on the device (`Chunk`).
             cuda_graphs: TensorRT: whether passes that come again are captured and replayed.
             preflight: whether to refuse a bundle that needs more memory than there is, before any is
@@ -136,7 +136,7 @@ class Session:
                 lane.close()
 
     def generate(
-        self, prompt: Prompt, *, seed: int, chunks: int | None = None, noise: NoiseSource | None = None
+        self, prompt: Prompt, *, seed: int, chunks: float | None = None, noise: NoiseSource | None = None
     ) -> Video:
         """Begin a video: an iterator that yields each chunk as soon as it is decoded.
 
@@ -144,36 +144,39 @@ class Session:
             prompt: words, or text embeddings (1, text_length, text_width) for models whose text
                 encoder does not live in the runtime.
             seed: of the noise; the same seed gives the same video.
-            chunks: how many chunks to make; None: without end.
+            chunks: how many chunks to make, a whole number; None or infinity: without end.
             noise: another source of noise than the seed.
 
         Raises:
-            InputError: the prompt or the seed cannot be used. The video before goes on then.
+            InputError: the prompt, the seed or chunks cannot be used. The video before goes on then.
             InUseError: the session is in use by another thread, where the video goes on.
             RuntimeError: the session is closed.
             SessionError: as iterating over the video does.
         """
         with self._using() as maker:
-            video, text = Video(self, seed, chunks, noise), prompt_input(self.spec, prompt)
+            record, text = PromptRecord.of(self.spec, prompt)
+            video = Video(self, seed, chunks, noise, Script(record))
             self._user = video._token
             with video._ending_with_errors():
                 maker.restart()
                 maker.prompt(text)
         return video
 
-    def restore(self, folder: Path | str, *, chunks: int | None = None) -> Video:
+    def restore(self, folder: Path | str, *, chunks: float | None = None) -> Video:
         """Go on with a video that `Video.save` saved, from the chunk after it, to the bit.
 
         Args:
             folder: where it was saved.
-            chunks: how many chunks the whole video is to have; None: as many as when it was saved.
+            chunks: how many chunks the whole video is to have, infinity: without end; None: as many as when
+                it was saved.
 
         Raises InputError for a state that is damaged, or of another bundle (the video before goes on then),
         and SessionError as iterating over a video does.
         """
         with self._using() as maker:
-            state, arrays, latents, ready = read_snapshot(Path(folder), self.bundle)
-            video = Video(self, state.seed, state.chunks if chunks is None else chunks, None)
+            state, arrays, latents, ready, script = read_snapshot(Path(folder), self.bundle)
+            video = Video(self, state.seed, state.chunks if chunks is None else chunks, None, script)
+            video.notes = state.notes or {}
             video.index, video._begun = state.index, state.made
             video._latents, video._ready = latents, deque(ready)
             try:
@@ -183,6 +186,11 @@ class Session:
                 raise
             self._user = video._token
         return video
+
+    @property
+    def runs_on(self) -> str:
+        """What passes run on, in words: `the CPU, 2 threads`. Raises RuntimeError: the session is closed."""
+        return self._memory().lane.runs_on
 
     def pass_timer(self, chunk: int) -> PassTimer:
         """Times the passes of a chunk without the video before it. Ends the video there was.
@@ -221,152 +229,3 @@ class Session:
         if self._closed or maker is None:
             raise RuntimeError("the session is closed: open the bundle again")
         return maker
-
-
-class Video:
-    """A video on its way. Iterate over it for its chunks; `Session.generate` and `Session.restore` make it.
-
-    Attributes:
-        seed: of the noise.
-        chunks: how many there will be; None: without end.
-        index: of the chunk that is handed out next.
-    """
-
-    def __init__(self, session: Session, seed: int, chunks: int | None, noise: NoiseSource | None) -> None:
-        """For the session. It is asked for its memory each time: a video that has ended keeps none of it."""
-        seed = operator.index(seed)  # numpy's whole numbers would not go into JSON
-        if seed < 0:
-            raise InputError(f"is {seed}", where="seed", expected="0 or more")
-        self.seed, self.chunks = seed, None if chunks is None else operator.index(chunks)
-        self.index = 0
-        self._session, self._own_noise, self._token = session, noise is not None, object()
-        self._noise = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
-        self._begun = 0
-        """Chunks whose passes were put into the queue."""
-        self._pending: deque[PendingChunk] = deque()
-        self._ready: deque[Chunk] = deque()
-        self._latents: dict[int, Floats] = {}
-        """Of the chunks that a rebuild of the cache needs, in order."""
-        self._failed = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Chunk:
-        """The next chunk, as soon as it is decoded.
-
-        Raises:
-            InUseError: the session is in use by another thread. The video is as it was.
-            RuntimeError: the session was closed, or began another video.
-            SessionError: memory ran out, the latents are not finite, or the device failed. The video has
-                ended; the session can begin another.
-        """
-        if self._over:
-            raise StopIteration
-        with self._changing() as maker:
-            # Another thread may have had the last chunk since.
-            while not self._ready and not self._over:
-                # On a device the passes of the next chunk are queued before this one is waited for: they run
-                # while it is decoded, copied and shown, and the device never waits for the host.
-                while len(self._pending) <= maker.lane.lookahead and (
-                    self.chunks is None or self._begun < self.chunks
-                ):
-                    self._pending.append(maker.begin(self._begun, self._noise))
-                    self._begun += 1
-                self._finish_one(maker)
-            chunk = None if self._over else self._ready.popleft()
-            self.index += chunk is not None
-        if chunk is None:
-            raise StopIteration
-        if self._session._frames == "device":  # they went with the memory, if it was closed meanwhile
-            self._session._memory(self._token)
-        return chunk
-
-    @property
-    def _over(self) -> bool:
-        return self._failed or (self.chunks is not None and self.index >= self.chunks)
-
-    def switch(self, prompt: Prompt, *, recache: bool = True) -> int:
-        """Follow another prompt from the next chunk that was not yet begun.
-
-        Args:
-            prompt: words or text embeddings, as for `Session.generate`.
-            recache: make the caches anew, from the latents of the last chunks under the new prompt. It
-                takes as many clean passes as chunks fill the cache, and for models that were not trained
-                with switches denoising passes too (`Schedule.redraw_from`). Without it the keys and values
-                of the old prompt go on ruling what is shown.
-
-        Returns the index of the first chunk that follows the new prompt.
-
-        Raises InputError for a prompt that cannot be used (nothing has changed then), RuntimeError for a
-        video that failed, and what `__next__` raises.
-        """
-        text = prompt_input(self._session.spec, prompt)
-        with self._changing() as maker:
-            while self._pending:
-                self._finish_one(maker)
-            maker.prompt(text)
-            if recache:
-                redraw_from = self._session.spec.schedule.redraw_from
-                maker.cache.passes = 0
-                for index, latents in self._latents.items():
-                    maker.replay(index, latents, self._noise, redraw_from)
-            return self._begun
-
-    def save(self, folder: Path | str) -> None:
-        """Save the whole state to a folder: `Session.restore` goes on from it, to the bit.
-
-        A state saved there before is replaced once this one is whole.
-
-        Raises InputError where the folder cannot be written, or holds anything else, and for a video with
-        a noise source of its own, which cannot be saved; RuntimeError for a video that failed.
-        """
-        with self._using() as maker:
-            with self._ending_with_errors():
-                while self._pending:
-                    self._finish_one(maker)
-            if self._own_noise:
-                raise InputError(
-                    "a video with a noise source of its own cannot be saved",
-                    where="noise",
-                    expected="noise of a seed",
-                )
-            bundle = self._session.bundle.digest
-            known = {"bundle": bundle, "seed": self.seed, "chunks": self.chunks, "index": self.index}
-            write_snapshot(Path(folder), maker, self._latents, self._ready, **known)
-
-    def _finish_one(self, maker: ChunkMaker) -> None:
-        chunk = maker.finish(self._pending.popleft())
-        self._latents[chunk.index] = chunk.latents.copy()  # the caller may change the chunk's own
-        needed = replayed(self._session.plan, chunk.index + 1)
-        self._latents = {index: self._latents[index] for index in needed}
-        self._ready.append(chunk)
-
-    @contextmanager
-    def _using(self) -> Iterator[ChunkMaker]:
-        """The session's memory, which nobody else can use meanwhile.
-
-        Raises RuntimeError for a video that the session no longer works on, or that failed, and InUseError.
-        """
-        with self._session._using(self._token) as maker:
-            if self._failed:
-                raise RuntimeError("this video ended with an error: begin another")
-            yield maker
-
-    @contextmanager
-    def _changing(self) -> Iterator[ChunkMaker]:
-        """The session's memory, to change it."""
-        with self._using() as maker, self._ending_with_errors():
-            yield maker
-
-    @contextmanager
-    def _ending_with_errors(self) -> Iterator[None]:
-        """Whatever goes wrong ends the video, since its caches may be half written."""
-        try:
-            yield
-        except BaseException as error:
-            self._failed = True
-            self._pending.clear()
-            if isinstance(error, MemoryError):  # of numpy's: noise, or a copy of what is shown
-                raise MemoryShortError(f"memory ran out on the host ({error})") from error
-            raise

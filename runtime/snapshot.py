@@ -1,16 +1,18 @@
 """The state of a video on disk: `state.json`, and the tensors it names as safetensors beside it.
 
 `state.json` is written last and replaces the one before in one step, so a folder always holds a whole
-state, whenever the process ends.
+state, whenever the process ends. Its digest of itself shows that a value was changed by accident; it is no
+protection against somebody who means to.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import to_data
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds, from_data, to_data
 from forcingkv.headmaps.files import FileRecord, inside, record_file
+from forcingkv.headmaps.reading import read_json
 from forcingkv.headmaps.writing import (
     held_inside,
     is_ours,
@@ -29,10 +32,11 @@ from forcingkv.headmaps.writing import (
     write_text,
 )
 from forcingkv.runtime.backends import Array, Tensor
-from forcingkv.runtime.bundle import Bundle, read_data
+from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.rebuild import replayed
+from forcingkv.runtime.script import PromptRecord, Script, Switch
 from forcingkv.runtime.tensors import new_tensors, read_arrays
 
 STATE = "state.json"
@@ -69,11 +73,36 @@ class Snapshot:
     """The file of tensors."""
     record: FileRecord
     """Its digest and size."""
+    prompt: PromptRecord | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """The first. States of versions that did not know it have None here, and in the fields below."""
+    switches: tuple[Switch, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Those that were made."""
+    planned: tuple[Switch, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Those to come. The model's input for each is among the tensors."""
+    notes: Mapping[str, str] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What the program that saved it wants to find again."""
+    digest: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Of all other fields (`own_digest`)."""
     schema: Literal["forcingkv.snapshot/1"] = "forcingkv.snapshot/1"
+
+    def __post_init__(self) -> None:
+        numbers = ("chunks", "index", "made", "passes", "decoder_calls")
+        check_bounds(self, dict.fromkeys(numbers, (0, 1 << 40)), "the state")
+
+
+def own_digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of a state.json but for its field `digest`, as JSON with sorted keys."""
+    others = {name: value for name, value in data.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_snapshot(
-    folder: Path, maker: ChunkMaker, latents: Mapping[int, Array], ready: Sequence[Chunk], **known: Any
+    folder: Path,
+    maker: ChunkMaker,
+    latents: Mapping[int, Array],
+    ready: Sequence[Chunk],
+    script: Script,
+    **known: Any,
 ) -> None:
     """Write a state, in the place of the one that the folder may hold.
 
@@ -82,17 +111,23 @@ def write_snapshot(
         maker: the session's memory.
         latents: of the chunks that a rebuild needs, by index.
         ready: chunks that were made, but not handed out.
-        known: the fields `bundle`, `seed`, `chunks` and `index` of `Snapshot`.
+        script: the video's prompts.
+        known: the fields `bundle`, `seed`, `chunks`, `index` and `notes` of `Snapshot`.
 
     Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved, or
-    another process or thread is saving one there.
+    another process or thread is saving one there. The state before is whole then.
     """
     with _alone(folder):
-        _write(folder, maker, latents, ready, **known)
+        _write(folder, maker, latents, ready, script, **known)
 
 
 def _write(
-    folder: Path, maker: ChunkMaker, latents: Mapping[int, Array], ready: Sequence[Chunk], **known: Any
+    folder: Path,
+    maker: ChunkMaker,
+    latents: Mapping[int, Array],
+    ready: Sequence[Chunk],
+    script: Script,
+    **known: Any,
 ) -> None:
     earlier, made = _earlier(folder), known["index"] + len(ready)
     # A name that no file has: one of them may be in use until the new state is whole.
@@ -107,22 +142,35 @@ def _write(
                 "frames that stay on the device cannot be saved", where="frames", expected='frames="host"'
             )
         stored |= {f"ready/{chunk.index}/{part}": getattr(chunk, part) for part in ("frames", "latents")}
+    planned_switches = [script.due[chunk] for chunk in sorted(script.due)]
+    stored |= {f"planned/{number}": text for number, (_, text) in enumerate(planned_switches)}
     planned = {key: (DTYPES[str(value.dtype)].code, tuple(value.shape)) for key, value in stored.items()}
     with new_tensors(folder / name, planned) as writer:
         for key, value in stored.items():
             if not isinstance(value, np.ndarray):
                 value = value.fetch(maker.queue_of(key)).array()
             writer.write(key, value)
-    snapshot = Snapshot(
-        **known,
-        made=made,
-        passes=maker.cache.passes,
-        decoder_calls=maker.decoder.called,
-        ready=tuple(ReadyChunk(chunk.index, chunk.timing) for chunk in ready),
-        tensors=name,
-        record=record_file(folder / name),
-    )
-    write_text(folder / STATE, json.dumps(to_data(snapshot), indent=1) + "\n")
+    try:
+        snapshot = Snapshot(
+            **known,
+            made=made,
+            passes=maker.cache.passes,
+            decoder_calls=maker.decoder.called,
+            ready=tuple(ReadyChunk(chunk.index, chunk.timing) for chunk in ready),
+            tensors=name,
+            record=record_file(folder / name),
+            prompt=script.prompt,
+            switches=None if script.prompt is None else tuple(script.made),
+            planned=tuple(switch for switch, _ in planned_switches),
+        )
+        snapshot = replace(snapshot, digest=own_digest(to_data(snapshot)))
+        write_text(folder / STATE, json.dumps(to_data(snapshot), indent=1) + "\n")
+    except BaseException as error:
+        with suppress(OSError):
+            (folder / name).unlink()  # nothing names it, and it may be what filled the disk
+        if isinstance(error, OSError):
+            raise unwritable(folder, error) from error
+        raise
     for file in earlier - {name}:
         with suppress(OSError):
             (folder / file).unlink()
@@ -144,18 +192,25 @@ def check_states(folder: Path) -> None:
 
 def read_snapshot(
     folder: Path, bundle: Bundle
-) -> tuple[Snapshot, dict[str, Array], dict[int, Array], list[Chunk]]:
+) -> tuple[Snapshot, dict[str, Array], dict[int, Array], list[Chunk], Script]:
     """Read a state that was saved of a bundle.
 
     Returns it with its arrays, by the names of `ChunkMaker.state` and others; the latents of the chunks that
-    a rebuild needs, by index; and the chunks that were made, but not handed out.
+    a rebuild needs, by index; the chunks that were made, but not handed out; and the video's prompts.
 
     Raises InputError for a folder without a state, a damaged one, and one of another bundle.
     """
     path = folder / STATE
     if not path.is_file():
         raise InputError("holds no saved state", where=str(folder), hint="Save one with Video.save.")
-    snapshot = read_data(Snapshot, path)
+    data = read_json(path)
+    snapshot = from_data(Snapshot, data, str(path))
+    if snapshot.digest is not None and snapshot.digest != own_digest(data):
+        raise InputError(
+            "was changed: it is not what its own digest says",
+            where=str(path),
+            hint="Restore an untouched copy, or save the state again.",
+        )
     if snapshot.bundle != bundle.digest:
         raise InputError(
             f"was saved of the bundle {snapshot.bundle[:12]}...",
@@ -184,23 +239,35 @@ def read_snapshot(
         Chunk(one.index, array(f"ready/{one.index}/frames"), array(f"ready/{one.index}/latents"), one.timing)
         for one in snapshot.ready
     ]
-    return snapshot, arrays, latents, ready
+    script = Script(snapshot.prompt, snapshot.switches or ())
+    for number, switch in enumerate(snapshot.planned or ()):
+        record, text = PromptRecord.of(bundle.plan.spec, array(f"planned/{number}"))
+        if record.digest != switch.prompt.digest:
+            raise InputError(f"planned/{number} is not the input of {switch.prompt}", where=str(tensors))
+        script.plan(switch, text, snapshot.made)
+    return snapshot, arrays, latents, ready, script
 
 
 def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
     """Refuse a state that no video can have."""
     calls = bundle.plan.spec.frames_per_chunk // bundle.manifest.graphs["decode"].inputs["latents"].shape[2]
     ready = [one.index - state.index for one in state.ready]
+    made, planned = ([switch.chunk for switch in of or ()] for of in (state.switches, state.planned))
     if not (
         state.index >= 0
         and ready == list(range(len(ready)))
         and state.made == state.index + len(ready)
         and 0 <= state.passes <= state.made
         and state.decoder_calls == state.made * calls
+        and made == sorted(made)
+        and planned == sorted(set(planned))
+        and all(0 <= chunk <= state.made for chunk in made)
+        and all(chunk >= state.made for chunk in planned)
     ):
         raise InputError(
             f"has numbers that do not go together (index {state.index}, {len(ready)} ready,"
-            f" made {state.made}, passes {state.passes}, decoder_calls {state.decoder_calls})",
+            f" made {state.made}, passes {state.passes}, decoder_calls {state.decoder_calls},"
+            f" switches at {made} and {planned})",
             where=str(path),
             hint="The file was changed: save the state again.",
         )

@@ -14,6 +14,20 @@ from functools import cached_property
 from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import check_bounds, shown
+from forcingkv.headmaps.headmap import MOST
+
+MOST_FRAMES = 10_000
+"""Latent frames that a model attends to, or a role keeps: 40 minutes. The longest history of a public model
+has 21."""
+MOST_TOKENS = 1 << 24
+"""Tokens of a chunk; 24,480 at 1080p."""
+MOST_WIDTH = 1 << 17
+"""Of a layer; of the largest public model 13,824."""
+MOST_STEPS = 1000
+"""Denoising passes of a chunk: as many as the scale of timesteps has."""
+MOST_PIXELS = 1 << 16
+"""Of a side of a frame."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -41,7 +55,12 @@ class Schedule:
     are, which is enough for models that were trained with switches (LongLive)."""
 
     def __post_init__(self) -> None:
+        bounds = {"shift": (1e-3, 1e3), "context_timestep": (0, 1000), "redraw_from": (0, MOST_STEPS)}
+        check_bounds(self, bounds, "schedule")
         steps = self.denoising_steps
+        if len(steps) > MOST_STEPS:
+            what = f"denoising_steps has {len(steps)} timesteps"
+            raise InputError(what, where="schedule", expected=f"at most {MOST_STEPS}")
         falling = all(a > b for a, b in itertools.pairwise(steps))
         if not steps or not falling or steps[0] > 1000 or steps[-1] <= 0:
             what = f"denoising_steps {list(steps)} cannot be run"
@@ -76,6 +95,7 @@ class Decoder:
     """Pixel frames a latent frame gives (the video's first latent frame gives one)."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, dict.fromkeys(("spatial_stride", "temporal_stride"), (1, 256)), "decoder")
         if self.kind == "pixels" and (self.spatial_stride, self.temporal_stride) != (1, 1):
             strides = f"{self.spatial_stride} and {self.temporal_stride}"
             raise InputError(
@@ -109,6 +129,9 @@ class PublicWeights:
     lora_alpha: float | None = None
     """Its alpha; a LoRA file itself does not say it. None: equal to its rank. Without `lora`: of a LoRA that
     lies in the file of the weights, beside them; then None is not known, and such a file is refused."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, {"lora_alpha": (-1e9, 1e9)}, "source")
 
 
 @dataclass(frozen=True)
@@ -157,12 +180,8 @@ class ModelSpec:
     """Named pixel sizes, (width, height)."""
 
     def __post_init__(self) -> None:
-        positive = (
-            *("layers", "heads", "head_dim", "ffn_width", "latent_channels", "patch"),
-            *("text_width", "text_length", "time_width", "frames_per_chunk"),
-        )
-        faults = [(name, "at least 1") for name in positive if getattr(self, name) < 1]
-        faults += [(name, "an even number") for name in ("head_dim", "time_width") if getattr(self, name) % 2]
+        check_bounds(self, BOUNDS, f"model {self.name}")
+        faults = [(name, "an even number") for name in ("head_dim", "time_width") if getattr(self, name) % 2]
         if self.decoder.kind == "pixels" and self.latent_channels not in (1, 3):
             faults.append(("latent_channels", "1 (grey) or 3 (colour) with the decoder 'pixels'"))
         if not faults and (self.attended_frames % self.frames_per_chunk or not self.attended_frames):
@@ -171,6 +190,17 @@ class ModelSpec:
             name, expected = faults[0]
             what = f"{name} is {getattr(self, name)}"
             raise InputError(what, where=f"model {self.name}", expected=expected)
+        if self.dim > MOST_WIDTH:
+            what = f"heads x head_dim are {self.dim}"
+            raise InputError(what, where=f"model {self.name}", expected=f"at most {MOST_WIDTH}")
+        for name, sides in self.resolutions.items():
+            if not all(1 <= side <= MOST_PIXELS for side in sides):
+                what = f"the resolution {name} is {shown(sides)}"
+                raise InputError(what, where=f"model {self.name}", expected=f"sides of 1 to {MOST_PIXELS}")
+        words, needed = len(self.text.vocabulary), len(self.text.vocabulary) + self.text_length
+        if self.text.kind == "words" and needed > self.text_width:
+            what = f"text_width is {self.text_width}, too few for a vocabulary of {words} and their places"
+            raise InputError(what, where=f"model {self.name}", expected=f"{needed} or more")
 
     @property
     def dim(self) -> int:
@@ -224,6 +254,11 @@ class ModelSpec:
                 hint="The nearest that fits is {}x{}.".format(*nearest),
             )
         width, height = (-(-side // cell) * cell for side in sides)
+        tokens = self.frames_per_chunk * (width // cell) * (height // cell)
+        if max(sides) > MOST_PIXELS or tokens > MOST_TOKENS:
+            what = f"{sides[0]}x{sides[1]} gives {self.name} {tokens:,} tokens a chunk"
+            expected = f"at most {MOST_TOKENS:,}, of sides of at most {MOST_PIXELS} pixels"
+            raise InputError(what, where="resolution", expected=expected)
         crop = None if whole else sides
         return Geometry(width, height, width // stride, height // stride, self.patch, crop)
 
@@ -242,6 +277,28 @@ class ModelSpec:
         known = " or ".join(["WIDTHxHEIGHT", *sorted(self.resolutions)])
         raise InputError(what, where="resolution", expected=known)
 
+
+BOUNDS = {
+    "layers": (1, MOST),
+    "heads": (1, MOST),
+    "head_dim": (1, 4096),
+    "ffn_width": (1, MOST_WIDTH),
+    "latent_channels": (1, 4096),
+    "patch": (1, 64),
+    "text_width": (1, MOST_WIDTH),
+    "text_length": (1, 1 << 16),
+    "time_width": (1, MOST_WIDTH),
+    "frames_per_chunk": (1, MOST_FRAMES),
+    "attended_frames": (1, MOST_FRAMES),
+    "ar_start": (0, MOST_FRAMES),
+    "fps": (1e-2, 1e3),
+    "width": (1, MOST_PIXELS),
+    "height": (1, MOST_PIXELS),
+    "sink_frames": (0, MOST_FRAMES),
+    "epsilon": (0, 1),
+    "rope_theta": (1, 1e12),
+}
+"""What the numbers of a model can be."""
 
 _SIDES = re.compile(r"\s*(\d{1,6})\s*[xX*\N{MULTIPLICATION SIGN}]\s*(\d{1,6})\s*")
 """How people write a size."""

@@ -38,7 +38,18 @@ COMPARED = 300
 
 T = TypeVar("T")
 Array = npt.NDArray[np.float32]
-Prompt: TypeAlias = str | Array
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """Text embeddings, with the words that they stand for: saved states and videos then say these."""
+
+    text: str
+    array: Array
+    """(1, text_length, text_width)."""
+
+
+Prompt: TypeAlias = str | Array | TextInput
 """Words, or text embeddings (1, text_length, text_width) for models whose text encoder does not live here."""
 
 
@@ -50,6 +61,8 @@ def prompt_input(spec: ModelSpec, prompt: Prompt) -> Array:
     """
     if isinstance(prompt, str):
         return encode_words(spec, prompt)
+    if isinstance(prompt, TextInput):
+        prompt = prompt.array
     shape = (1, spec.text_length, spec.text_width)
     if not isinstance(prompt, np.ndarray):
         expected = f"words, or an array {shape}"

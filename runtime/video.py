@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,19 @@ from typing import Any
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.writing import open_alone
-from forcingkv.runtime.frames import Frames, FrameWriter, PngWriter, RawWriter, need_av, write_all
+from forcingkv.headmaps.writing import new_file, open_alone
+from forcingkv.runtime.frames import Frames, FrameWriter, Kept, RawWriter, need_av, write_all
+from forcingkv.runtime.mp4 import Fragments, as_stored, copy_bytes, metadata_of, read_fragments, stream_of
+from forcingkv.runtime.pictures import PngWriter
 
 
 def open_writer(
-    out: str | Path, *, fps: float, enlarge: int = 1, metadata: Mapping[str, str] = {}
+    out: str | Path,
+    *,
+    fps: float,
+    enlarge: int = 1,
+    metadata: Mapping[str, str] = {},
+    going_on: bool = False,
 ) -> FrameWriter:
     """The writer for a place. Nothing is made there before the first frames come.
 
@@ -27,6 +35,7 @@ def open_writer(
         fps: frames a second.
         enlarge: whole number by which each pixel is repeated, for tiny videos.
         metadata: what the file says of itself. Bare bytes say nothing.
+        going_on: whether the writer is to go on after frames that are there (`FrameWriter.keep`).
 
     Raises InputError for another name and for a place that cannot be written to, as far as can be found out
     now, MissingExtraError where PyAV, which mp4 and PNG need, is not installed.
@@ -40,7 +49,7 @@ def open_writer(
         files = "a name ending in .mp4, one ending in .rgb (bare bytes), a folder (PNG files)"
         expected = f"{files}, or - (bare bytes to standard output)"
         raise InputError("is not an mp4 file or another place for frames", where=str(out), expected=expected)
-    return kind(path, fps, enlarge, metadata)
+    return kind(path, fps, enlarge, metadata, going_on)
 
 
 _ENCODER = {"tune": "zerolatency", "preset": "faster", "crf": "20"}
@@ -63,6 +72,9 @@ class Mp4Writer(FrameWriter):
     Each `write` appends one fragment, which holds all of its frames: when it returns they are in the file
     and play, even if the process is killed then. So the file grows under its own name, not a temporary
     one: a fragmented file is whole at every moment, and what an interruption leaves is the video so far.
+    Each fragment has an encoder of its own and needs none before it: a file that is gone on with (`keep`)
+    becomes the one that a single writer makes. Write a chunk at a time: single frames take several times the
+    bytes.
     Meanwhile it is locked, and a second writer is refused.
 
     yuv420p needs even sizes: an odd width or height is made even by repeating the last column or row.
@@ -72,29 +84,78 @@ class Mp4Writer(FrameWriter):
     H.264 is not installed.
     """
 
-    def __init__(self, path: Path, fps: float, enlarge: int = 1, metadata: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fps: float,
+        enlarge: int = 1,
+        metadata: Mapping[str, str] = {},
+        going_on: bool = False,
+    ) -> None:
         need_av()
         import av
 
         if "libx264" not in av.codecs_available:
             raise MissingExtraError("PyAV with libx264", "video")
-        super().__init__(path, fps, enlarge, metadata)
+        super().__init__(path, fps, enlarge, metadata, going_on)
         self._file: FileIO | None = None
         self._head: Any = None
         self._stream: Any = None
+        self._head_bytes = b""
+        self._earlier: Fragments | None = None
+        """What the file holds of the video already."""
         self._reformatter = av.video.reformatter.VideoReformatter()
-        self._fragments = self._frames = self._kept = 0
+        self._fragments = self._frames = self._written = 0
+
+    def _check_kept(self, kept: Kept) -> None:
+        found = read_fragments(self.path)
+        if found.frames < kept.frames:
+            raise self._fewer(found.frames, kept, ", and its end is damaged" if found.torn else "")
+        fragments = found.first(kept.frames)
+        if fragments is None:
+            what = f"has no fragment that ends with frame {kept.frames}, where the saved state goes on"
+            raise InputError(what, where=str(self.path), hint="Choose another --out: it gets the rest.")
+        self._begin(*kept.size)
+        if stream_of(found.head) != stream_of(self._head_bytes):
+            raise InputError(
+                "is encoded in another way than its rest would be",
+                where=str(self.path),
+                expected=f"H.264 of {self._stream.width}x{self._stream.height} pixels, {float(self.rate):g}"
+                " frames a second, by the same version of the encoder",
+                hint="Choose another --out: it gets the rest of the video.",
+            )
+        self._earlier = replace(found, all=fragments)
+        self._fragments, self._frames = len(fragments), kept.frames
 
     def _append(self, frames: Frames) -> None:
-        head = b""
         if self._head is None:
-            height, width = (size * self.enlarge for size in frames.shape[1:3])
-            head = self._begin(height + height % 2, width + width % 2)
-        data = head + self._fragment(frames)
+            self._begin(frames.shape[2], frames.shape[1])
+        data = self._fragment(frames)
         if self._file is None:
-            self._file = open_alone(self.path)
+            data = self._open_file() + data
+        assert self._file is not None
         self._put(self._file, data)
-        self._kept += len(data)
+        self._written += len(data)
+
+    def _open_file(self) -> bytes:
+        """Open the file for what comes next. Returns what belongs before it."""
+        if self._earlier is None:
+            self._file = open_alone(self.path)
+            return self._head_bytes
+        start, end = len(self._earlier.head), self._earlier.all[-1].end
+        said = metadata_of(self.path, self._earlier)
+        if said.items() >= {name: as_stored(text) for name, text in self.metadata.items()}.items():
+            self._written = end
+        else:  # of another length: all that follows moves
+            with new_file(self.path) as partial, self.path.open("rb") as old, partial.open("wb") as new:
+                new.write(self._head_bytes)
+                old.seek(start)
+                copy_bytes(old, new, end - start)
+            self._written = len(self._head_bytes) + end - start
+        self._file = open_alone(self.path, anew=False)
+        self._file.truncate(self._written)
+        self._file.seek(self._written)
+        return b""
 
     def _put(self, file: FileIO, data: bytes) -> None:
         if not file.seekable():
@@ -103,28 +164,44 @@ class Mp4Writer(FrameWriter):
         # The 8 bytes that open the first box come last. Until then they are zero, which players take for
         # padding up to the end: a fragment is there as a whole or, if the process is killed now, not at all.
         write_all(file, bytes(8) + data[8:])
-        file.seek(self._kept)
+        file.seek(self._written)
         write_all(file, data[:8])
         file.seek(0, os.SEEK_END)
 
-    def _begin(self, height: int, width: int) -> bytes:
-        """Open the encoder. The head of the file: what it holds, no frames."""
+    def _begin(self, width: int, height: int) -> None:
+        """Begin a video of frames of that size, with its head: what it holds, no frames."""
         import av
 
+        width, height = (side * self.enlarge + side * self.enlarge % 2 for side in (width, height))
         memory = BytesIO()
         self._head = av.open(memory, "w", format="mp4", options=_MUXER, metadata_errors="backslashreplace")
         self._head.metadata.update(self.metadata)
         self._stream = self._head.add_stream("libx264", rate=self.rate, options=_ENCODER)
-        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
-        context = self._stream.codec_context
-        context.color_primaries = context.color_trc = context.colorspace = _BT709
-        context.color_range = _LIMITED
+        self._configure(self._stream.codec_context, width, height)
         try:
             self._head.start_encoding()
         except av.error.FFmpegError as error:
             what = f"are {width}x{height}, which cannot be encoded ({error.strerror})"
             raise InputError(what, where="frames") from error
-        return memory.getvalue()
+        self._head_bytes = memory.getvalue()
+
+    def _configure(self, context: Any, width: int, height: int) -> None:
+        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_range = _LIMITED
+
+    def _encoder(self) -> Any:
+        """A new encoder, as the one that the head is of."""
+        import av
+
+        encoder: Any = av.CodecContext.create("libx264", "w")
+        encoder.framerate, encoder.time_base, encoder.options = self.rate, 1 / self.rate, dict(_ENCODER)
+        encoder.flags |= av.codec.context.Flags.global_header
+        self._configure(encoder, self._stream.width, self._stream.height)
+        encoder.open()
+        if encoder.extradata != self._stream.codec_context.extradata:
+            raise RuntimeError("two encoders of the same settings do not write one stream")
+        return encoder
 
     def _fragment(self, frames: Frames) -> bytes:
         """One fragment with all of the frames.
@@ -142,13 +219,14 @@ class Mp4Writer(FrameWriter):
             stream.time_base = self._stream.time_base
             muxer.start_encoding()
             head = memory.tell()
+            encoder = self._encoder()
             for frame in self._enlarged(frames):
-                for packet in self._encoded(frame):
+                for packet in self._encoded(encoder, frame):
                     packet.stream = stream
                     muxer.mux(packet)
         return memory.getvalue()[head:]
 
-    def _encoded(self, frame: Frames) -> list[Any]:
+    def _encoded(self, encoder: Any, frame: Frames) -> list[Any]:
         import av
 
         height, width = frame.shape[:2]
@@ -162,7 +240,7 @@ class Mp4Writer(FrameWriter):
         )
         picture.pts, picture.time_base = self._frames, 1 / self.rate
         self._frames += 1
-        packets: list[Any] = self._stream.encode(picture)
+        packets: list[Any] = encoder.encode(picture)
         for packet in packets:
             packet.duration = int(1 / self.rate / packet.time_base)
         return packets
@@ -174,7 +252,7 @@ class Mp4Writer(FrameWriter):
             with self._file:
                 if not self._file.seekable():  # a FIFO cannot be cut
                     return
-                self._file.truncate(self._kept)  # what an error left of a fragment
+                self._file.truncate(self._written)  # what an error left of a fragment
                 os.fsync(self._file.fileno())
-            if not self._kept:
+            if not self._written:
                 self.path.unlink()

@@ -248,8 +248,8 @@ class Trainer:
         for tuner, saved in zip(self.tuners, state["tuners"], strict=True):
             tuner.load_state_dict(saved)
         self.step = state["step"]
-        rows = (out / LOG).read_text().splitlines(keepends=True)
-        (out / LOG).write_text("".join(rows[: self.step + 1]))
+        rows = (out / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
+        (out / LOG).write_text("".join(rows[: self.step + 1]), encoding="utf-8")
 
 
 def stage_losses(model: WanModel, stage: Stage) -> list[tuple[Stage, Loss]]:
@@ -267,7 +267,7 @@ def train(out: Path) -> None:
     if (out / CHECKPOINT).is_file():
         trainer.resume(out)
     else:
-        (out / LOG).write_text("step,chunks,loss,first,rate,seconds\n")
+        (out / LOG).write_text("step,chunks,loss,first,rate,seconds\n", encoding="utf-8")
     current: Stage | None = None
     while (at := place(trainer.step)) is not None:
         stage, rate = at
@@ -279,7 +279,7 @@ def train(out: Path) -> None:
         # The loss is a weighted mean over chunks; `first` is the first chunk's own.
         first = float(parts[0]) * (FIRST_CHUNK_WEIGHT + stage.chunks - 1) / FIRST_CHUNK_WEIGHT
         seconds = time.perf_counter() - started
-        with (out / LOG).open("a") as log:
+        with (out / LOG).open("a", encoding="utf-8") as log:
             log.write(
                 f"{trainer.step},{stage.chunks},{float(parts.sum()):.5f},{first:.5f},{rate:.6f},{seconds:.2f}\n"
             )

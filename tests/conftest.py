@@ -69,7 +69,7 @@ def _what_a_module_imports_stays() -> Iterator[None]:
 
 
 def _look_no_more() -> None:
-    """Closing a session collects garbage: half a second each time, if all that was imported is looked at."""
+    """Collecting garbage takes half a second each time, if all that was imported is looked at."""
     gc.collect()
     gc.freeze()
 

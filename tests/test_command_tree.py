@@ -17,6 +17,8 @@ _SEVERAL = "may be given again, each with its strength: users add LoRAs to a pre
 _WITHOUT = "new: a preset's own LoRA stays where a user adds others, unless it is left out"
 _DIGESTS = "new: a bundle is a program, and a digest from someone you trust says whose it is"
 
+_AS_SAVED = "not given is not the default: --restore has its own, and refuses another"
+
 CHANGED: dict[str, str] = {
     "bench --expect-digest": _DIGESTS,
     "evaluate --expect-digest": _DIGESTS,
@@ -24,8 +26,11 @@ CHANGED: dict[str, str] = {
     "inspect --expect-digest": _DIGESTS,
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
+    "demo --backend": "new: where onnxruntime-gpu is installed and does not start, the CPU has to be named",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
+    "generate --enlarge": _AS_SAVED,
+    "generate --seed": _AS_SAVED,
 }
 """What was added, removed or changed on purpose since: "command" or "command --option", and why."""
 

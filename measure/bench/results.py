@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from forcingkv.measure.bench.turns import BenchSetup, BenchTurns, decode_seconds
 from forcingkv.measure.tables import printable
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.threads import chosen_threads, cpu_threads
 
 BenchRow = dict[str, Any]
 """A policy in the phase that was timed (`_row`)."""
@@ -43,24 +43,20 @@ def rows(measured: Sequence[BenchTurns]) -> list[BenchRow]:
     return [_row(one, against, decoding) for one in measured]
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine(threads: int | None) -> dict[str, Any]:
-    """Where it was measured."""
+    """Where it was measured. `threads` None: as many as `cpu_threads` says."""
     import onnxruntime
 
-    processor = platform.processor() or platform.machine()
+    processor, chosen = platform.processor() or platform.machine(), chosen_threads(threads)
     with suppress(OSError):  # not Linux
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 processor = line.partition(":")[2].strip()
     return {
         "processor": processor,
-        "cores": cores(),
-        "threads": threads,
+        "cores": cpu_threads().number,
+        "threads": chosen.number,
+        "threads_because": chosen.because,
         "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),
     }
@@ -72,7 +68,8 @@ def title_of(result: Mapping[str, Any], *, resolution: bool = True) -> str:
     at = f", {result['geometry']}" if resolution else ""
     return (
         f"{result['model']}, {layers} layer{'s'[: layers > 1]}{at}, {result['backend']},"
-        f" {where['threads']} thread{'s'[: where['threads'] > 1]} of {where['processor']}"
+        f" {where['threads']} thread{'s'[: where['threads'] > 1]}"
+        f" ({where['threads_because']}) of {where['processor']}"
     )
 
 

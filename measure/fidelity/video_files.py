@@ -16,6 +16,20 @@ from forcingkv.headmaps.files import there
 from forcingkv.measure.fidelity.seams import ChunkLayout
 from forcingkv.measure.fidelity.video_measures import measure_pair, measure_video
 
+MOST_PIXELS = 1 << 25
+"""Of a frame: as many as 8K has, which take 100 MB. A picture of 700 kB may say that it has 256 million."""
+MOST_VIDEO_FRAMES = 200_000
+"""Three hours at 16 frames a second."""
+_VIDEOS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "yuv4mpegpipe")
+_PICTURES = ("gif", "apng", "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe")
+"""Names that FFmpeg has for what a file is by its content. Not those of lists of other files and of streams
+(hls, dash, concat, sdp, image2): what a stranger calls a video then opens nothing else."""
+_ALONE = {
+    "format_whitelist": ",".join((*_VIDEOS, *_PICTURES)),
+    "protocol_whitelist": "file",
+    "max_pixels": str(MOST_PIXELS),
+}
+
 Frames = Iterator[npt.NDArray[np.uint8]]
 
 
@@ -29,13 +43,20 @@ def open_video(path: Path) -> Iterator[tuple[float, Frames]]:
     if not there(path) or not path.is_file():
         raise InputError("there is no such file", where=str(path), expected="a video, such as an mp4 file")
     try:
-        opened = av.open(f"file:{path}")  # or a name such as "v1:kite.mp4" would be a protocol's to FFmpeg
+        # file: or a name such as "v1:kite.mp4" would be a protocol's to FFmpeg
+        opened = av.open(f"file:{path}", options=_ALONE, metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
         raise _not_a_video(path, str(error.strerror)) from error
     with opened:
         if not opened.streams.video:
             raise _not_a_video(path, "no video stream")
         stream = opened.streams.video[0]
+        if stream.codec_context is None:
+            raise _not_a_video(path, "in a codec that is not known")
+        size = stream.width * stream.height
+        if not 1 <= size <= MOST_PIXELS:
+            raise _not_a_video(path, f"its frames have no size, or more than {MOST_PIXELS:,} pixels")
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         rate = stream.average_rate
         if not rate:
             raise _not_a_video(path, "it has no frame rate")
@@ -59,10 +80,12 @@ def measure_file(path: Path, reference: Path | None, layout: ChunkLayout, top: i
 
 def _decoded(opened: av.container.InputContainer, path: Path) -> Frames:
     try:
-        for frame in opened.decode(video=0):
+        for number, frame in enumerate(opened.decode(video=0)):
+            if number == MOST_VIDEO_FRAMES:
+                raise _not_a_video(path, f"it has more than {MOST_VIDEO_FRAMES:,} frames")
             yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    except av.error.FFmpegError as error:
-        raise _not_a_video(path, str(error.strerror)) from error
+    except (av.error.FFmpegError, MemoryError) as error:
+        raise _not_a_video(path, getattr(error, "strerror", None) or "memory ran out") from error
 
 
 def _not_a_video(path: Path, why: str) -> InputError:

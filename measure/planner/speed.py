@@ -11,15 +11,13 @@ Williams, Waterman and Patterson (2009), with one change: kernels reach a share 
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from forcingkv.measure.planner.gpus import Gpu
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.dtypes import DTYPES
-from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.plan import PARTS, CachePlan
 from forcingkv.runtime.spec import Dtype
 
 MODEL_TRIPS: dict[str, int] = {
@@ -76,15 +74,16 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
     spec, size, tokens = plan.spec, DTYPES[dtype].bytes, plan.chunk_tokens
     at = plan.phases[-1].first_chunk if chunk is None else chunk
     flops, stream = pass_flops(plan, at), tokens * spec.dim * size
-    held = sum(math.prod(plan.entry_shape(entry, at)) for entry in plan.entries)
-    # The next cache as the graph gives it (`CacheBuffers`): segments whether the next chunk sees them or not,
-    # the sink in the first chunk alone.
-    following = sum(math.prod(plan.next_shape(entry, at)) for entry in plan.entries)
-    # Read and written where the cache's keys and values are laid before those of the chunk.
-    joined = 0
-    for group in plan.groups:
+    held = following = joined = 0
+    for group, layers in plan.kinds:
+        numbers = layers * len(PARTS) * group.heads * spec.head_dim  # of a token
         cached = sum(plan.tokens(group, role, at) for role in group.roles)
-        joined += 2 * 2 * group.heads * spec.head_dim * (cached + tokens) if cached else 0
+        held += numbers * cached
+        # The next cache as the graph gives it (`CacheBuffers`): segments whether the next chunk sees them or
+        # not, the sink in the first chunk alone.
+        following += numbers * sum(role.next_tokens(plan, group, at) for role in group.roles)
+        # Read and written where the cache's keys and values are laid before those of the chunk.
+        joined += 2 * numbers * (cached + tokens) if cached else 0
     prompt = 2 * spec.text_length * spec.dim * size
     return {
         "linear": Work(flops.linear, _linear_bytes(plan, size)),
@@ -145,9 +144,10 @@ class VideoWork:
 def video_work(plan: CachePlan, chunks: int, dtype: Dtype = "bfloat16") -> VideoWork:
     """The work of a video of so many chunks."""
     begins = [phase.first_chunk for phase in plan.phases]
-    counts = Counter(max(begin for begin in begins if begin <= chunk) for chunk in range(chunks))
+    ends = [min(end, chunks) for end in (*begins[1:], chunks)]
+    counts = {begin: end - begin for begin, end in zip(begins, ends, strict=True) if end > begin}
     return VideoWork(
-        phases=tuple((counts[begin], pass_work(plan, begin, dtype)) for begin in begins if counts[begin]),
+        phases=tuple((count, pass_work(plan, begin, dtype)) for begin, count in counts.items()),
         steady=pass_work(plan, None, dtype),
         passes=len(plan.spec.schedule.timesteps) + 1,
         frames=plan.spec.frames_per_chunk * plan.spec.decoder.temporal_stride,

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.reading import read_json
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.decoders.names import check_tensors, is_decoder, without_prefix
 from forcingkv.models.tensor_files import open_tensors
 
+MOST_SIZE, MOST_BLOCKS = 1 << 14, 64
+"""Of a number in a configuration, and of layers or entries of a list."""
 PAST = 2
 """Frames that a temporal kernel of 3 looks back."""
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -222,8 +225,20 @@ def _from_config(path: Path) -> AutoencoderKLWan:
     return _empty({name: v for name, v in content.items() if not name.startswith("_")}, str(path))
 
 
+def _check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that no autoencoder has: one of 10^9 layers would take hours to find wrong."""
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        most = MOST_BLOCKS if "num" in name else MOST_SIZE
+        numbers = [one for one in values if isinstance(one, int | float)]
+        if len(values) > MOST_BLOCKS or any(abs(number) > most for number in numbers):
+            expected = f"numbers up to {most}, {MOST_BLOCKS} of them at most"
+            raise InputError(f"{name} is {shown(value)}", where=where, expected=expected)
+
+
 def _empty(config: dict[str, Any], where: str) -> AutoencoderKLWan:
     """The autoencoder without storage, once it is sure that it is one this decoder knows."""
+    _check_sizes(config, where)
     try:
         with torch.device("meta"):
             vae = AutoencoderKLWan(**config)

@@ -20,9 +20,15 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.bundle import Bundle
 
 Array = npt.NDArray[Any]
-BACKENDS = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}
+BACKENDS = {
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-cpu": "onnxruntime",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt",
+}
 """Name of each backend -> the module in this folder that runs it, which has a function
-`open_lane(bundle, name, threads, cuda_graphs)`."""
+`open_lane(bundle, name, threads, cuda_graphs)`. `onnxruntime` takes a GPU where this ONNX Runtime was built
+for one; `onnxruntime-cpu` never does."""
 
 
 class Mark(Protocol):
@@ -94,12 +100,14 @@ class Lane(Protocol):
     Attributes:
         main: the queue of `prompt` and `step`.
         side: the queue of `decode`; the same as `main` where nothing runs at the same time.
+        runs_on: what it runs on, in words for people.
         lookahead: how many chunks to begin before the frames of the one before are waited for.
     """
 
     main: Queue
     side: Queue
     lookahead: int
+    runs_on: str
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
         """Memory for an array; its contents are not defined.

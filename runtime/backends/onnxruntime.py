@@ -6,9 +6,12 @@ the GPU's memory where there is one (`StateTensor`); the rest goes in and out by
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import re
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +26,18 @@ from forcingkv.runtime.backends.linked_graphs import graph_and_folder
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
-from forcingkv.runtime.memory import available_bytes, give_back
+from forcingkv.runtime.memory import available_bytes, trim
+from forcingkv.runtime.threads import chosen_threads
 
 FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's option for graphs that it is given by content."""
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+ON_THE_CPU = "onnxruntime-cpu"
+"""Name of the backend that leaves a GPU alone."""
+WAY_ROUND = (
+    f"choose --backend {ON_THE_CPU} to run on the CPU, or mend CUDA: its version is to be the one that this"
+    " onnxruntime-gpu was built for"
+)
 OLDEST = (1, 24, 1)
 """Before this version a graph could name any file of the user as its weights: a bundle of a stranger could
 have shown a private file as video."""
@@ -42,9 +52,11 @@ AMPLE_ROOM = 2.0
 def open_lane(
     bundle: Bundle, name: str = "onnxruntime", threads: int | None = None, cuda_graphs: bool = False
 ) -> OnnxLane:
-    """Load the graphs of a bundle, for the CUDA provider where this ONNX Runtime has it, else for the CPU's.
+    """Load the graphs of a bundle, for the CUDA provider where this ONNX Runtime has it, else for the CPU's;
+    by the name `onnxruntime-cpu` always for the CPU's.
 
-    Raises InputError for a bundle that was made for TensorRT, and for an ONNX Runtime that is too old.
+    Raises InputError for a bundle that was made for TensorRT, and for an ONNX Runtime that is too old;
+    DeviceError where the provider does not start: no other is taken in its place.
     """
     if bundle.manifest.compute != "float32":
         raise InputError(
@@ -61,7 +73,8 @@ def open_lane(
             expected=f"{oldest} or newer",
             hint=f"Install it with: pip install 'onnxruntime>={oldest}'",
         )
-    provider = CUDA if CUDA in ort.get_available_providers() else CPU
+    provider = CUDA if name != ON_THE_CPU and CUDA in ort.get_available_providers() else CPU
+    threads = chosen_threads(threads).number
     ample = available_bytes() >= AMPLE_ROOM * sum(footprint(bundle.manifest, bundle.plan).values())
     graphs = {}
     for graph in GRAPHS:
@@ -74,7 +87,7 @@ def open_lane(
             weights=bundle.weights(graph),
             content=bundle.graph_content(graph),
         )
-    return OnnxLane(graphs, "cuda" if provider == CUDA else "cpu")
+    return OnnxLane(graphs, "cuda" if provider == CUDA else "cpu", threads)
 
 
 class OnnxGraph:
@@ -94,7 +107,7 @@ class OnnxGraph:
 
         Args:
             path: the file.
-            threads: CPU threads; None: ONNX Runtime's own choice.
+            threads: CPU threads; None: as `cpu_threads` says.
             provider: what runs the nodes.
             arena: whether memory of a pass is kept for the next one.
             weights: the file that its weights lie in. Either file may be a link if this is given.
@@ -108,18 +121,22 @@ class OnnxGraph:
         options.enable_cpu_mem_arena = arena
         # Bytes with the mark of its own format would be taken for that, and not for what was checked.
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        if threads:
-            options.intra_op_num_threads = threads
+        # Each graph has a pool of its own. ONNX Runtime has one for all, but that is the process's, made once
+        # for every user of ONNX Runtime, and it took 40% more CPU time (docs/decisions/0029).
+        options.intra_op_num_threads = chosen_threads(threads).number
         providers = [provider] if provider == CPU else [provider, CPU]
         graph, folder = graph_and_folder(path, weights, content)
         if folder is not None:
             options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(folder))
         try:
-            self._session = ort.InferenceSession(graph, options, providers=providers)
+            # Without its own way out, which is to print on standard output and to take the CPU.
+            self._session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime has a class of its own for each status
-            raise _fault(f"loading {path.name}", error) from error
+            raise _fault(f"loading {path.name}", error, provider) from error
+        _loaded.add(self)
         if self._session.get_providers()[0] != provider:
-            raise DeviceError(f"ONNX Runtime has {provider}, but could not start it for {path.name}")
+            what = f"ONNX Runtime has {provider}, but could not start it for {path.name}"
+            raise DeviceError(f"{what}: {WAY_ROUND}")
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> OnnxPass:
         """A pass over tensors of this module."""
@@ -133,6 +150,19 @@ class OnnxGraph:
         """Run on contiguous arrays, writing into `outputs`; outputs not named go nowhere."""
         given, taken = ({n: HostTensor(array) for n, array in arrays.items()} for arrays in (inputs, outputs))
         self.bind(given, taken).run()
+
+
+_loaded: weakref.WeakSet[OnnxGraph] = weakref.WeakSet()
+
+
+def _keep_in_forked_process() -> None:
+    """A process that was forked has none of ONNX Runtime's threads, and to free a graph waits for them."""
+    for graph in _loaded:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph._session))
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_keep_in_forked_process)
 
 
 class OnnxPass:
@@ -152,8 +182,13 @@ class OnnxPass:
 class OnnxLane:
     """The graphs, and memory of one session. All work is done at once, so its two queues are one."""
 
-    def __init__(self, graphs: Mapping[str, OnnxGraph], state_device: str) -> None:
-        self._graphs, self._state_device = graphs, state_device
+    def __init__(
+        self, graphs: Mapping[str, OnnxGraph], state_device: str, threads: int | None = None
+    ) -> None:
+        self._graphs, self._state_device, self._threads = graphs, state_device, threads
+        count = chosen_threads(threads).number
+        on_cpu = f"the CPU, {count} thread{'s'[: count > 1]}"
+        self.runs_on = on_cpu if state_device == "cpu" else "the GPU (CUDA provider of ONNX Runtime)"
         self.main: Queue = HostQueue()
         self.side: Queue = self.main
         self.lookahead = 0
@@ -173,12 +208,12 @@ class OnnxLane:
         return self._loaded()[graph].bind(inputs, outputs)
 
     def sibling(self) -> Lane:
-        return type(self)(self._loaded(), self._state_device)
+        return type(self)(self._loaded(), self._state_device, self._threads)
 
     def close(self) -> None:
         """ONNX Runtime gives memory back with its last graph; the C library, where it is asked to."""
         self._graphs = {}
-        give_back()
+        trim()
 
     def _loaded(self) -> Mapping[str, OnnxGraph]:
         graphs = self._graphs  # once: another thread may close the lane
@@ -288,9 +323,10 @@ class StateTensor:
         return self._value
 
 
-def _fault(doing: str, error: Exception) -> SessionError:
-    """ONNX Runtime's error as one of ours."""
+def _fault(doing: str, error: Exception, provider: str = CPU) -> SessionError:
+    """ONNX Runtime's error as one of ours. `provider` is what was to be started."""
     text = " ".join(str(error).split())
     if ran_out_of_memory(error):
         return MemoryShortError(f"ONNX Runtime ran out of memory in {doing} ({text})")
-    return DeviceError(f"ONNX Runtime failed in {doing} ({text})")
+    way_round = f": {WAY_ROUND}" if provider != CPU else ""
+    return DeviceError(f"ONNX Runtime failed in {doing} ({text}){way_round}")

@@ -109,6 +109,7 @@ class TensorRTLane:
         self, gpu: Gpu, bundle: Bundle, engines: Mapping[str, trt.ICudaEngine], *, cuda_graphs: bool
     ) -> None:
         self.lookahead, self._cuda_graphs = 1, cuda_graphs
+        self.runs_on = "the GPU (TensorRT)"
         self._gpu, self._bundle, self._engines = gpu, bundle, engines
         self._contexts: dict[str, list[PhaseContext]] = {name: [] for name in GRAPHS}
         self._scratch: dict[tuple[str, str], CudaTensor] = {}

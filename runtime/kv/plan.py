@@ -6,6 +6,7 @@ runtime, analysis and benchmarks alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,11 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.policies import ALL, Policy
 from forcingkv.runtime.kv.roles import Choice, Retained, Role, Rows
-from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
+from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 PARTS = ("keys", "values")
-MOST_CHUNKS = 10_000
-"""Chunks after which every role has come to rest; the longest history of a public model is 21 frames."""
+MOST_CHUNKS = 2 * MOST_FRAMES
+"""Chunks after which every role has come to rest."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ class CachePlan:
         return tuple(group for groups in self.layers for group in groups)
 
     @cached_property
+    def kinds(self) -> tuple[tuple[HeadGroup, int], ...]:
+        """Each different head group, and in how many layers it is: layers are many, and hardly differ."""
+        return tuple(Counter(self.groups).items())
+
+    @cached_property
     def entries(self) -> tuple[CacheEntry, ...]:
         """Every cached tensor, in the order of the step graph's inputs."""
         return tuple(
@@ -138,13 +144,18 @@ class CachePlan:
         For the sink: all tokens of its frames in the first chunk, none in the others. So the output that
         makes the sink is empty once it is made, and nothing copies it, though every pass makes all outputs.
         """
-        rows = {
-            rows_name(group, role): role.rows(self, group, chunk)
+        return {name: role.rows(self, group, chunk) for name, (group, role) in self._takers.items()}
+
+    @cached_property
+    def _takers(self) -> dict[str, tuple[HeadGroup, Role]]:
+        """The roles that are told which tokens they take, by the name of that input."""
+        takers = {
+            rows_name(group, role): (group, role)
             for group in reversed(self.groups)  # of a label's groups, the first layer's
             for role in group.roles
             if role.takes_rows
         }
-        return dict(sorted(rows.items()))
+        return dict(sorted(takers.items()))
 
     def tokens(self, group: HeadGroup, role: Role, chunk: int) -> int:
         """Cached tokens of that role which the chunk of that index sees."""
@@ -217,9 +228,9 @@ class CachePlan:
 
     def _bytes_by_role(self, tokens: Callable[[HeadGroup, Role], int], compute: Dtype) -> dict[str, int]:
         total = dict.fromkeys(Role.KINDS, 0)
-        for group in self.groups:
+        for group, layers in self.kinds:
             for role in group.roles:
-                size = group.heads * self._token_bytes(role.dtype(compute))
+                size = layers * group.heads * self._token_bytes(role.dtype(compute))
                 total[role.name] += size * tokens(group, role)
         return total
 

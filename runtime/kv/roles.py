@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import Tagged
+from forcingkv.headmaps.fields import Tagged, check_bounds
+from forcingkv.headmaps.headmap import MOST
 from forcingkv.runtime.kv.segments import Split
-from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
+from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
@@ -124,6 +125,9 @@ class WholeFrames(Role):
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
         return plan.frame_tokens * self._count
 
+    def __post_init__(self) -> None:
+        check_bounds(self, {"frames": (0, MOST_FRAMES)}, f"the role {self.name}")
+
     @property
     def _count(self) -> int:
         assert self.frames is not None, "asked of a role that was not fitted to a model"
@@ -182,10 +186,6 @@ class Recent(WholeFrames):
 
     name: ClassVar[str] = "recent"
 
-    def __post_init__(self) -> None:
-        if self.frames is not None and self.frames < 0:
-            raise InputError(f"has {self.frames} frames", where="the role recent", expected="0 or more")
-
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         past = chunk * plan.spec.frames_per_chunk
         return plan.frame_tokens * min(self._count, past - min(group.opening_frames(plan.spec), past))
@@ -198,11 +198,21 @@ class Recent(WholeFrames):
         return 0, -(-self._count // spec.frames_per_chunk)
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
-        frames = self.frames
-        if frames is None:
-            opening = sum(role.opening_frames(spec) for role in roles)
-            frames = spec.attended_frames - spec.frames_per_chunk - opening
+        frames = self.frames_of(spec, roles)
         return replace(self, frames=frames) if frames else None
+
+    def frames_of(self, spec: ModelSpec, roles: Sequence[Role]) -> int:
+        """How many they are in a model; below 0 where it attends to fewer than sink and chunk have."""
+        if self.frames is not None:
+            return self.frames
+        return spec.attended_frames - spec.frames_per_chunk - sum(role.opening_frames(spec) for role in roles)
+
+    def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
+        if self.frames_of(spec, roles) < 0:
+            opening = sum(role.opening_frames(spec) for role in roles)
+            what = f"the model attends to {spec.attended_frames} frames"
+            expected = f"at least {spec.frames_per_chunk + opening}, those of the chunk and the sink"
+            raise InputError(what, where=where, expected=expected)
 
 
 Choose = Literal["least-similar", "uniform", "random"]
@@ -233,10 +243,13 @@ class Retained(Role):
     chooses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise InputError(f"has the seed {self.seed}", where="the role retained", expected="0 or more")
-        if self.ratio > 1:
-            raise InputError(f"has the ratio {self.ratio}", where="the role retained", expected="at most 1")
+        bounds = {
+            "segments": (1, 4096),
+            "ratio": (0, 1),
+            "score_layer": (0, MOST),
+            "seed": (0, (1 << 63) - 1),
+        }
+        check_bounds(self, bounds, "the role retained")
 
     def choice(self, plan: CachePlan, layer: int) -> Choice:
         """What is chosen in a plan whose first layer with this role is `layer`."""
@@ -279,7 +292,7 @@ class Retained(Role):
         return self if layer >= self.score_layer else None
 
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
-        if not any(isinstance(role, Recent) and role.frames != 0 for role in roles):
+        if not any(isinstance(role, Recent) and role.frames_of(spec, roles) > 0 for role in roles):
             raise InputError(
                 "segments are retained without a transition frame",
                 where=where,

@@ -9,21 +9,10 @@ folder; those inputs are kept. The same seed gives the same inputs.
 
 from __future__ import annotations
 
-import os
-
-for _name in (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "POLARS_MAX_THREADS",
-    "RAYON_NUM_THREADS",
-):
-    os.environ.setdefault(_name, "1")
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
 import argparse
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -55,8 +44,14 @@ OURS_WITH_TORCH = (
 )
 
 
+THREADS = ("OMP", "MKL", "OPENBLAS", "RAYON")
+
+
 def main() -> int:
     """Run what the command line asks for."""
+    # Before anything is imported that reads them. A thread of the parent would be missing in its forks.
+    os.environ.update({f"{name}_NUM_THREADS": "1" for name in THREADS}, POLARS_MAX_THREADS="1")
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)

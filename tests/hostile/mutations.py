@@ -123,12 +123,12 @@ def spoil_data(rng: Random, data: Any) -> Any:
     for _ in range(rng.choice([1, 1, 1, 1, 2, 3])):
         places = list(_places(holder))
         if not places:
-            break
+            break  # a change took all of it away
         table, key = rng.choice(places)
         if key not in (table if isinstance(table, dict) else range(len(table))):
-            continue  # went with another change
+            continue
         _change(rng, table, key, places)
-    return holder[0]
+    return holder[0] if holder else None
 
 
 def _places(data: Any) -> Any:

@@ -47,8 +47,8 @@ def nodes_of(bundle: Path) -> Iterator[Node]:
 
 
 ELSEWHERE = {("", "Split"), ("", "Tile"), ("", "Identity")}
-"""Of graphs for TensorRT alone (tests/export/test_engine_builds.py); and where an output that only a clean pass
-is asked for is needed in every pass (tests/export/test_branch_on_clean.py)."""
+"""Of graphs for TensorRT alone (tests/export/test_engine_builds.py), and of outputs that every pass needs
+beside those of clean passes (tests/export/test_branch_on_clean.py)."""
 
 
 def test_operators_and_attributes_are_those_that_export_writes() -> None:

@@ -13,6 +13,7 @@ from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder
 from tests.conftest import headmap_of, random_model, small_spec
 from tests.exported import shared_bundle
+from tests.runtime.groups import Groups
 
 TAEHV = {"latent_channels": 4, "width": 48, "height": 32, "decoder": Decoder("taehv", 8, 4)}
 """A decoder that carries caches from call to call."""
@@ -43,6 +44,12 @@ def small_bundle(name: str) -> Path:
     return shared_bundle(
         spec, weights, policy, verify=name not in UNVERIFIED, decoder=decoder, headmap=headmap
     )
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Groups:
+    """Control groups of a test's own, in place of this machine's."""
+    return Groups(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import psutil
 import pytest
 
 from forcingkv.headmaps import InputError
@@ -24,6 +25,7 @@ from forcingkv.runtime.backends.onnxruntime import (
     open_lane,
 )
 from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.threads import cpu_threads
 from tests.runtime.videos import BUNDLES, OTHER, PROMPT, OwnState, assert_same, open_with, video_of
 
 Bundles = Callable[[str], Path]
@@ -102,13 +104,71 @@ def test_a_provider_that_onnx_runtime_drops_is_an_error(
     """It goes on with the CPU and says so in its log: hours later one would wonder."""
     started = ort.InferenceSession
 
-    def without(path: str, options: Any, providers: list[str]) -> Any:
+    def without(path: str, options: Any, providers: list[str], **_: Any) -> Any:
         assert providers == [CUDA, CPU]
         return started(path, options, providers=[CPU])
 
     monkeypatch.setattr(backend.ort, "InferenceSession", without)
     with pytest.raises(DeviceError, match=r"CUDAExecutionProvider, but could not start it for step\.onnx"):
         OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, CUDA)
+
+
+@pytest.fixture
+def broken_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu on a machine without a GPU that works: the provider is listed, and does not start."""
+    monkeypatch.setattr(backend.ort, "get_available_providers", lambda: [CUDA, CPU])
+
+
+@pytest.mark.usefixtures("broken_cuda")
+def test_where_cuda_does_not_start_the_cpu_can_be_chosen(
+    bundles: Bundles, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DeviceError, match="choose --backend onnxruntime-cpu to run on the CPU"):
+        Session.open(bundles("forcing-kv"))
+    assert capfd.readouterr() == ("", ""), "standard output may be a video"
+    with Session.open(bundles("forcing-kv"), backend="onnxruntime-cpu", threads=1) as session:
+        assert session.runs_on == "the CPU, 1 thread"
+        chosen = [chunk.frames.tobytes() for chunk in session.generate(PROMPT, seed=7, chunks=2)]
+        with session.sibling() as other:
+            assert other.runs_on == "the CPU, 1 thread"
+    with pytest.raises(RuntimeError, match="closed"):
+        _ = session.runs_on
+    plain, _ = open_with(bundles("forcing-kv"), OnnxLane)
+    with plain:
+        assert chosen == [chunk.frames.tobytes() for chunk in plain.generate(PROMPT, seed=7, chunks=2)]
+
+
+def test_a_provider_that_raises_is_an_error_with_the_way_round(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's own way out would print, and take the CPU."""
+
+    class Failing:
+        def __init__(self, *_: Any, enable_fallback: int = 1, **__: Any) -> None:
+            assert not enable_fallback
+            raise RuntimeError("CUDA failure 35: CUDA driver version is insufficient")
+
+    monkeypatch.setattr(backend.ort, "InferenceSession", Failing)
+    with pytest.raises(
+        DeviceError, match=r"driver version is insufficient\): choose --backend onnxruntime-cpu"
+    ):
+        OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, CUDA)
+    with pytest.raises(DeviceError, match=r"driver version is insufficient\)$"):
+        OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, CPU)
+
+
+def test_graphs_have_the_threads_of_this_process_unless_asked_for_others(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of the process are counted: a graph has a pool of one less, since the caller works too."""
+    path = bundles("forcing-kv") / "step.onnx"
+    before = psutil.Process().num_threads()
+    for named, asked, more in (("1", None, 0), ("3", None, None), ("3", 1, 0), ("1", 4, 3)):
+        monkeypatch.setenv("OMP_NUM_THREADS", named)
+        expected = cpu_threads().number - 1 if more is None else more
+        graph = OnnxGraph(path, asked)
+        assert psutil.Process().num_threads() - before == expected
+        del graph
 
 
 def test_a_graph_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:

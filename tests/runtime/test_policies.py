@@ -73,9 +73,9 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
         ("frames = 1 }", "frames = 1, size = 2 }", r"dynamic\[0\]: unknown field 'size'"),
         ("score_layer = 1", 'choose = "best"', r"choose is 'best'; expected 'least-similar' or 'uniform'"),
         ("score_layer = 1", "shared = 1", r"shared is 1; expected a value of type bool"),
-        ("score_layer = 1", "seed = -1", r"has the seed -1; expected 0 or more"),
-        ("0.33", "1.2", r"has the ratio 1.2; expected at most 1"),
-        ('"recent", frames = 1', '"recent", frames = -1', r"has -1 frames; expected 0 or more"),
+        ("score_layer = 1", "seed = -1", r"seed is -1; expected 0 to 9223372036854775807"),
+        ("0.33", "1.2", r"ratio is 1.2; expected 0 to 1"),
+        ('"recent", frames = 1', '"recent", frames = -1', r"frames is -1; expected 0 to 10000"),
         (
             'role = "recent", frames = 1',
             'role = "sink"',

@@ -21,6 +21,7 @@ from forcingkv.headmaps import InputError
 from forcingkv.runtime import Chunk, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.positions import chunk_noise
+from forcingkv.runtime.snapshot import own_digest
 from tests.runtime.videos import (
     BUNDLES,
     OTHER,
@@ -205,12 +206,20 @@ def test_noise_of_ones_own_cannot_be_saved(bundles: Bundles, tmp_path: Path) -> 
         assert_same([*found, *video], wanted)
 
 
-def edit(**changes: Any) -> Callable[[Path], object]:
+def edit(sign: bool = True, **changes: Any) -> Callable[[Path], object]:
+    """Changes fields of state.json: by hand, or as if it had been saved so (None: the field is not there)."""
+
     def apply(folder: Path) -> None:
-        state = json.loads((folder / "state.json").read_text())
-        (folder / "state.json").write_text(json.dumps(state | changes))
+        state = json.loads((folder / "state.json").read_text()) | changes
+        state = {name: value for name, value in state.items() if value is not None or name == "seed"}
+        state |= {"digest": own_digest(state)} if sign else {}
+        (folder / "state.json").write_text(json.dumps(state))
 
     return apply
+
+
+def text(number: int) -> dict[str, Any]:
+    return {"prompt": {"digest": "0" * 64}, "recache": True, "chunk": number}
 
 
 def tensors(change: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -254,6 +263,17 @@ READY = {"index": 3, "timing": {"denoise": 0.0, "clean": 0.0, "decode": 0.0, "to
         (edit(passes=4), "do not go together"),
         (edit(decoder_calls=2), "do not go together"),
         (edit(ready=[READY]), "do not go together"),
+        (edit(switches=[text(4)]), "do not go together"),
+        (edit(switches=[text(2), text(1)]), "do not go together"),
+        (edit(planned=[text(2)]), "do not go together"),
+        (edit(planned=[text(4), text(4)]), "do not go together"),
+        (edit(planned=[text(4)]), "has no tensor planned/0"),
+        (edit(notes={"a": 1}), "expected a value of type str"),
+        (edit(sign=False, seed=1), "was changed: it is not what its own digest says"),
+        (edit(sign=False, chunks=11), "was changed: it is not what its own digest says"),
+        (edit(sign=False, prompt={"digest": "0" * 64}), "was changed"),
+        (edit(sign=False, notes={"a": "b"}), "was changed"),
+        (edit(sign=False, digest="0" * 64), "was changed"),
     ],
 )
 def test_a_state_that_is_damaged_or_foreign_changes_nothing(

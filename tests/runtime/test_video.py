@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.runtime.frames import FrameWriter, PngWriter, RawWriter, ReaderGoneError
+from forcingkv.runtime.frames import FrameWriter, RawWriter, ReaderGoneError
+from forcingkv.runtime.pictures import PngWriter
 from forcingkv.runtime.video import Mp4Writer, open_writer
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]

@@ -14,11 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import check_bounds
+from forcingkv.headmaps.headmap import MOST
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.shipped import read_named, shipped_names
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
+MOST_GROUPS = 16
+"""Groups of heads; those that ship have three at most."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Unsplit:
 
     layers: tuple[int, ...]
     group: str
+
+    def __post_init__(self) -> None:
+        check_bounds(self, {"layers": (0, MOST)}, "unsplit")
+        if len(self.layers) > MOST:
+            raise InputError(f"has {len(self.layers)} layers", where="unsplit", expected=f"at most {MOST}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         where = f"policy {self.name}"
+        if len(self.groups) > MOST_GROUPS:
+            what = f"has {len(self.groups)} groups"
+            raise InputError(what, where=where, expected=f"at most {MOST_GROUPS}")
         if not self.groups or (ALL in self.groups and len(self.groups) > 1):
             raise InputError(
                 f"its groups are {sorted(self.groups)}", where=where, expected=f"{ALL!r} alone, or labels"

@@ -40,7 +40,9 @@ def bench(
     minutes: Annotated[
         float, Option(min=0, help="Leave out rounds that would end later than this, for each geometry.")
     ] = 17.0,
-    threads: Annotated[int | None, Option(min=1, help="CPU threads; default: one a core.")] = None,
+    threads: Annotated[
+        int | None, Option(min=1, help="CPU threads; default: one a core that this process may use.")
+    ] = None,
     decode: Annotated[bool, Option(help="Time decoding too.")] = True,
     decoder: Annotated[
         str | None, Option(help="wan-vae, taehv or lighttae, with random weights; default: taehv.")
@@ -64,7 +66,7 @@ def bench(
     Example: forcingkv bench --model self-forcing --layers 1 --geometry 480p --policies full,forcing-kv
     """
     from forcingkv.measure.bench.cases import bundle_cases, check_memory_of_presets, preset_cases
-    from forcingkv.measure.bench.results import cores, report, results_table, title_of
+    from forcingkv.measure.bench.results import report, results_table, title_of
     from forcingkv.measure.bench.sweeps import lengths, resolutions, write_lengths, write_resolutions
     from forcingkv.measure.bench.turns import BenchSetup, take_turns
 
@@ -105,7 +107,7 @@ def bench(
             check_memory_of_presets(
                 spec, names, layers=layers, resolution=size, headmap=heads, decoder=decoder or "taehv"
             )
-    setup = BenchSetup(rounds, backend, threads or cores(), decode)
+    setup = BenchSetup(rounds, backend, threads, decode)
     results, across = [], []
     with progress_bar() as shown:
         task = shown.add_task("exporting", total=None)

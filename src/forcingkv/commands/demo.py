@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Option
 
 from forcingkv.commands.console import AsJson, default_prompts, emit, need, progress_bar, say
-from forcingkv.commands.models import Threads, text_inputs
+from forcingkv.commands.models import Backend, Threads, text_inputs
 from forcingkv.headmaps import DYNAMIC, STATIC, InputError
 from forcingkv.measure.tables import PlainConsole
 
@@ -22,6 +22,7 @@ def demo(
     samples: Annotated[int, Option(min=1, help="Videos to measure heads on.")] = 6,
     prompts: Annotated[int, Option(min=1, help="Prompts to compare policies on.")] = 40,
     seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
+    backend: Backend = "onnxruntime",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,7 +87,9 @@ def demo(
         task = shown.add_task("3/3 generating (prompts)", total=prompts)
         with ExitStack() as stack:
             sessions = {
-                name: stack.enter_context(Session.open(out / "bundles" / name, threads=threads))
+                name: stack.enter_context(
+                    Session.open(out / "bundles" / name, backend=backend, threads=threads)
+                )
                 for name in POLICIES
             }
             chunks = spec.attended_frames // spec.frames_per_chunk

@@ -107,9 +107,11 @@ def _encode(
 ) -> int:
     """Write the embeddings; how many were there from an earlier run that was stopped."""
     from forcingkv.models.text_encoder import PromptEncoder, tokens_digest
+    from forcingkv.models.torch_threads import use_threads
     from forcingkv.runtime.embeds_writer import growing_embeds
 
     growing: GrowingEmbeds | None = None
+    use_threads()
     with progress_bar() as shown:
         task = shown.add_task("loading the text encoder", total=len(checked))
         encoder = PromptEncoder(files.load(), words.tokenizer, files.name)

@@ -26,6 +26,7 @@ from forcingkv.runtime.bundle import open_bundles
 from forcingkv.runtime.prompts import PromptLine, read_prompts
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import read_embeds
+from forcingkv.runtime.threads import chosen_threads
 
 SAMPLES = 32
 """Prompts, where there are as many and no other number is asked for."""
@@ -94,8 +95,7 @@ def evaluate(
     if expect_digest and not bundle:
         raise InputError("is for bundles", where="--expect-digest", expected="--bundle FOLDER beside it")
     must_end(out, ".csv")
-    if threads:
-        cv2.setNumThreads(threads)
+    cv2.setNumThreads(chosen_threads(threads).number)
     if video:
         need("evaluate", "av")
         from forcingkv.measure.fidelity.video_files import measure_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -15,15 +16,18 @@ import numpy as np
 import typer
 from typer import Option
 
-from forcingkv import __version__
 from forcingkv.commands.console import AsJson, emit, progress_bar, say
+from forcingkv.commands.going_on import Look, agreed, check_prompt, look_of, take_switches, writer_for
 from forcingkv.commands.models import Backend, Embeds, ExpectDigest, Threads, text_input
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import Prompt, Session, Video
-from forcingkv.runtime.frames import FrameWriter, ReaderGoneError
+from forcingkv.runtime import MemoryShortError, Session, Video
+from forcingkv.runtime.backends import BACKENDS
+from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
 from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.text import TextInput
+from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.video import open_writer
 
 BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
@@ -38,7 +42,8 @@ def generate(
     prompt: Annotated[str | None, Option(help="What to show; or which prompt of --embeds.")] = None,
     embeds: Embeds = None,
     seconds: Annotated[
-        float | None, Option(min=0.01, help="Length of the video; default: 5, or that of --restore.")
+        float | None,
+        Option(min=0.01, help="Length of the video; inf: without end; default: 5, or that of --restore."),
     ] = None,
     switch: Annotated[
         list[str] | None,
@@ -50,33 +55,47 @@ def generate(
     ] = None,
     save_every: Annotated[int, Option(min=1, help="Chunks from one saved state to the next.")] = 10,
     restore: Annotated[
-        Path | None, Option(help="Folder of a saved state to go on from; --out gets the rest.")
+        Path | None,
+        Option(
+            help="Folder of a saved state to go on from. What --out has of the video stays, and the rest"
+            " follows it; a new --out gets the rest alone."
+        ),
     ] = None,
-    fps: Annotated[float | None, Option(min=0.01, help="Frames a second; default: the model's.")] = None,
-    seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
+    fps: Annotated[
+        float | None, Option(min=0.01, help="Frames a second; default: the model's, or those of --restore.")
+    ] = None,
+    seed: Annotated[
+        int | None, Option(min=0, help="Seed of the noise; default: 0, or that of --restore.")
+    ] = None,
     backend: Backend = "onnxruntime",
     cuda_graphs: Annotated[
         bool, Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
     ] = False,
     threads: Threads = None,
     expect_digest: ExpectDigest = None,
-    enlarge: Annotated[int, Option(min=1, help="Repeat each pixel this many times.")] = 1,
+    enlarge: Annotated[
+        int | None,
+        Option(min=1, help="Repeat each pixel this many times; default: 1, or that of --restore."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate a video from a bundle, chunk by chunk.
 
     An mp4 plays while it grows. Ctrl-C ends it after the chunks that are there, with exit code 130.
     With --out - the frames alone go to standard output, as bytes in rgb24, and all else to standard error.
-    A video that was saved with --save goes on with --restore where it was, to the bit.
+    A video that was saved with --save goes on with the same words and --restore: --out becomes what it would
+    have been, to the bit, and options that contradict the state are refused. A state that cannot be saved is
+    a warning: the video goes on, the state before stays, and the exit code is that of the video.
 
     Example: forcingkv generate --bundle bundle --prompt "a 3 moving left and a 7 moving up"
     --seconds 3 --seed 7 --enlarge 8 --out video.mp4
     """
     # Makes nothing: a wrong place is refused before the bundle, which may be large, is read.
-    open_writer(out, fps=fps or 1.0)
+    open_writer(out, fps=fps or 1.0, enlarge=enlarge or 1, going_on=bool(restore))
     if save:
         check_states(save)
     written = Written()
+    asked = Asked(prompt, embeds, seconds, switch or (), recache, restore, fps, seed, enlarge)
     try:
         with Session.open(
             bundle,
@@ -85,55 +104,106 @@ def generate(
             cuda_graphs=cuda_graphs,
             expect_digest=expect_digest,
         ) as session:
-            rate = fps or session.spec.fps
-
-            def chunks_for(seconds: float) -> int:
-                """Chunks for that many seconds as they are shown."""
-                return session.spec.chunks_for(seconds * (rate / session.spec.fps))
-
-            changes = _prompt_changes(switch or (), session.spec, embeds, chunks_for)
-            if restore:
-                video = session.restore(restore, chunks=chunks_for(seconds) if seconds else None)
-            else:
-                text = text_input(session.spec, prompt, embeds)
-                video = session.generate(text, seed=seed, chunks=chunks_for(seconds or 5.0))
-            changes = [(chunk, text) for chunk, text in changes if chunk >= video.index]
+            video, look = begin_video(session, asked)
+            on = _runs_on(session, backend, threads)
             if out == "-":
-                width, height = (size * enlarge for size in session.bundle.manifest.frame_size)
-                say(f"rgb24, {width}x{height}, {rate:g} frames a second", error=True)
-            metadata = _metadata(session, prompt, video.seed)
-            with open_writer(out, fps=rate, enlarge=enlarge, metadata=metadata) as writer:
-                for _ in _write(video, writer, written):
-                    if changes and video.index >= changes[0][0]:
-                        _, after = changes.pop(0)
-                        video.switch(after, recache=recache)
+                width, height = (size * look.enlarge for size in session.bundle.manifest.frame_size)
+                say(f"rgb24, {width}x{height}, {look.fps:g} frames a second", error=True)
+            writer, first, written.kept = writer_for(out, session, video, look, restored=bool(restore))
+            with writer:
+                for frames in _write(video, writer, written):
                     if save and not video.index % save_every:
-                        video.save(save)
+                        _save(video, save, look, first, frames, written)
     except (KeyboardInterrupt, SystemExit) as error:
-        kept = f"{written.frames} frames in {out}" if written.frames else "nothing was written"
+        kept = f"{written.kept + written.frames} frames in {out}" if written.frames else "nothing was written"
         say(f"stopped: {kept}", error=True)
         raise typer.Exit(exit_code(error)) from error
     except ReaderGoneError as error:
         raise typer.Exit(BROKEN_PIPE) from error
-    if not written.frames:
-        raise InputError("the saved video is complete", where=str(restore), hint="Make it longer: --seconds.")
     with redirect_stdout(sys.stderr if out == "-" else sys.stdout):
-        _report(written, out, rate, as_json=as_json)
+        _report(written, out, look.fps, on, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options say of a video. None: an option that was not given."""
+
+    prompt: str | None
+    embeds: Path | None
+    seconds: float | None
+    switches: Sequence[str]
+    recache: bool
+    restore: Path | None
+    fps: float | None
+    seed: int | None
+    enlarge: int | None
+
+
+def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
+    """Begin the video that the options ask for, or go on with the one that was saved.
+
+    Raises InputError for options that cannot be used, or contradict the saved state, and for a saved video
+    of which nothing is left to make.
+    """
+    spec = session.spec
+    if asked.restore:
+        video = session.restore(asked.restore)
+        look = look_of(video, spec.fps, asked.fps, asked.enlarge)
+        agreed("--seed", asked.seed, str(video.seed))
+        if asked.prompt is not None or (asked.embeds and not asked.switches):
+            check_prompt(session, video, asked.prompt, asked.embeds)
+    else:
+        look = Look(asked.fps or spec.fps, asked.enlarge or 1)
+
+    def chunks_for(seconds: float) -> int:
+        """Chunks for that many seconds as they are shown."""
+        return spec.chunks_for(seconds * (look.fps / spec.fps))
+
+    def length(seconds: float) -> int | None:
+        return None if seconds == math.inf else chunks_for(seconds)
+
+    switches = _prompt_changes(asked.switches, spec, asked.embeds, chunks_for)
+    if asked.restore:
+        if asked.seconds:
+            video.chunks = length(asked.seconds)
+        if video.chunks is not None and video.index >= video.chunks:
+            where, hint = str(asked.restore), "Make it longer: --seconds."
+            raise InputError("the saved video is complete", where=where, hint=hint)
+    else:
+        text = text_input(spec, asked.prompt, asked.embeds)
+        video = session.generate(text, seed=asked.seed or 0, chunks=length(asked.seconds or 5.0))
+    take_switches(session, video, switches, asked.recache)
+    for change in video.switches:
+        if video.chunks is not None and change.chunk >= video.chunks:
+            say(f"note: the video ends with chunk {video.chunks - 1}, before {change}", error=True)
+    return video, look
 
 
 @dataclass
 class Written:
     """What has come of a video so far."""
 
+    kept: int = 0
+    """Frames that were there, and stay."""
     frames: int = 0
+    """Frames that were made."""
     waited: list[float] = field(default_factory=list)
     """Seconds that each chunk was waited for."""
     denoising: list[float] = field(default_factory=list)
     """Seconds of the passes of each chunk."""
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        """Say something on standard error, and in the report."""
+        self.warnings.append(text)
+        say(f"warning: {text}", error=True)
 
 
-def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[None]:
-    """Write each chunk, show progress, and count what is written; between chunks the caller may act."""
+def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[Frames]:
+    """Write each chunk, show progress, and count what is written; between chunks the caller may act.
+
+    Yields the frames of each chunk once they are written.
+    """
     with progress_bar() as shown:
         task = shown.add_task("generating chunks", total=video.chunks, completed=video.index)
         asked = time.perf_counter()
@@ -143,25 +213,51 @@ def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[None
             writer.write(chunk.frames)
             written.frames += len(chunk.frames)
             shown.update(task, completed=video.index)
-            yield
+            yield chunk.frames
             asked = time.perf_counter()
 
 
-def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
+def _save(video: Video, folder: Path, look: Look, first: int, frames: Frames, written: Written) -> None:
+    """Save the state behind the frames that were just written; a state that cannot be saved is a warning."""
+    notes = {
+        "fps": repr(look.fps),
+        "enlarge": str(look.enlarge),
+        "first_chunk": str(first),
+        "last_frame": digest_of(frames[-1]),
+    }
+    try:
+        video.save(folder, notes=notes)
+    except (InputError, MemoryShortError) as error:
+        written.warn(f"the state was not saved before chunk {video.index}, and the video goes on: {error}")
+
+
+def _runs_on(session: Session, backend: str, threads: int | None) -> dict[str, object]:
+    """What a session runs on, and for the CPU how many threads were chosen, and why."""
+    if BACKENDS[backend] != "onnxruntime":
+        return {"runs_on": session.runs_on}
+    chosen = chosen_threads(threads)
+    return {"runs_on": session.runs_on, "threads": chosen.number, "threads_because": chosen.because}
+
+
+def _report(written: Written, out: str, rate: float, on: dict[str, object], *, as_json: bool) -> None:
     result = {
+        **on,
         "out": out,
         "frames": written.frames,
+        "kept_frames": written.kept,
         "chunks": len(written.waited),
         "fps": rate,
         "seconds_per_chunk": float(np.median(written.waited)),
         "frames_per_second": written.frames / sum(written.waited),
         "frames_per_second_without_decoding": written.frames / sum(written.denoising),
+        "warnings": written.warnings,
     }
     if as_json:
         emit(result)
         return
+    after = f" after the {written.kept} that were there" if written.kept else ""
     say(
-        f"{out}: {written.frames} frames in {result['chunks']} chunks,"
+        f"{out}: {written.frames} frames in {result['chunks']} chunks{after},"
         f" {result['frames_per_second']:.1f} frames a second"
         f" ({result['frames_per_second_without_decoding']:.1f} without decoding)"
     )
@@ -169,37 +265,26 @@ def _report(written: Written, out: str, rate: float, *, as_json: bool) -> None:
 
 def _prompt_changes(
     options: Sequence[str], spec: ModelSpec, embeds: Path | None, chunks_for: Callable[[float], int]
-) -> list[tuple[int, Prompt]]:
+) -> list[tuple[int, TextInput]]:
     """The changes that "SECONDS:PROMPT" asks for, in order: each the index of a chunk and its new prompt.
 
     The prompt changes with the first chunk that begins at that second or later. Raises InputError for one
-    that is not of that form, or whose prompt cannot be used.
+    that is not of that form, or whose prompt cannot be used, and for two with one chunk.
     """
-    changes = []
+    changes: dict[int, tuple[str, TextInput]] = {}
     for option in options:
         start, colon, prompt = option.partition(":")
         try:
             seconds = float(start)
         except ValueError:
             seconds = 0.0
-        if not colon or not seconds > 0:
+        if not colon or not 0 < seconds < math.inf:
             raise InputError(
                 f"has no time above 0 in {option!r}", where="--switch", expected='"SECONDS:PROMPT"'
             )
-        changes.append((chunks_for(seconds), text_input(spec, prompt.strip(), embeds)))
-    return sorted(changes, key=lambda change: change[0])
-
-
-def _metadata(session: Session, prompt: str | None, seed: int) -> dict[str, str]:
-    """What a video says of itself."""
-    manifest, name = session.bundle.manifest, session.spec.name
-    return {
-        "title": prompt or name,
-        "comment": f"{name}, policy {manifest.policy.name}, seed {seed}, forcingkv {__version__}",
-        "forcingkv.prompt": prompt or "",
-        "forcingkv.seed": str(seed),
-        "forcingkv.model": name,
-        "forcingkv.policy": manifest.policy.name,
-        "forcingkv.bundle": session.bundle.digest,
-        "forcingkv.version": __version__,
-    }
+        chunk = chunks_for(seconds)
+        if chunk in changes:
+            what = f"has {changes[chunk][0]!r} and {option!r}, which both begin with chunk {chunk}"
+            raise InputError(what, where="--switch", expected="one prompt for each chunk")
+        changes[chunk] = option, text_input(spec, prompt.strip(), embeds)
+    return [(chunk, text) for chunk, (_, text) in sorted(changes.items(), key=lambda change: change[0])]

@@ -16,7 +16,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.prompts import PromptLine, shortened
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import encode_words, read_embeds
+from forcingkv.runtime.text import TextInput, encode_words, read_embeds
 
 if TYPE_CHECKING:
     from forcingkv.models.checkpoint import Weights
@@ -58,7 +58,9 @@ ExpectDigests: TypeAlias = Annotated[
     list[str] | None,
     Option(metavar="SHA256", help="As for `generate`: one for each --bundle, in their order."),
 ]
-Threads: TypeAlias = Annotated[int | None, Option(min=1, help="CPU threads.")]
+Threads: TypeAlias = Annotated[
+    int | None, Option(min=1, help="CPU threads; default: one a core that this process may use.")
+]
 Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT of frames, or a name, such as 480p.")]
 
 
@@ -94,22 +96,21 @@ def _say(text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def text_input(spec: ModelSpec, prompt: str | None, embeds: Path | None) -> npt.NDArray[np.float32]:
-    """The model's input (1, text_length, text_width) for a prompt, from a file of embeddings if given.
+def text_input(spec: ModelSpec, prompt: str | None, embeds: Path | None) -> TextInput:
+    """The model's input for a prompt, with its words; from a file of embeddings if given.
 
     Says on standard error where the embedding leaves out the end of the prompt. Raises InputError where
     neither says what to show, or the model needs embeddings.
     """
     if embeds:
         known = read_embeds(embeds)
-        text = known.get(prompt, spec)
+        said, text = known.prompts[known.place(prompt)], known.get(prompt, spec)
         if unused := known.cut(prompt):
-            shown = shortened(known.prompts[known.place(prompt)])
-            say(f"note: the last {unused:,} tokens of {shown} are not used", error=True)
-        return text
+            say(f"note: the last {unused:,} tokens of {shortened(said)} are not used", error=True)
+        return TextInput(said, text)
     if not (prompt or "").strip():
         raise InputError("the prompt is empty", where="prompt", expected="some words")
-    return encode_words(spec, prompt or "")
+    return TextInput(prompt or "", encode_words(spec, prompt or ""))
 
 
 def text_inputs(

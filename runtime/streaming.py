@@ -1,0 +1,235 @@
+"""A video on its way: its chunks in order, its switches of prompts, and saving it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.chunks import Chunk, ChunkMaker, NoiseSource, PendingChunk
+from forcingkv.runtime.faults import MemoryShortError
+from forcingkv.runtime.kv.rebuild import replayed
+from forcingkv.runtime.positions import Floats, chunk_noise
+from forcingkv.runtime.script import PromptRecord, Script, Switch
+from forcingkv.runtime.snapshot import write_snapshot
+from forcingkv.runtime.text import Prompt
+
+if TYPE_CHECKING:
+    from forcingkv.runtime.session import Session
+
+
+class Video:
+    """A video on its way. Iterate over it for its chunks; `Session.generate` and `Session.restore` make it.
+
+    Attributes:
+        seed: of the noise.
+        chunks: how many there will be; None: without end.
+        index: of the chunk that is handed out next.
+        notes: what the program that saved it wanted to find again; nothing, if it was not restored.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        seed: int,
+        chunks: float | None,
+        noise: NoiseSource | None,
+        script: Script,
+    ) -> None:
+        """For the session. It is asked for its memory each time: a video that has ended keeps none of it."""
+        seed = operator.index(seed)  # numpy's whole numbers would not go into JSON
+        if seed < 0:
+            raise InputError(f"is {seed}", where="seed", expected="0 or more")
+        self.seed, self.chunks = seed, _whole(chunks)
+        self.index, self._script = 0, script
+        self.notes: Mapping[str, str] = {}
+        self._session, self._own_noise, self._token = session, noise is not None, object()
+        self._noise = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
+        self._begun = 0
+        """Chunks whose passes were put into the queue."""
+        self._pending: deque[PendingChunk] = deque()
+        self._ready: deque[Chunk] = deque()
+        self._latents: dict[int, Floats] = {}
+        """Of the chunks that a rebuild of the cache needs, in order."""
+        self._failed = False
+
+    @property
+    def prompt(self) -> PromptRecord | None:
+        """The prompt that it began with. None: of a saved state that does not know it, as those of earlier
+        versions."""
+        return self._script.prompt
+
+    @property
+    def switches(self) -> tuple[Switch, ...]:
+        """The changes of the prompt that were made, and those to come, in order."""
+        return self._script.switches
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        """The next chunk, as soon as it is decoded.
+
+        Raises:
+            InUseError: the session is in use by another thread. The video is as it was.
+            RuntimeError: the session was closed, or began another video.
+            SessionError: memory ran out, the latents are not finite, or the device failed. The video has
+                ended; the session can begin another.
+        """
+        if self._over:
+            raise StopIteration
+        with self._changing() as maker:
+            # Another thread may have had the last chunk since.
+            while not self._ready and not self._over:
+                # On a device the passes of the next chunk are queued before this one is waited for: they run
+                # while it is decoded, copied and shown, and the device never waits for the host.
+                while len(self._pending) <= maker.lane.lookahead and (
+                    self.chunks is None or self._begun < self.chunks
+                ):
+                    self._switch_in_time(maker)
+                    self._pending.append(maker.begin(self._begun, self._noise))
+                    self._begun += 1
+                if not self._ready:  # a switch finishes what was begun
+                    self._finish_one(maker)
+            chunk = None if self._over else self._ready.popleft()
+            self.index += chunk is not None
+        if chunk is None:
+            raise StopIteration
+        if self._session._frames == "device":  # they went with the memory, if it was closed meanwhile
+            self._session._memory(self._token)
+        return chunk
+
+    @property
+    def _over(self) -> bool:
+        return self._failed or (self.chunks is not None and self.index >= self.chunks)
+
+    def switch(self, prompt: Prompt, *, recache: bool = True, at: int | None = None) -> int:
+        """Follow another prompt from a chunk on.
+
+        Args:
+            prompt: words or text embeddings, as for `Session.generate`.
+            recache: make the caches anew, from the latents of the last chunks under the new prompt. It
+                takes as many clean passes as chunks fill the cache, and for models that were not trained
+                with switches denoising passes too (`Schedule.redraw_from`). Without it the keys and values
+                of the old prompt go on ruling what is shown.
+            at: the chunk, one that was not yet begun: the video switches when it comes there, and a saved
+                state knows that it is to. None: now, with the next chunk that was not yet begun.
+
+        Returns the index of the first chunk that follows the new prompt.
+
+        Raises InputError for a prompt or a chunk that cannot be used (nothing has changed then), RuntimeError
+        for a video that failed, and what `__next__` raises.
+        """
+        record, text = PromptRecord.of(self._session.spec, prompt)
+        if at is not None:
+            with self._using():
+                self._script.plan(Switch(operator.index(at), record, recache), text, self._begun)
+            return at
+        with self._changing() as maker:
+            switch = Switch(self._begun, record, recache)
+            self._follow(maker, switch, text)
+            return switch.chunk
+
+    def _switch_in_time(self, maker: ChunkMaker) -> None:
+        """Make the switch with which the next chunk that is begun begins, if there is one."""
+        if self._begun in self._script.due:
+            self._follow(maker, *self._script.due[self._begun])
+            del self._script.due[self._begun]
+
+    def _follow(self, maker: ChunkMaker, switch: Switch, text: Floats) -> None:
+        while self._pending:
+            self._finish_one(maker)
+        maker.prompt(text)
+        if switch.recache:
+            redraw_from = self._session.spec.schedule.redraw_from
+            maker.cache.passes = 0
+            for index, latents in self._latents.items():
+                maker.replay(index, latents, self._noise, redraw_from)
+        self._script.made.append(switch)
+
+    def save(self, folder: Path | str, *, notes: Mapping[str, str] = {}) -> None:
+        """Save the whole state to a folder: `Session.restore` goes on from it, to the bit.
+
+        A state saved there before is replaced once this one is whole.
+
+        Args:
+            folder: where.
+            notes: what the caller wants to find again as `Video.notes`.
+
+        Raises InputError where the folder cannot be written, or holds anything else, and for a video with
+        a noise source of its own, which cannot be saved: the state before stays then, and the video can go
+        on. RuntimeError for a video that failed.
+        """
+        with self._using() as maker:
+            with self._ending_with_errors():
+                while self._pending:
+                    self._finish_one(maker)
+            if self._own_noise:
+                raise InputError(
+                    "a video with a noise source of its own cannot be saved",
+                    where="noise",
+                    expected="noise of a seed",
+                )
+            bundle, notes = self._session.bundle.digest, dict(notes)
+            known = {"bundle": bundle, "seed": self.seed, "chunks": self.chunks, "index": self.index}
+            try:
+                write_snapshot(
+                    Path(folder), maker, self._latents, self._ready, self._script, **known, notes=notes
+                )
+            except MemoryError as error:
+                what = f"memory ran out on the host while a state was saved ({error})"
+                raise MemoryShortError(what) from error
+
+    def _finish_one(self, maker: ChunkMaker) -> None:
+        chunk = maker.finish(self._pending.popleft())
+        self._latents[chunk.index] = chunk.latents.copy()  # the caller may change the chunk's own
+        needed = replayed(self._session.plan, chunk.index + 1)
+        self._latents = {index: self._latents[index] for index in needed}
+        self._ready.append(chunk)
+
+    @contextmanager
+    def _using(self) -> Iterator[ChunkMaker]:
+        """The session's memory, which nobody else can use meanwhile.
+
+        Raises RuntimeError for a video that the session no longer works on, or that failed, and InUseError.
+        """
+        with self._session._using(self._token) as maker:
+            if self._failed:
+                raise RuntimeError("this video ended with an error: begin another")
+            yield maker
+
+    @contextmanager
+    def _changing(self) -> Iterator[ChunkMaker]:
+        """The session's memory, to change it."""
+        with self._using() as maker, self._ending_with_errors():
+            yield maker
+
+    @contextmanager
+    def _ending_with_errors(self) -> Iterator[None]:
+        """Whatever goes wrong ends the video, since its caches may be half written."""
+        try:
+            yield
+        except BaseException as error:
+            self._failed = True
+            self._pending.clear()
+            if isinstance(error, MemoryError):  # of numpy's: noise, or a copy of what is shown
+                raise MemoryShortError(f"memory ran out on the host ({error})") from error
+            raise
+
+
+def _whole(chunks: float | None) -> int | None:
+    """A number of chunks; None: without end. Raises InputError for one that is no whole number from 0 on."""
+    if chunks is None or chunks == math.inf:
+        return None
+    try:
+        count = operator.index(chunks)  # type: ignore[arg-type]
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise InputError(f"is {chunks}", where="chunks", expected="a whole number from 0 on, or None")
+    return count
