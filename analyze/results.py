@@ -51,7 +51,7 @@ def check_places(out: Path, stats: str | Path | None, *, samples: int, restart: 
     For before the weights are fetched. The arguments are those of `analyze_heads`.
     """
     storage = Storage(stats or out / "stats")
-    if restart or not set(range(samples)) <= set(storage.samples()):
+    if restart or storage.lacks(samples):
         storage.check_writable()
     check_results(out)
 

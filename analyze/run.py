@@ -34,6 +34,8 @@ Device = Literal["cpu", "cuda"]
 Text = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 """(samples done, chunks done of those under way)."""
+MOST_SAMPLES = 100_000
+"""Of a run: each has a file, and is listed before any is recorded."""
 
 
 @dataclass(frozen=True)
@@ -221,10 +223,10 @@ def record_samples(
     Each becomes a file when it is whole. Raises InputError as `analyze_heads` does; where memory is too
     little, before the weights are read.
     """
-    if not job.texts or samples < 1:
+    if not job.texts or not 1 <= samples <= MOST_SAMPLES:
         raise InputError(
             f"{samples} samples of {len(job.texts)} prompts cannot be measured",
-            expected="at least one sample and one prompt",
+            expected=f"at least one sample and one prompt, and at most {MOST_SAMPLES} samples",
         )
     storage = Storage(place)
     check_room(
@@ -287,7 +289,7 @@ def check_room(
 
     if cluster not in (None, LOCAL):
         return
-    if restart or not set(range(samples)) <= set(Storage(place).samples()):
+    if restart or Storage(place).lacks(samples):
         here = max(1, min(workers or 1, samples)) if cluster else 0
         check_memory_to_record(plan, dtype, chunks, device, here)
 
@@ -306,4 +308,5 @@ def _missing(job: Job, storage: Storage, samples: int) -> list[int]:
     for sample in there:
         wanted = recording.of(sample, job.text(sample))
         check_same(storage.recording(sample), wanted, storage.path(sample))
-    return [sample for sample in range(samples) if sample not in there]
+    known = set(there)
+    return [sample for sample in range(samples) if sample not in known]

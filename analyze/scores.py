@@ -189,7 +189,11 @@ def divergence(recorded: Recorded) -> Divergence:
 
 
 def _check(rows: pl.DataFrame, recorded: Recorded, wanted: int) -> None:
-    """Raise InputError unless every sample is there once and whole."""
+    """Raise InputError unless every sample is there once and whole, and each row says what it is of."""
+    empty = [name for name in rows.columns if rows[name].null_count()]
+    empty += [name for name in ("key_frame", "mass") if rows[name].explode().null_count()]
+    if empty:
+        raise InputError(f"has rows without a {empty[0]}", where=recorded.place, expected="a value in each")
     found = dict(rows.group_by("sample").len().iter_rows())
     for sample in sorted({*found, *recorded.samples}):
         if found.get(sample, 0) != wanted or sample not in recorded.samples:
@@ -200,6 +204,23 @@ def _check(rows: pl.DataFrame, recorded: Recorded, wanted: int) -> None:
             )
     if rows.select(_KEY).is_duplicated().any():
         raise InputError("has a row twice", where=recorded.place, expected="each query frame once")
+    spec, recording = recorded.recording.spec, recorded.recording
+    ends = {
+        "chunk": (recording.first_chunk, recording.chunks),
+        "step": (0, len(spec.schedule.timesteps)),
+        "layer": (0, spec.layers),
+        "head": (0, spec.heads),
+        "query_frame": (0, spec.frames_per_chunk),
+    }
+    frames = recording.chunks * spec.frames_per_chunk
+    for name, (first, end) in {**ends, "key_frame": (0, frames)}.items():
+        values = rows[name].explode() if name == "key_frame" else rows[name]
+        least, most = values.min(), values.max()
+        if len(values) and not first <= least <= most < end:  # type: ignore[operator]
+            what = f"has a row of the {name} {(least if least < first else most)!s}"  # type: ignore[operator]
+            raise InputError(what, where=recorded.place, expected=f"{first} to {end - 1}")
+    if not (rows["key_frame"].list.len() == rows["mass"].list.len()).all():
+        raise InputError("has a row with more frames than masses", where=recorded.place, expected="one each")
 
 
 def _check_mass(total: Array, recorded: Recorded) -> None:

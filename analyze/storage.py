@@ -79,6 +79,11 @@ class Storage:
             raise InputError(what, where=self.place, expected="a folder") from error
         return sorted(int(found[1]) for name in names if (found := _NAME.match(name)))
 
+    def lacks(self, samples: int) -> bool:
+        """Whether one of the samples 0 to `samples` - 1 is not there."""
+        there = set(self.samples())
+        return samples > len(there) or any(sample not in there for sample in range(samples))
+
     def path(self, sample: int) -> str:
         """The file of a sample, as people know it."""
         return posixpath.join(self.place, _name(sample))

@@ -23,6 +23,17 @@ class FileRecord:
             raise InputError(f"bytes is {self.bytes:.3g}", where="a file's record", expected="0 or more")
 
 
+def check_name(name: str, where: str) -> None:
+    """Raise InputError for the name of a file that is absolute, or climbs out of its folder."""
+    pure = PurePosixPath(name)
+    if not name or "\\" in name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
+        raise InputError(
+            f"names the file {name!r}, which is not inside the folder",
+            where=where,
+            expected="relative names without '..'",
+        )
+
+
 def inside(folder: Path, name: str) -> Path:
     """The path of a file named relative to a folder. It may be a link to a file in the folder.
 
@@ -31,14 +42,8 @@ def inside(folder: Path, name: str) -> Path:
 
     Raises InputError for a name that is absolute, climbs out, or leads anywhere else through a link.
     """
-    pure = PurePosixPath(name)
-    if not name or "\\" in name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
-        raise InputError(
-            f"names the file {name!r}, which is not inside the folder",
-            where=str(folder),
-            expected="relative names without '..'",
-        )
-    path = folder / pure
+    check_name(name, str(folder))
+    path = folder / PurePosixPath(name)
     try:
         root, target = folder.resolve(), path.resolve()
         with suppress(FileNotFoundError, NotADirectoryError):

@@ -120,6 +120,8 @@ def new_folder(path: Path, kind: Kind, names: Collection[str] = ()) -> Iterator[
             yield room.at(token, NEW)
             _swap(room, token)
         finally:
+            if not room.inside and path.is_dir():
+                _settle(Room(path, kind, inside=True), token)
             _settle(room, token)
 
 
@@ -148,16 +150,24 @@ def built_in(path: Path) -> Path:
     return path if path.is_dir() and not can_be_renamed(path) else nearest(path)
 
 
-def interrupted(path: Path, mark: str) -> Path | None:
-    """The whole result that a process left when it was killed while it replaced the one at `path`."""
+def interrupted(path: Path, kind: Kind) -> list[Path]:
+    """What a process left when it was killed while it replaced the result at `path`.
+
+    Results that are whole come first; there may be none, where the files were being moved one by one.
+    """
     path = Path(os.path.realpath(path))
+    found = []
     for folder, name in ((path, INSIDE), (path.parent, path.name)):
         with suppress(OSError):
-            for state in (READY, OLD):
-                for _, found in left(folder, name, state):
-                    if (found / mark).is_file():
-                        return found
-    return None
+            found += [one for state in (READY, OLD) for _, one in left(folder, name, state)]
+    return sorted(found, key=lambda one: not is_whole(one, kind))
+
+
+def is_whole(folder: Path, kind: Kind) -> bool:
+    """Whether a folder has all files of a result."""
+    with suppress(InputError):
+        return all((folder / name).is_file() for name in kind.files(folder))
+    return False
 
 
 def _resolved(path: Path) -> Path:
@@ -275,7 +285,7 @@ def _settle(room: Room, token: str) -> None:
     if room.inside:
         if old.is_dir() or (ready / room.kind.mark).is_file():
             _settle_contents(room, token)
-        _discard(ready, new)
+        _discard(ready, room)
         return
     if not os.path.lexists(room.path):
         for whole in (ready, old):
@@ -286,7 +296,7 @@ def _settle(room: Room, token: str) -> None:
     for gone in (ready, old):
         if gone.is_dir():
             _move_others(gone, room)
-            _discard(gone, new)
+            _discard(gone, room)
     sync_folder(room.folder)
 
 
@@ -307,11 +317,12 @@ def _move_others(gone: Path, room: Room) -> None:
     sync_folder(room.path)
 
 
-def _discard(gone: Path, junk: Path) -> None:
-    """Remove a folder, which first gets the name of those that nobody takes for whole."""
+def _discard(gone: Path, room: Room) -> None:
+    """Remove a folder, which first gets a name of those that nobody takes for whole."""
     if gone.is_dir():
+        junk = room.at(new_token(), NEW)
         os.rename(gone, junk)
-    _remove(junk)
+        _remove(junk)
 
 
 def _remove(folder: Path) -> None:
@@ -334,7 +345,7 @@ def _settle_contents(room: Room, token: str) -> None:
         old.mkdir(exist_ok=True)
         _finish_contents(room, token)
     else:
-        _discard(old, room.at(token, NEW))
+        _discard(old, room)
 
 
 def _finish_contents(room: Room, token: str) -> None:
@@ -360,7 +371,7 @@ def _finish_contents(room: Room, token: str) -> None:
     os.rename(ready / mark, path / mark)
     sync_folder(path)
     for gone in (old, ready):
-        _discard(gone, room.at(token, NEW))
+        _discard(gone, room)
 
 
 def _files(folder: Path) -> set[str]:

@@ -76,10 +76,12 @@ def held(lock: Path, place: Path, stays: Callable[[], bool] = lambda: False) -> 
         yield real
     finally:
         goes = not stays()
-        if goes and not _WINDOWS:  # while it is ours: another may have made a lock of that name afterwards
-            _remove(lock, file)
-        release(file)
-        os.close(file)
+        try:
+            if goes and not _WINDOWS:  # while it is ours: later another may have made one of that name
+                _remove(lock, file)
+        finally:
+            release(file)
+            os.close(file)
         if goes and _WINDOWS:  # where no open file can be removed, and so none that another holds
             with suppress(OSError):
                 lock.unlink()

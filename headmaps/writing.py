@@ -57,10 +57,19 @@ def unwritable_where(path: Path, within: Path | None = None) -> Iterator[None]:
         named = error.filename
         if isinstance(named, str | bytes):
             file, place = (Path(os.path.abspath(os.fsdecode(name))) for name in (named, path))
-            on_the_way = place.is_relative_to(file) or any(part.endswith(OURS) for part in file.parts)
+            on_the_way = place.is_relative_to(file) or _is_temporary(file)
             if not on_the_way and not (within and file.is_relative_to(os.path.abspath(within))):
                 raise
         raise unwritable(path, error) from error
+    except InputError as error:  # of a file in a folder that is being built, whose name nobody knows
+        cause = error.__cause__
+        if isinstance(cause, OSError) and _is_temporary(error.where or "") and not _is_temporary(path):
+            raise unwritable(path, cause) from error
+        raise
+
+
+def _is_temporary(path: Path | str) -> bool:
+    return any(part.endswith(OURS) for part in Path(path).parts)
 
 
 def refuse_url(path: Path | str) -> None:
@@ -76,6 +85,8 @@ def refuse_name(path: Path) -> None:
     if "\0" in str(path):
         raise InputError("is no name of a file (it has U+0000)", where=repr(str(path)))
     there = nearest(path)
+    if not there.is_dir():
+        raise unwritable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     for part in path.parts[len(there.parts) :]:
         with unwritable_where(path), suppress(FileNotFoundError, NotADirectoryError):
             (there / part).lstat()

@@ -166,7 +166,11 @@ class PromptEncoder:
             what = f"the tokenizer gives the token {max(ids)}, and the encoder has {vocabulary}"
             raise InputError(what, where=self.name, hint="Name the encoder's own with --tokenizer.")
         given = torch.tensor([list(ids)])
-        states = self.model(given, attention_mask=torch.ones_like(given)).last_hidden_state
+        try:
+            states = self.model(given, attention_mask=torch.ones_like(given)).last_hidden_state
+        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+            what = f"cannot be run as its configuration describes it ({first_line(error)})"
+            raise InputError(what, where=self.name) from error
         embedding: npt.NDArray[np.float32] = states[0].float().numpy()
         if not np.isfinite(embedding).all():
             hint = "Take the encoder in bfloat16."
@@ -228,7 +232,8 @@ def load_tokenizer(place: EncoderPlace, named: str | Path | None = None) -> Prom
     try:
         # No code of strangers is run, and nobody is asked whether it may be.
         tokenizer = transformers.AutoTokenizer.from_pretrained(words, trust_remote_code=False)
-        tokenizer("a", max_length=1, truncation=True)  # what is wrong with its settings shows only now
+        for settings in ({"verbose": False}, {"max_length": 1, "truncation": True}):
+            tokenizer("a", **settings)  # what is wrong with its configuration shows only now
         return PromptTokenizer(tokenizer)
     except Exception as error:  # transformers and tokenizers raise whatever a wrong file leads them to
         what = f"cannot be read by transformers' AutoTokenizer ({first_line(error)})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.folders import Kind, interrupted
+from forcingkv.headmaps.folders import Kind, interrupted, is_whole
 from forcingkv.headmaps.reading import read_json
 
 MANIFEST, HEADMAP = "manifest.json", "headmap.json"
@@ -44,11 +44,10 @@ BUNDLE = Kind(MANIFEST, files_of_bundle)
 
 def no_bundle(folder: Path) -> InputError:
     """The error for a folder without a manifest; it says where the bundle is that was to be there."""
-    whole = interrupted(folder, MANIFEST)
+    left = interrupted(folder, BUNDLE)
     hint = "Make one with: forcingkv export"
-    if whole is not None:
-        hint = (
-            f"A run was stopped while it replaced the bundle: {whole} is one, whole."
-            " Give it this name, or run the export again."
-        )
+    if left:
+        hint = "An export was stopped while it replaced this bundle: run it again, which first finishes that."
+        if is_whole(left[0], BUNDLE):
+            hint += f" Or move {left[0]} here, which is whole."
     return InputError(f"is not a bundle: it has no {MANIFEST}", where=str(folder), hint=hint)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.media import open_media
 
 MOST_HEAD = 1 << 24
 """Bytes, more than any head or table of a fragment that is written here."""
@@ -80,7 +81,7 @@ def metadata_of(path: Path, fragments: Fragments) -> dict[str, str]:
         file.seek(first.start)
         content = fragments.head + file.read(first.end - first.start)
     try:
-        with av.open(BytesIO(content)) as video:
+        with open_media(BytesIO(content), ["mov", "mp4"]) as video:
             return dict(video.metadata)
     except av.error.FFmpegError as error:
         raise _foreign(str(path), f"a damaged head ({error.strerror})") from error

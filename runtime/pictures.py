@@ -16,6 +16,7 @@ from forcingkv.headmaps.reading import read_json
 from forcingkv.headmaps.renames import sync_tree
 from forcingkv.headmaps.writing import Hold, held_inside, is_ours, lock_of, put, write_text
 from forcingkv.runtime.frames import Frames, FrameWriter, Kept, need_av, os_error
+from forcingkv.runtime.media import open_media
 
 RECORD = "frames.json"
 _WRITING = "frames"
@@ -68,7 +69,7 @@ class PngWriter(FrameWriter):
         if found < kept.frames:
             raise self._fewer(found, kept)
         try:
-            with av.open(str(self.path / _picture(kept.frames))) as picture:
+            with open_media(self.path / _picture(kept.frames), ["png_pipe"]) as picture:
                 last: Any = next(picture.decode(video=0)).to_ndarray(format="rgb24")
         except (av.error.FFmpegError, StopIteration):
             raise self._fewer(kept.frames - 1, kept, f" ({_picture(kept.frames)} is damaged)") from None

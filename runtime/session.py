@@ -14,7 +14,7 @@ from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.backends import Lane, open_backend
 from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
-from forcingkv.runtime.faults import InUseError, SessionError
+from forcingkv.runtime.faults import InUseError
 from forcingkv.runtime.pass_timer import PassTimer
 from forcingkv.runtime.preflight import check_memory
 from forcingkv.runtime.script import PromptRecord, Script
@@ -22,6 +22,9 @@ from forcingkv.runtime.snapshot import read_snapshot
 from forcingkv.runtime.streaming import Video
 from forcingkv.runtime.text import Prompt
 from forcingkv.runtime.turn import Turn
+
+MOST_THREADS = 4096
+"""Of a CPU backend: more are no machine's, and taking their stacks would be what fails."""
 
 
 class Session:
@@ -89,8 +92,8 @@ class Session:
             SessionError: the backend could not be started.
         """
         one_of(FramesOn, frames, "place for frames")
-        if threads is not None and threads < 1:
-            raise InputError(f"is {threads}", where="threads", expected="1 or more, or None")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise InputError(f"is {threads}", where="threads", expected=f"1 to {MOST_THREADS}, or None")
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, expect=expect_digest)
         check_digest(opened.path, opened.digest, expect_digest)
         if preflight:
@@ -181,8 +184,10 @@ class Session:
             video._latents, video._ready = latents, deque(ready)
             try:
                 maker.restore(state.passes, state.decoder_calls, arrays)
-            except SessionError:
-                self._user = None  # its caches may be half overwritten
+            except InputError:
+                raise  # nothing was written
+            except BaseException:  # Ctrl-C too
+                self._user = None  # the caches of the video before may be half overwritten
                 raise
             self._user = video._token
         return video

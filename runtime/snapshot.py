@@ -87,7 +87,7 @@ class Snapshot:
 
     def __post_init__(self) -> None:
         numbers = ("chunks", "index", "made", "passes", "decoder_calls")
-        check_bounds(self, dict.fromkeys(numbers, (0, 1 << 40)), "the state")
+        check_bounds(self, dict.fromkeys(numbers, (-(1 << 40), 1 << 40)), "the state")
 
 
 def own_digest(data: Mapping[str, Any]) -> str:

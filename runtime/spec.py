@@ -15,6 +15,7 @@ from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import check_bounds, shown
+from forcingkv.headmaps.files import check_name
 from forcingkv.headmaps.headmap import MOST
 
 MOST_FRAMES = 10_000
@@ -132,6 +133,9 @@ class PublicWeights:
 
     def __post_init__(self) -> None:
         check_bounds(self, {"lora_alpha": (-1e9, 1e9)}, "source")
+        for name in (self.file, self.lora):
+            if name is not None:
+                check_name(name, "source")
 
 
 @dataclass(frozen=True)

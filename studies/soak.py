@@ -40,7 +40,8 @@ WARM_UP, SPAN = 0.2, 0.2
 GROWN_BYTES, GROWN_SHARE = 8_000_000, 0.03
 """Resident memory that may be more at the end: pieces of pages that the C library keeps."""
 SLOWER = 1.5
-"""Times the seconds of a chunk that may be more: of the quickest quarter, since other programs run too."""
+"""Times the processor's seconds of a chunk that may be more: of the quickest quarter. By the clock it is shown
+alone, since other programs run too."""
 LAST_CHUNKS = 6
 
 
@@ -59,7 +60,8 @@ class Soak:
 
     Attributes:
         chunks: how many were made.
-        seconds: what each chunk took.
+        seconds: what each chunk took by the clock.
+        cpu: what each took of the processor.
         samples: one a video.
         counts: what was done how often.
     """
@@ -69,6 +71,7 @@ class Soak:
     random: Random
     folder: Path
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -98,9 +101,12 @@ class Soak:
 
     def counted(self, video: Iterator[Chunk], count: int) -> Iterator[Chunk]:
         """So many of its chunks."""
+        began = time.process_time()
         for chunk in islice(video, count):
             self.seconds.append(chunk.timing.total)
+            self.cpu.append(time.process_time() - began)
             yield chunk
+            began = time.process_time()
 
     def whole(self) -> None:
         """A video from its start to its end."""
@@ -211,14 +217,15 @@ def compared(soak: Soak) -> tuple[dict[str, Any], list[str]]:
     for name in ("resident", "threads", "handles"):
         early, end = spans([asdict(sample)[name] for sample in soak.samples])
         table[name] = statistics.median(early), statistics.median(end)
-    early, end = (sorted(span)[len(span) // 4] for span in spans(soak.seconds))
-    table["seconds"] = round(early, 4), round(end, 4)
-    resident, seconds = table["resident"], table["seconds"]
+    for name in ("seconds", "cpu"):
+        early, end = (sorted(span)[len(span) // 4] for span in spans(getattr(soak, name)))
+        table[name] = round(early, 4), round(end, 4)
+    resident, cpu = table["resident"], table["cpu"]
     grown = [name for name in ("threads", "handles") if table[name][1] > table[name][0]]
     if resident[1] > resident[0] * (1 + GROWN_SHARE) + GROWN_BYTES:
         grown.append("resident")
-    if seconds[1] > SLOWER * seconds[0]:
-        grown.append("seconds")
+    if cpu[1] > SLOWER * cpu[0]:
+        grown.append("cpu")
     return table, grown
 
 

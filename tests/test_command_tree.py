@@ -19,16 +19,24 @@ _DIGESTS = "new: a bundle is a program, and a digest from someone you trust says
 
 _AS_SAVED = "not given is not the default: --restore has its own, and refuses another"
 
+_AT_MOST = "more than 100,000 hung or took all memory before anything was said"
+
 CHANGED: dict[str, str] = {
     "bench --expect-digest": _DIGESTS,
     "evaluate --expect-digest": _DIGESTS,
     "generate --expect-digest": _DIGESTS,
     "inspect --expect-digest": _DIGESTS,
+    "analyze heads --samples": _AT_MOST,
+    "bench --rounds": _AT_MOST,
+    "demo --prompts": _AT_MOST,
+    "demo --samples": _AT_MOST,
+    "evaluate --seeds": _AT_MOST,
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
     "demo --backend": "new: where onnxruntime-gpu is installed and does not start, the CPU has to be named",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
+    "headmap convert --heads": "0 heads were taken for a number that was not given",
     "generate --enlarge": _AS_SAVED,
     "generate --seed": _AS_SAVED,
 }

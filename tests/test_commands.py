@@ -64,7 +64,7 @@ def test_export_says_that_a_policy_uses_no_head_map(made: Path, run: Callable[..
         (for_other_model, "is for 5 layers of 4 heads (demo); expected 6 layers of 4 heads"),
         (lambda d: first(d)["heads"]["dynamic"].append(0), "layer 0 gives head 0 twice"),
         (lambda d: first(d)["heads"]["dynamic"].remove(2), "layer 0 leaves out head 2"),
-        (lambda d: first(d).update(scores=[float("nan")] * 4), "scores[0] is nan"),
+        (lambda d: first(d).update(scores=[float("nan")] * 4), "the number NaN is not a finite number"),
     ],
     ids=["another model", "overlapping", "missing", "NaN"],
 )

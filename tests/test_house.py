@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,31 @@ def test_only_roles_know_what_they_are_called() -> None:
                 tree = ast.parse(file.read_text(encoding="utf-8"))
                 elsewhere += [f"{place}:{found.lineno} {found.value!r}" for found in role_names(tree)]
     assert sorted(elsewhere) == []
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """The files of the package and their text."""
+    for folder, _, names in os.walk(PACKAGE, followlinks=True):
+        for file in (Path(folder, name) for name in names if name.endswith(".py")):
+            yield file.relative_to(PACKAGE).as_posix(), file.read_text(encoding="utf-8")
+
+
+def test_what_strangers_wrote_is_read_in_one_place() -> None:
+    """With its limits: JSON, TOML, videos, pickles, tokenizers."""
+    homes = {
+        r"\bjson\.loads?\(|\btomllib\b": {"headmaps/reading.py"},
+        r"\btorch\.load\(": {"models/tensor_files.py"},
+        r"\bAutoTokenizer\.|\.from_pretrained\(": {"models/text_encoder.py"},
+        r'\bav\.open\((?!memory, "w")': {"runtime/media.py"},
+        r"\byaml\.|\bpickle\.|(?<![.\w])(eval|exec)\(|\bos\.system\(|shell=True|allow_pickle=True": set(),
+        r"\bImage\.open\(": set(),
+    }
+    for pattern, allowed in homes.items():
+        found = {place for place, text in sources() if re.search(pattern, text)}
+        assert found == allowed, pattern
+
+
+def test_nothing_that_is_loaded_runs_code() -> None:
+    for _, text in sources():
+        for call in re.findall(r"torch\.load\(.*|\.from_pretrained\(.*", text):
+            assert "weights_only=True" in call or "trust_remote_code=False" in call, call

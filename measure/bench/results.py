@@ -69,7 +69,7 @@ def title_of(result: Mapping[str, Any], *, resolution: bool = True) -> str:
     return (
         f"{result['model']}, {layers} layer{'s'[: layers > 1]}{at}, {result['backend']},"
         f" {where['threads']} thread{'s'[: where['threads'] > 1]}"
-        f" ({where['threads_because']}) of {where['processor']}"
+        f" of {where['processor']} ({where['threads_because']})"
     )
 
 

@@ -15,21 +15,10 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import there
 from forcingkv.measure.fidelity.seams import ChunkLayout
 from forcingkv.measure.fidelity.video_measures import measure_pair, measure_video
+from forcingkv.runtime.media import MOST_PIXELS, open_media
 
-MOST_PIXELS = 1 << 25
-"""Of a frame: as many as 8K has, which take 100 MB. A picture of 700 kB may say that it has 256 million."""
 MOST_VIDEO_FRAMES = 200_000
 """Three hours at 16 frames a second."""
-_VIDEOS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "yuv4mpegpipe")
-_PICTURES = ("gif", "apng", "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe")
-"""Names that FFmpeg has for what a file is by its content. Not those of lists of other files and of streams
-(hls, dash, concat, sdp, image2): what a stranger calls a video then opens nothing else."""
-_ALONE = {
-    "format_whitelist": ",".join((*_VIDEOS, *_PICTURES)),
-    "protocol_whitelist": "file",
-    "max_pixels": str(MOST_PIXELS),
-}
-
 Frames = Iterator[npt.NDArray[np.uint8]]
 
 
@@ -43,8 +32,7 @@ def open_video(path: Path) -> Iterator[tuple[float, Frames]]:
     if not there(path) or not path.is_file():
         raise InputError("there is no such file", where=str(path), expected="a video, such as an mp4 file")
     try:
-        # file: or a name such as "v1:kite.mp4" would be a protocol's to FFmpeg
-        opened = av.open(f"file:{path}", options=_ALONE, metadata_errors="replace")
+        opened = open_media(path)
     except (av.error.FFmpegError, OSError) as error:
         raise _not_a_video(path, str(error.strerror)) from error
     with opened:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
@@ -20,6 +20,7 @@ from forcingkv.runtime.bundle import read_data
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.prompts import read_prompts
 from forcingkv.runtime.snapshot import Snapshot
+from forcingkv.runtime.spec import PublicWeights
 from forcingkv.runtime.tensors import read_header
 from forcingkv.runtime.text import read_embeds
 from forcingkv.runtime.video import open_writer
@@ -159,6 +160,7 @@ def test_a_mark_of_byte_order_is_taken_only_where_it_may_be() -> None:
         parse_json(b'\xef\xbb\xbf{"a": 1}', "it")
 
 
+@settings(max_examples=40)
 @given(
     st.recursive(
         st.none()
@@ -194,3 +196,12 @@ def test_a_base_is_a_preset_or_lies_beside(tmp_path: Path) -> None:
         (own.parent / f"{number}.toml").write_text(f'base = "{number + 1}.toml"\n')
     with pytest.raises(InputError, match="more than 16 bases"):
         load_spec(str(own.parent / "0.toml"))
+
+
+@pytest.mark.parametrize("name", ["../secret.pt", "/etc/passwd", "a/../../b.pt", "", "a\\b", "a\0"])
+def test_a_spec_names_files_of_its_repository_alone(name: str) -> None:
+    """In whatever folder the weights are looked for."""
+    for field in ("file", "lora"):
+        with pytest.raises(InputError, match=r"source names the file .* not inside the folder"):
+            PublicWeights(**{"hub": "a/b", "file": "c.pt", field: name})
+    assert PublicWeights("a/b", "models/c.pt", lora="models/lora.pt").file == "models/c.pt"

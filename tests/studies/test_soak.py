@@ -29,7 +29,7 @@ def test_a_short_run_ends_as_a_fresh_process_would(
     assert '"saved"' in told
 
 
-@pytest.mark.parametrize("what", ["resident", "threads", "handles", "seconds", None])
+@pytest.mark.parametrize("what", ["resident", "threads", "handles", "cpu", None])
 def test_what_grows_is_told(what: str | None) -> None:
     run = Soak(None, ("a", "b"), Random(0), Path(), counts=Counter())  # type: ignore[arg-type]
     for place in range(50):
@@ -41,5 +41,6 @@ def test_what_grows_is_told(what: str | None) -> None:
                 int(20 * (grown if what == "handles" else 1)),
             )
         )
-        run.seconds.append(0.03 * (grown if what == "seconds" else 1))
+        run.seconds.append(0.03)
+        run.cpu.append(0.03 * (grown if what == "cpu" else 1))
     assert compared(run)[1] == ([what] if what else [])

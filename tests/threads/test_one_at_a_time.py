@@ -235,6 +235,23 @@ def test_an_interruption_leaves_the_session_free(bundles: Bundles, interruption:
             assert_same(pool.submit(video_of, session, 3).result(), expected)
 
 
+def test_a_restore_that_is_interrupted_ends_the_video_before_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of its caches are another video's by then."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.gate, "pass_through", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            world.session.restore(world.state)
+    with pytest.raises(RuntimeError, match="this video ended"):
+        next(world.video)
+    assert_same(world.session.restore(world.state), world.alone[1:])
+
+
 def test_one_thread_after_the_other_may_use_a_session(bundles: Bundles) -> None:
     """As pools do: each call in whichever thread is free."""
     with Session.open(bundles("taehv"), threads=1) as session:

@@ -18,7 +18,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import AsJson, console, emit, need, progress_bar
+from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
     Checkpoint,
@@ -136,7 +136,7 @@ def heads(
     resolution: Resolution = None,
     prompts: Annotated[Path | None, Option(help="Text file, one prompt a line.")] = None,
     embeds: Embeds = None,
-    samples: Annotated[int, Option(min=1, help="Videos to measure; more may be added later.")] = 8,
+    samples: Annotated[int, Option(min=1, max=MOST, help="Videos to measure; more may be added later.")] = 8,
     seed: Annotated[int, Option(min=0, help="Seed of the first video.")] = 0,
     chunks: Annotated[int | None, Option(min=1, help="Chunks a video.")] = None,
     rows: Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Option
 
-from forcingkv.commands.console import AsJson, emit, listed, must_end, need, progress_bar, say
+from forcingkv.commands.console import MOST, AsJson, emit, listed, must_end, need, progress_bar, say
 from forcingkv.commands.models import Backend, ExpectDigests
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -36,7 +36,7 @@ def bench(
         Path | None, Option(help="Head map; default: as many heads of each label as published.")
     ] = None,
     backend: Backend = "onnxruntime",
-    rounds: Annotated[int, Option(min=1, help="Turns of each policy.")] = 3,
+    rounds: Annotated[int, Option(min=1, max=MOST, help="Turns of each policy.")] = 3,
     minutes: Annotated[
         float, Option(min=0, help="Leave out rounds that would end later than this, for each geometry.")
     ] = 17.0,

@@ -27,6 +27,10 @@ console = PlainConsole(stderr=True)
 """Messages for people go to standard error; results go to standard output."""
 
 
+MOST = 100_000
+"""Of samples, prompts, seeds and rounds that one command is asked for: all are listed before it begins."""
+
+
 def emit(data: Any) -> None:
     """Print a result as JSON, exactly: JSON itself writes commands to a terminal as \\u001b."""
     print(json.dumps(data, indent=1))
@@ -46,7 +50,7 @@ def listed(texts: str | Iterable[str] | None) -> list[str]:
 
 class _PlainColumn(TextColumn):
     def render(self, task: Task) -> Text:
-        return Text(plain(super().render(task).plain))
+        return Text(plain(super().render(task).plain.removesuffix("/None")))
 
 
 def progress_bar() -> Progress:

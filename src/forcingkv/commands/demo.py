@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Option
 
-from forcingkv.commands.console import AsJson, default_prompts, emit, need, progress_bar, say
+from forcingkv.commands.console import MOST, AsJson, default_prompts, emit, need, progress_bar, say
 from forcingkv.commands.models import Backend, Threads, text_inputs
 from forcingkv.headmaps import DYNAMIC, STATIC, InputError
 from forcingkv.measure.tables import PlainConsole
@@ -19,8 +19,8 @@ POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
 
 def demo(
     out: Annotated[Path, Option(help="Folder for everything it makes.")] = Path("demo-out"),
-    samples: Annotated[int, Option(min=1, help="Videos to measure heads on.")] = 6,
-    prompts: Annotated[int, Option(min=1, help="Prompts to compare policies on.")] = 40,
+    samples: Annotated[int, Option(min=1, max=MOST, help="Videos to measure heads on.")] = 6,
+    prompts: Annotated[int, Option(min=1, max=MOST, help="Prompts to compare policies on.")] = 40,
     seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
     backend: Backend = "onnxruntime",
     threads: Threads = None,

@@ -12,6 +12,7 @@ from typing import Annotated
 from typer import Option
 
 from forcingkv.commands.console import (
+    MOST,
     AsJson,
     default_prompts,
     emit,
@@ -46,7 +47,7 @@ def evaluate(
     samples: Annotated[
         int | None, Option(min=2, help="Prompts to take; default: 32, or all if fewer.")
     ] = None,
-    seeds: Annotated[int, Option(min=1, help="Videos a prompt.")] = 1,
+    seeds: Annotated[int, Option(min=1, max=MOST, help="Videos a prompt.")] = 1,
     seed: Annotated[int, Option(min=0, help="Seed of the first video; then counted up.")] = 0,
     chunks: Annotated[
         int | None, Option(min=2, help="Length of the videos; default: until full KV is full.")

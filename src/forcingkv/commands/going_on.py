@@ -13,6 +13,7 @@ from forcingkv import __version__
 from forcingkv.commands.console import say
 from forcingkv.commands.models import text_input
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime import Session, Video
 from forcingkv.runtime.frames import FrameWriter, Kept, RawWriter
 from forcingkv.runtime.mp4 import metadata_of, read_fragments
@@ -225,7 +226,7 @@ def _same_video(said: Mapping[str, str], own: Mapping[str, str], index: int, whe
 def _before(switches: str | None, index: int) -> Iterator[Any]:
     """The switches in a file's metadata that come before a chunk."""
     try:
-        listed = json.loads(switches or "[]")
+        listed = parse_json(switches or "[]", SWITCHES)
         yield from (one for one in listed if one["chunk"] < index)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (InputError, TypeError, KeyError):
         yield "unreadable"

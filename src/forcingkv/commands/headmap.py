@@ -102,7 +102,7 @@ def convert(
     missing_layers: Annotated[
         str | None, Option(help="Forcing-KV: label of layers not in the file, static or dynamic.")
     ] = None,
-    heads: Annotated[int | None, Option(help="Heads of a layer, where the file does not say.")] = None,
+    heads: Annotated[int | None, Option(min=1, help="Heads of a layer, where the file does not say.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a head map from or to the format of another project.
