@@ -1,15 +1,13 @@
-"""What ONNX Runtime needs in memory for a graph, from the graph alone.
+"""What ONNX Runtime needs in memory for a graph, from the graph alone, by onnx's own inference of shapes.
 
-A tensor lives from the node that makes it to the last one that reads it. So it does in ONNX Runtime 1.31 with
-options that order nodes by their place in the file, keep no buffers for later tensors, and do not lay them
-out ahead (docs/decisions/0014). It runs every node of a graph, whatever outputs are asked for, but those of
-branches that are not taken.
+The runtime infers shapes by rules of its own when it opens a bundle (`runtime.graph_sizes`), and refuses a
+manifest that says less than it finds: two ways to one figure.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -17,14 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from forcingkv.export.onnxruntime_passes import taken_branches
-from forcingkv.prune.onnx_operators import DOMAIN, SCORING
-
-Shape = tuple[int, ...]
-
-MOVES_NOTHING = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
-"""Operators whose output is their first input's memory."""
-IN_PLACE = {"Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Tanh"}
-"""Operators that may write over an operand of the output's size that nothing else reads."""
+from forcingkv.prune.onnx_operators import DOMAIN
+from forcingkv.runtime.graph_memory import peak_bytes
+from forcingkv.runtime.graph_tensors import Shape
 
 
 def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape]]) -> int:
@@ -38,71 +31,10 @@ def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape
     return max(_peak(flat, shapes) for shapes in phases)
 
 
-def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of a graph's weights as ONNX Runtime holds them once it is loaded.
-
-    Those that are cast are held as what they are cast to. Of matrices to multiply by there is one copy, in an
-    order of the processor's own: the file's pages are let go.
-    """
-    kinds = {value.name: value.data_type for value in model.graph.initializer}
-    sizes = {value.name: math.prod(value.dims) for value in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Cast" and node.input[0] in kinds:
-            kinds[node.input[0]] = node.attribute[0].i
-    return sum(size * _element_bytes(kinds[name]) for name, size in sizes.items())
-
-
 def _peak(model: onnx.ModelProto, given: Mapping[str, Shape]) -> int:
     shapes, sizes = _shapes(model, given)
-    nodes = list(_running(model))
-    last = {name: place for place, node in enumerate(nodes) for name in node.input}
-    outputs = {value.name for value in model.graph.output}
-    owners: dict[str, str] = {}
-    """Tensor -> the tensor whose memory it is in."""
-    ends: dict[str, int] = {}
-    live: dict[str, int] = {}
-    peak = 0
-    for place, node in enumerate(nodes):
-        reads = [owners.get(name, name) for name in node.input]
-        for name in node.output:
-            if name and name not in outputs:
-                owner = name
-                if node.op_type in MOVES_NOTHING:
-                    owner = reads[0]
-                elif node.op_type in IN_PLACE:
-                    ending = (r for r in reads if ends.get(r) == place and live.get(r) == sizes[name])
-                    owner = next(ending, name)
-                owners[name] = owner
-                ends[owner] = max(ends.get(owner, 0), last.get(name, place))
-                if owner == name:
-                    live[name] = sizes[name]
-        peak = max(peak, sum(live.values()) + _scratch(node, shapes, sizes))
-        live = {name: size for name, size in live.items() if ends[name] > place}
-    return peak
-
-
-def _running(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """The nodes that are not computed once, when the graph is loaded."""
-    constant = {value.name for value in model.graph.initializer}
-    for node in model.graph.node:
-        if constant.issuperset(node.input):
-            constant.update(node.output)
-        else:
-            yield node
-
-
-def _scratch(node: onnx.NodeProto, shapes: Mapping[str, Shape], sizes: Mapping[str, int]) -> int:
-    """Bytes a node needs while it runs, beyond its inputs and outputs."""
-    given = [sizes.get(name, 0) for name in node.input]
-    if node.op_type == "MultiHeadAttention":
-        return sum(given[:3])  # a copy of each, in its own order
-    if node.op_type == "Attention":
-        _, heads, queries, _ = shapes[node.input[0]]
-        return 4 * heads * queries * shapes[node.input[1]][2]
-    if node.domain == DOMAIN:  # transition and new keys and values, joined; for scores four times the keys
-        keys, values = given[0] + given[2], given[1] + given[3]
-        return max(keys + values, 5 * keys) if node.op_type in SCORING else keys + values
-    return 0
+    weights = {value.name for value in model.graph.initializer}
+    return peak_bytes(model.graph.node, weights, {value.name for value in model.graph.output}, shapes, sizes)
 
 
 def _shapes(model: onnx.ModelProto, given: Mapping[str, Shape]) -> tuple[dict[str, Shape], dict[str, int]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import forcingkv
-from forcingkv.export.activations import activation_bytes, weight_bytes
+from forcingkv.export.activations import activation_bytes
 from forcingkv.export.bake import Planned, bake_weights, baked_bytes, baked_model, store_tensors
 from forcingkv.export.engine_builder import (
     EngineTarget,
@@ -51,6 +51,10 @@ from forcingkv.runtime.bundle import (
 )
 from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
+from forcingkv.runtime.graph_check import check_graph
+from forcingkv.runtime.graph_file import read_graph
+from forcingkv.runtime.graph_memory import weight_bytes
+from forcingkv.runtime.graph_records import check_records
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
@@ -158,6 +162,7 @@ def export_bundle(
             bundle.calibrate(calibration)
         for name in GRAPHS:
             bundle.write_graph(name)
+        check_records(bundle.records, plan, precision.compute, str(out))
         if engines:
             bundle.write_engines(engines)
         if headmap:
@@ -248,7 +253,9 @@ class _Writer:
         if precision.compute == "float32":  # ONNX Runtime runs the graph
             shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
             activations = activation_bytes(traced, shapes if name == "step" else [{}])
-            record = replace(record, weight_bytes=weight_bytes(traced), activation_bytes=activations)
+            weights = weight_bytes(read_graph(path.read_bytes(), str(path)))
+            record = replace(record, weight_bytes=weights, activation_bytes=activations)
+        self._check(name, path, record)
         self.records[name] = record
         if self.verify:
             self.progress(f"verifying {name}")
@@ -260,6 +267,19 @@ class _Writer:
                 self._trace(name, in_float32, replace(precision, compute="float32"))
                 self._compare(name, in_float32)
                 in_float32.unlink()
+
+    def _check(self, name: str, path: Path, record: GraphRecord) -> None:
+        """Raise InputError for a graph that the runtime would refuse: nobody could open the bundle."""
+        file = self.folder / record.weights if record.weights else None
+        check_graph(
+            path.read_bytes(),
+            str(path),
+            name,
+            record,
+            self.plan,
+            runs=self.precision.compute == "float32",
+            weights=file.stat().st_size if file else None,
+        )
 
     def write_engines(self, target: EngineTarget) -> None:
         """Compile the plugin's kernels, and build an engine of every graph for every GPU."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
+from forcingkv.runtime.graph_records import latent_shape as latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Renoise
 
@@ -34,12 +35,6 @@ class GeneratedChunk:
     """(batch, latent_channels, frames, height, width)."""
     indices: Tensor | None
     """Segments retained at the chunk's clean pass, if any were chosen (see `kv.advance`)."""
-
-
-def latent_shape(plan: CachePlan) -> tuple[int, int, int, int, int]:
-    """(1, channels, frames, height, width) of a chunk."""
-    size = plan.geometry.latent_height, plan.geometry.latent_width
-    return (1, plan.spec.latent_channels, plan.spec.frames_per_chunk, *size)
 
 
 def seeded_noise(plan: CachePlan, seed: int) -> Noise:

@@ -7,7 +7,7 @@ common with the compilation, the quick plugins and the tests.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -115,8 +115,16 @@ class KernelLauncher:
         digest: the same for the same kernels.
     """
 
-    def __init__(self, folder: Path, records: Sequence[KernelRecord], sm: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        records: Sequence[KernelRecord],
+        sm: int,
+        content: Callable[[str], bytes] | None = None,
+    ) -> None:
         """Load the kernels of the bundle in `folder` that run on compute capability `sm`, 89 for 8.9.
+
+        `content` gives what is in a file of it, checked (`Bundle.content`); None: it is read here.
 
         Raises InputError where there are none, MissingExtraError where cuda-core is not installed.
         """
@@ -147,7 +155,7 @@ class KernelLauncher:
             path = inside(folder, record.file)
             if not path.is_file():
                 raise InputError("is missing", where=str(path), hint="Export the bundle again.")
-            cubin = path.read_bytes()
+            cubin = content(record.file) if content else path.read_bytes()
             digest.update(f"{replace(record, file='')}{len(cubin)}".encode() + cubin)
             self._kernels[name] = self._cuda.ObjectCode.from_cubin(cubin).get_kernel(record.symbol)
         self.digest = digest.digest()

@@ -25,13 +25,12 @@ from onnxscript import values
 import forcingkv.prune.reference  # noqa: F401  (registers the torch operators)
 from forcingkv.headmaps.errors import InputError
 from forcingkv.prune.plugin import PLUGIN_NAMESPACE
+from forcingkv.runtime.graph_memory import SCORING
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.segments import Split
 
 DOMAIN, VERSION = "forcingkv", 1
 OPSET = 23
-SCORING = ("DynamicPrune", "UnevenPrune")
-"""The operators that score segments and choose; the others only follow."""
 
 _TENSORS = "transition_keys, transition_values, new_keys, new_values"
 _RETAINED = "retained_keys, retained_values"

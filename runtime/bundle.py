@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, shown, to_data
 from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_file
 from forcingkv.headmaps.headmap import HeadMap
-from forcingkv.headmaps.reading import read_json
+from forcingkv.headmaps.reading import parse_json, read_content
+from forcingkv.runtime.bundle_check import check_files, check_sizes, read_checked
 from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
+from forcingkv.runtime.graph_check import check_graph
+from forcingkv.runtime.graph_records import CLEAN as CLEAN
+from forcingkv.runtime.graph_records import GRAPHS as GRAPHS
+from forcingkv.runtime.graph_records import check_records
+from forcingkv.runtime.graph_records import next_name as next_name
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.loras import LoraRecord
@@ -23,14 +32,6 @@ from forcingkv.runtime.spec import Dtype, ModelSpec
 T = TypeVar("T")
 
 SCHEMA = "forcingkv.bundle/1"
-GRAPHS = ("prompt", "step", "decode")
-CLEAN = "clean"
-"""The input of `step` that says whether a pass is the clean one."""
-
-
-def next_name(name: str) -> str:
-    """The name of the output that replaces the input of that name in the next call."""
-    return f"next.{name}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Manifest:
 
 
 class Bundle:
-    """An opened bundle: every file checked against the manifest's digests.
+    """An opened bundle: every file checked against the manifest's digests, every graph looked through.
 
     Attributes:
         path: the folder.
@@ -157,45 +158,49 @@ class Bundle:
 
     def __init__(self, path: Path, manifest: Manifest, headmap: HeadMap | None) -> None:
         self.path, self.manifest, self.headmap = path, manifest, headmap
+        self._graphs: dict[str, bytes] = {}
 
     @classmethod
-    def open(cls, path: Path | str) -> Bundle:
-        """Open and check a bundle.
+    def open(cls, path: Path | str, *, expect: str | None = None) -> Bundle:
+        """Open and check a bundle. Nothing of it runs, and ONNX Runtime sees none of it before this returns.
 
-        Raises InputError where something is missing, changed, outside the folder, or does not fit.
+        Args:
+            path: its folder.
+            expect: the digest that it has to have (`digest`), as someone said whom you trust.
+
+        Raises InputError where something is missing, changed, outside the folder, does not fit, or is not as
+        export writes it (`graph_check`), and for another digest than expected.
         """
         folder = Path(path)
-        manifest = _read_manifest(folder)
+        content = _manifest_content(folder)
+        digest, where = hashlib.sha256(content).hexdigest(), str(folder / MANIFEST)
+        check_digest(folder, digest, expect)
+        manifest = _read_manifest(folder, content)
         for name, record in manifest.files.items():
             verify_file(folder, name, record)
         headmap = HeadMap.read(folder / HEADMAP) if manifest.headmap else None
         if headmap and headmap.digest != manifest.headmap:
             raise InputError("is not the one the bundle was baked with", where=str(folder / HEADMAP))
         bundle = cls(folder, manifest, headmap)
+        bundle.digest = digest  # of what was opened, though the folder may be exported anew
         if PlanRecord.of(bundle.plan, manifest.compute) != manifest.plan:
             raise InputError(
                 "its cache plan does not follow from its model, policy and head map",
-                where=str(folder / MANIFEST),
+                where=where,
                 hint="Export the bundle again with this version of forcingkv.",
             )
         bundle._check_sizes()
-        cached = {entry.name for entry in bundle.plan.entries} | set(bundle.plan.rows(0))
-        absent = sorted(cached - set(manifest.graphs["step"].inputs))
-        if absent:
-            raise InputError(
-                f"its step graph has no input {absent[0]}",
-                where=str(folder / MANIFEST),
-                expected="the inputs of its cache plan",
-                hint="It was made by another version of forcingkv: export the bundle again.",
-            )
-        _ = bundle.digest  # of what was opened, though the folder may be exported anew
+        check_records(manifest.graphs, bundle.plan, manifest.compute, where)
+        for graph in GRAPHS:
+            bundle.graph_content(graph)
         return bundle
 
     def _check_sizes(self) -> None:
         """Raise InputError unless the sizes that are computed and shown go together, in the graphs too."""
         geometry, manifest = self.plan.geometry, self.manifest
         width, height = manifest.frame_size
-        made = manifest.graphs["decode"].outputs["frames"].shape[1:3]
+        frames = manifest.graphs["decode"].outputs.get("frames")
+        made = frames.shape[1:3] if frames else ()
         if (geometry.width, geometry.height) != manifest.resolution or made != (height, width):
             raise InputError(
                 "its frames are not of the size that it says",
@@ -220,22 +225,82 @@ class Bundle:
         """The ONNX file of a graph."""
         return inside(self.path, self.manifest.graphs[name].file)
 
+    def graph_content(self, name: str) -> bytes:
+        """The bytes of a graph's ONNX file, once they are known to be a graph as export writes it.
+
+        Raises InputError for any other (`graph_check.check_graph`).
+        """
+        if name not in self._graphs:
+            manifest, record = self.manifest, self.manifest.graphs[name]
+            content = self.content(record.file)
+            check_graph(
+                content,
+                str(self.path / record.file),
+                name,
+                record,
+                self.plan,
+                runs=manifest.compute == "float32",
+                weights=manifest.files[record.weights].bytes if record.weights else None,
+            )
+            self._graphs[name] = content
+        return self._graphs[name]
+
+    def content(self, file: str) -> bytes:
+        """The content of a file, equal to what was checked. Raises InputError if it was changed since."""
+        return read_checked(self.path, file, self.manifest.files)
+
     def weights(self, name: str) -> Path | None:
         """The file that a graph's weights lie in, if it has any."""
         file = self.manifest.graphs[name].weights
         return inside(self.path, file) if file else None
 
 
+def open_bundles(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bundle]:
+    """Open several bundles, of the digests expected if any are: one for each, in their order.
+
+    Raises InputError as `Bundle.open`, and for fewer or more digests than bundles.
+    """
+    if expect and len(expect) != len(paths):
+        raise InputError(
+            f"is given {len(expect)} times, and there are {len(paths)} bundles",
+            where="--expect-digest",
+            expected="a digest for each bundle, in their order, or none",
+        )
+    digests: list[str | None] = [*expect] or [None] * len(paths)
+    return [Bundle.open(path, expect=digest) for path, digest in zip(paths, digests, strict=True)]
+
+
 def read_data(kind: type[T], path: Path) -> T:
     """The dataclass `kind` from a file of JSON. Raises InputError where it cannot be read or does not fit."""
-    return from_data(kind, read_json(path), str(path))
+    return from_data(kind, parse_json(read_content(path), str(path)), str(path))
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _manifest_content(folder: Path) -> bytes:
     path = inside(folder, MANIFEST)
     if not path.is_file():
         raise no_bundle(folder)
-    manifest = read_data(Manifest, path)
+    return read_content(path)
+
+
+def check_digest(folder: Path, digest: str, expect: str | None) -> None:
+    """Raise InputError for a bundle of another digest than expected; None: any will do."""
+    if expect is None:
+        return
+    if not re.fullmatch("[0-9a-f]{64}", expect.lower()):
+        expected = "the 64 digits of a SHA-256, as `forcingkv inspect` prints them"
+        raise InputError(f"is {shown(expect, 80)}", where="the expected digest", expected=expected)
+    if digest != expect.lower():
+        raise InputError(
+            f"has the digest {digest}",
+            where=str(folder),
+            expected=expect.lower(),
+            hint="It is another bundle, or was changed: fetch it again from where the digest is from.",
+        )
+
+
+def _read_manifest(folder: Path, content: bytes) -> Manifest:
+    path = folder / MANIFEST
+    manifest = from_data(Manifest, parse_json(content, str(path)), str(path))
     for name in manifest.files:
         inside(folder, name)
     named: set[str | None] = {HEADMAP} if manifest.headmap else set()
@@ -247,4 +312,6 @@ def _read_manifest(folder: Path) -> Manifest:
     unrecorded = sorted(name for name in named - set(manifest.files) if name is not None)
     if unrecorded:
         raise InputError(f"has no digest of {', '.join(unrecorded)}", where=str(path))
+    check_files(manifest, HEADMAP, str(path))
+    check_sizes(manifest, str(path))
     return manifest

@@ -18,6 +18,7 @@ from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Array, Fetch, Lane, Mark, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord, TensorRecord, next_name
 from forcingkv.runtime.faults import NotFiniteError
+from forcingkv.runtime.graph_records import FIRST
 from forcingkv.runtime.kv.buffers import CacheBuffers
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.spec import ModelSpec
@@ -27,9 +28,6 @@ NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
 """(chunk, step, shape) -> standard normal noise: step 0 starts a chunk, step i + 1 renews it in pass i (the
 last pass leaves none, and asks for none). A switch of prompts that redraws chunks asks for steps past those
 of all passes."""
-
-FIRST = "first"
-"""Input of `decode` that is 1 in a video's first call and 0 in the others, of graphs with caches."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,8 @@ def pass_flops(plan: CachePlan, chunk: int | None = None) -> PassFlops:
 def chunk_flops(plan: CachePlan, chunk: int | None = None) -> int:
     """Operations of all passes of a chunk, the clean pass included."""
     return pass_flops(plan, chunk).total * (len(plan.spec.schedule.timesteps) + 1)
+
+
+def prompt_flops(spec: ModelSpec) -> int:
+    """Operations of the keys and values of a prompt: two layers for the text, and two a block."""
+    return 2 * spec.text_length * (spec.text_width + spec.dim + 2 * spec.layers * spec.dim) * spec.dim

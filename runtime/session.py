@@ -12,7 +12,7 @@ from typing import Self
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.backends import Lane, open_backend
-from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
 from forcingkv.runtime.faults import InUseError
 from forcingkv.runtime.pass_timer import PassTimer
@@ -68,6 +68,7 @@ class Session:
         frames: FramesOn = "host",
         cuda_graphs: bool = False,
         preflight: bool = True,
+        expect_digest: str | None = None,
     ) -> Self:
         """Open a bundle. All memory of the session is taken now.
 
@@ -80,17 +81,21 @@ class Session:
             cuda_graphs: TensorRT: whether passes that come again are captured and replayed.
             preflight: whether to refuse a bundle that needs more memory than there is, before any is
                 taken.
+            expect_digest: the digest that the bundle has to have (`Bundle.digest`), as someone said whom
+                you trust.
 
         Raises:
-            InputError: the bundle is damaged, was exported for another backend, or needs more memory than
-                there is; or there is no such backend, or it is too old.
+            InputError: the bundle is damaged, is not as export writes it, is another than expected, was
+                exported for another backend, or needs more memory than there is; or there is no such
+                backend, or it is too old.
             MissingExtraError: what the backend runs on is not installed.
             SessionError: the backend could not be started.
         """
         one_of(FramesOn, frames, "place for frames")
         if threads is not None and not 1 <= threads <= MOST_THREADS:
             raise InputError(f"is {threads}", where="threads", expected=f"1 to {MOST_THREADS}, or None")
-        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, expect=expect_digest)
+        check_digest(opened.path, opened.digest, expect_digest)
         if preflight:
             check_memory(opened, backend)
         lane = open_backend(backend, opened, threads=threads, cuda_graphs=cuda_graphs)

@@ -15,12 +15,17 @@ GOLDEN = Path(__file__).with_name("golden") / "commands.json"
 
 _SEVERAL = "may be given again, each with its strength: users add LoRAs to a preset's own"
 _WITHOUT = "new: a preset's own LoRA stays where a user adds others, unless it is left out"
+_DIGESTS = "new: a bundle is a program, and a digest from someone you trust says whose it is"
 
 _AS_SAVED = "not given is not the default: --restore has its own, and refuses another"
 
 _AT_MOST = "more than 100,000 hung or took all memory before anything was said"
 
 CHANGED: dict[str, str] = {
+    "bench --expect-digest": _DIGESTS,
+    "evaluate --expect-digest": _DIGESTS,
+    "generate --expect-digest": _DIGESTS,
+    "inspect --expect-digest": _DIGESTS,
     "analyze heads --samples": _AT_MOST,
     "bench --rounds": _AT_MOST,
     "demo --prompts": _AT_MOST,

@@ -14,17 +14,17 @@ from forcingkv.headmaps.fields import one_of
 from forcingkv.measure.nominal import check_map, map_with_counts, nominal_map
 from forcingkv.measure.planner.session_memory import session_memory
 from forcingkv.runtime import Bundle
+from forcingkv.runtime.bundle import open_bundles
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.spec import DecoderKind, ModelSpec
 
 
-def bundle_cases(paths: Sequence[Path]) -> list[Bundle]:
-    """Bundles of different policies. Raises InputError for two of one policy."""
+def bundle_cases(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bundle]:
+    """Bundles of different policies. Raises InputError for two of one policy, and as `open_bundles` does."""
     cases: dict[str, Bundle] = {}
-    for path in paths:
-        bundle = Bundle.open(path)
+    for path, bundle in zip(paths, open_bundles(paths, expect), strict=True):
         name = bundle.plan.policy.name
         if name in cases:
             raise InputError(

@@ -79,8 +79,14 @@ def open_lane(
     graphs = {}
     for graph in GRAPHS:
         kept = ample or (bundle.manifest.graphs[graph].activation_bytes or 0) < LARGE_ACTIVATIONS
-        path, weights = bundle.graph(graph), bundle.weights(graph)
-        graphs[graph] = OnnxGraph(path, threads, provider, arena=kept, weights=weights)
+        graphs[graph] = OnnxGraph(
+            bundle.graph(graph),
+            threads,
+            provider,
+            arena=kept,
+            weights=bundle.weights(graph),
+            content=bundle.graph_content(graph),
+        )
     return OnnxLane(graphs, "cuda" if provider == CUDA else "cpu", threads)
 
 
@@ -95,6 +101,7 @@ class OnnxGraph:
         *,
         arena: bool = True,
         weights: Path | None = None,
+        content: bytes | None = None,
     ) -> None:
         """Load an ONNX file.
 
@@ -104,6 +111,7 @@ class OnnxGraph:
             provider: what runs the nodes.
             arena: whether memory of a pass is kept for the next one.
             weights: the file that its weights lie in. Either file may be a link if this is given.
+            content: the file's bytes, where they were checked: they are loaded, whatever the file is by now.
         """
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised: no need to print it too
@@ -111,11 +119,13 @@ class OnnxGraph:
         options.enable_mem_pattern = options.enable_mem_reuse = False
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.enable_cpu_mem_arena = arena
+        # Bytes with the mark of its own format would be taken for that, and not for what was checked.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         # Each graph has a pool of its own. ONNX Runtime has one for all, but that is the process's, made once
         # for every user of ONNX Runtime, and it took 40% more CPU time (docs/decisions/0029).
         options.intra_op_num_threads = chosen_threads(threads).number
         providers = [provider] if provider == CPU else [provider, CPU]
-        graph, folder = graph_and_folder(path, weights)
+        graph, folder = graph_and_folder(path, weights, content)
         if folder is not None:
             options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(folder))
         try:

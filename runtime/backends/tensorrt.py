@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.files import inside
 from forcingkv.prune.launcher import KernelLauncher
 from forcingkv.prune.plugin import raise_plugin_error, register_plugins
 from forcingkv.runtime.backends import Lane, Pass, Queue, Tensor
@@ -71,13 +70,13 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
     manifest = bundle.manifest
     record = find_engine(manifest.engines, graph, flavour, trt.__version__, sm, str(bundle.path))
     if record.needs_plugin:
-        register_plugins(KernelLauncher(bundle.path, manifest.kernels, sm))
-    path = inside(bundle.path, record.file)
+        register_plugins(KernelLauncher(bundle.path, manifest.kernels, sm, bundle.content))
+    path, content = bundle.path / record.file, bundle.content(record.file)
     with _making_it:
         if not _runtimes:
             _runtimes.append(trt.Runtime(make_log(_hear)))
     last_words()  # of something else
-    engine: trt.ICudaEngine | None = _runtimes[0].deserialize_cuda_engine(path.read_bytes())
+    engine: trt.ICudaEngine | None = _runtimes[0].deserialize_cuda_engine(content)
     if engine is None:
         why = last_words()
         raise InputError(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.files import record_file
 from forcingkv.runtime.backends import tensorrt as backend
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.engines import EngineRecord
@@ -49,8 +50,9 @@ class Fakes:
         monkeypatch.setattr(backend, "trt", SimpleNamespace(Runtime=self.runtime, __version__="1.7.1"))
         (folder / "engines").mkdir()
         (folder / "engines" / "step.engine").write_bytes(b"an engine")
-        self.manifest = SimpleNamespace(engines=[ENGINE], kernels=("kernels",))
-        self.bundle: Bundle = SimpleNamespace(path=folder, manifest=self.manifest)  # type: ignore[assignment]
+        files = {ENGINE.file: record_file(folder / ENGINE.file)}
+        self.manifest = SimpleNamespace(engines=[ENGINE], kernels=("kernels",), files=files)
+        self.bundle = Bundle(folder, self.manifest, None)  # type: ignore[arg-type]
 
     def runtime(self, hear: Any) -> Any:
         def deserialize(content: bytes) -> object:
@@ -72,7 +74,7 @@ def test_the_plugin_is_registered_with_its_kernels_before_the_engine_is_loaded(f
     assert backend.load_engine(fakes.bundle, "step", "tensorrt-rtx") == "engine"
     assert fakes.calls == [
         ("choose", "tensorrt-rtx"),
-        ("register", ("launcher", fakes.bundle.path, ("kernels",), 89)),
+        ("register", ("launcher", fakes.bundle.path, ("kernels",), 89, fakes.bundle.content)),
         ("load", b"an engine"),
     ]
 
@@ -113,6 +115,13 @@ def test_without_a_gpu_the_way_out_is_named(fakes: Fakes) -> None:
         backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")
 
 
+def test_an_engine_that_was_changed_since_the_bundle_was_opened_is_not_loaded(fakes: Fakes) -> None:
+    (fakes.bundle.path / ENGINE.file).write_bytes(b"another!!")
+    with pytest.raises(InputError, match=r"step\.engine is not what it was when the bundle was opened"):
+        backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+    assert "load" not in [call[0] for call in fakes.calls]
+
+
 def test_an_engine_in_the_cache_of_a_hub_is_loaded_and_no_other_link(fakes: Fakes, tmp_path: Path) -> None:
     repository = tmp_path / "models--me--bundle"
     engines, blobs = repository / "snapshots" / "0abc" / "engines", repository / "blobs"
@@ -121,6 +130,7 @@ def test_an_engine_in_the_cache_of_a_hub_is_loaded_and_no_other_link(fakes: Fake
     (blobs / "5ha").write_bytes(b"an engine of the hub")
     (engines / "step.engine").symlink_to("../../../blobs/5ha")
     fakes.bundle.path = engines.parent
+    fakes.manifest.files[ENGINE.file] = record_file(blobs / "5ha")
     backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")
     assert fakes.calls[-1] == ("load", b"an engine of the hub")
     (engines / "step.engine").unlink()

@@ -10,7 +10,7 @@ from typing import Annotated
 from typer import Option
 
 from forcingkv.commands.console import MOST, AsJson, emit, listed, must_end, need, progress_bar, say
-from forcingkv.commands.models import Backend
+from forcingkv.commands.models import Backend, ExpectDigests
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.tables import PlainConsole
@@ -54,6 +54,7 @@ def bench(
             " geometries (480p,720p) cost against resolution."
         ),
     ] = None,
+    expect_digest: ExpectDigests = None,
     as_json: AsJson = False,
 ) -> None:
     """Time policies side by side in one process, taking turns: A B C A B C.
@@ -81,6 +82,8 @@ def bench(
             where="--bundle",
             hint="Leave out --layers, --geometry, --headmap and --decoder.",
         )
+    if expect_digest and not bundle:
+        raise InputError("is for bundles", where="--expect-digest", expected="--bundle FOLDER beside it")
     if sweep:
         need("analyze", "matplotlib")
         for name in ("lengths", "resolutions"):
@@ -88,7 +91,7 @@ def bench(
             must_end(sweep / f"{name}.png", ".png")
     sizes: Sequence[str | None] = [None]
     if model is None:
-        opened = bundle_cases(bundle or ())
+        opened = bundle_cases(bundle or (), expect_digest or ())
     else:
         need("export", "torch", "onnx", "onnxscript")
         from forcingkv.models.presets import load_spec

@@ -20,9 +20,10 @@ from forcingkv.commands.console import (
     need,
     progress_bar,
 )
-from forcingkv.commands.models import Backend, Embeds, Threads, text_inputs
+from forcingkv.commands.models import Backend, Embeds, ExpectDigests, Threads, text_inputs
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import Bundle, Prompt, Session
+from forcingkv.runtime import Prompt, Session
+from forcingkv.runtime.bundle import open_bundles
 from forcingkv.runtime.prompts import PromptLine, read_prompts
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import read_embeds
@@ -53,6 +54,7 @@ def evaluate(
     ] = None,
     backend: Backend = "onnxruntime",
     threads: Threads = None,
+    expect_digest: ExpectDigests = None,
     video: Annotated[list[Path] | None, Option(help="Video file to measure; repeatable.")] = None,
     reference_video: Annotated[
         list[Path] | None, Option(help="Video to compare with, one for each --video, in order.")
@@ -91,6 +93,8 @@ def evaluate(
         raise InputError(f"--bundle and --video {given}", where="evaluate", expected="one of the two")
     if bundle and (reference_video or top):
         raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
+    if expect_digest and not bundle:
+        raise InputError("is for bundles", where="--expect-digest", expected="--bundle FOLDER beside it")
     must_end(out, ".csv")
     cv2.setNumThreads(chosen_threads(threads).number)
     if video:
@@ -107,7 +111,7 @@ def evaluate(
             write_csv(out, metric_columns(rows), rows)
         emit({"videos": files}) if as_json else print_files(files)
         return
-    with _sessions(bundle or (), backend, threads) as sessions, progress_bar() as shown:
+    with _sessions(bundle or (), expect_digest or (), backend, threads) as sessions, progress_bar() as shown:
         compared = _reference(list(sessions), reference)
         spec = next(iter(sessions.values())).spec
         chosen = seeded_prompts(_prompts(spec, prompts, embeds, samples), seeds, seed)
@@ -122,9 +126,11 @@ def evaluate(
 
 
 @contextmanager
-def _sessions(bundles: Sequence[Path], backend: str, threads: int | None) -> Iterator[dict[str, Session]]:
+def _sessions(
+    bundles: Sequence[Path], expect: Sequence[str], backend: str, threads: int | None
+) -> Iterator[dict[str, Session]]:
     """A session of each bundle, by its policy, or by its folder where policies are not distinct."""
-    opened = [Bundle.open(path) for path in bundles]
+    opened = open_bundles(bundles, expect)
     policies = [one.manifest.policy.name for one in opened]
     names = policies if len(set(policies)) == len(policies) else [path.resolve().name for path in bundles]
     repeated = [name for name, times in Counter(names).items() if times > 1]

@@ -18,7 +18,7 @@ from typer import Option
 
 from forcingkv.commands.console import AsJson, emit, progress_bar, say
 from forcingkv.commands.going_on import Look, agreed, check_prompt, look_of, take_switches, writer_for
-from forcingkv.commands.models import Backend, Embeds, Threads, text_input
+from forcingkv.commands.models import Backend, Embeds, ExpectDigest, Threads, text_input
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Video
@@ -72,6 +72,7 @@ def generate(
         bool, Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
     ] = False,
     threads: Threads = None,
+    expect_digest: ExpectDigest = None,
     enlarge: Annotated[
         int | None,
         Option(min=1, help="Repeat each pixel this many times; default: 1, or that of --restore."),
@@ -96,7 +97,13 @@ def generate(
     written = Written()
     asked = Asked(prompt, embeds, seconds, switch or (), recache, restore, fps, seed, enlarge)
     try:
-        with Session.open(bundle, backend=backend, threads=threads, cuda_graphs=cuda_graphs) as session:
+        with Session.open(
+            bundle,
+            backend=backend,
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+            expect_digest=expect_digest,
+        ) as session:
             video, look = begin_video(session, asked)
             on = _runs_on(session, backend, threads)
             if out == "-":

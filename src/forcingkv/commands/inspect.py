@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from forcingkv.commands.console import AsJson, console, emit, must_end, need, say
+from forcingkv.commands.models import ExpectDigest
 from forcingkv.headmaps.fields import to_data
 from forcingkv.measure.tables import wrapped
 from forcingkv.runtime import Bundle
@@ -36,6 +37,7 @@ def inspect(
     picture: Annotated[
         Path | None, Option(help="Also draw where the memory goes, to this file (.png).")
     ] = None,
+    expect_digest: ExpectDigest = None,
 ) -> None:
     """Check a bundle's digests and print what it holds, how its engines were built and what they need.
 
@@ -44,14 +46,14 @@ def inspect(
     if picture is not None:
         need("analyze", "matplotlib")
         must_end(picture, ".png")
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, expect=expect_digest)
     if picture is not None:
         from forcingkv.commands.bytes_picture import write_bytes_picture
 
         write_bytes_picture(opened, picture)
         console.print(f"{picture}: where the memory goes", soft_wrap=True)
     if as_json:
-        emit(to_data(opened.manifest) | {"footprint": _footprints(opened)})
+        emit(to_data(opened.manifest) | {"digest": opened.digest, "footprint": _footprints(opened)})
         return
     for number, section in enumerate(_sections(opened)):
         say(*([""] if number else []), *section)
@@ -90,6 +92,7 @@ def _model(opened: Bundle) -> Iterator[str]:
         heads.update({group.label: group.heads for group in groups})
     counted = ", ".join(f"{count} {label}" for label, count in heads.items())
     yield str(opened.path)
+    yield from _beside("digest", opened.digest)
     yield from _beside("model", f"{spec.name}, {spec.layers} layers of {spec.heads} heads: {counted}")
     yield from _beside(
         "resolution",

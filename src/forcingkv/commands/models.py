@@ -50,6 +50,14 @@ RandomWeights: TypeAlias = Annotated[
     bool, Option("--random-weights", help="Draw the weights at random, to try things out.")
 ]
 Embeds: TypeAlias = Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")]
+ExpectDigest: TypeAlias = Annotated[
+    str | None,
+    Option(metavar="SHA256", help="Refuse the bundle unless it has this digest, which `inspect` prints."),
+]
+ExpectDigests: TypeAlias = Annotated[
+    list[str] | None,
+    Option(metavar="SHA256", help="As for `generate`: one for each --bundle, in their order."),
+]
 Threads: TypeAlias = Annotated[
     int | None, Option(min=1, help="CPU threads; default: one a core that this process may use.")
 ]

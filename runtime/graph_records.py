@@ -1,0 +1,204 @@
+"""What goes into the graphs of a bundle and comes out: it follows from spec, plan and compute dtype.
+
+Only the feature caches of a decoder do not: what it carries from call to call is its own. But each comes in
+and goes out in one shape, and its size is in the manifest, from which memory is counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import shown
+from forcingkv.runtime.kv.plan import PARTS, CachePlan
+from forcingkv.runtime.spec import Dtype
+
+if TYPE_CHECKING:
+    from forcingkv.runtime.bundle import GraphRecord, TensorRecord
+
+GRAPHS = ("prompt", "step", "decode")
+CLEAN = "clean"
+"""The input of `step` that says whether a pass is the clean one."""
+FIRST = "first"
+"""Input of `decode` that is 1 in a video's first call and 0 in the others, of graphs with caches."""
+MOST_CACHES = 1000
+"""Inputs of a decoder; the VAE has 33."""
+MOST_ALONG = 1 << 24
+"""Of any dimension."""
+NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
+"""Of what a decoder carries."""
+SYMBOL = re.compile(r"[\w.+*/(), -]{1,1000}", re.ASCII)
+"""Of a dimension that varies."""
+
+Dimension: TypeAlias = int | str
+
+
+class Layout(NamedTuple):
+    """Dtype and shape of an input or output. A dimension that varies by phase has its symbol."""
+
+    dtype: str
+    shape: tuple[Dimension, ...]
+
+
+ANY = "*"
+"""In the shape of an output of `step`: a length that follows from the inputs'."""
+
+
+def next_name(name: str) -> str:
+    """The name of the output that replaces the input of that name in the next call."""
+    return f"next.{name}"
+
+
+def cross_layouts(plan: CachePlan, compute: Dtype) -> dict[str, Layout]:
+    """The prompt's keys and values: outputs of `prompt`, inputs of `step`."""
+    spec = plan.spec
+    layout = Layout(compute, (1, spec.heads, spec.text_length, spec.head_dim))
+    return {f"cross.{layer}.{part}": layout for layer in range(spec.layers) for part in PARTS}
+
+
+def prompt_layouts(plan: CachePlan, compute: Dtype) -> tuple[dict[str, Layout], dict[str, Layout]]:
+    """Inputs and outputs of `prompt`."""
+    text = Layout("float32", (1, plan.spec.text_length, plan.spec.text_width))
+    return {"text": text}, cross_layouts(plan, compute)
+
+
+def step_layouts(
+    plan: CachePlan, compute: Dtype, *, skips_caches: bool
+) -> tuple[dict[str, Layout], dict[str, Layout]]:
+    """Inputs and outputs of `step`; `skips_caches` says whether it is told which pass is the clean one."""
+    spec = plan.spec
+    latents = Layout("float32", latent_shape(plan))
+    table = Layout("float32", (plan.chunk_tokens, spec.head_dim // 2))
+    number = Layout("float32", (1,))
+    inputs = {"latents": latents}
+    if spec.schedule.renoise == "fresh":
+        inputs["noise"] = latents
+    inputs |= {"sigma": number, "sigma_next": number, "time": Layout("float32", (1, 1, spec.time_width))}
+    inputs |= {"cosines": table, "sines": table} | cross_layouts(plan, compute)
+    outputs = {"next_latents": latents, "x0": latents}
+    for entry in plan.entries:
+        heads, symbol = entry.group.heads, f"{entry.group.label}_{entry.role.name}_tokens"
+        dtype = entry.role.dtype(compute)
+        inputs[entry.name] = Layout(dtype, (1, heads, symbol, spec.head_dim))
+        outputs[next_name(entry.name)] = Layout(dtype, (1, heads, ANY, spec.head_dim))
+    inputs |= {name: Layout("int32", (name.replace(".", "_"),)) for name in plan.rows(0)}
+    if plan.choice:
+        outputs["retained_indices"] = Layout("int64", (ANY,))
+    if skips_caches:
+        inputs[CLEAN] = Layout("bool", (1,))
+    return inputs, outputs
+
+
+def latent_shape(plan: CachePlan, frames: int | None = None) -> tuple[int, ...]:
+    """(1, channels, latent frames, height, width) of a chunk, or of so many latent frames."""
+    spec, geometry = plan.spec, plan.geometry
+    counted = spec.frames_per_chunk if frames is None else frames
+    return 1, spec.latent_channels, counted, geometry.latent_height, geometry.latent_width
+
+
+def decode_layouts(
+    plan: CachePlan, compute: Dtype, carried: Mapping[str, Layout]
+) -> tuple[dict[str, Layout], dict[str, Layout]]:
+    """Inputs and outputs of `decode`, of a decoder that carries those feature caches."""
+    spec, (width, height) = plan.spec, plan.geometry.shown
+    if spec.decoder.kind == "pixels":
+        frames = spec.frames_per_chunk
+        given = Layout("float32", latent_shape(plan))
+        return {"latents": given}, {"frames": Layout("uint8", (frames, height, width, 3))}
+    frames = spec.decoder.temporal_stride
+    inputs = {"latents": Layout("float32", latent_shape(plan, 1)), FIRST: Layout("float32", (1,))}
+    outputs = {"frames": Layout("uint8", (frames, height, width, 3))}
+    if compute == "float32":
+        whole = plan.geometry.height, plan.geometry.width
+        outputs["pixels"] = Layout("float32", (1, 3, frames, *whole))
+    outputs |= {next_name(name): layout for name, layout in carried.items()}
+    return inputs | dict(carried), outputs
+
+
+def layouts(
+    plan: CachePlan, compute: Dtype, graph: str, record: GraphRecord
+) -> tuple[dict[str, Layout], dict[str, Layout]]:
+    """Inputs and outputs of a graph; of what a decoder carries, as the record of `decode` has it."""
+    if graph == "prompt":
+        return prompt_layouts(plan, compute)
+    if graph == "step":
+        return step_layouts(plan, compute, skips_caches=record.skips_caches)
+    return decode_layouts(plan, compute, dict(_carried(record)))
+
+
+def check_records(graphs: Mapping[str, GraphRecord], plan: CachePlan, compute: Dtype, where: str) -> None:
+    """Raise InputError unless the records of all graphs are those that follow from the plan."""
+    others = sorted(set(graphs) - set(GRAPHS))
+    if others:
+        raise InputError(f"has a graph {shown(others[0])}", where=where, expected=", ".join(GRAPHS))
+    for name in GRAPHS:
+        record = graphs[name]
+        if name == "decode" and plan.spec.decoder.kind != "pixels":
+            _check_carried(record, compute, f"{where}: graphs.decode")
+        wanted = layouts(plan, compute, name, record)
+        for kind, found, expected in zip(
+            ("input", "output"), (record.inputs, record.outputs), wanted, strict=True
+        ):
+            _check(name, kind, found, expected, where)
+
+
+def _check(
+    graph: str, kind: str, found: Mapping[str, TensorRecord], wanted: Mapping[str, Layout], where: str
+) -> None:
+    again = "It was made by another version of forcingkv: export the bundle again."
+    for name in wanted:
+        if name not in found:
+            raise InputError(
+                f"its {graph} graph has no {kind} {name}",
+                where=where,
+                expected=f"the {kind}s of its cache plan",
+                hint=again,
+            )
+    for name, record in found.items():
+        if name not in wanted:
+            what = f"its {graph} graph has the {kind} {shown(name)}, which is not known"
+            raise InputError(what, where=where, expected=f"the {kind}s of its cache plan", hint=again)
+        layout = wanted[name]
+        if record.dtype != layout.dtype or not _same(record.shape, layout.shape):
+            raise InputError(
+                f"its {kind} {name} of {graph} is {shown(record.dtype)} {shown(list(record.shape))}",
+                where=where,
+                expected=f"{layout.dtype} {list(layout.shape)}, which follows from its model and policy",
+                hint=again,
+            )
+
+
+def _same(found: tuple[object, ...], wanted: tuple[Dimension, ...]) -> bool:
+    return len(found) == len(wanted) and all(
+        _any_length(a) if b is ANY else type(a) is type(b) and a == b
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _any_length(size: object) -> bool:
+    if isinstance(size, str):
+        return SYMBOL.fullmatch(size) is not None
+    return type(size) is int and 0 <= size <= MOST_ALONG
+
+
+def _carried(record: GraphRecord) -> Iterator[tuple[str, Layout]]:
+    for name, tensor in record.carried.items():
+        yield name, Layout(tensor.dtype, tensor.shape)
+
+
+def _check_carried(record: GraphRecord, compute: Dtype, where: str) -> None:
+    """Raise InputError unless the feature caches of a decoder have plain names, dtypes and whole sizes."""
+    carried = record.carried
+    if not 1 <= len(carried) <= MOST_CACHES:
+        what = f"carries {len(carried)} tensors from call to call"
+        raise InputError(what, where=where, expected=f"1 to {MOST_CACHES}")
+    for name, tensor in carried.items():
+        whole = all(type(size) is int and 0 < size <= MOST_ALONG for size in tensor.shape)
+        if not (NAME.fullmatch(name) and whole and tensor.dtype == compute and 0 < len(tensor.shape) <= 8):
+            raise InputError(
+                f"carries {shown(name)} as {shown(tensor.dtype)} {shown(list(tensor.shape))}",
+                where=where,
+                expected=f"{compute}, and whole sizes from 1 to {MOST_ALONG}",
+            )
