@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import forcingkv
@@ -65,6 +66,10 @@ def test_a_second_signal_ends_it_inside_a_native_call(
 ) -> None:
     """FAULTS.md F6: only SIGKILL ended it. What is left of it goes with the next run."""
     with begun(tmp_path, "native") as child:
+        process = psutil.Process(child.pid)
+        until = process.cpu_times().user + 0.2
+        while process.cpu_times().user < until:  # by then it is inside the call
+            time.sleep(0.01)
         child.send_signal(sent[0])
         time.sleep(0.3)
         assert child.poll() is None, "the first waits for the call"
