@@ -210,6 +210,8 @@ def _check_segments(node: Node, plan: CachePlan, where: str) -> None:
 
 
 def _check_branches(node: Node, where: str, *, told: bool) -> None:
+    if node.input != [CLEAN] or not told:
+        refuse(f"an If on {shown(node.input)}", where, f"on the input {CLEAN}")
     branches = [node.attributes.get(name) for name in OPERATORS["", "If"]]
     for branch in branches:
         if not isinstance(branch, Graph) or branch.initializer or branch.input:
@@ -223,8 +225,6 @@ def _check_branches(node: Node, where: str, *, told: bool) -> None:
         made = {name for inner in branch.node for name in inner.output}
         if not {value.name for value in branch.output} <= made:
             refuse("a branch that does not make what it gives", where)
-    if node.input != [CLEAN] or not told:
-        refuse(f"an If on {shown(node.input)}", where, f"on the input {CLEAN}")
 
 
 def _check_tensor(tensor: Tensor, file: str | None, size: int | None, where: str) -> None:
