@@ -32,11 +32,7 @@ WAY_ROUND = {
     "headmaps/locks.py os.O_DIRECTORY": "for systems whose locks are those of Unix",
     "headmaps/renames.py /proc/self/mountinfo": "os.path.ismount alone answers where the file is not there",
     "measure/bench/results.py /proc/cpuinfo": "the processor has the name that Python knows",
-<<<<<<< HEAD
-    "runtime/backends/onnxruntime.py os.register_at_fork": "where no process is forked nothing is",
-=======
     "runtime/backends/onnxruntime.py os.register_at_fork": "without forks there is nothing to do",
->>>>>>> h-machine
     "runtime/control_groups.py /proc/self": "no group is found where the folder is not there",
     "runtime/control_groups.py /sys/fs/cgroup": "the same",
     "runtime/memory.py /proc/self/status": "Windows and macOS are asked otherwise",
