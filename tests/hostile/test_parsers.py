@@ -22,6 +22,8 @@ from tests.hostile.changes import (
     node,
     nodes,
     one_more_input,
+    relu,
+    tensor,
 )
 from tests.runtime.conftest import small_bundle
 
@@ -41,8 +43,8 @@ CASES: Cases = {
         "step",
         branching(
             "clean",
-            branch(node("Relu", "latents", out="x0"), result="x0"),
-            branch(node("Relu", "x0", out="c"), result="c"),
+            relu("latents", "x0"),
+            branch(node("Constant", out="c", value=tensor("c", 1)), result="c"),
         ),
         "the name 'x0'",
     ),
