@@ -21,10 +21,8 @@ from forcingkv.runtime.script import PromptRecord, Script
 from forcingkv.runtime.snapshot import read_snapshot
 from forcingkv.runtime.streaming import Video
 from forcingkv.runtime.text import Prompt
+from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.turn import Turn
-
-MOST_THREADS = 4096
-"""Of a CPU backend: more are no machine's, and taking their stacks would be what fails."""
 
 
 class Session:
@@ -92,8 +90,7 @@ class Session:
             SessionError: the backend could not be started.
         """
         one_of(FramesOn, frames, "place for frames")
-        if threads is not None and not 1 <= threads <= MOST_THREADS:
-            raise InputError(f"is {threads}", where="threads", expected=f"1 to {MOST_THREADS}, or None")
+        chosen_threads(threads)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, expect=expect_digest)
         check_digest(opened.path, opened.digest, expect_digest)
         if preflight:

@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import psutil
 
+from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.control_groups import cpu_limits
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
 """Where Linux says which CPUs share a core."""
 GIVEN = "SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"
 """Variables of the environment that say how many CPUs or threads a process is to use."""
+LEAST_BOUND, TIMES_THE_CPUS = 64, 4
+"""A user may name so many threads, or so many times the machine's CPUs."""
 
 
 class CpuThreads(NamedTuple):
@@ -38,8 +41,17 @@ def cpu_threads() -> CpuThreads:
 
 
 def chosen_threads(asked: int | None) -> CpuThreads:
-    """The number that the user named, or else `cpu_threads`."""
-    return cpu_threads() if asked is None else CpuThreads(asked, "as asked for")
+    """The number that the user named, or else `cpu_threads`.
+
+    Raises InputError for one that no machine has use for: libraries would begin so many threads, which stops
+    the machine.
+    """
+    if asked is None:
+        return cpu_threads()
+    most = max(LEAST_BOUND, TIMES_THE_CPUS * (psutil.cpu_count() or 1))
+    if not 1 <= asked <= most:
+        raise InputError(f"is {asked}", where="threads", expected=f"1 to {most}; none: as many as fit")
+    return CpuThreads(asked, "as asked for")
 
 
 def _limits() -> Iterator[CpuThreads]:

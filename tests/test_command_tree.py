@@ -27,6 +27,7 @@ CHANGED: dict[str, str] = {
     "generate --expect-digest": _DIGESTS,
     "inspect --expect-digest": _DIGESTS,
     "analyze heads --samples": _AT_MOST,
+    "analyze heads --workers": _AT_MOST,
     "bench --rounds": _AT_MOST,
     "demo --prompts": _AT_MOST,
     "demo --samples": _AT_MOST,

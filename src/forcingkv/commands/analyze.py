@@ -150,7 +150,9 @@ def heads(
     dtype: Annotated[str, Option(help="What to compute in: float32 or bfloat16.")] = "float32",
     threads: Threads = None,
     ray: Annotated[str | None, Option(help="Spread samples: local, or a Ray cluster's address.")] = None,
-    workers: Annotated[int | None, Option(min=1, help="Ray workers; default: all there is room for.")] = None,
+    workers: Annotated[
+        int | None, Option(min=1, max=MOST, help="Ray workers; default: all there is room for.")
+    ] = None,
     stats: Annotated[
         str | None, Option(help="Place for the statistics: folder or fsspec URL; default: OUT/stats.")
     ] = None,

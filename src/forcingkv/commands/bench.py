@@ -10,7 +10,7 @@ from typing import Annotated
 from typer import Option
 
 from forcingkv.commands.console import MOST, AsJson, emit, listed, must_end, need, progress_bar, say
-from forcingkv.commands.models import Backend, ExpectDigests
+from forcingkv.commands.models import Backend, ExpectDigests, Threads
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.tables import PlainConsole
@@ -40,9 +40,7 @@ def bench(
     minutes: Annotated[
         float, Option(min=0, help="Leave out rounds that would end later than this, for each geometry.")
     ] = 17.0,
-    threads: Annotated[
-        int | None, Option(min=1, help="CPU threads; default: one a core that this process may use.")
-    ] = None,
+    threads: Threads = None,
     decode: Annotated[bool, Option(help="Time decoding too.")] = True,
     decoder: Annotated[
         str | None, Option(help="wan-vae, taehv or lighttae, with random weights; default: taehv.")

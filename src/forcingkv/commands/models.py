@@ -17,6 +17,7 @@ from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.prompts import PromptLine, shortened
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import TextInput, encode_words, read_embeds
+from forcingkv.runtime.threads import chosen_threads
 
 if TYPE_CHECKING:
     from forcingkv.models.checkpoint import Weights
@@ -58,8 +59,18 @@ ExpectDigests: TypeAlias = Annotated[
     list[str] | None,
     Option(metavar="SHA256", help="As for `generate`: one for each --bundle, in their order."),
 ]
+
+
+def _usable_threads(asked: int | None) -> int | None:
+    chosen_threads(asked)
+    return asked
+
+
 Threads: TypeAlias = Annotated[
-    int | None, Option(min=1, help="CPU threads; default: one a core that this process may use.")
+    int | None,
+    Option(
+        min=1, callback=_usable_threads, help="CPU threads; default: one a core that this process may use."
+    ),
 ]
 Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT of frames, or a name, such as 480p.")]
 
