@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,8 @@ import forcingkv
 from forcingkv.commands.stopping import Stopped, told_to_stop
 
 COMMAND = """
-import sys, hashlib
+import sys, hashlib, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests themselves run under nohup
 from pathlib import Path
 from forcingkv import __main__ as line
 from forcingkv.headmaps.writing import new_file
@@ -56,7 +58,10 @@ def test_a_command_that_is_told_to_stop_cleans_up(sent: signal.Signals, tmp_path
     """CASES.md 26: no temporary file, 128 and the signal's number, one line."""
     with begun(tmp_path, "python") as child:
         child.send_signal(sent)
-        said = child.communicate(timeout=30)[1]
+        try:
+            said = child.communicate(timeout=30)[1]
+        finally:
+            child.kill()
     assert (child.returncode, said, os.listdir(tmp_path)) == (128 + sent, f"stopped: {sent.name}\n", [])
 
 
@@ -74,12 +79,25 @@ def test_a_second_signal_ends_it_inside_a_native_call(
         time.sleep(0.3)
         assert child.poll() is None, "the first waits for the call"
         child.send_signal(sent[1])
-        assert child.wait(timeout=10) == 128 + sent[1]
+        try:
+            assert child.wait(timeout=10) == 128 + sent[1]
+        finally:
+            child.kill()
     left = os.listdir(tmp_path)
     assert left
     assert all(name.startswith(".out.json.") and name.endswith(".forcingkv") for name in left), left
 
 
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Ray, which other tests run in this process, has a handler of its own, which ends it."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("default_signals")
 def test_in_this_process_everything_is_as_before() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with pytest.raises(Stopped) as raised, told_to_stop():
