@@ -243,6 +243,7 @@ def record_samples(
     recording = job.recording
     if restart:  # not before what is asked for is known to be possible
         storage.clear()
+    storage.remove_leftovers()
     missing = _missing(job, storage, samples)
     if missing:
         storage.check_versions()

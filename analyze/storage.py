@@ -29,7 +29,13 @@ from forcingkv.headmaps import InputError
 from forcingkv.headmaps.errors import first_line
 from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.reading import parse_json
-from forcingkv.headmaps.writing import check_file, refuse_url, unwritable, write_bytes
+from forcingkv.headmaps.writing import (
+    check_file,
+    refuse_url,
+    remove_free_locks,
+    unwritable,
+    write_bytes,
+)
 
 URL = "://"
 """What tells a URL from a folder."""
@@ -134,6 +140,12 @@ class Storage:
         finally:
             with suppress(OSError):
                 self._files.rm_file(self._at(TRIAL))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left in a local folder, where that can be done."""
+        if self._is_local:
+            for name in ("sample-", VERSIONS):
+                remove_free_locks(Path(self._root), name)
 
     def _put(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all."""

@@ -221,6 +221,7 @@ def held_inside(folder: Path, writing: str, *stems: str) -> Iterator[Hold]:
             if real:
                 for stem in stems:
                     remove_leftovers(folder, stem)
+                    remove_free_locks(folder, stem)
             yield hold
 
 
@@ -277,10 +278,15 @@ def left(folder: Path, name: str, *kinds: str) -> list[tuple[str, Path]]:
 
     If `name` ends in -, those for all that begin with it.
     """
-    start = re.escape(f".{stem_of(name)}") + ("[^/]*" if name.endswith("-") else "")
-    pattern = re.compile(rf"{start}\.([0-9a-f]{{8}})\.({'|'.join(kinds)}){re.escape(OURS)}", re.DOTALL)
+    end = rf"\.([0-9a-f]{{8}})\.({'|'.join(kinds)}){re.escape(OURS)}"
+    pattern = re.compile(_start_of(name) + end, re.DOTALL)
     matches = (pattern.fullmatch(entry) for entry in sorted(os.listdir(folder)))
-    return [(found[1], folder / found[0]) for found in matches if found]
+    return [(found[2], folder / found[0]) for found in matches if found]
+
+
+def _start_of(name: str) -> str:
+    """A pattern of what temporary names and locks for `name` begin with; its group is the stem."""
+    return rf"\.({re.escape(stem_of(name))}{'[^/]*' if name.endswith('-') else ''})"
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
@@ -288,6 +294,20 @@ def remove_leftovers(folder: Path, name: str) -> None:
     for _, file in left(folder, name, NEW):
         with suppress(OSError):
             file.unlink()
+
+
+def remove_free_locks(folder: Path, name: str) -> None:
+    """Remove locks for `name` whose holders were killed, with the temporary files that were left beside them.
+
+    If `name` ends in -, those for all names that begin with it. A living writer's lock stays. Raises nothing.
+    """
+    pattern = re.compile(_start_of(name) + re.escape(f".lock{OURS}"), re.DOTALL)
+    with suppress(OSError):
+        for entry in sorted(os.listdir(folder)):
+            if found := pattern.fullmatch(entry):
+                with suppress(OSError, InputError), held(folder / entry, folder) as real:
+                    if real:
+                        remove_leftovers(folder, found[1])
 
 
 def is_ours(name: str) -> bool:

@@ -215,6 +215,25 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "a.json"])
 
 
+def test_locks_that_killed_writers_left_go_though_their_files_are_not_written_again(tmp_path: Path) -> None:
+    """Killed between the new name and the end of the lock: the sample is whole, so no run writes it again."""
+    storage = Storage(tmp_path)
+    for name in ("sample-0001.parquet", "versions.json"):
+        lock_of(tmp_path, name).write_text("")
+    (tmp_path / ".sample-0001.parquet.0123abcd.new.forcingkv").write_text("half")
+    (tmp_path / ".other.json.lock.forcingkv").write_text("")
+    with new_file(Path(storage.path(2))) as partial:  # another worker, alive
+        storage.remove_leftovers()
+        assert {lock_of(tmp_path, "sample-0002.parquet"), partial} <= set(tmp_path.iterdir())
+    assert sorted(os.listdir(tmp_path)) == [".other.json.lock.forcingkv", "sample-0002.parquet"]
+
+
+def test_a_save_removes_the_locks_of_states_whose_saving_was_killed(tmp_path: Path) -> None:
+    lock_of(tmp_path, "state-000001.safetensors").write_text("")
+    with held_inside(tmp_path, "saving", "state-"):
+        assert os.listdir(tmp_path) == [lock_of(tmp_path, "saving").name]
+
+
 def test_the_lock_of_a_killed_writer_is_free(tmp_path: Path) -> None:
     lock = lock_of(tmp_path, "a")
     lock.write_text("")

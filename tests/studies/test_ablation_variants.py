@@ -66,7 +66,7 @@ SWEPT = '[[sweep]]\nfamily = "a"\nname = "b"\nvary = "{}"\nvalues = [1]'
         ),
         ('[[sweep]]\nfamily = "a"\nname = "b"\nheadmap = "best"', "'best'; expected 'profiled' or"),
         ('[[sweep]]\nfamily = "a"\nname = "b"\npolicy = "none"', "there is no policy 'none'"),
-        ("[[sweep", "cannot be read as TOML"),
+        ("[[sweep", "is not TOML"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, more: str, message: str) -> None:
