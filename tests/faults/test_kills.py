@@ -10,8 +10,8 @@ def test_some_kills_at_random_moments() -> None:
     """CASES.md 26, FAULTS.md F2: nothing half-written is taken for whole, and a second run works."""
     for policy in ("window", "forcing-kv"):
         small_bundle(policy)  # made here, once for all tests
-    commands = ["export", "encode", "generate --save"]
-    ran = python("-m", "tests.faults", "--kills", "8", "--seed", "3", "--commands", *commands)
+    commands = ["export", "generate --save"]
+    ran = python("-m", "tests.faults", "--kills", "5", "--seed", "3", "--commands", *commands)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    rows = [line.rsplit(maxsplit=4) for line in ran.stdout.splitlines()[1:4]]
-    assert rows == [[name, kills, "0", "0", "0"] for name, kills in zip(commands, "332", strict=True)]
+    rows = [line.rsplit(maxsplit=4) for line in ran.stdout.splitlines()[1:3]]
+    assert rows == [[name, kills, "0", "0", "0"] for name, kills in zip(commands, "32", strict=True)]
