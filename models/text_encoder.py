@@ -29,6 +29,10 @@ from forcingkv.runtime.prompts import PromptLine, clean_prompt, control_characte
 TOKENIZER_CONFIG = "tokenizer_config.json"
 NAMED_FILES = ("vocab_file", "tokenizer_file", "merges_file")
 """Entries of a tokenizer's configuration that stand for files of its words."""
+TOKEN_FILES = "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json"
+"""Files that describe tokens of a tokenizer."""
+TOKEN_ENTRIES = {"__type", "content", "id", "lstrip", "normalized", "rstrip", "single_word", "special"}
+"""What a token is described by. Of others the tokenizers library prints the name, whatever is in it."""
 
 BROKEN_TRANSFORMERS = "5.0."
 """Releases of transformers that load UMT5 without its embeddings, silently: what they encode is noise. The
@@ -213,11 +217,32 @@ def _refuse_other_files(folder: Path) -> None:
     transformers would read those, wherever they are, in place of the ones in the folder.
     """
     path = folder / TOKENIZER_CONFIG
-    data = read_json(path) if there(path) and path.is_file() else None
-    named = [name for name in data if name in NAMED_FILES and data[name]] if isinstance(data, dict) else []
+    data = _table_of(path)
+    named = [name for name in data if name in NAMED_FILES and data[name]]
     if named:
         what, expected = f"names a file as its {named[0]}", "none: the files of the folder are taken"
         raise InputError(what, where=str(path), expected=expected, hint="Take the entry out.")
+
+
+def _refuse_unknown_entries(folder: Path) -> None:
+    """Raise InputError for tokens that are described by other entries than tokens have."""
+    for name in TOKEN_FILES:
+        data = _table_of(folder / name)
+        added, decoded = data.get("added_tokens"), data.get("added_tokens_decoder")
+        tokens = [*data.values(), *(added if isinstance(added, list) else ())]
+        tokens += decoded.values() if isinstance(decoded, dict) else ()
+        for token in tokens:
+            others = set(token) - TOKEN_ENTRIES if isinstance(token, dict) and "content" in token else ()
+            if others:
+                what, expected = f"describes a token by {min(others)!r}", ", ".join(sorted(TOKEN_ENTRIES))
+                raise InputError(
+                    what, where=str(folder / name), expected=expected, hint="Take the entry out."
+                )
+
+
+def _table_of(path: Path) -> dict[str, Any]:
+    data = read_json(path) if there(path) and path.is_file() else None
+    return data if isinstance(data, dict) else {}
 
 
 def load_tokenizer(place: EncoderPlace, named: str | Path | None = None) -> PromptTokenizer:
@@ -229,6 +254,7 @@ def load_tokenizer(place: EncoderPlace, named: str | Path | None = None) -> Prom
 
     words = str(named) if named else str(place.tokenizer())
     _refuse_other_files(Path(words))
+    _refuse_unknown_entries(Path(words))
     try:
         # No code of strangers is run, and nobody is asked whether it may be.
         tokenizer = transformers.AutoTokenizer.from_pretrained(words, trust_remote_code=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import zipfile
@@ -156,11 +157,11 @@ def _change(rng: Random, table: Any, key: Any, places: list[Any]) -> None:
     kind = rng.randrange(10)
     if kind <= 4:
         same = NUMBERS if isinstance(value, int | float) else TEXTS if isinstance(value, str) else OTHERS
-        table[key] = rng.choice(same if rng.random() < 0.7 else [*NUMBERS, *TEXTS, *OTHERS])
+        table[key] = copy.deepcopy(rng.choice(same if rng.random() < 0.7 else [*NUMBERS, *TEXTS, *OTHERS]))
     elif kind == 5 and isinstance(table, dict):
         del table[key]
     elif kind == 5:
-        table.insert(key, value)
+        table.insert(key, copy.deepcopy(value))
     elif kind == 6 and isinstance(table, dict):
         table[rng.choice(["x", "", "schema", key + "x", *TEXTS[:12]])] = table.pop(key)
     elif kind == 6:

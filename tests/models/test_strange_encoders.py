@@ -48,6 +48,19 @@ def refused(place: Path, message: str) -> None:
     assert not Path("owned").exists()
 
 
+def test_what_a_token_is_described_by_is_not_printed(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The library prints the names of entries that it does not know, commands to the terminal too."""
+    path = place / "tokenizer" / "tokenizer.json"
+    strange = {"id": 0, "content": "<pad>", "\x1b[2J": True}
+    edit(path, added_tokens=[strange, *json.loads(path.read_text())["added_tokens"][1:]])
+    refused(place, r"describes a token by .*\[2J")
+    config = place / "tokenizer" / "tokenizer_config.json"
+    edit(path, added_tokens=json.loads(path.read_text())["added_tokens"][1:])
+    edit(config, added_tokens_decoder={"0": strange})
+    refused(place, r"tokenizer_config\.json describes a token by")
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_code_beside_a_tokenizer_is_not_run(known: bool, place: Path) -> None:
     """As `auto_map` asks for. With a class that transformers has, that is taken; else it is refused."""
@@ -103,7 +116,7 @@ SPOILT: dict[str, Callable[[Path], object]] = {
     "cannot be run as its configuration": lambda place: edit(
         place / "text_encoder/config.json", relative_attention_max_distance=0
     ),
-    "AutoTokenizer .*deep|AutoTokenizer .*recursion": lambda place: (
+    "more than 64 deep": lambda place: (
         place / "tokenizer/tokenizer.json"
     ).write_text("[" * 100_000),
     "AutoTokenizer": lambda place: edit(place / "tokenizer/tokenizer.json", post_processor={"type": "x"}),
