@@ -155,7 +155,8 @@ def _published() -> dict[str, dict[str, dict[str, Any]]]:
 
 @cache
 def _shipped(model: str) -> HeadMap | None:
-    file = resources.files("forcingkv.headmaps") / "maps" / f"{model}.json"
-    if not file.is_file():
+    maps = resources.files("forcingkv.headmaps") / "maps"
+    file = maps / f"{model}.json"
+    if file.name not in {one.name for one in maps.iterdir()}:  # a stranger's name may lead anywhere
         return None
     return HeadMap.from_json(parse_json(file.read_bytes(), str(file)), str(file))

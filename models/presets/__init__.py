@@ -17,5 +17,8 @@ def load_spec(model: str) -> ModelSpec:
 
 def shipped_file(model: str, name: str) -> Path | None:
     """A file that ships with a model, such as its weights: in `models/MODEL/`. None where it does not."""
-    path = Path(str(resources.files("forcingkv.models"))) / model / name
+    models = Path(str(resources.files("forcingkv.models")))
+    if model not in {folder.name for folder in models.iterdir()}:  # a stranger's name may lead anywhere
+        return None
+    path = models / model / name
     return path if path.is_file() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
 from forcingkv.headmaps.reading import DEEPEST, MOST_DIGITS, MOST_DOTS, is_json, parse_json, parse_toml
-from forcingkv.models.presets import load_spec
+from forcingkv.measure.nominal import nominal_map
+from forcingkv.models.checkpoint import load_weights
+from forcingkv.models.presets import load_spec, shipped_file
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.bundle import read_data
 from forcingkv.runtime.kv.policies import load_policy
@@ -205,3 +208,17 @@ def test_a_spec_names_files_of_its_repository_alone(name: str) -> None:
         with pytest.raises(InputError, match=r"source names the file .* not inside the folder"):
             PublicWeights(**{"hub": "a/b", "file": "c.pt", field: name})
     assert PublicWeights("a/b", "models/c.pt", lora="models/lora.pt").file == "models/c.pt"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "../presets", "/{place}", "..", ".", "a\0b"])
+def test_the_name_of_a_model_leads_to_no_other_file(name: str, tmp_path: Path) -> None:
+    """Weights, prompts and maps that ship are found by the model's name, which a stranger may choose."""
+    for file in ("weights.safetensors", "prompts.txt", "spec.json"):
+        (tmp_path / file).write_text("secret")
+    own = name.format(place=tmp_path)
+    spec = replace(load_spec("demo"), name=own)
+    assert shipped_file(own, "weights.safetensors") is shipped_file(own, "prompts.txt") is None
+    with pytest.raises(InputError, match="no weights ship with"):
+        load_weights(spec)
+    with pytest.raises(InputError, match=r"no head map of .* is published"):
+        nominal_map(spec, load_policy("forcing-kv"))

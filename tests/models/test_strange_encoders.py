@@ -116,9 +116,7 @@ SPOILT: dict[str, Callable[[Path], object]] = {
     "cannot be run as its configuration": lambda place: edit(
         place / "text_encoder/config.json", relative_attention_max_distance=0
     ),
-    "more than 64 deep": lambda place: (
-        place / "tokenizer/tokenizer.json"
-    ).write_text("[" * 100_000),
+    "more than 64 deep": lambda place: (place / "tokenizer/tokenizer.json").write_text("[" * 100_000),
     "AutoTokenizer": lambda place: edit(place / "tokenizer/tokenizer.json", post_processor={"type": "x"}),
     "AutoTokenizer ": lambda place: edit(place / "tokenizer/tokenizer_config.json", model_max_length={}),
     "AutoTokenizer  *": lambda place: (place / "tokenizer/tokenizer_config.json").write_text("[]"),
