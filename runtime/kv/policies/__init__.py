@@ -88,7 +88,7 @@ class Policy:
             raise InputError(
                 "is written as policies were before each group listed its roles",
                 where=where,
-                expected="the form:",
+                expected="this form",
                 form=_in_new_form(data),
             )
 
