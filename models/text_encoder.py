@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,15 +88,20 @@ class PromptTokenizer:
     def tokens(self, prompt: str, length: int) -> Tokens:
         """A prompt cleaned, and its tokens, at most `length` of them.
 
-        Raises InputError for a prompt of which cleaning leaves nothing, or that is not text.
+        Raises InputError for a prompt of which cleaning leaves nothing, or that is not text, or that the
+        tokenizer fails at.
         """
         cleaned = clean_prompt(prompt)
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise InputError("the prompt has half a character (a lone surrogate)", where="prompt")
         if is_empty(cleaned):
             raise InputError("the prompt is empty", where="prompt", expected="some words")
-        whole = self.tokenizer(cleaned, verbose=False).input_ids
-        cut = self.tokenizer(cleaned, max_length=length, truncation=True).input_ids
+        try:
+            with _panics_are_errors():
+                whole = self.tokenizer(cleaned, verbose=False).input_ids
+                cut = self.tokenizer(cleaned, max_length=length, truncation=True).input_ids
+        except Exception as error:  # whatever a wrong tokenizer leads the library to
+            raise InputError(f"cannot split it ({first_line(error)})", where="the tokenizer") from error
         return Tokens(cleaned, list(map(int, cut)), len(whole))
 
     def check_fits(self, files: Umt5Files) -> None:
@@ -240,6 +246,17 @@ def _refuse_unknown_entries(folder: Path) -> None:
                 )
 
 
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """What the tokenizers library raises where it gives up is no Exception, which nobody would catch."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(str(error) or type(error).__name__) from error
+
+
 def _table_of(path: Path) -> dict[str, Any]:
     data = read_json(path) if there(path) and path.is_file() else None
     return data if isinstance(data, dict) else {}
@@ -257,9 +274,10 @@ def load_tokenizer(place: EncoderPlace, named: str | Path | None = None) -> Prom
     _refuse_unknown_entries(Path(words))
     try:
         # No code of strangers is run, and nobody is asked whether it may be.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(words, trust_remote_code=False)
-        for settings in ({"verbose": False}, {"max_length": 1, "truncation": True}):
-            tokenizer("a", **settings)  # what is wrong with its configuration shows only now
+        with _panics_are_errors():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(words, trust_remote_code=False)
+            for settings in ({"verbose": False}, {"max_length": 1, "truncation": True}):
+                tokenizer("a", **settings)  # what is wrong with its configuration shows only now
         return PromptTokenizer(tokenizer)
     except Exception as error:  # transformers and tokenizers raise whatever a wrong file leads them to
         what = f"cannot be read by transformers' AutoTokenizer ({first_line(error)})"

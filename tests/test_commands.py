@@ -270,3 +270,35 @@ def test_inspect_names_every_file(made: Path, run: Callable[..., Ran]) -> None:
         assert path.name in ran.out or path.name == "manifest.json"
     data = json.loads(run("inspect", made / "bundle", "--json").out)
     assert data["schema"] == "forcingkv.bundle/1"
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export fails where its work would begin."""
+
+    def begun(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("forcingkv.commands.export.weights_for", begun)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_an_export_over_a_file_is_refused_before_the_work(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """FAULTS.md F12: it worked for 26 seconds first, and ended in a traceback."""
+    (tmp_path / "b").write_text("mine")
+    ran = run("export", "--model", "demo", "--policy", "window", "--out", tmp_path / "b")
+    assert (ran.code, (tmp_path / "b").read_text()) == (2, "mine")
+    assert "expected" in ran.err, ran.err
+
+
+@pytest.mark.usefixtures("no_work")
+def test_what_people_put_beside_a_bundle_is_said_to_stay(
+    made: Path, tmp_path: Path, run: Callable[..., Ran], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CASES.md 11."""
+    shutil.copytree(made / "bundle", tmp_path / "bundle")
+    (tmp_path / "bundle" / "my-video.mp4").write_bytes(b"mine")
+    (tmp_path / "bundle" / "notes").mkdir()
+    with pytest.raises(AssertionError, match="the work began"):
+        run("export", "--model", "demo", "--policy", "window", "--out", tmp_path / "bundle")
+    assert "holds what is no part of its bundle, and stays: my-video.mp4, notes" in capsys.readouterr().err

@@ -61,6 +61,22 @@ def test_what_a_token_is_described_by_is_not_printed(place: Path, capfd: pytest.
     assert "\x1b" not in "".join(capfd.readouterr())
 
 
+def test_a_tokenizer_whose_library_gives_up_is_refused(place: Path) -> None:
+    """A panic of the tokenizers library is no Exception."""
+    path = place / "tokenizer" / "tokenizer.json"
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    edit(
+        path,
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
+            "pair": [],
+            "special_tokens": {"other": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+    )
+    refused(place, r"cannot be read by transformers' AutoTokenizer \(no entry found for key\)")
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_code_beside_a_tokenizer_is_not_run(known: bool, place: Path) -> None:
     """As `auto_map` asks for. With a class that transformers has, that is taken; else it is refused."""
