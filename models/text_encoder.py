@@ -235,15 +235,24 @@ def _refuse_unknown_entries(folder: Path) -> None:
     for name in TOKEN_FILES:
         data = _table_of(folder / name)
         added, decoded = data.get("added_tokens"), data.get("added_tokens_decoder")
-        tokens = [*data.values(), *(added if isinstance(added, list) else ())]
+        tokens = [
+            value
+            for entry, value in data.items()
+            if entry.endswith("_token") or name == TOKEN_FILES[2] or _is_token(value)
+        ]
+        tokens += added if isinstance(added, list) else ()
         tokens += decoded.values() if isinstance(decoded, dict) else ()
         for token in tokens:
-            others = set(token) - TOKEN_ENTRIES if isinstance(token, dict) and "content" in token else ()
+            others = set(token) - TOKEN_ENTRIES if isinstance(token, dict) else ()
             if others:
                 what, expected = f"describes a token by {min(others)!r}", ", ".join(sorted(TOKEN_ENTRIES))
                 raise InputError(
                     what, where=str(folder / name), expected=expected, hint="Take the entry out."
                 )
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, dict) and not {"__type", "content"}.isdisjoint(value)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,8 @@ def _child(
         os.dup2(log, 2)
         sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", errors="strict", closefd=False)  # noqa: SIM115
         prepare()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the memory that spoiling took is not counted
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 2 * MEMORY, size + 2 * MEMORY))

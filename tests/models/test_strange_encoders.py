@@ -52,10 +52,12 @@ def test_what_a_token_is_described_by_is_not_printed(place: Path, capfd: pytest.
     """The library prints the names of entries that it does not know, commands to the terminal too."""
     path = place / "tokenizer" / "tokenizer.json"
     strange = {"id": 0, "content": "<pad>", "\x1b[2J": True}
-    edit(path, added_tokens=[strange, *json.loads(path.read_text())["added_tokens"][1:]])
-    refused(place, r"describes a token by .*\[2J")
+    others = json.loads(path.read_text())["added_tokens"][1:]
+    for token in (strange, {"id": 0, "\x9b2J": "<pad>"}):
+        edit(path, added_tokens=[token, *others])
+        refused(place, r"describes a token by .*2J")
     config = place / "tokenizer" / "tokenizer_config.json"
-    edit(path, added_tokens=json.loads(path.read_text())["added_tokens"][1:])
+    edit(path, added_tokens=others)
     edit(config, added_tokens_decoder={"0": strange})
     refused(place, r"tokenizer_config\.json describes a token by")
     assert "\x1b" not in "".join(capfd.readouterr())
