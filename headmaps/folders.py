@@ -51,9 +51,9 @@ class Kind:
     """A kind of result that is a folder.
 
     Attributes:
-        mark: the file that makes a folder such a result. files: the names of all files of the result in a
-        folder, `mark` among them. Raises InputError where the
-            folder holds none.
+        mark: the file that makes a folder such a result.
+        files: gives the names of all files of the result in a folder, `mark` among them. Raises InputError
+            where the folder holds none.
     """
 
     mark: str

@@ -118,62 +118,62 @@ def write_snapshot(
     another process or thread is saving one there. The state before is whole then.
     """
     with _alone(folder):
-        _write(folder, maker, latents, ready, script, **known)
-
-
-def _write(
-    folder: Path,
-    maker: ChunkMaker,
-    latents: Mapping[int, Array],
-    ready: Sequence[Chunk],
-    script: Script,
-    **known: Any,
-) -> None:
-    earlier, made = _earlier(folder), known["index"] + len(ready)
-    # A name that no file has: one of them may be in use until the new state is whole.
-    stem = f"state-{made:06}"
-    names = (f"{stem}-{again}.safetensors" if again else f"{stem}.safetensors" for again in count())
-    name = next(name for name in names if name not in earlier)
-    stored: dict[str, Tensor | Array] = {**maker.state()}
-    stored |= {f"latents/{index}": array for index, array in latents.items()}
-    for chunk in ready:
-        if not isinstance(chunk.frames, np.ndarray):
-            raise InputError(
-                "frames that stay on the device cannot be saved", where="frames", expected='frames="host"'
+        earlier, made = _earlier(folder), known["index"] + len(ready)
+        # A name that no file has: one of them may be in use until the new state is whole.
+        stem = f"state-{made:06}"
+        names = (f"{stem}-{again}.safetensors" if again else f"{stem}.safetensors" for again in count())
+        name = next(name for name in names if name not in earlier)
+        stored: dict[str, Tensor | Array] = {**maker.state()}
+        stored |= {f"latents/{index}": array for index, array in latents.items()}
+        for chunk in ready:
+            if not isinstance(chunk.frames, np.ndarray):
+                raise InputError(
+                    "frames that stay on the device cannot be saved", where="frames", expected='frames="host"'
+                )
+            stored |= {f"ready/{chunk.index}/{part}": getattr(chunk, part) for part in ("frames", "latents")}
+        planned_switches = [script.due[chunk] for chunk in sorted(script.due)]
+        stored |= {f"planned/{number}": text for number, (_, text) in enumerate(planned_switches)}
+        planned = {key: (DTYPES[str(value.dtype)].code, tuple(value.shape)) for key, value in stored.items()}
+        with new_tensors(folder / name, planned) as writer:
+            for key, value in stored.items():
+                if not isinstance(value, np.ndarray):
+                    value = value.fetch(maker.queue_of(key)).array()
+                writer.write(key, value)
+        try:
+            snapshot = Snapshot(
+                **known,
+                made=made,
+                passes=maker.cache.passes,
+                decoder_calls=maker.decoder.called,
+                ready=tuple(ReadyChunk(chunk.index, chunk.timing) for chunk in ready),
+                tensors=name,
+                record=record_file(folder / name),
+                prompt=script.prompt,
+                switches=None if script.prompt is None else tuple(script.made),
+                planned=tuple(switch for switch, _ in planned_switches),
             )
-        stored |= {f"ready/{chunk.index}/{part}": getattr(chunk, part) for part in ("frames", "latents")}
-    planned_switches = [script.due[chunk] for chunk in sorted(script.due)]
-    stored |= {f"planned/{number}": text for number, (_, text) in enumerate(planned_switches)}
-    planned = {key: (DTYPES[str(value.dtype)].code, tuple(value.shape)) for key, value in stored.items()}
-    with new_tensors(folder / name, planned) as writer:
-        for key, value in stored.items():
-            if not isinstance(value, np.ndarray):
-                value = value.fetch(maker.queue_of(key)).array()
-            writer.write(key, value)
+            snapshot = replace(snapshot, digest=own_digest(to_data(snapshot)))
+            write_text(folder / STATE, json.dumps(to_data(snapshot), indent=1) + "\n")
+        except BaseException as error:
+            if not _is_named(folder, name):
+                with suppress(OSError):
+                    (folder / name).unlink()  # it may be what filled the disk
+            if isinstance(error, OSError):
+                raise unwritable(folder, error) from error
+            raise
+        for file in earlier - {name}:
+            with suppress(OSError):
+                (folder / file).unlink()
+
+
+def _is_named(folder: Path, name: str) -> bool:
+    """Whether state.json names a file of tensors: an error may come just after it was put in its place."""
     try:
-        snapshot = Snapshot(
-            **known,
-            made=made,
-            passes=maker.cache.passes,
-            decoder_calls=maker.decoder.called,
-            ready=tuple(ReadyChunk(chunk.index, chunk.timing) for chunk in ready),
-            tensors=name,
-            record=record_file(folder / name),
-            prompt=script.prompt,
-            switches=None if script.prompt is None else tuple(script.made),
-            planned=tuple(switch for switch, _ in planned_switches),
-        )
-        snapshot = replace(snapshot, digest=own_digest(to_data(snapshot)))
-        write_text(folder / STATE, json.dumps(to_data(snapshot), indent=1) + "\n")
-    except BaseException as error:
-        with suppress(OSError):
-            (folder / name).unlink()  # nothing names it, and it may be what filled the disk
-        if isinstance(error, OSError):
-            raise unwritable(folder, error) from error
-        raise
-    for file in earlier - {name}:
-        with suppress(OSError):
-            (folder / file).unlink()
+        return name.encode() in (folder / STATE).read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # nobody knows
 
 
 @contextmanager

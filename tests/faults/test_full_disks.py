@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 
 from forcingkv.analyze.recording import COLUMNS, SCHEMA, Recording
 from forcingkv.analyze.storage import Storage
-from forcingkv.headmaps import HeadMap, InputError, ModelIdentity
+from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, writing
 from forcingkv.measure.tables import write_csv
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.pictures import PngWriter
@@ -141,6 +142,25 @@ def test_states(quick: Path) -> None:
         each_write(lambda: video.save(quick / "state"), check, least=5)
         assert json.loads((quick / "state" / "state.json").read_text())["index"] == 2
         assert len(os.listdir(quick / "state")) == 2
+
+
+def test_an_error_just_after_a_state_took_its_name(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors stay: state.json names them, and no longer those of the state before."""
+    with Session.open(small_bundle("window"), threads=1) as session:
+        video = session.generate("a b", seed=3, chunks=3)
+        next(video)
+        video.save(quick / "state")
+        next(video)
+
+        def renamed_and_failed(folder: Path) -> None:
+            if json.loads((quick / "state" / "state.json").read_text())["index"] == 2:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(writing, "sync_folder", renamed_and_failed)
+        with pytest.raises(InputError, match="cannot be written"):
+            video.save(quick / "state")
+        monkeypatch.undo()
+        assert session.restore(quick / "state").index == 2
 
 
 def test_pictures(quick: Path) -> None:

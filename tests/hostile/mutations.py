@@ -340,3 +340,34 @@ def spoil_pickle(rng: Random, content: bytes) -> bytes:
 
 
 Spoil = Callable[[Random, bytes], bytes]
+
+
+def spoil_parquet(rng: Random, content: bytes) -> bytes:
+    """Any bytes, what the file says of itself, or its columns."""
+    import polars as pl  # here: what is read without torch does without it too
+
+    if rng.random() < 0.4:
+        return spoil_bytes(rng, content)
+    rows, metadata = pl.read_parquet(io.BytesIO(content)), pl.read_parquet_metadata(io.BytesIO(content))
+    said = metadata["forcingkv"]
+    if rng.random() < 0.6:
+        said = spoil_json(rng, said.encode()).decode("utf-8", "replace")
+    else:
+        column = rng.choice(rows.columns)
+        change = rng.randrange(6)
+        if change == 0:
+            rows = rows.drop(column)
+        elif change == 1:
+            rows = rows.head(rng.choice([0, 1, 5]))
+        elif change == 2:
+            rows = rows.with_columns(pl.lit(None).cast(rows.schema[column]).alias(column))
+        elif change == 3:
+            rows = rows.rename({column: column + "x"})
+        elif change == 4 and rows.schema[column].is_numeric():
+            worst = rng.choice([-1, 0, 2**31 - 1, -(2**31), 10**6])
+            rows = rows.with_columns(pl.lit(worst).cast(rows.schema[column]).alias(column))
+        else:
+            rows = pl.concat([rows, rows])
+    out = io.BytesIO()
+    rows.write_parquet(out, metadata={"forcingkv": said})
+    return out.getvalue()
