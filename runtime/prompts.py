@@ -39,6 +39,8 @@ _SPACE = re.compile("(?<![^\\x00-\\x7f])[\u00a0\u2002-\u200a\u3000]+(?![^\\x00-\
 _BROKEN = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\xc2-\xdf]")
 """What ftfy reads by what stands around it, white space too: control characters, and letters that broken ones
 begin with."""
+_TWO = re.compile(r"[^\x00-\x7f]{2}")
+"""Where a letter that was composed may make a broken character of what stands beside it."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,11 @@ def plain_form(prompt: str) -> str:
     are made straight, and white space is made a space, only where they cannot be part of a character whose
     encoding was broken; a prompt of which that is not clear is its own plain form.
     """
-    if _BROKEN.search(html.unescape(html.unescape(prompt))):
+    whole = html.unescape(html.unescape(prompt))
+    composed = unicodedata.normalize("NFC", whole)
+    if _BROKEN.search(whole) or (composed != whole and _TWO.search(composed)):
         return prompt
-    text = _SPACE.sub(" ", unicodedata.normalize("NFC", html.unescape(html.unescape(prompt))))
+    text = _SPACE.sub(" ", composed)
     text = re.sub("[ \t\n\f\r]+", " ", text).strip(" ")
     return _QUOTE.sub(lambda found: "'" if found[0] < "\u201c" else '"', text)
 

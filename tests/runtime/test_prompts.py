@@ -189,6 +189,7 @@ def test_prompts_of_one_plain_form_are_one_prompt(one: str, other: str) -> None:
 
 @given(SPOILT)
 @example("\u00d0\u00a0")  # a Cyrillic letter, read as Latin-1
+@example("\u2019e\u0301\u201ce\u0301")  # composed, two Armenian letters read as Mac Roman
 def test_a_plain_form_is_on_the_way_to_the_clean_one(prompt: str) -> None:
     assert clean_prompt(plain_form(prompt)) == clean_prompt(prompt)
 
