@@ -66,13 +66,14 @@ def stream(bundle: Path, chunks: int, video: Path) -> dict[str, Any]:
 
     from forcingkv.measure.process import resident, watched
     from forcingkv.runtime import Bundle, Session
+    from forcingkv.runtime.backends import LaneOptions
     from forcingkv.runtime.preflight import needed_memory
     from forcingkv.runtime.video import Mp4Writer
 
     opened = Bundle.open(bundle)
     spec = opened.plan.spec
     text = np.random.default_rng(0).standard_normal((1, spec.text_length, spec.text_width), dtype=np.float32)
-    parts, bare = needed_memory(opened, "onnxruntime"), resident()
+    parts, bare = needed_memory(opened, LaneOptions()), resident()
     timings, shapes, started = [], [], time.perf_counter()
     with watched() as memory, Session.open(opened) as session:
         opening = time.perf_counter() - started

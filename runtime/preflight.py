@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
+from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
 from forcingkv.runtime.flavour import FLAVOURS, choose, trt
@@ -60,17 +61,17 @@ def resolution_name(plan: CachePlan) -> str:
     return named.get(plan.geometry.shown, plan.geometry.name)
 
 
-def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
-    """Refuse a bundle that a session on a backend would have no memory for. Takes none itself.
+def check_memory(bundle: Bundle, options: LaneOptions, *, weights: bool = True) -> None:
+    """Refuse a bundle that a session with those options would have no memory for. Takes none itself.
 
     `weights` says whether they have to be loaded too. Raises InputError with what is needed by part, what is
     available, and what would fit.
     """
-    parts = needed_memory(bundle, backend)
+    parts = needed_memory(bundle, options)
     if not weights:
         parts.pop("weights", None)
     needed = sum(parts.values())
-    on_device = backend in FLAVOURS
+    on_device = options.backend in FLAVOURS
     available = device_free_bytes() if on_device else available_bytes()
     if needed <= available:
         return
@@ -88,12 +89,12 @@ def check_memory(bundle: Bundle, backend: str, *, weights: bool = True) -> None:
     )
 
 
-def needed_memory(bundle: Bundle, backend: str) -> dict[str, int]:
+def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
     """Bytes that a session will hold, by part (`footprint.part_notes`).
 
     Raises what finding the engines raises, for backends that run engines.
     """
-    flavour = next((name for name in FLAVOURS if name == backend), None)
+    flavour = next((name for name in FLAVOURS if name == options.backend), None)
     engines: list[EngineRecord] = []
     if flavour:
         choose(flavour)

@@ -11,7 +11,7 @@ from typing import Self
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.backends import Lane, open_backend
+from forcingkv.runtime.backends import Lane, LaneOptions, open_backend
 from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
 from forcingkv.runtime.faults import InUseError
@@ -19,6 +19,7 @@ from forcingkv.runtime.pass_timer import PassTimer
 from forcingkv.runtime.preflight import check_memory
 from forcingkv.runtime.script import PromptRecord, Script
 from forcingkv.runtime.snapshot import read_snapshot
+from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.streaming import Video
 from forcingkv.runtime.text import Prompt
 from forcingkv.runtime.threads import chosen_threads
@@ -41,7 +42,7 @@ class Session:
         spec: the bundle's model.
     """
 
-    def __init__(self, bundle: Bundle, backend: str, lane: Lane, frames: FramesOn) -> None:
+    def __init__(self, bundle: Bundle, options: LaneOptions, lane: Lane, frames: FramesOn) -> None:
         """For `open` and `sibling`: takes all memory of the session on a lane, and closes the lane if that
         fails."""
         self._maker: ChunkMaker | None = None
@@ -49,7 +50,7 @@ class Session:
         self._user: object = None
         """Stands for the video, or the timer, that the memory is of. The video itself would be a circle."""
         self.bundle, self.plan, self.spec = bundle, bundle.plan, bundle.plan.spec
-        self._backend, self._frames = backend, frames
+        self._options, self._frames = options, frames
         try:
             self._maker = ChunkMaker(bundle, lane, frames)
         except BaseException:
@@ -62,9 +63,13 @@ class Session:
         bundle: Bundle | Path | str,
         *,
         backend: str = "onnxruntime",
+        device: str | None = None,
+        dtype: Dtype | None = None,
+        provider: str | None = None,
         threads: int | None = None,
         frames: FramesOn = "host",
         cuda_graphs: bool = False,
+        compiled: bool = False,
         preflight: bool = True,
         expect_digest: str | None = None,
     ) -> Self:
@@ -74,9 +79,13 @@ class Session:
             bundle: an opened bundle, or its folder.
             backend: what runs the graphs: `onnxruntime`, `tensorrt` or `tensorrt-rtx`; `onnxruntime-cpu` for
                 the CPU where ONNX Runtime was built for GPUs.
+            device: where, for backends that can choose: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`.
+            dtype: what to compute in, for backends that can choose; None: what the bundle was exported for.
+            provider: ONNX Runtime: what runs its graphs, `cpu`, `cuda`, ...
             threads: threads of a CPU backend; None: what this process may use (`threads.cpu_threads`).
             frames: where chunks' frames are: numpy arrays on the host, or left on the device (`Chunk`).
-            cuda_graphs: TensorRT: whether passes that come again are captured and replayed.
+            cuda_graphs: on a GPU of NVIDIA: whether passes that come again are captured and replayed.
+            compiled: torch: whether the model is compiled, which takes a while, before it runs.
             preflight: whether to refuse a bundle that needs more memory than there is, before any is
                 taken.
             expect_digest: the digest that the bundle has to have (`Bundle.digest`), as someone said whom
@@ -91,12 +100,12 @@ class Session:
         """
         one_of(FramesOn, frames, "place for frames")
         chosen_threads(threads)
+        options = LaneOptions(backend, threads, device, dtype, provider, cuda_graphs, compiled)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, expect=expect_digest)
         check_digest(opened.path, opened.digest, expect_digest)
         if preflight:
-            check_memory(opened, backend)
-        lane = open_backend(backend, opened, threads=threads, cuda_graphs=cuda_graphs)
-        return cls(opened, backend, lane, frames)
+            check_memory(opened, options)
+        return cls(opened, options, open_backend(opened, options), frames)
 
     def sibling(self, *, preflight: bool = True) -> Self:
         """Another session on the same weights, with caches of its own. Any thread may ask, at any time.
@@ -106,8 +115,8 @@ class Session:
         """
         lane = self._memory().lane
         if preflight:
-            check_memory(self.bundle, self._backend, weights=False)
-        return type(self)(self.bundle, self._backend, lane.sibling(), self._frames)
+            check_memory(self.bundle, self._options, weights=False)
+        return type(self)(self.bundle, self._options, lane.sibling(), self._frames)
 
     def __enter__(self) -> Self:
         return self

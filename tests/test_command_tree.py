@@ -21,7 +21,13 @@ _AS_SAVED = "not given is not the default: --restore has its own, and refuses an
 
 _AT_MOST = "more than 100,000 hung or took all memory before anything was said"
 
+_WHERE = "new: there are backends that can choose where and in what they compute"
+
 CHANGED: dict[str, str] = {
+    "generate --compile": _WHERE,
+    "generate --device": _WHERE,
+    "generate --dtype": _WHERE,
+    "generate --provider": _WHERE,
     "bench --expect-digest": _DIGESTS,
     "evaluate --expect-digest": _DIGESTS,
     "generate --expect-digest": _DIGESTS,

@@ -11,6 +11,7 @@ runs passes and fetches what it shows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.spec import Dtype
 
 Array = npt.NDArray[Any]
 BACKENDS = {
@@ -27,8 +29,48 @@ BACKENDS = {
     "tensorrt-rtx": "tensorrt",
 }
 """Name of each backend -> the module in this folder that runs it, which has a function
-`open_lane(bundle, name, threads, cuda_graphs)`. `onnxruntime` takes a GPU where this ONNX Runtime was built
-for one; `onnxruntime-cpu` never does."""
+`open_lane(bundle, options)`. `onnxruntime` takes a GPU where this ONNX Runtime was built for one;
+`onnxruntime-cpu` never does."""
+
+
+@dataclass(frozen=True)
+class LaneOptions:
+    """What a lane is asked for. A backend refuses what it has no use for, but `threads`."""
+
+    backend: str = "onnxruntime"
+    """A name of `BACKENDS`."""
+    threads: int | None = None
+    """Of a CPU; None: as `threads.cpu_threads` says."""
+    device: str | None = None
+    """`cpu`, `cuda`, `cuda:1`, ...; None: the backend's own choice, which `Lane.runs_on` tells."""
+    dtype: Dtype | None = None
+    """What to compute in, for backends that can choose; None: what the bundle was exported for."""
+    provider: str | None = None
+    """ONNX Runtime: what runs the graphs, `cpu`, `cuda`, ...; None: its own choice."""
+    cuda_graphs: bool = False
+    """Whether passes that come again are captured and replayed."""
+    compiled: bool = False
+    """Whether the model is compiled before it runs (`torch.compile`)."""
+
+    def refuse(self, *names: str) -> None:
+        """Raise InputError where one of those fields, of no use to this backend, was set."""
+        for name in names:
+            if getattr(self, name) not in (None, False):
+                raise InputError(
+                    f"is nothing that the backend {self.backend} has a use for",
+                    where=_SPELLED[name],
+                    hint=f"Leave it out, or choose another backend: {', '.join(BACKENDS)}.",
+                )
+
+
+_SPELLED = {
+    "device": "--device",
+    "dtype": "--dtype",
+    "provider": "--provider",
+    "cuda_graphs": "--cuda-graphs",
+    "compiled": "--compile",
+}
+"""How the command line spells a field of `LaneOptions`."""
 
 
 class Mark(Protocol):
@@ -138,18 +180,21 @@ class Lane(Protocol):
         """Wait for the queues and give the memory back; the weights too, with the last lane on them."""
 
 
-def open_backend(name: str, bundle: Bundle, *, threads: int | None = None, cuda_graphs: bool = False) -> Lane:
-    """Load the graphs of an opened bundle: the first lane on them. `Session.open` says what the options are.
+def open_backend(bundle: Bundle, options: LaneOptions) -> Lane:
+    """Load the graphs of an opened bundle: the first lane on them.
 
     Raises:
-        InputError: there is no such backend, or the bundle was not exported for it or for this machine.
+        InputError: there is no such backend, it has no use for an option, or the bundle was not exported for
+            it or for this machine.
         MissingExtraError: what it runs on is not installed.
         SessionError: it could not be started, or has too little memory.
     """
-    if name not in BACKENDS:
+    if options.backend not in BACKENDS:
         raise InputError(
-            f"there is no backend {name!r}", where="backend", expected=f"one of {', '.join(BACKENDS)}"
+            f"there is no backend {options.backend!r}",
+            where="backend",
+            expected=f"one of {', '.join(BACKENDS)}",
         )
-    module = import_module(f"{__name__}.{BACKENDS[name]}")
-    lane: Lane = module.open_lane(bundle, name, threads, cuda_graphs)
+    module = import_module(f"{__name__}.{BACKENDS[options.backend]}")
+    lane: Lane = module.open_lane(bundle, options)
     return lane

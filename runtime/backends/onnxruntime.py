@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime as ort
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.backends import Array, Lane, Mark, Pass, Queue, Tensor
+from forcingkv.runtime.backends import Array, Lane, LaneOptions, Mark, Pass, Queue, Tensor
 from forcingkv.runtime.backends.linked_graphs import graph_and_folder
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
@@ -49,15 +49,14 @@ AMPLE_ROOM = 2.0
 10% of a pass at 480P, and takes up to 1.7 times the activations (docs/decisions/0017)."""
 
 
-def open_lane(
-    bundle: Bundle, name: str = "onnxruntime", threads: int | None = None, cuda_graphs: bool = False
-) -> OnnxLane:
+def open_lane(bundle: Bundle, options: LaneOptions) -> OnnxLane:
     """Load the graphs of a bundle, for the CUDA provider where this ONNX Runtime has it, else for the CPU's;
     by the name `onnxruntime-cpu` always for the CPU's.
 
     Raises InputError for a bundle that was made for TensorRT, and for an ONNX Runtime that is too old;
     DeviceError where the provider does not start: no other is taken in its place.
     """
+    options.refuse("device", "dtype", "provider", "cuda_graphs", "compiled")
     if bundle.manifest.compute != "float32":
         raise InputError(
             f"has graphs that compute in {bundle.manifest.compute}, for TensorRT",
@@ -73,8 +72,8 @@ def open_lane(
             expected=f"{oldest} or newer",
             hint=f"Install it with: pip install 'onnxruntime>={oldest}'",
         )
-    provider = CUDA if name != ON_THE_CPU and CUDA in ort.get_available_providers() else CPU
-    threads = chosen_threads(threads).number
+    provider = CUDA if options.backend != ON_THE_CPU and CUDA in ort.get_available_providers() else CPU
+    threads = chosen_threads(options.threads).number
     ample = available_bytes() >= AMPLE_ROOM * sum(footprint(bundle.manifest, bundle.plan).values())
     graphs = {}
     for graph in GRAPHS:

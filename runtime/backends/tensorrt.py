@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import one_of
 from forcingkv.prune.launcher import KernelLauncher
 from forcingkv.prune.plugin import raise_plugin_error, register_plugins
-from forcingkv.runtime.backends import Lane, Pass, Queue, Tensor
+from forcingkv.runtime.backends import Lane, LaneOptions, Pass, Queue, Tensor
 from forcingkv.runtime.backends.cuda import CudaQueue, Gpu, fault
 from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
 from forcingkv.runtime.bundle import GRAPHS, Bundle
@@ -37,19 +38,19 @@ _said: Told[str] = Told()
 """What it has reported as errors and was not asked for yet."""
 
 
-def open_lane(
-    bundle: Bundle, flavour: FlavourName, threads: int | None = None, cuda_graphs: bool = False
-) -> TensorRTLane:
+def open_lane(bundle: Bundle, options: LaneOptions) -> TensorRTLane:
     """Load the engines of a bundle on this machine's first GPU (`open_backend`).
 
     `threads` is of no use here. With `cuda_graphs` a pass is captured when it comes for the second time.
     """
+    options.refuse("device", "dtype", "provider", "compiled")
+    flavour: FlavourName = one_of(FlavourName, options.backend, "backend")
     if device_sm() is None:
         load_engine(bundle, GRAPHS[0], flavour)  # raises, and says what to do
     gpu = Gpu()
     with gpu.asked("load the engines"):
         engines = {name: load_engine(bundle, name, flavour) for name in GRAPHS}
-    return TensorRTLane(gpu, bundle, engines, cuda_graphs=cuda_graphs)
+    return TensorRTLane(gpu, bundle, engines, cuda_graphs=options.cuda_graphs)
 
 
 def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEngine:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from forcingkv.runtime.backends import Lane
+from forcingkv.runtime.backends import Lane, LaneOptions
 from forcingkv.runtime.backends.tensorrt import open_lane
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import EngineRecord
@@ -42,7 +42,7 @@ class World:
 
     def lane(self, **options: Any) -> Lane:
         """A lane on weights of its own."""
-        return open_lane(self.bundle, "tensorrt-rtx", **options)
+        return open_lane(self.bundle, LaneOptions("tensorrt-rtx", **options))
 
     @property
     def left(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ import pytest
 
 from forcingkv.headmaps import InputError
 from forcingkv.runtime import Bundle, DeviceError, MemoryShortError, Session
+from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.backends import onnxruntime as backend
 from forcingkv.runtime.backends.onnxruntime import (
     CPU,
@@ -65,7 +66,7 @@ def test_large_passes_keep_their_memory_where_there_is_ample_room(
     monkeypatch.setattr(backend, "LARGE_ACTIVATIONS", 0)
     monkeypatch.setattr(backend, "available_bytes", lambda: int(room * needed))
     monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena, **_: arenas.append(arena))
-    open_lane(bundle)
+    open_lane(bundle, LaneOptions())
     assert arenas == [kept] * 3
 
 
@@ -87,7 +88,7 @@ def test_the_cuda_provider_is_taken_where_it_is_installed(
     loaded = []
     monkeypatch.setattr(backend.ort, "get_available_providers", lambda: ["Tensorrt", CUDA, CPU])
     monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena, **_: loaded.append(given))
-    lane = open_lane(Bundle.open(bundles("forcing-kv")), threads=3)
+    lane = open_lane(Bundle.open(bundles("forcing-kv")), LaneOptions(threads=3))
     assert [(path.name, threads, provider) for path, threads, provider in loaded] == [
         (f"{graph}.onnx", 3, CUDA) for graph in ("prompt", "step", "decode")
     ]
@@ -219,7 +220,7 @@ def test_graphs_for_tensorrt_are_refused(bundles: Bundles) -> None:
     bundle = Bundle.open(bundles("forcing-kv"))
     half = Bundle(bundle.path, replace(bundle.manifest, compute="bfloat16"), bundle.headmap)
     with pytest.raises(InputError, match=r"compute in bfloat16.*--backend tensorrt"):
-        open_lane(half)
+        open_lane(half, LaneOptions())
 
 
 @pytest.mark.parametrize("version", ["1.9.0", "1.24.0", "1.23.2+cu12", "0.9"])
@@ -235,7 +236,7 @@ def test_versions_that_let_a_bundle_read_the_users_files_are_refused(
 
 
 def test_a_closed_lane_says_so(bundles: Bundles) -> None:
-    lane = open_lane(Bundle.open(bundles("forcing-kv")))
+    lane = open_lane(Bundle.open(bundles("forcing-kv")), LaneOptions())
     lane.close()
     lane.close()
     with pytest.raises(DeviceError, match="the lane is closed"):

@@ -11,6 +11,7 @@ import pytest
 
 from forcingkv.headmaps import InputError
 from forcingkv.runtime import Bundle, Session, preflight, session
+from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.bundle import GRAPHS
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import kv_parts
@@ -40,21 +41,21 @@ def fits_instead(bundle: Bundle, parts: dict[str, int], available: int) -> list[
 
 
 def test_what_is_enough_is_enough(bundles: Bundles, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = sum(needed_memory(bundle, "onnxruntime").values())
+    needed = sum(needed_memory(bundle, LaneOptions()).values())
     have(monkeypatch, needed)
-    check_memory(bundle, "onnxruntime")
+    check_memory(bundle, LaneOptions())
     with Session.open(bundles("full")) as opened:
         assert next(opened.generate(PROMPT, seed=1)).index == 0
     have(monkeypatch, needed - 1)
     with pytest.raises(InputError):
-        check_memory(bundle, "onnxruntime")
+        check_memory(bundle, LaneOptions())
 
 
 def test_a_refusal_says_what_is_needed_and_what_fits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = needed_memory(bundle, "onnxruntime")
+    parts = needed_memory(bundle, LaneOptions())
     have(monkeypatch, sum(parts.values()) - 1)
     with pytest.raises(InputError) as raised:
-        check_memory(bundle, "onnxruntime")
+        check_memory(bundle, LaneOptions())
     told = str(raised.value)
     assert "a session of full at 12x8 needs" in told
     assert "are available" in told
@@ -87,14 +88,14 @@ def test_a_sibling_needs_no_weights(bundle: Bundle, monkeypatch: pytest.MonkeyPa
     parts = {"weights": 10**12, "frames": 100}
     monkeypatch.setattr(preflight, "needed_memory", lambda *_: dict(parts))
     have(monkeypatch, 100)
-    check_memory(bundle, "onnxruntime", weights=False)
+    check_memory(bundle, LaneOptions(), weights=False)
     with pytest.raises(InputError, match="weights 1000 GB, frames 100 B"):
-        check_memory(bundle, "onnxruntime")
+        check_memory(bundle, LaneOptions())
 
 
 @pytest.mark.parametrize("share", [0.95, 0.6, 0.4, 0.2, 0.1])
 def test_what_is_suggested_fits_and_the_nearest_comes_first(bundle: Bundle, share: float) -> None:
-    parts = needed_memory(bundle, "onnxruntime")
+    parts = needed_memory(bundle, LaneOptions())
     available = int(sum(parts.values()) * share)
     fits = fits_instead(bundle, parts, available)
     spec = bundle.plan.spec
@@ -114,7 +115,7 @@ def test_what_is_suggested_fits_and_the_nearest_comes_first(bundle: Bundle, shar
 def test_the_bundles_own_head_map_is_counted_with(bundles: Bundles) -> None:
     """Its own policy is suggested with the map it has; the others with the one that takes most."""
     opened = Bundle.open(bundles("forcing-kv"))
-    parts = needed_memory(opened, "onnxruntime")
+    parts = needed_memory(opened, LaneOptions())
     fits = {fit.policy: fit.bytes for fit in fits_instead(opened, parts, 10**12)}
     assert fits["forcing-kv"] == sum(parts.values())
     without = Bundle(opened.path, opened.manifest, None)
@@ -153,8 +154,8 @@ def test_engines_are_counted_against_the_gpus_memory(bundle: Bundle, monkeypatch
     with pytest.raises(
         InputError, match=r"weights 6\.00 MB, activations 1\.40 MB.* 6\.00 MB are available on the GPU"
     ):
-        check_memory(built, "tensorrt-rtx")
-    check_memory(built, "tensorrt-rtx", weights=False)
+        check_memory(built, LaneOptions("tensorrt-rtx"))
+    check_memory(built, LaneOptions("tensorrt-rtx"), weights=False)
     monkeypatch.setattr(preflight, "device_sm", lambda: 75)
     with pytest.raises(InputError, match="sm_75"):
-        check_memory(built, "tensorrt-rtx")
+        check_memory(built, LaneOptions("tensorrt-rtx"))

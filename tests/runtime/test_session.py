@@ -17,6 +17,7 @@ import pytest
 import forcingkv
 from forcingkv.headmaps import InputError
 from forcingkv.runtime import Chunk, DeviceError, MemoryShortError, Session
+from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from tests.runtime.videos import (
     BUNDLES,
@@ -178,7 +179,7 @@ def test_a_session_that_cannot_be_made_gives_the_weights_back(bundles: Bundles) 
     with Session.open(bundles("forcing-kv")) as session:
         lane = Full(session._memory().lane._graphs, "cpu")
         with pytest.raises(MemoryShortError):
-            Session(session.bundle, "onnxruntime", lane, "host")
+            Session(session.bundle, LaneOptions(), lane, "host")
         assert not lane._graphs
         video_of(session, chunks=1)
 

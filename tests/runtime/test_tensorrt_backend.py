@@ -20,7 +20,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Chunk, Session
-from forcingkv.runtime.backends import Lane
+from forcingkv.runtime.backends import Lane, LaneOptions
 from forcingkv.runtime.backends import onnxruntime as onnx_backend
 from forcingkv.runtime.backends import tensorrt as backend_module
 from forcingkv.runtime.bundle import GRAPHS, Bundle
@@ -51,7 +51,7 @@ def lane(world: World) -> Iterator[Lane]:
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_a_lane_computes_what_onnx_runtime_does(world: World, cuda_graphs: bool) -> None:
     opened = Bundle.open(world.bundle.path)
-    reference = onnx_backend.open_lane(opened, threads=1)
+    reference = onnx_backend.open_lane(opened, LaneOptions(threads=1))
     lane = world.lane(cuda_graphs=cuda_graphs)
     drivers = [Driver(reference, opened), Driver(lane, world.bundle)]
     for _ in range(2):  # two videos: in the second every pass comes again
@@ -229,10 +229,10 @@ def test_a_bundle_without_engines_or_a_machine_without_a_gpu_is_refused(
     monkeypatch.setattr(backend_module, "device_sm", lambda: 89)
     bare = Bundle(world.bundle.path, replace(world.bundle.manifest, engines=()), world.bundle.headmap)
     with pytest.raises(InputError, match="has no engine of the graph prompt"):
-        backend_module.open_lane(bare, "tensorrt-rtx")
+        backend_module.open_lane(bare, LaneOptions("tensorrt-rtx"))
     monkeypatch.setattr(backend_module, "device_sm", lambda: None)
     with pytest.raises(InputError, match="no GPU was found"):
-        backend_module.open_lane(world.bundle, "tensorrt-rtx")
+        backend_module.open_lane(world.bundle, LaneOptions("tensorrt-rtx"))
 
 
 def test_without_cuda_core_the_extra_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

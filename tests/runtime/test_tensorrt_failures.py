@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from forcingkv.prune import plugin
-from forcingkv.runtime.backends import Lane
+from forcingkv.runtime.backends import Lane, LaneOptions
 from forcingkv.runtime.backends.tensorrt import open_lane
 from forcingkv.runtime.faults import DeviceError, MemoryShortError
 from tests.runtime.engine_world import World
@@ -100,7 +100,7 @@ def test_a_closed_lane_gives_all_back_and_refuses_everything(world: World) -> No
 
 def short_run(world: World) -> None:
     """A lane from its opening to its end: every kind of call, and CUDA graphs."""
-    lane = open_lane(world.bundle, "tensorrt-rtx", cuda_graphs=True)
+    lane = open_lane(world.bundle, LaneOptions("tensorrt-rtx", cuda_graphs=True))
     try:
         driver = Driver(lane, world.bundle)
         driver.start()

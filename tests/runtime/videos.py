@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from forcingkv.runtime import Bundle, Chunk, MemoryShortError, Session
-from forcingkv.runtime.backends import Pass, Tensor
+from forcingkv.runtime.backends import LaneOptions, Pass, Tensor
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane, StateTensor
 from forcingkv.runtime.bundle import GRAPHS
 
@@ -67,7 +67,7 @@ def open_with(path: Path, kind: type[AnyLane]) -> tuple[Session, AnyLane]:
     """A session whose lane is of a class of its own, and the lane."""
     bundle = Bundle.open(path)
     lane = kind({name: OnnxGraph(bundle.graph(name), 1) for name in GRAPHS}, "cpu")
-    return Session(bundle, "onnxruntime", lane, "host"), lane
+    return Session(bundle, LaneOptions(), lane, "host"), lane
 
 
 def video_of(session: Session, chunks: int = 7, seed: int = 7) -> list[Chunk]:

@@ -14,6 +14,7 @@ from forcingkv.commands.models import Backend, ExpectDigests, Threads
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.tables import PlainConsole
+from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.preflight import check_memory
 
 POLICIES = "full,window,dummy-forcing,forcing-kv"
@@ -121,7 +122,7 @@ def bench(
                     )
                     opened = stack.enter_context(made)
                 for one in opened:  # or the last would be refused when the others are timed
-                    check_memory(one, backend)
+                    check_memory(one, LaneOptions(backend))
                 measured = take_turns(opened, setup, seconds=minutes * 60, progress=progress)
                 results.append(report(measured, setup))
                 across.append((size or results[0]["geometry"], measured))

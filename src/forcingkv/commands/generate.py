@@ -18,7 +18,18 @@ from typer import Option
 
 from forcingkv.commands.console import AsJson, emit, progress_bar, say
 from forcingkv.commands.going_on import Look, agreed, check_prompt, look_of, take_switches, writer_for
-from forcingkv.commands.models import Backend, Embeds, ExpectDigest, Threads, text_input
+from forcingkv.commands.models import (
+    Backend,
+    Compiled,
+    ComputeDtype,
+    CudaGraphs,
+    Device,
+    Embeds,
+    ExpectDigest,
+    Provider,
+    Threads,
+    text_input,
+)
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Video
@@ -68,9 +79,11 @@ def generate(
         int | None, Option(min=0, help="Seed of the noise; default: 0, or that of --restore.")
     ] = None,
     backend: Backend = "onnxruntime",
-    cuda_graphs: Annotated[
-        bool, Option("--cuda-graphs", help="TensorRT: capture passes and replay them.")
-    ] = False,
+    device: Device = None,
+    dtype: ComputeDtype = None,
+    provider: Provider = None,
+    cuda_graphs: CudaGraphs = False,
+    compiled: Compiled = False,
     threads: Threads = None,
     expect_digest: ExpectDigest = None,
     enlarge: Annotated[
@@ -100,8 +113,12 @@ def generate(
         with Session.open(
             bundle,
             backend=backend,
+            device=device,
+            dtype=dtype,
+            provider=provider,
             threads=threads,
             cuda_graphs=cuda_graphs,
+            compiled=compiled,
             expect_digest=expect_digest,
         ) as session:
             video, look = begin_video(session, asked)

@@ -15,7 +15,7 @@ from forcingkv.commands.console import console, default_prompts, say
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.prompts import PromptLine, shortened
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.text import TextInput, encode_words, read_embeds
 from forcingkv.runtime.threads import chosen_threads
 
@@ -24,6 +24,26 @@ if TYPE_CHECKING:
 
 
 Backend: TypeAlias = Annotated[str, Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")]
+Device: TypeAlias = Annotated[
+    str | None,
+    Option(help="Where to run: cpu, cuda, cuda:1, mps or xpu, with --backend torch; a GPU of TensorRT."),
+]
+ComputeDtype: TypeAlias = Annotated[
+    Dtype | None,
+    Option(
+        "--dtype",
+        help="torch: float32, bfloat16 or float16; default: what the bundle was made for.",
+    ),
+]
+Provider: TypeAlias = Annotated[
+    str | None, Option(help="ONNX Runtime: what runs the graphs: cpu, cuda, ...; default: its own choice.")
+]
+CudaGraphs: TypeAlias = Annotated[
+    bool, Option("--cuda-graphs", help="On a GPU of NVIDIA: capture passes and replay them.")
+]
+Compiled: TypeAlias = Annotated[
+    bool, Option("--compile", help="torch: compile the model first, which takes a while.")
+]
 Model: TypeAlias = Annotated[str, Option(help="Preset or spec file (.toml).")]
 Checkpoint: TypeAlias = Annotated[
     str | None,
