@@ -13,13 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.spec import Dtype
+
+if TYPE_CHECKING:
+    from forcingkv.runtime.kv.buffers import KvCache
+    from forcingkv.runtime.kv.plan import CachePlan
 
 Array = npt.NDArray[Any]
 BACKENDS = {
@@ -155,6 +159,12 @@ class Lane(Protocol):
         """Memory for an array; its contents are not defined.
 
         `state` says that the host touches it only to save and restore it.
+
+        Raises MemoryShortError where there is not enough.
+        """
+
+    def cache(self, plan: CachePlan, dtype: Dtype) -> KvCache:
+        """Memory for keys and values of a session that computes in `dtype`.
 
         Raises MemoryShortError where there is not enough.
         """
