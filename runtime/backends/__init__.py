@@ -29,12 +29,14 @@ Array = npt.NDArray[Any]
 BACKENDS = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-cpu": "onnxruntime",
+    "torch": "torch_lane",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt",
 }
 """Name of each backend -> the module in this folder that runs it, which has a function
 `open_lane(bundle, options)`. `onnxruntime` takes a GPU where this ONNX Runtime was built for one;
-`onnxruntime-cpu` never does."""
+`onnxruntime-cpu` never does. `torch`
+runs any bundle, also one without graphs."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,8 @@ import ctypes
 import math
 import os
 import re
-import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +19,8 @@ import numpy as np
 import onnxruntime as ort
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.backends import Array, Lane, LaneOptions, Mark, Pass, Queue, Tensor
+from forcingkv.runtime.backends import Array, Lane, LaneOptions, Pass, Queue, Tensor
+from forcingkv.runtime.backends.host import Fetched, HostQueue
 from forcingkv.runtime.backends.linked_graphs import graph_and_folder
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
@@ -225,34 +224,6 @@ class OnnxLane:
         if not graphs:
             raise DeviceError("the lane is closed")
         return graphs
-
-
-class HostMark(float):
-    """The time in seconds at which work was done."""
-
-    def wait(self) -> None:
-        pass
-
-    def since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, HostMark)
-        return self - earlier
-
-
-class HostQueue:
-    """Work that is done at once."""
-
-    def mark(self) -> HostMark:
-        return HostMark(time.perf_counter())
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A copy that was made at once."""
-
-    copy: Array
-
-    def array(self) -> Array:
-        return self.copy
 
 
 class HostTensor:
