@@ -11,7 +11,7 @@ from typing import Self
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.backends import Lane, LaneOptions, default_backend, open_backend
+from forcingkv.runtime.backends import Lane, LaneOptions, as_run, default_backend, open_backend
 from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
 from forcingkv.runtime.faults import InUseError
@@ -105,8 +105,7 @@ class Session:
         check_digest(opened.path, opened.digest, expect_digest)
         backend = backend or default_backend(opened, torch_is_asked=bool(device or dtype or compiled))
         options = LaneOptions(backend, threads, device, dtype, provider, cuda_graphs, compiled)
-        if backend == "torch":
-            opened = opened.computing_in(dtype)
+        opened = as_run(opened, options)
         if preflight:
             check_memory(opened, options)
         return cls(opened, options, open_backend(opened, options), frames)
