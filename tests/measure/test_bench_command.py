@@ -152,7 +152,7 @@ def test_backends_and_dtypes_take_turns_and_are_compared_with_onnxruntime(run: R
         "--json",
     )
     ways = ("--backends=onnxruntime,torch", "--dtypes=float32,bfloat16")
-    made = run("bench", "--model", tmp_path / "narrow.toml", *words, *ways)
+    made = run("bench", "--model", tmp_path / "narrow.toml", *words, *ways, "--json")
     assert made.code == 0, made.err
     rows = json.loads(made.out)["rows"]
     assert [(row["policy"], row["backend"], row["dtype"]) for row in rows] == [
