@@ -13,11 +13,10 @@ from forcingkv.runtime.backends.torch_device import StreamQueue, TorchQueue
 from forcingkv.runtime.faults import ran_out_of_memory
 
 
-def graph_pool() -> object:
+def graph_pool() -> Any:
     """Memory that all graphs of a lane share for what lies between their inputs and outputs: they run one
     after the other, and what they give lies elsewhere."""
-    pool: object = torch.cuda.graph_pool_handle()
-    return pool
+    return torch.cuda.graph_pool_handle()
 
 
 class CaptureWarning(UserWarning):
@@ -28,7 +27,7 @@ class Captured:
     """Runs work that is the same each time: the first time as it is, so that everything is loaded and
     allocated; the second time captured; then replayed. Where it cannot be captured, that is said once."""
 
-    def __init__(self, queue: TorchQueue, what: str, pool: object) -> None:
+    def __init__(self, queue: TorchQueue, what: str, pool: Any) -> None:
         """`pool` is that of all graphs of a lane (`graph_pool`)."""
         self._queue, self._what, self._pool = queue, what, pool
         self._graph: Any = None
