@@ -28,11 +28,10 @@ def doctor(
     from forcingkv.doctor.text import lines
     from forcingkv.headmaps.errors import InputError
 
-    console.print("asking the driver and libraries; seconds, or minutes where one does not answer ...")
+    console.print("asking the driver and the libraries of this machine ...")
     report = examine(bundle)
     emit(report) if as_json else say(*lines(report))
-    refused = report["bundle"] and report["bundle"]["refused"]
-    if refused:
+    if bundle is not None and "model" not in report["bundle"]:
         raise InputError("could not be opened: see above", where=f"--bundle {bundle}")
     if not report["can_run"]:
         raise typer.Exit(1)

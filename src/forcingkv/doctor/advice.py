@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from forcingkv.doctor.packages import RIVALS
+from forcingkv.doctor.verdicts import AFTER_TORCH
 from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.flavour import FLAVOURS
 from forcingkv.runtime.footprint import readable
 
 SCARCE = 1 << 30
 """Bytes of a disk below which its state is said to be wrong: the smallest model's weights are more."""
-AFTER_TORCH = "pip install torch, in the build for your device; then "
-"""Plain `torch` brings CUDA's libraries with it, or has none: it is to be chosen first."""
 
 
 def faults(report: Mapping[str, Any], said: Sequence[str]) -> list[str]:
@@ -29,9 +28,9 @@ def _faults(report: Mapping[str, Any], said: Sequence[str]) -> Iterator[str]:
         yield from ([bundle["refused"]] if bundle["refused"] else []) + bundle["faults"]
     yield from said
     for backend in report["backends"]:
-        broken = not backend["runs"] and backend["with_version"] is not None
-        if broken or (backend["runs"] and backend["why"]):
-            yield f"the backend {backend['name']} {'cannot run' if broken else 'runs'}: {backend['why']}"
+        if backend["broken"]:
+            can = f"runs on {', '.join(backend['on'])} alone" if backend["runs"] else "cannot run"
+            yield f"the backend {backend['name']} {can}: {backend['why']}"
     for package in report["packages"] or ():
         together = [f"{name} {version}" for name, version in package["installed"]]
         if package["name"] in RIVALS and len(together) > 1:

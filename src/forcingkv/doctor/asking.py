@@ -26,7 +26,11 @@ LAST_WORDS = 1.0
 driver in the kernel does not end at all."""
 MOST_TOLD = 1 << 20
 """Bytes that are kept of what a process says; what follows is thrown away."""
-STARTED_BY = "from forcingkv.doctor.child import main; main()"
+STARTED_BY = (
+    "import sys; sys.path[:] = sys.argv[sys.argv.index('--', 1) + 1 :]\n"
+    "from forcingkv.doctor.child import main; main()"
+)
+"""Modules are looked for where this process looks for them."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class _Running:
 
     def _read(self, why: str | None) -> Asked:
         """What it told; `why` says how it ended, if not as it should."""
-        asked, words = Asked(), "to load"
+        asked, words, done = Asked(), "to load", False
         for line in self._told.lines():
             if not line.startswith(MARK):
                 continue
@@ -133,11 +137,13 @@ class _Running:
                 said = dict(parse_json(line.removeprefix(MARK), self._probe.subject))
             except (InputError, TypeError, ValueError):
                 continue  # cut off where it was killed
-            words = said.get("begins", words)
+            words, done = said.get("begins", words), "done" in said
             if "fails" in said:
                 asked.faults.append(self._sentence(said["fails"], str(said.get("why"))))
             elif "name" in said:
                 asked.facts[str(said["name"])] = said.get("value")
+        if why is None and not done:
+            why = "its process ended without having told all"
         if why:
             last = next((line for line in reversed(self._noise.lines()) if line.strip()), "")
             said_last = f'; the last it said: "{last.strip()[:LONGEST]}"' if last else ""
@@ -165,7 +171,7 @@ class _Listener(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError), self._pipe:
             while part := os.read(self._pipe.fileno(), 1 << 16):
                 self._heard += part[: MOST_TOLD - len(self._heard)]
 

@@ -60,6 +60,10 @@ class Telling:
             raise StepError
         return self.must("loads", words, lambda: importlib.import_module(module))
 
+    def end(self) -> None:
+        """Tell that nothing more comes: a library may also end the process as if all were well."""
+        self._tell(done=True)
+
     def _tell(self, **what: Any) -> None:
         line = f"\n{MARK}{json.dumps(what)}\n".encode()
         while line:
@@ -93,9 +97,8 @@ def _is_plain(value: object) -> bool:
 
 
 def main() -> None:
-    """Run a probe: its name and arguments, then `--` and where modules are looked for (`sys.path`)."""
-    end = sys.argv.index("--", 1)
-    name, arguments, sys.path[:] = sys.argv[1], sys.argv[2:end], sys.argv[end + 1 :]
+    """Run a probe: its name and its arguments, up to `--`."""
+    name, *arguments = sys.argv[1 : sys.argv.index("--", 1)]
     channel = os.dup(1)
     os.dup2(2, 1)
     telling = Telling(channel)
@@ -105,5 +108,6 @@ def main() -> None:
         PROBES[name](telling, *arguments)
     except StepError:
         pass
+    telling.end()
     # What a library does when Python ends does not matter any more, and often is a crash.
     os._exit(0)

@@ -152,10 +152,11 @@ def _memory() -> dict[str, Any]:
 
 
 def _control_groups() -> dict[str, Any]:
-    return {
-        "memory": [{"left_bytes": limit.left, "file": str(limit.file)} for limit in memory_limits()],
-        "cpus": [{"cpus": number, "file": str(file)} for number, file in cpu_limits()],
-    }
+    """Limits below what the machine has; where there is none, version 1 names a number all the same."""
+    most, cpus = int(psutil.virtual_memory().total), psutil.cpu_count() or 1
+    memory = [{"left_bytes": left, "file": str(file)} for left, file in memory_limits() if left < most]
+    quotas = [{"cpus": number, "file": str(file)} for number, file in cpu_limits() if number < cpus]
+    return {"memory": memory, "cpus": quotas}
 
 
 def _python() -> dict[str, Any]:

@@ -60,10 +60,9 @@ class Package:
 
     @property
     def told(self) -> str:
-        """What is installed, for people."""
-        return ", ".join(
-            version if name == self.name else f"{name} {version}" for name, version in self.installed
-        )
+        """What is installed, for people: of its own name if it is, else in its place."""
+        own = [f"{name} {version}" for name, version in self.installed if name == self.name]
+        return (own or [f"{name} {version}" for name, version in self.installed])[0]
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _is_project(requirement: Requirement) -> bool:
 def _extra(name: str, requirements: list[Requirement]) -> Extra:
     wanted = _all_of(name, requirements, {})
     missing = {
-        f"{canonicalize_name(one.name)}{one.specifier}": None
+        _written(one): None
         for one in wanted
         if not any(_fits(one, version) for _, version in _installed(canonicalize_name(one.name)))
     }
@@ -153,6 +152,12 @@ def _all_of(name: str, requirements: list[Requirement], seen: dict[str, None]) -
                 yield requirement
             for inner in sorted(requirement.extras) if _is_project(requirement) else ():
                 yield from _all_of(inner, requirements, seen)
+
+
+def _written(requirement: Requirement) -> str:
+    """A requirement as pip takes it: cuda-core[cu13]>=1.0."""
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{canonicalize_name(requirement.name)}{extras}{requirement.specifier}"
 
 
 def _package(name: str, by: Mapping[str, Requirement]) -> Package:

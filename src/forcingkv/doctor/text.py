@@ -13,6 +13,8 @@ from forcingkv.runtime.footprint import readable
 WIDTH = 100
 LEFT = 18
 """Columns of what a line is about."""
+TOGETHER = "\u00a0"
+"""Stands for a space at which no line ends."""
 NO_BFLOAT16 = (
     "bfloat16: no instructions for it (avx512_bf16, amx): products are slower than in float32 (measured on"
     " such a CPU: 21 against 150 GFLOP/s)"
@@ -43,9 +45,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     yield "processor and memory", list(_machine(report))
     yield "libraries", list(_libraries(report["libraries"]))
     if report["extras"] is not None:
-        yield "extras", list(_extras(report["extras"]))
-    if report["packages"] is not None:
-        yield "packages", list(_packages(report["packages"]))
+        yield "extras, and what is installed of them", list(_extras(report["extras"], report["packages"]))
     yield "folders", list(_places(report["places"]))
     steps = report["next"] or ["nothing: all that this machine can use is installed"]
     yield (
@@ -56,7 +56,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 def _backends(backends: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for backend in sorted(backends, key=lambda one: not one["runs"]):
-        told = f"on {', '.join(backend['on'])}, version {backend['with_version']}" if backend["runs"] else ""
+        told = f"on {', '.join(backend['on'])}, by {backend['by']}" if backend["runs"] else ""
         told += "; " if told and backend["why"] else ""
         told += backend["why"] or ""
         yield from _row(backend["name"], f"{'yes' if backend['runs'] else 'no':<5}{told}", 5)
@@ -129,30 +129,35 @@ def _more(facts: Mapping[str, Any]) -> str:
         more.append(f"built for {', '.join(facts['built_for']) or 'the CPU alone'}")
     if "devices" in facts:
         gpus = {device: facts.get(f"gpu {device}") for device in facts["devices"]}
-        told = [f"{device} ({gpu['name']})" if gpu else device for device, gpu in gpus.items()]
+        told = [
+            f"{device} ({gpu['name']}, {readable(gpu['total_bytes'])})" if gpu else device
+            for device, gpu in gpus.items()
+        ]
         more.append(f"devices: {', '.join(told)}")
     if facts.get("bindings"):
         more.append(f"cuda-bindings {facts['bindings']}")
     return "".join(f"; {one}" for one in more)
 
 
-def _extras(extras: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for extra in sorted(extras, key=lambda one: bool(one["missing"])):
+def _extras(extras: Sequence[Mapping[str, Any]], packages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    base = {"name": BASE, "serves": "running bundles on a CPU", "missing": _missing_of_base(packages)}
+    for extra in (base, *sorted(extras, key=lambda one: bool(one["missing"]))):
         yield from _row(extra["name"], f"{'no' if extra['missing'] else 'yes':<5}{extra['serves']}", 5)
+        there = [one for one in packages if extra["name"] in one["needed_by"] and one["installed"]]
+        if there:
+            yield from _row("", f"{'':<5}{', '.join(map(_installed, there))}", 5)
         if extra["missing"]:
             yield from _row("", f"{'':<5}missing: {', '.join(extra['missing'])}", 14)
 
 
-def _packages(packages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Those that are installed; what is missing stands with the extras."""
-    installed = [package for package in packages if package["installed"]]
-    for by, title in ((True, "of the base"), (False, "of extras")):
-        told = [
-            " ".join(dict.fromkeys(part for pair in package["installed"] for part in pair))
-            for package in installed
-            if (BASE in package["needed_by"]) == by
-        ]
-        yield from _row(title, ", ".join(told) or "none")
+def _missing_of_base(packages: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [p["name"] + p["wanted"] for p in packages if BASE in p["needed_by"] and not p["fits"]]
+
+
+def _installed(package: Mapping[str, Any]) -> str:
+    """Name and version of what is installed of a package, its own before another in its place."""
+    own = [pair for pair in package["installed"] if pair[0] == package["name"]]
+    return TOGETHER.join((own or package["installed"])[0])
 
 
 def _places(places: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -174,4 +179,5 @@ def _beside(first: str, told: str) -> list[str]:
 
 def _wrapped(first: str, told: str, rest: str) -> list[str]:
     options: dict[str, Any] = {"break_on_hyphens": False, "replace_whitespace": False}
-    return textwrap.wrap(plain(told), WIDTH, initial_indent=first, subsequent_indent=rest, **options)
+    found = textwrap.wrap(plain(told), WIDTH, initial_indent=first, subsequent_indent=rest, **options)
+    return [line.replace(TOGETHER, " ") for line in found]

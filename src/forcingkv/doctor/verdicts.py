@@ -14,6 +14,8 @@ from forcingkv.runtime.flavour import FLAVOURS, FlavourName
 
 CUDA = "CUDAExecutionProvider"
 ON_THE_CPU = "onnxruntime-cpu"
+AFTER_TORCH = "pip install torch, in the build for your device; then "
+"""Plain `torch` brings CUDA's libraries with it, or has none: it is to be chosen first."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,14 @@ class Verdict:
     runs: bool
     on: tuple[str, ...] = ()
     """What it runs on: `cpu`, `cuda:0`, ..."""
-    with_version: str | None = None
+    by: str | None = None
+    """What runs it, with its version: `onnxruntime 1.32.0`."""
     why: str | None = None
     """Why it cannot run, or not on all that is there."""
     todo: str | None = None
     """What to install, or to choose."""
+    broken: bool = False
+    """Whether something is installed for it that does not work."""
 
 
 @dataclass(frozen=True)
@@ -59,102 +64,99 @@ def judge(machine: Machine) -> list[Verdict]:
     return [NEEDS[name](machine) for name in BACKENDS if name in NEEDS]
 
 
-def _unusable(
-    machine: Machine, probe: str, subject: str, install: str, of: str | None = None
-) -> Verdict | None:
-    """The verdict where what a backend runs with is not there, or does not load; None where it does.
+def _unusable(machine: Machine, name: str, probe: str, subject: str, install: str, of: str) -> Verdict | None:
+    """The verdict on a backend where what it runs with is not there, or does not load; None where it does.
 
     `of` is the package, whose version has to be one that will do.
     """
     asked = machine.asked[probe]
+    if not asked.loads and asked.facts.get("installed") is False:
+        return Verdict(name, False, why=f"{subject} is not installed", todo=install)
     if not asked.loads:
-        absent = f"{subject} is not installed"
-        why = (
-            absent
-            if asked.facts.get("installed") is False
-            else f"{subject} is installed, and cannot be loaded"
-        )
         again = install.replace("pip install", "pip install --force-reinstall")
-        return Verdict("", False, why=why, todo=install if why == absent else again)
-    package = machine.packages.package(of) if machine.packages and of else None
+        return Verdict(name, False, why=f"{subject} cannot be loaded", todo=again, broken=True)
+    package = machine.packages.package(of) if machine.packages else None
     if package and package.installed and not package.fits:
-        why = f"{subject} {package.told} is installed, and {package.wanted} is needed"
-        return Verdict("", False, why=why, todo=f"pip install '{of}{package.wanted}'")
+        why = f"{package.told} is installed, and {package.wanted} is needed"
+        return Verdict(name, False, why=why, todo=f"pip install '{of}{package.wanted}'", broken=True)
     return None
-
-
-def _named(name: str, verdict: Verdict) -> Verdict:
-    return Verdict(**(vars(verdict) | {"name": name}))
 
 
 def _on_onnxruntime(name: str, machine: Machine) -> Verdict:
     facts = machine.asked["onnxruntime"].facts
-    refused = _unusable(machine, "onnxruntime", "ONNX Runtime", "pip install onnxruntime", "onnxruntime")
+    install = "pip install onnxruntime"
+    refused = _unusable(machine, name, "onnxruntime", "ONNX Runtime", install, "onnxruntime")
     if refused:
-        return _named(name, refused)
-    version, listed = facts.get("version"), facts.get("providers") or ()
-    provider = CUDA if name != ON_THE_CPU and CUDA in listed else CPU
-    if facts.get(f"starts {provider}"):
-        return Verdict(name, True, ("cuda:0" if provider == CUDA else "cpu",), version)
-    if provider == CPU:
-        return Verdict(
-            name, False, (), version, "it does not compute x + x", "pip install --force-reinstall onnxruntime"
-        )
+        return refused
+    by, listed = f"onnxruntime {facts.get('version')}", facts.get("providers") or ()
+    chosen = CUDA if name != ON_THE_CPU and CUDA in listed else CPU
+    if facts.get(f"starts {chosen}"):
+        if chosen == CPU and machine.gpus and name != ON_THE_CPU:
+            why, gpu = (
+                "it is not built for the GPU",
+                "pip uninstall onnxruntime, then pip install onnxruntime-gpu",
+            )
+            return Verdict(name, True, ("cpu",), by, why, gpu)
+        return Verdict(name, True, ("cuda:0" if chosen == CUDA else "cpu",), by)
+    if chosen == CPU:
+        why, again = "it does not compute here", "pip install --force-reinstall onnxruntime"
+        return Verdict(name, False, (), by, why, again, broken=True)
     why = f"it lists {CUDA}, which does not start" + (f": {machine.no_gpu}" if machine.no_gpu else "")
     todo = f"choose --backend {ON_THE_CPU}"
     todo += (
-        "; without a GPU: pip uninstall onnxruntime-gpu, then pip install onnxruntime"
+        "; for good: pip uninstall onnxruntime-gpu, then pip install onnxruntime"
         if machine.no_gpu
         else ", or install the versions of CUDA and cuDNN that this onnxruntime-gpu was built for"
     )
-    return Verdict(name, False, (), version, why, todo)
+    return Verdict(name, False, (), by, why, todo, broken=True)
 
 
 def _on_tensorrt(name: FlavourName, machine: Machine) -> Verdict:
     install = f"pip install 'forcingkv[{name}]'"
     gpu = machine.gpus[0] if machine.gpus else None
     if gpu is None:
-        return Verdict(
-            name, False, why=machine.no_gpu, todo="a machine with an NVIDIA GPU, or another backend"
-        )
+        return Verdict(name, False, why=machine.no_gpu, todo="it needs an NVIDIA GPU with its driver")
     served = FLAVOURS[name].sms
     if served and gpu.sm not in served:
         why = f"it does not serve sm_{gpu.sm}"
         return Verdict(name, False, why=why, todo="pip install 'forcingkv[tensorrt]', for --backend tensorrt")
-    for probe, subject, of in ((name, name, name), ("cuda", "cuda-core", "cuda-core")):
-        refused = _unusable(machine, probe, subject, install, of)
+    for probe, subject in ((name, name), ("cuda", "cuda-core")):
+        refused = _unusable(machine, name, probe, subject, install, subject)
         if refused:
-            return _named(name, refused)
-    version, sm = machine.asked[name].facts.get("version"), machine.asked["cuda"].facts.get("sm")
+            return refused
+    by, sm = f"{name} {machine.asked[name].facts.get('version')}", machine.asked["cuda"].facts.get("sm")
     if sm is None:
-        why = "cuda-core finds no GPU, though the driver has one"
-        return Verdict(
-            name, False, (), version, why, "pip install --upgrade 'cuda-core[cu13]', or a newer driver"
+        why, todo = (
+            "cuda-core finds no GPU, though the driver has one",
+            "pip install --upgrade 'cuda-core[cu13]'",
         )
+        return Verdict(name, False, (), by, why, f"{todo}, or install a newer driver", broken=True)
     if gpu.free_bytes is None:
-        return Verdict(name, False, (), version, "GPU 0 cannot be used", "see whether nvidia-smi works")
-    return Verdict(name, True, ("cuda:0",), version)
+        why, todo = "GPU 0 cannot be used", "see whether nvidia-smi works"
+        return Verdict(name, False, (), by, why, todo, broken=True)
+    return Verdict(name, True, ("cuda:0",), by)
 
 
 def _on_torch(name: str, machine: Machine) -> Verdict:
-    asked = machine.asked["torch"]
-    install = "pip install torch, in the build for your device; then pip install 'forcingkv[models]'"
-    refused = _unusable(machine, "torch", "torch", install, "torch")
+    refused = _unusable(
+        machine, name, "torch", "torch", AFTER_TORCH + "pip install 'forcingkv[models]'", "torch"
+    )
     if refused:
-        return _named(name, refused)
-    facts = asked.facts
-    version, devices = facts.get("version"), facts.get("devices") or ()
+        return refused
+    facts = machine.asked["torch"].facts
+    by, devices = f"torch {facts.get('version')}", facts.get("devices") or ()
     on = tuple(device for device in devices if facts.get(f"computes {device}"))
     idle = [device for device in devices if device not in on]
-    why = todo = None
     if idle:
         why = f"it sees {', '.join(idle)}, and does not compute there"
         todo = "install a torch that was built for this device and its driver"
-    elif machine.gpus and not any(device.startswith("cuda") for device in on):
+        return Verdict(name, bool(on), on, by, why, todo, broken=True)
+    if machine.gpus and not any(device.startswith("cuda") for device in on):
         built = ", ".join(facts.get("built_for") or ()) or "the CPU alone"
         why = f"it does not see the GPU: this torch was built for {built}"
         todo = f"install a torch that was built for CUDA, for {machine.gpus[0].name}"
-    return Verdict(name, bool(on), on, version, why, todo)
+        return Verdict(name, True, on, by, why, todo)
+    return Verdict(name, bool(on), on, by)
 
 
 NEEDS: dict[str, Callable[[Machine], Verdict]] = {
