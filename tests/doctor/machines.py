@@ -60,7 +60,6 @@ DRIVER = """
 #define IS(name) (!strcmp(getenv("FAKE_DRIVER"), name))
 int cuInit(unsigned f) {
   if (IS("abort")) { fprintf(stderr, "driver: assertion failed\\n"); abort(); }
-  if (IS("segfault")) { *(volatile int *)0 = 1; }
   if (IS("exit")) { exit(0); }
   if (IS("hangs")) { sleep(60); }
   if (IS("noise")) { for (int i = 0; i < 100000; i++) puts("forcingkv-doctor {\\"g"); fflush(stdout); }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from forcingkv.doctor import asking
 from forcingkv.doctor.asking import Asked, Probe, ask
+from forcingkv.doctor.child import StepError, Telling
+from forcingkv.doctor.probes import PROBES
 from tests.doctor.machines import modules, torch
 
 
@@ -17,12 +20,40 @@ def asked(name: str, *arguments: str, seconds: float | None = None) -> Asked:
     return ask({"it": Probe(name, "it", arguments, seconds)})["it"]
 
 
-WORKS = "__version__ = '3.1'\n"
-BROKEN = {
+class Recorder(Telling):
+    """Tells a list."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+
+    def _tell(self, **what: Any) -> None:
+        self.told.append(what)
+
+
+RAISES = {
     "raises": ("raise ValueError('no such symbol\\nand more')", "ValueError: no such symbol"),
     "says nothing": ("raise AssertionError", "AssertionError"),
     "needs another": ("import not_there_at_all", "ModuleNotFoundError: No module named 'not_there_at_all'"),
     "exits": ("import sys; sys.exit('goodbye')", "SystemExit: goodbye"),
+}
+
+
+@pytest.mark.parametrize("kind", RAISES)
+def test_a_module_that_raises_is_told(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, why = RAISES[kind]
+    modules(tmp_path, monkeypatch, stand_in_that_raises=source)
+    recorder = Recorder()
+    with pytest.raises(StepError):
+        PROBES["module"](recorder, "stand_in_that_raises")
+    assert recorder.told[1:] == [
+        {"name": "installed", "value": True},
+        {"begins": "to load"},
+        {"fails": "to load", "why": why},
+    ]
+
+
+WORKS = "__version__ = '3.1'\n"
+BROKEN = {
     "ends": ("import os; os._exit(3)", "its process ended with exit code 3"),
     "aborts": (
         "import os, sys; sys.stderr.write('terminate called\\n'); sys.stderr.flush(); os.abort()",
@@ -33,7 +64,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_module_that_fails_costs_a_sentence(
+def test_a_module_that_ends_its_process_costs_a_sentence(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, why = BROKEN[kind]
