@@ -29,6 +29,7 @@ CHANGED: dict[str, str] = {
     "doctor": _DOCTOR,
     "doctor --bundle": _DOCTOR,
     "doctor --json": _DOCTOR,
+    "generate --backend": "not given, it is chosen: torch runs bundles without graphs",
     "generate --compile": _WHERE,
     "generate --device": _WHERE,
     "generate --dtype": _WHERE,

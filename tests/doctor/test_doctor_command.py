@@ -129,7 +129,7 @@ def test_with_onnxruntime_that_lists_cuda_without_a_gpu(
 
 
 def test_what_of_a_bundle_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its engines need 6 GB of weights and 0.5 GB of activations, and are those of 1.7.1 for sm_89 and 120."""
+    """Engines that need 6 GB of weights and 0.5 GB of activations, made by 1.7.1 for sm_89 and sm_120."""
     plain = small_bundle("forcing-kv")
 
     def judged(path: Path, sm: str, free: str, *versions: str) -> dict[str, Any]:
@@ -141,15 +141,17 @@ def test_what_of_a_bundle_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("forcingkv.runtime.preflight.available_bytes", lambda: 10**9)
     told = judged(plain, "", "")
     assert told["about"]["engines"] == []
-    assert told["runs onnxruntime"]["fits"] is True
-    assert 0 < told["runs onnxruntime"]["needed_bytes"] < 10**9
-    assert told["runs tensorrt-rtx"]["why"] == "it has no engines of tensorrt-rtx"
-    assert {f"runs {name}" for name in BACKENDS} <= told.keys()
+    assert told["runs onnxruntime on its own choice"]["fits"] is True
+    assert 0 < told["runs onnxruntime on its own choice"]["needed_bytes"] < 10**9
+    assert told["runs tensorrt-rtx on cuda:0"]["why"] == "it has no engines of tensorrt-rtx"
+    assert {name.split()[1] for name in told if name.startswith("runs ")} == BACKENDS.keys()
+    assert told["runs torch on cpu"]["fits"] is True
     monkeypatch.setattr("forcingkv.runtime.preflight.available_bytes", lambda: 1)
-    assert "are available" in judged(plain, "", "")["runs onnxruntime-cpu"]["why"]
+    for where in ("onnxruntime-cpu on its own choice", "torch on cpu"):
+        assert "are available" in judged(plain, "", "")[f"runs {where}"]["why"]
 
     built = bundle_with_engines(plain, tmp_path / "built")
-    fits = judged(built, "89", str(10**10), "tensorrt-rtx=1.7.1")["runs tensorrt-rtx"]
+    fits = judged(built, "89", str(10**10), "tensorrt-rtx=1.7.1")["runs tensorrt-rtx on cuda:0"]
     assert fits["fits"] is True
     assert 6.4e9 < fits["needed_bytes"] < 6.6e9
     for sm, free, version, why in (
@@ -158,5 +160,5 @@ def test_what_of_a_bundle_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("90", "", "=1.7.1", "expected one made by tensorrt-rtx 1.7.1 for sm_90, as on this machine"),
         ("", "", "=1.7.1", "no GPU was found, so no engine can be chosen"),
     ):
-        assert why in judged(built, sm, free, f"tensorrt-rtx{version}")["runs tensorrt-rtx"]["why"]
+        assert why in judged(built, sm, free, f"tensorrt-rtx{version}")["runs tensorrt-rtx on cuda:0"]["why"]
     assert judged(tmp_path, "", "")["refused"].startswith(str(tmp_path))

@@ -64,6 +64,9 @@ def test_what_is_missing_of_an_extra_and_of_those_it_consists_of(of: Callable[..
         "ftfy": ("text",),
         "cuda-core": ("tensorrt",),
     }
+    assert {extra.name: extra.consists_of for extra in found.extras if extra.consists_of} == {
+        "text": ("models",)
+    }
     assert found.extras[0].install == "pip install 'forcingkv[models]'"
 
 

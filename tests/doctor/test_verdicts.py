@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from forcingkv.doctor import verdicts
+from forcingkv.doctor.advice import faults
 from forcingkv.doctor.asking import Asked
 from forcingkv.doctor.packages import Inventory, Package
 from forcingkv.doctor.verdicts import NEEDS, Gpu, Machine, Verdict, judge
@@ -39,9 +40,7 @@ def on(name: str, of: Machine) -> Verdict:
 
 
 def test_every_backend_is_judged() -> None:
-    """`torch` may be judged before there is one."""
-    assert BACKENDS.keys() <= NEEDS.keys()
-    assert NEEDS.keys() - BACKENDS.keys() <= {"torch"}
+    assert NEEDS.keys() == BACKENDS.keys()
     assert [verdict.name for verdict in judge(machine(onnxruntime=ORT))] == list(BACKENDS)
     assert all(NEEDS[name](machine()).name == name for name in NEEDS)
 
@@ -130,3 +129,23 @@ def test_the_names_are_those_of_onnxruntime() -> None:
     import onnxruntime
 
     assert {verdicts.CPU, verdicts.CUDA} <= set(onnxruntime.get_all_providers())
+
+
+def test_a_package_that_something_else_brought_may_be_old() -> None:
+    def package(name: str, *by: str, version: str | None = None, fits: bool = False) -> dict[str, Any]:
+        installed = [(name, version)] if version else []
+        return {"name": name, "wanted": ">=9", "installed": installed, "needed_by": by, "fits": fits}
+
+    def told(*packages: dict[str, Any]) -> list[str]:
+        report = {"can_run": True, "bundle": None, "backends": [], "places": [], "packages": packages}
+        return faults(report, [])
+
+    old = package("setuptools", "dev", version="1")
+    assert told(old, package("ruff", "dev")) == []
+    wrong = ["setuptools 1 is installed, and >=9 is needed"]
+    assert told(old, package("ruff", "dev", version="9", fits=True)) == wrong
+    assert told(package("setuptools", "base", version="1"), package("ruff", "base")) == wrong
+    (both,) = told(
+        package("onnxruntime", "base", version="9", fits=True) | {"installed": [("a", "1"), ("b", "2")]}
+    )
+    assert both.startswith("a 1 and b 2 are installed together, and write the same files")

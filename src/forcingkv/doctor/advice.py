@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from forcingkv.doctor.packages import RIVALS
+from forcingkv.doctor.packages import BASE, RIVALS
 from forcingkv.doctor.verdicts import AFTER_TORCH
 from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.flavour import FLAVOURS
@@ -38,11 +38,23 @@ def _faults(report: Mapping[str, Any], said: Sequence[str]) -> Iterator[str]:
                 f"{' and '.join(together)} are installed together, and write the same files: which of them"
                 " is used is chance. Uninstall all of them, and install one"
             )
-        elif together and not package["fits"]:
+        elif together and not package["fits"] and _meant(package, report["packages"]):
             yield f"{', '.join(together)} is installed, and {package['wanted']} is needed"
     for place in report["places"]:
         if place["free_bytes"] is not None and place["free_bytes"] < SCARCE:
             yield f"{place['folder']} ({place['holds']}) has {readable(place['free_bytes'])} left"
+
+
+def _meant(package: Mapping[str, Any], packages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a package is there for the project: of the base, or of an extra of which all else is there.
+
+    What other programs brought (setuptools) may be of any version.
+    """
+    for by in package["needed_by"]:
+        asked = [other for other in packages if by in other["needed_by"]]
+        if by == BASE or all(other["installed"] for other in asked):
+            return True
+    return False
 
 
 def next_steps(report: Mapping[str, Any]) -> list[str]:

@@ -7,16 +7,21 @@ from typing import Any
 
 from forcingkv.doctor.child import Telling
 
+TAKEN_BY_TORCH = ("F32", "BF16", "F16")
+"""Dtypes of weights in a bundle that the backend torch reads, as safetensors calls them."""
 
-def bundle(telling: Telling, path: str, sm: str, free: str, *versions: str) -> None:
-    """Steps: `about` the bundle, or `refused` (why it cannot be opened), and for each backend `runs NAME`.
+
+def bundle(telling: Telling, path: str, sm: str, free: str, *more: str) -> None:
+    """Steps: `about` the bundle, or `refused` (why it cannot be opened), and for each backend and device that
+    it may run on `runs NAME on DEVICE`.
 
     Args:
         telling: takes the steps.
         path: of the bundle.
         sm: of the first GPU, 89 for 8.9; empty: there is none.
         free: bytes of its memory that are free; empty: not known.
-        versions: of each TensorRT that could be loaded, as "tensorrt-rtx=1.7.1".
+        more: versions of each TensorRT that could be loaded, "tensorrt-rtx=1.7.1", and devices on which torch
+            computes, "torch=cuda:0".
     """
     opened = telling.must("opened", "to open", lambda: _opened(telling, path))
     if opened is None:
@@ -25,12 +30,18 @@ def bundle(telling: Telling, path: str, sm: str, free: str, *versions: str) -> N
     from forcingkv.runtime.backends import BACKENDS
     from forcingkv.runtime.flavour import FLAVOURS
 
-    version_of = dict(one.split("=", 1) for one in versions)
+    pairs = [one.split("=", 1) for one in more]
     for name in BACKENDS:
-        judged = partial(_on_graphs, opened, name)
+        given = [value for of, value in pairs if of == name]
         if name in FLAVOURS:
-            judged = partial(_on_engines, opened, name, version_of.get(name), sm, free)
-        telling.may(f"runs {name}", f"for {name}", judged)
+            version = given[0] if given else None
+            judged = [("cuda:0", partial(_on_engines, opened, name, version, sm, free))]
+        elif name == "torch":
+            judged = [(device, partial(_on_torch, opened, device)) for device in given or ["cpu"]]
+        else:
+            judged = [("its own choice", partial(_on_graphs, opened, name))]
+        for device, work in judged:
+            telling.may(f"runs {name} on {device}", f"for {name}", work)
 
 
 def _opened(telling: Telling, path: str) -> Any:
@@ -86,21 +97,44 @@ def _on_engines(opened: Any, flavour: Any, version: str | None, sm: str, free: s
 
 
 def _on_graphs(opened: Any, backend: str) -> dict[str, Any]:
-    """Whether a backend that reads the graphs takes them, and there is memory for a session."""
+    """Whether ONNX Runtime takes the graphs, and there is memory for a session."""
+    from forcingkv.runtime.backends import LaneOptions
+
+    if not opened.manifest.has_graphs:
+        return _verdict("it has no graphs: it was exported for torch")
+    if opened.manifest.compute != "float32":
+        return _verdict(f"its graphs compute in {opened.manifest.compute}, for TensorRT")
+    return _in_memory(opened, LaneOptions(backend))
+
+
+def _on_torch(opened: Any, device: str) -> dict[str, Any]:
+    """Whether torch takes the weights, and there is memory for a session in the dtype of the export."""
     from forcingkv.headmaps.errors import InputError
-    from forcingkv.runtime.backends import BACKENDS, LaneOptions
+    from forcingkv.runtime.backends import LaneOptions
+    from forcingkv.runtime.tensors import read_header
+
+    try:
+        weights, _ = read_header(opened.weights("step"))
+    except InputError as error:
+        return _verdict(str(error))
+    others = sorted({one.dtype for one in weights.values()} - set(TAKEN_BY_TORCH))
+    if others:
+        return _verdict(f"its weights are stored in {', '.join(others)}, which torch does not take here")
+    return _in_memory(opened.computing_in(None), LaneOptions("torch", device=device))
+
+
+def _in_memory(opened: Any, options: Any) -> dict[str, Any]:
+    """Whether a session with those options has the memory that it needs, as opening one would find."""
+    from forcingkv.headmaps.errors import InputError
     from forcingkv.runtime.memory import available_bytes
     from forcingkv.runtime.preflight import check_memory, needed_memory
 
-    if BACKENDS[backend] == "onnxruntime" and opened.manifest.compute != "float32":
-        return _verdict(f"its graphs compute in {opened.manifest.compute}, for TensorRT")
-    options, why = LaneOptions(backend), None
     try:
         needed = sum(needed_memory(opened, options).values())
         check_memory(opened, options)
     except InputError as error:
         return _verdict(str(error))
-    return _verdict(why, needed, available_bytes())
+    return _verdict(None, needed, available_bytes() if options.device in (None, "cpu") else None)
 
 
 def _too_little(needed: int, there: int, where: str) -> str:

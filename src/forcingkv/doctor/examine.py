@@ -192,21 +192,27 @@ def _places(asked: Mapping[str, Asked], own: Path | None) -> list[dict[str, Any]
 def _bundle(path: Path, machine: Machine) -> dict[str, Any]:
     """What of a bundle can run here."""
     gpu = machine.gpus[0] if machine.gpus else None
+    torch = machine.asked["torch"].facts
     versions = {name: machine.asked[name].facts.get("version") for name in FLAVOURS}
     arguments = (
         os.path.abspath(path),
         str(gpu.sm) if gpu else "",
         str(gpu.free_bytes) if gpu and gpu.free_bytes is not None else "",
         *(f"{name}={version}" for name, version in versions.items() if version),
+        *(f"torch={device}" for device in torch.get("devices") or () if torch.get(f"computes {device}")),
     )
     probe = Probe("bundle", f"the bundle {path}", arguments, SLOW)
     asked = ask({"bundle": probe})["bundle"]
     facts = asked.facts
-    judged = {name.removeprefix("runs "): value for name, value in facts.items() if name.startswith("runs ")}
+    judged = [
+        {"name": name.split()[1], "device": name.partition(" on ")[2], **value}
+        for name, value in facts.items()
+        if name.startswith("runs ") and value
+    ]
     return {
         "path": str(path),
         "refused": facts.get("refused"),
         "faults": asked.faults,
         **(facts.get("about") or {}),
-        "backends": [{"name": name, **verdict} for name, verdict in judged.items() if verdict],
+        "backends": judged,
     }

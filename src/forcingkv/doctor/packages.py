@@ -72,7 +72,9 @@ class Extra:
     name: str
     serves: str
     missing: tuple[str, ...]
-    """Requirements that nothing installed meets: `ray>=2.44`."""
+    """Requirements that nothing installed meets (`ray>=2.44`), those of extras that it consists of too."""
+    consists_of: tuple[str, ...] = ()
+    """Other extras, that it names."""
 
     @property
     def install(self) -> str:
@@ -138,7 +140,9 @@ def _extra(name: str, requirements: list[Requirement]) -> Extra:
         for one in wanted
         if not any(_fits(one, version) for _, version in _installed(canonicalize_name(one.name)))
     }
-    return Extra(name, SERVES.get(name, ""), tuple(missing))
+    others = [one.extras for one in requirements if _belongs(one, name) and _is_project(one)]
+    consists_of = sorted({extra for extras in others for extra in extras})
+    return Extra(name, SERVES.get(name, ""), tuple(missing), tuple(consists_of))
 
 
 def _all_of(name: str, requirements: list[Requirement], seen: dict[str, None]) -> Iterator[Requirement]:

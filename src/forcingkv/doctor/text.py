@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -76,7 +77,8 @@ def _bundle(bundle: Mapping[str, Any]) -> Iterator[str]:
             f"a session needs about {readable(one['needed_bytes'])}"
             + (f" of {readable(one['available_bytes'])} available" if one["available_bytes"] else "")
         )
-        yield from _row(one["name"], f"{'fits' if one['fits'] else 'no':<5}{told}", 5)
+        device = f" {one['device']}" if one["name"] == "torch" else ""
+        yield from _row(one["name"] + device, f"{'fits' if one['fits'] else 'no':<5}{told}", 5)
 
 
 def _gpus(report: Mapping[str, Any]) -> Iterator[str]:
@@ -140,6 +142,7 @@ def _more(facts: Mapping[str, Any]) -> str:
 
 
 def _extras(extras: Sequence[Mapping[str, Any]], packages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    lacking = {extra["name"] for extra in extras if extra["missing"]}
     base = {"name": BASE, "serves": "running bundles on a CPU", "missing": _missing_of_base(packages)}
     for extra in (base, *sorted(extras, key=lambda one: bool(one["missing"]))):
         yield from _row(extra["name"], f"{'no' if extra['missing'] else 'yes':<5}{extra['serves']}", 5)
@@ -147,7 +150,15 @@ def _extras(extras: Sequence[Mapping[str, Any]], packages: Sequence[Mapping[str,
         if there:
             yield from _row("", f"{'':<5}{', '.join(map(_installed, there))}", 5)
         if extra["missing"]:
-            yield from _row("", f"{'':<5}missing: {', '.join(extra['missing'])}", 14)
+            own = [one for one in extra["missing"] if not _of_another(one, extra, packages)]
+            others = [f"what {name} lacks" for name in extra.get("consists_of", ()) if name in lacking]
+            yield from _row("", f"{'':<5}missing: {', '.join([*own, *others])}", 14)
+
+
+def _of_another(requirement: str, extra: Mapping[str, Any], packages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a requirement is that of an extra that this one consists of."""
+    name = re.split(r"[^\w.-]", requirement)[0]
+    return not any(p["name"] == name and extra["name"] in p["needed_by"] for p in packages)
 
 
 def _missing_of_base(packages: Sequence[Mapping[str, Any]]) -> list[str]:
