@@ -24,7 +24,12 @@ _AT_MOST = "more than 100,000 hung or took all memory before anything was said"
 
 _WHERE = "new: there are backends that can choose where and in what they compute"
 
+_DOCTOR = "new: what a machine can run, and what is wrong with it"
+
 CHANGED: dict[str, str] = {
+    "doctor": _DOCTOR,
+    "doctor --bundle": _DOCTOR,
+    "doctor --json": _DOCTOR,
     "generate --backend": "not given, it is chosen: torch runs bundles without graphs",
     "generate --compile": _WHERE,
     "generate --device": _WHERE,

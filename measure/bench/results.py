@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -15,6 +13,7 @@ from forcingkv.measure.bench.turns import BenchSetup, BenchTurns, decode_seconds
 from forcingkv.measure.tables import printable
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.processor import processor_name
 from forcingkv.runtime.threads import chosen_threads, cpu_threads
 
 BenchRow = dict[str, Any]
@@ -58,13 +57,9 @@ def machine(threads: int | None) -> dict[str, Any]:
     """Where it was measured. `threads` None: as many as `cpu_threads` says."""
     import onnxruntime
 
-    processor, chosen = platform.processor() or platform.machine(), chosen_threads(threads)
-    with suppress(OSError):  # not Linux
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
+    chosen = chosen_threads(threads)
     return {
-        "processor": processor,
+        "processor": processor_name(),
         "cores": cpu_threads().number,
         "threads": chosen.number,
         "threads_because": chosen.because,
