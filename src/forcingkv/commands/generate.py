@@ -34,6 +34,7 @@ from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Video
 from forcingkv.runtime.backends import BACKENDS
+from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
 from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.spec import ModelSpec
@@ -123,6 +124,8 @@ def generate(
         ) as session:
             video, look = begin_video(session, asked)
             on = _runs_on(session, backend, threads)
+            for note in session.notes:
+                written.warn(note)
             if out == "-":
                 width, height = (size * look.enlarge for size in session.bundle.manifest.frame_size)
                 say(f"rgb24, {width}x{height}, {look.fps:g} frames a second", error=True)
@@ -249,11 +252,22 @@ def _save(video: Video, folder: Path, look: Look, first: int, frames: Frames, wr
 
 
 def _runs_on(session: Session, backend: str, threads: int | None) -> dict[str, object]:
-    """What a session runs on, and for the CPU how many threads were chosen, and why."""
+    """What a session runs on, and for ONNX Runtime where the nodes of its graphs run, and how many threads
+    of the CPU were chosen, and why. What a GPU runs, and what it leaves to the CPU, is said."""
     if BACKENDS[backend] != "onnxruntime":
         return {"runs_on": session.runs_on}
+    placement = session.placement
+    if any(one.asked != PROVIDERS["cpu"].name for one in placement.values()):
+        say(f"runs on {session.runs_on}", error=True)
+        for graph, one in placement.items():
+            say(f"{graph}: {one}", error=True)
     chosen = chosen_threads(threads)
-    return {"runs_on": session.runs_on, "threads": chosen.number, "threads_because": chosen.because}
+    return {
+        "runs_on": session.runs_on,
+        "placement": {graph: one.as_json() for graph, one in placement.items()},
+        "threads": chosen.number,
+        "threads_because": chosen.because,
+    }
 
 
 def _report(written: Written, out: str, rate: float, on: dict[str, object], *, as_json: bool) -> None:
