@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import import_module
 from typing import NamedTuple
 
 from forcingkv.headmaps.errors import InputError
@@ -93,6 +94,9 @@ def _memories(parts: Mapping[str, int], options: LaneOptions) -> tuple[list[Memo
     everything = frozenset(parts)
     if options.backend in FLAVOURS:
         return [Memory(everything, device_free_bytes(), " on the GPU")], None
+    if options.backend == "torch":
+        on_device, free = _of_torch(options.device)
+        return [Memory(everything, free, " on the GPU" if on_device else what_limits())], None
     host = Memory(everything, available_bytes(), what_limits())
     if BACKENDS.get(options.backend) != "onnxruntime":
         return [host], None
@@ -134,6 +138,18 @@ def _require(bundle: Bundle, parts: Mapping[str, int], memory: Memory) -> None:
     )
 
 
+def _of_torch(name: str | None) -> tuple[bool, int]:
+    """Whether a device of torch's is no CPU, and the bytes that are free on it.
+
+    Raises InputError where there is no such device.
+    """
+    if name in (None, "cpu"):
+        return False, available_bytes()  # torch takes a second to load
+    devices = import_module("forcingkv.runtime.backends.torch_device")
+    device = devices.find_device(name)
+    return True, int(devices.free_bytes(device))
+
+
 def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
     """Bytes that a session will hold, by part (`footprint.part_notes`).
 
@@ -167,9 +183,7 @@ def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, res
     other = max(plans, key=CachePlan.kv_bytes)
     ratio = other.frame_tokens / bundle.plan.frame_tokens
     sizes = {name: round(size * ratio) if name in SIZED_BY_TOKENS else size for name, size in parts.items()}
-    keys_values = (
-        kv_parts(other, bundle.manifest.compute)
-        if parts.keys() & kv_parts(bundle.plan, bundle.manifest.compute)
-        else {}
-    )
-    return sum((sizes | keys_values).values())
+    known = kv_parts(bundle.plan, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)
+    if parts.keys() & known:
+        sizes |= kv_parts(other, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)
+    return sum(sizes.values())

@@ -1,4 +1,4 @@
-"""Memory of the host, where work is done at once."""
+"""Memory of the host, and work that is done at once: for backends that run on a CPU."""
 
 from __future__ import annotations
 

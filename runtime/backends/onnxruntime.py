@@ -27,7 +27,10 @@ from forcingkv.runtime.backends.ort_state import StateTensor, viewer_of
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.kv.buffers import CacheBuffers
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import available_bytes, trim
+from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.threads import chosen_threads
 
 FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
@@ -254,6 +257,9 @@ class OnnxLane:
             return HostTensor(np.empty(shape, np.dtype(dtype)))
         except MemoryError as error:
             raise MemoryShortError(f"no memory for a tensor of {dtype} {shape}") from error
+
+    def cache(self, plan: CachePlan, dtype: Dtype) -> CacheBuffers:
+        return CacheBuffers(plan, self, dtype)
 
     def bind(
         self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]

@@ -127,7 +127,7 @@ def test_a_provider_that_is_not_there_is_refused_with_what_is_and_what_to_instal
 
 def test_a_device_whose_provider_is_not_there_is_refused(bundles: Bundles) -> None:
     with pytest.raises(InputError, match=r"--device is cuda, which this ONNX Runtime.*onnxruntime-gpu"):
-        Session.open(bundles("forcing-kv"), device="cuda:0")
+        Session.open(bundles("forcing-kv"), backend="onnxruntime", device="cuda:0")
 
 
 @pytest.mark.parametrize("name", ["forcing-kv", "taehv"])
@@ -307,7 +307,7 @@ def test_where_a_gpu_cannot_be_asked_it_is_said_and_the_host_is_checked(
     FakeProviders(monkeypatch, "cuda", "dml", "openvino")
     monkeypatch.setattr(preflight, "device_free_bytes", missing)
     monkeypatch.setattr(preflight, "available_bytes", lambda: needs(full) - 1)
-    with Session.open(full, device="cuda:0") as session, session.sibling() as sibling:
+    with Session.open(full, provider="cuda", device="cuda:0") as session, session.sibling() as sibling:
         assert session.notes == sibling.notes
         assert session.notes == (
             "whether the memory of GPU 0 is enough was not checked: this needs cuda-bindings, which is not"

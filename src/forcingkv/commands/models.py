@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 
 Backend: TypeAlias = Annotated[str, Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")]
+BackendOrOwn: TypeAlias = Annotated[
+    str | None,
+    Option(
+        help=f"What runs it: {', '.join(BACKENDS)}; default: onnxruntime, or torch where that alone can or"
+        " --device, --dtype or --compile ask for it, without --provider."
+    ),
+]
 Device: TypeAlias = Annotated[
     str | None,
     Option(
