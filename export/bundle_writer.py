@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import forcingkv
+from forcingkv.export import fp8, int8
 from forcingkv.export.activations import activation_bytes
 from forcingkv.export.bake import Planned, bake_weights, baked_bytes, baked_model, store_tensors
 from forcingkv.export.engine_builder import (
@@ -24,17 +25,17 @@ from forcingkv.export.engine_builder import (
     engine_target,
     warnings_of,
 )
-from forcingkv.export.fp8 import CalibrationTexts, calibrate, rounded_inputs
+from forcingkv.export.fp8 import CalibrationTexts, calibrate
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.export.onnx_writer import write_onnx
-from forcingkv.export.precision import ExportDtype, Precision, Target, precision_of, torch_dtype
+from forcingkv.export.precision import ExportDtype, Linear, Precision, Target, precision_of, torch_dtype
 from forcingkv.export.space import check_disk, check_memory_to_calibrate, check_memory_to_verify
-from forcingkv.export.verify import fp8_differences, graph_difference
+from forcingkv.export.verify import graph_difference, quantized_differences
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import record_file
 from forcingkv.headmaps.folders import check_folder, new_folder
 from forcingkv.headmaps.headmap import HeadMap
-from forcingkv.models.checkpoint import Weights
+from forcingkv.models.checkpoint import Weights, weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
 from forcingkv.models.torch_threads import use_threads
@@ -68,8 +69,8 @@ NAMES = (MANIFEST, HEADMAP, WEIGHTS, DECODER, "engines", "kernels", *(f"{name}.o
 TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, in float32, that an export passes with."""
 
-FP8_TOLERANCE = 2.0
-"""Largest difference of x0 that an export in FP8 passes with, where 1 is what rounding inputs changes."""
+ROUNDED_TOLERANCE = 2.0
+"""Largest difference of x0 that an export in FP8 or int8 passes with; 1 is what rounding inputs changes."""
 
 
 class VerificationError(Exception):
@@ -114,7 +115,8 @@ def export_bundle(
             not divide into tokens (`ModelSpec.geometry`).
         decoder: what makes pixels of latents; needed unless the latents are pixels.
         dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
-            of the blocks, with bfloat16. None: the model's default, and bfloat16 for TensorRT.
+            of the blocks, with bfloat16; `int8` for them, for ONNX Runtime, with the model's default. None:
+            the model's default, and bfloat16 for TensorRT.
         target: `onnx` for ONNX Runtime; a flavour of TensorRT to build engines too.
         sms: compute capabilities to build engines for; none: that of this machine's GPU.
         aot: whether the plugin's kernels are compiled into the engines; for the flavour tensorrt only.
@@ -126,7 +128,7 @@ def export_bundle(
     Raises:
         InputError: something does not fit; see `build_plan`, `onnx_operators.check_choice`, `precision_of`,
             `engine_builder.engine_target` and `space`.
-        VerificationError: a graph differs from torch by more than `TOLERANCE` or `FP8_TOLERANCE`.
+        VerificationError: a graph differs from torch by more than `TOLERANCE` or `ROUNDED_TOLERANCE`.
         EngineError: TensorRT did not build an engine.
     """
     engines = engine_target(target, sms, aot=aot) if target != "onnx" else None
@@ -135,7 +137,7 @@ def export_bundle(
         raise InputError("is for engines only", where=where, expected="--target tensorrt or tensorrt-rtx")
     gpus = engines.sms if engines else ()
     check_out(out)
-    precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target, gpus)
+    precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target, gpus, spec.dtype)
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
     check_choice(plan)
@@ -144,9 +146,9 @@ def export_bundle(
     verify = engines is None if verify is None else verify
     if verify:
         check_memory_to_verify(plan, decoder)
-    if calibration and not precision.linear:
+    if calibration and precision.linear != "fp8":
         raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
-    if precision.linear and not calibration:
+    if precision.linear == "fp8" and not calibration:
         hint = "Pass them as `calibration` (on the command line --calibration)."
         raise InputError("needs texts to calibrate it with", where="dtype fp8", hint=hint)
     if calibration:
@@ -310,7 +312,15 @@ class _Writer:
             tensorrt=precision.compute != "float32",
             single_kernels=self.target is not None and self.target.aot,
             input_scales=self.scales,
+            int8_layers=self._layers_in("int8"),
         )
+
+    def _layers_in(self, linear: Linear) -> list[str]:
+        """The names of the linear layers that multiply in that."""
+        if self.precision.linear != linear:
+            return []
+        names = filter(self.precision.quantizes, weight_shapes(self.plan.spec))
+        return [name.removesuffix(".weight") for name in names]
 
     def _weights_of(self, name: str) -> str | None:
         """The file that a graph's weights lie in."""
@@ -320,10 +330,14 @@ class _Writer:
     def _compare(self, name: str, path: Path) -> None:
         """Compare a graph for ONNX Runtime with torch."""
         graph = self._graph(name)
-        if name == "step" and self.scales:
-            rounded = partial(rounded_inputs, self.model, self.scales)
-            exact, share = fp8_differences(graph, path, self.plan, rounded)
-            found = {name: (exact, TOLERANCE), "step.fp8": (share, FP8_TOLERANCE)}
+        if name == "step" and (linear := self.precision.linear):
+            if linear == "fp8":
+                exactly, rounded = fp8.without_rounding, partial(fp8.rounded_inputs, self.model, self.scales)
+            else:
+                layers = self._layers_in(linear)
+                exactly, rounded = int8.without_rounding, partial(int8.rounded_inputs, self.model, layers)
+            exact, share = quantized_differences(graph, path, self.plan, exactly, rounded)
+            found = {name: (exact, TOLERANCE), f"step.{linear}": (share, ROUNDED_TOLERANCE)}
         else:
             found = {name: (graph_difference(graph, path, self.plan), TOLERANCE)}
         for key, (difference, limit) in found.items():

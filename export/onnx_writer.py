@@ -10,7 +10,7 @@ import copy
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from forcingkv.export.fp8 import quantize_linears
+from forcingkv.export import fp8, int8
 from forcingkv.export.graphs import Graph
 from forcingkv.export.onnxruntime_passes import attend_in_blocks, branch_on_clean, make_caches_early
 from forcingkv.export.passes import scale_attention, shape_of, use_transposed
@@ -48,6 +48,7 @@ def write_onnx(
     tensorrt: bool = False,
     single_kernels: bool = False,
     input_scales: Mapping[str, float] | None = None,
+    int8_layers: Collection[str] = (),
 ) -> onnx.ModelProto:
     """Trace a graph and write it; inputs, outputs and varying dimensions get their names.
 
@@ -62,6 +63,7 @@ def write_onnx(
         single_kernels: write DynamicPrune as nodes of one kernel each (`split_prune`).
         input_scales: name of each linear layer that multiplies in FP8 -> the scale of its input. They
             are written into the graph; the scales of weights lie in the file.
+        int8_layers: names of those that multiply in int8.
     """
     graph, program = _trace(make)
     parameters = _initializers_to_inputs(program.model.graph)
@@ -87,8 +89,12 @@ def write_onnx(
         make_caches_early(traced)
     # Last: align_parameters knows matrices only in a MatMul.
     scales = input_scales or {}
-    quantized = {layer: used[f"{layer}.weight"] for layer in scales if f"{layer}.weight" in used}
-    parameters += quantize_linears(traced, quantized, scales, tensorrt=tensorrt)
+    in_fp8, in_int8 = (
+        {layer: used[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in used}
+        for layers in (scales, int8_layers)
+    )
+    parameters += fp8.quantize_linears(traced, in_fp8, scales, tensorrt=tensorrt)
+    parameters += int8.quantize_linears(traced, in_int8)
     RemoveUnusedNodesPass()(program.model)
     for value in parameters:
         _point(traced, value, weights[_bare(value.name)], file)

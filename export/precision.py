@@ -15,8 +15,11 @@ from forcingkv.runtime.spec import Dtype
 
 Target: TypeAlias = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 
-ExportDtype: TypeAlias = Literal[Dtype, "fp8"]
-"""What an export is asked for, and what a tensor is stored as. `fp8` (E4M3) is for linear layers only."""
+Linear: TypeAlias = Literal["fp8", "int8"]
+"""What linear layers multiply in, where that is another dtype than that of all else: `fp8` is E4M3."""
+
+ExportDtype: TypeAlias = Literal[Dtype, Linear]
+"""What an export is asked for, and what a tensor is stored as."""
 
 EXACT = (".norm_q.weight", ".norm_k.weight", "modulation")
 """How names end of the small tensors that are always float32: they are used in float32."""
@@ -35,11 +38,11 @@ class Precision:
 
     compute: Dtype
     stored: Dtype
-    linear: Literal["fp8"] | None = None
+    linear: Linear | None = None
     """What the linear layers of the blocks are stored as and multiply in, where that is another."""
 
     def quantizes(self, name: str) -> bool:
-        """Whether the tensor of that name is the weight of a linear layer in FP8."""
+        """Whether the tensor of that name is the weight of a linear layer in FP8 or int8."""
         return self.linear is not None and QUANTIZED.fullmatch(name) is not None
 
     def stored_as(self, name: str) -> ExportDtype:
@@ -64,15 +67,27 @@ def torch_dtype(dtype: ExportDtype) -> torch.dtype:
     return found
 
 
-def precision_of(dtype: ExportDtype, target: Target, sms: Sequence[int] = ()) -> Precision:
+def precision_of(
+    dtype: ExportDtype, target: Target, sms: Sequence[int] = (), rest: Dtype = "bfloat16"
+) -> Precision:
     """The precision of a bundle.
 
     ONNX Runtime computes in float32 on a CPU, whatever the weights are stored as; TensorRT computes in
     what they are stored as, and has no fused attention in float32. With fp8 all but the linear layers of
-    the blocks is as with bfloat16. `sms` are compute capabilities of the GPUs that engines are built for.
+    the blocks is as with bfloat16; with int8, which is for ONNX Runtime, it is stored as `rest`. `sms` are
+    compute capabilities of the GPUs that engines are built for.
 
-    Raises InputError for float32 with TensorRT, and for fp8 with a GPU that has none.
+    Raises InputError for float32 and int8 with TensorRT, and for fp8 with a GPU that has none.
     """
+    if dtype == "int8":
+        if target != "onnx":
+            raise InputError(
+                "int8 is for ONNX Runtime: the scales of its inputs are found anew in every pass",
+                where=f"--dtype int8 --target {target}",
+                expected="bfloat16, float16 or fp8",
+                hint="Take --dtype fp8 for linear layers of 8 bits in engines, or --target onnx.",
+            )
+        return Precision("float32", rest, dtype)
     if dtype == "fp8":
         old = ", ".join(f"sm_{sm}" for sm in sms if sm < FP8_FROM)
         if old:

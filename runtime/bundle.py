@@ -119,8 +119,8 @@ class Manifest:
     headmap: str | None = None
     """SHA-256 of the head map's text."""
     verification: dict[str, float] = field(default_factory=dict)
-    """Largest absolute difference between each graph and torch, seen at export. `step.fp8` is of x0 with
-    inputs rounded to FP8, by root mean square, in units of what rounding changes."""
+    """Largest absolute difference between each graph and torch, seen at export. `step.fp8` and
+    `step.int8` are of x0 with inputs rounded, by root mean square, in units of what rounding changes."""
     compute: Dtype = "float32"
     """What the graphs compute in."""
     engines: tuple[EngineRecord, ...] = ()
