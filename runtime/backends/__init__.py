@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
@@ -21,16 +21,22 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.spec import Dtype
 
+if TYPE_CHECKING:
+    from forcingkv.runtime.kv.buffers import KvCache
+    from forcingkv.runtime.kv.plan import CachePlan
+
 Array = npt.NDArray[Any]
 BACKENDS = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-cpu": "onnxruntime",
+    "torch": "torch_lane",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt",
 }
 """Name of each backend -> the module in this folder that runs it, which has a function
 `open_lane(bundle, options)`. `onnxruntime` takes a GPU where this ONNX Runtime was built for one;
-`onnxruntime-cpu` never does."""
+`onnxruntime-cpu` never does. `torch`
+runs any bundle, also one without graphs."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,12 @@ class Lane(Protocol):
         """Memory for an array; its contents are not defined.
 
         `state` says that the host touches it only to save and restore it.
+
+        Raises MemoryShortError where there is not enough.
+        """
+
+    def cache(self, plan: CachePlan, dtype: Dtype) -> KvCache:
+        """Memory for keys and values of a session that computes in `dtype`.
 
         Raises MemoryShortError where there is not enough.
         """
