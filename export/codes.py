@@ -58,8 +58,8 @@ E4M3 = Codes(torch.float8_e4m3fn, 448.0, "bfloat16")
 """FP8."""
 
 INT8 = Codes(torch.int8, 64.0, "float32")
-"""Whole numbers, times 8 bits without a sign. Many processors add two such products in 16 bits and saturate: so
-only what fits is a code, 2 * 255 * 64 < 2 ** 15 (docs/decisions/0032)."""
+"""Whole numbers, times 8 bits without a sign. Many processors add two such products in 16 bits and saturate:
+so codes are those for which no sum does, 2 * 255 * 64 < 2 ** 15 (docs/decisions/0032)."""
 
 CODES: dict[Linear, Codes] = {"fp8": E4M3, "int8": INT8}
 """By what linear layers are stored as."""

@@ -2,8 +2,8 @@
 
 A weight is codes from -64 to 64 with a scale for each output channel (`codes.INT8`). An input has a scale for
 each token, found in every pass: its largest absolute value becomes 127. Codes of inputs are stored without a
-sign, 128 higher. The sum of products is a whole number of 32 bits, exact on every processor, and is scaled back
-by both scales (docs/decisions/0032).
+sign, 128 higher. The sum of products is a whole number of 32 bits, exact on every processor, and is scaled
+back by both scales (docs/decisions/0032).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGEST = 127.0
 ZERO = 128
 """What is stored for an input of 0."""
 LEAST = 1e-30
-"""A token whose values are all smaller is rounded as if this were its largest: of zeros any scale will do but 0."""
+"""A token of smaller values is rounded as if this were its largest: for zeros any scale will do but 0."""
 MOST_INPUTS = (2**31 - 1) // int(2 * ZERO * INT8.largest)
 """As many products of a code without a sign fit into a sum of 32 bits."""
 
