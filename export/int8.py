@@ -17,7 +17,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from forcingkv.export.codes import INT8, dequantize, hooked, insert_before_use, products_of, store_codes
-from forcingkv.export.passes import constant, input_of, make, replace_node, size_of
+from forcingkv.export.passes import constant, input_of, make, replace_node, shape_of, size_of
 
 LARGEST = 127.0
 """The largest code of an input."""
@@ -129,6 +129,22 @@ def _multiply(
     tokens, result = make("Mul", [scaled, scales], old)
     graph.insert_before(node, [product, cast, channels, tokens])
     replace_node(graph, node, result)
+    for add in result.consumers():
+        _add_as_row(graph, add)
+
+
+def _add_as_row(graph: ir.Graph, add: ir.Node) -> None:
+    """A bias (out,) is added as (1, 1, out).
+
+    ONNX Runtime would make one operator of an Add of a bias of rank 1 and the Gelu behind it, which takes the
+    memory of its result once more and is no faster.
+    """
+    bias = add.inputs[1]
+    if add.op_type == "Add" and bias is not None and len(shape_of(bias)) == 1:
+        axes = constant(graph, "int8.row", np.array([0, 1], np.int64))
+        node, row = make("Unsqueeze", [bias, axes], bias, [1, 1, *shape_of(bias)], f"{bias.name}.row")
+        graph.insert_before(add, node)
+        add.replace_input_with(1, row)
 
 
 def without_rounding(model: onnx.ModelProto) -> None:

@@ -23,6 +23,7 @@ from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import random_model
 from tests.export.test_decode import CASES, spec_with
 from tests.export.test_fp8_bundles import prompts, small
+from tests.export.test_int8 import int8_bundle
 from tests.exported import demo_bundle, shared_bundle
 from tests.runtime.conftest import small_bundle
 
@@ -39,6 +40,7 @@ def bundles() -> Iterator[Path]:
     spec, quantized, headmap = small()
     policy, texts = load_policy("forcing-kv"), prompts(spec, "a b", "b a d")
     yield shared_bundle(spec, quantized, policy, headmap=headmap, dtype="fp8", calibration=texts)
+    yield int8_bundle()
 
 
 def nodes_of(bundle: Path) -> Iterator[Node]:
