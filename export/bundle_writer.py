@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import forcingkv
@@ -26,9 +26,9 @@ from forcingkv.export.engine_builder import (
     warnings_of,
 )
 from forcingkv.export.fp8 import CalibrationTexts, calibrate
-from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
-from forcingkv.export.onnx_writer import write_onnx
-from forcingkv.export.precision import ExportDtype, Linear, Precision, Target, precision_of, torch_dtype
+from forcingkv.export.graphs import Graph, decode_graph, empty, prompt_graph, step_graph
+from forcingkv.export.onnx_writer import value_records, write_onnx
+from forcingkv.export.precision import ExportDtype, Precision, Target, precision_of, torch_dtype
 from forcingkv.export.space import check_disk, check_memory_to_calibrate, check_memory_to_verify
 from forcingkv.export.verify import graph_difference, quantized_differences
 from forcingkv.headmaps.errors import InputError
@@ -49,6 +49,7 @@ from forcingkv.runtime.bundle import (
     Manifest,
     PlanRecord,
     TensorRecord,
+    tensor_records,
 )
 from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
@@ -117,7 +118,8 @@ def export_bundle(
         dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
             of the blocks, with bfloat16; `int8` for them, for ONNX Runtime, with the model's default. None:
             the model's default, and bfloat16 for TensorRT.
-        target: `onnx` for ONNX Runtime; a flavour of TensorRT to build engines too.
+        target: `onnx` for ONNX Runtime; `torch` for the backend of that name, without graphs; a flavour of
+            TensorRT to build engines too.
         sms: compute capabilities to build engines for; none: that of this machine's GPU.
         aot: whether the plugin's kernels are compiled into the engines; for the flavour tensorrt only.
         verify: whether to run every graph in float32 and compare it with torch; needs the memory of
@@ -131,7 +133,7 @@ def export_bundle(
         VerificationError: a graph differs from torch by more than `TOLERANCE` or `ROUNDED_TOLERANCE`.
         EngineError: TensorRT did not build an engine.
     """
-    engines = engine_target(target, sms, aot=aot) if target != "onnx" else None
+    engines = None if target == "onnx" or target == "torch" else engine_target(target, sms, aot=aot)
     if (sms or aot) and engines is None:
         where = "--aot" if aot else "--sm"
         raise InputError("is for engines only", where=where, expected="--target tensorrt or tensorrt-rtx")
@@ -140,10 +142,13 @@ def export_bundle(
     precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target, gpus, spec.dtype)
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
-    check_choice(plan)
+    if target != "torch":
+        check_choice(plan)  # which graphs have to be able to make
     if (decoder is None) != (spec.decoder.kind == "pixels"):
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
-    verify = engines is None if verify is None else verify
+    verify = target == "onnx" if verify is None else verify
+    if verify and target == "torch":
+        raise InputError("compares graphs with torch, and there are none", where="verify")
     if verify:
         check_memory_to_verify(plan, decoder)
     if calibration and precision.linear != "fp8":
@@ -158,12 +163,12 @@ def export_bundle(
     check_disk(out, baked_bytes(spec, precision), len(gpus))
     use_threads()
     with new_folder(out, BUNDLE, NAMES) as folder:
-        bundle = _Writer(folder, plan, decoder, precision, engines, verify, progress)
+        bundle = _Writer(folder, plan, decoder, precision, engines, verify, target != "torch", progress)
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
         if calibration:
             bundle.calibrate(calibration)
         for name in GRAPHS:
-            bundle.write_graph(name)
+            bundle.describe(name) if target == "torch" else bundle.write_graph(name)
         check_records(bundle.records, plan, precision.compute, str(out))
         if engines:
             bundle.write_engines(engines)
@@ -210,6 +215,8 @@ class _Writer:
     precision: Precision
     target: EngineTarget | None
     verify: bool
+    graphs: bool
+    """Whether graphs are traced."""
     progress: Callable[[str], None]
     records: dict[str, GraphRecord] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
@@ -225,13 +232,19 @@ class _Writer:
         """The baked model, in float32."""
         return baked_model(self.plan.spec, self.folder / WEIGHTS)
 
+    @cached_property
+    def linears(self) -> list[str]:
+        """The linear layers in FP8 or int8."""
+        return self.precision.linears(weight_shapes(self.plan.spec))
+
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder."""
         spec, path = self.plan.spec, self.folder / WEIGHTS
         self.stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.progress)
         if self.decoder:
             # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
-            state, compute = self.decoder.state_dict(), self.precision.compute
+            # torch computes in what it likes best, and the file is small: it gets what there is.
+            state, compute = self.decoder.state_dict(), self.precision.compute if self.graphs else "float32"
             planned: Planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
             self.stored[DECODER] = store_tensors(planned, state.__getitem__, self.folder / DECODER)
 
@@ -241,6 +254,24 @@ class _Writer:
         if not self.verify:
             del self.model  # nothing needs its memory any more
 
+    def describe(self, name: str) -> None:
+        """Record what goes in and out where there is no graph."""
+        size, compute = (
+            (self.plan.geometry.latent_height, self.plan.geometry.latent_width),
+            self.precision.compute,
+        )
+        caches = self.decoder.state_shapes(*size) if self.decoder else {}
+        carried = {cache: TensorRecord(compute, shape) for cache, shape in caches.items()}
+        file = self._weights_of(name)
+        # `prompt` and `step` are of one model, which is loaded once.
+        held = (
+            0
+            if name == "prompt"
+            else sum(tensor.bytes for tensor in self.stored.get(file or "", {}).values())
+        )
+        layouts = tensor_records(self.plan, compute, carried)[name]
+        self.records[name] = GraphRecord(None, file, *layouts, weight_bytes=held)
+
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
         self.progress(f"tracing {name}")
@@ -249,8 +280,8 @@ class _Writer:
         record = GraphRecord(
             file=path.name,
             weights=self._weights_of(name),
-            inputs=_tensor_records(traced.graph.input),
-            outputs=_tensor_records(traced.graph.output),
+            inputs=value_records(traced.graph.input),
+            outputs=value_records(traced.graph.output),
         )
         if precision.compute == "float32":  # ONNX Runtime runs the graph
             shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
@@ -312,15 +343,8 @@ class _Writer:
             tensorrt=precision.compute != "float32",
             single_kernels=self.target is not None and self.target.aot,
             input_scales=self.scales,
-            int8_layers=self._layers_in("int8"),
+            int8_layers=self.linears if precision.linear == "int8" else (),
         )
-
-    def _layers_in(self, linear: Linear) -> list[str]:
-        """The names of the linear layers that multiply in that."""
-        if self.precision.linear != linear:
-            return []
-        names = filter(self.precision.quantizes, weight_shapes(self.plan.spec))
-        return [name.removesuffix(".weight") for name in names]
 
     def _weights_of(self, name: str) -> str | None:
         """The file that a graph's weights lie in."""
@@ -331,11 +355,11 @@ class _Writer:
         """Compare a graph for ONNX Runtime with torch."""
         graph = self._graph(name)
         if name == "step" and (linear := self.precision.linear):
-            if linear == "fp8":
-                exactly, rounded = fp8.without_rounding, partial(fp8.rounded_inputs, self.model, self.scales)
-            else:
-                layers = self._layers_in(linear)
-                exactly, rounded = int8.without_rounding, partial(int8.rounded_inputs, self.model, layers)
+            exactly = {"fp8": fp8.without_rounding, "int8": int8.without_rounding}[linear]
+            rounded = {
+                "fp8": partial(fp8.rounded_inputs, self.model, self.scales),
+                "int8": partial(int8.rounded_inputs, self.model, self.linears),
+            }[linear]
             exact, share = quantized_differences(graph, path, self.plan, exactly, rounded)
             found = {name: (exact, TOLERANCE), f"step.{linear}": (share, ROUNDED_TOLERANCE)}
         else:
@@ -358,7 +382,7 @@ class _Writer:
             if decoder and precision:
                 with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
                     decoder = copy.deepcopy(decoder)
-                _empty(decoder, lambda parameter: torch_dtype(kind))
+                empty(decoder, lambda parameter: torch_dtype(kind))
             return decode_graph(self.plan, decoder, pixels=kind == "float32")
         model = self._traced(name, precision) if precision else self.model
         return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
@@ -369,22 +393,5 @@ class _Writer:
             model = WanModel(self.plan.spec).eval()
         if name == "prompt":
             model.keep_prompt_part()  # tracing takes time for each parameter, used or not
-        _empty(model, precision.computed_in)
+        empty(model, precision.computed_in)
         return model
-
-
-def _empty(module: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
-    """Give a module parameters of the same shapes, of those dtypes by name, without contents."""
-    state = {name: torch.empty(value.shape, dtype=dtype(name)) for name, value in module.state_dict().items()}
-    module.load_state_dict(state, assign=True)
-    module.requires_grad_(False)
-
-
-def _tensor_records(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorRecord]:
-    records = {}
-    for value in values:
-        kind = value.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
-        records[value.name] = TensorRecord(str(dtype), shape)
-    return records

@@ -198,8 +198,7 @@ def calibrate(
     """
     small = calibration_plan(plan)
     chunks = min(CHUNKS, small.phases[-1].first_chunk + 1)
-    quantized = filter(precision.quantizes, weight_shapes(plan.spec))
-    largest = dict.fromkeys((name.removesuffix(".weight") for name in quantized), 0.0)
+    largest = dict.fromkeys(precision.linears(weight_shapes(plan.spec)), 0.0)
 
     def see(name: str, x: Tensor) -> None:
         value = float(x.abs().amax())

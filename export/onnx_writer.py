@@ -10,7 +10,7 @@ import copy
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from forcingkv.export.tensorrt_passes import (
     split_slices,
 )
 from forcingkv.prune.onnx_operators import OPSET, functions_for, graphs, split_prune, translation_table
+from forcingkv.runtime.bundle import TensorRecord
 from forcingkv.runtime.dtypes import STORED_AS
 from forcingkv.runtime.tensors import StoredTensor
 
@@ -105,6 +106,17 @@ def write_onnx(
     _strip(model)
     onnx.save_model(_without_symbols(model) if tensorrt else model, path)
     return model
+
+
+def value_records(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorRecord]:
+    """What manifests say of a graph's inputs or outputs."""
+    records = {}
+    for value in values:
+        kind = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
+        records[value.name] = TensorRecord(str(dtype), shape)
+    return records
 
 
 def _trace(make: Callable[[], Graph]) -> tuple[Graph, torch.onnx.ONNXProgram]:

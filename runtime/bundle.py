@@ -143,6 +143,11 @@ class Manifest:
         return all(record.file is not None for record in self.graphs.values())
 
     @property
+    def multiplies_in(self) -> str:
+        """What linear layers multiply in."""
+        return "fp8" if self.calibration else self.compute
+
+    @property
     def frame_size(self) -> tuple[int, int]:
         """Width and height of the frames that sessions give."""
         return self.crop or self.resolution

@@ -27,7 +27,7 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
     headmaps = {one.policy: one.bundle.headmap for one in measured}
     return {
         "machine": machine(setup.threads),
-        "backend": setup.backend,
+        "backend": ", ".join(dict.fromkeys(one.case.backend for one in measured)),
         "model": plan.spec.name,
         "layers": plan.spec.layers,
         "geometry": plan.geometry.described,
@@ -38,9 +38,20 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
 
 
 def rows(measured: Sequence[BenchTurns]) -> list[BenchRow]:
-    """A row a policy, in the order they were given. They are compared with that of most keys and values."""
-    against, decoding = max(measured, key=lambda one: one.bundle.plan.kv_bytes()), decode_seconds(measured)
-    return [_row(one, against, decoding) for one in measured]
+    """A row a case, in the order they were given.
+
+    Policies are compared, on the same backend and in the same dtype, with that of most keys and values; and
+    all with ONNX Runtime in float32 under the same policy, where that was timed too.
+    """
+    made = []
+    for one in measured:
+        alike = [other for other in measured if other.case.way == one.case.way]
+        against = max(alike, key=lambda other: other.bundle.plan.kv_bytes())
+        same = [other for other in measured if other.policy == one.policy and other.case.way == REFERENCE]
+        over = _ratios(one, same[0])[0] if same else None
+        row = _row(one, against, decode_seconds(alike))
+        made.append(row | {"speedup_over_onnxruntime_float32": over})
+    return made
 
 
 def machine(threads: int | None) -> dict[str, Any]:
@@ -76,8 +87,15 @@ def title_of(result: Mapping[str, Any], *, resolution: bool = True) -> str:
 def results_table(result: Mapping[str, Any]) -> Table:
     """The rows of a report for people."""
     title = f"{title_of(result)}: a pass, median of {result['rounds']} rounds (least to most)"
-    return printable(title, list(SHOWN), ([show(row) for show in SHOWN.values()] for row in result["rows"]))
+    ways = {(row["backend"], row["dtype"]) for row in result["rows"]}
+    columns = (WAYS_SHOWN if len(ways) > 1 else {}) | SHOWN
+    return printable(
+        title, list(columns), ([show(row) for show in columns.values()] for row in result["rows"])
+    )
 
+
+REFERENCE = ("onnxruntime", "float32")
+"""Backend and dtype that the others are compared with."""
 
 SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "policy": lambda row: row["policy"],
@@ -94,16 +112,36 @@ SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 """The columns of the table for people."""
 
+WAYS_SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "backend": lambda row: row["backend"],
+    "dtype": lambda row: row["dtype"],
+    "over ORT float32": lambda row: _or_dash(row["speedup_over_onnxruntime_float32"]),
+}
+"""Further columns where there are several backends or dtypes."""
+
+
+def _or_dash(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def _ratios(one: BenchTurns, against: BenchTurns) -> tuple[float, list[float]]:
+    """How many times as fast a case was as another in the same round: the median over rounds, and all."""
+    pairs = zip(one.turns, against.turns, strict=True)
+    ratios = [other.pass_seconds / own.pass_seconds for own, other in pairs]
+    return statistics.median(ratios), ratios
+
 
 def _row(one: BenchTurns, against: BenchTurns, decoding: float | None) -> BenchRow:
     plan = one.bundle.plan
     flops, most = (pass_flops(m.bundle.plan).total for m in (one, against))
     taken, taken_against = ([turn.pass_seconds for turn in m.turns] for m in (one, against))
-    ratios = [b / a for a, b in zip(taken, taken_against, strict=True)]
-    speedup, limit, with_decoding = statistics.median(ratios), most / flops, None
+    speedup, ratios = _ratios(one, against)
+    limit, with_decoding = most / flops, None
     if decoding is not None:
         with_decoding = (against.chunk_seconds + decoding) / (one.chunk_seconds + decoding)
     return {
+        "backend": one.case.backend,
+        "dtype": one.case.dtype,
         "policy": one.policy,
         # A denoising pass, and the baseline's through this policy's of the same round: medians over rounds.
         "seconds": one.pass_seconds,

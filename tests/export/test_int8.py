@@ -25,7 +25,7 @@ from forcingkv.export.codes import INT8, dequantize
 from forcingkv.export.fp8 import CalibrationTexts
 from forcingkv.export.graphs import step_graph
 from forcingkv.export.int8 import MOST_INPUTS, quantize_linears, rounded_inputs, without_rounding
-from forcingkv.export.precision import Precision, precision_of, scale_name
+from forcingkv.export.precision import Precision, Target, precision_of, scale_name
 from forcingkv.export.verify import quantized_differences
 from forcingkv.headmaps import InputError
 from forcingkv.models.checkpoint import weight_shapes
@@ -192,9 +192,11 @@ def test_what_int8_stands_for(run: Callable[..., Ran], tmp_path: Path) -> None:
     assert {name.split(".", 2)[2].removesuffix(".weight") for name in quantized} == LAYERS
     assert PRECISION.stored_as("blocks.0.ffn.0.weight") == "int8"
     assert PRECISION.stored_as("blocks.0.ffn.0.bias") == "float32"
-    for target in ("tensorrt", "tensorrt-rtx"):
-        with pytest.raises(InputError, match=r"int8 is for ONNX Runtime.*--dtype fp8"):
-            precision_of("int8", target, (89,))
+    targets: dict[Target, str] = {"tensorrt": "fp8", "tensorrt-rtx": "fp8", "torch": "float32"}
+    for target, other in targets.items():
+        expected = f"--dtype int8 --target {target} is what ONNX .*; expected --target onnx, or .*{other}"
+        with pytest.raises(InputError, match=expected):
+            precision_of("int8", target)
     spec, weights = small()
     texts = CalibrationTexts("random", (), ())
     with pytest.raises(InputError, match="calibration is for fp8 only"):
