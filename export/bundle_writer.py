@@ -200,6 +200,7 @@ def export_bundle(
             taken=(weights.taken or None) if isinstance(weights, Weights) else None,
             loras=(weights.loras or None) if isinstance(weights, Weights) else None,
             crop=plan.geometry.crop,
+            linear=precision.linear,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from forcingkv.export.passes import shape_of
-from forcingkv.export.precision import Linear, scale_name, torch_dtype
-from forcingkv.runtime.spec import Dtype
+from forcingkv.export.precision import scale_name, torch_dtype
+from forcingkv.runtime.spec import Dtype, Linear
 
 
 @dataclass(frozen=True)

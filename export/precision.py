@@ -11,12 +11,9 @@ import torch
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.dtypes import DTYPES, DtypeRecord
-from forcingkv.runtime.spec import Dtype
+from forcingkv.runtime.spec import Dtype, Linear
 
 Target: TypeAlias = Literal["onnx", "torch", "tensorrt", "tensorrt-rtx"]
-
-Linear: TypeAlias = Literal["fp8", "int8"]
-"""What linear layers multiply in, where that is another dtype than that of all else: `fp8` is E4M3."""
 
 ExportDtype: TypeAlias = Literal[Dtype, Linear]
 """What an export is asked for, and what a tensor is stored as."""

@@ -126,7 +126,7 @@ def test_a_bundle_is_verified_and_says_what_it_was_calibrated_with(exported: Pat
     share = manifest.verification["step.fp8"]
     assert share <= bundle_writer.ROUNDED_TOLERANCE
     assert max(v for name, v in manifest.verification.items() if name != "step.fp8") <= 1e-5
-    assert manifest.compute == "float32"
+    assert (manifest.compute, manifest.linear, manifest.multiplies_in) == ("float32", "fp8", "fp8")
     record = manifest.calibration
     assert record is not None
     assert (record.texts, record.prompts) == ("prompts", ("a b", "b a d"))

@@ -210,14 +210,16 @@ def test_what_int8_stands_for(run: Callable[..., Ran], tmp_path: Path) -> None:
 # Bundles.
 
 
-def test_a_bundle_holds_codes_and_is_verified() -> None:
+def test_a_bundle_holds_codes_and_is_verified(run: Callable[..., Ran]) -> None:
     path, (spec, weights) = int8_bundle(), small()
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     assert set(manifest.verification) == {"prompt", "step", "step.int8", "decode"}
     assert manifest.verification["step.int8"] <= bundle_writer.ROUNDED_TOLERANCE
     assert max(v for name, v in manifest.verification.items() if name != "step.int8") <= 1e-5
-    assert (manifest.compute, manifest.calibration) == ("float32", None)
+    assert (manifest.compute, manifest.calibration, manifest.linear) == ("float32", None, "int8")
+    assert manifest.multiplies_in == "int8"
+    assert "graphs      compute in float32, linear layers of the blocks in int8" in run("inspect", path).out
     assert not list(path.glob("*exact*")), "what only verification needs is gone"
     file, quantized = load_file(path / "weights.safetensors"), set(filter(PRECISION.quantizes, weights))
     assert {name.split(".", 2)[2].removesuffix(".weight") for name in quantized} == LAYERS
