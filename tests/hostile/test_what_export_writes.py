@@ -79,7 +79,7 @@ def test_the_tables_go_together() -> None:
 def test_export_refuses_what_would_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(small_bundle("full"))
     precision = precision_of("float32", "onnx")
-    writer = bundle_writer._Writer(bundle.path, bundle.plan, None, precision, None, False, print)
+    writer = bundle_writer._Writer(bundle.path, bundle.plan, None, precision, None, False, True, print)
     given = "prompt", bundle.graph("prompt"), bundle.manifest.graphs["prompt"]
     writer._check(*given)
     monkeypatch.delitem(graph_check.OPERATORS, ("", "Gelu"))
