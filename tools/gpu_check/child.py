@@ -32,7 +32,7 @@ def main(place: str, seconds: str, kit: str | None = None) -> None:
     except FailedError as failed:
         line = {"status": "failed", "why": str(failed)}
         traceback.print_exc()
-    except Exception as error:
+    except BaseException as error:  # those of the stand-ins for misuse too
         if type(error).__name__ == "MissingExtraError":
             line = {"status": "skipped", "why": str(error)}
             check.figures.pop("on")
