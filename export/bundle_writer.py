@@ -48,6 +48,7 @@ from forcingkv.runtime.bundle import (
     Manifest,
     PlanRecord,
     TensorRecord,
+    tensor_records,
 )
 from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
@@ -115,7 +116,8 @@ def export_bundle(
         decoder: what makes pixels of latents; needed unless the latents are pixels.
         dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
             of the blocks, with bfloat16. None: the model's default, and bfloat16 for TensorRT.
-        target: `onnx` for ONNX Runtime; a flavour of TensorRT to build engines too.
+        target: `onnx` for ONNX Runtime; `torch` for the backend of that name, without graphs; a flavour of
+            TensorRT to build engines too.
         sms: compute capabilities to build engines for; none: that of this machine's GPU.
         aot: whether the plugin's kernels are compiled into the engines; for the flavour tensorrt only.
         verify: whether to run every graph in float32 and compare it with torch; needs the memory of
@@ -129,7 +131,7 @@ def export_bundle(
         VerificationError: a graph differs from torch by more than `TOLERANCE` or `FP8_TOLERANCE`.
         EngineError: TensorRT did not build an engine.
     """
-    engines = engine_target(target, sms, aot=aot) if target != "onnx" else None
+    engines = None if target == "onnx" or target == "torch" else engine_target(target, sms, aot=aot)
     if (sms or aot) and engines is None:
         where = "--aot" if aot else "--sm"
         raise InputError("is for engines only", where=where, expected="--target tensorrt or tensorrt-rtx")
@@ -138,10 +140,13 @@ def export_bundle(
     precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target, gpus)
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
-    check_choice(plan)
+    if target != "torch":
+        check_choice(plan)  # which graphs have to be able to make
     if (decoder is None) != (spec.decoder.kind == "pixels"):
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
-    verify = engines is None if verify is None else verify
+    verify = target == "onnx" if verify is None else verify
+    if verify and target == "torch":
+        raise InputError("compares graphs with torch, and there are none", where="verify")
     if verify:
         check_memory_to_verify(plan, decoder)
     if calibration and not precision.linear:
@@ -156,12 +161,12 @@ def export_bundle(
     check_disk(out, baked_bytes(spec, precision), len(gpus))
     use_threads()
     with new_folder(out, BUNDLE, NAMES) as folder:
-        bundle = _Writer(folder, plan, decoder, precision, engines, verify, progress)
+        bundle = _Writer(folder, plan, decoder, precision, engines, verify, target != "torch", progress)
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
         if calibration:
             bundle.calibrate(calibration)
         for name in GRAPHS:
-            bundle.write_graph(name)
+            bundle.describe(name) if target == "torch" else bundle.write_graph(name)
         check_records(bundle.records, plan, precision.compute, str(out))
         if engines:
             bundle.write_engines(engines)
@@ -208,6 +213,8 @@ class _Writer:
     precision: Precision
     target: EngineTarget | None
     verify: bool
+    graphs: bool
+    """Whether graphs are traced."""
     progress: Callable[[str], None]
     records: dict[str, GraphRecord] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
@@ -229,7 +236,8 @@ class _Writer:
         self.stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.progress)
         if self.decoder:
             # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
-            state, compute = self.decoder.state_dict(), self.precision.compute
+            # torch computes in what it likes best, and the file is small: it gets what there is.
+            state, compute = self.decoder.state_dict(), self.precision.compute if self.graphs else "float32"
             planned: Planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
             self.stored[DECODER] = store_tensors(planned, state.__getitem__, self.folder / DECODER)
 
@@ -238,6 +246,24 @@ class _Writer:
         self.scales, self.calibration = calibrate(self.model, self.plan, self.precision, texts, self.progress)
         if not self.verify:
             del self.model  # nothing needs its memory any more
+
+    def describe(self, name: str) -> None:
+        """Record what goes in and out where there is no graph."""
+        size, compute = (
+            (self.plan.geometry.latent_height, self.plan.geometry.latent_width),
+            self.precision.compute,
+        )
+        caches = self.decoder.state_shapes(*size) if self.decoder else {}
+        carried = {cache: TensorRecord(compute, shape) for cache, shape in caches.items()}
+        file = self._weights_of(name)
+        # `prompt` and `step` are of one model, which is loaded once.
+        held = (
+            0
+            if name == "prompt"
+            else sum(tensor.bytes for tensor in self.stored.get(file or "", {}).values())
+        )
+        layouts = tensor_records(self.plan, compute, carried)[name]
+        self.records[name] = GraphRecord(None, file, *layouts, weight_bytes=held)
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders import StreamingDecoder, frames_of
 from forcingkv.models.generate import latent_shape, next_latents
 from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype
 from forcingkv.models.wan import KeysValues, WanModel
@@ -122,22 +122,22 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pi
     """
     batch, channels, _, height, width = latent_shape(plan)
 
-    def frames_of(pixels: Tensor) -> Tensor:
-        if plan.geometry.crop:
-            shown_width, shown_height = plan.geometry.crop
-            pixels = pixels[..., :shown_height, :shown_width]
-        return to_frames(pixels)
-
     if decoder is None:
         latents = torch.zeros(latent_shape(plan))
-        return Graph(None, lambda inputs: (frames_of(inputs["latents"]),), {"latents": latents}, ("frames",))
+        return Graph(
+            None,
+            lambda inputs: (frames_of(inputs["latents"], plan.geometry),),
+            {"latents": latents},
+            ("frames",),
+        )
     state = decoder.empty_state(height, width)
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         held, kind = {name: inputs[name] for name in state}, compute_dtype(decoder)
         made, following = decoder(inputs["latents"].to(kind), inputs["first"].to(kind), held)
         made = made.float()
-        shown = (frames_of(made), made) if pixels else (frames_of(made),)
+        frames = frames_of(made, plan.geometry)
+        shown = (frames, made) if pixels else (frames,)
         return (*shown, *(following[name] for name in state))
 
     inputs = {"latents": torch.zeros(batch, channels, 1, height, width), "first": torch.ones(1), **state}
@@ -152,13 +152,6 @@ def _cross_names(layers: int) -> list[str]:
 def compute_dtype(model: nn.Module) -> torch.dtype:
     """The dtype a model computes in: that of its weights. Latents and noise levels stay float32."""
     return next(model.parameters()).dtype
-
-
-def to_frames(pixels: Tensor) -> Tensor:
-    """(1, 1 or 3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
-    frames = ((pixels[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round()
-    frames = frames.expand(-1, -1, -1, 3) if frames.shape[-1] == 1 else frames
-    return frames.to(torch.uint8)  # last: TensorRT has uint8 at the borders of a network only
 
 
 def _unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:

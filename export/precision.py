@@ -13,7 +13,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.dtypes import DTYPES, DtypeRecord
 from forcingkv.runtime.spec import Dtype
 
-Target: TypeAlias = Literal["onnx", "tensorrt", "tensorrt-rtx"]
+Target: TypeAlias = Literal["onnx", "torch", "tensorrt", "tensorrt-rtx"]
 
 ExportDtype: TypeAlias = Literal[Dtype, "fp8"]
 """What an export is asked for, and what a tensor is stored as. `fp8` (E4M3) is for linear layers only."""
@@ -67,12 +67,18 @@ def torch_dtype(dtype: ExportDtype) -> torch.dtype:
 def precision_of(dtype: ExportDtype, target: Target, sms: Sequence[int] = ()) -> Precision:
     """The precision of a bundle.
 
-    ONNX Runtime computes in float32 on a CPU, whatever the weights are stored as; TensorRT computes in
-    what they are stored as, and has no fused attention in float32. With fp8 all but the linear layers of
+    ONNX Runtime computes in float32 on a CPU, whatever the weights are stored as; torch and TensorRT in what
+    they are stored as, and TensorRT has no fused attention in float32. With fp8 all but the linear layers of
     the blocks is as with bfloat16. `sms` are compute capabilities of the GPUs that engines are built for.
 
-    Raises InputError for float32 with TensorRT, and for fp8 with a GPU that has none.
+    Raises InputError for float32 with TensorRT, for fp8 with torch and with a GPU that has none.
     """
+    if dtype == "fp8" and target == "torch":
+        raise InputError(
+            "is not among what the backend torch computes in",
+            where="--dtype fp8 --target torch",
+            expected="float32, bfloat16 or float16",
+        )
     if dtype == "fp8":
         old = ", ".join(f"sm_{sm}" for sm in sms if sm < FP8_FROM)
         if old:
@@ -85,7 +91,7 @@ def precision_of(dtype: ExportDtype, target: Target, sms: Sequence[int] = ()) ->
         return Precision("float32" if target == "onnx" else "bfloat16", "bfloat16", dtype)
     if target == "onnx":
         return Precision("float32", dtype)
-    if dtype == "float32":
+    if dtype == "float32" and target != "torch":
         raise InputError(
             "TensorRT has no attention kernel in float32",
             where=f"--dtype float32 --target {target}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import import_module
 from typing import NamedTuple
 
 from forcingkv.headmaps.errors import InputError
@@ -72,7 +73,10 @@ def check_memory(bundle: Bundle, options: LaneOptions, *, weights: bool = True) 
         parts.pop("weights", None)
     needed = sum(parts.values())
     on_device = options.backend in FLAVOURS
-    available = device_free_bytes() if on_device else available_bytes()
+    if options.backend == "torch":
+        on_device, available = _of_torch(options.device)
+    else:
+        available = device_free_bytes() if on_device else available_bytes()
     if needed <= available:
         return
     listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
@@ -87,6 +91,18 @@ def check_memory(bundle: Bundle, options: LaneOptions, *, weights: bool = True) 
         if fits
         else "No policy or resolution of this model fits: free memory, or use a larger machine.",
     )
+
+
+def _of_torch(name: str | None) -> tuple[bool, int]:
+    """Whether a device of torch's is no CPU, and the bytes that are free on it.
+
+    Raises InputError where there is no such device.
+    """
+    if name in (None, "cpu"):
+        return False, available_bytes()  # torch takes a second to load
+    devices = import_module("forcingkv.runtime.backends.torch_device")
+    device = devices.find_device(name)
+    return True, int(devices.free_bytes(device))
 
 
 def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
@@ -122,4 +138,5 @@ def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, res
     other = max(plans, key=CachePlan.kv_bytes)
     ratio = other.frame_tokens / bundle.plan.frame_tokens
     sizes = {name: round(size * ratio) if name in SIZED_BY_TOKENS else size for name, size in parts.items()}
-    return sum((sizes | kv_parts(other, bundle.manifest.compute)).values())
+    kv = kv_parts(other, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)
+    return sum((sizes | kv).values())

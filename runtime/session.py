@@ -11,7 +11,7 @@ from typing import Self
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.backends import Lane, LaneOptions, open_backend
+from forcingkv.runtime.backends import Lane, LaneOptions, default_backend, open_backend
 from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
 from forcingkv.runtime.faults import InUseError
@@ -62,7 +62,7 @@ class Session:
         cls,
         bundle: Bundle | Path | str,
         *,
-        backend: str = "onnxruntime",
+        backend: str | None = None,
         device: str | None = None,
         dtype: Dtype | None = None,
         provider: str | None = None,
@@ -77,8 +77,9 @@ class Session:
 
         Args:
             bundle: an opened bundle, or its folder.
-            backend: what runs the graphs: `onnxruntime`, `tensorrt` or `tensorrt-rtx`; `onnxruntime-cpu` for
-                the CPU where ONNX Runtime was built for GPUs.
+            backend: what runs it: `onnxruntime`, `torch`, `tensorrt` or `tensorrt-rtx`; `onnxruntime-cpu` for
+                the CPU where ONNX Runtime was built for GPUs. None: `onnxruntime`, and `torch` for bundles
+                without graphs, and where a device, a dtype or compiling is asked for (`Session.runs_on`).
             device: where, for backends that can choose: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`.
             dtype: what to compute in, for backends that can choose; None: what the bundle was exported for.
             provider: ONNX Runtime: what runs its graphs, `cpu`, `cuda`, ...
@@ -100,9 +101,12 @@ class Session:
         """
         one_of(FramesOn, frames, "place for frames")
         chosen_threads(threads)
-        options = LaneOptions(backend, threads, device, dtype, provider, cuda_graphs, compiled)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, expect=expect_digest)
         check_digest(opened.path, opened.digest, expect_digest)
+        backend = backend or default_backend(opened, torch_is_asked=bool(device or dtype or compiled))
+        options = LaneOptions(backend, threads, device, dtype, provider, cuda_graphs, compiled)
+        if backend == "torch":
+            opened = opened.computing_in(dtype)
         if preflight:
             check_memory(opened, options)
         return cls(opened, options, open_backend(opened, options), frames)

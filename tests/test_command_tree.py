@@ -24,6 +24,7 @@ _AT_MOST = "more than 100,000 hung or took all memory before anything was said"
 _WHERE = "new: there are backends that can choose where and in what they compute"
 
 CHANGED: dict[str, str] = {
+    "generate --backend": "not given, it is chosen: torch runs bundles without graphs",
     "generate --compile": _WHERE,
     "generate --device": _WHERE,
     "generate --dtype": _WHERE,

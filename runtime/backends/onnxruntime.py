@@ -10,10 +10,8 @@ import ctypes
 import math
 import os
 import re
-import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,12 +19,16 @@ import numpy as np
 import onnxruntime as ort
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.backends import Array, Lane, LaneOptions, Mark, Pass, Queue, Tensor
+from forcingkv.runtime.backends import Array, Lane, LaneOptions, Pass, Queue, Tensor
+from forcingkv.runtime.backends.host import Fetched, HostQueue
 from forcingkv.runtime.backends.linked_graphs import graph_and_folder
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.kv.buffers import CacheBuffers
+from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import available_bytes, trim
+from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.threads import chosen_threads
 
 FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
@@ -200,6 +202,9 @@ class OnnxLane:
         except MemoryError as error:
             raise MemoryShortError(f"no memory for a tensor of {dtype} {shape}") from error
 
+    def cache(self, plan: CachePlan, dtype: Dtype) -> CacheBuffers:
+        return CacheBuffers(plan, self, dtype)
+
     def bind(
         self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> Pass:
@@ -219,34 +224,6 @@ class OnnxLane:
         if not graphs:
             raise DeviceError("the lane is closed")
         return graphs
-
-
-class HostMark(float):
-    """The time in seconds at which work was done."""
-
-    def wait(self) -> None:
-        pass
-
-    def since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, HostMark)
-        return self - earlier
-
-
-class HostQueue:
-    """Work that is done at once."""
-
-    def mark(self) -> HostMark:
-        return HostMark(time.perf_counter())
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A copy that was made at once."""
-
-    copy: Array
-
-    def array(self) -> Array:
-        return self.copy
 
 
 class HostTensor:

@@ -51,8 +51,8 @@ def export(
     dtype: Annotated[
         str | None,
         Option(
-            help="What weights are stored as and TensorRT computes in: float32, bfloat16, float16, or fp8"
-            " (linear layers in FP8, all else in bfloat16); default: the model's, for TensorRT bfloat16."
+            help="What weights are stored as, and torch and TensorRT compute in: float32, bfloat16, float16,"
+            " fp8 (linear layers in FP8, all else in bfloat16); default: the model's, for TensorRT bfloat16."
         ),
     ] = None,
     calibration: Annotated[
@@ -69,7 +69,9 @@ def export(
             help="Compare every graph with torch, in float32; default: only with --target onnx.",
         ),
     ] = None,
-    target: Annotated[str, Option(help="onnx; tensorrt-rtx or tensorrt for engines too.")] = "onnx",
+    target: Annotated[
+        str, Option(help="onnx; torch, in seconds, without graphs; tensorrt-rtx or tensorrt for engines too.")
+    ] = "onnx",
     sm: Annotated[
         list[int] | None,
         Option(help="GPU to build for, such as 89 for 8.9; may be given again. Default: the one here."),
@@ -144,7 +146,7 @@ def export(
     if manifest.verification:
         exact = {name: found for name, found in manifest.verification.items() if name != "step.fp8"}
         say(f"verified against torch: largest difference {max(exact.values()):.1e}")
-    else:
+    elif wanted != "torch":
         say("not verified against torch: add --verify to do that")
     for engine in manifest.engines:
         say(

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 
 Backend: TypeAlias = Annotated[str, Option(help=f"What runs the graphs: {', '.join(BACKENDS)}.")]
+BackendOrOwn: TypeAlias = Annotated[
+    str | None,
+    Option(
+        help=f"What runs it: {', '.join(BACKENDS)}; default: onnxruntime, or torch where that alone can or"
+        " --device, --dtype or --compile ask for it."
+    ),
+]
 Device: TypeAlias = Annotated[
     str | None,
     Option(help="Where to run: cpu, cuda, cuda:1, mps or xpu, with --backend torch; a GPU of TensorRT."),
