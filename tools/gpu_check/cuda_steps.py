@@ -88,7 +88,9 @@ def graphs(check: Check) -> None:
             sources[which].write(np.full(COUNT, value, np.float32), here.main)
             replay[which]()
             found = here.holds(targets[which])
-            check.expect(found == value, f"replay {turn} of graph {which} copied {found}, and {value} was there")
+            check.expect(
+                found == value, f"replay {turn} of graph {which} copied {found}, and {value} was there"
+            )
         _captured_beside_others(check, here)
         _capture_that_fails(check, here)
 
@@ -122,7 +124,9 @@ def _captured_beside_others(check: Check, here: Place) -> None:
     for replay in replays:
         target.clear(here.main)
         replay()
-        check.expect(here.holds(target) == 3, "a graph captured beside another thread's memory copies wrongly")
+        check.expect(
+            here.holds(target) == 3, "a graph captured beside another thread's memory copies wrongly"
+        )
     check.note(turns_of_the_other_thread=turns[0])
 
 
@@ -184,7 +188,11 @@ def _round_trips(check: Check, here: Place) -> None:
         array = random.integers(0, 2 if one.name == "bool" else 100, (3, 5, 7)).astype(host)
         tensor.write(array, here.main)
         part = tensor.rows(1, 3)
-        for found, wanted in ((tensor, array), (part, array[1:3]), (tensor.first((2, 5)), array.ravel()[:10])):
+        for found, wanted in (
+            (tensor, array),
+            (part, array[1:3]),
+            (tensor.first((2, 5)), array.ravel()[:10]),
+        ):
             came = found.fetch(here.main).array()
             check.expect((came.ravel() == wanted.ravel()).all(), f"{one.name} did not come back as it went")
         tensor.clear(here.main)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 Status: TypeAlias = Literal["passed", "failed", "skipped", "timed out", "crashed"]
 Line: TypeAlias = dict[str, Any]
 BAD: tuple[Status, ...] = ("failed", "timed out", "crashed")
+WORK = "FORCINGKV_GPU_CHECK_WORK"
+"""As in `kit`: the folder that steps share."""
 SECONDS = 480.0
 """Of all steps together."""
 GRACE = 1.0
@@ -81,6 +83,8 @@ def run_steps(steps: Sequence[Step], settings: Settings) -> list[Line]:
         if written:
             print(text, file=written, flush=True)
 
+    work = tempfile.TemporaryDirectory(prefix="forcingkv-gpu-check-", ignore_cleanup_errors=True)
+    settings = replace(settings, environment={WORK: work.name} | settings.environment)
     try:
         for place, step in enumerate(steps):
             kept = sum(later.kept for later in steps[place + 1 :])
@@ -92,6 +96,7 @@ def run_steps(steps: Sequence[Step], settings: Settings) -> list[Line]:
                 tell(run_step(step, room, settings, tell))
         tell(summary(lines, settings.seconds - (deadline - time.monotonic())))
     finally:
+        work.cleanup()
         if written:
             written.close()
     return lines

@@ -112,7 +112,9 @@ def kernels(check: Check) -> None:
         )
         check.expect(same(found, wanted), f"{case}: what is collected differs from torch")
         if case.holds == "ties":
-            check.expect(found[0].tolist() == list(range(case.kept)), f"{case}: ties go to {found[0].tolist()}")
+            check.expect(
+                found[0].tolist() == list(range(case.kept)), f"{case}: ties go to {found[0].tolist()}"
+            )
         check.expect(same(prune(case, *keys), found), f"{case}: a second launch gives other bits")
     check.note(cases=len(cases))
     if check.gpu:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,14 +20,16 @@ if TYPE_CHECKING:
     from forcingkv.runtime.spec import Dtype
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTENTS = "kit.json"
+CONTENTS, RECORDS, VIDEO = "kit.json", "records.json", "reference.npz"
 SOURCES = ("headmaps", "runtime", "models", "export", "prune")
 """Folders whose code the parts come from."""
 PROMPT, SEED, CHUNKS = "a 3 moving left and a 7 moving up", 1, 12
 """Of the reference video of the demo model."""
 POLICY = "forcing-kv"
+WORK = "FORCINGKV_GPU_CHECK_WORK"
+"""Variable that names the folder in which steps leave for later ones what they had to make themselves."""
 KEPT: list[TemporaryDirectory[str]] = []
-"""Folders of what is made here; they go with the process."""
+"""Such a folder of a process's own, which goes with it."""
 
 
 class Quick(NamedTuple):
@@ -73,9 +78,9 @@ class Kit:
         return read
 
     def has(self, *parts: str) -> Path | None:
-        """A part of the kit, where it is there."""
-        path = self.folder.joinpath(*parts) if self.folder else None
-        return path if path and path.exists() else None
+        """A part, where it is in the kit or an earlier step made it."""
+        places = [self.folder, self._work] if self.folder else [self._work]
+        return next((path for place in places if (path := place.joinpath(*parts)).exists()), None)
 
     def kernels(
         self, dtype: Dtype, width: int, sm: int, *, uneven: bool = False
@@ -86,10 +91,11 @@ class Kit:
         from forcingkv.runtime.engines import KernelRecord
 
         names = UNEVEN_KERNELS if uneven else KERNELS
-        path = self.has("kernels", kernels_name(dtype, width, sm, names))
-        if path:
-            return path, [KernelRecord(**one) for one in json.loads((path / "records.json").read_bytes())]
-        return compile_into(self._here(), dtype, width, sm, names)
+        parts = "kernels", kernels_name(dtype, width, sm, names)
+        path = self.has(*parts) or self._made(
+            lambda out: compile_into(out, dtype, width, sm, names), "-".join(parts)
+        )
+        return path, [KernelRecord(**one) for one in json.loads((path / RECORDS).read_bytes())]
 
     def quick(self, kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: int) -> Quick:
         """A kernel as a quick plugin launches it. Raises MissingExtraError as `kernels` does."""
@@ -98,13 +104,11 @@ class Kit:
 
     def demo(self) -> Path:
         """A bundle of the demo model for ONNX Runtime, policy forcing-kv, float32."""
-        return self.has("demo") or make_demo(self._here())
+        return self.has("demo") or self._made(make_demo, "demo")
 
     def reference(self) -> Reference:
         """The reference video of that bundle."""
-        path = self.has("reference.npz")
-        if path is None:
-            return make_reference(self.demo())
+        path = self.has(VIDEO) or self._made(lambda out: make_reference(self.demo(), out), VIDEO)
         with np.load(path) as arrays:
             return Reference(arrays["latents"], arrays["frames"])
 
@@ -113,9 +117,21 @@ class Kit:
         path = self.has("wheels")
         return sorted(path.glob("*.whl")) if path else []
 
-    def _here(self) -> Path:
-        KEPT.append(TemporaryDirectory(prefix="forcingkv-gpu-check-"))
-        return Path(KEPT[-1].name) / "made"
+    @cached_property
+    def _work(self) -> Path:
+        if WORK not in os.environ:
+            KEPT.append(TemporaryDirectory(prefix="forcingkv-gpu-check-"))
+            os.environ[WORK] = KEPT[-1].name
+        return Path(os.environ[WORK])
+
+    def _made(self, make: Callable[[Path], object], name: str) -> Path:
+        """What is made at a path, whole or not at all: a step may be killed meanwhile."""
+        path = self._work / name
+        if not path.exists():
+            unfinished = Path(mkdtemp(dir=self._work, prefix="unfinished-")) / name
+            make(unfinished)
+            unfinished.rename(path)
+        return path
 
 
 def sources() -> str:
@@ -134,13 +150,12 @@ def kernels_name(dtype: str, width: int, sm: int, names: tuple[KernelName, ...])
     return f"{dtype}-{width}-sm{sm}" + ("-uneven" if any("uneven" in name for name in names) else "")
 
 
-def compile_into(
-    folder: Path, dtype: Dtype, width: int, sm: int, names: tuple[KernelName, ...]
-) -> tuple[Path, list[KernelRecord]]:
-    """Compile those kernels into a folder."""
+def compile_into(folder: Path, dtype: Dtype, width: int, sm: int, names: tuple[KernelName, ...]) -> None:
+    """Compile those kernels into a folder, and write their records beside them."""
     from forcingkv.prune.kernel_compiler import compile_kernels
 
-    return folder, compile_kernels(folder, dtype, width, (sm,), names)
+    records = compile_kernels(folder, dtype, width, (sm,), names)
+    (folder / RECORDS).write_text(json.dumps([asdict(record) for record in records]), encoding="utf-8")
 
 
 def quick(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: int) -> Quick:
@@ -151,7 +166,7 @@ def quick(kernel: KernelName, outputs: int, dtype: Dtype, width: int, sm: int) -
     return Quick(ptx, made.name, made.num_warps, made.shared)
 
 
-def make_demo(out: Path) -> Path:
+def make_demo(out: Path) -> None:
     """Export the demo model for ONNX Runtime. It is compared with torch by the tests, not here."""
     from forcingkv.export import export_bundle
     from forcingkv.headmaps import read_headmap
@@ -161,13 +176,13 @@ def make_demo(out: Path) -> Path:
 
     spec, headmap = load_spec("demo"), read_headmap(ROOT / "headmaps" / "maps" / "demo.json")
     export_bundle(spec, load_weights(spec), load_policy(POLICY), out, headmap=headmap, verify=False)
-    return out
 
 
-def make_reference(bundle: Path) -> Reference:
-    """Make the reference video: `PROMPT`, `SEED`, `CHUNKS`."""
+def make_reference(bundle: Path, out: Path) -> None:
+    """Write the reference video: `PROMPT`, `SEED`, `CHUNKS`."""
     from forcingkv.runtime import Session
 
     with Session.open(bundle, backend="onnxruntime-cpu") as session:
         made = list(session.generate(PROMPT, seed=SEED, chunks=CHUNKS))
-    return Reference(np.stack([one.latents for one in made]), np.stack([one.frames for one in made]))
+    latents, frames = (np.stack([getattr(one, name) for one in made]) for name in Reference._fields)
+    np.savez_compressed(out, latents=latents, frames=frames)

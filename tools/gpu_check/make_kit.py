@@ -13,17 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-
-import numpy as np
 
 from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS
 from forcingkv.runtime.spec import Dtype
 from tools.gpu_check.kit import (
     CONTENTS,
     ROOT,
+    VIDEO,
     compile_into,
     kernels_name,
     make_demo,
@@ -57,8 +55,8 @@ def make_kit(out: Path, sm: int, python: str, *, wheels: bool) -> dict[str, int]
         folder = Path(place) / "kit"
         folder.mkdir()
         _kernels(folder, sm)
-        demo = make_demo(folder / "demo")
-        np.savez_compressed(folder / "reference.npz", **make_reference(demo)._asdict())
+        make_demo(folder / "demo")
+        make_reference(folder / "demo", folder / VIDEO)
         if wheels:
             _wheels(folder / "wheels", python)
         contents = {
@@ -70,7 +68,9 @@ def make_kit(out: Path, sm: int, python: str, *, wheels: bool) -> dict[str, int]
         (folder / CONTENTS).write_text(json.dumps(contents, indent=1), encoding="utf-8")
         sizes = {one.name: _bytes(one) for one in sorted(folder.iterdir())}
         if sum(sizes.values()) > MOST_BYTES:
-            raise SystemExit(f"the kit has {sum(sizes.values()):,} bytes, and at most {MOST_BYTES:,} are meant.")
+            raise SystemExit(
+                f"the kit has {sum(sizes.values()):,} bytes, and at most {MOST_BYTES:,} are meant."
+            )
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
@@ -81,10 +81,7 @@ def _kernels(folder: Path, sm: int) -> None:
     other = 80 if sm // 10 != 8 else 90  # a GPU refuses those of another major version
     wanted = [(dtype, width, sm, names) for dtype, width in KINDS for names in (KERNELS, UNEVEN_KERNELS)]
     for dtype, width, one, names in [*wanted, ("bfloat16", 128, other, KERNELS)]:
-        place = folder / "kernels" / kernels_name(dtype, width, one, names)
-        _, records = compile_into(place, dtype, width, one, names)
-        listed = json.dumps([asdict(record) for record in records])
-        (place / "records.json").write_text(listed, encoding="utf-8")
+        compile_into(folder / "kernels" / kernels_name(dtype, width, one, names), dtype, width, one, names)
     (folder / "ptx").mkdir()
     for kernel in KERNELS:
         made = quick(kernel, QUICK[kernel], "bfloat16", 128, sm)

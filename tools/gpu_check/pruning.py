@@ -72,7 +72,9 @@ class Case:
                 keys[:, 0, ..., 0] = 2  # the cosine of a token and a later one is 1, without rounding
             if self.holds == "nan" and frames == self.frames:
                 keys[:, :, 0, : self.split.kept_tokens] = torch.nan
-            placed = (tensor.flatten(2, 3).to(device, getattr(torch, self.dtype)) for tensor in (keys, values))
+            placed = (
+                tensor.flatten(2, 3).to(device, getattr(torch, self.dtype)) for tensor in (keys, values)
+            )
             return KeysValues(*placed)
 
         return of(self.transition), of(self.frames)

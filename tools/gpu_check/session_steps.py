@@ -47,7 +47,7 @@ def differing(found: Iterable[Chunk], wanted: Iterable[Chunk]) -> list[int]:
 
 
 def session(check: Check) -> None:
-    """Whole videos: all phases and both sides of the cache, plain and captured, switched, saved, alone or not."""
+    """Whole videos: all phases and both sides of the cache, plain and captured, switched, saved, two at once."""
     chunks = CHUNKS if check.gpu else FEWER
     with stand_in(check) as made:
         with made.session() as plain:
@@ -174,7 +174,9 @@ def device_frames(check: Check) -> None:
                 torch.cuda.synchronize()
                 found.append(copy.cpu().numpy())
             else:
-                found.append(made.cuda.bytes_at(chunk.frames.ptr, wanted[0].size).reshape(wanted[0].shape).copy())
+                found.append(
+                    made.cuda.bytes_at(chunk.frames.ptr, wanted[0].size).reshape(wanted[0].shape).copy()
+                )
         apart = [n for n, (one, other) in enumerate(zip(found, wanted, strict=True)) if (one != other).any()]
         check.expect(not apart, f"frames on the device differ in chunks {apart}")
         if check.gpu:
