@@ -37,6 +37,7 @@ from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.rebuild import replayed
 from forcingkv.runtime.script import PromptRecord, Script, Switch
+from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import new_tensors, read_arrays
 
 STATE = "state.json"
