@@ -66,11 +66,9 @@ def write_onnx(
             are written into the graph; the scales of weights lie in the file.
         int8_layers: names of those that multiply in int8.
     """
-    graph, program = _trace(make)
-    parameters = _initializers_to_inputs(program.model.graph)
-    with _quiet(), _uncollected():
-        program.optimize()
-    traced = program.model.graph
+    graph, model = _traced(make)
+    traced = model.graph
+    parameters = [value for value in traced.inputs if (value.name or "").startswith(_WRAPPED)]
     used = {_bare(value.name): value for value in parameters if value.uses()}
     # First, while matrices have the shapes they were made with.
     use_transposed(traced, [value for name, value in used.items() if is_matrix(name, shape_of(value))])
@@ -96,16 +94,16 @@ def write_onnx(
     )
     parameters += fp8.quantize_linears(traced, in_fp8, scales, tensorrt=tensorrt)
     parameters += int8.quantize_linears(traced, in_int8)
-    RemoveUnusedNodesPass()(program.model)
+    RemoveUnusedNodesPass()(model)
     for value in parameters:
         _point(traced, value, weights[_bare(value.name)], file)
-    model = ir.to_proto(program.model)
-    model.functions.extend(functions_for(model))
+    written = ir.to_proto(model)
+    written.functions.extend(functions_for(written))
     if single_kernels:
-        split_prune(model)
-    _strip(model)
-    onnx.save_model(_without_symbols(model) if tensorrt else model, path)
-    return model
+        split_prune(written)
+    _strip(written)
+    onnx.save_model(_without_symbols(written) if tensorrt else written, path)
+    return written
 
 
 def value_records(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorRecord]:
@@ -117,6 +115,15 @@ def value_records(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorReco
         shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
         records[value.name] = TensorRecord(str(dtype), shape)
     return records
+
+
+def _traced(make: Callable[[], Graph]) -> tuple[Graph, ir.Model]:
+    """Make a graph and trace it; behind its inputs come its parameters, whose contents nothing looks at."""
+    graph, program = _trace(make)
+    _initializers_to_inputs(program.model.graph)
+    with _quiet(), _uncollected():
+        program.optimize()
+    return graph, program.model
 
 
 def _trace(make: Callable[[], Graph]) -> tuple[Graph, torch.onnx.ONNXProgram]:
@@ -161,7 +168,7 @@ def _bare(name: str | None) -> str:
     return (name or "").removeprefix(_WRAPPED)
 
 
-def _initializers_to_inputs(graph: ir.Graph) -> list[ir.Value]:
+def _initializers_to_inputs(graph: ir.Graph) -> None:
     """Make the parameters inputs, so that optimizing takes none of them for a constant."""
     parameters = [value for name, value in graph.initializers.items() if name.startswith(_WRAPPED)]
     for value in parameters:
@@ -169,7 +176,6 @@ def _initializers_to_inputs(graph: ir.Graph) -> list[ir.Value]:
         graph.initializers.pop(value.name)
         value.const_value = None
         graph.inputs.append(value)
-    return parameters
 
 
 def _point(graph: ir.Graph, parameter: ir.Value, stored: StoredTensor, file: str) -> None:

@@ -84,9 +84,19 @@ def data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _torch_keeps_its_tables() -> Iterator[None]:
+    from tests.kept_traces import traces_are_kept
     from tests.quick_tracing import tables_are_kept
 
-    with tables_are_kept():
+    with tables_are_kept(), traces_are_kept():
+        yield
+
+
+@pytest.fixture
+def traced_anew() -> Iterator[None]:
+    """No graph of the test is one that was traced for another."""
+    from tests.kept_traces import traced_anew
+
+    with traced_anew():
         yield
 
 

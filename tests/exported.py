@@ -69,7 +69,7 @@ def demo_bundle() -> Path:
 def made_once(make: Callable[[Path], object], *origin: object) -> Path:
     """What `make` wrote at the path it was given, by the text of `make` and by all that it depends on."""
     folder = CACHE / _sources()
-    path = folder / _digest(inspect.getsource(make), *origin)
+    path = folder / digest_of(inspect.getsource(make), *origin)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():
@@ -120,7 +120,8 @@ def _measures_coverage() -> bool:
     return Coverage.current() is not None
 
 
-def _digest(*values: object) -> str:
+def digest_of(*values: object) -> str:
+    """A digest of values of the kinds that exports are made of."""
     found = hashlib.sha256()
 
     def add(value: object) -> None:

@@ -110,6 +110,7 @@ def test_the_step_graph_keeps_one_scoring_node_with_its_body(exported: Path) -> 
     assert b".py" not in text, "no source paths of the exporting machine"
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_two_exports_are_equal_to_the_byte(tmp_path: Path) -> None:
     """The other one was made in another test, perhaps in another process."""
     spec, weights, headmap = small("predicted", layers=2)

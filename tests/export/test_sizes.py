@@ -45,10 +45,13 @@ MADE = ("448x256", *HEAVY)
 """Of those the ones that are exported here."""
 
 
-def thin(rows: int, columns: int, layers: int = 3) -> tuple[ModelSpec, Mapping[str, Tensor], HeadMap]:
+def thin(
+    rows: int, columns: int, layers: int = 3, frames: int = 2
+) -> tuple[ModelSpec, Mapping[str, Tensor], HeadMap]:
     """A model as thin as can be, whose frames have so many tokens; layers 1 and 2 retain segments."""
     sizes = {"layers": layers, "heads": 2, "head_dim": 8, "ffn_width": 16, "text_width": 8, "text_length": 3}
-    sizes |= {"width": 2 * columns, "height": 2 * rows, "frames_per_chunk": 2, "attended_frames": 8}
+    sizes |= {"width": 2 * columns, "height": 2 * rows, "frames_per_chunk": frames}
+    sizes["attended_frames"] = 4 * frames
     spec = small_spec(schedule=Schedule((1000.0,)), ar_start=0, **sizes)
     return spec, random_model(spec).state_dict(), headmap_of(spec, [[0], [0], [1]][:layers])
 
@@ -73,7 +76,8 @@ def largest_difference(
 def test_sizes_whose_tokens_six_does_not_divide_are_exported_and_generated(size: str, tmp_path: Path) -> None:
     rows, columns = ASKED[size]
     assert rows * columns % 6, "or nothing here is uneven"
-    spec, weights, headmap = thin(rows, columns, layers=2 if size in HEAVY else 3)
+    frames = 1 if size in HEAVY else 2  # a chunk; segments are of a frame
+    spec, weights, headmap = thin(rows, columns, 2 if size in HEAVY else 3, frames)
     # Where it takes seconds, the video below compares the graph with torch in every phase.
     options = {"headmap": headmap, "verify": size not in HEAVY}
     made = export_bundle(spec, weights, load_policy("forcing-kv"), tmp_path / "b", **options)  # type: ignore[arg-type]
@@ -82,7 +86,7 @@ def test_sizes_whose_tokens_six_does_not_divide_are_exported_and_generated(size:
     step = onnx.load(tmp_path / "b" / "step.onnx", load_external_data=False)
     kinds = [node.op_type for graph in graphs(step) for node in graph.node if node.domain == "forcingkv"]
     assert kinds == ["UnevenPrune", "UnevenPruneFollow"][: spec.layers - 1]
-    retained = rows * columns // 6 * 4  # of two frames a chunk, two segments each
+    retained = rows * columns // 6 * 2 * frames  # two segments of each frame
     assert made.plan.phases[-1]["dynamic.retained"] == retained
     # Chunk 2 is the first that sees segments, chunk 3 sees some that were chosen among chosen ones.
     chunks = 3 if size in HEAVY else 4
