@@ -18,7 +18,7 @@ PROMPTS = 3
 @pytest.mark.usefixtures("white_pictures")
 def test_the_demo_walks_the_whole_way(run: Callable[..., Ran], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ran = run("demo", "--json", "--samples", 1, "--prompts", PROMPTS, "--out", out)
+    ran = run("demo", "--json", "--samples", 2, "--prompts", PROMPTS, "--out", out)
     assert ran.code == 0, ran.err
     result = json.loads(ran.out)
     assert sum(result["headmap"].values()) == 24

@@ -35,7 +35,7 @@ from forcingkv.runtime.kv.roles import Recent
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words, write_embeds
 from tests.conftest import Ran, headmap_of, random_model, small_spec
-from tests.exported import shared_bundle
+from tests.exported import ROOT, shared_bundle
 
 FP8 = Precision("float32", "bfloat16", "fp8")
 INPUTS = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
@@ -235,10 +235,11 @@ def test_the_demo_model_draws_the_same_video_in_fp8() -> None:
     bfloat16 alone give 57. Later chunks drift apart; their digits are read as often as those of float32."""
     spec = load_spec("demo")
     weights = load_weights(spec)
-    bundle = shared_bundle(
+    bundle = shared_bundle(  # of graphs that were traced for `demo_bundle`
         spec,
         weights,
-        NEAR,
+        load_policy("forcing-kv"),
+        headmap=HeadMap.read(ROOT / "headmaps" / "maps" / "demo.json"),
         dtype="fp8",
         verify=False,
         calibration=prompts(spec, default_prompts("demo")[0]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -78,6 +79,8 @@ class Export(Task):
             for name in GRAPHS
         }
         self.writer = bundle_writer
+        with tempfile.TemporaryDirectory() as folder:
+            self.write(Path(folder), 0)  # torch imports 400 more modules when a model is first made
 
     def write(self, place: Path, result: int) -> None:
         """Export with another policy for each result."""
@@ -183,7 +186,9 @@ class Save(Task):
     bundle = Path()
 
     def load(self) -> None:
-        """Make the bundle."""
+        """Make the bundle, and import what writes pictures."""
+        import av  # noqa: F401
+
         self.bundle = small_bundle("window")
 
     def write(self, place: Path, result: int) -> None:
