@@ -10,15 +10,18 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.devices import cuda_number
 from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
 from forcingkv.runtime.flavour import FLAVOURS, choose, trt
-from forcingkv.runtime.footprint import footprint, kv_parts, readable
+from forcingkv.runtime.footprint import DEVICE_RESERVE, footprint, kv_parts, readable
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.memory import available_bytes, device_free_bytes, what_limits
 
 SIZED_BY_TOKENS = ("activations", "decoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""
+RESERVE = "cuda"
+"""The part that stands for `DEVICE_RESERVE`."""
 SUGGESTED = 3
 """Suggestions in a message."""
 
@@ -69,10 +72,13 @@ def check_memory(bundle: Bundle, options: LaneOptions, *, weights: bool = True) 
     """
     parts = needed_memory(bundle, options)
     if not weights:
-        parts.pop("weights", None)
+        for part in ("weights", RESERVE):
+            parts.pop(part, None)
     needed = sum(parts.values())
     on_device = options.backend in FLAVOURS
-    available = device_free_bytes() if on_device else available_bytes()
+    if on_device and device_sm(_number(options)) is None:
+        return  # opening the backend says why there is none
+    available = device_free_bytes(_number(options)) if on_device else available_bytes()
     if needed <= available:
         return
     listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
@@ -81,7 +87,8 @@ def check_memory(bundle: Bundle, options: LaneOptions, *, weights: bool = True) 
     size = bundle.plan.geometry.name
     raise InputError(
         f"a session of {bundle.plan.policy.name} at {size} needs about {readable(needed)} ({listed}),"
-        f" and {readable(available)} are available" + (" on the GPU" if on_device else what_limits()),
+        f" and {readable(available)} are available"
+        + (f" on the GPU cuda:{_number(options)}" if on_device else what_limits()),
         where=str(bundle.path),
         hint=f"What fits: {'; '.join(suggested)}. Export the model so."
         if fits
@@ -98,10 +105,15 @@ def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
     engines: list[EngineRecord] = []
     if flavour:
         choose(flavour)
-        sm, built, where = device_sm(), bundle.manifest.engines, str(bundle.path)
+        sm, built, where = device_sm(_number(options)), bundle.manifest.engines, str(bundle.path)
         if sm is not None:  # else opening the backend says so
             engines = [find_engine(built, graph, flavour, trt.__version__, sm, where) for graph in GRAPHS]
-    return footprint(bundle.manifest, bundle.plan, engines)
+    parts = footprint(bundle.manifest, bundle.plan, engines)
+    return parts | {RESERVE: DEVICE_RESERVE} if flavour else parts
+
+
+def _number(options: LaneOptions) -> int:
+    return cuda_number(options.device, options.backend)
 
 
 def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, resolution: str) -> int:

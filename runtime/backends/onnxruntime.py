@@ -12,7 +12,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -212,6 +212,9 @@ class OnnxLane:
         # ONNX Runtime runs every node, whatever is asked for: an output without a place need not take memory.
         return self._loaded()[graph].bind(inputs, outputs)
 
+    def warm(self, passes: Callable[[], None]) -> None:
+        """Nothing is slower at first."""
+
     def sibling(self) -> Lane:
         return type(self)(self._loaded(), self._state_device, self._threads)
 
@@ -243,6 +246,13 @@ class HostQueue:
 
     def mark(self) -> HostMark:
         return HostMark(time.perf_counter())
+
+    def gate(self, after: object) -> Callable[[], None]:
+        raise InputError(
+            f"is {type(after).__name__}, and frames of this session lie where no stream can be waited for",
+            where="after",
+            hint="Wait for it yourself, and call release() without it.",
+        )
 
 
 @dataclass(frozen=True)
