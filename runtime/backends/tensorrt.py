@@ -23,6 +23,7 @@ from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
 from forcingkv.runtime.backends.tensorrt_contexts import PhaseContext, TensorRTPass
 from forcingkv.runtime.backends.tensorrt_engines import Loaded, find_record, load_all
 from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.engines import cuda_core
 from forcingkv.runtime.faults import DeviceError, GoingOnWarning
 from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.kv.buffers import CacheBuffers
@@ -46,6 +47,7 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> TensorRTLane:
     flavour: FlavourName = one_of(FlavourName, options.backend, "backend")
     number = devices.cuda_number(options.device, options.backend)
     devices.check_device(f"cuda:{number}")
+    cuda_core()
     find_record(bundle, GRAPHS[0], flavour, number)  # raises where there is no GPU, and says what to do
     gpu = Gpu(number)
     with gpu.asked("load the engines"):

@@ -64,6 +64,7 @@ class FakeCuda:
         self.streams: WeakValueDictionary[int, FakeStream] = WeakValueDictionary()
         self.clock = 0
         self.memory: dict[int, npt.NDArray[np.uint8]] = {}
+        self.allocated: dict[int, tuple[str, int]] = {}
         self._starts: list[int] = []
         self._promised: set[int] = set()
         self.current: dict[int, int] = {}
@@ -77,6 +78,11 @@ class FakeCuda:
         self.LegacyPinnedMemoryResource = lambda: FakePinned(self)
         self.Buffer = SimpleNamespace(from_handle=self._from_handle)
         self.utils = SimpleNamespace(StridedMemoryView=SimpleNamespace(from_buffer=self._view_of))
+
+    @property
+    def sizes(self) -> list[tuple[str, int]]:
+        """Kind and bytes of all memory that is there."""
+        return list(self.allocated.values())
 
     @property
     def left(self) -> dict[str, int]:
@@ -133,8 +139,6 @@ class FakeCuda:
         """Give memory back."""
         if address not in self.memory:
             raise Misuse(f"{address:#x} is given back, and is not there")
-        if self.fail_at is None and any(stream.busy for stream in self.streams.values()):
-            raise Misuse("memory is given back while there is work to do")
         self.memory.pop(address).fill(FREED)
         self._starts.remove(address)
 
@@ -231,6 +235,8 @@ class FakeBuffer(Owned):
     ) -> None:
         super().__init__(cuda, kind or "view")
         self.handle, self.size, self.owner = address, size, owner
+        if kind:
+            cuda.allocated[address] = kind, size
 
     def copy_from(self, src: FakeBuffer, *, stream: FakeStream) -> None:
         self.cuda.called("Buffer.copy_from", stream.device)
@@ -250,6 +256,7 @@ class FakeBuffer(Owned):
             self.cuda.room += self.size
         if self.kind != "view":
             self.cuda.free(self.handle)
+            del self.cuda.allocated[self.handle]
 
 
 class FakeView:

@@ -238,7 +238,7 @@ def test_a_bundle_without_engines_or_a_machine_without_a_gpu_is_refused(
         raise FakeCudaError(said)
 
     world.cuda.Device = no_device  # type: ignore[assignment]
-    with pytest.raises(InputError, match=rf"no GPU was found \({said}\).* --target onnx.* --gpus all"):
+    with pytest.raises(InputError, match=rf"no GPU was found \({said}\).* --target onnx.*--gpus all"):
         open_lane(world.bundle, LaneOptions("tensorrt-rtx"))
 
 
