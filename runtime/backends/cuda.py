@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -108,14 +108,17 @@ class Gpu:
         """
         if self._closed:
             return
-        with (
-            suppress(Exception) if devices.is_lost(self.name) else nullcontext(),
-            self._current("close the lane"),
-        ):
-            self._closed = True
-            for stream in self._streams:
-                self.held.callback(stream.sync)
-            self.held.close()
+        self._closed, lost = True, devices.is_lost(self.name)
+        for stream in self._streams:
+            self.held.callback(stream.sync)
+        try:
+            with self._current("close the lane"):
+                self.held.close()
+        except SessionError:
+            with suppress(Exception):  # where the device did not become current all is still there
+                self.held.close()
+            if not lost:
+                raise
 
 
 class CudaMark:

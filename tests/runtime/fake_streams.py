@@ -121,10 +121,14 @@ class FakeStream(Owned):
         self.idle("sync")
         self.drain()
 
-    def _free(self) -> None:
+    def close(self) -> None:
         """Memory is given back before streams are: work that is left would use what is gone."""
         if self.busy and self.cuda.fail_at is None and self.cuda.lost is None:
             raise Misuse("a stream is closed while there is work to do")
+        super().close()
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
 
     def create_graph_builder(self) -> FakeBuilder:
         self.cuda.called("Stream.create_graph_builder", self.device)

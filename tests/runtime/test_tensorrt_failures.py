@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -163,6 +164,7 @@ def test_whatever_call_fails_everything_is_given_back(world: World, failure: Exc
     assert len(set(calls)) > 30, "the run is to call everything that is called at all"
     expected = MemoryShortError if "MEMORY" in str(failure) else DeviceError
     gone_on: list[str] = []
+    print(len(calls), Counter(calls).most_common(12))
     for number, name in enumerate(calls):
         world.reset(computes=False)
         world.cuda.fail_at, world.cuda.failure = number, failure
