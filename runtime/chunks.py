@@ -124,7 +124,7 @@ class ChunkMaker:
         self.settle()
         self._unsettled = Timing.of(
             denoise=pending.denoised.since(pending.started),
-            clean=lambda: pending.cleaned.since(pending.denoised),
+            clean=lambda: _seconds_between(pending.denoised, pending.cleaned),
             decode=decoded.since(opened),
             total=time.perf_counter() - pending.requested,
         )
@@ -334,6 +334,12 @@ class ChunkDecoder:
                 outputs |= {next_name(name): tensor for name, tensor in spare.items()}
             self._passes[key] = self._lane.bind("decode", 0, inputs, outputs)
         return self._passes[key]
+
+
+def _seconds_between(first: Mark, second: Mark) -> float:
+    """Seconds between two marks that may not have been reached yet."""
+    second.wait()
+    return second.since(first)
 
 
 def _as_bits(array: Array) -> Array:

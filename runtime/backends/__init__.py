@@ -29,12 +29,14 @@ Array = npt.NDArray[Any]
 BACKENDS = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-cpu": "onnxruntime",
+    "torch": "torch_lane",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt",
 }
 """Name of each backend -> the module in this folder that runs it, which has a function
 `open_lane(bundle, options)`. `onnxruntime` takes a GPU where this ONNX Runtime was built for one;
-`onnxruntime-cpu` never does."""
+`onnxruntime-cpu` never does. `torch`
+runs any bundle, also one without graphs."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,16 @@ class Lane(Protocol):
 
     def close(self) -> None:
         """Wait for the queues and give the memory back; the weights too, with the last lane on them."""
+
+
+def default_backend(bundle: Bundle, *, torch_is_asked: bool) -> str:
+    """What runs a bundle where nobody says what: ONNX Runtime, if it can."""
+    return "torch" if torch_is_asked or not bundle.manifest.has_graphs else "onnxruntime"
+
+
+def as_run(bundle: Bundle, options: LaneOptions) -> Bundle:
+    """The bundle as that backend runs it: torch makes of it what it computes in, and needs no graphs."""
+    return bundle.computing_in(options.dtype) if options.backend == "torch" else bundle
 
 
 def open_backend(bundle: Bundle, options: LaneOptions) -> Lane:

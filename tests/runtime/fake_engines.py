@@ -140,7 +140,11 @@ class FakeTensorRT:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put the fakes where the backend looks for TensorRT and CUDA."""
         monkeypatch.setitem(sys.modules, "cuda.core", self.cuda)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", self.cuda.driver)
+        if hasattr(self.cuda, "driver"):
+            monkeypatch.setitem(sys.modules, "cuda.bindings.driver", self.cuda.driver)
+        else:  # a real GPU, of whatever kind (`tools/gpu_check`)
+            for module in (tensorrt_engines, preflight):
+                monkeypatch.setattr(module, "device_sm", lambda number: 89)
         for module in (tensorrt_engines, tensorrt_contexts, preflight):
             monkeypatch.setattr(module, "trt", self)
         for module in (tensorrt_engines, preflight):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
