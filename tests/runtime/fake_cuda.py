@@ -98,7 +98,7 @@ class FakeCuda:
             raise Misuse(f"{name} of the GPU {device}, and the GPU {here} is the current one")
         self.calls.append(name)
         if self.lost is not None and here == 0:
-            raise self.lost
+            raise FakeCudaError(*self.lost.args)  # each call has an error of its own
         if self.fail_at == len(self.calls) - 1:
             raise self.failure
 
