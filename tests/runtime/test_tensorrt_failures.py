@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -163,15 +162,18 @@ def test_whatever_call_fails_everything_is_given_back(world: World, failure: Exc
     calls = world.cuda.calls
     assert len(set(calls)) > 30, "the run is to call everything that is called at all"
     expected = MemoryShortError if "MEMORY" in str(failure) else DeviceError
-    gone_on: list[str] = []
-    print(len(calls), Counter(calls).most_common(12))
+    begun = {"Stream.create_graph_builder", "GraphBuilder.begin_building", "GraphBuilder.end_building"}
+    capturing = begun | {"GraphBuilder.complete", "Builder.close", "IExecutionContext.execute_async_v3"}
+    costs_the_graph, gone_on = "INVALID" in str(failure), set[str]()
     for number, name in enumerate(calls):
+        if (name == "Device.set_current" and number % 9) or (costs_the_graph and name not in capturing):
+            continue  # all else is as with the others, and takes as long
         world.reset(computes=False)
         world.cuda.fail_at, world.cuda.failure = number, failure
         error, told = outcome_and_warnings(world)
         if told:  # all but memory that is short, and a GPU that is lost, only costs the CUDA graph
-            assert (told, error, str(failure)) == ([GoingOnWarning], None, "CUDA_ERROR_INVALID_VALUE"), name
-            gone_on.append(name)
+            assert (told, error) == ([GoingOnWarning], None)
+            gone_on.add(name)
         else:
             assert type(error) is expected, (number, name, error)
         del error
@@ -179,9 +181,7 @@ def test_whatever_call_fails_everything_is_given_back(world: World, failure: Exc
         assert world.left == {}, (number, name)
         dropped = sum(count for kind, count in world.cuda.dropped.items() if kind not in UNCLOSED)
         assert dropped <= 3, "that whose closing failed, what was not yet known, and what was shared"
-    begun = {"Stream.create_graph_builder", "GraphBuilder.begin_building", "GraphBuilder.end_building"}
-    capturing = begun | {"GraphBuilder.complete", "Builder.close", "IExecutionContext.execute_async_v3"}
-    assert set(gone_on) == (capturing | {"Device.set_current"} if "INVALID" in str(failure) else set())
+    assert gone_on == (capturing if costs_the_graph else set())
 
 
 @pytest.mark.usefixtures("quick_collection")
