@@ -17,6 +17,7 @@ import torch
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import Mark, Queue
 from forcingkv.runtime.backends.host import HostQueue
+from forcingkv.runtime.devices import ADVICE, is_sticky
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.memory import available_bytes
 from forcingkv.runtime.spec import Dtype
@@ -252,16 +253,6 @@ def queue_of(queue: Queue) -> TorchQueue:
     return queue
 
 
-STICKY = (
-    "illegal memory access",
-    "unspecified launch failure",
-    "device-side assert",
-    "ecc error",
-    "misaligned",
-)
-"""What torch says of errors after which nothing more can be done on the device in this process."""
-
-
 @contextmanager
 def faults(doing: str) -> Iterator[None]:
     """Errors of torch as those of a session; `doing` is what failed, as the end of a sentence."""
@@ -273,6 +264,5 @@ def faults(doing: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         if ran_out_of_memory(error) or isinstance(error, torch.OutOfMemoryError):
             raise MemoryShortError(f"torch ran out of memory in {doing} ({text})") from error
-        lost = any(words in text.lower() for words in STICKY)
-        hint = "; the device is of no more use to this process: start a new one" if lost else ""
+        hint = f", and {ADVICE}" if is_sticky(text) else ""
         raise DeviceError(f"torch failed in {doing} ({text}){hint}") from error

@@ -13,7 +13,7 @@ import pytest
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import DeviceError, Session, devices
-from forcingkv.runtime.backends import LaneOptions
+from forcingkv.runtime.backends import LaneOptions, onnxruntime
 from forcingkv.runtime.backends.cuda import fault
 from forcingkv.runtime.engines import cuda_core, device_sm, why_no_gpu
 from forcingkv.runtime.memory import device_free_bytes
@@ -142,6 +142,19 @@ NOT_LOST = [
 def test_errors_that_end_a_process_s_use_of_a_gpu_are_known(said: str) -> None:
     assert devices.is_sticky(said)
     assert f"({said}), and this process cannot use the GPU any more" in str(fault("run step", said))
+
+
+@pytest.mark.parametrize("said", ["CUDA failure 700: an illegal memory access was encountered", LOST[0]])
+def test_every_backend_says_that_a_new_process_is_needed(said: str) -> None:
+    from forcingkv.runtime.backends.torch_device import faults
+
+    with (
+        pytest.raises(DeviceError, match="this process cannot use the GPU any more: start a new one"),
+        faults("a"),
+    ):
+        raise RuntimeError(said)
+    for error in (onnxruntime._fault("step", RuntimeError(said)), fault("run step", said)):
+        assert "this process cannot use the GPU any more: start a new one" in str(error)
 
 
 @pytest.mark.parametrize("said", NOT_LOST)
