@@ -292,7 +292,6 @@ def _fault(doing: str, error: Exception, chosen: Chosen = ON_CPU) -> SessionErro
 
 
 def _way_round(chosen: Chosen) -> str:
-    return (
-        f"choose --backend {ON_THE_CPU} to run on the CPU, or mend {chosen.provider.title}: its version is to"
-        " be the one that this ONNX Runtime was built for"
-    )
+    title = chosen.provider.title
+    mend = f", or mend {title}: its version is to be the one that this ONNX Runtime was built for"
+    return f"choose --backend {ON_THE_CPU} to run on the CPU{mend if 'cuda' in chosen.provider.devices else ''}"
