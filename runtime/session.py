@@ -11,7 +11,7 @@ from typing import Self
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.backends import Lane, LaneOptions, default_backend, open_backend
+from forcingkv.runtime.backends import Lane, LaneOptions, as_run, default_backend, open_backend
 from forcingkv.runtime.backends.ort_placement import Divided, Placement
 from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
@@ -112,8 +112,7 @@ class Session:
         torch_is_asked = bool(device or dtype or compiled) and not provider
         backend = backend or default_backend(opened, torch_is_asked=torch_is_asked)
         options = LaneOptions(backend, threads, device, dtype, provider, cuda_graphs, compiled)
-        if backend == "torch":
-            opened = opened.computing_in(dtype)
+        opened = as_run(opened, options)
         unchecked = check_memory(opened, options) if preflight else None
         session = cls(opened, options, open_backend(opened, options), frames)
         session.notes = (unchecked,) if unchecked else ()
