@@ -292,6 +292,8 @@ def _fault(doing: str, error: Exception, chosen: Chosen = ON_CPU) -> SessionErro
 
 
 def _way_round(chosen: Chosen) -> str:
+    around = f"choose --backend {ON_THE_CPU} to run on the CPU"
+    if "cuda" not in chosen.provider.devices:
+        return around
     title = chosen.provider.title
-    mend = f", or mend {title}: its version is to be the one that this ONNX Runtime was built for"
-    return f"choose --backend {ON_THE_CPU} to run on the CPU{mend if 'cuda' in chosen.provider.devices else ''}"
+    return f"{around}, or mend {title}: its version is to be the one that this ONNX Runtime was built for"
