@@ -105,13 +105,11 @@ def main() -> None:
             with ExitStack() as stack:
                 sessions = sessions_of(policy, headmap, Path(folder), stack)
                 named = {" ".join(way): session for way, session in sessions.items()}
-                runs = compare_policies(
-                    named,
-                    prompts,
-                    READ_CHUNK + 1,
-                    SEED,
-                    lambda done, task=task: shown.update(task, completed=done),
-                )
+
+                def progress(done: int, task: Any = task) -> None:
+                    shown.update(task, completed=done)
+
+                runs = compare_policies(named, prompts, READ_CHUNK + 1, SEED, progress)
             by_way = {way: runs[" ".join(way)] for way in sessions}
             found += rows(policy, by_way, prompts, frames)
     text = json.dumps(found, indent=1)
