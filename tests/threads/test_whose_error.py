@@ -61,7 +61,7 @@ def test_a_refusal_names_only_what_tensorrt_said_in_this_thread(
         def fails(session: Session, says: str, kind: type[Exception]) -> str:
             video = session.generate(PROMPT, seed=7, chunks=2)
             world.tensorrt.says = says
-            world.tensorrt.refuse_at = world.tensorrt.refusable + 30
+            world.tensorrt.refuse_at = world.tensorrt.refusable + 3
             with pytest.raises(kind) as raised:
                 list(video)
             return str(raised.value)
