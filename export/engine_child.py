@@ -1,7 +1,8 @@
 """The program that builds one engine, in a process of its own (see `engine_builder`).
 
-It imports neither torch nor the rest of `export`: what it holds in memory is TensorRT and the network. The
-request is JSON on standard input, the report JSON on standard output, TensorRT's log standard error.
+It imports neither torch nor the rest of `export`, and of forcingkv only what a request needs: what it holds
+in memory is TensorRT and the network. The request is JSON on standard input, the report JSON on standard
+output, TensorRT's log standard error.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from forcingkv.headmaps.fields import from_data
 from forcingkv.headmaps.reading import parse_json
-from forcingkv.runtime.engines import KernelRecord, cuda_core, device_model
 from forcingkv.runtime.flavour import Flavour, choose, make_log, trt
 from forcingkv.runtime.memory import bound_memory, peak_bytes
 
@@ -197,11 +196,14 @@ def _plugins(request: dict[str, Any]) -> Callable[[], None]:
         register_quick_plugins(request["sm"])
     if request["plugins"] != "python":
         return lambda: None
-    from forcingkv.prune.launcher import KernelLauncher
     from forcingkv.prune.plugin import raise_plugin_error, register_plugins
 
     launcher, given = None, request.get("kernels")
     if given:
+        from forcingkv.headmaps.fields import from_data
+        from forcingkv.prune.launcher import KernelLauncher
+        from forcingkv.runtime.engines import KernelRecord, cuda_core
+
         cuda_core().Device(0).set_current()
         records = [from_data(KernelRecord, record, "the request") for record in given["records"]]
         launcher = KernelLauncher(Path(given["folder"]), records, request["sm"])
@@ -211,7 +213,11 @@ def _plugins(request: dict[str, Any]) -> Callable[[], None]:
 
 def built_on(flavour: Flavour) -> dict[str, Any]:
     """The GPU that an engine was tuned on, for its record; nothing for one built without a GPU."""
-    found = None if flavour.sms else device_model()
+    if flavour.sms:
+        return {}
+    from forcingkv.runtime.engines import device_model
+
+    found = device_model()
     return {} if found is None else {"device": found[0], "multiprocessors": found[1]}
 
 

@@ -126,7 +126,7 @@ def kernel_sms(sms: Sequence[int]) -> tuple[int, ...]:
     for sm, found in chosen.items():
         if found is None:
             raise InputError(
-                "runs none of the kernels that choose segments",
+                "has no kernels that choose segments",
                 where=f"sm_{sm}",
                 expected=f"a GPU that runs those for {', '.join(f'sm_{known}' for known in SMS)}",
                 hint="For this one use a policy that retains no segments, such as window.",
