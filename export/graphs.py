@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders import StreamingDecoder, frames_of
 from forcingkv.models.generate import latent_shape, next_latents
 from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype
 from forcingkv.models.wan import KeysValues, WanModel
@@ -122,22 +122,22 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pi
     """
     batch, channels, _, height, width = latent_shape(plan)
 
-    def frames_of(pixels: Tensor) -> Tensor:
-        if plan.geometry.crop:
-            shown_width, shown_height = plan.geometry.crop
-            pixels = pixels[..., :shown_height, :shown_width]
-        return to_frames(pixels)
-
     if decoder is None:
         latents = torch.zeros(latent_shape(plan))
-        return Graph(None, lambda inputs: (frames_of(inputs["latents"]),), {"latents": latents}, ("frames",))
+        return Graph(
+            None,
+            lambda inputs: (frames_of(inputs["latents"], plan.geometry),),
+            {"latents": latents},
+            ("frames",),
+        )
     state = decoder.empty_state(height, width)
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         held, kind = {name: inputs[name] for name in state}, compute_dtype(decoder)
         made, following = decoder(inputs["latents"].to(kind), inputs["first"].to(kind), held)
         made = made.float()
-        shown = (frames_of(made), made) if pixels else (frames_of(made),)
+        frames = frames_of(made, plan.geometry)
+        shown = (frames, made) if pixels else (frames,)
         return (*shown, *(following[name] for name in state))
 
     inputs = {"latents": torch.zeros(batch, channels, 1, height, width), "first": torch.ones(1), **state}
@@ -154,16 +154,16 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def to_frames(pixels: Tensor) -> Tensor:
-    """(1, 1 or 3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
-    frames = ((pixels[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round()
-    frames = frames.expand(-1, -1, -1, 3) if frames.shape[-1] == 1 else frames
-    return frames.to(torch.uint8)  # last: TensorRT has uint8 at the borders of a network only
-
-
 def _unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
     """Tensors in the order of `plan.entries` as a cache."""
     pairs = zip(tensors[::2], tensors[1::2], strict=True)
     return [
         [{role.name: KeysValues(*next(pairs)) for role in g.roles} for g in groups] for groups in plan.layers
     ]
+
+
+def empty(module: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
+    """Give a module parameters of the same shapes, of those dtypes by name, without contents."""
+    state = {name: torch.empty(value.shape, dtype=dtype(name)) for name, value in module.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False)

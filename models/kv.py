@@ -190,7 +190,7 @@ def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
     def attend(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
         out = []
         for group, held in zip(plan.layers[layer], cache[layer], strict=True):
-            own = _heads(current, group)
+            own = heads_of(current, group)
             read = [HALVES[r.name].read(r, held[r.name], own.keys) for r in group.roles]
             keys = torch.cat([*(kv.keys for kv in read), own.keys], 2)
             values = torch.cat([*(kv.values for kv in read), own.values], 2)
@@ -223,25 +223,37 @@ def advance(
         (layers that retain, kept) where each layer chooses for itself.
     """
     chosen: list[Tensor] = []
-    choice = plan.choice if chunk is None or plan.chooses(chunk) else None
-    following = []
-    for layer, groups in enumerate(plan.layers):
-        row = []
-        for group, held in zip(groups, cache[layer], strict=True):
-            done = CleanPass(plan, layer, group, held, _heads(new[layer], group), rows, choice, chunk, chosen)
-            # What is chosen comes last, the order of nodes in the graphs of bundles so far.
-            made = {
-                role.name: HALVES[role.name].advance(role, done)
-                for role in sorted(group.roles, key=lambda role: role.chooses)
-            }
-            row.append({role.name: made[role.name] for role in group.roles})
-        following.append(row)
+    choice = choice_of(plan, chunk)
+    following = [
+        [
+            advance_group(
+                CleanPass(plan, layer, *of, heads_of(new[layer], of[0]), rows, choice, chunk, chosen)
+            )
+            for of in zip(groups, cache[layer], strict=True)
+        ]
+        for layer, groups in enumerate(plan.layers)
+    ]
     if choice is None or not chosen:
         return following, None
     return following, chosen[0] if choice.role.shared else torch.stack(chosen)
 
 
-def _heads(kv: KeysValues, group: HeadGroup) -> KeysValues:
+def choice_of(plan: CachePlan, chunk: int | None) -> Choice | None:
+    """What the clean pass of a chunk chooses, if anything; of one that does not know its chunk, always."""
+    return plan.choice if chunk is None or plan.chooses(chunk) else None
+
+
+def advance_group(done: CleanPass) -> GroupCache:
+    """What a group of heads caches after a clean pass."""
+    roles = done.group.roles
+    # What is chosen comes last, the order of nodes in the graphs of bundles so far.
+    last = sorted(roles, key=lambda role: role.chooses)
+    made = {role.name: HALVES[role.name].advance(role, done) for role in last}
+    return {role.name: made[role.name] for role in roles}
+
+
+def heads_of(kv: KeysValues, group: HeadGroup) -> KeysValues:
+    """Keys and values of a group's heads, of those of all heads: a view."""
     if group.heads == kv.keys.shape[1]:
         return kv
     return KeysValues(kv.keys[:, group.start : group.stop], kv.values[:, group.start : group.stop])

@@ -77,14 +77,12 @@ class SelfAttention(nn.Module):
         out: Tensor = self.o(x.transpose(1, 2).flatten(2))
         return out
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: int, attend: Attend
-    ) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, KeysValues]:
+        """The queries of all heads, and keys and values; what is attended to goes through `merge`."""
         # Normalised and rotated in float32, then attended to in the model's dtype.
         queries = rotate(self.split(self.norm_q(self.q(x))), *rotary).to(x)
         keys = rotate(self.split(self.norm_k(self.k(x))), *rotary).to(x)
-        current = KeysValues(keys, self.split(self.v(x)))
-        return self.merge(attend(layer, queries, current)), current
+        return queries, KeysValues(keys, self.split(self.v(x)))
 
 
 class CrossAttention(SelfAttention):
@@ -122,14 +120,28 @@ class Block(nn.Module):
         prompt: KeysValues,
         layer: int,
         attend: Attend,
-    ) -> tuple[Tensor, KeysValues]:
+    ) -> Tensor:
         parts = (time + self.modulation.float()).to(x).split(1, -2)
-        shift1, gain1, gate1, shift2, gain2, gate2 = parts
-        out, current = self.self_attn(modulate(normed(x, self.epsilon), shift1, gain1), rotary, layer, attend)
-        x = x + gated(out, gate1)
+        attended = attend(layer, *self.before_attention(x, parts, rotary))
+        return self.after_attention(x, parts, attended, prompt)
+
+    def before_attention(
+        self, x: Tensor, parts: Sequence[Tensor], rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, KeysValues]:
+        """Queries, keys and values of the current tokens. Of one shape in every chunk, as what follows
+        attention is: a backend may compile both."""
+        shift, gain = parts[:2]
+        queries, current = self.self_attn(modulate(normed(x, self.epsilon), shift, gain), rotary)
+        return queries, current
+
+    def after_attention(
+        self, x: Tensor, parts: Sequence[Tensor], attended: Tensor, prompt: KeysValues
+    ) -> Tensor:
+        """The rest of the block, from what the heads attended to."""
+        gate1, shift, gain, gate2 = parts[2:]
+        x = x + gated(self.self_attn.merge(attended), gate1)
         x = x + self.cross_attn(self.norm3(x), prompt)
-        out = self.ffn(modulate(normed(x, self.epsilon), shift2, gain2))
-        return x + gated(out, gate2), current
+        return x + gated(self.ffn(modulate(normed(x, self.epsilon), shift, gain)), gate2)
 
 
 class Head(nn.Module):
@@ -233,7 +245,24 @@ class WanModel(nn.Module):
         prompt: Sequence[KeysValues],
         attend: Attend = attend_current,
     ) -> tuple[Tensor, list[KeysValues]]:
-        """One pass.
+        """One pass: the predicted flow (see `flow`), and each layer's new keys and values."""
+        new: list[KeysValues] = []
+
+        def kept(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
+            new.append(current)
+            return attend(layer, queries, current)
+
+        return self.flow(latents, time, rotary, prompt, kept), new
+
+    def flow(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        prompt: Sequence[KeysValues],
+        attend: Attend,
+    ) -> Tensor:
+        """One pass, of which nothing is kept: `attend` is given each layer's keys and values.
 
         Args:
             latents: (batch, latent_channels, frames, height, width).
@@ -241,10 +270,9 @@ class WanModel(nn.Module):
                 chunk. From `forcingkv.runtime.positions.time_features`.
             rotary: cosines and sines (tokens, head_dim / 2). From `positions.rotary`.
             prompt: what `prompt()` gave.
-            attend: how each layer's queries meet keys.
+            attend: how each layer's queries meet keys; called once a layer, in their order.
 
-        Returns:
-            The predicted flow, shaped as latents, and each layer's new keys and values.
+        Returns the predicted flow, shaped as latents.
         """
         x = self.patch_embedding(latents)
         if self.spec.position_table:
@@ -257,11 +285,9 @@ class WanModel(nn.Module):
         modulation = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
         gains = torch.arange(6, device=time.device).remainder(3).eq(1)
         modulation = modulation + gains.to(modulation).unsqueeze(-1)
-        new = []
         for layer, block in enumerate(self.blocks):
-            x, current = block(x, modulation, rotary, prompt[layer], layer, attend)
-            new.append(current)
-        return self._unpatchify(self.head(x, embedded), latents.shape), new
+            x = block(x, modulation, rotary, prompt[layer], layer, attend)
+        return self._unpatchify(self.head(x, embedded), latents.shape)
 
     def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         batch, channels, frames, height, width = shape

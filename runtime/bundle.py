@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,12 +22,12 @@ from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
 from forcingkv.runtime.graph_records import CLEAN as CLEAN
 from forcingkv.runtime.graph_records import GRAPHS as GRAPHS
-from forcingkv.runtime.graph_records import check_records
+from forcingkv.runtime.graph_records import check_records, layouts_without_graphs
 from forcingkv.runtime.graph_records import next_name as next_name
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.loras import LoraRecord
-from forcingkv.runtime.spec import Dtype, ModelSpec
+from forcingkv.runtime.spec import Dtype, Linear, ModelSpec
 
 T = TypeVar("T")
 
@@ -44,9 +44,10 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One ONNX graph."""
+    """One graph: its ONNX file, and what goes in and comes out."""
 
-    file: str
+    file: str | None
+    """None in bundles without graphs, which torch runs."""
     weights: str | None
     inputs: dict[str, TensorRecord]
     outputs: dict[str, TensorRecord]
@@ -119,8 +120,8 @@ class Manifest:
     headmap: str | None = None
     """SHA-256 of the head map's text."""
     verification: dict[str, float] = field(default_factory=dict)
-    """Largest absolute difference between each graph and torch, seen at export. `step.fp8` is of x0 with
-    inputs rounded to FP8, by root mean square, in units of what rounding changes."""
+    """Largest absolute difference between each graph and torch, seen at export. `step.fp8` and
+    `step.int8` are of x0 with inputs rounded, by root mean square, in units of what rounding changes."""
     compute: Dtype = "float32"
     """What the graphs compute in."""
     engines: tuple[EngineRecord, ...] = ()
@@ -135,6 +136,19 @@ class Manifest:
     """What was merged into the weights; None: nothing, or nobody knows."""
     crop: tuple[int, int] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Width and height of the frames, where they are less than `resolution`, which is computed."""
+    linear: Linear | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What linear layers of the blocks multiply in, where that is another than `compute`."""
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether there are ONNX files; without them torch alone can run it."""
+        return all(record.file is not None for record in self.graphs.values())
+
+    @property
+    def multiplies_in(self) -> str:
+        """What linear layers multiply in."""
+        # Bundles made before int8 was there do not say `linear`.
+        return self.linear or ("fp8" if self.calibration else self.compute)
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -191,8 +205,25 @@ class Bundle:
             )
         bundle._check_sizes()
         check_records(manifest.graphs, bundle.plan, manifest.compute, where)
-        for graph in GRAPHS:
-            bundle.graph_content(graph)
+        if manifest.has_graphs:
+            for graph in GRAPHS:
+                bundle.graph_content(graph)
+        return bundle
+
+    def computing_in(self, dtype: Dtype | None) -> Bundle:
+        """The bundle as torch runs it, in a dtype of its own choice (None: that of the export). It has the
+        same digest, and no graphs."""
+        compute, records = dtype or self.manifest.compute, self.manifest.graphs
+        carried = records["decode"].carried
+        decoder = {name: replace(record, dtype=compute) for name, record in carried.items()}
+        graphs = {
+            name: GraphRecord(None, records[name].weights, *made, records[name].weight_bytes)
+            for name, made in tensor_records(self.plan, compute, decoder).items()
+        }
+        made = PlanRecord.of(self.plan, compute)
+        manifest = replace(self.manifest, compute=compute, graphs=graphs, plan=made)
+        bundle = Bundle(self.path, manifest, self.headmap)
+        bundle.digest = self.digest
         return bundle
 
     def _check_sizes(self) -> None:
@@ -221,21 +252,37 @@ class Bundle:
         model = self.manifest.model
         return build_plan(model, model.geometry(f"{width}x{height}"), self.manifest.policy, self.headmap)
 
+    def require_graphs(self) -> None:
+        """Raise InputError for a bundle without graphs."""
+        if not self.manifest.has_graphs:
+            raise InputError(
+                "has no graphs: it was exported for torch",
+                where=str(self.path),
+                expected="--backend torch",
+                hint="For ONNX Runtime or TensorRT export the model with their --target.",
+            )
+
     def graph(self, name: str) -> Path:
-        """The ONNX file of a graph."""
-        return inside(self.path, self.manifest.graphs[name].file)
+        """The ONNX file of a graph. Raises InputError for a bundle without graphs."""
+        return inside(self.path, self._file(name))
+
+    def _file(self, graph: str) -> str:
+        self.require_graphs()
+        file = self.manifest.graphs[graph].file
+        assert file is not None
+        return file
 
     def graph_content(self, name: str) -> bytes:
         """The bytes of a graph's ONNX file, once they are known to be a graph as export writes it.
 
-        Raises InputError for any other (`graph_check.check_graph`).
+        Raises InputError for any other (`graph_check.check_graph`), and for a bundle without graphs.
         """
         if name not in self._graphs:
             manifest, record = self.manifest, self.manifest.graphs[name]
-            content = self.content(record.file)
+            content = self.content(self._file(name))
             check_graph(
                 content,
-                str(self.path / record.file),
+                str(self.path / self._file(name)),
                 name,
                 record,
                 self.plan,
@@ -253,6 +300,19 @@ class Bundle:
         """The file that a graph's weights lie in, if it has any."""
         file = self.manifest.graphs[name].weights
         return inside(self.path, file) if file else None
+
+
+def tensor_records(
+    plan: CachePlan, compute: Dtype, carried: Mapping[str, TensorRecord]
+) -> dict[str, tuple[dict[str, TensorRecord], dict[str, TensorRecord]]]:
+    """Name of each graph -> inputs and outputs, of a bundle without graphs.
+
+    `carried` are the feature caches of the decoder.
+    """
+    return {
+        graph: tuple({name: TensorRecord(*layout) for name, layout in of.items()} for of in layouts)  # type: ignore[misc]
+        for graph, layouts in layouts_without_graphs(plan, compute, carried).items()
+    }
 
 
 def open_bundles(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bundle]:
@@ -309,6 +369,8 @@ def _read_manifest(folder: Path, content: bytes) -> Manifest:
             raise InputError(f"has no graph {graph!r}", where=str(path))
         named |= {manifest.graphs[graph].file, manifest.graphs[graph].weights}
     named |= {engine.file for engine in manifest.engines} | {kernel.file for kernel in manifest.kernels}
+    if len({record.file is None for record in manifest.graphs.values()}) > 1:
+        raise InputError("has files of some graphs only", where=str(path), expected="of all, or of none")
     unrecorded = sorted(name for name in named - set(manifest.files) if name is not None)
     if unrecorded:
         raise InputError(f"has no digest of {', '.join(unrecorded)}", where=str(path))

@@ -69,7 +69,8 @@ def _uses(manifest: Manifest, headmap: str) -> Iterator[tuple[str, str, str]]:
     if manifest.headmap:
         yield headmap, "a head map", ".json"
     for graph in manifest.graphs.values():
-        yield graph.file, "a graph", ".onnx"
+        if graph.file is not None:
+            yield graph.file, "a graph", ".onnx"
         if graph.weights is not None:
             yield graph.weights, WEIGHTS, ".safetensors"
     for engine in manifest.engines:

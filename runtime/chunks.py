@@ -19,7 +19,6 @@ from forcingkv.runtime.backends import Array, Fetch, Lane, Mark, Pass, Queue, Te
 from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord, TensorRecord, next_name
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.graph_records import FIRST
-from forcingkv.runtime.kv.buffers import CacheBuffers
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.spec import ModelSpec
 
@@ -87,7 +86,7 @@ class ChunkMaker:
         self._steps = len(self._schedule.timesteps)
         """Denoising passes of a chunk. The step of that number is the clean pass."""
         prompt, step, decode = (bundle.manifest.graphs[name] for name in ("prompt", "step", "decode"))
-        self.cache = CacheBuffers(self._plan, lane, bundle.manifest.compute)
+        self.cache = lane.cache(self._plan, bundle.manifest.compute)
         self._cross = {name: _tensor(lane, r, state=True) for name, r in prompt.outputs.items()}
         self.decoder = ChunkDecoder(lane, decode, self._spec)
         self._text = {name: _tensor(lane, record) for name, record in prompt.inputs.items()}

@@ -23,24 +23,29 @@ EngineSet: TypeAlias = tuple[EngineRecord, ...]
 """The engines that one TensorRT runs on one kind of GPU, in the order of `GRAPHS`."""
 
 
-def part_notes() -> dict[str, str]:
-    """The parts of a session's memory, and why each has its size.
+def part_notes(*, joined: bool = False) -> dict[str, str]:
+    """The parts of a session's memory, and why each has its size; `joined`: on the backend torch.
 
     weights, activations: from the builder's log of engines; of graphs on ONNX Runtime as export derived them
-        (`export/activations.py`). Engines of `prompt` and `step` run one after another in one block of
-        activation memory, `decode` has its own; ONNX Runtime gives it back after each graph. The keys and
-        values of the current chunk are among them, a layer at a time.
-    kv_...: a part for each role, from the cache plan: its buffers are as large as it ever needs.
+        (`export/activations.py`); of torch as they are stored, and as `torch_activations` estimates. Engines
+        of `prompt` and `step` run one after another in one block of activation memory, `decode` has its own;
+        ONNX Runtime gives it back after each graph. The keys and values of the current chunk are among them,
+        a layer at a time.
+    kv_...: a part for each role, from the cache plan: its buffers are as large as it ever needs. torch has
+        one of each, and writes the chunk's own behind them.
     decoder_caches: the inputs that `decode` carries from call to call.
     frames: those of all calls of `decode` for a chunk.
     text: the inputs and outputs of `prompt`; the latter are inputs of `step`.
     latents: all else that goes into `step` and `decode`, and the next latents.
     """
     buffers = {1: "one buffer: written once", 2: "two buffers: read and written in turn"}
+    roles = {name: buffers[1 if joined else role.buffers] for name, role in Role.KINDS.items()}
+    if joined:
+        roles = dict.fromkeys(roles, "read and written in place") | {"current": "of the chunk itself"}
     return {
         "weights": "of all graphs: they stay loaded",
         "activations": "of a pass, and of decoding beside it",
-        **{f"kv_{name}": buffers[role.buffers] for name, role in Role.KINDS.items()},
+        **{f"kv_{name}": note for name, note in roles.items()},
         "decoder_caches": buffers[2],
         "frames": "of a chunk, or of two if they overlap",
         "text": "of the prompt, with its keys and values",
@@ -78,10 +83,11 @@ def named(sets: Iterable[EngineSet]) -> str:
 def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecord] = ()) -> dict[str, int]:
     """Bytes of memory that a session on those engines holds, by part (see `part_notes`).
 
-    Without engines it is a session on ONNX Runtime. Of graphs that ONNX Runtime does not run `weights` and
-    `activations` are not known then, and left out.
+    Without engines it is a session on ONNX Runtime, and without graphs one on torch. Of graphs that ONNX
+    Runtime does not run `weights` and `activations` are not known then, and left out.
     """
     parts: dict[str, int] = {}
+    joined = not manifest.has_graphs
     if engines:
         parts["weights"] = sum(engine.weight_bytes for engine in engines)
         needs = {engine.graph: engine.activation_bytes for engine in engines}
@@ -90,10 +96,12 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
     else:
         weights = [graph.weight_bytes for graph in manifest.graphs.values()]
         activations = [graph.activation_bytes for graph in manifest.graphs.values()]
+        if joined:
+            activations = [torch_activations(plan, manifest.compute)]
         if None not in weights and None not in activations:
             parts["weights"] = sum(size or 0 for size in weights)
             parts["activations"] = max(size or 0 for size in activations)
-    parts |= kv_parts(plan, manifest.compute)
+    parts |= kv_parts(plan, manifest.compute, joined=joined)
     prompt, step, decode = (manifest.graphs[name] for name in GRAPHS)
     calls = plan.spec.frames_per_chunk // decode.inputs["latents"].shape[2]
     parts["decoder_caches"] = 2 * _bytes(decode.carried)
@@ -109,9 +117,22 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
     return parts
 
 
-def kv_parts(plan: CachePlan, compute: Dtype) -> dict[str, int]:
-    """Bytes of cached keys and values by role, as `footprint` has them."""
-    return {f"kv_{role}": size for role, size in plan.buffer_bytes_by_role(compute).items()}
+def kv_parts(plan: CachePlan, compute: Dtype, *, joined: bool = False) -> dict[str, int]:
+    """Bytes of cached keys and values by role, as `footprint` has them; `joined`: on the backend torch."""
+    sizes = plan.kv_bytes_by_role(compute) if joined else plan.buffer_bytes_by_role(compute)
+    return {f"kv_{role}": size for role, size in sizes.items()}
+
+
+def torch_activations(plan: CachePlan, compute: Dtype) -> int:
+    """Estimate of what a pass of torch needs beside weights, caches, inputs and outputs, in bytes.
+
+    In a block's feed-forward: the hidden tensor before and after its activation, the residual stream, the
+    input and the result; beside them two of the width in float32, which norms compute in. Attention is
+    fused: its scores are nowhere, and it reads the cache where it lies.
+    """
+    spec, tokens = plan.spec, plan.chunk_tokens
+    size, wide = DTYPES[compute].bytes, DTYPES["float32"].bytes
+    return tokens * (size * (2 * spec.ffn_width + 3 * spec.dim) + 2 * wide * spec.dim)
 
 
 def readable(size: int) -> str:

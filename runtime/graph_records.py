@@ -99,9 +99,12 @@ def latent_shape(plan: CachePlan, frames: int | None = None) -> tuple[int, ...]:
 
 
 def decode_layouts(
-    plan: CachePlan, compute: Dtype, carried: Mapping[str, Layout]
+    plan: CachePlan, compute: Dtype, carried: Mapping[str, Layout], *, pixels: bool
 ) -> tuple[dict[str, Layout], dict[str, Layout]]:
-    """Inputs and outputs of `decode`, of a decoder that carries those feature caches."""
+    """Inputs and outputs of `decode`, of a decoder that carries those feature caches.
+
+    `pixels` says whether it gives what frames are rounded from, for comparing graphs with torch.
+    """
     spec, (width, height) = plan.spec, plan.geometry.shown
     if spec.decoder.kind == "pixels":
         frames = spec.frames_per_chunk
@@ -110,7 +113,7 @@ def decode_layouts(
     frames = spec.decoder.temporal_stride
     inputs = {"latents": Layout("float32", latent_shape(plan, 1)), FIRST: Layout("float32", (1,))}
     outputs = {"frames": Layout("uint8", (frames, height, width, 3))}
-    if compute == "float32":
+    if pixels:
         whole = plan.geometry.height, plan.geometry.width
         outputs["pixels"] = Layout("float32", (1, 3, frames, *whole))
     outputs |= {next_name(name): layout for name, layout in carried.items()}
@@ -125,7 +128,23 @@ def layouts(
         return prompt_layouts(plan, compute)
     if graph == "step":
         return step_layouts(plan, compute, skips_caches=record.skips_caches)
-    return decode_layouts(plan, compute, dict(_carried(record)))
+    pixels = compute == "float32" and record.file is not None
+    return decode_layouts(plan, compute, dict(_carried(record)), pixels=pixels)
+
+
+def layouts_without_graphs(
+    plan: CachePlan, compute: Dtype, carried: Mapping[str, TensorRecord]
+) -> dict[str, tuple[dict[str, Layout], dict[str, Layout]]]:
+    """Inputs and outputs of all graphs, where there are none but torch's own functions.
+
+    `carried` are the feature caches of the decoder.
+    """
+    held = {name: Layout(record.dtype, record.shape) for name, record in carried.items()}
+    return {
+        "prompt": prompt_layouts(plan, compute),
+        "step": step_layouts(plan, compute, skips_caches=True),
+        "decode": decode_layouts(plan, compute, held, pixels=False),
+    }
 
 
 def check_records(graphs: Mapping[str, GraphRecord], plan: CachePlan, compute: Dtype, where: str) -> None:

@@ -37,6 +37,7 @@ from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.rebuild import replayed
 from forcingkv.runtime.script import PromptRecord, Script, Switch
+from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import new_tensors, read_arrays
 
 STATE = "state.json"
@@ -81,6 +82,8 @@ class Snapshot:
     """Those to come. The model's input for each is among the tensors."""
     notes: Mapping[str, str] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What the program that saved it wants to find again."""
+    compute: Dtype | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What the session computed in; None in states of versions in which a bundle had one dtype."""
     digest: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Of all other fields (`own_digest`)."""
     schema: Literal["forcingkv.snapshot/1"] = "forcingkv.snapshot/1"
@@ -112,7 +115,7 @@ def write_snapshot(
         latents: of the chunks that a rebuild needs, by index.
         ready: chunks that were made, but not handed out.
         script: the video's prompts.
-        known: the fields `bundle`, `seed`, `chunks`, `index` and `notes` of `Snapshot`.
+        known: the fields `bundle`, `seed`, `chunks`, `index`, `compute` and `notes` of `Snapshot`.
 
     Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved, or
     another process or thread is saving one there. The state before is whole then.
@@ -217,6 +220,13 @@ def read_snapshot(
             where=str(path),
             expected=f"{bundle.digest[:12]}..., which {bundle.path} is",
             hint="Restore it with the bundle that it was saved of.",
+        )
+    if snapshot.compute not in (None, bundle.manifest.compute):
+        raise InputError(
+            f"was saved by a session that computed in {snapshot.compute}",
+            where=str(path),
+            expected=f"{bundle.manifest.compute}, as this session does",
+            hint=f"Open the session with the dtype {snapshot.compute} (--dtype {snapshot.compute}).",
         )
     _check_counts(snapshot, bundle, path)
     tensors = inside(folder, snapshot.tensors)

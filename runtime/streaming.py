@@ -175,8 +175,9 @@ class Video:
                     where="noise",
                     expected="noise of a seed",
                 )
-            bundle, notes = self._session.bundle.digest, dict(notes)
-            known = {"bundle": bundle, "seed": self.seed, "chunks": self.chunks, "index": self.index}
+            bundle, notes = self._session.bundle, dict(notes)
+            known: dict[str, object] = {"bundle": bundle.digest, "compute": bundle.manifest.compute}
+            known |= {"seed": self.seed, "chunks": self.chunks, "index": self.index}
             try:
                 write_snapshot(
                     Path(folder), maker, self._latents, self._ready, self._script, **known, notes=notes

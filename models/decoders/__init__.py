@@ -16,7 +16,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.models.decoders.names import check_name
 from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed
-from forcingkv.runtime.spec import Decoder, DecoderKind, ModelSpec
+from forcingkv.runtime.spec import Decoder, DecoderKind, Geometry, ModelSpec
 
 KINDS: tuple[DecoderKind, ...] = get_args(DecoderKind)
 
@@ -87,6 +87,21 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def frames_of(pixels: Tensor, geometry: Geometry) -> Tensor:
+    """Pixels (1, 1 or 3, F, H, W) in [-1, 1] -> the frames that are shown: uint8 (F, height, width, 3)."""
+    if geometry.crop:
+        width, height = geometry.crop
+        pixels = pixels[..., :height, :width]
+    return to_frames(pixels)
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """(1, 1 or 3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3)."""
+    frames = ((pixels[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round()
+    frames = frames.expand(-1, -1, -1, 3) if frames.shape[-1] == 1 else frames
+    return frames.to(torch.uint8)  # last: TensorRT has uint8 at the borders of a network only
+
+
 def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> StreamingDecoder:
     """A decoder of Wan 2.1's latents in float32 on the CPU, for inference.
 
@@ -121,6 +136,38 @@ def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> Strea
 
             tiny = LightTaeDecoder if wanted == "lighttae" else TaehvDecoder
             decoder = tiny() if path is None else load_taehv(path, tiny)
+    return decoder.eval().requires_grad_(False)
+
+
+def stored_decoder(kind: str, state: Mapping[str, Tensor], where: str) -> StreamingDecoder:
+    """The decoder of a bundle, of those parameters and buffers, where and as they are.
+
+    Raises InputError, naming the file `where`, for tensors that are not those of such a decoder, and
+    MissingExtraError for wan-vae without diffusers.
+    """
+    with torch.device("meta"):
+        decoder: StreamingDecoder
+        if kind == "wan-vae":
+            if find_spec("diffusers") is None:
+                raise MissingExtraError("diffusers", "models")
+            from forcingkv.models.decoders.wan_vae import WanVaeDecoder
+
+            decoder = WanVaeDecoder()
+        else:
+            from forcingkv.models.decoders.taehv import LightTaeDecoder, TaehvDecoder, sizes_of
+
+            tiny = LightTaeDecoder if kind == "lighttae" else TaehvDecoder
+            decoder = tiny(**sizes_of(state, where))
+    wanted = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+        raise InputError(
+            f"is not a decoder {kind}: {wrong[0]} has the shape {found.get(wrong[0])}",
+            where=where,
+            expected=str(wanted.get(wrong[0])),
+            hint="Export the bundle again with this version of forcingkv.",
+        )
+    decoder.load_state_dict(state, assign=True)
     return decoder.eval().requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ layers and was trained on latents with both: latents * std + mean (LightX2V, `va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,19 @@ class LightTaeDecoder(TaehvDecoder):
         self, latents: Tensor, first: Tensor, state: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return super().forward(latents * self.std + self.mean, first, state)
+
+
+def sizes_of(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """What a `TaehvDecoder` of those tensors is made with. Raises InputError where they are of no such
+    decoder; `where` is their file."""
+    # The first convolution, then the last one of each stage.
+    convs = [1, *(MEMORIES + 5 + (MEMORIES + 3) * stage for stage in range(len(GROWTH)))]
+    shapes = [tuple(state[name].shape) for name in (f"decoder.{n}.weight" for n in convs) if name in state]
+    if len(shapes) != len(convs) or any(len(shape) != 4 for shape in shapes):
+        raise InputError(
+            "is no tiny decoder", where=where, expected=f"convolutions at the layers {convs} of it"
+        )
+    return {"widths": tuple(shape[0] for shape in shapes), "latent_channels": shapes[0][1]}
 
 
 def load_taehv(path: Path, kind: type[TaehvDecoder] = TaehvDecoder) -> TaehvDecoder:

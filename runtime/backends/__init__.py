@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
@@ -21,16 +21,22 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.spec import Dtype
 
+if TYPE_CHECKING:
+    from forcingkv.runtime.kv.buffers import KvCache
+    from forcingkv.runtime.kv.plan import CachePlan
+
 Array = npt.NDArray[Any]
 BACKENDS = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-cpu": "onnxruntime",
+    "torch": "torch_lane",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt",
 }
 """Name of each backend -> the module in this folder that runs it, which has a function
 `open_lane(bundle, options)`. `onnxruntime` takes a GPU where this ONNX Runtime was built for one;
-`onnxruntime-cpu` never does."""
+`onnxruntime-cpu` never does. `torch`
+runs any bundle, also one without graphs."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,12 @@ class Lane(Protocol):
         Raises MemoryShortError where there is not enough.
         """
 
+    def cache(self, plan: CachePlan, dtype: Dtype) -> KvCache:
+        """Memory for keys and values of a session that computes in `dtype`.
+
+        Raises MemoryShortError where there is not enough.
+        """
+
     def bind(
         self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> Pass:
@@ -178,6 +190,16 @@ class Lane(Protocol):
 
     def close(self) -> None:
         """Wait for the queues and give the memory back; the weights too, with the last lane on them."""
+
+
+def default_backend(bundle: Bundle, *, torch_is_asked: bool) -> str:
+    """What runs a bundle where nobody says what: ONNX Runtime, if it can."""
+    return "torch" if torch_is_asked or not bundle.manifest.has_graphs else "onnxruntime"
+
+
+def as_run(bundle: Bundle, options: LaneOptions) -> Bundle:
+    """The bundle as that backend runs it: torch makes of it what it computes in, and needs no graphs."""
+    return bundle.computing_in(options.dtype) if options.backend == "torch" else bundle
 
 
 def open_backend(bundle: Bundle, options: LaneOptions) -> Lane:

@@ -26,6 +26,9 @@ from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import device_sm, find_engine
 from forcingkv.runtime.faults import DeviceError, SessionError
 from forcingkv.runtime.flavour import FlavourName, Told, choose, make_log, trt
+from forcingkv.runtime.kv.buffers import CacheBuffers
+from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.spec import Dtype
 
 Shape = tuple[int, ...]
 ALIGNMENT = 256
@@ -140,6 +143,9 @@ class TensorRTLane:
     def tensor(self, shape: Shape, dtype: str, *, state: bool = False) -> CudaTensor:
         """Memory on the GPU, whether it is state or not, until the lane is closed."""
         return self._memory.tensor(tuple(shape), dtype)
+
+    def cache(self, plan: CachePlan, dtype: Dtype) -> CacheBuffers:
+        return CacheBuffers(plan, self, dtype)
 
     def bind(
         self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]

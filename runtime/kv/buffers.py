@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 
 from forcingkv.runtime.backends import Lane, Tensor
@@ -11,27 +12,19 @@ from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
 
-class CacheBuffers:
-    """Two buffers for each cached tensor: passes read one, the clean pass writes the other.
-
-    A role that is written once has one buffer for both. A tensor of a phase is a view of its buffer's start.
+class KvCache(ABC):
+    """The keys and values of a session in a lane's memory, where passes read them and clean passes go on.
 
     Attributes:
-        passes: clean passes whose keys and values the cache holds, or has held: counted up, the buffers are
-            swapped; 0: the cache is empty. In a video that was never rebuilt this is the index of the chunk
-            that comes next.
+        passes: clean passes whose keys and values the cache holds, or has held: counted up, it holds what
+            comes after the next one; 0: it is empty. In a video that was never rebuilt this is the index of
+            the chunk that comes next.
     """
 
-    def __init__(self, plan: CachePlan, lane: Lane, dtype: Dtype) -> None:
-        """Take the memory; `dtype` is what the graphs compute in."""
+    def __init__(self, plan: CachePlan, lane: Lane) -> None:
+        """Take the memory of what says which tokens of a chunk are taken."""
         self.plan, self.passes = plan, 0
         self._begins = [phase.first_chunk for phase in plan.phases]
-        self._sides: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        for entry in plan.entries:
-            size, cached = (math.prod(plan.steady_shape(entry)),), entry.role.dtype(dtype)
-            buffers = [lane.tensor(size, cached, state=True) for _ in range(entry.role.buffers)]
-            for number, side in enumerate(self._sides):
-                side[entry.name] = buffers[number % len(buffers)]
         self._rows: list[dict[str, Tensor]] = [{} for _ in self._begins]  # for each phase
         for held, begin in zip(self._rows, self._begins, strict=True):
             for name, tokens in plan.rows(begin).items():
@@ -39,32 +32,68 @@ class CacheBuffers:
                 held[name].write(tokens, lane.main)
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        buffers = {id(b): b for side in self._sides for b in side.values()}
-        return sum(buffer.nbytes for buffer in buffers.values())
 
     @property
     def phase(self) -> int:
         """Index of the phase that passes run in now."""
-        return bisect_right(self._begins, self.passes) - 1
+        return self._phase_at(self.passes)
 
     @property
+    @abstractmethod
     def key(self) -> tuple[int, int]:
-        """What the memory of a pass depends on: the phase, and which of the two buffers is read."""
-        return self.phase, self.passes % 2
+        """What the memory of a pass depends on: the phase, and what else is the cache's own."""
 
+    @abstractmethod
     def held(self) -> dict[str, Tensor]:
         """What the cache holds, by input name."""
-        side = self._sides[self.passes % 2]
-        return {e.name: side[e.name].first(self.plan.entry_shape(e, self.passes)) for e in self.plan.entries}
 
     def inputs(self) -> dict[str, Tensor]:
         """What passes read, by input name."""
         return self.held() | self._rows[self.phase]
 
+    @abstractmethod
     def outputs(self) -> dict[str, Tensor]:
-        """Where a pass may write the next cache, by output name. Nothing that passes read is among it."""
+        """Where the clean pass writes the next cache, by output name."""
+
+    def _phase_at(self, passes: int) -> int:
+        return bisect_right(self._begins, passes) - 1
+
+
+class CacheBuffers(KvCache):
+    """Two buffers for each cached tensor: passes read one, the clean pass writes the other.
+
+    A role that is written once has one buffer for both. A tensor of a phase is a view of its buffer's start.
+    """
+
+    def __init__(self, plan: CachePlan, lane: Lane, dtype: Dtype) -> None:
+        """Take the memory; `dtype` is what the graphs compute in."""
+        super().__init__(plan, lane)
+        self._sides: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for entry in plan.entries:
+            size, cached = (math.prod(plan.steady_shape(entry)),), entry.role.dtype(dtype)
+            buffers = [lane.tensor(size, cached, state=True) for _ in range(entry.role.buffers)]
+            for number, side in enumerate(self._sides):
+                side[entry.name] = buffers[number % len(buffers)]
+
+    @property
+    def nbytes(self) -> int:
+        buffers = {id(b): b for side in self._sides for b in side.values()}
+        return sum(buffer.nbytes for buffer in buffers.values())
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The phase, and which of the two buffers is read."""
+        return self.phase, self.passes % 2
+
+    def held(self) -> dict[str, Tensor]:
+        side = self._sides[self.passes % 2]
+        return {e.name: side[e.name].first(self.plan.entry_shape(e, self.passes)) for e in self.plan.entries}
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Nothing that passes read is among it: any pass may write there."""
         side = self._sides[1 - self.passes % 2]
         shapes = {e.name: self.plan.next_shape(e, self.passes) for e in self.plan.entries}
         return {next_name(name): side[name].first(shape) for name, shape in shapes.items()}

@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 
 import forcingkv
-from forcingkv.export.graphs import to_frames
 from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.writing import write_bytes
 from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.models.checkpoint import Weights, build_model
+from forcingkv.models.decoders import to_frames
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.runtime.kv.plan import CachePlan, build_plan

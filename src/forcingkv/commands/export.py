@@ -51,8 +51,9 @@ def export(
     dtype: Annotated[
         str | None,
         Option(
-            help="What weights are stored as and TensorRT computes in: float32, bfloat16, float16, or fp8"
-            " (linear layers in FP8, all else in bfloat16); default: the model's, for TensorRT bfloat16."
+            help="What weights are stored as, and torch and TensorRT compute in: float32, bfloat16, float16,"
+            " fp8 (linear layers in FP8, all else in bfloat16), int8 (linear layers in int8, with --target"
+            " onnx); default: the model's, for TensorRT bfloat16."
         ),
     ] = None,
     calibration: Annotated[
@@ -69,7 +70,9 @@ def export(
             help="Compare every graph with torch, in float32; default: only with --target onnx.",
         ),
     ] = None,
-    target: Annotated[str, Option(help="onnx; tensorrt-rtx or tensorrt for engines too.")] = "onnx",
+    target: Annotated[
+        str, Option(help="onnx; torch, in seconds, without graphs; tensorrt-rtx or tensorrt for engines too.")
+    ] = "onnx",
     sm: Annotated[
         list[int] | None,
         Option(help="GPU to build for, such as 89 for 8.9; may be given again. Default: the one here."),
@@ -142,9 +145,9 @@ def export(
         of = f"{len(record.prompts)} {record.texts}" if record.prompts else "random embeddings: no real texts"
         say(f"FP8 calibrated with {record.chunks} chunks at {width}x{height} for {of}")
     if manifest.verification:
-        exact = {name: found for name, found in manifest.verification.items() if name != "step.fp8"}
+        exact = {name: found for name, found in manifest.verification.items() if not name.startswith("step.")}
         say(f"verified against torch: largest difference {max(exact.values()):.1e}")
-    else:
+    elif wanted != "torch":
         say("not verified against torch: add --verify to do that")
     for engine in manifest.engines:
         say(

@@ -103,7 +103,9 @@ def _model(opened: Bundle) -> Iterator[str]:
     yield from _beside("policy", manifest.policy.name + digest)
     for lora in manifest.loras or ():
         yield from _beside("lora", f"{lora.told}, sha256 {lora.sha256[:12]}")
-    yield from _beside("graphs", f"compute in {manifest.compute}")
+    products = manifest.multiplies_in
+    linears = "" if products == manifest.compute else f", linear layers of the blocks in {products}"
+    yield from _beside("graphs", f"compute in {manifest.compute}{linears}")
     for sentence in manifest.taken or ():
         yield from _beside("weights", sentence)
     kernels = manifest.kernels
@@ -156,6 +158,8 @@ def memory_title(group: Sequence[EngineSet], parts: Mapping[str, int]) -> str:
     """What the parts of a session's memory (`footprint`) are of."""
     if group:
         return f"device memory of a session with {named(group)}"
+    if "kv_current" in parts:
+        return "memory of a session on torch"
     if "weights" in parts:
         return "memory of a session on ONNX Runtime"
     return "buffers of a session, without weights and activations: there are no engines"
@@ -165,7 +169,7 @@ def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
     """What a session holds: of sets that need the same, or without engines."""
     parts = footprint(opened.manifest, opened.plan, group[0] if group else ())
     yield from wrapped("", memory_title(group, parts))
-    yield from _shares(parts, part_notes())
+    yield from _shares(parts, part_notes(joined=not opened.manifest.has_graphs))
     for remark in REMARKS if group else ():
         yield from wrapped("  ", remark)
 

@@ -1,0 +1,208 @@
+"""The KV cache of torch: for each head group a tensor of keys and one of values, the chunk behind it.
+
+Every pass writes its own keys and values behind the cached ones, and attention reads one tensor: nothing is
+joined. The clean pass goes on in place, layer by layer, as soon as a layer has attended: no buffer is there
+twice. Where a role lies depends on the phase (`Layout`); what it holds is asked of its halves, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from forcingkv.models.kv import (
+    HALVES,
+    CleanPass,
+    GroupCache,
+    TorchRole,
+    advance_group,
+    cached_dtype,
+    choice_of,
+    heads_of,
+)
+from forcingkv.models.wan import Attend, KeysValues
+from forcingkv.runtime.backends import Lane, Tensor
+from forcingkv.runtime.backends.torch_device import torch_dtype
+from forcingkv.runtime.backends.torch_tensors import TorchTensor
+from forcingkv.runtime.graph_records import next_name
+from forcingkv.runtime.kv.buffers import KvCache
+from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup
+from forcingkv.runtime.kv.roles import Role
+from forcingkv.runtime.spec import Dtype
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a group lie in a phase: each role's, then the chunk's."""
+
+    roles: Mapping[str, slice]
+    current: slice
+
+
+def layout_of(plan: CachePlan, group: HeadGroup, chunk: int) -> Layout:
+    """Where the tokens lie that the chunk of that index sees."""
+    places, end = {}, 0
+    for role in group.roles:
+        begin, end = end, end + role.tokens(plan, group, chunk)
+        places[role.name] = slice(begin, end)
+    return Layout(places, slice(end, end + plan.chunk_tokens))
+
+
+def joined_tokens(plan: CachePlan, group: HeadGroup) -> int:
+    """Tokens of a group's tensors: as many as any chunk sees, its own among them."""
+    tokens: int = max(layout_of(plan, group, phase.first_chunk).current.stop for phase in plan.phases)
+    return tokens
+
+
+@dataclass(frozen=True)
+class JoinedGroup:
+    """Keys and values of a head group of a layer."""
+
+    group: HeadGroup
+    all: KeysValues
+    """(1, heads, `joined_tokens`, head_dim) in the dtype that is attended in."""
+    apart: Mapping[str, KeysValues]
+    """Roles that are cached as something else than what is attended to: their tokens as they are cached.
+    Each pass puts what is read of them into its place in `all`."""
+    layouts: tuple[Layout, ...]
+    """Of each phase."""
+
+    def part(self, role: Role, phase: int) -> KeysValues:
+        """What is cached of a role in a phase: views."""
+        place = self.layouts[phase].roles[role.name]
+        if role.name in self.apart:
+            return _tokens(self.apart[role.name], slice(0, place.stop - place.start))
+        return _tokens(self.all, place)
+
+    def cached(self, phase: int) -> GroupCache:
+        """What is cached of every role: views."""
+        return {role.name: self.part(role, phase) for role in self.group.roles}
+
+    def attend(self, queries: torch.Tensor, current: KeysValues, phase: int) -> torch.Tensor:
+        """Attention of the group's heads to what is cached and to the chunk, which it writes behind it."""
+        own, layout = heads_of(current, self.group), self.layouts[phase]
+        for role in self.group.roles:
+            if role.name in self.apart:
+                read = HALVES[role.name].read(role, self.part(role, phase), own.keys)
+                _put(_tokens(self.all, layout.roles[role.name]), read)
+        _put(_tokens(self.all, layout.current), own)
+        seen = _tokens(self.all, slice(0, layout.current.stop))
+        mine = queries[:, self.group.start : self.group.stop]
+        return F.scaled_dot_product_attention(mine, seen.keys, seen.values)
+
+    def take(self, made: GroupCache, following: int) -> None:
+        """Let the cache be what a clean pass made of it, as it lies in the phase of the next chunk."""
+        targets = {role.name: self.part(role, following) for role in self.group.roles}
+        # What stays where it is need not be copied. What moves may lie where another role is written.
+        moved = {
+            name: [part.clone() if self._holds(part) else part for part in made[name]]
+            for name, target in targets.items()
+            if target.keys.shape[2] and not _same_place(made[name], target)
+        }
+        for name, parts in moved.items():
+            _put(targets[name], parts)
+
+    def _holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a view of this memory."""
+        own = (part for kv in (self.all, *self.apart.values()) for part in kv)
+        begins = tensor.untyped_storage().data_ptr()
+        return any(part.untyped_storage().data_ptr() == begins for part in own)
+
+
+class JoinedCache(KvCache):
+    """The cache of a session, in place: there are no two sides."""
+
+    def __init__(self, plan: CachePlan, lane: Lane, dtype: Dtype, device: torch.device) -> None:
+        """Take the memory; `dtype` is what the session computes in."""
+        super().__init__(plan, lane)
+        compute = torch_dtype(dtype)
+        self._groups = [[_make(plan, group, compute, device) for group in groups] for groups in plan.layers]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [kv for row in self._groups for one in row for kv in (one.all, *one.apart.values())]
+        return sum(part.numel() * part.element_size() for kv in tensors for part in kv)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The phase, and that of the chunk after: what a clean pass leaves lies as it needs it."""
+        return self.phase, self._phase_at(self.passes + 1)
+
+    def held(self) -> dict[str, Tensor]:
+        return {entry.name: self._view(entry, self.phase) for entry in self.plan.entries}
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Views of the very memory that passes read: only the clean pass may write there, and it does so
+        once it has read it."""
+        return {next_name(entry.name): self._view(entry, self.key[1]) for entry in self.plan.entries}
+
+    def attend(self, phase: int, following: int | None) -> Attend:
+        """How a pass in a phase attends. A clean pass goes on to the phase `following`; None: it is none."""
+        chosen: list[torch.Tensor] = []
+
+        def attend(layer: int, queries: torch.Tensor, current: KeysValues) -> torch.Tensor:
+            row = self._groups[layer]
+            out = [one.attend(queries, current, phase) for one in row]
+            if following is not None:
+                self._advance(layer, current, (phase, following), chosen)
+            return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+        return attend
+
+    def _advance(
+        self, layer: int, current: KeysValues, phases: tuple[int, int], chosen: list[torch.Tensor]
+    ) -> None:
+        chunk = self.passes
+        choice = choice_of(self.plan, chunk)
+        if layer == 0:
+            chosen.clear()
+        for one in self._groups[layer]:
+            held, own = one.cached(phases[0]), heads_of(current, one.group)
+            done = CleanPass(self.plan, layer, one.group, held, own, None, choice, chunk, chosen)
+            one.take(advance_group(done), phases[1])
+
+    def _view(self, entry: CacheEntry, phase: int) -> TorchTensor:
+        row = self._groups[entry.layer]
+        one = next(one for one in row if one.group is entry.group)
+        kv = one.part(entry.role, phase)
+        return TorchTensor(kv[PARTS.index(entry.part)])
+
+
+def _make(plan: CachePlan, group: HeadGroup, compute: torch.dtype, device: torch.device) -> JoinedGroup:
+    def pair(tokens: int, dtype: torch.dtype) -> KeysValues:
+        shape = 1, group.heads, tokens, plan.spec.head_dim
+        name = str(dtype).removeprefix("torch.")
+        return KeysValues(*(TorchTensor.make(shape, name, device).tensor for _ in PARTS))
+
+    apart = {
+        role.name: pair(role.steady_tokens(plan, group), cached_dtype(role, compute))
+        for role in group.roles
+        if _is_apart(role, compute)
+    }
+    layouts = tuple(layout_of(plan, group, phase.first_chunk) for phase in plan.phases)
+    return JoinedGroup(group, pair(joined_tokens(plan, group), compute), apart, layouts)
+
+
+def _is_apart(role: Role, compute: torch.dtype) -> bool:
+    """Whether a role is cached as something else than what is attended to."""
+    reads_itself = type(HALVES[role.name]).read is TorchRole.read
+    return not reads_itself or cached_dtype(role, compute) != compute
+
+
+def _tokens(kv: KeysValues, part: slice) -> KeysValues:
+    return KeysValues(kv.keys[:, :, part], kv.values[:, :, part])
+
+
+def _put(target: KeysValues, source: Sequence[torch.Tensor]) -> None:
+    for place, part in zip(target, source, strict=True):
+        place.copy_(part)
+
+
+def _same_place(kv: KeysValues, target: KeysValues) -> bool:
+    return all(
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+        for a, b in zip(kv, target, strict=True)
+    )

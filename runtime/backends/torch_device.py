@@ -1,0 +1,248 @@
+"""Where torch runs: devices by name, their queues of work and free memory, and what goes wrong on them.
+
+One code for all of them: a CPU does everything at once, CUDA and XPU have streams, MPS has one queue that is
+waited for as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.backends import Mark, Queue
+from forcingkv.runtime.backends.host import HostQueue
+from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
+from forcingkv.runtime.memory import available_bytes
+from forcingkv.runtime.spec import Dtype
+
+KINDS = {
+    "cpu": "",
+    "cuda": "a GPU of NVIDIA or AMD, and a torch that was built for it",
+    "mps": "a Mac with Apple's own chip",
+    "xpu": "a GPU of Intel, and a torch that was built for it",
+}
+"""Name of each kind of device -> what it takes."""
+STREAMS = ("cuda", "xpu")
+"""Kinds whose queues run beside each other."""
+URGENT = -1
+"""Priority of the queue that decodes: its work is short, and somebody waits for the frames."""
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, ...; None: the CPU.
+
+    Raises InputError for a name that is none, and where this machine or this torch has no such device.
+    """
+    if name is None:
+        return torch.device("cpu")
+    found = re.fullmatch(r"([a-z]+)(?::(\d{1,3}))?", name)
+    if found is None or found[1] not in KINDS or (found[1] in ("cpu", "mps") and found[2]):
+        raise InputError(
+            f"there is no device {name!r}", where="device", expected="cpu, cuda, cuda:1, mps or xpu"
+        )
+    kind, number = found[1], int(found[2] or 0)
+    if kind == "cpu":
+        return torch.device("cpu")
+    module = torch.get_device_module(kind)
+    if not module.is_available():
+        raise InputError(
+            f"torch {torch.__version__} finds no device {kind} here",
+            where="device",
+            expected=KINDS[kind],
+            hint="`forcingkv doctor` says what there is. Without --device it runs on the CPU.",
+        )
+    if kind == "mps":
+        return torch.device("mps")
+    if number >= module.device_count():
+        raise InputError(
+            f"there is no device {name}",
+            where="device",
+            expected=", ".join(f"{kind}:{n}" for n in range(module.device_count())),
+        )
+    return torch.device(kind, number)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for people."""
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"the CPU, {threads} thread{'s'[: threads > 1]}"
+    if device.type == "mps":
+        return "the GPU (mps)"
+    return f"{torch.get_device_module(device).get_device_name(device)} ({device})"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a session on the device can take."""
+    if device.type == "cpu":
+        return available_bytes()
+    if (
+        device.type == "mps"
+    ):  # memory is one with the CPU's: what Metal recommends at most, less what is taken
+        return int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())
+    return int(torch.get_device_module(device).mem_get_info(device)[0])
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait for all that was asked of a device."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def multiplies_in(device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """What products of matrices are best computed in for numbers of that dtype.
+
+    A CPU without instructions for it multiplies bfloat16 and float16 many times slower than float32 (AVX2:
+    21 against 150 GFLOP/s), so there the numbers are made float32 first. That is no less exact.
+    """
+    if device.type != "cpu" or compute == torch.float32:
+        return compute
+    mkldnn: Any = torch.ops.mkldnn
+    known = {
+        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: mkldnn._is_mkldnn_fp16_supported,
+    }
+    return compute if known[compute]() else torch.float32
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """The dtype of that name."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+class StreamMark:
+    """An event in a stream."""
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        with faults("the work that was asked for"):
+            self.event.synchronize()
+
+    def since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, StreamMark)
+        with faults("taking the time"):
+            milliseconds: float = earlier.event.elapsed_time(self.event)
+        return milliseconds / 1000
+
+
+class StreamQueue:
+    """A stream of its own."""
+
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
+        self._module = torch.get_device_module(device)
+        with faults("making a stream"):
+            self.stream: Any = self._module.Stream(device, priority=priority)
+
+    def mark(self) -> StreamMark:
+        with faults("marking a place in a stream"):
+            event = self._module.Event(enable_timing=True)
+            event.record(self.stream)
+        return StreamMark(event)
+
+    def work(self) -> AbstractContextManager[Any]:
+        """What is done within goes into the stream."""
+        context: AbstractContextManager[Any] = self._module.stream(self.stream)
+        return context
+
+    def wait(self) -> None:
+        """Wait for all that was put in."""
+        with faults("the work that was asked for"):
+            self.stream.synchronize()
+
+
+class SyncedQueue:
+    """A device with one queue, for which a mark waits (MPS)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._module = torch.get_device_module(device)
+
+    def mark(self) -> Mark:
+        self.wait()
+        return HostQueue().mark()
+
+    def work(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def wait(self) -> None:
+        with faults("the work that was asked for"):
+            self._module.synchronize()
+
+
+class CpuQueue(HostQueue):
+    """A CPU: all work is done at once."""
+
+    def work(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
+
+TorchQueue = StreamQueue | SyncedQueue | CpuQueue
+
+
+@dataclass(frozen=True)
+class Queues:
+    """The queues of a lane."""
+
+    main: TorchQueue
+    side: TorchQueue
+
+    @classmethod
+    def on(cls, device: torch.device) -> Queues:
+        """New ones: two where they run beside each other."""
+        if device.type in STREAMS:
+            return cls(StreamQueue(device), StreamQueue(device, URGENT))
+        one = CpuQueue() if device.type == "cpu" else SyncedQueue(device)
+        return cls(one, one)
+
+    @property
+    def beside(self) -> bool:
+        """Whether they run beside each other."""
+        return self.main is not self.side
+
+    def wait(self) -> None:
+        """Wait for all that was put in."""
+        self.main.wait()
+        self.side.wait()
+
+
+def queue_of(queue: Queue) -> TorchQueue:
+    """A queue as this module's own."""
+    assert isinstance(queue, StreamQueue | SyncedQueue | CpuQueue)
+    return queue
+
+
+STICKY = (
+    "illegal memory access",
+    "unspecified launch failure",
+    "device-side assert",
+    "ecc error",
+    "misaligned",
+)
+"""What torch says of errors after which nothing more can be done on the device in this process."""
+
+
+@contextmanager
+def faults(doing: str) -> Iterator[None]:
+    """Errors of torch as those of a session; `doing` is what failed, as the end of a sentence."""
+    try:
+        yield
+    except (InputError, SessionError):
+        raise
+    except (RuntimeError, MemoryError, NotImplementedError) as error:
+        text = " ".join(str(error).split())
+        if ran_out_of_memory(error) or isinstance(error, torch.OutOfMemoryError):
+            raise MemoryShortError(f"torch ran out of memory in {doing} ({text})") from error
+        lost = any(words in text.lower() for words in STICKY)
+        hint = "; the device is of no more use to this process: start a new one" if lost else ""
+        raise DeviceError(f"torch failed in {doing} ({text}){hint}") from error

@@ -1,0 +1,194 @@
+"""torch: one code on a CPU and on every GPU that torch has a device for. It needs no graphs, only weights.
+
+The model is the one that export traces (`models.wan`), so this is what other backends are compared with. A
+lane has the queues of its device, memory of its own and the weights that its siblings share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TypeAlias
+
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.runtime.backends import LaneOptions, Pass, Queue, Tensor
+from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, next_name
+from forcingkv.runtime.faults import DeviceError
+from forcingkv.runtime.graph_records import FIRST
+from forcingkv.runtime.kv.plan import PARTS, CachePlan
+from forcingkv.runtime.spec import Dtype
+
+try:
+    import torch
+except ImportError as error:
+    raise MissingExtraError("torch", "models") from error
+
+from forcingkv.models.decoders import frames_of
+from forcingkv.models.generate import next_latents
+from forcingkv.models.torch_threads import use_threads
+from forcingkv.models.wan import KeysValues
+from forcingkv.runtime.backends.torch_cache import JoinedCache
+from forcingkv.runtime.backends.torch_device import Queues, TorchQueue, describe, faults, find_device
+from forcingkv.runtime.backends.torch_graphs import Captured, graph_pool
+from forcingkv.runtime.backends.torch_model import Loaded, load
+from forcingkv.runtime.backends.torch_tensors import TorchTensor
+
+Work = Callable[[], None]
+Tensors: TypeAlias = Mapping[str, torch.Tensor]
+
+
+def open_lane(bundle: Bundle, options: LaneOptions) -> TorchLane:
+    """Load the weights of a bundle, whatever it was exported for, on the device that the options name.
+
+    Raises InputError for a device that is not there, for options that are of no use to it, and for weights
+    that torch does not run.
+    """
+    options.refuse("provider")
+    device = find_device(options.device)
+    if options.cuda_graphs and device.type != "cuda":
+        raise InputError(f"are of no use on the device {device}", where="CUDA graphs", expected="cuda")
+    if device.type == "cpu":
+        use_threads(options.threads)
+    loaded = load(bundle, device, compiled=options.compiled)
+    return TorchLane(bundle, loaded, cuda_graphs=options.cuda_graphs)
+
+
+class TorchLane:
+    """The model on a device, and memory of one session."""
+
+    def __init__(self, bundle: Bundle, loaded: Loaded, *, cuda_graphs: bool) -> None:
+        self._bundle, self._cuda_graphs = bundle, cuda_graphs
+        self._pool = graph_pool() if cuda_graphs else None
+        self._loaded: Loaded | None = loaded
+        self._cache: JoinedCache | None = None
+        self._queues = Queues.on(loaded.device)
+        self.main: Queue = self._queues.main
+        self.side: Queue = self._queues.side
+        self.lookahead = int(self._queues.beside)
+        dtype = str(loaded.compute).removeprefix("torch.")
+        self.runs_on = f"{describe(loaded.device)}, in {dtype} (torch)"
+
+    def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
+        return TorchTensor.make(tuple(shape), dtype, self._weights().device)
+
+    def cache(self, plan: CachePlan, dtype: Dtype) -> JoinedCache:
+        self._cache = JoinedCache(plan, self, dtype, self._weights().device)
+        return self._cache
+
+    def bind(
+        self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> Pass:
+        """`step` reads and writes keys and values where the cache that this lane made has them, as they lie
+        in that phase; a clean pass leaves them as they lie after it (`JoinedCache.key`)."""
+        loaded, queue = self._weights(), self._queues.side if graph == "decode" else self._queues.main
+        given = {name: _own(tensor) for name, tensor in inputs.items()}
+        taken = {name: _own(tensor) for name, tensor in outputs.items()}
+        made: Work
+        if graph == GRAPHS[0]:
+            made = _prompt_work(loaded, given, taken)
+        elif graph == "step":
+            assert self._cache is not None, "a session takes its cache first"
+            made = _step_work(loaded, self._cache, phase, given, taken)
+        else:
+            made = _decode_work(loaded, self._bundle.plan, given, taken)
+        what = f"{graph} in phase {phase}"
+        captured = self._pool is not None and graph == "step" and self._comes_again(taken)
+        return TorchPass(queue, made, Captured(queue, what, self._pool) if captured else None, what)
+
+    def _comes_again(self, taken: Tensors) -> bool:
+        """Whether a pass does the same each time it runs, with what lies on the device alone.
+
+        A clean pass that leads to another phase does not, nor one that draws its segments on the host.
+        """
+        assert self._cache is not None
+        if len(taken) == 1:  # no clean one
+            return True
+        before, after = self._cache.key
+        choice = self._bundle.plan.choice
+        return before == after and (choice is None or choice.role.choose == "least-similar")
+
+    def sibling(self) -> TorchLane:
+        return TorchLane(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
+
+    def close(self) -> None:
+        """torch gives memory back with what holds it: the weights with the last lane on them."""
+        if self._loaded is not None:
+            with suppress(DeviceError):  # what was in the queues failed: nobody waits for it any more
+                self._queues.wait()
+        self._loaded = self._cache = None
+
+    def _weights(self) -> Loaded:
+        loaded = self._loaded  # once: another thread may close the lane
+        if loaded is None:
+            raise DeviceError("the lane is closed")
+        return loaded
+
+
+class TorchPass:
+    """A function of torch on fixed tensors; `captured`: its second run is captured, later ones replayed."""
+
+    def __init__(self, queue: TorchQueue, work: Work, captured: Captured | None, what: str) -> None:
+        self._queue, self._work, self._captured, self._what = queue, work, captured, what
+
+    def run(self) -> None:
+        """Raises MemoryShortError, or DeviceError for any other failure."""
+        with faults(f"a pass ({self._what})"), torch.no_grad(), self._queue.work():
+            if self._captured is None:
+                self._work()
+            else:
+                self._captured.run(self._work)
+
+
+def _prompt_work(loaded: Loaded, given: Tensors, taken: Tensors) -> Work:
+    def work() -> None:
+        made = loaded.model.prompt(given["text"].to(loaded.compute))
+        for layer, kv in enumerate(made):
+            for part, tensor in zip(PARTS, kv, strict=True):
+                taken[f"cross.{layer}.{part}"].copy_(tensor)
+
+    return work
+
+
+def _step_work(loaded: Loaded, cache: JoinedCache, phase: int, given: Tensors, taken: Tensors) -> Work:
+    """A pass: with caches among its outputs the clean one."""
+    model, spec, compute = loaded.model, loaded.model.spec, loaded.compute
+    prompt = [KeysValues(*(given[f"cross.{layer}.{part}"] for part in PARTS)) for layer in range(spec.layers)]
+    is_clean = CLEAN in given and len(taken) > 1
+    attend = cache.attend(phase, cache.key[1] if is_clean else None)
+    rotary, noise = (given["cosines"], given["sines"]), given.get("noise")
+    latents, sigma, sigma_next = (given[name] for name in ("latents", "sigma", "sigma_next"))
+    renoise = spec.schedule.renoise
+
+    def work() -> None:
+        flow = model.flow(latents.to(compute), given["time"].to(compute), rotary, prompt, attend)
+        following = next_latents(renoise, latents, flow.to(latents), sigma, sigma_next, noise)
+        taken["next_latents"].copy_(following)
+
+    return work
+
+
+def _decode_work(loaded: Loaded, plan: CachePlan, given: Tensors, taken: Tensors) -> Work:
+    decoder, kind = loaded.decoder, loaded.decodes_in
+
+    def pixels() -> None:
+        taken["frames"].copy_(frames_of(given["latents"], plan.geometry))
+
+    if decoder is None:
+        return pixels
+    carried = [name for name in given if name not in ("latents", FIRST)]
+
+    def work() -> None:
+        held = {name: given[name].to(kind) for name in carried}
+        # cuDNN would take float32 for TF32 unless it is told.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            made, following = decoder(given["latents"].to(kind), given[FIRST].to(kind), held)
+        taken["frames"].copy_(frames_of(made.float(), plan.geometry))
+        for name in carried:
+            taken[next_name(name)].copy_(following[name])
+
+    return work
+
+
+def _own(tensor: Tensor) -> torch.Tensor:
+    assert isinstance(tensor, TorchTensor)
+    return tensor.tensor

@@ -1,0 +1,179 @@
+"""The weights of a bundle in torch: the model and its decoder, as they are stored, on a device.
+
+A matrix lies in bundles as (in, out), the way it multiplies; here it is a view of the file where it can be,
+and stays in the dtype that it is stored in: what a layer computes in is made of it as it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.models.checkpoint import weight_shapes
+from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.wan import Block, WanModel
+from forcingkv.runtime.backends.torch_device import faults, multiplies_in, torch_dtype, wait_for
+from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.spec import ModelSpec
+
+try:
+    from safetensors import safe_open
+except ImportError as error:
+    raise MissingExtraError("safetensors", "models") from error
+
+EXACT = (".norm_q.weight", ".norm_k.weight", "modulation")
+"""How names end of the small tensors that are used in float32 whatever the model computes in."""
+
+
+class StoredLinear(nn.Linear):
+    """A linear layer whose weights stay as they are stored, and that multiplies in a dtype of its own."""
+
+    products: torch.dtype = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = self.products
+        bias = None if self.bias is None else self.bias.to(kind)
+        return F.linear(x.to(kind), self.weight.to(kind), bias).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What lanes on the same weights share."""
+
+    model: WanModel
+    decoder: StreamingDecoder | None
+    device: torch.device
+    compute: torch.dtype
+    decodes_in: torch.dtype
+    """What the decoder computes in: on a CPU float32, since convolutions gain nothing from less there."""
+
+
+def load(bundle: Bundle, device: torch.device, *, compiled: bool) -> Loaded:
+    """The model of a bundle.
+
+    Raises InputError where its weights are not those of its model, or in a form that torch does not run;
+    MemoryShortError where the device has no room for them.
+    """
+    manifest, spec = bundle.manifest, bundle.plan.spec
+    compute = torch_dtype(manifest.compute)
+    path = bundle.weights("step")
+    assert path is not None, "a model has weights"
+    with faults("loading the weights"):
+        model = _model(spec, path, device, compute)
+        if compiled:
+            compile_blocks(model)
+        decodes_in = torch.float32 if device.type == "cpu" else compute
+        stored = bundle.weights("decode")
+        decoder = None if stored is None else _decoder(spec, stored, device, decodes_in)
+        wait_for(device)  # passes run in other queues than the one that the weights came through
+    return Loaded(model, decoder, device, compute, decodes_in)
+
+
+def compile_blocks(model: WanModel) -> None:
+    """Compile what surrounds attention in a block: of one shape in all layers, phases and chunks, so it is
+    compiled once, when it first runs. Attention itself is a kernel already."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        for name in ("before_attention", "after_attention"):
+            setattr(block, name, torch.compile(getattr(block, name), dynamic=False))
+
+
+def _model(spec: ModelSpec, path: Path, device: torch.device, compute: torch.dtype) -> WanModel:
+    shapes, products = weight_shapes(spec), multiplies_in(device, compute)
+    with torch.device("meta"):
+        model = WanModel(spec)
+    _store_linears(model, products)
+    linears = {name for name, module in model.named_modules() if isinstance(module, StoredLinear)}
+    stored = _Stored(path, device)
+    stored.check({name: _as_stored(name, shape) for name, shape in shapes.items()}, spec.name)
+
+    def placed(name: str) -> Tensor:
+        tensor, of = stored.read(name), name.rpartition(".")[0]
+        if len(shapes[name]) == 2 and name.endswith(".weight"):
+            # A view of the file where that multiplies as well as any; else each product would turn it anew.
+            as_it_lies = tensor.dtype == torch.float32 or products != tensor.dtype
+            tensor = tensor.t() if as_it_lies else tensor.t().contiguous()
+        if of in linears:
+            return tensor
+        return tensor.to(torch.float32 if name.endswith(EXACT) else compute)
+
+    model.load_state_dict({name: placed(name) for name in shapes}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _store_linears(module: nn.Module, products: torch.dtype) -> None:
+    """Put a `StoredLinear` in the place of every linear layer, of no contents yet."""
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            with torch.device("meta"):
+                linear = StoredLinear(child.in_features, child.out_features, child.bias is not None)
+            linear.products = products
+            setattr(module, name, linear)
+        else:
+            _store_linears(child, products)
+
+
+def _as_stored(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if len(shape) == 2 and name.endswith(".weight") else shape
+
+
+class _Stored:
+    """A safetensors file of a bundle, whose digest was checked."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._path = path
+        # Pages of the file are read as they are needed; a GPU gets each tensor for itself.
+        self._file: Any = safe_open(path, "pt", device=str(device) if device.type != "mps" else "cpu")
+        self._device = device
+
+    def check(self, wanted: Mapping[str, tuple[int, ...]], model: str) -> None:
+        """Raise InputError unless it holds exactly tensors of those shapes, in floats."""
+        names = set(self._file.keys())
+        scaled = sorted(name for name in names if name.endswith("weight_scale"))
+        if scaled:
+            raise InputError(
+                f"holds linear layers in 8 bits ({scaled[0]})",
+                where=str(self._path),
+                expected="weights in float32, bfloat16 or float16",
+                hint="For --backend torch export the model with another --dtype.",
+            )
+        found = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+        wrong = sorted(name for name in names | set(wanted) if found.get(name) != tuple(wanted.get(name, ())))
+        if wrong:
+            raise InputError(
+                f"is not the weights of {model}: {wrong[0]} has the shape {found.get(wrong[0])}",
+                where=str(self._path),
+                expected=str(wanted.get(wrong[0])),
+                hint="Export the bundle again with this version of forcingkv.",
+            )
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored, on the device."""
+        tensor: Tensor = self._file.get_tensor(name)
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            expected = "float32, bfloat16 or float16"
+            raise InputError(f"holds {name} in {tensor.dtype}", where=str(self._path), expected=expected)
+        return tensor.to(self._device)
+
+    def all(self) -> dict[str, Tensor]:
+        """Every tensor by its name."""
+        return {name: self.read(name) for name in self._file.keys()}  # noqa: SIM118
+
+
+def _decoder(spec: ModelSpec, path: Path, device: torch.device, compute: torch.dtype) -> StreamingDecoder:
+    from forcingkv.models.decoders import stored_decoder
+
+    state = {name: tensor.to(compute) for name, tensor in _Stored(path, device).all().items()}
+    decoder = stored_decoder(spec.decoder.kind, state, str(path))
+    if device.type in ("cuda", "xpu"):
+        # What it has of 4 dimensions: kernels of convolutions.
+        module: nn.Module = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        assert module is decoder
+    return decoder
