@@ -299,7 +299,7 @@ def shared(check: Check) -> None:
 
         kept = []
         for view, wanted in views:
-            found = torch.from_dlpack(view.shared())
+            found = torch.utils.dlpack.from_dlpack(view.shared())
             told = str(found.device), str(found.dtype), tuple(found.shape), found.is_contiguous()
             check.expect(told == ("cuda:0", "torch.uint8", wanted.shape, True), f"torch sees {told}")
             check.expect((found.cpu().numpy() == wanted).all(), "what torch sees is not what is there")

@@ -63,7 +63,8 @@ class StandIn:
         runners: dict[str, Any] = {
             name: TorchRunner(self, name, made[name], torch_graphs[name], device) for name in GRAPHS
         }
-        self.cuda: Any = RealCuda() if check.gpu else FakeCuda()
+        device_of: Any = RealCuda if check.gpu else FakeCuda
+        self.cuda = device_of()
         self._tensorrt = FakeTensorRT(self.cuda, runners)
         self._tensorrt.install(patch)
         if check.gpu:

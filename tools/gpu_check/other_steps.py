@@ -1,4 +1,4 @@
-"""Steps that look at the machine, and those that run programs of others: pytest, compute-sanitizer, TensorRT."""
+"""Steps about the machine, and those that run programs of others: pytest, compute-sanitizer, TensorRT."""
 
 from __future__ import annotations
 
@@ -161,9 +161,8 @@ def tensorrt(check: Check) -> None:
                 served.append(name)
     if not served:
         check.skip(f"no TensorRT that serves sm_{check.machine.sm} is installed")
-    name: Any = served[0]
     with tempfile.TemporaryDirectory(prefix="forcingkv-engines-") as place:
-        _engines(check, name, Path(place) / "bundle")
+        _engines(check, served[0], Path(place) / "bundle")
 
 
 def _engines(check: Check, flavour: Any, folder: Path) -> None:
