@@ -63,7 +63,8 @@ def test_whatever_a_step_does_costs_that_step_alone(tmp_path: Path) -> None:
     assert "this needs cuda-core" in ended["absent"]["why"]
     assert ended["quick"]["inf"] == "inf", "JSON has no infinity"
     parts = [line for line in lines if "part" in line]
-    assert [(line["step"], line["part"]) for line in parts] == [("hangs", "before it hangs"), ("quick", "half")]
+    named = [(line["step"], line["part"]) for line in parts]
+    assert named == [("hangs", "before it hangs"), ("quick", "half")]
     assert parts[1]["figure"] == 0.333333
     told = lines[-1]
     assert told["steps"] == {"passed": 1, "failed": 3, "skipped": 1, "timed out": 1, "crashed": 2}
@@ -83,9 +84,7 @@ def test_the_command_lists_runs_and_refuses(tmp_path: Path) -> None:
     def call(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tools.gpu_check", *words]
         environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     assert call("--list").stdout.count("\n") == len(STEPS)
     assert "there is no step other" in call("--only", "versions,other").stderr

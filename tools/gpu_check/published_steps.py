@@ -226,7 +226,7 @@ ALSO = {
     *("nvidia", "geforce", "sxm", "sxm4", "sxm5", "80gb", "141gb", "180gb", "hbm3", "hbm3e"),
     *("blackwell", "workstation", "server", "edition"),
 }
-"""Words that drivers say beside the name of a card that has a data sheet here; others make it another card."""
+"""Words that drivers say beside the name of a card with a data sheet here; others make it another card."""
 
 
 def known_gpu(name: str | None) -> Gpu | None:
