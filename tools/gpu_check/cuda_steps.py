@@ -18,8 +18,8 @@ from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.faults import MemoryShortError
 from tools.gpu_check.check import Check
-from tools.gpu_check.machine import drop_context, free_bytes
-from tools.gpu_check.stand_ins import cuda, left_over
+from tools.gpu_check.machine import free_bytes
+from tools.gpu_check.stand_ins import cuda, drop_current, left_over
 
 COUNT = 4096
 
@@ -267,10 +267,7 @@ def contexts(check: Check) -> None:
 
         def without_context() -> None:
             check.expect(here.holds(tensor) == 1, "a new thread reads something else")
-            if check.gpu:
-                drop_context()
-            else:
-                here.gpu.core._threads.discard(threading.get_ident())
+            drop_current(check, here.gpu.core)
             tensor.write(np.full(COUNT, 2, np.float32), here.main)
 
         try:
