@@ -99,6 +99,7 @@ def _switched_and_saved(check: Check, session: Session) -> None:
 def _not_finite(check: Check, made: StandIn, session: Session, wanted: list[Chunk]) -> None:
     """NaN in a pass ends that video with its place, and the next one is right."""
     passes = len(session.spec.schedule.timesteps) + 1
+    made.settle()
     poisoned = made.runs["step"] + passes + 3
 
     def poison(graph: str, number: int, outputs: Mapping[str, Any]) -> None:
@@ -214,6 +215,7 @@ def overlap(check: Check) -> None:
             if graph == "step" and number % passes == 0:
                 torch.cuda._sleep(int(slow * 1.7e9))  # cycles
 
+        made.settle()
         made.runs.clear()
         made.after = spin
         chunks = video(opened, 8)
