@@ -58,7 +58,7 @@ ROUNDS, ROUND_SECONDS = 7, 6.0
 """Turns of both policies: at most so many, and none is begun after so long."""
 STREAMED = 3
 """Chunks at the end of a video that are timed as they come."""
-SMALL = "96x64"
+SMALL = "64x64"
 """The resolution on a stand-in for the GPU."""
 
 
@@ -160,7 +160,7 @@ class Study:
                 one.warm(3 if self.check.gpu else 1)
             warm = time.perf_counter() - warm
             turns = time.perf_counter()
-            for number in range(ROUNDS if self.check.gpu else 2):
+            for number in range(ROUNDS if self.check.gpu else 1):
                 if number and (time.perf_counter() - turns > ROUND_SECONDS or self.check.left < 10):
                     break
                 for one in timed.values():
