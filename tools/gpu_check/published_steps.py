@@ -157,7 +157,7 @@ class Study:
             timed = {policy: Timed(session) for policy, session in sessions.items()}
             warm = time.perf_counter()
             for one in timed.values():
-                one.warm(3 if self.check.gpu else 1)
+                one.warm(3 if self.check.gpu else 0)
             warm = time.perf_counter() - warm
             turns = time.perf_counter()
             for number in range(ROUNDS if self.check.gpu else 1):

@@ -38,11 +38,11 @@ STEPS: tuple[Step, ...] = (
     Step(
         "two-sessions",
         f"{VIDEOS}:two_sessions",
-        30,
+        45,
         "a second session leaves the first one's graphs as they are",
     ),
     Step(
-        "device-frames", f"{VIDEOS}:device_frames", 30, "frames shown by DLPack are right, and safe to keep"
+        "device-frames", f"{VIDEOS}:device_frames", 45, "frames shown by DLPack are right, and safe to keep"
     ),
     Step(
         "shared-memory",
@@ -60,6 +60,6 @@ STEPS: tuple[Step, ...] = (
     Step("overlap", f"{VIDEOS}:overlap", 30, "decoding beside the next chunk's passes"),
     Step("tests", f"{OTHERS}:gpu_tests", 60, "the project's own tests that need a GPU"),
     Step("sanitizer", f"{OTHERS}:sanitizer", 60, "compute-sanitizer finds nothing in the kernels"),
-    Step("exit", f"{VIDEOS}:exit_code", 20, "a program that closes nothing ends well"),
+    Step("exit", f"{VIDEOS}:exit_code", 45, "a program that closes nothing ends well"),
     Step("garbage", f"{KERNELS}:garbage", 15, "indices that mean nothing read nothing that is not there"),
 )
