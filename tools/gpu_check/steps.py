@@ -13,6 +13,7 @@ KERNELS, CUDA, VIDEOS, OTHERS = (f"{_HERE}.{name}_steps" for name in ("kernel", 
 
 STEPS: tuple[Step, ...] = (
     Step("versions", f"{OTHERS}:versions", 30, "driver, packages, the names of cuda-core that are used"),
+    Step("parts", f"{OTHERS}:parts", 120, "what the kit has not is made: the demo's bundle and its video"),
     Step(
         "cubins", f"{KERNELS}:cubins", 30, "kernels take what launches pass; a GPU refuses another's cubins"
     ),
