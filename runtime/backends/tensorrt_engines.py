@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,14 @@ from forcingkv.prune.launcher import KernelLauncher
 from forcingkv.prune.plugin import register_plugins
 from forcingkv.runtime.backends.tensorrt_cache import RuntimeCache
 from forcingkv.runtime.bundle import GRAPHS, Bundle
-from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine, why_no_gpu
+from forcingkv.runtime.engines import (
+    EngineRecord,
+    device_model,
+    device_sm,
+    find_engine,
+    tuned_elsewhere,
+    why_no_gpu,
+)
 from forcingkv.runtime.flavour import FlavourName, Told, choose, make_log, trt
 
 _runtimes: list[Any] = []
@@ -75,9 +84,13 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName, device: int = 
     record, sm = find_record(bundle, graph, flavour, device)
     if record.needs_plugin:
         register_plugins(None)
+    elsewhere = tuned_elsewhere(record, device_model(device)) if record.device else None
+    if elsewhere:
+        warnings.warn(elsewhere, RuntimeWarning, stacklevel=2)
     with _making_it:
         if not _runtimes:
             _runtimes.append(trt.Runtime(make_log(_hear)))
+            atexit.register(_runtimes.clear)  # before the plugins go, which were registered before it
     last_words()  # of something else
     with bundle.mapped(record.file) as content:
         engine: trt.ICudaEngine | None = _runtimes[0].deserialize_cuda_engine(content)
