@@ -96,10 +96,10 @@ def test_an_engine_that_was_tuned_on_another_gpu_is_loaded_and_told_of(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fakes.manifest.engines = [replace(ENGINE, device="NVIDIA H100", multiprocessors=132)]
-    monkeypatch.setattr(backend, "device_model", lambda: ("NVIDIA H200", 132))
+    monkeypatch.setattr(backend, "device_model", lambda number: ("NVIDIA H200", 132))
     with pytest.warns(RuntimeWarning, match="step was tuned on NVIDIA H100 .* this GPU is NVIDIA H200"):
         assert backend.load_engine(fakes.bundle, "step", "tensorrt-rtx") == "engine"
-    monkeypatch.setattr(backend, "device_model", lambda: ("NVIDIA H100", 132))
+    monkeypatch.setattr(backend, "device_model", lambda number: ("NVIDIA H100", 132))
     assert backend.load_engine(fakes.bundle, "step", "tensorrt-rtx") == "engine"
 
 
