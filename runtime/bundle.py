@@ -137,6 +137,9 @@ class Manifest:
     crop: tuple[int, int] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Width and height of the frames, where they are less than `resolution`, which is computed."""
 
+    origin: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """SHA-256 of all that decided what it is, of a bundle in the cache (`export/cached_bundle.py`)."""
+
     @property
     def has_graphs(self) -> bool:
         """Whether there are ONNX files; without them torch alone can run it."""

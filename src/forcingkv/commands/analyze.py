@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.panel import Panel
@@ -19,6 +16,7 @@ from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
 from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar
+from forcingkv.commands.grouped import takes
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
     Checkpoint,
@@ -106,25 +104,8 @@ class LabelOptions:
         )
 
 
-def takes_label_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `labels` (a `LabelOptions`) is given as the options that make one up."""
-    options = inspect.signature(LabelOptions, eval_str=True).parameters
-
-    @functools.wraps(command)
-    def wrapped(**given: Any) -> None:
-        command(labels=LabelOptions(**{name: given.pop(name) for name in options}), **given)
-
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        parameters += options.values() if parameter.name == "labels" else [parameter]
-    # What typer reads a command's options from.
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return wrapped
-
-
 @app.command()
-@takes_label_options
+@takes("labels", LabelOptions)
 def heads(
     model: Model,
     out: Annotated[Path, Option(help="Folder for stats/, headmap.json, stability.json, report.html.")],
@@ -222,7 +203,7 @@ def heads(
 
 
 @app.command()
-@takes_label_options
+@takes("labels", LabelOptions)
 def report(
     folder: Annotated[Path, Argument(help="Folder that `analyze heads` wrote.")],
     *,
