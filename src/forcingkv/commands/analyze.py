@@ -127,7 +127,9 @@ def heads(
     headmap: Annotated[Path | None, Option(help="Head map, for policies that need one.")] = None,
     *,
     labels: LabelOptions,
-    device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, Option(help="cpu, cuda, cuda:1, mps or xpu; default: a GPU of CUDA's if there is one.")
+    ] = None,
     dtype: Annotated[str, Option(help="What to compute in: float32 or bfloat16.")] = "float32",
     threads: Threads = None,
     ray: Annotated[str | None, Option(help="Spread samples: local, or a Ray cluster's address.")] = None,
@@ -151,12 +153,15 @@ def heads(
     from forcingkv.analyze.recording import RecordedDtype
     from forcingkv.analyze.results import check_places
     from forcingkv.analyze.run import check_room, choose_device, recording_plan, video_length
+    from forcingkv.analyze.workers import check_device
     from forcingkv.models.presets import load_spec
 
     spec = load_spec(model)
     asked = labels.labelling(spec.geometry(resolution))
     mapped = read_headmap(headmap) if headmap else None
     chosen, kind = choose_device(device), one_of(RecordedDtype, dtype, "dtype")
+    if ray:
+        check_device(chosen)
     check_room(  # before weights are fetched
         recording_plan(spec, resolution, policy, mapped),
         stats or out / "stats",
