@@ -128,7 +128,7 @@ def heads(
     *,
     labels: LabelOptions,
     device: Annotated[
-        str | None, Option(help="cpu, cuda, cuda:1, mps or xpu; default: a GPU of CUDA's if there is one.")
+        str | None, Option(help="cpu, cuda, cuda:1, mps or xpu; default: cuda if there is one.")
     ] = None,
     dtype: Annotated[str, Option(help="What to compute in: float32 or bfloat16.")] = "float32",
     threads: Threads = None,

@@ -109,6 +109,11 @@ def evaluate(
         raise InputError(f"--bundle and --video {given}", where="evaluate", expected="one of the two")
     if bundle and (reference_video or top):
         raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
+    if video and (backend or device or dtype or provider or compiled):
+        raise InputError(
+            "--backend, --device, --dtype, --provider and --compile go with --bundle, not --video",
+            where="evaluate",
+        )
     if expect_digest and not bundle:
         raise InputError("is for bundles", where="--expect-digest", expected="--bundle FOLDER beside it")
     must_end(out, ".csv")
