@@ -89,6 +89,12 @@ def free_bytes(device: torch.device) -> int:
     return int(torch.get_device_module(device).mem_get_info(device)[0])
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait for all that was asked of a device."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
 def multiplies_in(device: torch.device, compute: torch.dtype) -> torch.dtype:
     """What products of matrices are best computed in for numbers of that dtype.
 

@@ -13,6 +13,12 @@ from forcingkv.runtime.backends.torch_device import StreamQueue, TorchQueue
 from forcingkv.runtime.faults import ran_out_of_memory
 
 
+def graph_pool() -> Any:
+    """Memory that all graphs of a lane share for what lies between their inputs and outputs: they run one
+    after the other, and what they give lies elsewhere."""
+    return torch.cuda.graph_pool_handle()
+
+
 class CaptureWarning(UserWarning):
     """A pass could not be captured, and goes on without."""
 
@@ -21,8 +27,9 @@ class Captured:
     """Runs work that is the same each time: the first time as it is, so that everything is loaded and
     allocated; the second time captured; then replayed. Where it cannot be captured, that is said once."""
 
-    def __init__(self, queue: TorchQueue, what: str) -> None:
-        self._queue, self._what = queue, what
+    def __init__(self, queue: TorchQueue, what: str, pool: Any) -> None:
+        """`pool` is that of all graphs of a lane (`graph_pool`)."""
+        self._queue, self._what, self._pool = queue, what, pool
         self._graph: Any = None
         self._ran = self._refused = False
 
@@ -44,7 +51,8 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         try:
             # Of this thread alone: what other sessions allocate meanwhile does not spoil it.
-            with torch.cuda.graph(graph, stream=self._queue.stream, capture_error_mode="thread_local"):
+            mode = "thread_local"
+            with torch.cuda.graph(graph, self._pool, self._queue.stream, capture_error_mode=mode):
                 work()
         except Exception as error:  # torch has no class of its own for what cannot be captured
             with suppress(Exception):

@@ -29,7 +29,7 @@ from forcingkv.models.torch_threads import use_threads
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.backends.torch_cache import JoinedCache
 from forcingkv.runtime.backends.torch_device import Queues, TorchQueue, describe, faults, find_device
-from forcingkv.runtime.backends.torch_graphs import Captured
+from forcingkv.runtime.backends.torch_graphs import Captured, graph_pool
 from forcingkv.runtime.backends.torch_model import Loaded, load
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
 
@@ -58,6 +58,7 @@ class TorchLane:
 
     def __init__(self, bundle: Bundle, loaded: Loaded, *, cuda_graphs: bool) -> None:
         self._bundle, self._cuda_graphs = bundle, cuda_graphs
+        self._pool = graph_pool() if cuda_graphs else None
         self._loaded: Loaded | None = loaded
         self._cache: JoinedCache | None = None
         self._queues = Queues.on(loaded.device)
@@ -90,8 +91,21 @@ class TorchLane:
             made = _step_work(loaded, self._cache, phase, given, taken)
         else:
             made = _decode_work(loaded, self._bundle.plan, given, taken)
-        captured = self._cuda_graphs and graph == "step"
-        return TorchPass(queue, made, f"{graph} in phase {phase}", captured=captured)
+        what = f"{graph} in phase {phase}"
+        captured = self._pool is not None and graph == "step" and self._comes_again(taken)
+        return TorchPass(queue, made, Captured(queue, what, self._pool) if captured else None, what)
+
+    def _comes_again(self, taken: Tensors) -> bool:
+        """Whether a pass does the same each time it runs, with what lies on the device alone.
+
+        A clean pass that leads to another phase does not, nor one that draws its segments on the host.
+        """
+        assert self._cache is not None
+        if len(taken) == 1:  # no clean one
+            return True
+        before, after = self._cache.key
+        choice = self._bundle.plan.choice
+        return before == after and (choice is None or choice.role.choose == "least-similar")
 
     def sibling(self) -> TorchLane:
         return TorchLane(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
@@ -111,11 +125,10 @@ class TorchLane:
 
 
 class TorchPass:
-    """A function of torch on fixed tensors. Captured, its second run is captured and later ones replayed."""
+    """A function of torch on fixed tensors; `captured`: its second run is captured, later ones replayed."""
 
-    def __init__(self, queue: TorchQueue, work: Work, what: str, *, captured: bool) -> None:
-        self._queue, self._work, self._what = queue, work, what
-        self._captured = Captured(queue, what) if captured else None
+    def __init__(self, queue: TorchQueue, work: Work, captured: Captured | None, what: str) -> None:
+        self._queue, self._work, self._captured, self._what = queue, work, captured, what
 
     def run(self) -> None:
         """Raises MemoryShortError, or DeviceError for any other failure."""
@@ -166,7 +179,9 @@ def _decode_work(loaded: Loaded, plan: CachePlan, given: Tensors, taken: Tensors
 
     def work() -> None:
         held = {name: given[name].to(kind) for name in carried}
-        made, following = decoder(given["latents"].to(kind), given[FIRST].to(kind), held)
+        # cuDNN would take float32 for TF32 unless it is told.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            made, following = decoder(given["latents"].to(kind), given[FIRST].to(kind), held)
         taken["frames"].copy_(frames_of(made.float(), plan.geometry))
         for name in carried:
             taken[next_name(name)].copy_(following[name])

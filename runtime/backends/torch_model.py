@@ -19,7 +19,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.wan import Block, WanModel
-from forcingkv.runtime.backends.torch_device import faults, multiplies_in, torch_dtype
+from forcingkv.runtime.backends.torch_device import faults, multiplies_in, torch_dtype, wait_for
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.spec import ModelSpec
 
@@ -72,6 +72,7 @@ def load(bundle: Bundle, device: torch.device, *, compiled: bool) -> Loaded:
         decodes_in = torch.float32 if device.type == "cpu" else compute
         stored = bundle.weights("decode")
         decoder = None if stored is None else _decoder(spec, stored, device, decodes_in)
+        wait_for(device)  # passes run in other queues than the one that the weights came through
     return Loaded(model, decoder, device, compute, decodes_in)
 
 

@@ -177,7 +177,7 @@ def test_a_session_that_cannot_be_made_gives_the_weights_back(bundles: Bundles) 
             raise MemoryShortError("no memory for a tensor")
 
     with Session.open(bundles("forcing-kv")) as session:
-        lane = Full(session._memory().lane._graphs, "cpu")
+        lane = Full(session._memory().lane._graphs)
         with pytest.raises(MemoryShortError):
             Session(session.bundle, LaneOptions(), lane, "host")
         assert not lane._graphs

@@ -13,7 +13,8 @@ import numpy as np
 
 from forcingkv.runtime import Bundle, Chunk, MemoryShortError, Session
 from forcingkv.runtime.backends import LaneOptions, Pass, Tensor
-from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane, StateTensor
+from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane
+from forcingkv.runtime.backends.ort_state import StateTensor
 from forcingkv.runtime.bundle import GRAPHS
 
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
@@ -26,8 +27,8 @@ AnyLane = TypeVar("AnyLane", bound=OnnxLane)
 class Ahead(OnnxLane):
     """Begins a chunk before the one before is waited for, as lanes on a GPU do."""
 
-    def __init__(self, graphs: Mapping[str, OnnxGraph], state_device: str) -> None:
-        super().__init__(graphs, state_device)
+    def __init__(self, graphs: Mapping[str, OnnxGraph]) -> None:
+        super().__init__(graphs)
         self.lookahead = 1
 
 
@@ -36,7 +37,7 @@ class OwnState(OnnxLane):
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
         if state:
-            return StateTensor.make(shape, dtype, "cpu")
+            return StateTensor.make(shape, dtype, "cpu", 0, self._loaded()["step"].view)
         return super().tensor(shape, dtype)
 
 
@@ -66,7 +67,7 @@ class FailingPass:
 def open_with(path: Path, kind: type[AnyLane]) -> tuple[Session, AnyLane]:
     """A session whose lane is of a class of its own, and the lane."""
     bundle = Bundle.open(path)
-    lane = kind({name: OnnxGraph(bundle.graph(name), 1) for name in GRAPHS}, "cpu")
+    lane = kind({name: OnnxGraph(bundle.graph(name), 1) for name in GRAPHS})
     return Session(bundle, LaneOptions(), lane, "host"), lane
 
 
