@@ -112,14 +112,13 @@ def bake_model(
             expected="--backend torch, or none",
             hint="Export the model for it (forcingkv export), and give the bundle.",
         )
-    run.refuse("provider")
     need("export", "torch", "onnx", "onnxscript")
     from forcingkv.export.cached_bundle import Recipe, cached_bundle, check_memory_to_run, sizes_in_cache
     from forcingkv.models.decoders import decoder_for
     from forcingkv.models.presets import load_spec
-    from forcingkv.runtime.backends.torch_device import find_device
+    from forcingkv.runtime.backends.torch_lane import device_for
 
-    find_device(run.device)
+    device_for(run)
     spec, policy = load_spec(options.model), load_policy(options.policy or POLICY)
     _check_prompts(spec, embeds, prompts, random=options.random_weights)
     spec.geometry(options.resolution)
