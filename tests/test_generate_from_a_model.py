@@ -73,7 +73,7 @@ def test_another_dtype_is_another_folder_and_the_first_stays(cache: Path, tmp_pa
 
 
 def tiny(tmp_path: Path) -> Path:
-    """A spec of a model that takes embeddings, small enough for a test. Shares of its labels are published."""
+    """A spec of a model that takes embeddings, small enough for a test; shares of labels are published."""
     path = tmp_path / "tiny.toml"
     path.write_text(
         'base = "self-forcing"\nname = "self-forcing"\nlayers = 3\nheads = 4\nhead_dim = 12\nffn_width = 16\n'
@@ -84,7 +84,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def test_random_weights_take_typical_layers_and_random_embeddings(tmp_path: Path, run: Run) -> None:
-    given = [
+    given: list[object] = [
         "generate",
         "--model",
         tiny(tmp_path),
@@ -92,9 +92,10 @@ def test_random_weights_take_typical_layers_and_random_embeddings(tmp_path: Path
         "--layers",
         2,
         "--prompt",
-        "a red kite",
     ]
-    ran = run(*given, "--switch", "0.4:a blue kite", "--seconds", 0.8, "--out", tmp_path / "a.rgb", "--json")
+    red = [*given, "a red kite"]
+    switched = ["--switch", "0.4:a blue kite", "--seconds", 0.8]
+    ran = run(*red, *switched, "--out", tmp_path / "a.rgb")
     assert ran.code == 0, ran.err
     assert "heads, as `bench` has them" in ran.err
     assert ran.err.count("note: random numbers stand for the embedding of the prompt: none was given") == 2
