@@ -166,13 +166,14 @@ def origin_of(recipe: Recipe, weights: Weights) -> str:
 
 
 def sizes_in_cache() -> dict[str, int]:
-    """Name of each folder in the cache of bundles -> its bytes."""
-    folder = cache_of_bundles()
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-    return {
-        name: sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
-        for name in names
-    }
+    """Name of each folder in the cache of bundles -> its bytes. Other processes may be changing it."""
+    folder, sizes = cache_of_bundles(), dict[str, int]()
+    for place, _, names in os.walk(folder):
+        top = Path(place).relative_to(folder).parts[:1]
+        for name in names if top else ():
+            with suppress(OSError):
+                sizes[top[0]] = sizes.get(top[0], 0) + os.path.getsize(Path(place, name))
+    return sizes
 
 
 def _identity(weights: Weights) -> str:

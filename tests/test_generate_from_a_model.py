@@ -43,6 +43,7 @@ def test_the_demo_makes_a_video_without_a_bundle(cache: Path, tmp_path: Path, ru
     assert f"baked demo into {folder} in " in ran.err
     result = json.loads(ran.out)
     assert result["runs_on"].endswith("in float32 (torch)")
+    assert f"runs on {result['runs_on']}\n" in ran.err
     assert (result["frames"], len(result["seconds_by_chunk"])) == (3, 1)
     assert result["seconds_to_bake"] > 0
     assert result["seconds_to_digest"] > 0

@@ -21,7 +21,6 @@ from forcingkv.commands.models import (
 )
 from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.errors import InputError
-from forcingkv.measure.bench.cases import typical_layers
 from forcingkv.measure.nominal import in_words, nominal_map, shipped_map
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.footprint import readable
@@ -114,6 +113,7 @@ def bake_model(
         )
     need("export", "torch", "onnx", "onnxscript")
     from forcingkv.export.cached_bundle import Recipe, cached_bundle, check_memory_to_run, sizes_in_cache
+    from forcingkv.measure.bench.cases import typical_layers
     from forcingkv.models.decoders import decoder_for
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.backends.torch_lane import device_for

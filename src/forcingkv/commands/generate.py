@@ -140,6 +140,8 @@ def generate(
             expect_digest=expect_digest,
         ) as session:
             written.loading = time.perf_counter() - began
+            if bundle is None:
+                say(f"runs on {session.runs_on}", error=True)
             video, look = begin_video(session, asked)
             on = _runs_on(session, threads) | {"memory": session.footprint}
             for note in session.notes:
