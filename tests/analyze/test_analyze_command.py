@@ -166,6 +166,8 @@ def test_options_of_the_recording_reach_it(place: Path, run: Run, tmp_path: Path
         (["--rule", "quota", "--undecided", "dynamic"], "the rule quota fixes how many heads are static"),
         (["--undecided", "both"], "--undecided is 'both'; expected kept or dynamic"),
         (["--device", "tpu"], "there is no device 'tpu'"),
+        (["--device", "mps:1"], "there is no device 'mps:1'"),
+        (["--device", "xpu"], "finds no device xpu here"),
         (["--dtype", "float16"], "there is no dtype 'float16'"),
         (["--policy", "forcing-kv"], "the policy forcing-kv needs a head map"),
         (["--sink-frames", 9], "leaves no history"),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from forcingkv.analyze.recorder import Recorder, record_sample
 from forcingkv.analyze.recording import COLUMNS
@@ -196,6 +200,38 @@ def test_a_gpu_records_what_a_cpu_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         on_gpu["mass"].explode().to_numpy(), on_cpu["mass"].explode().to_numpy(), atol=1e-3
     )
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses float64 where a device has none. Fake tensors beside it refuse those of another device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.device.type in ("mps", "xpu"):
+                assert tensor.dtype != torch.float64, f"{func} made float64 on {tensor.device}"
+        return made
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_a_gpu_s_recorder_leaves_its_statistics_on_the_host(device: str) -> None:
+    """With tensors that say that they are on the device, and have no contents."""
+    _, plan, _ = prepared("full")
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), OnDevice():
+        with torch.device(device):
+            model = WanModel(SPEC).eval().requires_grad_(False)
+        recorder = Recorder(plan, 0, rows=12)
+        made = list(generate(model, plan, TEXT.to(device), seeded_noise(plan, 0), 2, recorder.watch))
+    assert {chunk.latents.device.type for chunk in made} == {device}
+    assert {value.device.type for part in recorder._parts for value in part.values} == {"cpu"}
+    assert {value.dtype for part in recorder._parts for value in part.values} == {torch.float64}
+
+
+def test_statistics_of_a_device_without_float64_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan, orders = prepared("full")
+    rows = record_sample(model, plan, TEXT, 3, 0, 2, orders=orders)
+    monkeypatch.setattr("forcingkv.analyze.recorder.EXACT", ())
+    assert rows.equals(record_sample(model, plan, TEXT, 3, 0, 2, orders=orders))
 
 
 @pytest.mark.parametrize("policy", ["full", "window"])
