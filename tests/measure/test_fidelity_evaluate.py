@@ -264,6 +264,7 @@ def test_wrong_video_files(tmp_path: Path, run: Callable[..., Ran]) -> None:
             ["--video", whole, "--chunk-frames", 13],
             "frames a chunk are 9 in the first chunk and 13 in later",
         ),
+        (["--video", whole, "--device", "cpu"], "and --compile go with --bundle, not --video"),
         (["--video", whole, "--top", 21], "has 20 pairs of frames, and the 21 with most motion"),
     ]:
         ran = run("evaluate", *given)
