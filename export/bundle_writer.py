@@ -101,7 +101,7 @@ def export_bundle(
     aot: bool = False,
     verify: bool | None = None,
     calibration: CalibrationTexts | None = None,
-    origin: str | None = None,
+    origin: Callable[[], str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Bake the head map into the weights, trace the graphs, verify them, and write the bundle.
@@ -126,7 +126,7 @@ def export_bundle(
         verify: whether to run every graph in float32 and compare it with torch; needs the memory of
             the model. None: for ONNX Runtime only.
         calibration: what fp8 is calibrated with, which needs the memory of the model. For fp8 only.
-        origin: what `Manifest.origin` says.
+        origin: gives what `Manifest.origin` says, once everything was read.
         progress: called with a line on what is done next.
 
     Raises:
@@ -202,7 +202,7 @@ def export_bundle(
             taken=(weights.taken or None) if isinstance(weights, Weights) else None,
             loras=(weights.loras or None) if isinstance(weights, Weights) else None,
             crop=plan.geometry.crop,
-            origin=origin,
+            origin=origin() if origin else None,
             linear=precision.linear,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")

@@ -221,7 +221,7 @@ def _found(place: Path, origin: str) -> tuple[Bundle | None, str]:
         return None, ""
     try:
         bundle = Bundle.open(place)
-    except InputError as error:
+    except (InputError, OSError) as error:
         return None, str(error)
     if bundle.manifest.origin != origin:
         return None, "it holds another bundle"
@@ -252,7 +252,7 @@ def _set_aside(place: Path, origin: str, note: Callable[[str], None]) -> None:
     """Give what is in the place another name, unless it is what was baked there, which may be replaced."""
     if not os.path.lexists(place):
         return
-    with suppress(InputError):
+    with suppress(InputError, OSError):
         if not place.is_symlink() and _origin_said(place) == origin:
             check_out(place)
             return
@@ -273,6 +273,14 @@ def _baked(
     recipe: Recipe, weights: Weights, place: Path, origin: str, progress: Callable[[str], None]
 ) -> Bundle:
     plan = recipe.plan
+
+    def unchanged() -> str:
+        """The origin still, now that everything was read; else nothing is written."""
+        if origin_of(recipe, weights) != origin:
+            what = "the files of the weights were changed while they were read"
+            raise InputError(what, where=f"baking {plan.spec.name}", hint="Run the same command again.")
+        return origin
+
     try:
         check_disk(place, baked_bytes(plan.spec, precision_of(recipe.stored, "torch")), 0)
     except InputError as error:
@@ -288,7 +296,7 @@ def _baked(
         decoder=recipe.decoder,
         dtype=recipe.stored,
         target="torch",
-        origin=origin,
+        origin=unchanged,
         progress=progress,
     )
     bundle, fault = _found(place, origin)

@@ -254,6 +254,15 @@ def test_a_failed_bake_leaves_nothing_that_would_be_used(place: Path) -> None:
         assert not [one for one in place.iterdir() if one.is_dir()]
 
 
+def test_weights_that_change_while_they_are_read_are_refused(place: Path) -> None:
+    drawn, digests = random_weights(SPEC), iter(["aa", "bb", "bb", "bb"])
+    weights = Weights(drawn.shapes, drawn.__getitem__, lambda: next(digests))
+    with pytest.raises(InputError, match="baking small: the files of the weights were changed while"):
+        cached_bundle(recipe(), weights)
+    assert not [one for one in place.iterdir() if one.is_dir()]
+    assert cached_bundle(recipe(), weights).baking is not None
+
+
 def test_a_full_disk_says_where_the_cache_may_lie_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
