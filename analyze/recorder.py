@@ -88,18 +88,19 @@ def attention_statistics(
     ]
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32  # never half precision
     membership = torch.zeros(len(pieces), slots, dtype=dtype, device=queries.device)
-    for place, piece in enumerate(pieces):
-        membership[place, piece.slot] = 1
+    for number, piece in enumerate(pieces):
+        membership[number, piece.slot] = 1
     blocks = _blocks(pieces)
     longest = max(len(block) * block[0].keys.shape[1] for block in blocks)
     step = max(1, LOGITS // (heads * longest))
-    exact = queries.device if queries.device.type in EXACT else torch.device("cpu")
-    sums = torch.zeros(2, heads, frames, slots + 2, dtype=torch.float64, device=exact)
+    exact = queries.device.type in EXACT
+    place = queries.device if exact else torch.device("cpu")
+    sums = torch.zeros(2, heads, frames, slots + 2, dtype=torch.float64, device=place)
     for frame in range(frames):
         for start in range(0, rows, step):
             part = slice(start, start + step)
             values = _row_values(queries[:, frame, part], blocks, places[frame, part], membership)
-            values = values.to(exact).double()  # in this order: there may be no double where they are
+            values = (values if exact else _on_the_host(values)).double()
             sums[0, :, frame] += values.sum(1)
             sums[1, :, frame] += values.square().sum(1)
     mean = sums[0] / rows
@@ -294,7 +295,7 @@ class Recorder:
 
 
 def _on_the_host(statistics: Tensor) -> Tensor:
-    """Where a video's statistics wait for its end, and take no memory of a GPU. What is meta stays so."""
+    """Where a video's statistics wait for its end, and take no memory of a GPU. Meta tensors stay."""
     return statistics if statistics.is_meta else statistics.cpu()
 
 
