@@ -61,7 +61,7 @@ from forcingkv.runtime.graph_memory import weight_bytes
 from forcingkv.runtime.graph_records import check_records
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.tensors import StoredTensor
 
 WEIGHTS, DECODER = "weights.safetensors", "decoder.safetensors"
@@ -103,6 +103,7 @@ def export_bundle(
     aot: bool = False,
     verify: bool | None = None,
     calibration: CalibrationTexts | None = None,
+    origin: Callable[[], str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Bake the head map into the weights, trace the graphs, verify them, and write the bundle.
@@ -127,6 +128,7 @@ def export_bundle(
         verify: whether to run every graph in float32 and compare it with torch; needs the memory of
             the model. None: for ONNX Runtime only.
         calibration: what fp8 is calibrated with, which needs the memory of the model. For fp8 only.
+        origin: gives what `Manifest.origin` says, once everything was read.
         progress: called with a line on what is done next.
 
     Raises:
@@ -203,6 +205,7 @@ def export_bundle(
             taken=(weights.taken or None) if isinstance(weights, Weights) else None,
             loras=(weights.loras or None) if isinstance(weights, Weights) else None,
             crop=plan.geometry.crop,
+            origin=origin() if origin else None,
             linear=precision.linear,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
@@ -260,21 +263,13 @@ class _Writer:
 
     def describe(self, name: str) -> None:
         """Record what goes in and out where there is no graph."""
-        size, compute = (
-            (self.plan.geometry.latent_height, self.plan.geometry.latent_width),
-            self.precision.compute,
-        )
-        caches = self.decoder.state_shapes(*size) if self.decoder else {}
-        carried = {cache: TensorRecord(compute, shape) for cache, shape in caches.items()}
         file = self._weights_of(name)
         # `prompt` and `step` are of one model, which is loaded once.
-        held = (
-            0
-            if name == "prompt"
-            else sum(tensor.bytes for tensor in self.stored.get(file or "", {}).values())
+        stored = self.stored.get(file or "", {}) if name != "prompt" else {}
+        held = sum(tensor.bytes for tensor in stored.values())
+        self.records[name] = record_without_graph(
+            name, self.plan, self.decoder, self.precision.compute, file, held
         )
-        layouts = tensor_records(self.plan, compute, carried)[name]
-        self.records[name] = GraphRecord(None, file, *layouts, weight_bytes=held)
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
@@ -401,3 +396,18 @@ class _Writer:
             model.keep_prompt_part()  # tracing takes time for each parameter, used or not
         empty(model, precision.computed_in)
         return model
+
+
+def record_without_graph(
+    name: str,
+    plan: CachePlan,
+    decoder: StreamingDecoder | None,
+    compute: Dtype,
+    weights: str | None,
+    held: int,
+) -> GraphRecord:
+    """What goes into `name` and comes out, in a bundle for torch; `held` are the bytes of its weights."""
+    size = plan.geometry.latent_height, plan.geometry.latent_width
+    caches = decoder.state_shapes(*size) if decoder else {}
+    carried = {cache: TensorRecord(compute, shape) for cache, shape in caches.items()}
+    return GraphRecord(None, weights, *tensor_records(plan, compute, carried)[name], weight_bytes=held)

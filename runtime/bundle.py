@@ -141,6 +141,9 @@ class Manifest:
     linear: Linear | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What linear layers of the blocks multiply in, where that is another than `compute`."""
 
+    origin: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """SHA-256 of all that decided what it is, of a bundle in the cache (`export/cached_bundle.py`)."""
+
     @property
     def has_graphs(self) -> bool:
         """Whether there are ONNX files; without them torch alone can run it."""

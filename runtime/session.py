@@ -18,7 +18,7 @@ from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
 from forcingkv.runtime.faults import InUseError, SessionError
 from forcingkv.runtime.pass_timer import PassTimer
-from forcingkv.runtime.preflight import check_memory
+from forcingkv.runtime.preflight import check_memory, needed_memory
 from forcingkv.runtime.script import PromptRecord, Script
 from forcingkv.runtime.snapshot import read_snapshot
 from forcingkv.runtime.spec import Dtype
@@ -224,6 +224,11 @@ class Session:
     def runs_on(self) -> str:
         """What passes run on, in words: `the CPU, 2 threads`. Raises RuntimeError: the session is closed."""
         return self._memory().lane.runs_on
+
+    @property
+    def footprint(self) -> dict[str, int]:
+        """Bytes that it holds, by part: see `runtime.footprint.part_notes`."""
+        return needed_memory(self.bundle, self._options)
 
     @property
     def placement(self) -> dict[str, Placement]:

@@ -43,14 +43,21 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> TorchLane:
     Raises InputError for a device that is not there, for options that are of no use to it, and for weights
     that torch does not run.
     """
-    options.refuse("provider")
-    device = find_device(options.device)
-    if options.cuda_graphs and device.type != "cuda":
-        raise InputError(f"are of no use on the device {device}", where="CUDA graphs", expected="cuda")
+    device = device_for(options)
     if device.type == "cpu":
         use_threads(options.threads)
     loaded = load(bundle, device, compiled=options.compiled)
     return TorchLane(bundle, loaded, cuda_graphs=options.cuda_graphs)
+
+
+def device_for(options: LaneOptions) -> torch.device:
+    """The device that the options name. Raises InputError where it is not there, and for options that are of
+    no use to it."""
+    options.refuse("provider")
+    device = find_device(options.device)
+    if options.cuda_graphs and device.type != "cuda":
+        raise InputError(f"are of no use on the device {device}", where="CUDA graphs", expected="cuda")
+    return device
 
 
 class TorchLane:
