@@ -68,10 +68,9 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(kind, number)
 
 
-def describe(device: torch.device) -> str:
-    """The device in words, for people."""
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
+def describe(device: torch.device, threads: int | None) -> str:
+    """The device in words, for people; `threads` are those of a CPU."""
+    if threads is not None:
         return f"the CPU, {threads} thread{'s'[: threads > 1]}"
     if device.type == "mps":
         return "the GPU (mps)"

@@ -25,7 +25,7 @@ except ImportError as error:
 
 from forcingkv.models.decoders import frames_of
 from forcingkv.models.generate import next_latents
-from forcingkv.models.torch_threads import use_threads
+from forcingkv.models.torch_threads import in_this_thread, use_threads
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.backends.torch_cache import JoinedCache
 from forcingkv.runtime.backends.torch_device import (
@@ -55,9 +55,11 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> TorchLane:
     device = find_device(options.device)
     if options.cuda_graphs and device.type != "cuda":
         raise InputError(f"are of no use on the device {device}", where="CUDA graphs", expected="cuda")
+    threads = None
     if device.type == "cpu":
         use_threads(options.threads)
-    loaded = load(bundle, device, compiled=options.compiled)
+        threads = torch.get_num_threads()
+    loaded = load(bundle, device, threads=threads, compiled=options.compiled)
     return TorchLane(bundle, loaded, cuda_graphs=options.cuda_graphs)
 
 
@@ -76,7 +78,7 @@ class TorchLane:
         self.main: Queue = self._queues.main
         self.side: Queue = self._queues.side
         self.lookahead = int(self._queues.beside)
-        self.runs_on = f"{describe(loaded.device)}, in {name_of(loaded.compute)} (torch)"
+        self.runs_on = f"{describe(loaded.device, loaded.threads)}, in {name_of(loaded.compute)} (torch)"
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
         made = TorchTensor.make(tuple(shape), dtype, self._weights().device)
@@ -105,10 +107,10 @@ class TorchLane:
             made = _step_work(loaded, self._cache, phase, given, taken, captured)
         else:
             made = _decode_work(loaded, self._bundle.plan, given, taken)
-        return TorchPass(queue, made, what, captured)
+        return TorchPass(queue, made, what, loaded.threads, captured)
 
     def sibling(self) -> TorchLane:
-        return TorchLane(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
+        return type(self)(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
 
     def close(self) -> None:
         """Memory goes with what holds it: the weights with the last lane on them. What torch keeps of it for
@@ -133,11 +135,16 @@ class TorchLane:
 class TorchPass:
     """A function of torch on fixed tensors, which may be captured once and replayed from then on."""
 
-    def __init__(self, queue: TorchQueue, work: Work, what: str, captured: Captured | None) -> None:
-        self._queue, self._work, self._what, self._captured = queue, work, what, captured
+    def __init__(
+        self, queue: TorchQueue, work: Work, what: str, threads: int | None, captured: Captured | None
+    ) -> None:
+        self._queue, self._work, self._what = queue, work, what
+        self._threads, self._captured = threads, captured
 
     def run(self) -> None:
         """Raises MemoryShortError, or DeviceError for any other failure."""
+        if self._threads is not None:
+            in_this_thread(self._threads)
         with faults(f"a pass ({self._what})"), torch.no_grad(), self._queue.work():
             if self._captured is None:
                 self._work()

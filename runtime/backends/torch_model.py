@@ -53,10 +53,12 @@ class Loaded:
     compute: torch.dtype
     decodes_in: torch.dtype
     """What the decoder computes in: on a CPU float32, since convolutions gain nothing from less there."""
+    threads: int | None
+    """With which a CPU computes, whichever thread asks; None: it is no CPU."""
 
 
-def load(bundle: Bundle, device: torch.device, *, compiled: bool) -> Loaded:
-    """The model of a bundle.
+def load(bundle: Bundle, device: torch.device, *, threads: int | None, compiled: bool) -> Loaded:
+    """The model of a bundle; `threads` are those of a CPU.
 
     Raises InputError where its weights are not those of its model, or in a form that torch does not run;
     MemoryShortError where the device has no room for them.
@@ -75,7 +77,7 @@ def load(bundle: Bundle, device: torch.device, *, compiled: bool) -> Loaded:
             _check_carried(bundle, decoder, path)
     # What was copied and turned is in a queue that those of lanes do not wait for.
     wait_for(device)
-    return Loaded(model, decoder, device, compute, decodes_in)
+    return Loaded(model, decoder, device, compute, decodes_in, threads)
 
 
 def _file_of(bundle: Bundle, graph: str) -> Path:

@@ -27,7 +27,8 @@ from forcingkv.runtime.backends.onnxruntime import (
 )
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.threads import cpu_threads
-from tests.runtime.videos import BUNDLES, OTHER, PROMPT, OwnState, assert_same, open_with, video_of
+from tests.runtime.lanes import OwnState
+from tests.runtime.videos import BUNDLES, OTHER, PROMPT, assert_same, open_with, video_of
 
 Bundles = Callable[[str], Path]
 
