@@ -87,7 +87,7 @@ def main() -> None:
     with preset_cases(
         spec, given.policies.split(","), layers=given.layers, resolution=given.geometry
     ) as cases:
-        rows = [compare(case, given.rounds, given.threads) for case in cases]
+        rows = [compare(case.bundle, given.rounds, given.threads) for case in cases]
     print(json.dumps({"machine": machine(given.threads), "torch": torch.__version__, "rows": rows}, indent=1))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forcingkv.export.fp8 import dequantize, quantize, weight_scales
+from forcingkv.export.codes import CODES, dequantize
 from forcingkv.export.precision import (
     ExportDtype,
     Precision,
@@ -43,7 +43,7 @@ def bake_weights(
 ) -> dict[str, StoredTensor]:
     """Reorder the heads of every layer and write the safetensors file; matrices lie as (in, out).
 
-    Before each weight in FP8 lie its scales, bfloat16 (out,), as `precision.scale_name` names them. `weights`
+    Before each weight in FP8 or int8 lie its scales (out,), as `precision.scale_name` names them. `weights`
     are tensors by Wan name, read one at a time; `orders` has for each layer the old index of the head at each
     new place. Returns name -> where each tensor lies in the file.
     """
@@ -57,9 +57,10 @@ def bake_weights(
 
     def baked(name: str) -> Tensor:
         if name in scaled:
-            weight = permuted(scaled[name])
-            scales = weight_scales(weight)
-            codes[scaled[name]] = quantize(weight, scales.unsqueeze(1))
+            assert precision.linear is not None
+            kind, weight = CODES[precision.linear], permuted(scaled[name])
+            scales = kind.weight_scales(weight)
+            codes[scaled[name]] = kind.quantize(weight, scales.unsqueeze(1))
             return scales
         tensor = codes.pop(name) if name in codes else permuted(name)
         return tensor.t() if is_matrix(name, shapes[name]) else tensor
@@ -77,8 +78,8 @@ def _planned(shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> Pla
     """The tensors of a baked file, in order."""
     planned: Planned = {}
     for name, shape in shapes.items():
-        if precision.quantizes(name):
-            planned[scale_name(name)] = ("bfloat16", shape[:1])
+        if precision.linear is not None and precision.quantizes(name):
+            planned[scale_name(name)] = (CODES[precision.linear].scales, shape[:1])
         planned[name] = (precision.stored_as(name), shape[::-1] if is_matrix(name, shape) else shape)
     return planned
 
@@ -97,7 +98,8 @@ def store_tensors(planned: Planned, read: Callable[[str], Tensor], path: Path) -
 def baked_model(spec: ModelSpec, path: Path) -> WanModel:
     """The model of a baked file, in float32: what graphs are verified against.
 
-    Weights in FP8 are what they stand for; the layers' inputs are not rounded (see `fp8.rounded_inputs`).
+    Weights in FP8 or int8 are what they stand for; the layers' inputs are not rounded (see
+    `fp8.rounded_inputs`, `int8.rounded_inputs`).
     """
     baked = open_tensors(path)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import forcingkv
+from forcingkv.export import fp8, int8
 from forcingkv.export.activations import activation_bytes
 from forcingkv.export.bake import Planned, bake_weights, baked_bytes, baked_model, store_tensors
 from forcingkv.export.engine_builder import (
@@ -24,17 +25,17 @@ from forcingkv.export.engine_builder import (
     engine_target,
     warnings_of,
 )
-from forcingkv.export.fp8 import CalibrationTexts, calibrate, rounded_inputs
-from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
-from forcingkv.export.onnx_writer import write_onnx
+from forcingkv.export.fp8 import CalibrationTexts, calibrate
+from forcingkv.export.graphs import Graph, decode_graph, empty, prompt_graph, step_graph
+from forcingkv.export.onnx_writer import value_records, write_onnx
 from forcingkv.export.precision import ExportDtype, Precision, Target, precision_of, torch_dtype
 from forcingkv.export.space import check_disk, check_memory_to_calibrate, check_memory_to_verify
-from forcingkv.export.verify import fp8_differences, graph_difference
+from forcingkv.export.verify import graph_difference, quantized_differences
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.files import record_file
 from forcingkv.headmaps.folders import check_folder, new_folder
 from forcingkv.headmaps.headmap import HeadMap
-from forcingkv.models.checkpoint import Weights
+from forcingkv.models.checkpoint import Weights, weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
 from forcingkv.models.torch_threads import use_threads
@@ -69,8 +70,8 @@ NAMES = (MANIFEST, HEADMAP, WEIGHTS, DECODER, "engines", "kernels", *(f"{name}.o
 TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, in float32, that an export passes with."""
 
-FP8_TOLERANCE = 2.0
-"""Largest difference of x0 that an export in FP8 passes with, where 1 is what rounding inputs changes."""
+ROUNDED_TOLERANCE = 2.0
+"""Largest difference of x0 that an export in FP8 or int8 passes with; 1 is what rounding inputs changes."""
 
 
 class VerificationError(Exception):
@@ -115,7 +116,8 @@ def export_bundle(
             not divide into tokens (`ModelSpec.geometry`).
         decoder: what makes pixels of latents; needed unless the latents are pixels.
         dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
-            of the blocks, with bfloat16. None: the model's default, and bfloat16 for TensorRT.
+            of the blocks, with bfloat16; `int8` for them, for ONNX Runtime, with the model's default. None:
+            the model's default, and bfloat16 for TensorRT.
         target: `onnx` for ONNX Runtime; `torch` for the backend of that name, without graphs; a flavour of
             TensorRT to build engines too.
         sms: compute capabilities to build engines for; none: that of this machine's GPU.
@@ -128,7 +130,7 @@ def export_bundle(
     Raises:
         InputError: something does not fit; see `build_plan`, `onnx_operators.check_choice`, `precision_of`,
             `engine_builder.engine_target` and `space`.
-        VerificationError: a graph differs from torch by more than `TOLERANCE` or `FP8_TOLERANCE`.
+        VerificationError: a graph differs from torch by more than `TOLERANCE` or `ROUNDED_TOLERANCE`.
         EngineError: TensorRT did not build an engine.
     """
     engines = None if target == "onnx" or target == "torch" else engine_target(target, sms, aot=aot)
@@ -137,7 +139,7 @@ def export_bundle(
         raise InputError("is for engines only", where=where, expected="--target tensorrt or tensorrt-rtx")
     gpus = engines.sms if engines else ()
     check_out(out)
-    precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target, gpus)
+    precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target, gpus, spec.dtype)
     headmap = headmap if policy.needs_headmap else None
     plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
     if target != "torch":
@@ -149,9 +151,9 @@ def export_bundle(
         raise InputError("compares graphs with torch, and there are none", where="verify")
     if verify:
         check_memory_to_verify(plan, decoder)
-    if calibration and not precision.linear:
+    if calibration and precision.linear != "fp8":
         raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
-    if precision.linear and not calibration:
+    if precision.linear == "fp8" and not calibration:
         hint = "Pass them as `calibration` (on the command line --calibration)."
         raise InputError("needs texts to calibrate it with", where="dtype fp8", hint=hint)
     if calibration:
@@ -198,6 +200,7 @@ def export_bundle(
             taken=(weights.taken or None) if isinstance(weights, Weights) else None,
             loras=(weights.loras or None) if isinstance(weights, Weights) else None,
             crop=plan.geometry.crop,
+            linear=precision.linear,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest
@@ -229,6 +232,11 @@ class _Writer:
     def model(self) -> WanModel:
         """The baked model, in float32."""
         return baked_model(self.plan.spec, self.folder / WEIGHTS)
+
+    @cached_property
+    def linears(self) -> list[str]:
+        """The linear layers in FP8 or int8."""
+        return self.precision.linears(weight_shapes(self.plan.spec))
 
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder."""
@@ -273,8 +281,8 @@ class _Writer:
         record = GraphRecord(
             file=path.name,
             weights=self._weights_of(name),
-            inputs=_tensor_records(traced.graph.input),
-            outputs=_tensor_records(traced.graph.output),
+            inputs=value_records(traced.graph.input),
+            outputs=value_records(traced.graph.output),
         )
         if precision.compute == "float32":  # ONNX Runtime runs the graph
             shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
@@ -336,6 +344,7 @@ class _Writer:
             tensorrt=precision.compute != "float32",
             single_kernels=self.target is not None and self.target.aot,
             input_scales=self.scales,
+            int8_layers=self.linears if precision.linear == "int8" else (),
         )
 
     def _weights_of(self, name: str) -> str | None:
@@ -346,10 +355,14 @@ class _Writer:
     def _compare(self, name: str, path: Path) -> None:
         """Compare a graph for ONNX Runtime with torch."""
         graph = self._graph(name)
-        if name == "step" and self.scales:
-            rounded = partial(rounded_inputs, self.model, self.scales)
-            exact, share = fp8_differences(graph, path, self.plan, rounded)
-            found = {name: (exact, TOLERANCE), "step.fp8": (share, FP8_TOLERANCE)}
+        if name == "step" and (linear := self.precision.linear):
+            exactly = {"fp8": fp8.without_rounding, "int8": int8.without_rounding}[linear]
+            rounded = {
+                "fp8": partial(fp8.rounded_inputs, self.model, self.scales),
+                "int8": partial(int8.rounded_inputs, self.model, self.linears),
+            }[linear]
+            exact, share = quantized_differences(graph, path, self.plan, exactly, rounded)
+            found = {name: (exact, TOLERANCE), f"step.{linear}": (share, ROUNDED_TOLERANCE)}
         else:
             found = {name: (graph_difference(graph, path, self.plan), TOLERANCE)}
         for key, (difference, limit) in found.items():
@@ -370,7 +383,7 @@ class _Writer:
             if decoder and precision:
                 with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
                     decoder = copy.deepcopy(decoder)
-                _empty(decoder, lambda parameter: torch_dtype(kind))
+                empty(decoder, lambda parameter: torch_dtype(kind))
             return decode_graph(self.plan, decoder, pixels=kind == "float32")
         model = self._traced(name, precision) if precision else self.model
         return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
@@ -381,22 +394,5 @@ class _Writer:
             model = WanModel(self.plan.spec).eval()
         if name == "prompt":
             model.keep_prompt_part()  # tracing takes time for each parameter, used or not
-        _empty(model, precision.computed_in)
+        empty(model, precision.computed_in)
         return model
-
-
-def _empty(module: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
-    """Give a module parameters of the same shapes, of those dtypes by name, without contents."""
-    state = {name: torch.empty(value.shape, dtype=dtype(name)) for name, value in module.state_dict().items()}
-    module.load_state_dict(state, assign=True)
-    module.requires_grad_(False)
-
-
-def _tensor_records(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorRecord]:
-    records = {}
-    for value in values:
-        kind = value.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
-        records[value.name] = TensorRecord(str(dtype), shape)
-    return records

@@ -1,9 +1,9 @@
 """FP8 (E4M3) for linear layers: how numbers are rounded, in torch and in a graph, and how scales are found.
 
 A weight has a scale for each output channel, an input one scale for the tensor, found ahead of time. A number
-x is stored as the E4M3 number nearest to x / scale, at most 448. Products are added up in more than FP8, and
-the sum is scaled back. Scales are bfloat16 numbers. Codes are made with the rounded scale, so its rounding
-costs no accuracy, and with float32 scales TensorRT writes every product out in float32.
+x is stored as the E4M3 number nearest to x / scale, at most 448 (`codes`). Products are added up in more than
+FP8, and the sum is scaled back. Scales are bfloat16 numbers: with float32 scales TensorRT writes every
+product out in float32.
 
 Calibration finds the scales of inputs by running the model: it generates a few chunks for a few texts, with
 the policy of the bundle and every pass of its schedule, and the largest absolute value that each linear layer
@@ -14,10 +14,10 @@ model and not the checkpoint that runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from forcingkv.export.codes import E4M3, dequantize, hooked, insert_before_use, products_of, store_codes
 from forcingkv.export.passes import constant, input_of, make, shape_of
-from forcingkv.export.precision import Precision, scale_name
+from forcingkv.export.precision import Precision
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.generate import generate, seeded_noise
@@ -37,8 +38,9 @@ from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.segments import Split
 from forcingkv.runtime.spec import ModelSpec
 
-LARGEST = 448.0
-"""The largest E4M3 number."""
+LARGEST = E4M3.largest
+quantize = E4M3.quantize
+weight_scales = E4M3.weight_scales
 
 HEADROOM = 2.0
 """How much larger than any that calibration saw an input may be before it saturates.
@@ -57,33 +59,10 @@ SEED = 0
 """Of the first text's noise; each text has the next."""
 
 
-def weight_scales(weight: Tensor) -> Tensor:
-    """The scale of each output channel of a weight (out, in), bfloat16: its largest becomes 448.
-
-    A channel of zeros has the scale 1.
-    """
-    scales = (weight.float().abs().amax(1) / LARGEST).bfloat16()
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
-
-
 def input_scale(largest: float) -> float:
     """The scale of an input of which calibration saw values up to `largest`; a bfloat16 number."""
     scale = torch.tensor(HEADROOM * largest / LARGEST).bfloat16().item()
     return scale if scale > 0 else 1.0
-
-
-def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """The E4M3 numbers nearest to x / scale, ties to even, saturating at 448; NaN stays NaN.
-
-    Scales broadcast against x. Saturating is spelled out: versions of torch differ in what they make of more
-    than 448.
-    """
-    return (x.float() / scale.float()).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-
-
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """What E4M3 numbers stand for, in float32."""
-    return codes.float() * scale.float()
 
 
 def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> AbstractContextManager[None]:
@@ -97,23 +76,7 @@ def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> AbstractCon
         scale = torch.tensor(scales[name])
         return dequantize(quantize(x, scale), scale)
 
-    return _hooked(model, scales, round_input)
-
-
-@contextmanager
-def _hooked(
-    model: nn.Module, layers: Iterable[str], hook: Callable[[str, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """While this is open, `hook` gets the name and the input of each of the layers before it runs; what it
-    returns, if anything, is the layer's input."""
-    with ExitStack() as stack:
-        for name in layers:
-
-            def before(layer: nn.Module, inputs: tuple[Any, ...], name: str = name) -> Any:
-                return hook(name, inputs[0])
-
-            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(before))
-        yield
+    return hooked(model, scales, round_input)
 
 
 def quantize_linears(
@@ -138,9 +101,7 @@ def quantize_linears(
     rounded: dict[ir.Value, tuple[ir.Value, float]] = {}
     added = []
     for layer, weight in weights.items():
-        products = list(weight.consumers())
-        if any(node.op_type != "MatMul" or node.inputs[1] is not weight for node in products):
-            raise ValueError(f"the weight of {layer} is more than the right side of MatMul")
+        products = products_of(layer, weight)
         kind = weight.dtype
         assert kind is not None
         matrix, scale_of_weight = _dequantized(graph, weight, kind, tensorrt=tensorrt)
@@ -161,12 +122,8 @@ def _dequantized(
 ) -> tuple[ir.Value, ir.Value]:
     """Make a weight FP8. Returns the matrix that it stands for, and its scale."""
     assert weight.name is not None
-    name, axis = weight.name, len(shape_of(weight)) - 1
-    weight.dtype = ir.DataType.FLOAT8E4M3FN
-    channels = ir.Shape([shape_of(weight)[axis]])
-    scale = ir.Value(name=scale_name(name), type=ir.TensorType(kind), shape=channels)
-    graph.inputs.append(scale)
-    to = int(kind)
+    name, axis, to = weight.name, len(shape_of(weight)) - 1, int(kind)
+    scale = store_codes(graph, weight, ir.DataType.FLOAT8E4M3FN, kind)
     if tensorrt:
         attributes, named = {"axis": axis, "output_dtype": to}, f"{name}.dequantizelinear"
         nodes = [make("DequantizeLinear", [weight, scale], weight, None, named, attributes, dtype=kind)]
@@ -179,14 +136,13 @@ def _dequantized(
 
 def _rounded(graph: ir.Graph, data: ir.Value, name: str, scale: float, kind: ir.DataType) -> ir.Value:
     """A value rounded to FP8 and back, before the first node that takes it."""
-    users = set(data.consumers())
     stored = constant(graph, name, np.array(scale, kind.numpy()))
     nodes, value = [], data
     for op_type, dtype in (("QuantizeLinear", ir.DataType.FLOAT8E4M3FN), ("DequantizeLinear", kind)):
         attributes, named = {"output_dtype": int(dtype)}, f"{data.name}.{op_type.lower()}"
         node, value = make(op_type, [value, stored], data, None, named, attributes, dtype=dtype)
         nodes.append(node)
-    graph.insert_before(next(node for node in graph if node in users), nodes)
+    insert_before_use(graph, data, nodes)
     return value
 
 
@@ -242,8 +198,7 @@ def calibrate(
     """
     small = calibration_plan(plan)
     chunks = min(CHUNKS, small.phases[-1].first_chunk + 1)
-    quantized = filter(precision.quantizes, weight_shapes(plan.spec))
-    largest = dict.fromkeys((name.removesuffix(".weight") for name in quantized), 0.0)
+    largest = dict.fromkeys(precision.linears(weight_shapes(plan.spec)), 0.0)
 
     def see(name: str, x: Tensor) -> None:
         value = float(x.abs().amax())
@@ -255,7 +210,7 @@ def calibrate(
             )
         largest[name] = max(largest[name], value)
 
-    with _hooked(model, largest, see):
+    with hooked(model, largest, see):
         for place, text in enumerate(texts.arrays):
             made = generate(model, small, torch.from_numpy(text), seeded_noise(small, SEED + place), chunks)
             for chunk in made:

@@ -160,3 +160,10 @@ def _unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
     return [
         [{role.name: KeysValues(*next(pairs)) for role in g.roles} for g in groups] for groups in plan.layers
     ]
+
+
+def empty(module: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
+    """Give a module parameters of the same shapes, of those dtypes by name, without contents."""
+    state = {name: torch.empty(value.shape, dtype=dtype(name)) for name, value in module.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False)

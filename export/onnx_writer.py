@@ -10,7 +10,7 @@ import copy
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from forcingkv.export.fp8 import quantize_linears
+from forcingkv.export import fp8, int8
 from forcingkv.export.graphs import Graph
 from forcingkv.export.onnxruntime_passes import attend_in_blocks, branch_on_clean, make_caches_early
 from forcingkv.export.passes import scale_attention, shape_of, use_transposed
@@ -35,6 +35,7 @@ from forcingkv.export.tensorrt_passes import (
     split_slices,
 )
 from forcingkv.prune.onnx_operators import OPSET, functions_for, graphs, split_prune, translation_table
+from forcingkv.runtime.bundle import TensorRecord
 from forcingkv.runtime.dtypes import STORED_AS
 from forcingkv.runtime.tensors import StoredTensor
 
@@ -48,6 +49,7 @@ def write_onnx(
     tensorrt: bool = False,
     single_kernels: bool = False,
     input_scales: Mapping[str, float] | None = None,
+    int8_layers: Collection[str] = (),
 ) -> onnx.ModelProto:
     """Trace a graph and write it; inputs, outputs and varying dimensions get their names.
 
@@ -62,6 +64,7 @@ def write_onnx(
         single_kernels: write DynamicPrune as nodes of one kernel each (`split_prune`).
         input_scales: name of each linear layer that multiplies in FP8 -> the scale of its input. They
             are written into the graph; the scales of weights lie in the file.
+        int8_layers: names of those that multiply in int8.
     """
     graph, program = _trace(make)
     parameters = _initializers_to_inputs(program.model.graph)
@@ -87,8 +90,12 @@ def write_onnx(
         make_caches_early(traced)
     # Last: align_parameters knows matrices only in a MatMul.
     scales = input_scales or {}
-    quantized = {layer: used[f"{layer}.weight"] for layer in scales if f"{layer}.weight" in used}
-    parameters += quantize_linears(traced, quantized, scales, tensorrt=tensorrt)
+    in_fp8, in_int8 = (
+        {layer: used[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in used}
+        for layers in (scales, int8_layers)
+    )
+    parameters += fp8.quantize_linears(traced, in_fp8, scales, tensorrt=tensorrt)
+    parameters += int8.quantize_linears(traced, in_int8)
     RemoveUnusedNodesPass()(program.model)
     for value in parameters:
         _point(traced, value, weights[_bare(value.name)], file)
@@ -99,6 +106,17 @@ def write_onnx(
     _strip(model)
     onnx.save_model(_without_symbols(model) if tensorrt else model, path)
     return model
+
+
+def value_records(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorRecord]:
+    """What manifests say of a graph's inputs or outputs."""
+    records = {}
+    for value in values:
+        kind = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
+        records[value.name] = TensorRecord(str(dtype), shape)
+    return records
 
 
 def _trace(make: Callable[[], Graph]) -> tuple[Graph, torch.onnx.ONNXProgram]:

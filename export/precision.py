@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -11,12 +11,12 @@ import torch
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.dtypes import DTYPES, DtypeRecord
-from forcingkv.runtime.spec import Dtype
+from forcingkv.runtime.spec import Dtype, Linear
 
 Target: TypeAlias = Literal["onnx", "torch", "tensorrt", "tensorrt-rtx"]
 
-ExportDtype: TypeAlias = Literal[Dtype, "fp8"]
-"""What an export is asked for, and what a tensor is stored as. `fp8` (E4M3) is for linear layers only."""
+ExportDtype: TypeAlias = Literal[Dtype, Linear]
+"""What an export is asked for, and what a tensor is stored as."""
 
 EXACT = (".norm_q.weight", ".norm_k.weight", "modulation")
 """How names end of the small tensors that are always float32: they are used in float32."""
@@ -35,12 +35,16 @@ class Precision:
 
     compute: Dtype
     stored: Dtype
-    linear: Literal["fp8"] | None = None
+    linear: Linear | None = None
     """What the linear layers of the blocks are stored as and multiply in, where that is another."""
 
     def quantizes(self, name: str) -> bool:
-        """Whether the tensor of that name is the weight of a linear layer in FP8."""
+        """Whether the tensor of that name is the weight of a linear layer in FP8 or int8."""
         return self.linear is not None and QUANTIZED.fullmatch(name) is not None
+
+    def linears(self, names: Iterable[str]) -> list[str]:
+        """The linear layers in FP8 or int8 of a model whose tensors have those names."""
+        return [name.removesuffix(".weight") for name in names if self.quantizes(name)]
 
     def stored_as(self, name: str) -> ExportDtype:
         """What the tensor of that name is stored as."""
@@ -64,15 +68,27 @@ def torch_dtype(dtype: ExportDtype) -> torch.dtype:
     return found
 
 
-def precision_of(dtype: ExportDtype, target: Target, sms: Sequence[int] = ()) -> Precision:
+def precision_of(
+    dtype: ExportDtype, target: Target, sms: Sequence[int] = (), rest: Dtype = "bfloat16"
+) -> Precision:
     """The precision of a bundle.
 
     ONNX Runtime computes in float32 on a CPU, whatever the weights are stored as; torch and TensorRT in what
     they are stored as, and TensorRT has no fused attention in float32. With fp8 all but the linear layers of
-    the blocks is as with bfloat16. `sms` are compute capabilities of the GPUs that engines are built for.
+    the blocks is as with bfloat16; with int8 it is stored as `rest`. `sms` are compute capabilities of the
+    GPUs that engines are built for.
 
-    Raises InputError for float32 with TensorRT, for fp8 with torch and with a GPU that has none.
+    Raises InputError for float32 with TensorRT, for fp8 with torch and with a GPU that has none, and for int8
+    with all but ONNX Runtime.
     """
+    if dtype == "int8" and target != "onnx":
+        raise InputError(
+            "is what ONNX Runtime multiplies in, with scales that it finds in every pass",
+            where=f"--dtype int8 --target {target}",
+            expected="--target onnx, or bfloat16, float16" + (", float32" if target == "torch" else ", fp8"),
+        )
+    if dtype == "int8":
+        return Precision("float32", rest, dtype)
     if dtype == "fp8" and target == "torch":
         raise InputError(
             "is not among what the backend torch computes in",

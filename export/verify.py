@@ -13,7 +13,6 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from forcingkv.export.fp8 import without_rounding
 from forcingkv.export.graphs import Graph
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.bundle import CLEAN, next_name
@@ -50,12 +49,16 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
     return worst
 
 
-def fp8_differences(
-    graph: Graph, path: Path, plan: CachePlan, rounded: Callable[[], AbstractContextManager[None]]
+def quantized_differences(
+    graph: Graph,
+    path: Path,
+    plan: CachePlan,
+    without_rounding: Callable[[onnx.ModelProto], None],
+    rounded: Callable[[], AbstractContextManager[None]],
 ) -> tuple[float, float]:
-    """The difference of a step graph whose linear layers multiply in FP8, in two numbers.
+    """The difference of a step graph whose linear layers multiply in FP8 or int8, in two numbers.
 
-    A sum in another order moves a few numbers across the boundary between two FP8 numbers, which are up to
+    A sum in another order moves a few numbers across the boundary between two codes, which in FP8 are up to
     an eighth apart; each moves what follows, and after a few layers all roundings differ. So a difference of
     1e-7 ends at that of two independent roundings, and a bound on the outputs would show little. Instead:
 
@@ -63,7 +66,8 @@ def fp8_differences(
     2. with it, x0 is compared by root mean square in units of what rounding changes. Independent roundings
        are at the square root of 2, and above 2 ONNX Runtime rounds more than torch does.
 
-    The file at `path` rounds inputs; the graph in torch does so while what `rounded` returns is open.
+    The file at `path` rounds inputs until `without_rounding` has changed it; the graph in torch does so while
+    what `rounded` returns is open.
     """
     exact = path.with_suffix(".exact.onnx")
     model = onnx.load(path, load_external_data=False)

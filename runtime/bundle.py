@@ -27,7 +27,7 @@ from forcingkv.runtime.graph_records import next_name as next_name
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.loras import LoraRecord
-from forcingkv.runtime.spec import Dtype, ModelSpec
+from forcingkv.runtime.spec import Dtype, Linear, ModelSpec
 
 T = TypeVar("T")
 
@@ -120,8 +120,8 @@ class Manifest:
     headmap: str | None = None
     """SHA-256 of the head map's text."""
     verification: dict[str, float] = field(default_factory=dict)
-    """Largest absolute difference between each graph and torch, seen at export. `step.fp8` is of x0 with
-    inputs rounded to FP8, by root mean square, in units of what rounding changes."""
+    """Largest absolute difference between each graph and torch, seen at export. `step.fp8` and
+    `step.int8` are of x0 with inputs rounded, by root mean square, in units of what rounding changes."""
     compute: Dtype = "float32"
     """What the graphs compute in."""
     engines: tuple[EngineRecord, ...] = ()
@@ -136,11 +136,19 @@ class Manifest:
     """What was merged into the weights; None: nothing, or nobody knows."""
     crop: tuple[int, int] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Width and height of the frames, where they are less than `resolution`, which is computed."""
+    linear: Linear | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What linear layers of the blocks multiply in, where that is another than `compute`."""
 
     @property
     def has_graphs(self) -> bool:
         """Whether there are ONNX files; without them torch alone can run it."""
         return all(record.file is not None for record in self.graphs.values())
+
+    @property
+    def multiplies_in(self) -> str:
+        """What linear layers multiply in."""
+        # Bundles made before int8 was there do not say `linear`.
+        return self.linear or ("fp8" if self.calibration else self.compute)
 
     @property
     def frame_size(self) -> tuple[int, int]:

@@ -46,6 +46,7 @@ _NORM = ("axis", "epsilon", "stash_type")
 _SEGMENTS = ("frame_tokens", "segments", "plugin_namespace")
 OPERATORS: dict[tuple[str, str], tuple[str, ...]] = {
     **dict.fromkeys([("", name) for name in ("Add", "Clip", "Div", "Expand", "Greater", "Identity")], ()),
+    **dict.fromkeys([("", name) for name in ("MatMulInteger", "Max", "Neg")], ()),
     **dict.fromkeys([("", name) for name in ("MatMul", "Mul", "Relu", "Round", "Sigmoid", "Slice")], ()),
     **dict.fromkeys([("", name) for name in ("Squeeze", "Sub", "Tanh", "Tile", "Unsqueeze", "Where")], ()),
     ("", "Attention"): ("is_causal", "qk_matmul_output_mode", "scale", "softcap"),
@@ -59,9 +60,10 @@ OPERATORS: dict[tuple[str, str], tuple[str, ...]] = {
     ("", "Gemm"): ("alpha", "beta", "transA", "transB"),
     ("", "If"): ("then_branch", "else_branch"),
     ("", "LayerNormalization"): _NORM,
-    ("", "QuantizeLinear"): ("output_dtype",),
+    ("", "QuantizeLinear"): ("axis", "output_dtype"),
     ("", "RMSNormalization"): _NORM,
     ("", "ReduceL2"): ("keepdims", "noop_with_empty_axes"),
+    **dict.fromkeys([("", name) for name in ("ReduceMax", "ReduceMin", "ReduceSum")], ("keepdims",)),
     ("", "Reshape"): ("allowzero",),
     ("", "Resize"): (
         *("antialias", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside"),

@@ -101,6 +101,13 @@ def _matmul(node: Node, inputs: list[Known]) -> list[Known]:
     return [Known(left.kind, (*_joined(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1]))]
 
 
+def _matmul_integer(node: Node, inputs: list[Known]) -> list[Known]:
+    """Of codes without a sign and weights with one, which are told apart when they are packed."""
+    if [known.kind for known in inputs[:2]] != [NUMBERS["uint8"], NUMBERS["int8"]]:
+        raise SizeError("its two types are not uint8 and int8")
+    return [Known(NUMBERS["int32"], _matmul(node, inputs[:2])[0].shape)]
+
+
 def _gemm(node: Node, inputs: list[Known]) -> list[Known]:
     left, right = (
         known.shape[::-1] if node.attributes.get(name) else known.shape
@@ -336,11 +343,11 @@ def _select(node: Node, inputs: list[Known]) -> list[Known]:
     return [Known(INT64, (kept,))]
 
 
-_ELEMENTWISE: dict[str, Rule] = dict.fromkeys(("Add", "Sub", "Mul", "Div", "Greater"), _elementwise)
+_ELEMENTWISE: dict[str, Rule] = dict.fromkeys(("Add", "Sub", "Mul", "Div", "Greater", "Max"), _elementwise)
 _UNCHANGED: dict[str, Rule] = dict.fromkeys(
     (
         *("Clip", "Gelu", "LayerNormalization", "Relu", "RMSNormalization", "RotaryEmbedding", "Round"),
-        *("Sigmoid", "Softmax", "Tanh"),
+        *("Neg", "Sigmoid", "Softmax", "Tanh"),
     ),
     _like_first,
 )
@@ -360,8 +367,9 @@ RULES: dict[tuple[str, str], Rule] = {
         "Gemm": _gemm,
         "Identity": _identity,
         "MatMul": _matmul,
+        "MatMulInteger": _matmul_integer,
         "QuantizeLinear": _quantize,
-        "ReduceL2": _reduce,
+        **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMin", "ReduceSum"), _reduce),
         "Reshape": _reshape,
         "Resize": _resize,
         "Shape": _shape,

@@ -92,7 +92,7 @@ def _made(node: Node, inputs: list[Known]) -> tuple[list[Known], int]:
 
 def _operations(node: Node, inputs: list[Known], made: list[Known]) -> int:
     out = sum(known.elements for known in made)
-    if node.op_type == "MatMul":
+    if node.op_type in ("MatMul", "MatMulInteger"):
         return 2 * out * inputs[0].shape[-1]
     if node.op_type == "Gemm":
         return 2 * out * inputs[0].shape[0 if node.attributes.get("transA") else 1]

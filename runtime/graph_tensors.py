@@ -17,6 +17,7 @@ Numbers: TypeAlias = npt.NDArray[Any]
 KINDS = {
     1: "float32",
     2: "uint8",
+    3: "int8",
     6: "int32",
     7: "int64",
     9: "bool",

@@ -144,8 +144,8 @@ def peak_bytes() -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS, in bytes
 
 
-def device_free_bytes() -> int:
-    """Bytes that are free on the first GPU.
+def device_free_bytes(device: int = 0) -> int:
+    """Bytes that are free on the GPU of that number, as CUDA counts them.
 
     Raises MissingExtraError where CUDA's Python bindings are not installed, InputError where the driver does
     not answer.
@@ -154,7 +154,12 @@ def device_free_bytes() -> int:
         from cuda.bindings import runtime
     except ImportError as error:
         raise MissingExtraError("cuda-bindings", "tensorrt-rtx") from error
-    status, free, _ = runtime.cudaMemGetInfo()
+    _, current = runtime.cudaGetDevice()
+    status, *_ = runtime.cudaSetDevice(device)
+    free = 0
+    if not int(status):
+        status, free, _ = runtime.cudaMemGetInfo()
+        runtime.cudaSetDevice(current)
     if int(status):
         raise InputError(
             f"the GPU does not say how much memory is free ({status})",

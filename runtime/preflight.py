@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
-from forcingkv.runtime.backends import LaneOptions
+from forcingkv.runtime.backends import BACKENDS, LaneOptions
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
 from forcingkv.runtime.flavour import FLAVOURS, choose, trt
@@ -62,30 +62,75 @@ def resolution_name(plan: CachePlan) -> str:
     return named.get(plan.geometry.shown, plan.geometry.name)
 
 
-def check_memory(bundle: Bundle, options: LaneOptions, *, weights: bool = True) -> None:
+def check_memory(bundle: Bundle, options: LaneOptions, *, weights: bool = True) -> str | None:
     """Refuse a bundle that a session with those options would have no memory for. Takes none itself.
 
-    `weights` says whether they have to be loaded too. Raises InputError with what is needed by part, what is
-    available, and what would fit.
+    `weights` says whether they have to be loaded too.
+
+    Returns what could not be checked, as a sentence; None: all was.
+
+    Raises InputError with what is needed by part, what is available, and what would fit.
     """
     parts = needed_memory(bundle, options)
     if not weights:
         parts.pop("weights", None)
-    needed = sum(parts.values())
-    on_device = options.backend in FLAVOURS
+    memories, unchecked = _memories(parts, options)
+    for memory in memories:
+        _require(bundle, parts, memory)
+    return unchecked
+
+
+class Memory(NamedTuple):
+    """A memory that parts of a session come to lie in."""
+
+    parts: frozenset[str]
+    available: int
+    where: str
+    """Follows what is available in a sentence."""
+
+
+def _memories(parts: Mapping[str, int], options: LaneOptions) -> tuple[list[Memory], str | None]:
+    """The memories that the parts of a session will lie in, and what of it cannot be known."""
+    everything = frozenset(parts)
+    if options.backend in FLAVOURS:
+        return [Memory(everything, device_free_bytes(), " on the GPU")], None
     if options.backend == "torch":
-        on_device, available = _of_torch(options.device)
-    else:
-        available = device_free_bytes() if on_device else available_bytes()
+        on_device, free = _of_torch(options.device)
+        return [Memory(everything, free, " on the GPU" if on_device else what_limits())], None
+    host = Memory(everything, available_bytes(), what_limits())
+    if BACKENDS.get(options.backend) != "onnxruntime":
+        return [host], None
+    from forcingkv.runtime.backends.ort_providers import choose_provider
+
+    chosen = choose_provider(options)
+    if not chosen.provider.apart:
+        return [host], None
+    device = f"GPU {chosen.number}" if chosen.provider.numbered else "the GPU"
+    unchecked = f"whether the memory of {device} is enough was not checked"
+    if chosen.provider.state == "cpu":
+        held = host._replace(parts=everything - {"weights", "activations"})
+        return [held], f"{unchecked}: nothing here can ask {chosen.provider.title} for it"
+    host = host._replace(parts=everything & {"frames", "latents", "text"})
+    try:
+        free = device_free_bytes(chosen.number)
+    except InputError as error:  # without the bindings ONNX Runtime runs all the same
+        return [host], f"{unchecked}: {error.what}"
+    return [Memory(everything, free, f" on {device}"), host], None
+
+
+def _require(bundle: Bundle, parts: Mapping[str, int], memory: Memory) -> None:
+    """Raise InputError unless the parts that lie in a memory fit there."""
+    held = {name: size for name, size in parts.items() if name in memory.parts}
+    needed, available = sum(held.values()), memory.available
     if needed <= available:
         return
-    listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
-    fits = what_fits(bundle.plan, available, lambda *other: bytes_of_other(bundle, parts, *other))
+    listed = ", ".join(f"{name} {readable(size)}" for name, size in held.items() if size)
+    fits = what_fits(bundle.plan, available, lambda *other: bytes_of_other(bundle, held, *other))
     suggested = [f"{policy} at {size} ({readable(needs)})" for policy, size, needs in fits[:SUGGESTED]]
     size = bundle.plan.geometry.name
     raise InputError(
         f"a session of {bundle.plan.policy.name} at {size} needs about {readable(needed)} ({listed}),"
-        f" and {readable(available)} are available" + (" on the GPU" if on_device else what_limits()),
+        f" and {readable(available)} are available{memory.where}",
         where=str(bundle.path),
         hint=f"What fits: {'; '.join(suggested)}. Export the model so."
         if fits
@@ -123,8 +168,8 @@ def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
 def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, resolution: str) -> int:
     """Bytes of a session with another policy and resolution, from those of a bundle's own by part.
 
-    Keys and values are those of the other plan; what grows with the pixels is scaled by them. A policy whose
-    head map the bundle does not have is counted with the map that takes most.
+    Keys and values are those of the other plan, if they are among the parts; what grows with the pixels is
+    scaled by them. A policy whose head map the bundle does not have is counted with the map that takes most.
 
     Raises InputError where the policy cannot be used at that resolution.
     """
@@ -138,5 +183,7 @@ def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, res
     other = max(plans, key=CachePlan.kv_bytes)
     ratio = other.frame_tokens / bundle.plan.frame_tokens
     sizes = {name: round(size * ratio) if name in SIZED_BY_TOKENS else size for name, size in parts.items()}
-    kv = kv_parts(other, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)
-    return sum((sizes | kv).values())
+    known = kv_parts(bundle.plan, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)
+    if parts.keys() & known:
+        sizes |= kv_parts(other, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)
+    return sum(sizes.values())

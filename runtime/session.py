@@ -11,7 +11,8 @@ from typing import Self
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
-from forcingkv.runtime.backends import Lane, LaneOptions, default_backend, open_backend
+from forcingkv.runtime.backends import Lane, LaneOptions, as_run, default_backend, open_backend
+from forcingkv.runtime.backends.ort_placement import Divided, Placement
 from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
 from forcingkv.runtime.faults import InUseError
@@ -40,6 +41,8 @@ class Session:
         bundle: what it runs.
         plan: the bundle's cache plan.
         spec: the bundle's model.
+        notes: what is worth saying of how it was opened, as sentences: what of its memory could not be
+            checked.
     """
 
     def __init__(self, bundle: Bundle, options: LaneOptions, lane: Lane, frames: FramesOn) -> None:
@@ -51,6 +54,7 @@ class Session:
         """Stands for the video, or the timer, that the memory is of. The video itself would be a circle."""
         self.bundle, self.plan, self.spec = bundle, bundle.plan, bundle.plan.spec
         self._options, self._frames = options, frames
+        self.notes: tuple[str, ...] = ()
         try:
             self._maker = ChunkMaker(bundle, lane, frames)
         except BaseException:
@@ -79,10 +83,12 @@ class Session:
             bundle: an opened bundle, or its folder.
             backend: what runs it: `onnxruntime`, `torch`, `tensorrt` or `tensorrt-rtx`; `onnxruntime-cpu` for
                 the CPU where ONNX Runtime was built for GPUs. None: `onnxruntime`, and `torch` for bundles
-                without graphs, and where a device, a dtype or compiling is asked for (`Session.runs_on`).
+                without graphs, and where a device, a dtype or compiling is asked for and no provider
+                (`Session.runs_on`).
             device: where, for backends that can choose: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`.
             dtype: what to compute in, for backends that can choose; None: what the bundle was exported for.
-            provider: ONNX Runtime: what runs its graphs, `cpu`, `cuda`, ...
+            provider: ONNX Runtime: what runs its graphs, a name of `ort_providers.PROVIDERS`; None: `cuda`
+                where this ONNX Runtime was built with it, else `cpu`.
             threads: threads of a CPU backend; None: what this process may use (`threads.cpu_threads`).
             frames: where chunks' frames are: numpy arrays on the host, or left on the device (`Chunk`).
             cuda_graphs: on a GPU of NVIDIA: whether passes that come again are captured and replayed.
@@ -105,13 +111,14 @@ class Session:
         chosen_threads(threads)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, expect=expect_digest)
         check_digest(opened.path, opened.digest, expect_digest)
-        backend = backend or default_backend(opened, torch_is_asked=bool(device or dtype or compiled))
+        torch_is_asked = bool(device or dtype or compiled) and not provider
+        backend = backend or default_backend(opened, torch_is_asked=torch_is_asked)
         options = LaneOptions(backend, threads, device, dtype, provider, cuda_graphs, compiled)
-        if backend == "torch":
-            opened = opened.computing_in(dtype)
-        if preflight:
-            check_memory(opened, options)
-        return cls(opened, options, open_backend(opened, options), frames)
+        opened = as_run(opened, options)
+        unchecked = check_memory(opened, options) if preflight else None
+        session = cls(opened, options, open_backend(opened, options), frames)
+        session.notes = (unchecked,) if unchecked else ()
+        return session
 
     def sibling(self, *, preflight: bool = True) -> Self:
         """Another session on the same weights, with caches of its own. Any thread may ask, at any time.
@@ -122,7 +129,9 @@ class Session:
         lane = self._memory().lane
         if preflight:
             check_memory(self.bundle, self._options, weights=False)
-        return type(self)(self.bundle, self._options, lane.sibling(), self._frames)
+        session = type(self)(self.bundle, self._options, lane.sibling(), self._frames)
+        session.notes = self.notes
+        return session
 
     def __enter__(self) -> Self:
         return self
@@ -208,6 +217,13 @@ class Session:
     def runs_on(self) -> str:
         """What passes run on, in words: `the CPU, 2 threads`. Raises RuntimeError: the session is closed."""
         return self._memory().lane.runs_on
+
+    @property
+    def placement(self) -> dict[str, Placement]:
+        """For each graph which provider of ONNX Runtime runs how many of its nodes; empty for backends that
+        divide no graph. Raises RuntimeError: the session is closed."""
+        lane = self._memory().lane
+        return lane.placement if isinstance(lane, Divided) else {}
 
     def pass_timer(self, chunk: int) -> PassTimer:
         """Times the passes of a chunk without the video before it. Ends the video there was.

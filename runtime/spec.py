@@ -31,6 +31,8 @@ MOST_PIXELS = 1 << 16
 """Of a side of a frame."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Linear = Literal["fp8", "int8"]
+"""What linear layers multiply in, where that is another dtype than that of all else: `fp8` is E4M3."""
 
 Renoise = Literal["fresh", "predicted"]
 DecoderKind = Literal["wan-vae", "taehv", "lighttae"]

@@ -31,12 +31,12 @@ WAY_ROUND = {
     "commands/stopping.py os.register_at_fork": "where no process is forked, nothing is registered",
     "headmaps/locks.py os.O_DIRECTORY": "for systems whose locks are those of Unix",
     "headmaps/renames.py /proc/self/mountinfo": "os.path.ismount alone answers where the file is not there",
-    "measure/bench/results.py /proc/cpuinfo": "the processor has the name that Python knows",
     "runtime/backends/onnxruntime.py os.register_at_fork": "without forks there is nothing to do",
     "runtime/control_groups.py /proc/self": "no group is found where the folder is not there",
     "runtime/control_groups.py /sys/fs/cgroup": "the same",
     "runtime/memory.py /proc/self/status": "Windows and macOS are asked otherwise",
     "runtime/memory.py resource": "macOS alone is asked so; where it is not there that is said",
+    "runtime/processor.py /proc/cpuinfo": "the processor has the name that Python knows",
     "runtime/threads.py /sys/devices/system/cpu": "each CPU counts as a core where the folder is not there",
 }
 """Uses that are meant, and what happens on systems without."""

@@ -13,6 +13,7 @@ from tests.command_tree import Tree, tree
 
 GOLDEN = Path(__file__).with_name("golden") / "commands.json"
 
+_WAYS = "new: the same model on several backends and in several dtypes, in turns"
 _SEVERAL = "may be given again, each with its strength: users add LoRAs to a preset's own"
 _WITHOUT = "new: a preset's own LoRA stays where a user adds others, unless it is left out"
 _DIGESTS = "new: a bundle is a program, and a digest from someone you trust says whose it is"
@@ -23,12 +24,24 @@ _AT_MOST = "more than 100,000 hung or took all memory before anything was said"
 
 _WHERE = "new: there are backends that can choose where and in what they compute"
 
+_DOCTOR = "new: what a machine can run, and what is wrong with it"
+
 CHANGED: dict[str, str] = {
+    "doctor": _DOCTOR,
+    "doctor --bundle": _DOCTOR,
+    "doctor --json": _DOCTOR,
     "generate --backend": "not given, it is chosen: torch runs bundles without graphs",
     "generate --compile": _WHERE,
     "generate --device": _WHERE,
     "generate --dtype": _WHERE,
     "generate --provider": _WHERE,
+    "bench --backend": "not given, it is chosen: torch runs bundles without graphs",
+    "bench --backends": _WAYS,
+    "bench --compile": _WHERE,
+    "bench --cuda-graphs": _WHERE,
+    "bench --device": _WHERE,
+    "bench --dtypes": _WAYS,
+    "bench --provider": _WHERE,
     "bench --expect-digest": _DIGESTS,
     "evaluate --expect-digest": _DIGESTS,
     "generate --expect-digest": _DIGESTS,

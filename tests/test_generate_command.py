@@ -21,6 +21,7 @@ from forcingkv.runtime import Session
 from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import Ran, headmap_of, random_model, small_spec
 from tests.exported import shared_bundle
+from tests.runtime.fake_providers import FakeProviders
 
 PROMPT, SEED = "a b c", 7
 
@@ -52,6 +53,34 @@ def child(given: list[str], **options: Any) -> subprocess.Popen[bytes]:
     places = [str(Path(forcingkv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
     return subprocess.Popen([sys.executable, "-m", "forcingkv", *given], env=environment, **options)
+
+
+def test_where_nodes_run_is_said_of_a_provider_that_is_not_the_cpus(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ("--seconds", 0.1, "--json")
+    ran = run(*words(bundle, tmp_path / "a.rgb", "--provider", "cpu", "--threads", 1, *short))
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)
+    assert (result["runs_on"], result["warnings"]) == ("the CPU, 1 thread", [])
+    assert result["placement"]["step"]["nodes"].keys() == {"CPUExecutionProvider"}
+    assert "nodes" not in ran.err
+    ran = run(*words(bundle, tmp_path / "b.rgb", "--provider", "cuda", *short))
+    assert (ran.code, ran.out) == (2, "")
+    assert "--provider is cuda, which this ONNX Runtime (" in " ".join(ran.err.split())
+    assert not (tmp_path / "b.rgb").exists()
+    FakeProviders(monkeypatch, "migraphx").on_cpu = {"TopK"}
+    ran = run(*words(bundle, tmp_path / "c.rgb", "--provider", "migraphx", *short))
+    assert ran.code == 0, ran.err
+    told, result = " ".join(ran.err.split()), json.loads(ran.out)
+    assert "runs on GPU 0 (MIGraphX provider of ONNX Runtime)" in told
+    step = result["placement"]["step"]
+    assert step["elsewhere"] == {"TopK": 2}
+    taken = step["nodes"]["MIGraphXExecutionProvider"]
+    all_nodes = f"{taken} of {taken + 2} nodes on MIGraphXExecutionProvider"
+    assert f"step: {all_nodes}, 2 on CPUExecutionProvider (TopK 2)" in told
+    assert "warning: whether the memory of GPU 0 is enough was not checked" in told
+    assert (tmp_path / "c.rgb").read_bytes() == (tmp_path / "a.rgb").read_bytes()
 
 
 def test_a_video_says_what_it_is(bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:

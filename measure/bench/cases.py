@@ -11,18 +11,53 @@ from tempfile import TemporaryDirectory
 from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
+from forcingkv.measure.bench.turns import BenchCase
 from forcingkv.measure.nominal import check_map, map_with_counts, nominal_map
 from forcingkv.measure.planner.session_memory import session_memory
 from forcingkv.runtime import Bundle
+from forcingkv.runtime.backends import default_backend
 from forcingkv.runtime.bundle import open_bundles
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.spec import DecoderKind, ModelSpec
 
+ONNXRUNTIME, TORCH = "onnxruntime", "torch"
+WAYS = {ONNXRUNTIME: ("float32", "int8"), TORCH: ("float32", "bfloat16", "float16")}
+"""Backends that presets are timed on -> what linear layers can multiply in there."""
 
-def bundle_cases(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bundle]:
-    """Bundles of different policies. Raises InputError for two of one policy, and as `open_bundles` does."""
+
+def ways(backends: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
+    """Backends with each dtype that they have.
+
+    Raises InputError for backends that presets are not timed on, and for one that has none of the dtypes.
+    """
+    found = []
+    for backend in dict.fromkeys(backends):
+        if backend not in WAYS:
+            raise InputError(
+                f"a model is not exported for {backend} to be timed",
+                where="--backends",
+                expected=" or ".join(WAYS),
+                hint="Export it, and time the bundle: bench --bundle FOLDER --backend NAME.",
+            )
+        here = [(backend, dtype) for dtype in dict.fromkeys(dtypes) if dtype in WAYS[backend]]
+        if not here:
+            raise InputError(
+                f"{backend} multiplies in none of {', '.join(dtypes)}",
+                where="--dtypes",
+                expected=" or ".join(WAYS[backend]),
+            )
+        found += here
+    return found
+
+
+def bundle_cases(
+    paths: Sequence[Path], expect: Sequence[str] = (), backend: str | None = None
+) -> list[BenchCase]:
+    """Bundles of different policies, on the backend of that name or their own.
+
+    Raises InputError for two of one policy, and as `open_bundles` does."""
     cases: dict[str, Bundle] = {}
     for path, bundle in zip(paths, open_bundles(paths, expect), strict=True):
         name = bundle.plan.policy.name
@@ -33,7 +68,12 @@ def bundle_cases(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bund
                 expected="one bundle a policy",
             )
         cases[name] = bundle
-    return list(cases.values())
+    return [_case(bundle, backend) for bundle in cases.values()]
+
+
+def _case(bundle: Bundle, backend: str | None) -> BenchCase:
+    chosen = backend or default_backend(bundle, torch_is_asked=False)
+    return BenchCase(bundle, chosen, bundle.manifest.multiplies_in)
 
 
 @contextmanager
@@ -45,7 +85,8 @@ def preset_cases(
     resolution: str | None = None,
     headmap: HeadMap | None = None,
     decoder: str | None = "taehv",
-) -> Iterator[list[Bundle]]:
+    ways: Sequence[tuple[str, str]] = ((ONNXRUNTIME, "float32"),),
+) -> Iterator[list[BenchCase]]:
     """A model with random weights under each policy: bundles in a folder that goes when this ends.
 
     Args:
@@ -55,10 +96,12 @@ def preset_cases(
         resolution: "WxH" or a name; None for the model's default.
         headmap: for policies whose labels it has; for others, or None: `nominal_map`.
         decoder: its kind; for latents that are pixels nothing is asked.
+        ways: backends, each with what it multiplies in (`ways`).
 
     Raises InputError for what cannot be exported.
     """
     from forcingkv.export import export_bundle
+    from forcingkv.export.precision import ExportDtype
     from forcingkv.models.checkpoint import random_weights
     from forcingkv.models.decoders import decoder_for
 
@@ -67,12 +110,25 @@ def preset_cases(
     with TemporaryDirectory(prefix="forcingkv-bench-") as folder:
         cases = []
         for place, (part, policy, heads) in enumerate(_parts(spec, policies, layers, headmap)):
-            out = Path(folder) / str(place)
-            weights = random_weights(part)
-            export_bundle(
-                part, weights, policy, out, headmap=heads, resolution=resolution, decoder=made, verify=False
-            )
-            cases.append(Bundle.open(out))
+            bundles: dict[str | None, Bundle] = {}
+            for backend, dtype in ways:
+                # In float32 all run the same bundle, and torch makes of it what it multiplies in.
+                stored = one_of(ExportDtype, dtype, "dtype") if dtype == "int8" else None
+                if stored not in bundles:
+                    export_bundle(
+                        part,
+                        random_weights(part),
+                        policy,
+                        out := Path(folder) / f"{place}-{stored}",
+                        headmap=heads,
+                        resolution=resolution,
+                        decoder=made,
+                        dtype=stored,
+                        target="onnx" if ONNXRUNTIME in dict(ways) else "torch",
+                        verify=False,
+                    )
+                    bundles[stored] = Bundle.open(out)
+                cases.append(BenchCase(bundles[stored], backend, dtype))
         yield cases
 
 

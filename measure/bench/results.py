@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -15,6 +13,7 @@ from forcingkv.measure.bench.turns import BenchSetup, BenchTurns, decode_seconds
 from forcingkv.measure.tables import printable
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.processor import processor_name
 from forcingkv.runtime.threads import chosen_threads, cpu_threads
 
 BenchRow = dict[str, Any]
@@ -27,7 +26,7 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
     headmaps = {one.policy: one.bundle.headmap for one in measured}
     return {
         "machine": machine(setup.threads),
-        "backend": setup.backend,
+        "backend": ", ".join(dict.fromkeys(one.case.backend for one in measured)),
         "model": plan.spec.name,
         "layers": plan.spec.layers,
         "geometry": plan.geometry.described,
@@ -38,22 +37,29 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
 
 
 def rows(measured: Sequence[BenchTurns]) -> list[BenchRow]:
-    """A row a policy, in the order they were given. They are compared with that of most keys and values."""
-    against, decoding = max(measured, key=lambda one: one.bundle.plan.kv_bytes()), decode_seconds(measured)
-    return [_row(one, against, decoding) for one in measured]
+    """A row a case, in the order they were given.
+
+    Policies are compared, on the same backend and in the same dtype, with that of most keys and values; and
+    all with ONNX Runtime in float32 under the same policy, where that was timed too.
+    """
+    made = []
+    for one in measured:
+        alike = [other for other in measured if other.case.way == one.case.way]
+        against = max(alike, key=lambda other: other.bundle.plan.kv_bytes())
+        same = [other for other in measured if other.policy == one.policy and other.case.way == REFERENCE]
+        over = _ratios(one, same[0])[0] if same else None
+        row = _row(one, against, decode_seconds(alike))
+        made.append(row | {"speedup_over_onnxruntime_float32": over})
+    return made
 
 
 def machine(threads: int | None) -> dict[str, Any]:
     """Where it was measured. `threads` None: as many as `cpu_threads` says."""
     import onnxruntime
 
-    processor, chosen = platform.processor() or platform.machine(), chosen_threads(threads)
-    with suppress(OSError):  # not Linux
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
+    chosen = chosen_threads(threads)
     return {
-        "processor": processor,
+        "processor": processor_name(),
         "cores": cpu_threads().number,
         "threads": chosen.number,
         "threads_because": chosen.because,
@@ -76,8 +82,15 @@ def title_of(result: Mapping[str, Any], *, resolution: bool = True) -> str:
 def results_table(result: Mapping[str, Any]) -> Table:
     """The rows of a report for people."""
     title = f"{title_of(result)}: a pass, median of {result['rounds']} rounds (least to most)"
-    return printable(title, list(SHOWN), ([show(row) for show in SHOWN.values()] for row in result["rows"]))
+    ways = {(row["backend"], row["dtype"]) for row in result["rows"]}
+    columns = (WAYS_SHOWN if len(ways) > 1 else {}) | SHOWN
+    return printable(
+        title, list(columns), ([show(row) for show in columns.values()] for row in result["rows"])
+    )
 
+
+REFERENCE = ("onnxruntime", "float32")
+"""Backend and dtype that the others are compared with."""
 
 SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "policy": lambda row: row["policy"],
@@ -94,16 +107,36 @@ SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 """The columns of the table for people."""
 
+WAYS_SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "backend": lambda row: row["backend"],
+    "dtype": lambda row: row["dtype"],
+    "over ORT float32": lambda row: _or_dash(row["speedup_over_onnxruntime_float32"]),
+}
+"""Further columns where there are several backends or dtypes."""
+
+
+def _or_dash(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def _ratios(one: BenchTurns, against: BenchTurns) -> tuple[float, list[float]]:
+    """How many times as fast a case was as another in the same round: the median over rounds, and all."""
+    pairs = zip(one.turns, against.turns, strict=True)
+    ratios = [other.pass_seconds / own.pass_seconds for own, other in pairs]
+    return statistics.median(ratios), ratios
+
 
 def _row(one: BenchTurns, against: BenchTurns, decoding: float | None) -> BenchRow:
     plan = one.bundle.plan
     flops, most = (pass_flops(m.bundle.plan).total for m in (one, against))
     taken, taken_against = ([turn.pass_seconds for turn in m.turns] for m in (one, against))
-    ratios = [b / a for a, b in zip(taken, taken_against, strict=True)]
-    speedup, limit, with_decoding = statistics.median(ratios), most / flops, None
+    speedup, ratios = _ratios(one, against)
+    limit, with_decoding = most / flops, None
     if decoding is not None:
         with_decoding = (against.chunk_seconds + decoding) / (one.chunk_seconds + decoding)
     return {
+        "backend": one.case.backend,
+        "dtype": one.case.dtype,
         "policy": one.policy,
         # A denoising pass, and the baseline's through this policy's of the same round: medians over rounds.
         "seconds": one.pass_seconds,

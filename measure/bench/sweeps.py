@@ -11,10 +11,9 @@ import numpy as np
 
 from forcingkv.headmaps.writing import write_bytes
 from forcingkv.measure.bench.results import rows
-from forcingkv.measure.bench.turns import BenchSetup, BenchTurns, decode_seconds, take_turns
+from forcingkv.measure.bench.turns import BenchCase, BenchSetup, BenchTurns, decode_seconds, take_turns
 from forcingkv.measure.tables import write_csv
 from forcingkv.plotting import figure, png
-from forcingkv.runtime import Bundle
 from forcingkv.runtime.cost import pass_flops
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ Point = dict[str, Any]
 
 
 def lengths(
-    bundles: Sequence[Bundle],
+    cases: Sequence[BenchCase],
     setup: BenchSetup,
     *,
     chunks: int = CHUNKS,
@@ -43,16 +42,16 @@ def lengths(
         `total_seconds` of all passes so far; `decode_seconds` of a chunk, the same under every policy, None
         if it was not timed; `kv_bytes` that attention reads; `flops` of a pass.
     """
-    begins = {bundle: {phase.first_chunk for phase in bundle.plan.phases} for bundle in bundles}
+    begins = {case: {phase.first_chunk for phase in case.bundle.plan.phases} for case in cases}
     took: dict[tuple[str, int], BenchTurns] = {}
     for _ in range(setup.rounds):
         for chunk in sorted(set().union(*begins.values())):
-            at = [bundle for bundle in bundles if chunk in begins[bundle]]
+            at = [case for case in cases if chunk in begins[case]]
             for one in take_turns(at, replace(setup, rounds=1), chunk=chunk, progress=progress):
-                took.setdefault((one.policy, chunk), BenchTurns(one.bundle, [])).turns.extend(one.turns)
+                took.setdefault((one.policy, chunk), BenchTurns(one.case, [])).turns.extend(one.turns)
     points, decoding = [], decode_seconds(took.values())
-    for bundle in bundles:
-        plan, total = bundle.plan, 0.0
+    for case in cases:
+        plan, total = case.bundle.plan, 0.0
         for chunk in range(chunks):
             seconds = took[plan.policy.name, plan.phase(chunk).first_chunk].chunk_seconds
             total += seconds

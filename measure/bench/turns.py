@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from forcingkv.headmaps.fields import one_of
 from forcingkv.measure.process import watched
 from forcingkv.runtime import Bundle, Session
+from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.memory import give_back
+from forcingkv.runtime.spec import Dtype
 
 LONG_PASS = 10.0
 """Seconds from which a pass is timed only once, and the clean pass is not. A shorter one runs once untimed: a
@@ -36,17 +40,42 @@ class Turn:
     Decoding, which not every turn does, comes after."""
 
 
-@dataclass
-class BenchTurns:
-    """All turns of a bundle."""
+@dataclass(frozen=True)
+class BenchCase:
+    """What is timed: a bundle, and what runs it."""
 
     bundle: Bundle
-    turns: list[Turn]
+    backend: str = "onnxruntime"
+    dtype: str = "float32"
+    """What linear layers multiply in."""
 
     @property
     def policy(self) -> str:
         """The name of the bundle's policy."""
         return self.bundle.plan.policy.name
+
+    @property
+    def way(self) -> tuple[str, str]:
+        """Backend and dtype: cases that have both in common differ by their policies alone."""
+        return self.backend, self.dtype
+
+
+@dataclass
+class BenchTurns:
+    """All turns of a case."""
+
+    case: BenchCase
+    turns: list[Turn]
+
+    @property
+    def bundle(self) -> Bundle:
+        """The case's."""
+        return self.case.bundle
+
+    @property
+    def policy(self) -> str:
+        """The case's."""
+        return self.case.policy
 
     @property
     def pass_seconds(self) -> float:
@@ -69,27 +98,45 @@ class BenchSetup:
     """How turns are taken."""
 
     rounds: int = 3
-    """Turns of each bundle."""
-    backend: str = "onnxruntime"
-    """As of `Session.open`."""
+    """Turns of each case."""
     threads: int | None = None
     """As of `Session.open`."""
     decode: bool = True
-    """Whether to time decoding too: in one turn of each round, since it is the same under every policy."""
+    """Whether to time decoding too: in one turn of each round for each way, since it is the same under every
+    policy."""
+    device: str | None = None
+    """As of `Session.open`, like what follows, for backends that can choose."""
+    provider: str | None = None
+    compiled: bool = False
+    cuda_graphs: bool = False
+
+    def options(self, case: BenchCase) -> LaneOptions:
+        """How a session of a case is opened."""
+        if case.backend != "torch":
+            provider = self.provider if case.backend == "onnxruntime" else None
+            return LaneOptions(case.backend, self.threads, provider=provider)
+        return LaneOptions(
+            case.backend,
+            self.threads,
+            self.device,
+            one_of(Dtype, case.dtype, "dtype"),
+            cuda_graphs=self.cuda_graphs,
+            compiled=self.compiled,
+        )
 
 
 def take_turns(
-    bundles: Sequence[Bundle],
+    cases: Sequence[BenchCase],
     setup: BenchSetup,
     *,
     chunk: int | None = None,
     seconds: float | None = None,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> list[BenchTurns]:
-    """Time a pass of every bundle, in the order A B C A B C: what slows the machine down meets all of them.
+    """Time a pass of every case, in the order A B C A B C: what slows the machine down meets all of them.
 
     Args:
-        bundles: of different policies.
+        cases: of different policies or ways.
         setup: how.
         chunk: index of the chunk whose passes are timed; None: the first of the last phase, whose caches are
             as long as they get.
@@ -97,7 +144,8 @@ def take_turns(
             out. The first always runs.
         progress: called with a text that says what is being done.
     """
-    made = [BenchTurns(bundle, []) for bundle in bundles]
+    made = [BenchTurns(case, []) for case in cases]
+    of_way = Counter(case.way for case in cases)
     began, last = time.perf_counter(), 0.0
     for number in range(setup.rounds):
         opened = time.perf_counter()
@@ -106,10 +154,14 @@ def take_turns(
                 f"{setup.rounds - number} of {setup.rounds} rounds are left out: they would take too long"
             )
             break
-        for place, one in enumerate(made):
-            progress(f"round {number + 1} of {setup.rounds}: {one.policy}")
-            decoding = setup.decode and place == number % len(made)
-            one.turns.append(take_turn(one.bundle, setup, chunk, decode=decoding))
+        seen: Counter[tuple[str, str]] = Counter()
+        for one in made:
+            way = one.case.way
+            named = f"{one.policy}, {' in '.join(way)}" if len(of_way) > 1 else one.policy
+            progress(f"round {number + 1} of {setup.rounds}: {named}")
+            decoding = setup.decode and seen[way] == number % of_way[way]
+            seen[way] += 1
+            one.turns.append(take_turn(one.case, setup, chunk, decode=decoding))
         last = time.perf_counter() - opened
     return made
 
@@ -121,13 +173,13 @@ def decode_seconds(measured: Iterable[BenchTurns]) -> float | None:
     return statistics.median(seen) if seen else None
 
 
-def take_turn(bundle: Bundle, setup: BenchSetup, chunk: int | None, *, decode: bool) -> Turn:
-    """One turn of one bundle, with or without decoding."""
-    index = bundle.plan.phases[-1].first_chunk if chunk is None else chunk
+def take_turn(case: BenchCase, setup: BenchSetup, chunk: int | None, *, decode: bool) -> Turn:
+    """One turn of one case, with or without decoding."""
+    index, asked = case.bundle.plan.phases[-1].first_chunk if chunk is None else chunk, setup.options(case)
     give_back()  # or what an earlier turn left would be taken again, and not counted
     with ExitStack() as stack:
         with watched() as memory:
-            session = stack.enter_context(Session.open(bundle, backend=setup.backend, threads=setup.threads))
+            session = stack.enter_context(Session.open(case.bundle, **asdict(asked)))
             session.pass_timer(0).denoise()
             rehearsal = session.pass_timer(index)
             seconds = list(_passes(rehearsal.denoise))

@@ -197,6 +197,11 @@ def default_backend(bundle: Bundle, *, torch_is_asked: bool) -> str:
     return "torch" if torch_is_asked or not bundle.manifest.has_graphs else "onnxruntime"
 
 
+def as_run(bundle: Bundle, options: LaneOptions) -> Bundle:
+    """The bundle as that backend runs it: torch makes of it what it computes in, and needs no graphs."""
+    return bundle.computing_in(options.dtype) if options.backend == "torch" else bundle
+
+
 def open_backend(bundle: Bundle, options: LaneOptions) -> Lane:
     """Load the graphs of an opened bundle: the first lane on them.
 

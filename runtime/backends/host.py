@@ -1,11 +1,12 @@
-"""Work that is done at once, on the host: for backends that run on a CPU."""
+"""Memory of the host, and work that is done at once: for backends that run on a CPU."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
-from forcingkv.runtime.backends import Array, Mark
+from forcingkv.runtime.backends import Array, Mark, Queue
 
 
 class HostMark(float):
@@ -34,3 +35,32 @@ class Fetched:
 
     def array(self) -> Array:
         return self.copy
+
+
+class HostTensor:
+    """A numpy array."""
+
+    device, number = "cpu", 0
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.shape, self.dtype, self.nbytes = array.shape, array.dtype.name, array.nbytes
+        self.address = array.ctypes.data
+
+    def first(self, shape: tuple[int, ...]) -> HostTensor:
+        return HostTensor(self._array.reshape(-1)[: math.prod(shape)].reshape(shape))
+
+    def rows(self, start: int, stop: int) -> HostTensor:
+        return HostTensor(self._array[start:stop])
+
+    def write(self, array: Array, queue: Queue) -> None:
+        self._array[...] = array
+
+    def clear(self, queue: Queue) -> None:
+        self._array.fill(0)
+
+    def fetch(self, queue: Queue) -> Fetched:
+        return Fetched(self._array.copy())
+
+    def shared(self) -> Array:
+        return self._array

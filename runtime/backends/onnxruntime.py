@@ -1,27 +1,29 @@
-"""ONNX Runtime: on the CPU, or on the GPU where its CUDA provider is installed.
+"""ONNX Runtime: on the CPU, or on what else one of its providers runs (`ort_providers`).
 
 Arrays are numpy's. What a session carries from pass to pass (caches, keys and values of the prompt) lies in
-the GPU's memory where there is one (`StateTensor`); the rest goes in and out by ONNX Runtime itself.
+the provider's own memory where Python can take some (`StateTensor`); the rest lies in the host's.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import re
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import Array, Lane, LaneOptions, Pass, Queue, Tensor
-from forcingkv.runtime.backends.host import Fetched, HostQueue
+from forcingkv.runtime.backends.host import HostQueue, HostTensor
 from forcingkv.runtime.backends.linked_graphs import graph_and_folder
+from forcingkv.runtime.backends.ort_placement import RECORD, Placement, placement_of
+from forcingkv.runtime.backends.ort_providers import ON_CPU, ON_THE_CPU, Chosen, choose_provider
+from forcingkv.runtime.backends.ort_state import StateTensor, viewer_of
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
@@ -33,13 +35,6 @@ from forcingkv.runtime.threads import chosen_threads
 
 FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's option for graphs that it is given by content."""
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-ON_THE_CPU = "onnxruntime-cpu"
-"""Name of the backend that leaves a GPU alone."""
-WAY_ROUND = (
-    f"choose --backend {ON_THE_CPU} to run on the CPU, or mend CUDA: its version is to be the one that this"
-    " onnxruntime-gpu was built for"
-)
 OLDEST = (1, 24, 1)
 """Before this version a graph could name any file of the user as its weights: a bundle of a stranger could
 have shown a private file as video."""
@@ -52,13 +47,12 @@ AMPLE_ROOM = 2.0
 
 
 def open_lane(bundle: Bundle, options: LaneOptions) -> OnnxLane:
-    """Load the graphs of a bundle, for the CUDA provider where this ONNX Runtime has it, else for the CPU's;
-    by the name `onnxruntime-cpu` always for the CPU's.
+    """Load the graphs of a bundle for the provider that the options ask for (`choose_provider`).
 
-    Raises InputError for a bundle that was made for TensorRT, and for an ONNX Runtime that is too old;
-    DeviceError where the provider does not start: no other is taken in its place.
+    Raises InputError for a bundle that was made for TensorRT, for an ONNX Runtime that is too old, and what
+    `choose_provider` raises; DeviceError where the provider does not start: no other is taken in its place.
     """
-    options.refuse("device", "dtype", "provider", "cuda_graphs", "compiled")
+    options.refuse("dtype", "cuda_graphs", "compiled")
     if bundle.manifest.compute != "float32":
         raise InputError(
             f"has graphs that compute in {bundle.manifest.compute}, for TensorRT",
@@ -74,7 +68,7 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> OnnxLane:
             expected=f"{oldest} or newer",
             hint=f"Install it with: pip install 'onnxruntime>={oldest}'",
         )
-    provider = CUDA if options.backend != ON_THE_CPU and CUDA in ort.get_available_providers() else CPU
+    chosen = choose_provider(options)
     threads = chosen_threads(options.threads).number
     ample = available_bytes() >= AMPLE_ROOM * sum(footprint(bundle.manifest, bundle.plan).values())
     graphs = {}
@@ -83,22 +77,26 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> OnnxLane:
         graphs[graph] = OnnxGraph(
             bundle.graph(graph),
             threads,
-            provider,
+            chosen,
             arena=kept,
             weights=bundle.weights(graph),
             content=bundle.graph_content(graph),
         )
-    return OnnxLane(graphs, "cuda" if provider == CUDA else "cpu", threads)
+    return OnnxLane(graphs, chosen, threads)
 
 
 class OnnxGraph:
-    """One graph, loaded."""
+    """One graph, loaded.
+
+    Attributes:
+        placement: which provider runs how many of its nodes.
+    """
 
     def __init__(
         self,
         path: Path,
         threads: int | None = None,
-        provider: str = CPU,
+        chosen: Chosen = ON_CPU,
         *,
         arena: bool = True,
         weights: Path | None = None,
@@ -109,7 +107,7 @@ class OnnxGraph:
         Args:
             path: the file.
             threads: CPU threads; None: as `cpu_threads` says.
-            provider: what runs the nodes.
+            chosen: what runs the nodes.
             arena: whether memory of a pass is kept for the next one.
             weights: the file that its weights lie in. Either file may be a link if this is given.
             content: the file's bytes, where they were checked: they are loaded, whatever the file is by now.
@@ -125,32 +123,65 @@ class OnnxGraph:
         # Each graph has a pool of its own. ONNX Runtime has one for all, but that is the process's, made once
         # for every user of ONNX Runtime, and it took 40% more CPU time (docs/decisions/0029).
         options.intra_op_num_threads = chosen_threads(threads).number
-        providers = [provider] if provider == CPU else [provider, CPU]
+        options.add_session_config_entry(RECORD, "1")
         graph, folder = graph_and_folder(path, weights, content)
         if folder is not None:
             options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(folder))
         try:
             # Without its own way out, which is to print on standard output and to take the CPU.
-            self._session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+            self._session = ort.InferenceSession(graph, options, providers=chosen.asked, enable_fallback=0)
         except Exception as error:  # ONNX Runtime has a class of its own for each status
-            raise _fault(f"loading {path.name}", error, provider) from error
+            raise _fault(f"loading {path.name}", error, chosen) from error
         _loaded.add(self)
-        if self._session.get_providers()[0] != provider:
-            what = f"ONNX Runtime has {provider}, but could not start it for {path.name}"
-            raise DeviceError(f"{what}: {WAY_ROUND}")
+        self._chosen, name = chosen, chosen.provider.name
+        if self._session.get_providers()[0] != name:
+            what = f"ONNX Runtime has {name}, but could not start it for {path.name}"
+            raise DeviceError(f"{what}: {_way_round(chosen)}")
+        self.placement = placement_of(self._session, name)
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> OnnxPass:
         """A pass over tensors of this module."""
-        binding = self._session.io_binding()
-        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        binding, copied = self._session.io_binding(), self._copied(inputs)
+        kept = {name: tensor for name, tensor in inputs.items() if name not in copied}
+        for bind, tensors in ((binding.bind_input, kept), (binding.bind_output, outputs)):
             for name, tensor in tensors.items():
-                bind(name, tensor.device, 0, np.dtype(tensor.dtype), tensor.shape, tensor.address)
-        return OnnxPass(self._session, binding, (inputs, outputs))
+                _bind(bind, name, tensor)
+        return OnnxPass(self._session, binding, (kept, outputs), copied)
+
+    def view(self, tensor: StateTensor) -> Any:
+        """An OrtValue on the memory of a tensor, in its shape."""
+        return viewer_of(self._session)(tensor)
+
+    def _copied(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs that ONNX Runtime copies when they are bound, and does not look at again: those that lie in
+        other memory than where the graph takes them (`IOBinding::BindInput` in its sources). A pass that was
+        bound once would go on with the first chunk's. The graph says where it takes each input. Where it
+        says nothing, and of the host's memory under any provider but the CPU's, they are taken to be copied:
+        to bind one too often costs microseconds.
+        """
+        if self._chosen.key == "cpu":
+            return {}
+        try:
+            names = [one.name for one in self._session.get_inputs()]
+            infos = dict(zip(names, self._session.get_input_memory_infos(), strict=True))
+        except Exception:  # not in this version, or a class of ONNX Runtime's own
+            infos = {}
+
+        def lies_there(name: str, tensor: Any) -> bool:
+            info = infos.get(name)
+            where = None if info is None else (info.name.lower(), info.device_id)
+            return tensor.device != "cpu" and where == (tensor.device, tensor.number)
+
+        return {name: tensor for name, tensor in inputs.items() if not lies_there(name, tensor)}
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Run on contiguous arrays, writing into `outputs`; outputs not named go nowhere."""
         given, taken = ({n: HostTensor(array) for n, array in arrays.items()} for arrays in (inputs, outputs))
         self.bind(given, taken).run()
+
+
+def _bind(bind: Any, name: str, tensor: Any) -> None:
+    bind(name, tensor.device, tensor.number, np.dtype(tensor.dtype), tensor.shape, tensor.address)
 
 
 _loaded: weakref.WeakSet[OnnxGraph] = weakref.WeakSet()
@@ -167,36 +198,61 @@ if hasattr(os, "register_at_fork"):  # Windows has no forks
 
 
 class OnnxPass:
-    """A binding, kept so that nothing is bound in the loop, with the tensors whose addresses it has."""
+    """A binding, kept so that little is bound in the loop, with the tensors whose addresses it has."""
 
-    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding, tensors: object) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        binding: ort.IOBinding,
+        tensors: tuple[Mapping[str, Any], Mapping[str, Any]],
+        copied: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Of a binding of those inputs and outputs; `copied` are inputs to be bound for each run anew."""
         self._session, self._binding, self._tensors = session, binding, tensors
+        self._copied = copied or {}
 
     def run(self) -> None:
         """Raises MemoryShortError, or DeviceError for any other failure."""
         try:
+            for name, tensor in self._copied.items():
+                _bind(self._binding.bind_input, name, tensor)
+            if self._copied:
+                self._binding.synchronize_inputs()
             self._session.run_with_iobinding(self._binding)
+            if self._copied and not self._tensors[0]:
+                # Else each pass would keep a copy of all caches in the provider's memory.
+                self._binding.clear_binding_inputs()
         except Exception as error:
             raise _fault("a pass", error) from error
 
 
 class OnnxLane:
-    """The graphs, and memory of one session. All work is done at once, so its two queues are one."""
+    """The graphs, and memory of one session. All work is done at once, so its two queues are one.
+
+    Attributes:
+        placement: for each graph which provider runs how many of its nodes.
+    """
 
     def __init__(
-        self, graphs: Mapping[str, OnnxGraph], state_device: str, threads: int | None = None
+        self, graphs: Mapping[str, OnnxGraph], chosen: Chosen = ON_CPU, threads: int | None = None
     ) -> None:
-        self._graphs, self._state_device, self._threads = graphs, state_device, threads
+        self._graphs, self._chosen, self._threads = graphs, chosen, threads
         count = chosen_threads(threads).number
         on_cpu = f"the CPU, {count} thread{'s'[: count > 1]}"
-        self.runs_on = on_cpu if state_device == "cpu" else "the GPU (CUDA provider of ONNX Runtime)"
+        self.runs_on = on_cpu if chosen.key == "cpu" else chosen.title
         self.main: Queue = HostQueue()
         self.side: Queue = self.main
         self.lookahead = 0
 
+    @property
+    def placement(self) -> dict[str, Placement]:
+        return {name: graph.placement for name, graph in self._loaded().items()}
+
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
-        if state and self._state_device != "cpu":
-            return StateTensor.make(shape, dtype, self._state_device)
+        device = self._chosen.provider.state
+        if state and device != "cpu":
+            viewer = next((graph.view for graph in self._graphs.values()), None)
+            return StateTensor.make(shape, dtype, device, self._chosen.number, viewer)
         try:
             return HostTensor(np.empty(shape, np.dtype(dtype)))
         except MemoryError as error:
@@ -212,7 +268,7 @@ class OnnxLane:
         return self._loaded()[graph].bind(inputs, outputs)
 
     def sibling(self) -> Lane:
-        return type(self)(self._loaded(), self._state_device, self._threads)
+        return type(self)(self._loaded(), self._chosen, self._threads)
 
     def close(self) -> None:
         """ONNX Runtime gives memory back with its last graph; the C library, where it is asked to."""
@@ -226,83 +282,17 @@ class OnnxLane:
         return graphs
 
 
-class HostTensor:
-    """A numpy array."""
-
-    device = "cpu"
-
-    def __init__(self, array: Array) -> None:
-        self._array = array
-        self.shape, self.dtype, self.nbytes = array.shape, array.dtype.name, array.nbytes
-        self.address = array.ctypes.data
-
-    def first(self, shape: tuple[int, ...]) -> HostTensor:
-        return HostTensor(self._array.reshape(-1)[: math.prod(shape)].reshape(shape))
-
-    def rows(self, start: int, stop: int) -> HostTensor:
-        return HostTensor(self._array[start:stop])
-
-    def write(self, array: Array, queue: Queue) -> None:
-        self._array[...] = array
-
-    def clear(self, queue: Queue) -> None:
-        self._array.fill(0)
-
-    def fetch(self, queue: Queue) -> Fetched:
-        return Fetched(self._array.copy())
-
-    def shared(self) -> Array:
-        return self._array
-
-
-class StateTensor:
-    """A view of the start of an OrtValue: memory on the provider's device, which the host seldom touches.
-
-    Reading and writing copy the whole OrtValue.
-    """
-
-    def __init__(self, value: ort.OrtValue, device: str, shape: tuple[int, ...], dtype: str) -> None:
-        self._value, self.device, self.shape, self.dtype = value, device, shape, dtype
-        self.nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        self.address = value.data_ptr()
-
-    @classmethod
-    def make(cls, shape: tuple[int, ...], dtype: str, device: str) -> Self:
-        """New memory. Raises MemoryShortError where the device has none left."""
-        try:
-            size = (max(1, math.prod(shape)),)
-            value = ort.OrtValue.ortvalue_from_shape_and_type(size, np.dtype(dtype), device, 0)
-        except Exception as error:  # of ONNX Runtime's many classes
-            raise MemoryShortError(
-                f"no memory on {device} for a tensor of {dtype} {shape} ({error})"
-            ) from error
-        return cls(value, device, shape, dtype)
-
-    def first(self, shape: tuple[int, ...]) -> StateTensor:
-        return StateTensor(self._value, self.device, shape, self.dtype)
-
-    def rows(self, start: int, stop: int) -> StateTensor:
-        raise DeviceError("state is not read by rows")
-
-    def write(self, array: Array, queue: Queue) -> None:
-        whole = self._value.numpy()
-        whole[: array.size] = np.ravel(array)
-        self._value.update_inplace(whole)
-
-    def clear(self, queue: Queue) -> None:
-        self.write(np.zeros(self.shape, np.dtype(self.dtype)), queue)
-
-    def fetch(self, queue: Queue) -> Fetched:
-        return Fetched(self._value.numpy()[: math.prod(self.shape)].reshape(self.shape).copy())
-
-    def shared(self) -> ort.OrtValue:
-        return self._value
-
-
-def _fault(doing: str, error: Exception, provider: str = CPU) -> SessionError:
-    """ONNX Runtime's error as one of ours. `provider` is what was to be started."""
+def _fault(doing: str, error: Exception, chosen: Chosen = ON_CPU) -> SessionError:
+    """ONNX Runtime's error as one of ours. `chosen` is what was to be started."""
     text = " ".join(str(error).split())
     if ran_out_of_memory(error):
         return MemoryShortError(f"ONNX Runtime ran out of memory in {doing} ({text})")
-    way_round = f": {WAY_ROUND}" if provider != CPU else ""
+    way_round = f": {_way_round(chosen)}" if chosen.key != "cpu" else ""
     return DeviceError(f"ONNX Runtime failed in {doing} ({text}){way_round}")
+
+
+def _way_round(chosen: Chosen) -> str:
+    return (
+        f"choose --backend {ON_THE_CPU} to run on the CPU, or mend {chosen.provider.title}: its version is to"
+        " be the one that this ONNX Runtime was built for"
+    )

@@ -14,22 +14,14 @@ from forcingkv.runtime.backends.torch_device import StreamQueue, TorchQueue
 from forcingkv.runtime.faults import ran_out_of_memory
 
 
+def graph_pool() -> Any:
+    """Memory that all graphs of a lane share for what lies between their inputs and outputs: they run one
+    after the other, and what they give lies elsewhere."""
+    return torch.cuda.graph_pool_handle()
+
+
 class CaptureWarning(UserWarning):
     """A pass could not be captured, and goes on without."""
-
-
-class GraphMemory:
-    """What the graphs of a lane take memory from. They run one after another and leave nothing in it (what a
-    pass gives is copied to tensors of the session), so all of them have the same."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def pool(self) -> Any:
-        """torch's handle of it."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
 
 
 _CAPTURING = threading.Lock()
@@ -44,8 +36,9 @@ class Captured:
         capturing: whether what runs now is being captured, for all later times.
     """
 
-    def __init__(self, queue: TorchQueue, what: str, memory: GraphMemory) -> None:
-        self._queue, self._what, self._memory = queue, what, memory
+    def __init__(self, queue: TorchQueue, what: str, pool: Any) -> None:
+        """`pool` is that of all graphs of a lane (`graph_pool`)."""
+        self._queue, self._what, self._pool = queue, what, pool
         self._graph: Any = None
         self._ran = self._refused = self.capturing = False
 
@@ -66,7 +59,7 @@ class Captured:
         assert isinstance(self._queue, StreamQueue), "devices without streams are refused before"
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: what other sessions allocate meanwhile does not spoil it.
-        how: Any = {"pool": self._memory.pool(), "stream": self._queue.stream}
+        how: Any = {"pool": self._pool, "stream": self._queue.stream}
         try:
             with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local", **how):
                 self.capturing = True

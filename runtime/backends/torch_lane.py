@@ -37,7 +37,7 @@ from forcingkv.runtime.backends.torch_device import (
     give_back,
     name_of,
 )
-from forcingkv.runtime.backends.torch_graphs import Captured, GraphMemory
+from forcingkv.runtime.backends.torch_graphs import Captured, graph_pool
 from forcingkv.runtime.backends.torch_model import Loaded, load
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
 
@@ -68,12 +68,12 @@ class TorchLane:
 
     def __init__(self, bundle: Bundle, loaded: Loaded, *, cuda_graphs: bool) -> None:
         self._bundle, self._cuda_graphs = bundle, cuda_graphs
+        self._pool = graph_pool() if cuda_graphs else None
         self._loaded: Loaded | None = loaded
         self._cache: JoinedCache | None = None
         self._tensors: list[TorchTensor] = []
         """Held until the queues are done: what nobody holds torch gives to others, though streams still
         write to it."""
-        self._graph_memory = GraphMemory()
         self._queues = Queues.on(loaded.device)
         self.main: Queue = self._queues.main
         self.side: Queue = self._queues.side
@@ -103,11 +103,24 @@ class TorchLane:
             made = _prompt_work(loaded, given, taken)
         elif graph == "step":
             assert self._cache is not None, "a session takes its cache first"
-            captured = Captured(queue, what, self._graph_memory) if self._cuda_graphs else None
+            if self._pool is not None and self._comes_again(taken):
+                captured = Captured(queue, what, self._pool)
             made = _step_work(loaded, self._cache, phase, given, taken, captured)
         else:
             made = _decode_work(loaded, self._bundle.plan, given, taken)
         return TorchPass(queue, made, what, loaded.threads, captured)
+
+    def _comes_again(self, taken: Tensors) -> bool:
+        """Whether a pass does the same each time it runs, with what lies on the device alone.
+
+        A clean pass that leads to another phase does not, nor one that draws its segments on the host.
+        """
+        assert self._cache is not None
+        if len(taken) == 1:  # no clean one
+            return True
+        before, after = self._cache.key
+        choice = self._bundle.plan.choice
+        return before == after and (choice is None or choice.role.choose == "least-similar")
 
     def sibling(self) -> TorchLane:
         return type(self)(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
@@ -203,7 +216,9 @@ def _decode_work(loaded: Loaded, plan: CachePlan, given: Tensors, taken: Tensors
 
     def work() -> None:
         held = {name: given[name].to(kind) for name in carried}
-        made, following = decoder(given["latents"].to(kind), given[FIRST].to(kind), held)
+        # cuDNN would take float32 for TF32 unless it is told.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            made, following = decoder(given["latents"].to(kind), given[FIRST].to(kind), held)
         taken["frames"].copy_(frames_of(made.float(), plan.geometry))
         for name in carried:
             taken[next_name(name)].copy_(following[name])

@@ -150,11 +150,12 @@ def test_keys_of_a_layer_do_not_wait_for_the_others() -> None:
     assert needs[1] == pytest.approx(needs[0], rel=0.05), "keys and values of a layer are a tenth"
 
 
-def test_a_pass_takes_what_is_said() -> None:
-    """Resident memory of a process that runs two layers of 2,304 queries and a wide feed-forward."""
+@pytest.mark.parametrize(("dtype", "policy", "layers"), [("float32", "forcing-kv", 2), ("int8", "window", 1)])
+def test_a_pass_takes_what_is_said(dtype: str, policy: str, layers: int) -> None:
+    """Resident memory of a process that runs layers of 2,304 queries and a wide feed-forward."""
     spec = replace(
         load_spec("self-forcing"),
-        layers=2,
+        layers=layers,
         heads=3,
         head_dim=128,
         ffn_width=20_000,
@@ -169,10 +170,10 @@ def test_a_pass_takes_what_is_said() -> None:
         shared_bundle(
             spec,
             random_weights(spec),
-            load_policy("forcing-kv"),
-            headmap=mixed_map(spec),
+            load_policy(policy),
+            headmap=mixed_map(spec) if policy == "forcing-kv" else None,
             verify=False,
-            dtype="float32",
+            dtype=dtype,
         )
     )
     record, phase = bundle.manifest.graphs["step"], bundle.plan.phases[-1]
@@ -195,4 +196,5 @@ def test_a_pass_takes_what_is_said() -> None:
     loaded, took = json.loads(ran.stdout)
     assert record.activation_bytes > 100e6, "large enough for what else a process takes to be small"
     assert took == pytest.approx(record.activation_bytes, rel=0.15)
-    assert loaded == pytest.approx(record.weight_bytes, rel=0.2)
+    # The libraries themselves take some 12 MB.
+    assert loaded == pytest.approx(record.weight_bytes, rel=0.2, abs=16e6)

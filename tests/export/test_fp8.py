@@ -279,14 +279,14 @@ def computed(proto: onnx.ModelProto, *, rounding: bool) -> dict[str, npt.NDArray
         with torch.no_grad(), rounded_inputs(module, {layer: SCALES[layer]} if rounding else {}):
             expected[f"y{layer}"] = module[layer](taken[layer]).numpy()
     constants = {name: given.pop(name) for name in list(given) if "weight" in name}
-    session = ort.InferenceSession(_with_constants(proto, constants).SerializeToString())
+    session = ort.InferenceSession(with_constants(proto, constants).SerializeToString())
     found = dict(zip([output.name for output in proto.graph.output], session.run(None, given), strict=True))
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-4)
     return found
 
 
-def _with_constants(
+def with_constants(
     proto: onnx.ModelProto, constants: Mapping[str, npt.NDArray[np.generic]]
 ) -> onnx.ModelProto:
     """The graph with some of its inputs known, as a bundle's graphs know their weights."""

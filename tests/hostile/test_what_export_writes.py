@@ -23,6 +23,7 @@ from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import random_model
 from tests.export.test_decode import CASES, spec_with
 from tests.export.test_fp8_bundles import prompts, small
+from tests.export.test_int8 import int8_bundle
 from tests.exported import demo_bundle, shared_bundle
 from tests.runtime.conftest import small_bundle
 
@@ -39,6 +40,7 @@ def bundles() -> Iterator[Path]:
     spec, quantized, headmap = small()
     policy, texts = load_policy("forcing-kv"), prompts(spec, "a b", "b a d")
     yield shared_bundle(spec, quantized, policy, headmap=headmap, dtype="fp8", calibration=texts)
+    yield int8_bundle()
 
 
 def nodes_of(bundle: Path) -> Iterator[Node]:
@@ -77,7 +79,7 @@ def test_the_tables_go_together() -> None:
 def test_export_refuses_what_would_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(small_bundle("full"))
     precision = precision_of("float32", "onnx")
-    writer = bundle_writer._Writer(bundle.path, bundle.plan, None, precision, None, False, print)
+    writer = bundle_writer._Writer(bundle.path, bundle.plan, None, precision, None, False, True, print)
     given = "prompt", bundle.graph("prompt"), bundle.manifest.graphs["prompt"]
     writer._check(*given)
     monkeypatch.delitem(graph_check.OPERATORS, ("", "Gelu"))

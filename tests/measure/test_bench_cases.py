@@ -69,7 +69,7 @@ def test_the_limit_of_the_whole_model_at_1080p_is_what_the_published_speedup_sta
 
 def test_bundles_come_under_the_names_of_their_policies(bundles: Bundles) -> None:
     cases = bundle_cases([bundles("full"), bundles("forcing-kv")])
-    assert [case.plan.policy.name for case in cases] == ["full", "forcing-kv"]
+    assert [case.policy for case in cases] == ["full", "forcing-kv"]
 
 
 def test_two_bundles_of_a_policy_are_refused(bundles: Bundles) -> None:
@@ -80,9 +80,9 @@ def test_two_bundles_of_a_policy_are_refused(bundles: Bundles) -> None:
 def test_a_preset_becomes_a_bundle_for_each_policy_and_leaves_nothing() -> None:
     spec = replace(small_spec(), name="self-forcing")
     with preset_cases(spec, ["full", "forcing-kv", "full"], layers=1) as cases:
-        assert [case.plan.policy.name for case in cases] == ["full", "forcing-kv"]
-        assert {case.plan.spec.layers for case in cases} == {1}
-        folders = [case.path for case in cases]
+        assert [case.policy for case in cases] == ["full", "forcing-kv"]
+        assert {case.bundle.plan.spec.layers for case in cases} == {1}
+        folders = [case.bundle.path for case in cases]
         assert all(folder.is_dir() for folder in folders)
     assert not any(folder.exists() for folder in folders)
 

@@ -139,3 +139,49 @@ def test_every_decoder_is_one_of_bench(decoder: str, run: Run, monkeypatch: pyte
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     ran = run("bench", "--model=self-forcing", "--layers=1", f"--decoder={decoder}")
     assert (ran.code, "decoder caches" in ran.err) == (2, True), ran.err
+
+
+def test_backends_and_dtypes_take_turns_and_are_compared_with_onnxruntime(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "narrow.toml").write_text(NARROW)
+    words = (
+        "--layers=1",
+        "--geometry=12x8",
+        "--policies=full,forcing-kv",
+        "--rounds=2",
+        "--threads=1",
+        "--json",
+    )
+    ways = ("--backends=onnxruntime,torch", "--dtypes=float32,bfloat16")
+    made = run("bench", "--model", tmp_path / "narrow.toml", *words, *ways, "--json")
+    assert made.code == 0, made.err
+    rows = json.loads(made.out)["rows"]
+    assert [(row["policy"], row["backend"], row["dtype"]) for row in rows] == [
+        (policy, *way)
+        for policy in ("full", "forcing-kv")
+        for way in (("onnxruntime", "float32"), ("torch", "float32"), ("torch", "bfloat16"))
+    ]
+    over = [row["speedup_over_onnxruntime_float32"] for row in rows]
+    assert (over[0], over[3]) == (1.0, 1.0)
+    assert all(ratio > 0 for ratio in over)
+    # Each policy against the full cache on the same backend and in the same dtype.
+    assert [row["speedup"] for row in rows[:3]] == [1.0] * 3
+    assert [row["flop_limit"] for row in rows[3:]] == [rows[3]["flop_limit"]] * 3
+    assert all(row["seconds_to_decode"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model=demo", "--backends=torch", "--dtypes=int8"], "torch multiplies in none of int8"),
+        (["--model=demo", "--backends=tensorrt"], "a model is not exported for tensorrt to be timed"),
+        (
+            ["--model=demo", "--backends=torch", "--backend=torch"],
+            "use either --backend or --backends, not both",
+        ),
+        (["--bundle=x", "--dtypes=float32"], "a bundle was exported in its dtype"),
+        (["--model=demo", "--backends=onnxruntime,torch", "--sweep=x"], "shows one backend and dtype"),
+    ],
+)
+def test_ways_that_cannot_be_timed_are_refused(words: list[str], told: str, run: Run) -> None:
+    made = run("bench", *words)
+    assert (made.code, told in made.err) == (2, True), made.err

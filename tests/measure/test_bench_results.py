@@ -12,8 +12,8 @@ from forcingkv.measure.bench import turns
 from forcingkv.measure.bench.cases import bundle_cases
 from forcingkv.measure.bench.results import rows
 from forcingkv.measure.bench.sweeps import lengths, resolutions, write_lengths, write_resolutions
-from forcingkv.measure.bench.turns import BenchSetup, BenchTurns, Turn, take_turns
-from forcingkv.runtime import Bundle, Session
+from forcingkv.measure.bench.turns import BenchCase, BenchSetup, BenchTurns, Turn, take_turns
+from forcingkv.runtime import Session
 from forcingkv.runtime.cost import pass_flops
 
 Bundles = Callable[[str], Path]
@@ -26,7 +26,7 @@ def _passes_are_timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(name="cases")
-def _cases(bundles: Bundles) -> list[Bundle]:
+def _cases(bundles: Bundles) -> list[BenchCase]:
     return bundle_cases([bundles("forcing-kv"), bundles("full")])
 
 
@@ -34,7 +34,7 @@ def turn(seconds: float, decoding: float | None = None) -> Turn:
     return Turn(seconds, 2 * seconds, decoding, 10, 20)
 
 
-def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[Bundle]) -> None:
+def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[BenchCase]) -> None:
     ours, full = cases
     measured = [
         BenchTurns(ours, [turn(1.0, 3.0), turn(2.0, 3.0), turn(4.0, 3.0)]),
@@ -44,22 +44,22 @@ def test_the_speedup_is_the_median_of_the_ratios_of_rounds(cases: list[Bundle]) 
     assert (row["speedup"], row["speedup_least"], row["speedup_most"]) == (3.0, 2.0, 5.0)
     assert (row["seconds"], row["seconds_least"], row["seconds_most"]) == (2.0, 1.0, 4.0)
     assert row["speedup_undisturbed"] == 3.0
-    limit = pass_flops(full.plan).total / pass_flops(ours.plan).total
+    limit = pass_flops(full.bundle.plan).total / pass_flops(ours.bundle.plan).total
     assert row["flop_limit"] == pytest.approx(limit)
     assert row["share_of_limit"] == pytest.approx(3.0 / limit)
     assert (against["speedup"], against["flop_limit"], against["share_of_limit"]) == (1.0, 1.0, 1.0)
-    passes = len(ours.plan.spec.schedule.timesteps) + 2  # the clean pass took twice as long
+    passes = len(ours.bundle.plan.spec.schedule.timesteps) + 2  # the clean pass took twice as long
     assert row["seconds_per_chunk"] == pytest.approx(passes * 2.0)
     assert row["speedup_with_decoding"] == pytest.approx((passes * 4.0 + 3.0) / (passes * 2.0 + 3.0))
-    assert row["kv_bytes"] == ours.plan.kv_bytes()
+    assert row["kv_bytes"] == ours.bundle.plan.kv_bytes()
 
 
-def test_without_decoding_there_is_no_speedup_with_it(cases: list[Bundle]) -> None:
+def test_without_decoding_there_is_no_speedup_with_it(cases: list[BenchCase]) -> None:
     row, _ = rows([BenchTurns(case, [turn(1.0)]) for case in cases])
     assert (row["seconds_to_decode"], row["speedup_with_decoding"]) == (None, None)
 
 
-def test_policies_take_turns(cases: list[Bundle]) -> None:
+def test_policies_take_turns(cases: list[BenchCase]) -> None:
     said: list[str] = []
     measured = take_turns(cases, BenchSetup(2, threads=1), progress=said.append)
     assert said == [f"round {n} of 2: {name}" for n in (1, 2) for name in ("forcing-kv", "full")]
@@ -70,7 +70,7 @@ def test_policies_take_turns(cases: list[Bundle]) -> None:
             assert one.turns[0].cache_bytes == session.pass_timer(0).cache_bytes
 
 
-def test_rounds_that_there_is_no_time_for_are_left_out_and_said(cases: list[Bundle]) -> None:
+def test_rounds_that_there_is_no_time_for_are_left_out_and_said(cases: list[BenchCase]) -> None:
     said: list[str] = []
     measured = take_turns(cases, BenchSetup(3, threads=1), seconds=0.0, progress=said.append)
     assert [len(one.turns) for one in measured] == [1, 1]
@@ -99,7 +99,7 @@ def test_a_rehearsal_ends_the_video_there_was(bundles: Bundles) -> None:
 
 
 @pytest.mark.slow
-def test_lengths_grow_until_the_last_phase_and_are_written(cases: list[Bundle], tmp_path: Path) -> None:
+def test_lengths_grow_until_the_last_phase_and_are_written(cases: list[BenchCase], tmp_path: Path) -> None:
     points = lengths(cases, BenchSetup(1, threads=1), chunks=12)
     written = write_lengths(tmp_path / "new", points, "a title")
     assert [path.name for path in written] == ["lengths.csv", "lengths.png"]
@@ -107,7 +107,7 @@ def test_lengths_grow_until_the_last_phase_and_are_written(cases: list[Bundle], 
         read = list(csv.DictReader(file))
     assert [set(row) for row in read] == [set(point) for point in points]
     for case in cases:
-        plan = case.plan
+        plan = case.bundle.plan
         line = [point for point in points if point["policy"] == plan.policy.name]
         assert [point["chunk"] for point in line] == list(range(1, 13))
         assert [point["kv_bytes"] for point in line] == [plan.kv_bytes(chunk=n) for n in range(12)]
@@ -116,7 +116,7 @@ def test_lengths_grow_until_the_last_phase_and_are_written(cases: list[Bundle], 
         assert line[-1]["seconds"] == line[-2]["seconds"]
 
 
-def test_resolutions_are_written(cases: list[Bundle], tmp_path: Path) -> None:
+def test_resolutions_are_written(cases: list[BenchCase], tmp_path: Path) -> None:
     measured = [BenchTurns(case, [turn(1.0)]) for case in cases]
     points = resolutions([("small", measured)])
     assert [(p["policy"], p["resolution"], p["speedup"]) for p in points] == [

@@ -14,7 +14,8 @@ from typing import Any
 
 from forcingkv.runtime import Bundle, MemoryShortError, Session
 from forcingkv.runtime.backends import LaneOptions, Pass, Tensor
-from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane, StateTensor
+from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane
+from forcingkv.runtime.backends.ort_state import StateTensor
 from forcingkv.runtime.bundle import GRAPHS
 
 
@@ -65,7 +66,7 @@ class OwnState(OnnxLane):
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
         if state:
-            return StateTensor.make(shape, dtype, "cpu")
+            return StateTensor.make(shape, dtype, "cpu", 0, self._loaded()["step"].view)
         return super().tensor(shape, dtype)
 
 
@@ -112,7 +113,7 @@ class On:
 
 def _onnx_lane(bundle: Bundle, kind: type) -> Any:
     graphs = {name: OnnxGraph(bundle.graph(name), 1) for name in GRAPHS}
-    return changed(OnnxLane, kind)(graphs, "cpu")
+    return changed(OnnxLane, kind)(graphs)
 
 
 def _torch_lane(bundle: Bundle, kind: type) -> Any:
@@ -133,7 +134,7 @@ def _torch_sibling(lane: Any, kind: type) -> Any:
 ONNX = On(
     "onnxruntime",
     _onnx_lane,
-    lambda lane, kind: changed(OnnxLane, kind)(lane._graphs, "cpu"),
+    lambda lane, kind: changed(OnnxLane, kind)(lane._graphs),
     lambda lane: [*lane._graphs.values()],
 )
 TORCH = On("torch", _torch_lane, _torch_sibling, lambda lane: [lane._loaded.model] if lane._loaded else [])

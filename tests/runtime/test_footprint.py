@@ -119,7 +119,7 @@ def test_what_no_graph_says_is_left_out(bundle: Bundle) -> None:
 def test_keys_and_values_take_what_the_session_allocates(bundle: Bundle) -> None:
     parts = footprint(bundle.manifest, bundle.plan)
     held = sum(size for name, size in parts.items() if name.startswith("kv_"))
-    assert held == CacheBuffers(bundle.plan, OnnxLane({}, "cpu"), "float32").nbytes
+    assert held == CacheBuffers(bundle.plan, OnnxLane({}), "float32").nbytes
 
 
 def test_keys_and_values_are_in_the_dtype_that_the_graphs_compute_in(bundle: Bundle) -> None:
@@ -147,7 +147,7 @@ def test_the_decoder_takes_what_is_said(bundle: Bundle) -> None:
 
     parts = footprint(manifest, bundle.plan)
     latents = np.empty(decode.inputs["latents"].shape, np.float32).nbytes
-    lane = CountingLane({}, "cpu")
+    lane = CountingLane({})
     ChunkDecoder(lane, whole, bundle.manifest.model)
     first = 2 * 4  # one for each of its values
     assert lane.taken == parts["decoder_caches"] + parts["frames"] + latents + first

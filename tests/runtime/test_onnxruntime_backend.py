@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,16 @@ from forcingkv.headmaps import InputError
 from forcingkv.runtime import Bundle, DeviceError, MemoryShortError, Session
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.backends import onnxruntime as backend
-from forcingkv.runtime.backends.onnxruntime import (
-    CPU,
-    CUDA,
-    OnnxGraph,
-    OnnxLane,
-    OnnxPass,
-    StateTensor,
-    open_lane,
-)
+from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane, OnnxPass, open_lane
+from forcingkv.runtime.backends.ort_providers import PROVIDERS, Chosen
+from forcingkv.runtime.backends.ort_state import StateTensor
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.threads import cpu_threads
 from tests.runtime.lanes import OwnState
 from tests.runtime.videos import BUNDLES, OTHER, PROMPT, assert_same, open_with, video_of
 
 Bundles = Callable[[str], Path]
+CPU, CUDA = PROVIDERS["cpu"].name, PROVIDERS["cuda"].name
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -71,8 +67,9 @@ def test_large_passes_keep_their_memory_where_there_is_ample_room(
     assert arenas == [kept] * 3
 
 
-def test_a_view_of_state_is_its_start() -> None:
-    whole: Any = StateTensor.make((2, 6), "float32", "cpu")
+def test_a_view_of_state_is_its_start(bundles: Bundles) -> None:
+    graph = OnnxGraph(bundles("forcing-kv") / "step.onnx", 1)
+    whole: Any = StateTensor.make((2, 6), "float32", "cpu", 0, graph.view)
     values = np.arange(12, dtype=np.float32).reshape(2, 6)
     whole.write(values, None)
     part = whole.first((1, 4))
@@ -88,16 +85,18 @@ def test_the_cuda_provider_is_taken_where_it_is_installed(
 ) -> None:
     loaded = []
     monkeypatch.setattr(backend.ort, "get_available_providers", lambda: ["Tensorrt", CUDA, CPU])
-    monkeypatch.setattr(backend, "OnnxGraph", lambda *given, arena, **_: loaded.append(given))
+    monkeypatch.setattr(
+        backend, "OnnxGraph", lambda *given, arena, **_: loaded.append(given) or SimpleNamespace(view=None)
+    )
     lane = open_lane(Bundle.open(bundles("forcing-kv")), LaneOptions(threads=3))
-    assert [(path.name, threads, provider) for path, threads, provider in loaded] == [
+    assert [(path.name, threads, chosen.provider.name) for path, threads, chosen in loaded] == [
         (f"{graph}.onnx", 3, CUDA) for graph in ("prompt", "step", "decode")
     ]
     made: list[Any] = []
     monkeypatch.setattr(StateTensor, "make", lambda *given: made.append(given))
     lane.tensor((1, 2), "float32", state=True)
     lane.tensor((1, 2), "float32")
-    assert made == [((1, 2), "float32", "cuda")]
+    assert made == [((1, 2), "float32", "cuda", 0, None)]
 
 
 def test_a_provider_that_onnx_runtime_drops_is_an_error(
@@ -106,13 +105,13 @@ def test_a_provider_that_onnx_runtime_drops_is_an_error(
     """It goes on with the CPU and says so in its log: hours later one would wonder."""
     started = ort.InferenceSession
 
-    def without(path: str, options: Any, providers: list[str], **_: Any) -> Any:
-        assert providers == [CUDA, CPU]
+    def without(path: str, options: Any, providers: list[Any], **_: Any) -> Any:
+        assert [providers[0][0], providers[1]] == [CUDA, CPU]
         return started(path, options, providers=[CPU])
 
     monkeypatch.setattr(backend.ort, "InferenceSession", without)
     with pytest.raises(DeviceError, match=r"CUDAExecutionProvider, but could not start it for step\.onnx"):
-        OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, CUDA)
+        OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, Chosen("cuda"))
 
 
 @pytest.fixture
@@ -154,9 +153,9 @@ def test_a_provider_that_raises_is_an_error_with_the_way_round(
     with pytest.raises(
         DeviceError, match=r"driver version is insufficient\): choose --backend onnxruntime-cpu"
     ):
-        OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, CUDA)
+        OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, Chosen("cuda"))
     with pytest.raises(DeviceError, match=r"driver version is insufficient\)$"):
-        OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, CPU)
+        OnnxGraph(bundles("forcing-kv") / "step.onnx", 1, Chosen("cpu"))
 
 
 def test_graphs_have_the_threads_of_this_process_unless_asked_for_others(
@@ -204,13 +203,13 @@ def test_what_onnx_runtime_raises_is_told_apart(raised: Exception, kind: type[Ex
             raise raised
 
     with pytest.raises(kind) as found:
-        OnnxPass(Session(), None, None).run()
+        OnnxPass(Session(), None, ({}, {})).run()
     assert str(raised) in str(found.value)
     assert found.value.__cause__ is raised
 
 
 def test_memory_that_is_not_there_is_told() -> None:
-    lane = OnnxLane({}, "cpu")
+    lane = OnnxLane({})
     with pytest.raises(MemoryShortError, match=r"no memory for a tensor of float32 \(1099511627776, 1024\)"):
         lane.tensor((2**40, 1024), "float32")
     with pytest.raises(MemoryShortError, match="no memory on cpu for a tensor of float32"):

@@ -109,7 +109,7 @@ def test_what_holds_for_any_plan(policy: Policy, ar_start: int, static: list[lis
             for group in groups:
                 check_lengths(plan, group.label, chunk)
     assert sum(plan.kv_bytes_by_role().values()) == plan.kv_bytes()
-    buffers = CacheBuffers(plan, OnnxLane({}, "cpu"), "float32")
+    buffers = CacheBuffers(plan, OnnxLane({}), "float32")
     read = plan.kv_bytes() - plan.kv_bytes_by_role()["current"]
     assert read <= buffers.nbytes <= 2 * read
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from forcingkv.runtime.backends import Lane, Pass, Tensor
-from forcingkv.runtime.backends.onnxruntime import HostTensor, OnnxLane
+from forcingkv.runtime.backends.host import HostTensor
+from forcingkv.runtime.backends.onnxruntime import OnnxLane
 
 T = TypeVar("T")
 PATIENCE = 30
@@ -66,7 +67,7 @@ class GatedLane(OnnxLane):
         return bound
 
     def sibling(self) -> Lane:
-        return OnnxLane(self._loaded(), self._state_device)
+        return OnnxLane(self._loaded(), self._chosen)
 
 
 def gated(gate: Gate, doing: Callable[..., T]) -> Callable[..., T]:

@@ -11,6 +11,7 @@ from forcingkv.commands import (
     analyze,
     bench,
     demo,
+    doctor,
     encode,
     evaluate,
     export,
@@ -34,6 +35,7 @@ app.command("demo")(demo.demo)
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(headmap.app, name="headmap")
 app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 app.command("encode")(encode.encode)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)

@@ -10,11 +10,19 @@ from typing import Annotated
 from typer import Option
 
 from forcingkv.commands.console import MOST, AsJson, emit, listed, must_end, need, progress_bar, say
-from forcingkv.commands.models import Backend, ExpectDigests, Threads
+from forcingkv.commands.models import (
+    BackendOrOwn,
+    Compiled,
+    CudaGraphs,
+    Device,
+    ExpectDigests,
+    Provider,
+    Threads,
+)
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.tables import PlainConsole
-from forcingkv.runtime.backends import LaneOptions
+from forcingkv.runtime.backends import as_run
 from forcingkv.runtime.preflight import check_memory
 
 POLICIES = "full,window,dummy-forcing,forcing-kv"
@@ -36,7 +44,21 @@ def bench(
     headmap: Annotated[
         Path | None, Option(help="Head map; default: as many heads of each label as published.")
     ] = None,
-    backend: Backend = "onnxruntime",
+    backend: BackendOrOwn = None,
+    backends: Annotated[
+        str | None, Option(help="Of a model: onnxruntime, torch, or both with a comma between them.")
+    ] = None,
+    dtypes: Annotated[
+        str | None,
+        Option(
+            help="Of a model, what to multiply in, with commas: float32 (default), int8 for onnxruntime,"
+            " bfloat16 and float16 for torch. A backend leaves out those that it does not have."
+        ),
+    ] = None,
+    device: Device = None,
+    provider: Provider = None,
+    cuda_graphs: CudaGraphs = False,
+    compiled: Compiled = False,
     rounds: Annotated[int, Option(min=1, max=MOST, help="Turns of each policy.")] = 3,
     minutes: Annotated[
         float, Option(min=0, help="Leave out rounds that would end later than this, for each geometry.")
@@ -63,8 +85,9 @@ def bench(
     labels in the shares of the whole map.
 
     Example: forcingkv bench --model self-forcing --layers 1 --geometry 480p --policies full,forcing-kv
+    --backends onnxruntime,torch --dtypes float32,bfloat16,int8
     """
-    from forcingkv.measure.bench.cases import bundle_cases, check_memory_of_presets, preset_cases
+    from forcingkv.measure.bench.cases import bundle_cases, check_memory_of_presets, preset_cases, ways
     from forcingkv.measure.bench.results import report, results_table, title_of
     from forcingkv.measure.bench.sweeps import lengths, resolutions, write_lengths, write_resolutions
     from forcingkv.measure.bench.turns import BenchSetup, take_turns
@@ -81,6 +104,14 @@ def bench(
             where="--bundle",
             hint="Leave out --layers, --geometry, --headmap and --decoder.",
         )
+    if bundle and (backends or dtypes):
+        raise InputError(
+            "a bundle was exported in its dtype, and runs on one backend",
+            where="--backends and --dtypes",
+            hint="They are for --model. For a bundle there is --backend.",
+        )
+    if backend and backends:
+        raise InputError("use either --backend or --backends, not both")
     if expect_digest and not bundle:
         raise InputError("is for bundles", where="--expect-digest", expected="--bundle FOLDER beside it")
     if sweep:
@@ -90,11 +121,15 @@ def bench(
             must_end(sweep / f"{name}.png", ".png")
     sizes: Sequence[str | None] = [None]
     if model is None:
-        opened = bundle_cases(bundle or (), expect_digest or ())
+        opened = bundle_cases(bundle or (), expect_digest or (), backend)
     else:
         need("export", "torch", "onnx", "onnxscript")
         from forcingkv.models.presets import load_spec
 
+        asked = _names(backends or backend or "onnxruntime", "--backends")
+        chosen = ways(asked, _names(dtypes or "float32", "--dtypes"))
+        if sweep and len(chosen) > 1:
+            raise InputError("shows one backend and dtype", where="--sweep")
         spec, names = load_spec(model), _names(policies, "--policies")
         sizes = _names(geometry, "--geometry") if geometry else sizes
         for size in sizes:  # or the last would be refused when the first has been timed
@@ -106,7 +141,7 @@ def bench(
             check_memory_of_presets(
                 spec, names, layers=layers, resolution=size, headmap=heads, decoder=decoder or "taehv"
             )
-    setup = BenchSetup(rounds, backend, threads, decode)
+    setup = BenchSetup(rounds, threads, decode, device, provider, compiled, cuda_graphs)
     results, across = [], []
     with progress_bar() as shown:
         task = shown.add_task("exporting", total=None)
@@ -118,11 +153,18 @@ def bench(
             with ExitStack() as stack:
                 if model is not None:
                     made = preset_cases(
-                        spec, names, layers=layers, resolution=size, headmap=heads, decoder=decoder or "taehv"
+                        spec,
+                        names,
+                        layers=layers,
+                        resolution=size,
+                        headmap=heads,
+                        decoder=decoder or "taehv",
+                        ways=chosen,
                     )
                     opened = stack.enter_context(made)
                 for one in opened:  # or the last would be refused when the others are timed
-                    check_memory(one, LaneOptions(backend))
+                    options = setup.options(one)
+                    check_memory(as_run(one.bundle, options), options)
                 measured = take_turns(opened, setup, seconds=minutes * 60, progress=progress)
                 results.append(report(measured, setup))
                 across.append((size or results[0]["geometry"], measured))

@@ -52,7 +52,8 @@ def export(
         str | None,
         Option(
             help="What weights are stored as, and torch and TensorRT compute in: float32, bfloat16, float16,"
-            " fp8 (linear layers in FP8, all else in bfloat16); default: the model's, for TensorRT bfloat16."
+            " fp8 (linear layers in FP8, all else in bfloat16), int8 (linear layers in int8, with --target"
+            " onnx); default: the model's, for TensorRT bfloat16."
         ),
     ] = None,
     calibration: Annotated[
@@ -144,7 +145,7 @@ def export(
         of = f"{len(record.prompts)} {record.texts}" if record.prompts else "random embeddings: no real texts"
         say(f"FP8 calibrated with {record.chunks} chunks at {width}x{height} for {of}")
     if manifest.verification:
-        exact = {name: found for name, found in manifest.verification.items() if name != "step.fp8"}
+        exact = {name: found for name, found in manifest.verification.items() if not name.startswith("step.")}
         say(f"verified against torch: largest difference {max(exact.values()):.1e}")
     elif wanted != "torch":
         say("not verified against torch: add --verify to do that")

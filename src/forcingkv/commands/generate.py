@@ -33,6 +33,7 @@ from forcingkv.commands.models import (
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Video
+from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
 from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.spec import ModelSpec
@@ -122,6 +123,8 @@ def generate(
         ) as session:
             video, look = begin_video(session, asked)
             on = _runs_on(session, threads)
+            for note in session.notes:
+                written.warn(note)
             if out == "-":
                 width, height = (size * look.enlarge for size in session.bundle.manifest.frame_size)
                 say(f"rgb24, {width}x{height}, {look.fps:g} frames a second", error=True)
@@ -248,11 +251,19 @@ def _save(video: Video, folder: Path, look: Look, first: int, frames: Frames, wr
 
 
 def _runs_on(session: Session, threads: int | None) -> dict[str, object]:
-    """What a session runs on, and for the CPU how many threads were chosen, and why."""
-    if not session.runs_on.startswith("the CPU"):
-        return {"runs_on": session.runs_on}
-    chosen = chosen_threads(threads)
-    return {"runs_on": session.runs_on, "threads": chosen.number, "threads_because": chosen.because}
+    """What a session runs on; for ONNX Runtime where the nodes of its graphs run; for the CPU how many
+    threads were chosen, and why. What a provider runs, and what it leaves to the CPU's, is said."""
+    facts: dict[str, object] = {"runs_on": session.runs_on}
+    if placement := session.placement:
+        facts["placement"] = {graph: one.as_json() for graph, one in placement.items()}
+    if any(one.asked != PROVIDERS["cpu"].name for one in placement.values()):
+        say(f"runs on {session.runs_on}", error=True)
+        for graph, one in placement.items():
+            say(f"{graph}: {one}", error=True)
+    if session.runs_on.startswith("the CPU"):
+        chosen = chosen_threads(threads)
+        facts |= {"threads": chosen.number, "threads_because": chosen.because}
+    return facts
 
 
 def _report(written: Written, out: str, rate: float, on: dict[str, object], *, as_json: bool) -> None:

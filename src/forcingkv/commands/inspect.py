@@ -103,7 +103,9 @@ def _model(opened: Bundle) -> Iterator[str]:
     yield from _beside("policy", manifest.policy.name + digest)
     for lora in manifest.loras or ():
         yield from _beside("lora", f"{lora.told}, sha256 {lora.sha256[:12]}")
-    yield from _beside("graphs", f"compute in {manifest.compute}")
+    products = manifest.multiplies_in
+    linears = "" if products == manifest.compute else f", linear layers of the blocks in {products}"
+    yield from _beside("graphs", f"compute in {manifest.compute}{linears}")
     for sentence in manifest.taken or ():
         yield from _beside("weights", sentence)
     kernels = manifest.kernels

@@ -14,6 +14,7 @@ from typer import Option
 from forcingkv.commands.console import console, default_prompts, say
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import BACKENDS
+from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.prompts import PromptLine, shortened
 from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.text import TextInput, encode_words, read_embeds
@@ -28,12 +29,15 @@ BackendOrOwn: TypeAlias = Annotated[
     str | None,
     Option(
         help=f"What runs it: {', '.join(BACKENDS)}; default: onnxruntime, or torch where that alone can or"
-        " --device, --dtype or --compile ask for it."
+        " --device, --dtype or --compile ask for it, without --provider."
     ),
 ]
 Device: TypeAlias = Annotated[
     str | None,
-    Option(help="Where to run: cpu, cuda, cuda:1, mps or xpu, with --backend torch; a GPU of TensorRT."),
+    Option(
+        help="Where to run: cpu, cuda, cuda:1, mps or xpu, with --backend torch; a GPU of TensorRT or of a"
+        " provider of ONNX Runtime."
+    ),
 ]
 ComputeDtype: TypeAlias = Annotated[
     Dtype | None,
@@ -43,7 +47,11 @@ ComputeDtype: TypeAlias = Annotated[
     ),
 ]
 Provider: TypeAlias = Annotated[
-    str | None, Option(help="ONNX Runtime: what runs the graphs: cpu, cuda, ...; default: its own choice.")
+    str | None,
+    Option(
+        help=f"ONNX Runtime: what runs the graphs: {', '.join(PROVIDERS)}; default: cuda where it was built"
+        " with it, else cpu."
+    ),
 ]
 CudaGraphs: TypeAlias = Annotated[
     bool, Option("--cuda-graphs", help="On a GPU of NVIDIA: capture passes and replay them.")

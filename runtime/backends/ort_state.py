@@ -1,0 +1,98 @@
+"""Memory of a provider's own device, in which the caches of a session lie from pass to pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime as ort
+
+from forcingkv.runtime.backends import Array, Queue
+from forcingkv.runtime.backends.host import Fetched
+from forcingkv.runtime.faults import DeviceError, MemoryShortError
+
+Viewer = Callable[["StateTensor"], Any]
+"""Gives an OrtValue on the memory of a tensor, in its shape."""
+
+
+def viewer_of(session: Any) -> Viewer:
+    """Makes views with a loaded graph.
+
+    An OrtValue is copied as a whole, and Python can make none on a part of another. But what is bound as
+    an output becomes an OrtValue of that address, shape and dtype, and can be had back before anything runs.
+    """
+    name = session.get_outputs()[0].name
+
+    def view(tensor: StateTensor) -> Any:
+        binding = session.io_binding()
+        place = tensor.device, tensor.number, np.dtype(tensor.dtype), tensor.shape, tensor.address
+        binding.bind_output(name, *place)
+        return binding.get_outputs()[0]
+
+    return view
+
+
+class StateTensor:
+    """The start of an OrtValue: memory on the provider's device, which the host seldom touches.
+
+    Only what the tensor has is copied, once, between the host and the device. Clearing copies zeros there:
+    Python has nothing that fills memory of a device, and copying from device to device came after 1.24. It
+    is done once a video.
+    """
+
+    def __init__(
+        self, value: Any, device: str, number: int, shape: tuple[int, ...], dtype: str, viewer: Viewer | None
+    ) -> None:
+        self._value, self._viewer = value, viewer
+        self.device, self.number, self.shape, self.dtype = device, number, shape, dtype
+        self.nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self.address = value.data_ptr()
+
+    @classmethod
+    def make(
+        cls, shape: tuple[int, ...], dtype: str, device: str, number: int = 0, viewer: Viewer | None = None
+    ) -> Self:
+        """New memory. `viewer` is needed to read or write a part of it.
+
+        Raises MemoryShortError where the device has none left.
+        """
+        try:
+            size = (max(1, math.prod(shape)),)
+            value = ort.OrtValue.ortvalue_from_shape_and_type(size, np.dtype(dtype), device, number)
+        except Exception as error:  # of ONNX Runtime's many classes
+            raise MemoryShortError(
+                f"no memory on {device} for a tensor of {dtype} {shape} ({error})"
+            ) from error
+        return cls(value, device, number, shape, dtype, viewer)
+
+    def first(self, shape: tuple[int, ...]) -> StateTensor:
+        return StateTensor(self._value, self.device, self.number, shape, self.dtype, self._viewer)
+
+    def rows(self, start: int, stop: int) -> StateTensor:
+        raise DeviceError("state is not read by rows")
+
+    def write(self, array: Array, queue: Queue) -> None:
+        if self.nbytes:
+            self._own().update_inplace(np.ascontiguousarray(array, np.dtype(self.dtype)))
+
+    def clear(self, queue: Queue) -> None:
+        self.write(np.zeros(self.shape, np.dtype(self.dtype)), queue)
+
+    def fetch(self, queue: Queue) -> Fetched:
+        if not self.nbytes:
+            return Fetched(np.empty(self.shape, np.dtype(self.dtype)))
+        # On the device "cpu" it is the memory itself, and no copy.
+        return Fetched(np.array(self._own().numpy()).reshape(self.shape))
+
+    def shared(self) -> Any:
+        return self._own()
+
+    def _own(self) -> Any:
+        """An OrtValue of what this tensor has, and no more."""
+        if math.prod(self.shape) == math.prod(self._value.shape()):
+            return self._value
+        if self._viewer is None:
+            raise DeviceError("a part of an OrtValue is reached through a loaded graph, and there is none")
+        return self._viewer(self)

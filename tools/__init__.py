@@ -1,0 +1,1 @@
+"""What is used to work on forcingkv, and is not installed with it."""
