@@ -25,7 +25,7 @@ UNVERIFIED = ("taehv", "large")
 
 
 @cache
-def small_bundle(name: str) -> Path:
+def small_bundle(name: str, target: str = "onnx") -> Path:
     """The bundle named after its policy; `taehv` and `large` are what is said above."""
     changes = {"taehv": TAEHV, "large": LARGE}.get(name, {})
     policy = load_policy({"taehv": "forcing-kv", "large": "window"}.get(name, name))
@@ -42,9 +42,8 @@ def small_bundle(name: str) -> Path:
         decoder = small_taehv()
     weights = random_model(spec).state_dict()
     headmap = headmap if policy.needs_headmap else None
-    return shared_bundle(
-        spec, weights, policy, verify=name not in UNVERIFIED, decoder=decoder, headmap=headmap
-    )
+    options = {"target": target} if target != "onnx" else {"verify": name not in UNVERIFIED}
+    return shared_bundle(spec, weights, policy, decoder=decoder, headmap=headmap, **options)
 
 
 @pytest.fixture
