@@ -1,4 +1,4 @@
-"""Devices with streams, and CUDA graphs, on torch: stand-ins record what is asked of them, and in what order."""
+"""Devices with streams, and CUDA graphs, on torch: stand-ins note what is asked of them, in its order."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_video_with_queues_beside_each_other_is_the_same(
 
 
 class Cuda:
-    """Stands for what `torch.cuda` has for graphs: what runs within a capture is kept, and done by a replay."""
+    """Stands for what `torch.cuda` has for graphs, and counts captures and replays."""
 
     def __init__(self, refusal: Exception | None = None) -> None:
         self.refusal, self.captures, self.replays = refusal, 0, 0
