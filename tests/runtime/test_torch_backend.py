@@ -19,6 +19,7 @@ from forcingkv.runtime.backends import torch_device, torch_lane
 from forcingkv.runtime.backends.torch_cache import JoinedCache
 from forcingkv.runtime.backends.torch_device import multiplies_in
 from forcingkv.runtime.backends.torch_model import StoredLinear
+from forcingkv.runtime.backends.torch_tensors import TorchTensor
 from forcingkv.runtime.faults import DeviceError
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.kv.policies import load_policy
@@ -207,7 +208,8 @@ def test_states_go_on_in_their_own_dtype_only(bundles: Bundles, tmp_path: Path) 
         video = session.generate(PROMPT, seed=7, chunks=7)
         list(islice(video, 4))
         video.save(tmp_path)
-        assert_same(session.restore(tmp_path), list(video))
+        wanted = list(video)
+        assert_same(session.restore(tmp_path), wanted)
     assert read_snapshot(tmp_path, session.bundle)[0].compute == "bfloat16"
     for backend in (TORCH, ONNX):
         with (
@@ -243,7 +245,7 @@ def test_a_role_that_makes_another_number_of_tokens_is_told(bundles: Bundles) ->
         cache: Any = session._memory().cache
         group = cache._groups[0][0]
         made = {name: type(kv)(*(part[:, :, :1] for part in kv)) for name, kv in group.cached(1).items()}
-        with pytest.raises(ValueError, match=r"the role sink made .*; by its length"):
+        with pytest.raises(ValueError, match=r"the role \w+ made keys and values .*; by its length"):
             group.take(made, 1)
 
 
@@ -377,6 +379,13 @@ def test_what_torch_raises_is_told_apart(raised: Exception, kind: type[Exception
         bound.run()
     assert found.value.__cause__ is raised
     assert ("start a new one" in str(found.value)) == ("start a new one" in message)
+
+
+def test_memory_that_is_not_there_is_told() -> None:
+    with pytest.raises(
+        MemoryShortError, match=r"taking memory for a tensor of float32 \(1099511627776, 1024\)"
+    ):
+        TorchTensor.make((2**40, 1024), "float32", CPU)
 
 
 def test_a_closed_lane_says_so_and_frames_that_were_shared_stay(bundles: Bundles) -> None:
