@@ -17,7 +17,7 @@ OUT_OF_MEMORY = (
     "out_of_memory",
     "outofmemory",
 )
-"""What messages of ONNX Runtime, torch, TensorRT, CUDA and its driver hold, in lower case, if memory ran out."""
+"""What messages of ONNX Runtime, torch, TensorRT, CUDA and its driver hold, in lower case, without memory."""
 
 
 class SessionError(RuntimeError):

@@ -292,7 +292,8 @@ def _fault(doing: str, error: Exception, chosen: Chosen = ON_CPU) -> SessionErro
 
 
 def _way_round(chosen: Chosen) -> str:
-    return (
-        f"choose --backend {ON_THE_CPU} to run on the CPU, or mend {chosen.provider.title}: its version is to"
-        " be the one that this ONNX Runtime was built for"
-    )
+    around = f"choose --backend {ON_THE_CPU} to run on the CPU"
+    if "cuda" not in chosen.provider.devices:
+        return around
+    title = chosen.provider.title
+    return f"{around}, or mend {title}: its version is to be the one that this ONNX Runtime was built for"
