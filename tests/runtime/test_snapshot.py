@@ -107,7 +107,7 @@ import sys
 import numpy as np
 from forcingkv.runtime import Session
 
-with on.open(sys.argv[1]) as session:
+with Session.open(sys.argv[1], backend=sys.argv[4]) as session:
     chunks = list(session.restore(sys.argv[2]))
 np.savez(sys.argv[3], latents=[c.latents for c in chunks], frames=np.concatenate([c.frames for c in chunks]))
 """
@@ -312,7 +312,7 @@ SAVE_ON = """
 import sys
 from forcingkv.runtime import Session
 
-with on.open(sys.argv[1], threads=1) as session:
+with Session.open(sys.argv[1], threads=1, backend=sys.argv[4]) as session:
     video = session.generate(sys.argv[3], seed=7)
     for chunk in video:
         video.save(sys.argv[2])
@@ -328,7 +328,15 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_state(
     with on.open(bundles("forcing-kv"), threads=1) as session:
         for _ in range(4):
             with subprocess.Popen(
-                [sys.executable, "-c", SAVE_ON, str(bundles("forcing-kv")), str(tmp_path / "state"), PROMPT],
+                [
+                    sys.executable,
+                    "-c",
+                    SAVE_ON,
+                    str(bundles("forcing-kv")),
+                    str(tmp_path / "state"),
+                    PROMPT,
+                    on.name,
+                ],
                 stdout=subprocess.PIPE,
                 text=True,
             ) as process:
