@@ -83,7 +83,7 @@ def test_without_graphs_it_is_a_session_on_torch(run: Callable[..., Ran]) -> Non
     assert ran.code == 0, ran.err
     assert "memory of a session on torch" in ran.out
     assert "read and written in place" in ran.out
-    parts = json.loads(run("inspect", lean, "--json").out)["footprints"][0]["parts"]
+    parts = json.loads(run("inspect", lean, "--json").out)["footprint"][0]["parts"]
     assert parts["kv_current"] > 0
     assert parts["weights"] > 0
 
