@@ -21,7 +21,9 @@ from forcingkv.export.bake import Planned, bake_weights, baked_bytes, baked_mode
 from forcingkv.export.engine_builder import (
     EngineTarget,
     build_engine,
+    check_dtype,
     check_plugin,
+    decomposed,
     engine_target,
     warnings_of,
 )
@@ -40,7 +42,7 @@ from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.heads import head_orders
 from forcingkv.models.torch_threads import use_threads
 from forcingkv.models.wan import WanModel
-from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS
+from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS, kernel_sms
 from forcingkv.prune.onnx_operators import check_choice
 from forcingkv.runtime.bundle import (
     GRAPHS,
@@ -159,7 +161,8 @@ def export_bundle(
     if calibration:
         check_memory_to_calibrate(plan)
     if engines:
-        check_plugin(plan)
+        check_dtype(engines, precision.compute)
+        check_plugin(plan, engines)
     check_disk(out, baked_bytes(spec, precision), len(gpus))
     use_threads()
     with new_folder(out, BUNDLE, NAMES) as folder:
@@ -195,7 +198,7 @@ def export_bundle(
             compute=precision.compute,
             engines=tuple(bundle.engines),
             kernels=tuple(bundle.kernels),
-            warnings=tuple(warnings_of(plan, precision.compute)),
+            warnings=(*warnings_of(plan, precision.compute), *decomposed(bundle.engines)),
             calibration=bundle.calibration,
             taken=(weights.taken or None) if isinstance(weights, Weights) else None,
             loras=(weights.loras or None) if isinstance(weights, Weights) else None,
@@ -324,7 +327,8 @@ class _Writer:
             head_dim = self.plan.spec.head_dim
             kernels = KERNELS if self.plan.choice.split.is_even else UNEVEN_KERNELS
             compute = self.precision.compute
-            self.kernels = compile_kernels(self.folder, compute, head_dim, kernels=kernels)
+            sms = kernel_sms(target.sms)
+            self.kernels = compile_kernels(self.folder, compute, head_dim, sms, kernels)
         folder = self.folder / "engines"
         folder.mkdir()
         for sm in target.sms:
@@ -332,7 +336,8 @@ class _Writer:
                 self.progress(f"building the engine of {name} for sm_{sm}")
                 file = folder / f"{name}-{target.flavour.name}-sm{sm}.engine"
                 graph = self.folder / f"{name}.onnx"
-                self.engines.append(build_engine(graph, name, self.plan, target, sm, file))
+                built = build_engine(graph, name, self.plan, target, sm, file, kernels=self.kernels)
+                self.engines.append(built)
 
     def _trace(self, name: str, path: Path, precision: Precision) -> onnx.ModelProto:
         file = self._weights_of(name)

@@ -10,6 +10,7 @@ is kept here for `raise_plugin_error`.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -204,6 +205,10 @@ def register_plugins(launcher: KernelLauncher | None) -> None:
                 _loaded.append(launcher)
         if _creators:
             return
+        # The registry outlives Python's objects, to which it points: a process would end in a crash. What is
+        # registered later is done first: the runtime of the engines goes before the plugins.
+        atexit.unregister(_deregister)
+        atexit.register(_deregister)
         creator_of = _creator_class()
         for operator in OPERATORS:
             creator = creator_of(operator)
@@ -215,11 +220,15 @@ def register_plugins(launcher: KernelLauncher | None) -> None:
 
 def unregister_plugins() -> None:
     """Undo `register_plugins`, launchers included."""
+    _deregister()
+    _launchers.clear()
+    _loaded.clear()
+
+
+def _deregister() -> None:
     for creator in _creators:
         trt.get_plugin_registry().deregister_creator(creator)
     _creators.clear()
-    _launchers.clear()
-    _loaded.clear()
 
 
 def raise_plugin_error() -> None:
@@ -282,7 +291,7 @@ def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
             self.plugin_name = type(operator).__name__
             self.plugin_namespace, self.plugin_version = PLUGIN_NAMESPACE, PLUGIN_VERSION
             self.num_outputs = operator.outputs
-            self.timing_cache_id = ""
+            self.timing_cache_id = repr(operator)  # nodes with equal attributes take equal time
             self.serialized = _Fields(asdict(operator))
 
         def get_capability_interface(self, type: trt.PluginCapabilityType) -> trt.IPluginV3:  # noqa: A002

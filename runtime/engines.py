@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.fields import check_bounds
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
 from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.spec import Dtype
 
@@ -47,9 +47,15 @@ class EngineRecord:
     seconds: float
     peak_bytes: int
     """Host memory of the process that built it."""
+    device: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Name of the GPU that it was tuned on; None where it was built without one, or before this was noted."""
+    multiprocessors: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """How many that GPU has."""
+    decomposed: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Attention that no fused kernel serves: it writes its scores to memory, which is slow."""
 
     def __post_init__(self) -> None:
-        numbers = ("sm", "layers", "plugin_layers", "phases", "seconds")
+        numbers = ("sm", "layers", "plugin_layers", "phases", "seconds", "multiprocessors")
         sizes = ("weight_bytes", "activation_bytes", "scratch_bytes", "peak_bytes")
         bounds = dict.fromkeys(numbers, (0, 10**9)) | dict.fromkeys(sizes, (0, 1 << 50))
         check_bounds(self, bounds, f"the engine of {self.graph}")
@@ -107,6 +113,20 @@ def find_engine(
     )
 
 
+def tuned_elsewhere(record: EngineRecord, found: tuple[str, int] | None) -> str | None:
+    """A sentence where an engine was tuned on another GPU than `found` (`device_model`); None if not known.
+
+    One of the same compute capability runs it, such as an H200 what an H100 built, or a slice of a GPU what
+    the whole one did. What was fastest there need not be here.
+    """
+    if found is None or record.device is None or (record.device, record.multiprocessors) == found:
+        return None
+    return (
+        f"the engine of {record.graph} was tuned on {record.device} with {record.multiprocessors}"
+        f" multiprocessors, and this GPU is {found[0]} with {found[1]}: one exported here may be faster"
+    )
+
+
 def cuda_core() -> Any:
     """The module `cuda.core`, imported when it is first needed. Raises MissingExtraError without it."""
     try:
@@ -139,3 +159,12 @@ def device_sm() -> int | None:
             " that is installed.",
         ) from error
     return int(major) * 10 + int(minor)
+
+
+def device_model(number: int = 0) -> tuple[str, int] | None:
+    """Name and multiprocessors of a GPU of this machine; None where cuda-core does not say."""
+    try:
+        device = cuda_core().Device(number)
+        return str(device.name), int(device.properties.multiprocessor_count)
+    except Exception:  # it is for a note only: `device_sm` tells a GPU that cannot be used
+        return None

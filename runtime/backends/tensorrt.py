@@ -8,8 +8,10 @@ An engine computes all of its outputs in every pass. Those that a pass has no us
 
 from __future__ import annotations
 
+import atexit
 import math
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from forcingkv.runtime.backends import Lane, LaneOptions, Pass, Queue, Tensor
 from forcingkv.runtime.backends.cuda import CudaQueue, Gpu, fault
 from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
 from forcingkv.runtime.bundle import GRAPHS, Bundle
-from forcingkv.runtime.engines import device_sm, find_engine
+from forcingkv.runtime.engines import device_model, device_sm, find_engine, tuned_elsewhere
 from forcingkv.runtime.faults import DeviceError, SessionError
 from forcingkv.runtime.flavour import FlavourName, Told, choose, make_log, trt
 from forcingkv.runtime.kv.buffers import CacheBuffers
@@ -75,10 +77,14 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName) -> trt.ICudaEn
     record = find_engine(manifest.engines, graph, flavour, trt.__version__, sm, str(bundle.path))
     if record.needs_plugin:
         register_plugins(KernelLauncher(bundle.path, manifest.kernels, sm, bundle.content))
+    elsewhere = tuned_elsewhere(record, device_model()) if record.device else None
+    if elsewhere:
+        warnings.warn(elsewhere, RuntimeWarning, stacklevel=2)
     path, content = bundle.path / record.file, bundle.content(record.file)
     with _making_it:
         if not _runtimes:
             _runtimes.append(trt.Runtime(make_log(_hear)))
+            atexit.register(_runtimes.clear)  # before the plugins go, which were registered before it
     last_words()  # of something else
     engine: trt.ICudaEngine | None = _runtimes[0].deserialize_cuda_engine(content)
     if engine is None:

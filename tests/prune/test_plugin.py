@@ -182,10 +182,11 @@ def model(segments: int = SEGMENTS, frame: int = FRAME) -> bytes:
 
 
 CHILD = """
-import hashlib, json, sys
+import atexit, hashlib, json, sys
 from pathlib import Path
 import numpy as np
 from forcingkv.runtime.flavour import choose, trt
+from forcingkv.prune import plugin as plugins_module
 from forcingkv.prune.plugin import raise_plugin_error, register_plugins, unregister_plugins
 from tests.prune.test_plugin import FRAME, HEADS, KEPT, NEW, WIDTH, Recorder
 
@@ -220,6 +221,10 @@ def message(call):
 
 def creators():
     return sum(c.plugin_namespace == "forcingkv" for c in trt.get_plugin_registry().all_creators)
+
+@atexit.register  # before the plugins are: what is registered last is done first
+def at_the_end():
+    print(creators(), "creators left")
 
 good, bad, uneven = sys.argv[1:]
 report["layers without"] = parse(good)[1]
@@ -262,6 +267,11 @@ def io(kind, follow):
     chosen = tensor((KEPT,), trt.DataType.INT64)
     retained = [tensor(out, kind)] * 2
     return (four + [chosen], retained) if follow else (four, [*retained, chosen])
+
+def plugin_of(tokens):
+    return plugins_module._creator_class()(plugins_module.DynamicPruneFollow).create_plugin(
+        "node", trt.PluginFieldCollection([trt.PluginField("segment_tokens", np.array([tokens], np.int32),
+                                                           trt.PluginFieldType.INT32)]), None)
 
 plugins = {
     False: plugin("DynamicPrune", frame_tokens=FRAME, segments=6, kept=KEPT),
@@ -307,8 +317,18 @@ assert not supported([types.BF16, types.HALF] + [types.BF16] * 4 + [types.INT32]
 unregister_plugins()
 report["creators at the end"] = creators()
 report["layers at the end"] = parse(good)[1]
+report["timing ids"] = [plugin_of(size).timing_cache_id for size in (2, 3, 2)]
+
+class Wide(plugins_module._Fields):  # attributes of 64 bits, as quick plugins have them
+    def __init__(self, values):
+        self._fields = [trt.PluginField(trt.FallbackString(name), np.array([value], np.int64),
+                                        trt.PluginFieldType.INT64) for name, value in values.items()]
+        self.collection = trt.PluginFieldCollection_(trt.PluginFieldCollection(self._fields))
+
+plugins_module._Fields = Wide
 register_plugins(None)
 report["layers once more"] = parse(good)[1]
+report["error once more"] = message(raise_plugin_error)
 print(json.dumps(report))
 """
 
@@ -337,7 +357,9 @@ def child(folder: Path) -> dict[str, Any]:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    told, last = done.stdout.splitlines()[-2:]
+    assert last == "0 creators left", "the registry, which outlives Python, points to none of its objects"
+    report: dict[str, Any] = json.loads(told)
     return report
 
 
@@ -370,6 +392,20 @@ def test_engines_build_without_a_gpu_and_alike_in_two_processes(
     assert engines["89"][1] != engines["120"][1]
     assert child(tmp_path)["engines"] == engines
     assert report["error of a good model"] is None
+
+
+@needs_tensorrt
+def test_the_parser_gives_attributes_of_64_bits_too(report: dict[str, Any]) -> None:
+    """What quick plugins have: their `int` is INT64. The parser is the same in both flavours."""
+    assert report["layers once more"] == PLUGINS
+    assert report["error once more"] is None
+
+
+@needs_tensorrt
+def test_nodes_of_other_attributes_are_timed_apart(report: dict[str, Any]) -> None:
+    two, three, again = report["timing ids"]
+    assert two == again == "DynamicPruneFollow(segment_tokens=2)"
+    assert three == "DynamicPruneFollow(segment_tokens=3)"
 
 
 @needs_tensorrt

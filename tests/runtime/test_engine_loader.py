@@ -79,6 +79,27 @@ def test_the_plugin_is_registered_with_its_kernels_before_the_engine_is_loaded(f
     ]
 
 
+def test_an_engine_that_was_tuned_on_another_gpu_is_loaded_and_told_of(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes.manifest.engines = [replace(ENGINE, device="NVIDIA H100", multiprocessors=132)]
+    monkeypatch.setattr(backend, "device_model", lambda: ("NVIDIA H200", 132))
+    with pytest.warns(RuntimeWarning, match="step was tuned on NVIDIA H100 .* this GPU is NVIDIA H200"):
+        assert backend.load_engine(fakes.bundle, "step", "tensorrt-rtx") == "engine"
+    monkeypatch.setattr(backend, "device_model", lambda: ("NVIDIA H100", 132))
+    assert backend.load_engine(fakes.bundle, "step", "tensorrt-rtx") == "engine"
+
+
+def test_the_runtime_goes_before_the_plugins(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the process what was registered last is done first."""
+    order: list[str] = []
+    monkeypatch.setattr(backend, "register_plugins", lambda launcher: order.append("plugins"))
+    monkeypatch.setattr(backend.atexit, "register", lambda done: order.append(done.__qualname__))
+    for _ in range(2):
+        backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")
+    assert order == ["plugins", "list.clear", "plugins"]
+
+
 def test_an_engine_that_needs_no_plugin_gets_none(fakes: Fakes) -> None:
     fakes.manifest.engines = [replace(ENGINE, needs_plugin=False)]
     backend.load_engine(fakes.bundle, "step", "tensorrt-rtx")

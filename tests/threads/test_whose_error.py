@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import threading
 from collections.abc import Callable
@@ -45,6 +46,45 @@ def test_what_a_foreign_thread_told_is_not_lost(monkeypatch: pytest.MonkeyPatch)
     assert told.take() == ["mine"]
     assert elsewhere(told.take) == ["from within"]
     assert told.take() == []
+
+
+def test_a_thread_of_tensorrts_is_foreign_whatever_was_asked_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`threading.current_thread()` makes a thread of `threading`'s of any thread, as logging does."""
+    told: Told[str] = Told()
+    foreign: list[threading.Thread] = []
+
+    def works(_: object = None) -> None:
+        foreign.append(threading.current_thread())
+        told.add("from within")
+
+    started = threading.Event()
+    _thread.start_new_thread(lambda: (works(), started.set()), ())
+    assert started.wait(10)
+    assert isinstance(foreign[0], threading._DummyThread)  # type: ignore[attr-defined]
+    assert elsewhere(told.take) == ["from within"]
+
+
+def test_a_thread_that_asked_once_is_told_its_own() -> None:
+    """A host program may run sessions in threads that Python did not start."""
+    told: Told[str] = Told()
+    found: list[list[str]] = []
+    asked, done = threading.Event(), threading.Event()
+
+    def works() -> None:
+        told.take()
+        told.add("mine")
+        asked.set()
+        done.wait(10)
+        found.append(told.take())
+        asked.set()
+
+    _thread.start_new_thread(works, ())
+    assert asked.wait(10)
+    asked.clear()
+    assert told.take() == []
+    done.set()
+    assert asked.wait(10)
+    assert found == [["mine"]]
 
 
 def test_a_refusal_names_only_what_tensorrt_said_in_this_thread(

@@ -63,7 +63,8 @@ class StandIn:
         runners: dict[str, Any] = {
             name: TorchRunner(self, name, made[name], torch_graphs[name], device) for name in GRAPHS
         }
-        self.cuda: Any = RealCuda() if check.gpu else FakeCuda()
+        device_of: Any = RealCuda if check.gpu else FakeCuda
+        self.cuda = device_of()
         self._tensorrt = FakeTensorRT(self.cuda, runners)
         self._tensorrt.install(patch)
         if check.gpu:
@@ -76,6 +77,12 @@ class StandIn:
         """A session on the engines."""
         self._tensorrt.users.clear()  # an earlier session's memory may be another stream's now
         return Session.open(self.bundle, backend="tensorrt-rtx", preflight=False, **options)
+
+    def settle(self) -> None:
+        """Have all computed that was put into streams, so that `runs` counts it."""
+        if isinstance(self.cuda, FakeCuda):
+            for stream in list(self.cuda.streams.values()):
+                stream.drain()
 
 
 @contextmanager
