@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeAlias, TypeVar, 
 
 import numpy as np
 
+from forcingkv.prune import launchers
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes, check_candidates
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.flavour import Told, trt
@@ -190,21 +191,18 @@ def launch(
         launcher.collect([*inputs, *outputs], sizes, stream)
 
 
-def register_plugins(launcher: KernelLauncher | None) -> None:
-    """Make the plugins known to the flavour of TensorRT in use; any number of times.
+def register_plugins(launcher: KernelLauncher | None) -> KernelLauncher | None:
+    """Make the plugins known to the flavour of TensorRT in use; any number of times. Building needs no
+    launcher.
 
-    The launcher launches the kernels for keys of its type and width and its kind of segments, in the place of
-    an earlier one for such, unless that one has the same kernels. Building needs none.
+    Gives the launcher to keep for as long as engines with plugins run: one that is in use already, if it has
+    the same kernels (`launchers.shared`). Runs say which is theirs (`launchers.launching`).
     """
     with _registering:
         if launcher is not None:
-            kind = launcher.dtype, launcher.width, launcher.uneven
-            earlier = _launchers.get(kind)
-            if earlier is None or earlier.digest != launcher.digest:
-                _launchers[kind] = launcher
-                _loaded.append(launcher)
+            launcher = launchers.shared(launcher)
         if _creators:
-            return
+            return launcher
         # The registry outlives Python's objects, to which it points: a process would end in a crash. What is
         # registered later is done first: the runtime of the engines goes before the plugins.
         atexit.unregister(_deregister)
@@ -216,13 +214,13 @@ def register_plugins(launcher: KernelLauncher | None) -> None:
                 unregister_plugins()
                 raise RuntimeError(f"TensorRT already knows a plugin {PLUGIN_NAMESPACE}::{operator.__name__}")
             _creators.append(creator)
+    return launcher
 
 
 def unregister_plugins() -> None:
     """Undo `register_plugins`, launchers included."""
     _deregister()
-    _launchers.clear()
-    _loaded.clear()
+    launchers.forget()
 
 
 def _deregister() -> None:
@@ -243,9 +241,6 @@ def raise_plugin_error() -> None:
 
 _creators: list[trt.IPluginCreatorV3One] = []
 """The registry does not keep them alive."""
-_launchers: dict[tuple[Dtype, int, bool], KernelLauncher] = {}
-_loaded: list[KernelLauncher] = []
-"""Those that were replaced too: work of other sessions, in a stream or captured, needs their code."""
 _registering = threading.Lock()
 _errors: Told[Exception] = Told()
 
@@ -352,7 +347,7 @@ def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
         ) -> None:
             keys = input_desc[0]
             kind, width = key_types()[keys.type], keys.dims[3]
-            launcher = _launchers.get((kind, width, self.operator.uneven))
+            launcher = launchers.launcher_of((kind, width, self.operator.uneven))
             if launcher is None:
                 raise RuntimeError(
                     f"{self.plugin_name} has no kernels for {kind} keys of width {width}: give"

@@ -66,6 +66,10 @@ class InUseError(RuntimeError):
         )
 
 
+class GoingOnWarning(UserWarning):
+    """Something is not as it was asked for, and the session goes on without it."""
+
+
 def ran_out_of_memory(error: Exception | str) -> bool:
     """Whether an error, or a message of one, says that there was not enough memory."""
     text = str(error).lower()

@@ -7,7 +7,7 @@ waited for as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import Mark, Queue
 from forcingkv.runtime.backends.host import HostQueue
+from forcingkv.runtime.devices import ADVICE, is_sticky
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.memory import available_bytes, trim
 from forcingkv.runtime.spec import Dtype
@@ -164,6 +165,33 @@ class StreamQueue:
             event.record(self.stream)
         return StreamMark(event)
 
+    def gate(self, after: object) -> Callable[[], None]:
+        """As in the protocol: a mark, a stream or an event of torch, a stream with `__cuda_stream__`, or the
+        handle of one."""
+        event: Any = after.event if isinstance(after, StreamMark) else after
+        if getattr(event, "cuda_event", None) == 0:
+            raise InputError("is an event that was not recorded", where="after", hint="Record it first.")
+        if hasattr(event, "__cuda_stream__") and not hasattr(event, "record_event"):
+            event = event.__cuda_stream__()[1]
+        with faults("taking the place of another stream"):
+            if isinstance(event, int) and not isinstance(event, bool):
+                module = self._module
+                event = module.ExternalStream(event) if event else module.default_stream(self.stream.device)
+            if hasattr(event, "record_event"):
+                event = event.record_event()
+        if not isinstance(event, self._module.Event):
+            raise InputError(
+                f"is {type(after).__name__}",
+                where="after",
+                expected="a stream or event of torch, a stream with __cuda_stream__, or the handle of one",
+            )
+
+        def hold() -> None:
+            with faults("waiting for another stream"):
+                self.stream.wait_event(event)
+
+        return hold
+
     def work(self) -> AbstractContextManager[Any]:
         """What is done within goes into the stream."""
         context: AbstractContextManager[Any] = self._module.stream(self.stream)
@@ -184,6 +212,9 @@ class SyncedQueue:
     def mark(self) -> Mark:
         self.wait()
         return HostQueue().mark()
+
+    def gate(self, after: object) -> Callable[[], None]:
+        return HostQueue().gate(after)
 
     def work(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -238,16 +269,6 @@ def queue_of(queue: Queue) -> TorchQueue:
     return queue
 
 
-STICKY = (
-    "illegal memory access",
-    "unspecified launch failure",
-    "device-side assert",
-    "ecc error",
-    "misaligned",
-)
-"""What torch says of errors after which nothing more can be done on the device in this process."""
-
-
 @contextmanager
 def faults(doing: str) -> Iterator[None]:
     """Errors of torch as those of a session; `doing` is what failed, as the end of a sentence."""
@@ -259,6 +280,5 @@ def faults(doing: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         if ran_out_of_memory(error) or isinstance(error, torch.OutOfMemoryError):
             raise MemoryShortError(f"torch ran out of memory in {doing} ({text})") from error
-        lost = any(words in text.lower() for words in STICKY)
-        hint = "; the device is of no more use to this process: start a new one" if lost else ""
+        hint = f", and {ADVICE}" if is_sticky(text) else ""
         raise DeviceError(f"torch failed in {doing} ({text}){hint}") from error

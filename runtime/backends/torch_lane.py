@@ -122,6 +122,9 @@ class TorchLane:
         choice = self._bundle.plan.choice
         return before == after and (choice is None or choice.role.choose == "least-similar")
 
+    def warm(self, passes: Work) -> None:
+        """What torch makes at a first run it makes in the first chunks."""
+
     def sibling(self) -> TorchLane:
         return type(self)(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
 

@@ -14,7 +14,7 @@ from forcingkv.runtime import Bundle, preflight, session
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.bundle import GRAPHS
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.footprint import kv_parts
+from forcingkv.runtime.footprint import DEVICE_RESERVE, kv_parts
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.preflight import Fit, bytes_of_other, check_memory, needed_memory, what_fits
@@ -160,14 +160,27 @@ def test_engines_are_counted_against_the_gpus_memory(
     built = Bundle(bundle.path, replace(bundle.manifest, engines=engines), None)
     monkeypatch.setattr(preflight, "choose", lambda flavour: None)
     monkeypatch.setattr(preflight, "trt", SimpleNamespace(__version__="1.7.1"))
-    monkeypatch.setattr(preflight, "device_sm", lambda: 89)
-    monkeypatch.setattr(preflight, "device_free_bytes", lambda: 6_000_000)
+    monkeypatch.setattr(preflight, "device_sm", lambda number: {0: 89, 1: 120}[number])
+    monkeypatch.setattr(
+        preflight, "device_free_bytes", lambda number: {0: 6_000_000, 1: 5_000_000 + DEVICE_RESERVE}[number]
+    )
     have(monkeypatch, 10**15)
     with pytest.raises(
-        InputError, match=r"weights 6\.00 MB, activations 1\.40 MB.* 6\.00 MB are available on the GPU"
+        InputError,
+        match=r"weights 6\.00 MB, activations 1\.40 MB.* cuda 700 MB\).* 6\.00 MB are .* on the GPU cuda:0",
     ):
         check_memory(built, LaneOptions("tensorrt-rtx"))
-    check_memory(built, LaneOptions("tensorrt-rtx"), weights=False)
-    monkeypatch.setattr(preflight, "device_sm", lambda: 75)
+    check_memory(built, LaneOptions("tensorrt-rtx"), weights=False)  # nor what CUDA takes once
+    with pytest.raises(InputError, match=r" 705 MB are available on the GPU cuda:1"):
+        check_memory(built, LaneOptions("tensorrt-rtx", device="cuda:1"))
+    needed = needed_memory(built, LaneOptions("tensorrt-rtx"))
+    assert needed["cuda"] == DEVICE_RESERVE == 700_000_000
+    assert "cuda" not in needed_memory(built, LaneOptions("onnxruntime"))
+    monkeypatch.setattr(preflight, "device_free_bytes", lambda number: sum(needed.values()))
+    check_memory(built, LaneOptions("tensorrt-rtx"))
+    monkeypatch.setattr(preflight, "device_free_bytes", lambda number: sum(needed.values()) - 1)
+    with pytest.raises(InputError, match="needs about"):
+        check_memory(built, LaneOptions("tensorrt-rtx"))
+    monkeypatch.setattr(preflight, "device_sm", lambda number: 75)
     with pytest.raises(InputError, match="sm_75"):
         check_memory(built, LaneOptions("tensorrt-rtx"))

@@ -101,7 +101,7 @@ def test_a_refusal_names_only_what_tensorrt_said_in_this_thread(
         def fails(session: Session, says: str, kind: type[Exception]) -> str:
             video = session.generate(PROMPT, seed=7, chunks=2)
             world.tensorrt.says = says
-            world.tensorrt.refuse_at = world.tensorrt.refusable + 30
+            world.tensorrt.refuse_at = world.tensorrt.refusable + 3
             with pytest.raises(kind) as raised:
                 list(video)
             return str(raised.value)
@@ -118,7 +118,7 @@ def test_a_refusal_names_only_what_tensorrt_said_in_this_thread(
 def test_words_of_an_earlier_call_are_not_given_as_the_reason(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forcingkv.runtime.backends import tensorrt as backend
+    from forcingkv.runtime.backends import tensorrt_engines as backend
 
     world = World(bundles("forcing-kv"), monkeypatch)
     with Session.open(world.bundle, backend="tensorrt-rtx", preflight=False) as session:
@@ -144,7 +144,7 @@ def test_what_a_plugin_raised_is_raised_in_the_thread_that_ran_it() -> None:
 
 HEARD = """
 import json, threading
-from forcingkv.runtime.backends import tensorrt as backend
+from forcingkv.runtime.backends import tensorrt_engines as backend
 from forcingkv.runtime.flavour import choose, make_log, trt
 
 choose("tensorrt-rtx")

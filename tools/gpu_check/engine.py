@@ -184,6 +184,7 @@ class Stream:
 
     current = 0
     busy = False
+    capturing = None
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
@@ -215,8 +216,9 @@ class RealCuda:
         self.trace: list[tuple[Any, ...]] = []
         self.streams = Streams()
         self.clock, self.fail_at, self.left = 0, None, dict[str, int]()
+        self.here, self.lost = 0, None
 
-    def called(self, name: str) -> None:
+    def called(self, name: str, device: int | None = None) -> None:
         """Nothing is recorded."""
 
     def bytes_at(self, address: int, nbytes: int) -> Any:

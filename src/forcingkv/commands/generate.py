@@ -32,7 +32,7 @@ from forcingkv.commands.models import (
 )
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import MemoryShortError, Session, Video
+from forcingkv.runtime import MemoryShortError, Session, Timing, Video
 from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
 from forcingkv.runtime.snapshot import check_states
@@ -208,7 +208,7 @@ class Written:
     """Frames that were made."""
     waited: list[float] = field(default_factory=list)
     """Seconds that each chunk was waited for."""
-    denoising: list[float] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     """Seconds of the passes of each chunk."""
     warnings: list[str] = field(default_factory=list)
 
@@ -228,7 +228,7 @@ def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[Fram
         asked = time.perf_counter()
         for chunk in video:
             written.waited.append(time.perf_counter() - asked)
-            written.denoising.append(chunk.timing.denoise + chunk.timing.clean)
+            written.timings.append(chunk.timing)  # not asked for the clean pass, which may still run
             writer.write(chunk.frames)
             written.frames += len(chunk.frames)
             shown.update(task, completed=video.index)
@@ -267,6 +267,7 @@ def _runs_on(session: Session, threads: int | None) -> dict[str, object]:
 
 
 def _report(written: Written, out: str, rate: float, on: dict[str, object], *, as_json: bool) -> None:
+    passes = [timing.denoise + timing.clean for timing in written.timings]
     result = {
         **on,
         "out": out,
@@ -276,7 +277,7 @@ def _report(written: Written, out: str, rate: float, on: dict[str, object], *, a
         "fps": rate,
         "seconds_per_chunk": float(np.median(written.waited)),
         "frames_per_second": written.frames / sum(written.waited),
-        "frames_per_second_without_decoding": written.frames / sum(written.denoising),
+        "frames_per_second_without_decoding": written.frames / sum(passes),
         "warnings": written.warnings,
     }
     if as_json:
