@@ -122,7 +122,7 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
 
 def kv_parts(plan: CachePlan, compute: Dtype, *, joined: bool = False) -> dict[str, int]:
     """Bytes of cached keys and values by role, as `footprint` has them; `joined`: on the backend torch."""
-    sizes = plan.kv_bytes_by_role(compute) if joined else plan.buffer_bytes_by_role(compute)
+    sizes = plan.joined_bytes_by_role(compute) if joined else plan.buffer_bytes_by_role(compute)
     return {f"kv_{role}": size for role, size in sizes.items()}
 
 

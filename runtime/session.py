@@ -113,6 +113,8 @@ class Session:
             SessionError: the backend could not be started.
         """
         one_of(FramesOn, frames, "place for frames")
+        if dtype is not None:
+            one_of(Dtype, dtype, "dtype")
         chosen_threads(threads)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, expect=expect_digest)
         check_digest(opened.path, opened.digest, expect_digest)

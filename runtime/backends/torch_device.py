@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from forcingkv.runtime.backends import Mark, Queue
 from forcingkv.runtime.backends.host import HostQueue
 from forcingkv.runtime.devices import ADVICE, is_sticky
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
-from forcingkv.runtime.memory import available_bytes
+from forcingkv.runtime.memory import available_bytes, trim
 from forcingkv.runtime.spec import Dtype
 
 KINDS = {
@@ -69,10 +69,9 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(kind, number)
 
 
-def describe(device: torch.device) -> str:
-    """The device in words, for people."""
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
+def describe(device: torch.device, threads: int | None) -> str:
+    """The device in words, for people; `threads` are those of a CPU."""
+    if threads is not None:
         return f"the CPU, {threads} thread{'s'[: threads > 1]}"
     if device.type == "mps":
         return "the GPU (mps)"
@@ -83,17 +82,30 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that a session on the device can take."""
     if device.type == "cpu":
         return available_bytes()
-    if (
-        device.type == "mps"
-    ):  # memory is one with the CPU's: what Metal recommends at most, less what is taken
-        return int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())
-    return int(torch.get_device_module(device).mem_get_info(device)[0])
+    if device.type == "mps":  # memory is one with the CPU's: as much as Metal recommends, less what is held
+        return int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory())
+    module = torch.get_device_module(device)
+    kept = module.memory_reserved(device) - module.memory_allocated(device)  # by torch, for whoever asks next
+    return int(module.mem_get_info(device)[0]) + int(kept)
+
+
+def give_back(device: torch.device) -> None:
+    """Have torch and the C library give back what they keep of memory that nobody holds any more."""
+    if device.type == "cpu":
+        trim()
+    else:
+        with suppress(SessionError), faults("giving memory back"):  # what failed before may be told here
+            torch.get_device_module(device).empty_cache()
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait for all that was asked of a device."""
+    """Wait for all work on a device, whatever stream it is in."""
     if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+        with faults("waiting for the device"):
+            if device.type == "mps":
+                torch.mps.synchronize()
+            else:
+                torch.get_device_module(device).synchronize(device)
 
 
 def multiplies_in(device: torch.device, compute: torch.dtype) -> torch.dtype:
@@ -104,18 +116,22 @@ def multiplies_in(device: torch.device, compute: torch.dtype) -> torch.dtype:
     """
     if device.type != "cpu" or compute == torch.float32:
         return compute
-    mkldnn: Any = torch.ops.mkldnn
-    known = {
-        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: mkldnn._is_mkldnn_fp16_supported,
-    }
-    return compute if known[compute]() else torch.float32
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[compute]
+    # A torch without oneDNN does not have the question.
+    known: Any = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None)
+    return compute if known is not None and known() else torch.float32
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:
     """The dtype of that name."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def name_of(dtype: torch.dtype) -> Dtype:
+    """The name of a dtype that models compute in."""
+    name: Dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+    return name
 
 
 class StreamMark:

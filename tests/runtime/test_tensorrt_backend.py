@@ -32,7 +32,8 @@ from forcingkv.runtime.kv.policies import load_policy
 from tests.runtime.engine_world import World
 from tests.runtime.fake_streams import FakeCudaError
 from tests.runtime.lane_driver import Driver
-from tests.runtime.videos import OTHER, PROMPT, Ahead, assert_same, open_with, python, video_of
+from tests.runtime.lanes import Ahead
+from tests.runtime.videos import OTHER, PROMPT, assert_same, open_with, python, video_of
 
 Bundles = Callable[[str], Path]
 CHUNKS = 5

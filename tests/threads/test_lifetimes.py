@@ -14,7 +14,8 @@ import pytest
 from forcingkv.runtime import DeviceError, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from tests.runtime.engine_world import World
-from tests.runtime.videos import PROMPT, Failing, assert_same, open_with, video_of
+from tests.runtime.lanes import Failing
+from tests.runtime.videos import PROMPT, assert_same, open_with, video_of
 
 Bundles = Callable[[str], Path]
 
