@@ -23,7 +23,8 @@ import torch
 
 import forcingkv
 from forcingkv.export.bake import baked_bytes
-from forcingkv.export.bundle_writer import check_out, export_bundle, record_without_graph
+from forcingkv.export.bundle_parts import record_without_graph
+from forcingkv.export.bundle_writer import check_out, export_bundle
 from forcingkv.export.precision import precision_of
 from forcingkv.export.space import check_disk
 from forcingkv.headmaps.errors import InputError

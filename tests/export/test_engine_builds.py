@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 
-from forcingkv.export import EngineError, bundle_writer, engine_builder, export_bundle
+from forcingkv.export import EngineError, bundle_parts, bundle_writer, engine_builder, export_bundle
 from forcingkv.export.engine_builder import EngineTarget, build_engine, run_child
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import random_weights
@@ -173,9 +173,10 @@ def test_a_block_costs_at_most_a_third_of_the_layers_of_a_naive_one(
 
     The number depends on which groups and roles there are, not on any size. Graphs are parsed, not built.
     """
-    monkeypatch.setattr(bundle_writer, "GRAPHS", ("step",))
+    for module in (bundle_parts, bundle_writer):
+        monkeypatch.setattr(module, "GRAPHS", ("step",))
     monkeypatch.setattr(bundle_writer, "check_records", lambda *_: None)  # of a bundle, which this is not
-    monkeypatch.setattr(bundle_writer, "build_engine", builds_nothing)
+    monkeypatch.setattr(bundle_parts, "build_engine", builds_nothing)
     monkeypatch.setattr(kernel_compiler, "compile_kernels", lambda *_, **__: [])
     one, two = (parsed_layers(layers, tmp_path / str(layers)) for layers in (1, 2))
     assert two["plugin_layers"] - one["plugin_layers"] == 1
@@ -185,7 +186,7 @@ def test_a_block_costs_at_most_a_third_of_the_layers_of_a_naive_one(
 @needs_rtx
 @pytest.mark.slow
 def test_two_layers_of_public_width_build_at_480p(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_writer, "build_engine", builds_the_step_alone)
+    monkeypatch.setattr(bundle_parts, "build_engine", builds_the_step_alone)
     # A decoder is not what this is about: "pixels" that are as many as the latents of 832x480.
     pixels = {"latent_channels": 3, "decoder": Decoder("pixels")}
     spec = replace(load_spec("self-forcing"), layers=2, **pixels)  # type: ignore[arg-type]
@@ -211,7 +212,7 @@ def test_two_layers_of_public_width_build_at_480p(tmp_path: Path, monkeypatch: p
 @needs_rtx
 @pytest.mark.slow
 def test_engine_bundles_can_be_verified_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_writer, "build_engine", builds_the_step_alone)
+    monkeypatch.setattr(bundle_parts, "build_engine", builds_the_step_alone)
     spec = small_spec(layers=1, heads=4, head_dim=16)
     manifest: Manifest = export_bundle(
         spec,
@@ -245,7 +246,7 @@ def test_ahead_of_time_the_graph_has_nodes_of_one_kernel_each(
 
     target = EngineTarget(FLAVOURS["tensorrt"], (90,), aot=True)
     monkeypatch.setattr(bundle_writer, "engine_target", lambda name, sms, aot: target)
-    monkeypatch.setattr(bundle_writer, "build_engine", build)
+    monkeypatch.setattr(bundle_parts, "build_engine", build)
     spec = small_spec(layers=3, heads=4, head_dim=16)
     manifest = export_bundle(
         spec,

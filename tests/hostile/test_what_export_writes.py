@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from forcingkv.export import bundle_writer
+from forcingkv.export import bundle_parts
 from forcingkv.export.precision import precision_of
 from forcingkv.export.tensorrt_passes import DECOMPOSABLE
 from forcingkv.headmaps import InputError
@@ -81,7 +81,7 @@ def test_the_tables_go_together() -> None:
 def test_export_refuses_what_would_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(small_bundle("full"))
     precision = precision_of("float32", "onnx")
-    writer = bundle_writer._Writer(bundle.path, bundle.plan, None, precision, None, False, True, print)
+    writer = bundle_parts.PartsWriter(bundle.path, bundle.plan, None, precision, None, False, True, print)
     given = "prompt", bundle.graph("prompt"), bundle.manifest.graphs["prompt"]
     writer._check(*given)
     monkeypatch.delitem(graph_check.OPERATORS, ("", "Gelu"))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.export.bake import baked_model
-from forcingkv.export.bundle_writer import WEIGHTS
+from forcingkv.export.bundle_parts import WEIGHTS
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.models import kv
 from forcingkv.prune.launcher import KernelLauncher
