@@ -6,10 +6,10 @@ STAMP := .venv/installed
 # The CPU build: asking for plain "torch" may fetch gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test fast check format clean
+.PHONY: help demo test fast check format clean gpu-check gpu-check-kit
 
 help:  ## List the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,12 @@ check: $(STAMP)  ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check: $(STAMP)  ## Try everything that needs a GPU, in at most 8 minutes; on a CPU with stand-ins
+	$(BIN)/python -m tools.gpu_check
+
+gpu-check-kit: $(STAMP)  ## Make, on a CPU, what gpu-check can take with it
+	$(BIN)/python -m tools.gpu_check.make_kit
 
 format: $(STAMP)  ## Fix the style
 	$(BIN)/ruff check --fix .

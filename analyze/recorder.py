@@ -30,6 +30,8 @@ KEY_BLOCK = 2048
 """Keys looked at together."""
 LOGITS = 2**20
 """Logits held together, over all heads."""
+EXACT = ("cpu", "cuda", "meta")
+"""Kinds of devices that are known to have float64; for others rows are added up on the host."""
 
 
 class KeyRun(NamedTuple):
@@ -86,15 +88,19 @@ def attention_statistics(
     ]
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32  # never half precision
     membership = torch.zeros(len(pieces), slots, dtype=dtype, device=queries.device)
-    membership[range(len(pieces)), [piece.slot for piece in pieces]] = 1
+    for number, piece in enumerate(pieces):
+        membership[number, piece.slot] = 1
     blocks = _blocks(pieces)
     longest = max(len(block) * block[0].keys.shape[1] for block in blocks)
     step = max(1, LOGITS // (heads * longest))
-    sums = torch.zeros(2, heads, frames, slots + 2, dtype=torch.float64, device=queries.device)
+    exact = queries.device.type in EXACT
+    place = queries.device if exact else torch.device("cpu")
+    sums = torch.zeros(2, heads, frames, slots + 2, dtype=torch.float64, device=place)
     for frame in range(frames):
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            values = _row_values(queries[:, frame, part], blocks, places[frame, part], membership).double()
+            values = _row_values(queries[:, frame, part], blocks, places[frame, part], membership)
+            values = (values if exact else _on_the_host(values)).double()
             sums[0, :, frame] += values.sum(1)
             sums[1, :, frame] += values.square().sum(1)
     mean = sums[0] / rows
@@ -206,7 +212,8 @@ class Recorder:
                 values = attention_statistics(mine, runs, places, len(slots), self.plan.frame_tokens)
                 keys = sum(run.keys.shape[1] for run in runs)
                 heads = self._orders[layer][part]
-                self._parts.append(_Part(chunk, step, layer, heads, keys, slots, tuple(values)))
+                here = tuple(map(_on_the_host, values))
+                self._parts.append(_Part(chunk, step, layer, heads, keys, slots, here))
             return attend(layer, queries, current)
 
         return recorded
@@ -253,7 +260,7 @@ class Recorder:
         return runs, list(slots)
 
     def _rows_of(self, part: _Part) -> pl.DataFrame:
-        arrays = [value.cpu().numpy().astype(np.float32) for value in part.values]
+        arrays = [value.numpy().astype(np.float32) for value in part.values]
         if not all(np.isfinite(array).all() for array in arrays):
             raise InputError(
                 f"the attention of layer {part.layer} is not a number",
@@ -285,6 +292,11 @@ class Recorder:
             mass_error[..., sink].sum(-1).ravel(),
         )
         return pl.DataFrame(dict(zip(COLUMNS, columns, strict=True)), schema=COLUMNS)
+
+
+def _on_the_host(statistics: Tensor) -> Tensor:
+    """Where a video's statistics wait for its end, and take no memory of a GPU. Meta tensors stay."""
+    return statistics if statistics.is_meta else statistics.cpu()
 
 
 def record_sample(

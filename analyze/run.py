@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +22,14 @@ from forcingkv.analyze.results import analyzed_alone, check_places, write_analys
 from forcingkv.analyze.space import check_memory_to_record
 from forcingkv.analyze.storage import Storage, check_same
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity
-from forcingkv.headmaps.fields import one_of
 from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.heads import head_orders, permute_tensor
 from forcingkv.models.torch_threads import use_threads
+from forcingkv.runtime.backends.torch_device import faults, find_device
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
-Device = Literal["cpu", "cuda"]
 Text = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 """(samples done, chunks done of those under way)."""
@@ -56,7 +55,8 @@ class Job:
     resolution: str | None = None
     rows: int | None = None
     """Query rows measured of each pass and layer; None: all."""
-    device: Device = "cpu"
+    device: str = "cpu"
+    """As `choose_device` gives it."""
     dtype: RecordedDtype = "float32"
     threads: int | None = None
     """CPU threads; None: as `models.torch_threads.use_threads` says."""
@@ -138,32 +138,30 @@ class SampleRecorder:
                 weights.shapes, lambda name: permute_tensor(name, job.weights[name], spec, orders)
             )
         self._placed: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "device": job.device}
-        model = build_model(spec, weights, **self._placed)
+        with faults(f"loading {spec.name}"):
+            model = build_model(spec, weights, **self._placed)
         self._record = partial(
             record_sample, model, plan, chunks=recording.chunks, rows=recording.rows, orders=orders
         )
         self._recording, self._storage = recording, Storage(place)
 
     def record(self, sample: int, text: Text, progress: Callable[[int], None] = lambda chunk: None) -> None:
-        """Record a sample with that text. Raises InputError where attention is not a number."""
-        placed = torch.tensor(text, **self._placed)
-        rows = self._record(placed, self._recording.seed + sample, sample, progress=progress)
+        """Record a sample with that text.
+
+        Raises InputError where attention is not a number, SessionError where the device fails.
+        """
+        with faults(f"recording sample {sample}"):
+            placed = torch.tensor(text, **self._placed)
+            rows = self._record(placed, self._recording.seed + sample, sample, progress=progress)
         self._storage.write(rows, self._recording.of(sample, text))
 
 
-def choose_device(name: str | None) -> Device:
-    """`cpu` or `cuda`; None: a GPU where torch sees one. Raises InputError for another, or none there."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    device: Device = one_of(Device, name, "device")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "torch finds no GPU",
-            where="device",
-            expected="a CUDA build of torch, and a GPU",
-            hint="Use --device cpu.",
-        )
-    return device
+def choose_device(name: str | None) -> str:
+    """`cpu`, `cuda`, `cuda:1`, `mps` or `xpu`; None: a GPU of CUDA's where torch sees one.
+
+    Raises InputError for another, and for one that is not there.
+    """
+    return str(find_device(name or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def analyze_heads(
@@ -279,7 +277,7 @@ def check_room(
     workers: int | None,
     chunks: int,
     dtype: RecordedDtype,
-    device: Device,
+    device: str,
 ) -> None:
     """Raise InputError where this machine has too little memory for samples that are still to be recorded.
 

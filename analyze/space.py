@@ -8,11 +8,11 @@ compares it with what was taken.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 
 from forcingkv.models.checkpoint import weight_shapes
+from forcingkv.runtime.backends.torch_device import free_bytes
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import available_bytes, require_memory
@@ -61,7 +61,7 @@ def recording_memory(plan: CachePlan, dtype: Dtype, chunks: int) -> dict[str, fl
 
 
 def check_memory_to_record(
-    plan: CachePlan, dtype: Dtype, chunks: int, device: Literal["cpu", "cuda"] = "cpu", workers: int = 0
+    plan: CachePlan, dtype: Dtype, chunks: int, device: str = "cpu", workers: int = 0
 ) -> None:
     """Raise InputError, with what is needed by part, unless recording a video fits into memory.
 
@@ -81,7 +81,7 @@ def check_memory_to_record(
         require_memory(doing, parts, hint)
     elif not workers:
         of_gpu = {name: part for name, part in parts.items() if name not in ON_THE_HOST}
-        require_memory(f"{doing} on the GPU", of_gpu, hint, torch.cuda.mem_get_info()[0])
+        require_memory(f"{doing} on the GPU", of_gpu, hint, free_bytes(torch.device(device)))
 
 
 def workers_that_fit(plan: CachePlan, dtype: Dtype, chunks: int) -> int:

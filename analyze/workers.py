@@ -21,6 +21,7 @@ from forcingkv.analyze.run import Job, SampleRecorder
 from forcingkv.analyze.space import workers_that_fit
 from forcingkv.analyze.storage import Storage
 from forcingkv.headmaps.errors import InputError, MissingExtraError, first_line
+from forcingkv.runtime.faults import SessionError
 from forcingkv.runtime.threads import cpu_threads
 
 LOCAL = "local"
@@ -54,6 +55,7 @@ def record_with_ray(
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("ray", "ray")
+    check_device(job.device)
     import ray
     from ray.util import ActorPool
 
@@ -61,7 +63,7 @@ def record_with_ray(
         count = min(workers or _room(job, cluster), len(samples))
         if job.threads is None and cluster == LOCAL:
             job = replace(job, threads=max(1, cpu_threads().number // count))
-        needs = {"num_gpus": 1} if job.device == "cuda" else {"num_cpus": job.threads or 1}
+        needs = {"num_cpus": job.threads or 1} if job.device == "cpu" else {"num_gpus": 1}
         needs |= {"max_restarts": RETRIES, "max_task_retries": RETRIES}
         actor: Any = ray.remote(SampleRecorder).options(**needs)
         # A worker started anew needs its arguments again, so they are small: texts go with the samples.
@@ -72,7 +74,7 @@ def record_with_ray(
             for done, _ in enumerate(recorded, 1):
                 progress(len(samples) - done)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, InputError):
+            if isinstance(error.cause, InputError | SessionError):
                 raise error.cause from None
             raise
         except ray.exceptions.RayActorError as error:
@@ -92,11 +94,22 @@ def record_with_ray(
         )
 
 
+def check_device(device: str) -> None:
+    """Raise InputError for a device that no worker has: the GPU that Ray gives it is its first."""
+    kind, _, number = device.partition(":")
+    if kind == "mps" or number not in ("", "0"):
+        raise InputError(
+            f"is {device}, and workers take what Ray gives them",
+            where="--device",
+            expected="cpu, cuda or xpu with --ray",
+        )
+
+
 def _room(job: Job, cluster: str) -> int:
     """Workers that the cluster has GPUs or cores for, and this machine memory."""
     import ray
 
-    kind = "GPU" if job.device == "cuda" else "CPU"
+    kind = "CPU" if job.device == "cpu" else "GPU"
     room = int(ray.cluster_resources().get(kind, 0)) // (1 if kind == "GPU" else job.threads or 1)
     if room < 1:
         raise InputError(f"the cluster has no free {kind}", where="ray", expected=f"at least one {kind}")

@@ -4,7 +4,8 @@
     python examples/torch_frames.py --bundle bundle --backend tensorrt-rtx --frames device
 
 `--frames host` gives numpy arrays of your own. `--frames device` leaves frames in the session's memory, on
-the GPU where it runs on one: use them before you ask for the next chunk, or clone them. Prints each chunk's
+the GPU where it runs on one. There torch reads them later than Python goes on; `release` tells the session
+which stream does, and their memory is written to again behind that. Prints each chunk's
 tensor: where it is, its dtype and shape, and the mean of its colours.
 """
 
@@ -36,6 +37,8 @@ def main() -> None:
             print(f"chunk {chunk.index}: {frames.dtype} {tuple(frames.shape)} on {frames.device}")
             print(f"  mean red {red:.1f}, green {green:.1f}, blue {blue:.1f}")
             kept.append(frames.clone() if options.frames == "device" else frames)
+            if frames.is_cuda:
+                chunk.release(torch.cuda.current_stream(frames.device))
     print(f"the video: {tuple(torch.cat(kept).shape)}")
 
 

@@ -39,6 +39,31 @@ def _peak(model: onnx.ModelProto, given: Mapping[str, Shape]) -> int:
 
 def _shapes(model: onnx.ModelProto, given: Mapping[str, Shape]) -> tuple[dict[str, Shape], dict[str, int]]:
     """The shape of every tensor, and its bytes; 0 bytes for a function's outputs of unknown shape."""
+    sized = inferred(model, given)
+    shapes: dict[str, Shape] = {v.name: tuple(v.dims) for v in sized.graph.initializer}
+    sizes = {v.name: math.prod(v.dims) * element_bytes(v.data_type) for v in sized.graph.initializer}
+    for name, (kind, shape) in known_tensors(sized).items():
+        shapes[name], sizes[name] = shape, math.prod(shape) * element_bytes(kind)
+    made = {name for node in model.graph.node if node.domain == DOMAIN for name in node.output}
+    unknown = {name for node in sized.graph.node for name in node.output if name} - made - set(sizes)
+    if unknown:
+        raise ValueError(f"the shapes of {', '.join(sorted(unknown)[:5])} are not known")
+    return shapes, dict.fromkeys(made, 0) | sizes
+
+
+def known_tensors(model: onnx.ModelProto) -> dict[str, tuple[int, Shape]]:
+    """Type and shape of every tensor of a graph but weights, where inference (`inferred`) knows both."""
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    kinds = {value.name: value.type.tensor_type for value in values}
+    return {
+        name: (kind.elem_type, tuple(dim.dim_value for dim in kind.shape.dim))
+        for name, kind in kinds.items()
+        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim)
+    }
+
+
+def inferred(model: onnx.ModelProto, given: Mapping[str, Shape]) -> onnx.ModelProto:
+    """The graph for those shapes of the inputs that vary, with the type and shape of what it computes."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
     for value in sized.graph.input:
@@ -55,19 +80,7 @@ def _shapes(model: onnx.ModelProto, given: Mapping[str, Shape]) -> tuple[dict[st
             seen = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, sizes_of)
             sized.graph.value_info.append(seen)
     _fold_lengths(sized)
-    sized = onnx.shape_inference.infer_shapes(sized, strict_mode=True, data_prop=True)
-    shapes: dict[str, Shape] = {v.name: tuple(v.dims) for v in sized.graph.initializer}
-    sizes = {v.name: math.prod(v.dims) * _element_bytes(v.data_type) for v in sized.graph.initializer}
-    for value in (*sized.graph.input, *sized.graph.value_info, *sized.graph.output):
-        kind = value.type.tensor_type
-        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
-            shapes[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
-            sizes[value.name] = math.prod(shapes[value.name]) * _element_bytes(kind.elem_type)
-    made = {name for node in model.graph.node if node.domain == DOMAIN for name in node.output}
-    unknown = {name for node in sized.graph.node for name in node.output if name} - made - set(sizes)
-    if unknown:
-        raise ValueError(f"the shapes of {', '.join(sorted(unknown)[:5])} are not known")
-    return shapes, dict.fromkeys(made, 0) | sizes
+    return onnx.shape_inference.infer_shapes(sized, strict_mode=True, data_prop=True)
 
 
 def _fold_lengths(model: onnx.ModelProto) -> None:
@@ -96,5 +109,6 @@ def _fold_lengths(model: onnx.ModelProto) -> None:
         model.graph.node.remove(node)
 
 
-def _element_bytes(kind: int) -> int:
+def element_bytes(kind: int) -> int:
+    """Bytes of a number of ONNX's type `kind`."""
     return int(helper.tensor_dtype_to_np_dtype(kind).itemsize)

@@ -12,17 +12,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import onnx
+
+from forcingkv.export.attention import Attention, attentions_of
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.fields import to_data
 from forcingkv.headmaps.reading import parse_json
-from forcingkv.prune.launcher import check_candidates
-from forcingkv.runtime.engines import EngineRecord, device_sm
+from forcingkv.prune.launcher import check_candidates, kernel_sms
+from forcingkv.runtime.engines import EngineRecord, KernelRecord, device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, FlavourName, require
+from forcingkv.runtime.graph_tensors import Shape
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import available_bytes
 from forcingkv.runtime.spec import Dtype
@@ -30,6 +35,9 @@ from forcingkv.runtime.spec import Dtype
 CHILD = Path(__file__).with_name("engine_child.py")
 MEMORY_SHARE = 0.9
 """Of the memory that is available, what a build may take."""
+
+AMPERE = 80
+"""The first compute capability with bfloat16."""
 
 FUSED_KEYS = 65_504
 """Keys past which fused attention in float16 may overflow: float16's largest number."""
@@ -94,14 +102,27 @@ def engine_target(name: FlavourName, sms: Sequence[int] = (), *, aot: bool = Fal
     return EngineTarget(flavour, (here,), aot)
 
 
-def check_plugin(plan: CachePlan) -> None:
-    """Check that the plugin can serve a plan, and that its kernels can be compiled here.
+def check_dtype(target: EngineTarget, compute: Dtype) -> None:
+    """Raises InputError for a GPU that does not know the dtype that the engines compute in."""
+    old = [sm for sm in target.sms if sm < AMPERE]
+    if old and compute == "bfloat16":
+        raise InputError(
+            f"does not know bfloat16, which came with sm_{AMPERE}",
+            where=f"sm_{old[0]}",
+            expected="--dtype float16 for it",
+            hint="With a policy that retains no segments: the kernels that choose them need newer GPUs too.",
+        )
+
+
+def check_plugin(plan: CachePlan, target: EngineTarget) -> None:
+    """Check that the plugin can serve a plan on the target's GPUs, and that its kernels can be compiled here.
 
     Raises MissingExtraError where Triton is not installed, InputError for more segments to choose from, or
-    wider heads, than the kernels take.
+    wider heads, than the kernels take, and for a GPU that they are not compiled for.
     """
     if plan.choice is None:
         return
+    kernel_sms(target.sms)
     if find_spec("triton") is None:
         raise MissingExtraError("triton", "engines")
     check_candidates(plan.choice.candidates)
@@ -130,18 +151,42 @@ def warnings_of(plan: CachePlan, compute: Dtype) -> list[str]:
     return []
 
 
+def decomposed(engines: Sequence[EngineRecord]) -> list[str]:
+    """Warnings about attention that no fused kernel serves."""
+    return [
+        f"{engine.flavour} has no fused kernel on sm_{engine.sm} for some attention in {engine.graph}, which"
+        f" is slower and writes its scores to memory: {'; '.join(engine.decomposed)}"
+        for engine in engines
+        if engine.decomposed
+    ]
+
+
 def build_engine(
-    graph: Path, name: str, plan: CachePlan, target: EngineTarget, sm: int, engine: Path
+    graph: Path,
+    name: str,
+    plan: CachePlan,
+    target: EngineTarget,
+    sm: int,
+    engine: Path,
+    *,
+    kernels: Sequence[KernelRecord] = (),
 ) -> EngineRecord:
     """Build the engine of a graph (an ONNX file) for the GPU `sm`, and write it to the file `engine`.
 
-    The graph called `step` gets a profile for each phase of the plan. Raises EngineError where TensorRT
-    refuses the graph, aborts, or needs more memory than there is.
+    The graph called `step` gets a profile for each phase of the plan. `kernels` are those of the bundle that
+    `graph` lies in: a builder that has a GPU may run the plugin. Raises EngineError where TensorRT refuses
+    the graph, aborts, needs more memory than there is, or writes the scores of attention to memory that is
+    too much.
     """
     phases = [dict(plan.phase_shapes(phase)) for phase in plan.phases] if name == "step" else []
     prunes = name == "step" and plan.choice is not None
     plugins = ("compiled" if target.aot else "python") if prunes else None
-    report = run_child(graph, target.flavour, plugins=plugins, sm=sm, phases=phases, engine=str(engine))
+    request: dict[str, Any] = {"plugins": plugins, "sm": sm, "phases": phases, "engine": str(engine)}
+    if plugins == "python" and not target.flavour.sms:
+        request["kernels"] = {"folder": str(graph.parent), "records": to_data(kernels)}
+    report = run_child(graph, target.flavour, **request)
+    if report.pop("decomposed"):
+        report["decomposed"] = _judged(graph, phases, target.flavour, sm, report["activation_bytes"])
     return EngineRecord(
         graph=name,
         flavour=target.flavour.name,
@@ -150,6 +195,37 @@ def build_engine(
         phases=len(phases) or 1,
         needs_plugin=prunes and not target.aot,
         **report,
+    )
+
+
+def _judged(
+    graph: Path, phases: Sequence[Mapping[str, Shape]], flavour: Flavour, sm: int, activation_bytes: int
+) -> tuple[str, ...]:
+    """Which attention of a graph has no fused kernel, of which TensorRT said that there is some.
+
+    Raises EngineError if the engine's activations are more than fused attention would need.
+    """
+    found = attentions_of(onnx.load(graph, load_external_data=False), phases)
+    with tempfile.TemporaryDirectory() as place:
+        alone = [Path(place, f"attention-{number}.onnx") for number in range(len(found.nodes))]
+        for attention, path in zip(found.nodes, alone, strict=True):
+            attention.write(path)
+        report = run_child(graph, flavour, sm=sm, probes=list(map(str, alone)))
+    every = list(found.nodes)
+    refused: list[Attention] = [every[place] for place in report["refused"]]
+    named = tuple(f"{attention} (layer {found.nodes[attention][0]})" for attention in refused)
+    named = named or ("an attention that has one when it is alone",)
+    if activation_bytes <= found.activation_bound:
+        return named
+    more = f", and {len(named) - 3} more" if len(named) > 3 else ""
+    largest = max((attention.scores_bytes for attention in refused), default=0)
+    raise EngineError(
+        f"{flavour.name} has no fused kernel on sm_{sm} for {'; '.join(named[:3])}{more}, and would write the"
+        f" scores of queries and keys to memory, up to {largest / 1e9:.3f} GB at once: the engine of"
+        f" {graph.name} needs {activation_bytes / 1e9:.3f} GB of activations, where fused attention needs at"
+        f" most {found.activation_bound / 1e9:.3f} GB. No bundle was written.\n"
+        "  Another --resolution, --policy or --dtype gives other shapes; a newer TensorRT may have kernels"
+        " for these."
     )
 
 
@@ -182,14 +258,17 @@ def _environment(flavour: Flavour, links: Path) -> dict[str, str]:
     name under which the parser opens it for plugins, which the wheel lacks."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    if flavour.libraries:
-        place = find_spec(flavour.libraries)
-        assert place is not None
-        assert place.submodule_search_locations
-        for library in Path(place.submodule_search_locations[0]).glob("lib*.so.*"):
-            (links / f"{library.name.split('.so')[0]}.so").symlink_to(library)
-        paths = [str(links), environment.get("LD_LIBRARY_PATH", "")]
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    place = find_spec(flavour.libraries)
+    if place is None:  # installed by other means than pip: they lie where the system looks for libraries
+        return environment
+    for folder in place.submodule_search_locations or ():
+        # The shortest first: of libx.so.1 and libx.so.1.2 it is the name that programs are linked with.
+        for library in sorted(Path(folder).glob("lib*.so.*"), key=lambda path: (len(path.name), path.name)):
+            link = links / f"{library.name.split('.so')[0]}.so"
+            if not link.is_symlink():
+                link.symlink_to(library)
+    paths = [str(links), environment.get("LD_LIBRARY_PATH", "")]
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
     return environment
 
 

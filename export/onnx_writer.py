@@ -29,6 +29,7 @@ from forcingkv.export.passes import scale_attention, shape_of, use_transposed
 from forcingkv.export.precision import is_matrix
 from forcingkv.export.tensorrt_passes import (
     align_parameters,
+    allow_decomposition,
     fold_modulation,
     narrow_indices,
     pair_lone_heads,
@@ -78,6 +79,7 @@ def write_onnx(
         split_slices(traced)
         narrow_indices(traced)
         pair_lone_heads(traced)
+        allow_decomposition(traced)
         align_parameters(parameters)  # behind use_transposed, which reverses the two sizes of a matrix
     else:
         # The example inputs are of the last phase, in which each dimension that varies is largest.

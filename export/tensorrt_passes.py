@@ -16,6 +16,9 @@ from forcingkv.export.passes import constant, input_of, make, replace_node, shap
 
 Range = tuple[int, int]
 
+DECOMPOSABLE = "TRT_decomposable"
+"""An attribute of Attention that TensorRT's parser reads."""
+
 
 def split_slices(graph: ir.Graph) -> None:
     """Slices of one tensor along one axis become one Split, and a lone one a Gather.
@@ -152,6 +155,20 @@ def pair_lone_heads(graph: ir.Graph) -> None:
         joining.replace_input_with(0, seen)
         seen.shape = ir.Shape(half)
         graph.insert_after(node, joining)
+
+
+def allow_decomposition(graph: ir.Graph) -> None:
+    """TensorRT may compute an Attention in steps that write out its scores, where no fused kernel serves it.
+
+    Without that the whole build fails for one such node, and which there are depends on flavour, version and
+    GPU. `engine_builder` asks for fused kernels first, and judges what is built without.
+
+    Requires: a graph for TensorRT's parser; ONNX Runtime refuses the attribute.
+    Ensures: every Attention says so.
+    """
+    for node in graph:
+        if node.op_type == "Attention":
+            node.attributes[DECOMPOSABLE] = ir.AttrInt64(DECOMPOSABLE, 1)
 
 
 def fold_modulation(graph: ir.Graph) -> None:

@@ -27,10 +27,14 @@ _WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EB
 """What a system says that has no locks for a file; NFS has none for folders."""
 
 
+class BusyError(InputError):
+    """Another process or thread is writing that place."""
+
+
 def take(file: int, place: Path) -> bool:
     """Lock an open file, until it is closed; whether the system has such locks.
 
-    Raises InputError, naming `place`, where another process or thread holds it.
+    Raises BusyError, naming `place`, where another process or thread holds it.
     """
     try:
         if _UNIX:
@@ -58,10 +62,10 @@ def release(file: int) -> None:
             _UNIX.flock(file, _UNIX.LOCK_UN)
 
 
-def busy(place: Path) -> InputError:
+def busy(place: Path) -> BusyError:
     """The error for a place that has a writer."""
     hint = "Wait until it is done, or choose another place."
-    return InputError("is being written by another process", where=str(place), hint=hint)
+    return BusyError("is being written by another process", where=str(place), hint=hint)
 
 
 @contextmanager
@@ -69,7 +73,7 @@ def held(lock: Path, place: Path, stays: Callable[[], bool] = lambda: False) -> 
     """Hold the file `lock`, in a folder that is there, while `place` is written.
 
     Gives whether the system has locks. The file goes at the end, unless `stays` says otherwise then. Raises
-    InputError where another writer holds it, OSError where the file cannot be made.
+    BusyError where another writer holds it, OSError where the file cannot be made.
     """
     file, real = _taken(lock, place)
     try:

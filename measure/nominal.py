@@ -46,9 +46,7 @@ def nominal_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
 
 def known_map(spec: ModelSpec, policy: Policy) -> Heads | None:
     """The map of `nominal_map`; None where there is none."""
-    shipped = _shipped(spec.name)
-    same_size = shipped and (shipped.model.layers, shipped.model.heads) == (spec.layers, spec.heads)
-    if shipped and same_size and set(shipped.counts()) <= set(policy.groups):
+    if shipped := shipped_map(spec, policy):
         return shipped, f"{in_words(shipped)}: the map that ships"
     models = _published().get(policy.name, {})
     published = models.get(spec.name, models.get(ANY_MODEL))
@@ -59,6 +57,13 @@ def known_map(spec: ModelSpec, policy: Policy) -> Heads | None:
     origin = "as published" if headmap.counts() == published["heads"] else "in published shares"
     note = f" ({published['note']})" if "note" in published else ""
     return headmap, f"{in_words(headmap)} {origin}, spread evenly over the layers{note}"
+
+
+def shipped_map(spec: ModelSpec, policy: Policy) -> HeadMap | None:
+    """The map that ships for a model, where it is of that size and has labels of the policy."""
+    shipped = _shipped(spec.name)
+    same_size = shipped and (shipped.model.layers, shipped.model.heads) == (spec.layers, spec.heads)
+    return shipped if shipped and same_size and set(shipped.counts()) <= set(policy.groups) else None
 
 
 def plan_for(

@@ -37,6 +37,8 @@ class Weights(Mapping[str, Tensor]):
         shapes: name -> shape, in the order of the model's state dict.
         taken: what was chosen of what they were read from, left out, and computed on the way, in sentences;
             empty where there was nothing to choose.
+        seed: of random weights; None for others.
+        bytes: of the files that they are read from.
     """
 
     def __init__(
@@ -47,8 +49,11 @@ class Weights(Mapping[str, Tensor]):
         opened: Callable[[], Weights] | None = None,
         taken: Sequence[str] = (),
         loras: Callable[[], tuple[LoraRecord, ...]] = tuple,
+        *,
+        seed: int | None = None,
+        size: int = 0,
     ) -> None:
-        self.taken = tuple(taken)
+        self.taken, self.seed, self.bytes = tuple(taken), seed, size
         self.shapes, self._read, self._digest, self._opened = dict(shapes), read, digest, opened
         self._loras = loras
 
@@ -142,7 +147,16 @@ def load_weights(
         preset_lora=preset_lora,
     )
     taken = (*found.taken, *told, *(f"LoRA of {said}" for _, said in here if said))
-    return Weights(wanted, read, digest, again, taken, lambda: tuple(one.record for one in merger.loras))
+    read_from = {path for one in (files, *(lora.files for lora in merger.loras)) for path in one.files}
+    return Weights(
+        wanted,
+        read,
+        digest,
+        again,
+        taken,
+        lambda: tuple(one.record for one in merger.loras),
+        size=sum(path.stat().st_size for path in read_from),
+    )
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
@@ -160,7 +174,7 @@ def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
         scale: float = 0.02 if name.endswith("bias") else math.prod(shape[1:]) ** -0.5
         return torch.randn(shape, generator=generator) * scale
 
-    return Weights(shapes, draw, opened=partial(random_weights, spec, seed))
+    return Weights(shapes, draw, opened=partial(random_weights, spec, seed), seed=seed)
 
 
 def build_model(

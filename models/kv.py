@@ -76,7 +76,14 @@ HALVES: dict[str, TorchRole] = {}
 
 
 def torch_half(kind: type[TorchRole]) -> type[TorchRole]:
-    """Register the torch half of a role. Raises TypeError for a class without `advance`."""
+    """Register the torch half of a role.
+
+    Raises TypeError for a class without `advance`, and for one whose `read` is not what `read_as_cached` of
+    the role says.
+    """
+    if (kind.read is TorchRole.read) != kind.of.read_as_cached:
+        says = f"read_as_cached = {kind.of.read_as_cached}"
+        raise TypeError(f"the role {kind.of.name} says {says}, and {kind.__name__} reads it otherwise")
     HALVES[kind.of.name] = kind()
     return kind
 

@@ -19,7 +19,14 @@ from typing import Any
 
 from forcingkv.headmaps.errors import MissingExtraError
 from forcingkv.headmaps.writing import write_bytes
-from forcingkv.prune.launcher import COMPACT_BLOCK, COSINE_BLOCK, KERNELS, MAX_CANDIDATES, SELECT_BLOCK
+from forcingkv.prune.launcher import (
+    COMPACT_BLOCK,
+    COSINE_BLOCK,
+    KERNELS,
+    MAX_CANDIDATES,
+    SELECT_BLOCK,
+    SMS,
+)
 from forcingkv.prune.triton_kernels import (
     compact_segments,
     compact_uneven_segments,
@@ -37,9 +44,6 @@ try:
     from triton.compiler import ASTSource
 except ImportError as error:
     raise MissingExtraError("triton", "engines") from error
-
-SMS = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities that kernels are compiled for by default: every GPU since Ampere runs one of them."""
 
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -70,7 +74,7 @@ def compile_kernels(
         folder: the bundle.
         dtype: of keys and values.
         width: of a head.
-        sms: compute capabilities, 89 for 8.9.
+        sms: compute capabilities, 89 for 8.9 (`launcher.kernel_sms`).
         kernels: `KERNELS`, or `UNEVEN_KERNELS` where a frame's segments have not as many tokens each.
 
     Returns their records, by compute capability, then kernel. Raises InputError where the folder cannot be

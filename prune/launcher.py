@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,6 +31,9 @@ UNEVEN_KERNELS: tuple[KernelName, ...] = (
 )
 """The same for all other frames (`runtime.kv.segments`)."""
 
+SMS = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities that kernels can be compiled for. Their cubins run on later minor versions too."""
+
 COSINE_BLOCK = 16
 """Tokens that one program of `token_cosines` compares."""
 SELECT_BLOCK = 64
@@ -40,6 +44,9 @@ MAX_CANDIDATES = 64
 """Segments that `select_segments` can choose from: 6 segments of up to 10 frames, with some to spare."""
 ALIGNMENT = 16
 """Bytes that every pointer is a multiple of: the kernels read and write that much at once."""
+KEPT_STREAMS, KEPT_CONFIGS = 16, 256
+"""Streams and launch configurations that a launcher remembers: sessions have two streams each, and kernels a
+configuration for each phase and number of heads."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class LaunchSizes:
     batch: int
     heads: int
     transition_tokens: int
-    """0 without a transition frame, whose pointers are then null."""
+    """0 without a transition frame, whose pointers the kernels are then given as 0."""
     new_tokens: int
     segment_tokens: int
     """What is kept of a segment."""
@@ -102,6 +109,31 @@ def check_candidates(candidates: int) -> None:
         )
 
 
+def best_sm(compiled: Sequence[int], sm: int) -> int | None:
+    """Of compute capabilities that kernels are compiled for the one whose cubins a GPU `sm` runs best.
+
+    Cubins run on GPUs of the same major version and the same or a higher minor one. None if it runs none.
+    """
+    return max((known for known in compiled if sm // 10 * 10 <= known <= sm), default=None)
+
+
+def kernel_sms(sms: Sequence[int]) -> tuple[int, ...]:
+    """What kernels are compiled for so that the GPUs `sms` run them: of `SMS`, each once, ascending.
+
+    Raises InputError for a GPU that runs none of those.
+    """
+    chosen = {sm: best_sm(SMS, sm) for sm in sms}
+    for sm, found in chosen.items():
+        if found is None:
+            raise InputError(
+                "has no kernels that choose segments",
+                where=f"sm_{sm}",
+                expected=f"a GPU that runs those for {', '.join(f'sm_{known}' for known in SMS)}",
+                hint="For this one use a policy that retains no segments, such as window.",
+            )
+    return tuple(sorted({found for found in chosen.values() if found}))
+
+
 class KernelLauncher:
     """The kernels of a bundle, loaded for one GPU.
 
@@ -129,8 +161,7 @@ class KernelLauncher:
         Raises InputError where there are none, MissingExtraError where cuda-core is not installed.
         """
         sms = sorted({record.sm for record in records})
-        # Cubins run on GPUs of the same major version and the same or a higher minor one.
-        chosen = max((known for known in sms if sm // 10 * 10 <= known <= sm), default=None)
+        chosen = best_sm(sms, sm)
         if chosen is None:
             there = ", ".join(f"sm_{known}" for known in sms)
             raise InputError(
@@ -159,6 +190,16 @@ class KernelLauncher:
             digest.update(f"{replace(record, file='')}{len(cubin)}".encode() + cubin)
             self._kernels[name] = self._cuda.ObjectCode.from_cubin(cubin).get_kernel(record.symbol)
         self.digest = digest.digest()
+        cuda, loaded = self._cuda, self._records
+        # cuda-core makes a class for each handle it is given, and a pass has some 30 launches.
+        self._stream = lru_cache(KEPT_STREAMS)(cuda.Stream.from_handle)
+
+        @lru_cache(KEPT_CONFIGS)
+        def config(name: KernelName, grid: Grid) -> Any:
+            block = 32 * loaded[name].warps, 1, 1
+            return cuda.LaunchConfig(grid=grid, block=block, shmem_size=loaded[name].shared_bytes)
+
+        self._config = config
 
     def score(
         self, transition_keys: int, new_keys: int, cosines: int, indices: int, sizes: LaunchSizes, stream: int
@@ -171,7 +212,8 @@ class KernelLauncher:
         check_candidates(sizes.candidates)
         grid = cosine_grid(sizes.frame_tokens, sizes.candidate_tokens)
         numbers = [sizes.heads, sizes.transition_tokens, sizes.new_tokens, sizes.frame_tokens]
-        self._launch("token_cosines", grid, (transition_keys, new_keys, cosines), numbers, stream)
+        pointers = [*_meant([transition_keys], sizes), new_keys, cosines]
+        self._launch("token_cosines", grid, pointers, numbers, stream)
         name: KernelName = "select_uneven_segments" if sizes.uneven else "select_segments"
         numbers = [*_split_numbers(sizes), sizes.candidates, sizes.kept]
         self._launch(name, SELECT_GRID, (cosines, indices), numbers, stream)
@@ -184,20 +226,23 @@ class KernelLauncher:
         grid = compact_grid(sizes.batch, sizes.heads, sizes.segment_tokens, sizes.kept)
         name: KernelName = "compact_uneven_segments" if sizes.uneven else "compact_segments"
         numbers = [sizes.transition_tokens, sizes.new_tokens, *_split_numbers(sizes), sizes.kept]
-        self._launch(name, grid, pointers, numbers, stream)
+        self._launch(name, grid, [*_meant(pointers[:2], sizes), *pointers[2:]], numbers, stream)
 
     def _launch(
         self, name: KernelName, grid: Grid, pointers: Sequence[int], sizes: Sequence[int], stream: int
     ) -> None:
         if any(pointer % ALIGNMENT for pointer in pointers):
             raise ValueError(f"{name}: not all pointers are multiples of {ALIGNMENT}: {pointers}")
-        record = self._records[name]
-        block = 32 * record.warps, 1, 1
-        config = self._cuda.LaunchConfig(grid=grid, block=block, shmem_size=record.shared_bytes)
         # Every kernel of Triton's ends with two pointers to scratch memory, which these do not use.
         arguments = (*pointers, *map(np.int32, sizes), 0, 0)
-        handle = self._cuda.Stream.from_handle(stream)
-        self._cuda.launch(handle, config, self._kernels[name], *arguments)
+        self._cuda.launch(self._stream(stream), self._config(name, grid), self._kernels[name], *arguments)
+
+
+def _meant(transition: Sequence[int], sizes: LaunchSizes) -> list[int]:
+    """Pointers to a transition frame: 0 where there is none. What TensorRT gives for an empty tensor is no
+    address: null for some layers, and for others anything.
+    """
+    return [pointer if sizes.transition_tokens else 0 for pointer in transition]
 
 
 def _split_numbers(sizes: LaunchSizes) -> list[int]:

@@ -10,6 +10,7 @@ is kept here for `raise_plugin_error`.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeAlias, TypeVar, 
 
 import numpy as np
 
+from forcingkv.prune import launchers
 from forcingkv.prune.launcher import KernelLauncher, LaunchSizes, check_candidates
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.flavour import Told, trt
@@ -189,21 +191,22 @@ def launch(
         launcher.collect([*inputs, *outputs], sizes, stream)
 
 
-def register_plugins(launcher: KernelLauncher | None) -> None:
-    """Make the plugins known to the flavour of TensorRT in use; any number of times.
+def register_plugins(launcher: KernelLauncher | None) -> KernelLauncher | None:
+    """Make the plugins known to the flavour of TensorRT in use; any number of times. Building needs no
+    launcher.
 
-    The launcher launches the kernels for keys of its type and width and its kind of segments, in the place of
-    an earlier one for such, unless that one has the same kernels. Building needs none.
+    Gives the launcher to keep for as long as engines with plugins run: one that is in use already, if it has
+    the same kernels (`launchers.shared`). Runs say which is theirs (`launchers.launching`).
     """
     with _registering:
         if launcher is not None:
-            kind = launcher.dtype, launcher.width, launcher.uneven
-            earlier = _launchers.get(kind)
-            if earlier is None or earlier.digest != launcher.digest:
-                _launchers[kind] = launcher
-                _loaded.append(launcher)
+            launcher = launchers.shared(launcher)
         if _creators:
-            return
+            return launcher
+        # The registry outlives Python's objects, to which it points: a process would end in a crash. What is
+        # registered later is done first: the runtime of the engines goes before the plugins.
+        atexit.unregister(_deregister)
+        atexit.register(_deregister)
         creator_of = _creator_class()
         for operator in OPERATORS:
             creator = creator_of(operator)
@@ -211,15 +214,19 @@ def register_plugins(launcher: KernelLauncher | None) -> None:
                 unregister_plugins()
                 raise RuntimeError(f"TensorRT already knows a plugin {PLUGIN_NAMESPACE}::{operator.__name__}")
             _creators.append(creator)
+    return launcher
 
 
 def unregister_plugins() -> None:
     """Undo `register_plugins`, launchers included."""
+    _deregister()
+    launchers.forget()
+
+
+def _deregister() -> None:
     for creator in _creators:
         trt.get_plugin_registry().deregister_creator(creator)
     _creators.clear()
-    _launchers.clear()
-    _loaded.clear()
 
 
 def raise_plugin_error() -> None:
@@ -234,9 +241,6 @@ def raise_plugin_error() -> None:
 
 _creators: list[trt.IPluginCreatorV3One] = []
 """The registry does not keep them alive."""
-_launchers: dict[tuple[Dtype, int, bool], KernelLauncher] = {}
-_loaded: list[KernelLauncher] = []
-"""Those that were replaced too: work of other sessions, in a stream or captured, needs their code."""
 _registering = threading.Lock()
 _errors: Told[Exception] = Told()
 
@@ -282,7 +286,7 @@ def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
             self.plugin_name = type(operator).__name__
             self.plugin_namespace, self.plugin_version = PLUGIN_NAMESPACE, PLUGIN_VERSION
             self.num_outputs = operator.outputs
-            self.timing_cache_id = ""
+            self.timing_cache_id = repr(operator)  # nodes with equal attributes take equal time
             self.serialized = _Fields(asdict(operator))
 
         def get_capability_interface(self, type: trt.PluginCapabilityType) -> trt.IPluginV3:  # noqa: A002
@@ -343,7 +347,7 @@ def _creator_class() -> Callable[[type[Operator]], trt.IPluginCreatorV3One]:
         ) -> None:
             keys = input_desc[0]
             kind, width = key_types()[keys.type], keys.dims[3]
-            launcher = _launchers.get((kind, width, self.operator.uneven))
+            launcher = launchers.launcher_of((kind, width, self.operator.uneven))
             if launcher is None:
                 raise RuntimeError(
                     f"{self.plugin_name} has no kernels for {kind} keys of width {width}: give"

@@ -183,11 +183,13 @@ def _copy_segments(
     spot = place.to(tl.int64)[:, None] * WIDTH + column[None, :]
     head = tl.program_id(1).to(tl.int64)
 
+    # Indices may be garbage, of any size: TensorRT's builder times layers on inputs of its own making. They
+    # are bounded before anything is computed with them, so that whatever they are, a segment is read.
+    tokens = transition_tokens + new_tokens
+    present = tokens // segment_tokens if EVEN else tokens // frame_tokens * segments
+    index = tl.minimum(tl.maximum(tl.load(indices + slot), 0), present - 1)
+    token = index * segment_tokens if EVEN else _start(index, frame_tokens, segments)
     # A segment lies wholly in the one or the other tensor.
-    if EVEN:
-        token = tl.load(indices + slot) * segment_tokens
-    else:
-        token = _start(tl.load(indices + slot), frame_tokens, segments)
     old = token < transition_tokens
     row = tl.where(old, head * transition_tokens + token, head * new_tokens + token - transition_tokens)
     out = (head * kept + slot) * segment_tokens

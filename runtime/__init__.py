@@ -2,8 +2,16 @@
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.bundle import Bundle
-from forcingkv.runtime.chunks import Chunk, NoiseSource, Timing
-from forcingkv.runtime.faults import DeviceError, InUseError, MemoryShortError, NotFiniteError, SessionError
+from forcingkv.runtime.chunks import NoiseSource
+from forcingkv.runtime.faults import (
+    DeviceError,
+    GoingOnWarning,
+    InUseError,
+    MemoryShortError,
+    NotFiniteError,
+    SessionError,
+)
+from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.session import Session
 from forcingkv.runtime.streaming import Video
 from forcingkv.runtime.text import Prompt
@@ -12,6 +20,7 @@ __all__ = [
     "Bundle",
     "Chunk",
     "DeviceError",
+    "GoingOnWarning",
     "InUseError",
     "InputError",
     "MemoryShortError",

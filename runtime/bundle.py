@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +18,7 @@ from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, shown, to_dat
 from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_file
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.headmaps.reading import parse_json, read_content
-from forcingkv.runtime.bundle_check import check_files, check_sizes, read_checked
+from forcingkv.runtime.bundle_check import check_files, check_sizes, map_checked, read_checked
 from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
@@ -138,6 +140,9 @@ class Manifest:
     """Width and height of the frames, where they are less than `resolution`, which is computed."""
     linear: Linear | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What linear layers of the blocks multiply in, where that is another than `compute`."""
+
+    origin: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """SHA-256 of all that decided what it is, of a bundle in the cache (`export/cached_bundle.py`)."""
 
     @property
     def has_graphs(self) -> bool:
@@ -295,6 +300,11 @@ class Bundle:
     def content(self, file: str) -> bytes:
         """The content of a file, equal to what was checked. Raises InputError if it was changed since."""
         return read_checked(self.path, file, self.manifest.files)
+
+    def mapped(self, file: str) -> AbstractContextManager[mmap]:
+        """The content of a file that may be too large to read whole, as `content`; it is not in memory of the
+        process's own. Raises InputError where it was changed by the end of the block too."""
+        return map_checked(self.path, file, self.manifest.files)
 
     def weights(self, name: str) -> Path | None:
         """The file that a graph's weights lie in, if it has any."""

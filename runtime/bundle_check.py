@@ -7,9 +7,12 @@ cover, and what is loaded was checked.
 from __future__ import annotations
 
 import hashlib
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -116,6 +119,38 @@ def _sizes(manifest: Manifest) -> Iterator[tuple[str, float, int, int]]:
         yield f"the largest value of {shown(name)}", largest, 0, MOST_SIZE
 
 
+@contextmanager
+def map_checked(folder: Path, name: str, files: Mapping[str, FileRecord]) -> Iterator[mmap]:
+    """The content of a file that its record was checked against, mapped: pages that may be dropped again.
+
+    It is checked here, and a change in the block is told at its end. (A file that is cut short meanwhile ends
+    the process, as with all that is mapped.) Raises InputError.
+    """
+    path = inside(folder, name)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb"))
+            content = stack.enter_context(mmap(file.fileno(), 0, access=ACCESS_READ))
+            before = os.fstat(file.fileno())
+        except (OSError, ValueError) as error:  # ValueError: there is nothing in it
+            what = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+            raise InputError(what, where=str(path)) from error
+        if hashlib.sha256(content).hexdigest() != files[name].sha256:
+            raise _changed(path)
+        yield content
+        after = os.fstat(file.fileno())
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise _changed(path)
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(
+        "is not what it was when the bundle was opened",
+        where=str(path),
+        hint="The file was changed meanwhile: open the bundle again.",
+    )
+
+
 def read_checked(folder: Path, name: str, files: Mapping[str, FileRecord]) -> bytes:
     """The content of a file that its record was checked against: the same bytes, or InputError.
 
@@ -127,9 +162,5 @@ def read_checked(folder: Path, name: str, files: Mapping[str, FileRecord]) -> by
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", where=str(path)) from error
     if hashlib.sha256(content).hexdigest() != files[name].sha256:
-        raise InputError(
-            "is not what it was when the bundle was opened",
-            where=str(path),
-            hint="The file was changed meanwhile: open the bundle again.",
-        )
+        raise _changed(path)
     return content

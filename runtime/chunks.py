@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
+from weakref import WeakMethod, ref
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord, TensorRecord, n
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.graph_records import FIRST
 from forcingkv.runtime.positions import Floats
+from forcingkv.runtime.results import Chunk, FramePlace, Timing
 from forcingkv.runtime.spec import ModelSpec
 
 FramesOn: TypeAlias = Literal["host", "device"]
@@ -27,34 +29,6 @@ NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
 """(chunk, step, shape) -> standard normal noise: step 0 starts a chunk, step i + 1 renews it in pass i (the
 last pass leaves none, and asks for none). A switch of prompts that redraws chunks asks for steps past those
 of all passes."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a chunk took."""
-
-    denoise: float
-    """The denoising passes."""
-    clean: float
-    """The clean pass, which updates the cache."""
-    decode: float
-    total: float
-    """End to end, from the first pass to frames that can be used. Where decoding overlaps the next chunk
-    it is not the sum of the others."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Frames that were generated together."""
-
-    index: int
-    frames: Any
-    """uint8 (frames, height, width, 3): a numpy array of the caller's own; or, of a session opened with
-    `frames="device"`, something with `__dlpack__` on the session's memory, which later chunks overwrite:
-    use or copy it before asking for the next one."""
-    latents: Floats
-    """(1, channels, latent frames, height, width)."""
-    timing: Timing
 
 
 @dataclass(frozen=True)
@@ -92,6 +66,7 @@ class ChunkMaker:
         self._text = {name: _tensor(lane, record) for name, record in prompt.inputs.items()}
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
         self._passes: dict[tuple[int, int, int], Pass] = {}
+        self._unsettled: Timing | None = None
         self._rotary = {name: _tensor(lane, step.inputs[name]) for name in ("cosines", "sines")}
         # A ring of two: pass i reads latents i % 2 and writes the others, so no pass copies its result back.
         self._latents = [_tensor(lane, step.inputs["latents"]) for _ in range(2)]
@@ -146,13 +121,22 @@ class ChunkMaker:
         decoded.wait()
         if self._frames_on == "host":
             shown = shown.array()
-        timing = Timing(
+        self.settle()
+        self._unsettled = Timing.of(
             denoise=pending.denoised.since(pending.started),
-            clean=pending.cleaned.since(pending.denoised),
+            clean=lambda: _seconds_between(pending.denoised, pending.cleaned),
             decode=decoded.since(opened),
             total=time.perf_counter() - pending.requested,
         )
-        return Chunk(pending.index, shown, latents, timing)
+        free = self.decoder.freed_by(pending.index) if self._frames_on == "device" else None
+        return Chunk(pending.index, shown, latents, self._unsettled, free)
+
+    def settle(self) -> None:
+        """Take the time of the clean pass of the chunk before, which has long ended: nobody is to find later
+        that the lane is closed."""
+        if self._unsettled is not None:
+            timing, self._unsettled = self._unsettled, None
+            _ = timing.clean
 
     def replay(self, index: int, latents: Floats, noise: NoiseSource, redraw_from: int | None) -> None:
         """The clean pass of a chunk that was made before, as if it came next.
@@ -296,6 +280,7 @@ class ChunkDecoder:
                 self._first[value].write(np.array([value], np.float32), lane.side)
         self._dropped = spec.decoder.temporal_stride - 1
         self._passes: dict[tuple[bool, int, int, int], Pass] = {}
+        self._places = [FramePlace() for _ in self._frames]
 
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
@@ -315,12 +300,26 @@ class ChunkDecoder:
         """
         size, opening = self._latents.shape[2], self.called == 0
         place = chunk % len(self._frames)
+        self._places[place].written()
         for call in range(self._calls):
             self._latents.write(latents[:, :, call * size : (call + 1) * size], self._lane.side)
             self._pass(opening and call == 0, call, place).run()
             self.called += 1
         frames = self._frames[place]
         return frames.rows(self._dropped if opening else 0, frames.shape[0])
+
+    def freed_by(self, chunk: int) -> Callable[[object], None]:
+        """What `Chunk.release` calls with its argument, for the chunk that was decoded last. It does not keep
+        this memory alive."""
+        place, side = self._places[chunk % len(self._frames)], self._lane.side
+        held, gate, written = ref(place), WeakMethod(side.gate), place.times
+
+        def free(after: object) -> None:
+            there, gate_of = held(), gate()
+            if there is not None and gate_of is not None:
+                there.release(written, gate_of, after)
+
+        return free
 
     def _pass(self, opening: bool, call: int, place: int) -> Pass:
         """Bound once, as those of `ChunkMaker`: addresses follow from the cache's side, call and place."""
@@ -335,6 +334,12 @@ class ChunkDecoder:
                 outputs |= {next_name(name): tensor for name, tensor in spare.items()}
             self._passes[key] = self._lane.bind("decode", 0, inputs, outputs)
         return self._passes[key]
+
+
+def _seconds_between(first: Mark, second: Mark) -> float:
+    """Seconds between two marks that may not have been reached yet."""
+    second.wait()
+    return second.since(first)
 
 
 def _as_bits(array: Array) -> Array:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.fields import check_bounds
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
 from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.spec import Dtype
 
@@ -47,9 +48,15 @@ class EngineRecord:
     seconds: float
     peak_bytes: int
     """Host memory of the process that built it."""
+    device: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Name of the GPU that it was tuned on; None where it was built without one, or before this was noted."""
+    multiprocessors: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """How many that GPU has."""
+    decomposed: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Attention that no fused kernel serves: it writes its scores to memory, which is slow."""
 
     def __post_init__(self) -> None:
-        numbers = ("sm", "layers", "plugin_layers", "phases", "seconds")
+        numbers = ("sm", "layers", "plugin_layers", "phases", "seconds", "multiprocessors")
         sizes = ("weight_bytes", "activation_bytes", "scratch_bytes", "peak_bytes")
         bounds = dict.fromkeys(numbers, (0, 10**9)) | dict.fromkeys(sizes, (0, 1 << 50))
         check_bounds(self, bounds, f"the engine of {self.graph}")
@@ -107,12 +114,43 @@ def find_engine(
     )
 
 
+def tuned_elsewhere(record: EngineRecord, found: tuple[str, int] | None) -> str | None:
+    """A sentence where an engine was tuned on another GPU than `found` (`device_model`); None if not known.
+
+    One of the same compute capability runs it, such as an H200 what an H100 built, or a slice of a GPU what
+    the whole one did. What was fastest there need not be here.
+    """
+    if found is None or record.device is None or (record.device, record.multiprocessors) == found:
+        return None
+    return (
+        f"the engine of {record.graph} was tuned on {record.device} with {record.multiprocessors}"
+        f" multiprocessors, and this GPU is {found[0]} with {found[1]}: one exported here may be faster"
+    )
+
+
+OLDEST_CUDA_CORE = (1, 0)
+"""Before it names and arguments were others."""
+
+
 def cuda_core() -> Any:
-    """The module `cuda.core`, imported when it is first needed. Raises MissingExtraError without it."""
+    """The module `cuda.core`, imported when it is first needed.
+
+    Raises MissingExtraError without it, InputError where it is too old.
+    """
     try:
-        return importlib.import_module("cuda.core")
+        core = importlib.import_module("cuda.core")
     except ImportError as error:
         raise MissingExtraError("cuda-core", "tensorrt-rtx") from error
+    version = str(getattr(core, "__version__", ""))
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if numbers and numbers < OLDEST_CUDA_CORE:
+        raise InputError(
+            f"is version {version}",
+            where="cuda-core",
+            expected=".".join(map(str, OLDEST_CUDA_CORE)) + " or newer",
+            hint="Install it: pip install -U 'cuda-core[cu13]' ([cu12] for a driver of CUDA 12).",
+        )
+    return core
 
 
 # What cuda-core raises where there is no GPU: no device, a driver that counts none, and no driver at all
@@ -120,22 +158,53 @@ def cuda_core() -> Any:
 NO_GPU = ("CUDA_ERROR_NO_DEVICE", "within [0, 0)", "NVIDIA driver library", "Failed to dlopen")
 
 
-def device_sm() -> int | None:
-    """Compute capability of this machine's first GPU: 89 for 8.9.
+def device_sm(device: int = 0) -> int | None:
+    """Compute capability of a GPU of this machine: 89 for 8.9.
 
-    None where cuda-core is not installed, or there is no driver or no GPU. Raises InputError where there is
-    a driver that fails.
+    None where cuda-core is not installed, or there is no driver or no GPU; `why_no_gpu` says which. Raises
+    InputError where there is a driver that fails, cuda-core is too old, or there are GPUs, but not that one.
     """
+    found = _sm_or_reason(device)
+    return found if isinstance(found, int) else None
+
+
+def why_no_gpu(device: int = 0) -> str | None:
+    """Why `device_sm` knows none, as the end of a sentence: what cuda-core or the driver said; None where
+    there is one."""
+    found = _sm_or_reason(device)
+    return None if isinstance(found, int) else found
+
+
+def _sm_or_reason(device: int) -> int | str:
     try:
-        major, minor = cuda_core().Device(0).compute_capability
-    except MissingExtraError:
-        return None
+        major, minor = cuda_core().Device(device).compute_capability
+    except MissingExtraError as error:
+        return str(error)
+    except InputError:
+        raise
     except Exception as error:
-        if any(words in str(error) for words in NO_GPU):
-            return None
+        said = str(error) or type(error).__name__
+        if any(words in said for words in NO_GPU):
+            return said
+        if counted := re.search(r"within \[0, (\d+)\)", said):
+            raise InputError(
+                f"there is no GPU cuda:{device}",
+                where="--device",
+                expected=f"one of {counted[1]}, from cuda:0 on",
+                hint="nvidia-smi lists them; CUDA_VISIBLE_DEVICES chooses which of them a process sees.",
+            ) from error
         raise InputError(
-            f"the GPU cannot be used: its driver answers {str(error) or type(error).__name__!r}",
+            f"the GPU cannot be used: its driver answers {said!r}",
             hint="See whether nvidia-smi works, and whether the driver is new enough for the cuda-core"
             " that is installed.",
         ) from error
     return int(major) * 10 + int(minor)
+
+
+def device_model(number: int = 0) -> tuple[str, int] | None:
+    """Name and multiprocessors of a GPU of this machine; None where cuda-core does not say."""
+    try:
+        device = cuda_core().Device(number)
+        return str(device.name), int(device.properties.multiprocessor_count)
+    except Exception:  # it is for a note only: `device_sm` tells a GPU that cannot be used
+        return None

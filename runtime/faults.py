@@ -8,13 +8,16 @@ from forcingkv.headmaps.plain import plain
 OUT_OF_MEMORY = (
     "bad_alloc",
     "bad allocation",
+    "can't allocate memory",
+    "cannot allocate memory",
     "failed to allocate",
     "memoryallocation",
+    "not enough memory",
     "out of memory",
     "out_of_memory",
     "outofmemory",
 )
-"""What the messages of ONNX Runtime, TensorRT, CUDA and its driver hold, in lower case, if memory ran out."""
+"""What messages of ONNX Runtime, torch, TensorRT, CUDA and its driver hold, in lower case, without memory."""
 
 
 class SessionError(RuntimeError):
@@ -61,6 +64,10 @@ class InUseError(RuntimeError):
             if again
             else "the session is in use by another thread: give each thread its own, with sibling()"
         )
+
+
+class GoingOnWarning(UserWarning):
+    """Something is not as it was asked for, and the session goes on without it."""
 
 
 def ran_out_of_memory(error: Exception | str) -> bool:

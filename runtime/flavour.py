@@ -32,12 +32,13 @@ class Flavour:
     module: str
     sms: tuple[int, ...]
     """Compute capabilities that engines can be built for without such a GPU. Empty: it needs the GPU."""
-    libraries: str | None
-    """The package that holds the shared libraries, where the build needs links beside them."""
+    libraries: str
+    """The package of the shared libraries, which have the version in their names. The parser may open them by
+    names without it."""
 
 
 FLAVOURS: dict[FlavourName, Flavour] = {
-    "tensorrt": Flavour("tensorrt", "tensorrt", (), None),
+    "tensorrt": Flavour("tensorrt", "tensorrt", (), "tensorrt_libs"),
     "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", (75, 80, 86, 89, 120, 121), "tensorrt_rtx_libs"),
 }
 
@@ -121,14 +122,21 @@ class Told(Generic[T]):
         self._own, self._nobodys = threading.local(), list[T]()
 
     def add(self, what: T) -> None:
-        """Keep it, for this thread if it is one of Python's."""
-        known = any(thread.ident == threading.get_ident() for thread in threading.enumerate())
-        told = self._own.__dict__.setdefault("told", []) if known else self._nobodys
+        """Keep it, for this thread if it is one of Python's, or ever asked."""
+        told = self._own.__dict__.setdefault("told", []) if self._asks() else self._nobodys
         told.append(what)
 
     def take(self) -> list[T]:
         """What there is for this thread, which is then forgotten."""
         told: list[T] = self._own.__dict__.pop("told", [])
+        self._own.asked = True
         if not told:
             told, self._nobodys = self._nobodys, []
         return told
+
+    def _asks(self) -> bool:
+        """Whether this thread is one that may ask. A thread of TensorRT's becomes one of `threading`'s, of a
+        kind of its own, once any code asks in it for the current thread: it is none for that."""
+        here, made_up = threading.get_ident(), threading._DummyThread
+        known = (thread for thread in threading.enumerate() if not isinstance(thread, made_up))
+        return "asked" in self._own.__dict__ or any(thread.ident == here for thread in known)

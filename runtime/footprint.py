@@ -2,7 +2,7 @@
 
 Nothing is measured: what builders reported of engines, the shapes of the manifest and what the cache plan
 derives are added up. The sum is a lower bound: CUDA's own context, the code of kernels and what an allocator
-rounds up are said nowhere before an engine is loaded.
+rounds up are said nowhere before an engine is loaded. `DEVICE_RESERVE` stands for them where it matters.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
 
+DEVICE_RESERVE = 700_000_000
+"""Bytes that a process takes of a GPU besides what `footprint` counts, about: CUDA's context takes 300 to
+600 MB, then come kernels, what TensorRT keeps for each context, and CUDA graphs. Not measured here."""
 EngineSet: TypeAlias = tuple[EngineRecord, ...]
 """The engines that one TensorRT runs on one kind of GPU, in the order of `GRAPHS`."""
 
@@ -119,7 +122,7 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
 
 def kv_parts(plan: CachePlan, compute: Dtype, *, joined: bool = False) -> dict[str, int]:
     """Bytes of cached keys and values by role, as `footprint` has them; `joined`: on the backend torch."""
-    sizes = plan.kv_bytes_by_role(compute) if joined else plan.buffer_bytes_by_role(compute)
+    sizes = plan.joined_bytes_by_role(compute) if joined else plan.buffer_bytes_by_role(compute)
     return {f"kv_{role}": size for role, size in sizes.items()}
 
 

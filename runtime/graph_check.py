@@ -42,6 +42,9 @@ MOST_NODES = 2_000_000
 KEPT_AT_LOAD = 64 << 20
 """Bytes of what is computed once, beyond twice the weights."""
 
+FOR_TENSORRT = "TRT_"
+"""How attributes begin that TensorRT's parser alone knows: ONNX Runtime takes no graph with one."""
+
 _NORM = ("axis", "epsilon", "stash_type")
 _SEGMENTS = ("frame_tokens", "segments", "plugin_namespace")
 OPERATORS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -49,7 +52,7 @@ OPERATORS: dict[tuple[str, str], tuple[str, ...]] = {
     **dict.fromkeys([("", name) for name in ("MatMulInteger", "Max", "Neg")], ()),
     **dict.fromkeys([("", name) for name in ("MatMul", "Mul", "Relu", "Round", "Sigmoid", "Slice")], ()),
     **dict.fromkeys([("", name) for name in ("Squeeze", "Sub", "Tanh", "Tile", "Unsqueeze", "Where")], ()),
-    ("", "Attention"): ("is_causal", "qk_matmul_output_mode", "scale", "softcap"),
+    ("", "Attention"): ("is_causal", "qk_matmul_output_mode", "scale", "softcap", "TRT_decomposable"),
     ("", "Cast"): ("to",),
     ("", "Concat"): ("axis",),
     ("", "Constant"): ("value",),
@@ -123,7 +126,7 @@ def check_graph(
     model = read_graph(content, where)
     _check_versions(model, where)
     known = {value.name for value in model.graph.input}
-    _check_nodes(model, plan, where, told=CLEAN in known)
+    _check_nodes(model, plan, where, told=CLEAN in known, runs=runs)
     for tensor in model.graph.initializer:
         _check_tensor(tensor, record.weights, weights, where)
     _check_order(model.graph, where)
@@ -163,13 +166,17 @@ def _listed(names: Mapping[str, object]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def _check_nodes(model: Model, plan: CachePlan, where: str, *, told: bool) -> None:
+def _check_nodes(model: Model, plan: CachePlan, where: str, *, told: bool, runs: bool) -> None:
     bodies = {function.name for function in model.functions}
     for node in model.graph.all_nodes():
         attributes = OPERATORS.get((node.domain, node.op_type))
         if attributes is None:
             refuse(f"the operator {shown(node.op_type)} of the domain {shown(node.domain)}", where)
-        others = set(node.attributes) - set(attributes)
+        others = {
+            name
+            for name in node.attributes
+            if name not in attributes or (runs and name.startswith(FOR_TENSORRT))
+        }
         if others:
             refuse(f"the attribute {shown(min(others))} of {node.op_type}", where)
         if node.domain and node.domain not in model.opsets:

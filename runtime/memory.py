@@ -13,7 +13,9 @@ from typing import NamedTuple
 import psutil
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.runtime import devices
 from forcingkv.runtime.control_groups import memory_limits
+from forcingkv.runtime.engines import cuda_core
 
 STATUS = Path("/proc/self/status")
 """What Linux says of this process."""
@@ -145,24 +147,27 @@ def peak_bytes() -> int:
 
 
 def device_free_bytes(device: int = 0) -> int:
-    """Bytes that are free on the GPU of that number, as CUDA counts them.
+    """Bytes that are free on a GPU of NVIDIA, by its number, whichever one is current.
 
-    Raises MissingExtraError where CUDA's Python bindings are not installed, InputError where the driver does
-    not answer.
+    Raises MissingExtraError where CUDA's Python bindings are not installed, DeviceError for a device that was
+    lost to this process, InputError where the driver does not answer.
     """
+    devices.check_device(f"cuda:{device}")
     try:
         from cuda.bindings import runtime
     except ImportError as error:
         raise MissingExtraError("cuda-bindings", "tensorrt-rtx") from error
-    _, current = runtime.cudaGetDevice()
-    status, *_ = runtime.cudaSetDevice(device)
-    free = 0
-    if not int(status):
-        status, free, _ = runtime.cudaMemGetInfo()
-        runtime.cudaSetDevice(current)
-    if int(status):
+    try:
+        with devices.current(cuda_core().Device(device)):
+            status, free, _ = runtime.cudaMemGetInfo()
+        failed = str(status) if int(status) else None
+    except InputError:
+        raise
+    except Exception as error:  # cuda-core's have no public name
+        failed = str(error) or type(error).__name__
+    if failed is not None:
         raise InputError(
-            f"the GPU does not say how much memory is free ({status})",
+            f"the GPU cuda:{device} does not say how much memory is free ({failed})",
             where="memory",
             hint="See whether nvidia-smi works.",
         )

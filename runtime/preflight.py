@@ -11,15 +11,18 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
 from forcingkv.runtime.backends import BACKENDS, LaneOptions
 from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.devices import cuda_number
 from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
 from forcingkv.runtime.flavour import FLAVOURS, choose, trt
-from forcingkv.runtime.footprint import footprint, kv_parts, readable
+from forcingkv.runtime.footprint import DEVICE_RESERVE, footprint, kv_parts, readable
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.memory import available_bytes, device_free_bytes, what_limits
 
 SIZED_BY_TOKENS = ("activations", "decoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""
+RESERVE = "cuda"
+"""The part that stands for `DEVICE_RESERVE`."""
 SUGGESTED = 3
 """Suggestions in a message."""
 
@@ -73,7 +76,8 @@ def check_memory(bundle: Bundle, options: LaneOptions, *, weights: bool = True) 
     """
     parts = needed_memory(bundle, options)
     if not weights:
-        parts.pop("weights", None)
+        for part in ("weights", RESERVE):
+            parts.pop(part, None)
     memories, unchecked = _memories(parts, options)
     for memory in memories:
         _require(bundle, parts, memory)
@@ -93,7 +97,10 @@ def _memories(parts: Mapping[str, int], options: LaneOptions) -> tuple[list[Memo
     """The memories that the parts of a session will lie in, and what of it cannot be known."""
     everything = frozenset(parts)
     if options.backend in FLAVOURS:
-        return [Memory(everything, device_free_bytes(), " on the GPU")], None
+        number = _number(options)
+        if device_sm(number) is None:
+            return [], None  # opening the backend says why there is no GPU
+        return [Memory(everything, device_free_bytes(number), f" on the GPU cuda:{number}")], None
     if options.backend == "torch":
         on_device, free = _of_torch(options.device)
         return [Memory(everything, free, " on the GPU" if on_device else what_limits())], None
@@ -159,10 +166,15 @@ def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
     engines: list[EngineRecord] = []
     if flavour:
         choose(flavour)
-        sm, built, where = device_sm(), bundle.manifest.engines, str(bundle.path)
+        sm, built, where = device_sm(_number(options)), bundle.manifest.engines, str(bundle.path)
         if sm is not None:  # else opening the backend says so
             engines = [find_engine(built, graph, flavour, trt.__version__, sm, where) for graph in GRAPHS]
-    return footprint(bundle.manifest, bundle.plan, engines)
+    parts = footprint(bundle.manifest, bundle.plan, engines)
+    return parts | {RESERVE: DEVICE_RESERVE} if flavour else parts
+
+
+def _number(options: LaneOptions) -> int:
+    return cuda_number(options.device, options.backend)
 
 
 def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, resolution: str) -> int:

@@ -6,6 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -15,9 +16,9 @@ from forcingkv.runtime.backends import Lane, LaneOptions, as_run, default_backen
 from forcingkv.runtime.backends.ort_placement import Divided, Placement
 from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
-from forcingkv.runtime.faults import InUseError
+from forcingkv.runtime.faults import InUseError, SessionError
 from forcingkv.runtime.pass_timer import PassTimer
-from forcingkv.runtime.preflight import check_memory
+from forcingkv.runtime.preflight import check_memory, needed_memory
 from forcingkv.runtime.script import PromptRecord, Script
 from forcingkv.runtime.snapshot import read_snapshot
 from forcingkv.runtime.spec import Dtype
@@ -25,6 +26,7 @@ from forcingkv.runtime.streaming import Video
 from forcingkv.runtime.text import Prompt
 from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.turn import Turn
+from forcingkv.runtime.warming import warm_up
 
 
 class Session:
@@ -57,6 +59,8 @@ class Session:
         self.notes: tuple[str, ...] = ()
         try:
             self._maker = ChunkMaker(bundle, lane, frames)
+            if options.warm:
+                lane.warm(partial(warm_up, self._maker))
         except BaseException:
             lane.close()
             raise
@@ -74,6 +78,7 @@ class Session:
         frames: FramesOn = "host",
         cuda_graphs: bool = False,
         compiled: bool = False,
+        warm: bool = True,
         preflight: bool = True,
         expect_digest: str | None = None,
     ) -> Self:
@@ -93,6 +98,8 @@ class Session:
             frames: where chunks' frames are: numpy arrays on the host, or left on the device (`Chunk`).
             cuda_graphs: on a GPU of NVIDIA: whether passes that come again are captured and replayed.
             compiled: torch: whether the model is compiled, which takes a while, before it runs.
+            warm: on a GPU: whether all that is slow at its first run (TensorRT-RTX compiles kernels then) is
+                run once now, and not while a video is made.
             preflight: whether to refuse a bundle that needs more memory than there is, before any is
                 taken.
             expect_digest: the digest that the bundle has to have (`Bundle.digest`), as someone said whom
@@ -106,12 +113,14 @@ class Session:
             SessionError: the backend could not be started.
         """
         one_of(FramesOn, frames, "place for frames")
+        if dtype is not None:
+            one_of(Dtype, dtype, "dtype")
         chosen_threads(threads)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, expect=expect_digest)
         check_digest(opened.path, opened.digest, expect_digest)
         torch_is_asked = bool(device or dtype or compiled) and not provider
         backend = backend or default_backend(opened, torch_is_asked=torch_is_asked)
-        options = LaneOptions(backend, threads, device, dtype, provider, cuda_graphs, compiled)
+        options = LaneOptions(backend, threads, device, dtype, provider, cuda_graphs, compiled, warm)
         opened = as_run(opened, options)
         unchecked = check_memory(opened, options) if preflight else None
         session = cls(opened, options, open_backend(opened, options), frames)
@@ -154,6 +163,8 @@ class Session:
         with suppress(InUseError), self._turn.taken():  # whoever is in it comes here afterwards
             if self._maker is not None:
                 lane = self._maker.lane
+                with suppress(SessionError):  # closing says what cannot be done
+                    self._maker.settle()
                 self._maker = self._user = None  # first, since the lane gives back what nobody holds
                 lane.close()
 
@@ -215,6 +226,11 @@ class Session:
     def runs_on(self) -> str:
         """What passes run on, in words: `the CPU, 2 threads`. Raises RuntimeError: the session is closed."""
         return self._memory().lane.runs_on
+
+    @property
+    def footprint(self) -> dict[str, int]:
+        """Bytes that it holds, by part: see `runtime.footprint.part_notes`."""
+        return needed_memory(self.bundle, self._options)
 
     @property
     def placement(self) -> dict[str, Placement]:

@@ -33,9 +33,10 @@ from forcingkv.headmaps.writing import (
 )
 from forcingkv.runtime.backends import Array, Tensor
 from forcingkv.runtime.bundle import Bundle
-from forcingkv.runtime.chunks import Chunk, ChunkMaker, Timing
+from forcingkv.runtime.chunks import ChunkMaker
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.rebuild import replayed
+from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.script import PromptRecord, Script, Switch
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import new_tensors, read_arrays

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.chunks import Chunk, ChunkMaker, NoiseSource, PendingChunk
+from forcingkv.runtime.chunks import ChunkMaker, NoiseSource, PendingChunk
 from forcingkv.runtime.faults import MemoryShortError
 from forcingkv.runtime.kv.rebuild import replayed
 from forcingkv.runtime.positions import Floats, chunk_noise
+from forcingkv.runtime.results import Chunk
 from forcingkv.runtime.script import PromptRecord, Script, Switch
 from forcingkv.runtime.snapshot import write_snapshot
 from forcingkv.runtime.text import Prompt

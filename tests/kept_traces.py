@@ -21,7 +21,7 @@ import onnx_ir as ir
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from forcingkv.export import bundle_writer, onnx_writer
+from forcingkv.export import bundle_parts, onnx_writer
 from forcingkv.export.graphs import Graph
 from forcingkv.export.precision import Precision
 from forcingkv.runtime.spec import ModelSpec
@@ -29,9 +29,9 @@ from tests.exported import digest_of, made_once
 
 PACKAGES = ("forcingkv.export.graphs", "forcingkv.prune", "forcingkv.models", "forcingkv.runtime.kv")
 """Of the product, what graphs are made with."""
-TRACERS = ("forcingkv.export.onnx_writer", "forcingkv.export.bundle_writer")
+TRACERS = ("forcingkv.export.onnx_writer", "forcingkv.export.bundle_parts")
 """What traces them, with its own functions; other things that these import work on what was traced."""
-PATCHED = {"_traced", "_trace"}
+PATCHED = {(TRACERS[0], "_traced"), (TRACERS[1], "PartsWriter", "_trace")}
 """Here."""
 ANYWHERE = frozenset({"name", "schedule", "fps", "decoder", "text", "source", "resolutions", "dtype"})
 """Fields of a spec that no graph of the transformer depends on."""
@@ -59,11 +59,11 @@ def traced_anew() -> Iterator[None]:
 @contextmanager
 def traces_are_kept() -> Iterator[None]:
     """`export_bundle` takes graphs that were traced already."""
-    write = bundle_writer._Writer._trace
+    write = bundle_parts.PartsWriter._trace
     product = _pieces()
 
     def written(
-        writer: bundle_writer._Writer, name: str, path: Path, precision: Precision
+        writer: bundle_parts.PartsWriter, name: str, path: Path, precision: Precision
     ) -> onnx.ModelProto:
         now, origin = _pieces(), (name, precision.compute, _seen_by(name, writer))
         replaced = any(now.get(key) is not piece for key, piece in product.items())
@@ -75,7 +75,7 @@ def traces_are_kept() -> Iterator[None]:
             _origin.clear()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundle_writer._Writer, "_trace", written)
+        patch.setattr(bundle_parts.PartsWriter, "_trace", written)
         patch.setattr(onnx_writer, "_traced", _kept)
         yield
 
@@ -101,7 +101,7 @@ def _kept(make: Make) -> tuple[Graph, ir.Model]:
     return graph, model
 
 
-def _seen_by(name: str, writer: bundle_writer._Writer) -> object:
+def _seen_by(name: str, writer: bundle_parts.PartsWriter) -> object:
     """What a graph is made of."""
     plan = writer.plan
     if name == "prompt":
@@ -129,7 +129,7 @@ def _pieces() -> Pieces:
             if isinstance(value, type) and home == place:
                 methods = {k: v for k, v in vars(value).items() if isinstance(v, FunctionType | property)}
                 found |= {(place, name, key): method for key, method in methods.items()}
-    return {place: value for place, value in found.items() if place[-1] not in PATCHED}
+    return {place: value for place, value in found.items() if place not in PATCHED}
 
 
 def _is_the_products(value: object) -> bool:

@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -23,9 +24,11 @@ import torch
 from forcingkv.analyze.recorder import record_sample
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import InputError
+from forcingkv.headmaps.fields import from_data
 from forcingkv.models import kv
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.runtime import Bundle, Session
+from forcingkv.runtime.bundle import Manifest
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.kv import roles
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
@@ -34,7 +37,7 @@ from forcingkv.runtime.kv.rebuild import replayed
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 from tests.conftest import random_model, small_spec
-from tests.runtime.videos import OTHER, PROMPT, assert_same
+from tests.runtime.videos import OTHER, PROMPT, assert_same, differ
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 
@@ -143,6 +146,91 @@ def test_a_session_makes_the_video_that_torch_makes(plan: CachePlan, bundle: Pat
     with Session.open(bundle) as session:
         for chunk, known in zip(session.generate(PROMPT, seed=7, chunks=6), wanted, strict=True):
             np.testing.assert_allclose(chunk.latents, known.latents.numpy(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_session_on_torch_makes_the_video_that_torch_makes(
+    plan: CachePlan, bundle: Path, tmp_path: Path, at: int
+) -> None:
+    """With its cache in place; saved, restored and switched as on ONNX Runtime."""
+    text = torch.from_numpy(encode_words(plan.spec, PROMPT))
+    wanted = list(generate(random_model(plan.spec), plan, text, seeded_noise(plan, 7), 7))
+    with Session.open(bundle, backend="torch") as session, Session.open(bundle) as other:
+        video = session.generate(PROMPT, seed=7, chunks=7)
+        found = list(islice(video, at))
+        video.save(tmp_path / "state")
+        found += list(video)
+        for chunk, known in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(chunk.latents, known.latents.numpy(), atol=1e-4, rtol=0)
+        assert_same(list(session.restore(tmp_path / "state")), found[at:])
+        pair = [one.generate(PROMPT, seed=7, chunks=7) for one in (session, other)]
+        for one in pair:
+            list(islice(one, at))
+            one.switch(OTHER)
+        for chunk, known in zip(*pair, strict=True):
+            np.testing.assert_allclose(chunk.latents, known.latents, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", None])
+def test_a_role_that_is_read_otherwise_lies_apart_on_torch(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+) -> None:
+    """Cached in half the bytes, or at twice the value and halved as it is read."""
+    kind, half = roles.Role.KINDS["strided"], kv.HALVES["strided"]
+    with Session.open(bundle, backend="torch") as session:
+        plain, without = list(session.generate(PROMPT, seed=7, chunks=6)), session._memory().cache.nbytes
+
+    class Apart(type(half)):  # type: ignore[misc]
+        def read(self, role: object, held: kv.KeysValues, like: torch.Tensor) -> kv.KeysValues:
+            return kv.KeysValues(*(part.to(like) * (1 if dtype else 0.5) for part in held))
+
+        def advance(self, role: object, done: kv.CleanPass) -> kv.KeysValues:
+            grown = kv.KeysValues(*(part * (1 if dtype else 2) for part in done.new))
+            cached = replace(done, new=kv.KeysValues(*(p.to(kv.cached_dtype(role, p.dtype)) for p in grown)))
+            made: kv.KeysValues = super().advance(role, cached)
+            return made
+
+    monkeypatch.setitem(kv.HALVES, "strided", Apart())
+    monkeypatch.setattr(kind, "read_as_cached", False)
+    if dtype:
+        monkeypatch.setattr(kind, "dtype", lambda self, compute: dtype)
+    opened = Bundle.open(bundle) if not dtype else None
+    shown = opened or _unchecked(bundle)
+    with Session.open(shown, backend="torch") as session:
+        found = list(session.generate(PROMPT, seed=7, chunks=6))
+        cache = session._memory().cache
+        parts = footprint(session.bundle.manifest, session.plan)
+        assert cache.nbytes == sum(size for name, size in parts.items() if name.startswith("kv_"))
+        assert cache.nbytes > without
+    for one, other in zip(found, plain, strict=True):
+        if dtype:
+            np.testing.assert_allclose(one.latents, other.latents, atol=0.02, rtol=0)
+        else:
+            np.testing.assert_array_equal(one.latents, other.latents)
+    assert not dtype or differ(found[-1], plain[-1])
+
+
+def _unchecked(bundle: Path) -> Bundle:
+    """The bundle, though the dtype of a role is another now than when it was exported."""
+    data = json.loads((bundle / "manifest.json").read_text())
+    manifest = from_data(Manifest, data, "manifest.json")
+    return Bundle(bundle, manifest, None)
+
+
+def test_a_half_that_reads_otherwise_than_the_role_says_is_refused() -> None:
+    class Reading(kv.TorchRole):
+        of = roles.Sink
+
+        def read(self, role: object, held: kv.KeysValues, like: torch.Tensor) -> kv.KeysValues:
+            return held
+
+        def advance(self, role: object, done: kv.CleanPass) -> kv.KeysValues:
+            return done.new
+
+    before = dict(kv.HALVES)
+    with pytest.raises(TypeError, match="sink says read_as_cached = True, and Reading reads it otherwise"):
+        kv.torch_half(Reading)
+    assert before == kv.HALVES
 
 
 def test_a_saved_video_goes_on_to_the_bit(bundle: Path, tmp_path: Path) -> None:

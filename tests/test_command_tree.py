@@ -22,6 +22,8 @@ _AS_SAVED = "not given is not the default: --restore has its own, and refuses an
 
 _AT_MOST = "more than 100,000 hung or took all memory before anything was said"
 
+_BAKED = "new: a model is run without a bundle of the user's, by torch"
+
 _WHERE = "new: there are backends that can choose where and in what they compute"
 
 _DOCTOR = "new: what a machine can run, and what is wrong with it"
@@ -32,6 +34,28 @@ CHANGED: dict[str, str] = {
     "doctor --json": _DOCTOR,
     "generate --backend": "not given, it is chosen: torch runs bundles without graphs",
     "generate --compile": _WHERE,
+    "demo --compile": _WHERE,
+    "demo --device": _WHERE,
+    "demo --dtype": _WHERE,
+    "demo --provider": _WHERE,
+    "evaluate --compile": _WHERE,
+    "evaluate --device": _WHERE,
+    "evaluate --dtype": _WHERE,
+    "evaluate --provider": _WHERE,
+    "evaluate --backend": "not given, it is chosen: torch runs bundles without graphs",
+    "generate --bundle": "not needed any more: --model takes its place",
+    "generate --checkpoint": _BAKED,
+    "generate --decoder": _BAKED,
+    "generate --headmap": _BAKED,
+    "generate --key": _BAKED,
+    "generate --layers": _BAKED,
+    "generate --lora": _BAKED,
+    "generate --model": _BAKED,
+    "generate --no-preset-lora": _BAKED,
+    "generate --policy": _BAKED,
+    "generate --random-weights": _BAKED,
+    "generate --resolution": _BAKED,
+    "generate --vae": _BAKED,
     "generate --device": _WHERE,
     "generate --dtype": _WHERE,
     "generate --provider": _WHERE,
@@ -54,7 +78,7 @@ CHANGED: dict[str, str] = {
     "evaluate --seeds": _AT_MOST,
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
-    "demo --backend": "new: where onnxruntime-gpu is installed and does not start, the CPU has to be named",
+    "demo --backend": "new: what runs bundles may have to be named; not given, it is chosen",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "headmap convert --heads": "0 heads were taken for a number that was not given",

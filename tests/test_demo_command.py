@@ -47,3 +47,12 @@ def test_the_demo_walks_the_whole_way(run: Callable[..., Ran], tmp_path: Path) -
         "bundles/full/manifest.json",
     ):
         assert (out / made).is_file()
+
+
+def test_a_device_that_is_not_there_is_refused_before_heads_are_measured(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    ran = run("demo", "--device", "xpu", "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "finds no device xpu here" in " ".join(ran.err.split())
+    assert not (tmp_path / "out").exists()

@@ -77,6 +77,17 @@ def test_json_has_the_manifest_and_the_footprint_of_each_gpu(built: Path, run: C
         assert one["parts"]["weights"] == 6 * 10**9
 
 
+def test_without_graphs_it_is_a_session_on_torch(run: Callable[..., Ran]) -> None:
+    lean = small_bundle("forcing-kv", "torch")
+    ran = run("inspect", lean)
+    assert ran.code == 0, ran.err
+    assert "memory of a session on torch" in ran.out
+    assert "read and written in place" in ran.out
+    parts = json.loads(run("inspect", lean, "--json").out)["footprint"][0]["parts"]
+    assert parts["kv_current"] > 0
+    assert parts["weights"] > 0
+
+
 def test_without_engines_it_is_a_session_on_onnx_runtime(plain: Path, run: Callable[..., Ran]) -> None:
     ran = run("inspect", plain)
     assert "memory of a session on ONNX Runtime\n" in ran.out

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from forcingkv.export import bundle_writer, graphs, onnx_writer
+from forcingkv.export import bundle_parts, graphs, onnx_writer
 from forcingkv.export.precision import Precision, precision_of
 from forcingkv.models import wan
 from forcingkv.models.wan import WanModel
@@ -39,7 +39,7 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Writer:
         return onnx_writer._traced(make)[1].graph.name
 
     monkeypatch.setattr(kept_traces, "_trace", tracing)
-    monkeypatch.setattr(bundle_writer, "write_onnx", write_onnx)
+    monkeypatch.setattr(bundle_parts, "write_onnx", write_onnx)
 
     def asked(
         name: str,
@@ -49,7 +49,7 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Writer:
         resolution: str | None = None,
     ) -> str:
         plan = build_plan(spec, spec.geometry(resolution), policy)
-        writer = bundle_writer._Writer(tmp_path, plan, None, precision, None, False, True, print)
+        writer = bundle_parts.PartsWriter(tmp_path, plan, None, precision, None, False, True, print)
         return str(writer._trace(name, tmp_path / f"{name}.onnx", precision))
 
     return asked

@@ -49,6 +49,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "export --sm": (LESS, "0", HUGE),
     "generate --enlarge": (LESS, "0", "2000", HUGE, "9" * 30),
     "generate --fps": (*NO_FLOATS, "0", "1e-9", HUGE, "1e300"),
+    "generate --layers": (LESS, "0", HUGE),
     "generate --save-every": (LESS, "0"),
     "generate --seconds": (LESS, "nan", "-inf", "0", "1e308"),
     "generate --seed": (LESS,),

@@ -30,6 +30,7 @@ SURFACE = {
         "Bundle",
         "Chunk",
         "DeviceError",
+        "GoingOnWarning",
         "InUseError",
         "InputError",
         "MemoryShortError",

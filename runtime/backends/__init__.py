@@ -10,7 +10,7 @@ runs passes and fetches what it shows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -57,6 +57,8 @@ class LaneOptions:
     """Whether passes that come again are captured and replayed."""
     compiled: bool = False
     """Whether the model is compiled before it runs (`torch.compile`)."""
+    warm: bool = True
+    """Whether a session runs what is slow at first, on backends that have such, when it opens."""
 
     def refuse(self, *names: str) -> None:
         """Raise InputError where one of those fields, of no use to this backend, was set."""
@@ -94,6 +96,16 @@ class Queue(Protocol):
 
     def mark(self) -> Mark:
         """Mark this place."""
+
+    def gate(self, after: object) -> Callable[[], None]:
+        """Note where somebody else's work on the same device stands; what comes back lets all that is put
+        into this queue after it was called wait for that.
+
+        Args:
+            after: a stream of any library (what was put into it so far counts), or an event.
+
+        Raises InputError for anything else, and where work is done on the host.
+        """
 
 
 class Fetch(Protocol):
@@ -184,6 +196,10 @@ class Lane(Protocol):
             outputs: where outputs go. All that are given may be written to, whether they are needed or
                 not. Those that are left out go nowhere.
         """
+
+    def warm(self, passes: Callable[[], None]) -> None:
+        """Run `passes`, which runs a pass of each phase, if the first of a kind is slower here than those
+        after it, and wait for them; else do nothing."""
 
     def sibling(self) -> Lane:
         """Another lane on the same weights, with memory and queues of its own."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import Array, Mark, Queue
 
 
@@ -25,6 +27,13 @@ class HostQueue:
 
     def mark(self) -> HostMark:
         return HostMark(time.perf_counter())
+
+    def gate(self, after: object) -> Callable[[], None]:
+        raise InputError(
+            f"is {type(after).__name__}, and frames of this session lie where no stream can be waited for",
+            where="after",
+            hint="Wait for it yourself, and call release() without it.",
+        )
 
 
 @dataclass(frozen=True)

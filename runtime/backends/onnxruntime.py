@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from forcingkv.runtime.backends.ort_placement import RECORD, Placement, placemen
 from forcingkv.runtime.backends.ort_providers import ON_CPU, ON_THE_CPU, Chosen, choose_provider
 from forcingkv.runtime.backends.ort_state import StateTensor, viewer_of
 from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.devices import ADVICE, is_sticky
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.kv.buffers import CacheBuffers
@@ -267,6 +268,9 @@ class OnnxLane:
         # ONNX Runtime runs every node, whatever is asked for: an output without a place need not take memory.
         return self._loaded()[graph].bind(inputs, outputs)
 
+    def warm(self, passes: Callable[[], None]) -> None:
+        """Nothing is slower at first."""
+
     def sibling(self) -> Lane:
         return type(self)(self._loaded(), self._chosen, self._threads)
 
@@ -285,6 +289,8 @@ class OnnxLane:
 def _fault(doing: str, error: Exception, chosen: Chosen = ON_CPU) -> SessionError:
     """ONNX Runtime's error as one of ours. `chosen` is what was to be started."""
     text = " ".join(str(error).split())
+    if is_sticky(text):
+        return DeviceError(f"ONNX Runtime failed in {doing} ({text}), and {ADVICE}")
     if ran_out_of_memory(error):
         return MemoryShortError(f"ONNX Runtime ran out of memory in {doing} ({text})")
     way_round = f": {_way_round(chosen)}" if chosen.key != "cpu" else ""
@@ -292,7 +298,8 @@ def _fault(doing: str, error: Exception, chosen: Chosen = ON_CPU) -> SessionErro
 
 
 def _way_round(chosen: Chosen) -> str:
-    return (
-        f"choose --backend {ON_THE_CPU} to run on the CPU, or mend {chosen.provider.title}: its version is to"
-        " be the one that this ONNX Runtime was built for"
-    )
+    around = f"choose --backend {ON_THE_CPU} to run on the CPU"
+    if "cuda" not in chosen.provider.devices:
+        return around
+    title = chosen.provider.title
+    return f"{around}, or mend {title}: its version is to be the one that this ONNX Runtime was built for"

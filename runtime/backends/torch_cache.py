@@ -7,7 +7,7 @@ twice. Where a role lies depends on the phase (`Layout`); what it holds is asked
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from forcingkv.models.kv import (
     HALVES,
     CleanPass,
     GroupCache,
-    TorchRole,
     advance_group,
     cached_dtype,
     choice_of,
@@ -26,11 +25,11 @@ from forcingkv.models.kv import (
 )
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime.backends import Lane, Tensor
-from forcingkv.runtime.backends.torch_device import torch_dtype
+from forcingkv.runtime.backends.torch_device import name_of, torch_dtype
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
 from forcingkv.runtime.graph_records import next_name
 from forcingkv.runtime.kv.buffers import KvCache
-from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup
+from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, rows_name
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
 
@@ -94,8 +93,15 @@ class JoinedGroup:
         return F.scaled_dot_product_attention(mine, seen.keys, seen.values)
 
     def take(self, made: GroupCache, following: int) -> None:
-        """Let the cache be what a clean pass made of it, as it lies in the phase of the next chunk."""
+        """Let the cache be what a clean pass made of it, as it lies in the phase of the next chunk.
+
+        Raises ValueError where a role made another number of tokens than it says.
+        """
         targets = {role.name: self.part(role, following) for role in self.group.roles}
+        for name, target in targets.items():
+            found, wanted = ([tuple(part.shape) for part in kv] for kv in (made[name], target))
+            if found != wanted:  # copied, one token would become many
+                raise ValueError(f"the role {name} made keys and values {found}; by its length: {wanted}")
         # What stays where it is need not be copied. What moves may lie where another role is written.
         moved = {
             name: [part.clone() if self._holds(part) else part for part in made[name]]
@@ -139,29 +145,39 @@ class JoinedCache(KvCache):
         once it has read it."""
         return {next_name(entry.name): self._view(entry, self.key[1]) for entry in self.plan.entries}
 
-    def attend(self, phase: int, following: int | None) -> Attend:
-        """How a pass in a phase attends. A clean pass goes on to the phase `following`; None: it is none."""
+    def attend(self, phase: int, following: int | None, *, each_chunk: Callable[[], bool]) -> Attend:
+        """How a pass in a phase attends. A clean pass goes on to the phase `following`; None: it is none.
+
+        `each_chunk` says, when the pass runs, whether it runs anew for each chunk. Where it does not (it is
+        being captured) no role is told which chunk it is, as in a graph.
+        """
         chosen: list[torch.Tensor] = []
 
         def attend(layer: int, queries: torch.Tensor, current: KeysValues) -> torch.Tensor:
             row = self._groups[layer]
             out = [one.attend(queries, current, phase) for one in row]
             if following is not None:
-                self._advance(layer, current, (phase, following), chosen)
+                if layer == 0:
+                    chosen.clear()
+                chunk = self.passes if each_chunk() else None
+                self._advance(layer, current, (phase, following), chosen, chunk)
             return out[0] if len(out) == 1 else torch.cat(out, 1)
 
         return attend
 
     def _advance(
-        self, layer: int, current: KeysValues, phases: tuple[int, int], chosen: list[torch.Tensor]
+        self,
+        layer: int,
+        current: KeysValues,
+        phases: tuple[int, int],
+        chosen: list[torch.Tensor],
+        chunk: int | None,
     ) -> None:
-        chunk = self.passes
-        choice = choice_of(self.plan, chunk)
-        if layer == 0:
-            chosen.clear()
+        # Whether something is chosen, and which rows are taken, is the same for all chunks of these phases.
+        choice, rows = choice_of(self.plan, self.passes), self._rows[phases[0]]
         for one in self._groups[layer]:
             held, own = one.cached(phases[0]), heads_of(current, one.group)
-            done = CleanPass(self.plan, layer, one.group, held, own, None, choice, chunk, chosen)
+            done = _Advance(self.plan, layer, one.group, held, own, None, choice, chunk, chosen, rows)
             one.take(advance_group(done), phases[1])
 
     def _view(self, entry: CacheEntry, phase: int) -> TorchTensor:
@@ -171,25 +187,31 @@ class JoinedCache(KvCache):
         return TorchTensor(kv[PARTS.index(entry.part)])
 
 
+@dataclass(frozen=True)
+class _Advance(CleanPass):
+    """A clean pass that finds on the device which of the chunk's tokens roles take: nothing is copied there
+    while it runs."""
+
+    on_device: Mapping[str, Tensor]
+
+    def rows_of(self, role: Role) -> torch.Tensor:
+        rows = self.on_device[rows_name(self.group, role)]
+        assert isinstance(rows, TorchTensor)
+        return rows.tensor
+
+
 def _make(plan: CachePlan, group: HeadGroup, compute: torch.dtype, device: torch.device) -> JoinedGroup:
     def pair(tokens: int, dtype: torch.dtype) -> KeysValues:
         shape = 1, group.heads, tokens, plan.spec.head_dim
-        name = str(dtype).removeprefix("torch.")
-        return KeysValues(*(TorchTensor.make(shape, name, device).tensor for _ in PARTS))
+        return KeysValues(*(TorchTensor.make(shape, name_of(dtype), device).tensor for _ in PARTS))
 
     apart = {
         role.name: pair(role.steady_tokens(plan, group), cached_dtype(role, compute))
         for role in group.roles
-        if _is_apart(role, compute)
+        if role.apart(name_of(compute))
     }
     layouts = tuple(layout_of(plan, group, phase.first_chunk) for phase in plan.phases)
     return JoinedGroup(group, pair(joined_tokens(plan, group), compute), apart, layouts)
-
-
-def _is_apart(role: Role, compute: torch.dtype) -> bool:
-    """Whether a role is cached as something else than what is attended to."""
-    reads_itself = type(HALVES[role.name]).read is TorchRole.read
-    return not reads_itself or cached_dtype(role, compute) != compute
 
 
 def _tokens(kv: KeysValues, part: slice) -> KeysValues:

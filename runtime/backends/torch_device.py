@@ -7,8 +7,8 @@ waited for as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.backends import Mark, Queue
 from forcingkv.runtime.backends.host import HostQueue
+from forcingkv.runtime.devices import ADVICE, is_sticky
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
-from forcingkv.runtime.memory import available_bytes
+from forcingkv.runtime.memory import available_bytes, trim
 from forcingkv.runtime.spec import Dtype
 
 KINDS = {
@@ -68,10 +69,9 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(kind, number)
 
 
-def describe(device: torch.device) -> str:
-    """The device in words, for people."""
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
+def describe(device: torch.device, threads: int | None) -> str:
+    """The device in words, for people; `threads` are those of a CPU."""
+    if threads is not None:
         return f"the CPU, {threads} thread{'s'[: threads > 1]}"
     if device.type == "mps":
         return "the GPU (mps)"
@@ -82,17 +82,30 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that a session on the device can take."""
     if device.type == "cpu":
         return available_bytes()
-    if (
-        device.type == "mps"
-    ):  # memory is one with the CPU's: what Metal recommends at most, less what is taken
-        return int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())
-    return int(torch.get_device_module(device).mem_get_info(device)[0])
+    if device.type == "mps":  # memory is one with the CPU's: as much as Metal recommends, less what is held
+        return int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory())
+    module = torch.get_device_module(device)
+    kept = module.memory_reserved(device) - module.memory_allocated(device)  # by torch, for whoever asks next
+    return int(module.mem_get_info(device)[0]) + int(kept)
+
+
+def give_back(device: torch.device) -> None:
+    """Have torch and the C library give back what they keep of memory that nobody holds any more."""
+    if device.type == "cpu":
+        trim()
+    else:
+        with suppress(SessionError), faults("giving memory back"):  # what failed before may be told here
+            torch.get_device_module(device).empty_cache()
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait for all that was asked of a device."""
+    """Wait for all work on a device, whatever stream it is in."""
     if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+        with faults("waiting for the device"):
+            if device.type == "mps":
+                torch.mps.synchronize()
+            else:
+                torch.get_device_module(device).synchronize(device)
 
 
 def multiplies_in(device: torch.device, compute: torch.dtype) -> torch.dtype:
@@ -103,18 +116,22 @@ def multiplies_in(device: torch.device, compute: torch.dtype) -> torch.dtype:
     """
     if device.type != "cpu" or compute == torch.float32:
         return compute
-    mkldnn: Any = torch.ops.mkldnn
-    known = {
-        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: mkldnn._is_mkldnn_fp16_supported,
-    }
-    return compute if known[compute]() else torch.float32
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[compute]
+    # A torch without oneDNN does not have the question.
+    known: Any = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None)
+    return compute if known is not None and known() else torch.float32
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:
     """The dtype of that name."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def name_of(dtype: torch.dtype) -> Dtype:
+    """The name of a dtype that models compute in."""
+    name: Dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+    return name
 
 
 class StreamMark:
@@ -148,6 +165,33 @@ class StreamQueue:
             event.record(self.stream)
         return StreamMark(event)
 
+    def gate(self, after: object) -> Callable[[], None]:
+        """As in the protocol: a mark, a stream or an event of torch, a stream with `__cuda_stream__`, or the
+        handle of one."""
+        event: Any = after.event if isinstance(after, StreamMark) else after
+        if getattr(event, "cuda_event", None) == 0:
+            raise InputError("is an event that was not recorded", where="after", hint="Record it first.")
+        if hasattr(event, "__cuda_stream__") and not hasattr(event, "record_event"):
+            event = event.__cuda_stream__()[1]
+        with faults("taking the place of another stream"):
+            if isinstance(event, int) and not isinstance(event, bool):
+                module = self._module
+                event = module.ExternalStream(event) if event else module.default_stream(self.stream.device)
+            if hasattr(event, "record_event"):
+                event = event.record_event()
+        if not isinstance(event, self._module.Event):
+            raise InputError(
+                f"is {type(after).__name__}",
+                where="after",
+                expected="a stream or event of torch, a stream with __cuda_stream__, or the handle of one",
+            )
+
+        def hold() -> None:
+            with faults("waiting for another stream"):
+                self.stream.wait_event(event)
+
+        return hold
+
     def work(self) -> AbstractContextManager[Any]:
         """What is done within goes into the stream."""
         context: AbstractContextManager[Any] = self._module.stream(self.stream)
@@ -168,6 +212,9 @@ class SyncedQueue:
     def mark(self) -> Mark:
         self.wait()
         return HostQueue().mark()
+
+    def gate(self, after: object) -> Callable[[], None]:
+        return HostQueue().gate(after)
 
     def work(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -222,16 +269,6 @@ def queue_of(queue: Queue) -> TorchQueue:
     return queue
 
 
-STICKY = (
-    "illegal memory access",
-    "unspecified launch failure",
-    "device-side assert",
-    "ecc error",
-    "misaligned",
-)
-"""What torch says of errors after which nothing more can be done on the device in this process."""
-
-
 @contextmanager
 def faults(doing: str) -> Iterator[None]:
     """Errors of torch as those of a session; `doing` is what failed, as the end of a sentence."""
@@ -243,6 +280,5 @@ def faults(doing: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         if ran_out_of_memory(error) or isinstance(error, torch.OutOfMemoryError):
             raise MemoryShortError(f"torch ran out of memory in {doing} ({text})") from error
-        lost = any(words in text.lower() for words in STICKY)
-        hint = "; the device is of no more use to this process: start a new one" if lost else ""
+        hint = f", and {ADVICE}" if is_sticky(text) else ""
         raise DeviceError(f"torch failed in {doing} ({text}){hint}") from error

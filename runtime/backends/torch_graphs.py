@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,15 +24,23 @@ class CaptureWarning(UserWarning):
     """A pass could not be captured, and goes on without."""
 
 
+_CAPTURING = threading.Lock()
+"""To begin capturing, torch waits for the whole device, which nobody may while another thread captures."""
+
+
 class Captured:
     """Runs work that is the same each time: the first time as it is, so that everything is loaded and
-    allocated; the second time captured; then replayed. Where it cannot be captured, that is said once."""
+    allocated; the second time captured; then replayed. Where it cannot be captured, that is said once.
+
+    Attributes:
+        capturing: whether what runs now is being captured, for all later times.
+    """
 
     def __init__(self, queue: TorchQueue, what: str, pool: Any) -> None:
         """`pool` is that of all graphs of a lane (`graph_pool`)."""
         self._queue, self._what, self._pool = queue, what, pool
         self._graph: Any = None
-        self._ran = self._refused = False
+        self._ran = self._refused = self.capturing = False
 
     def run(self, work: Callable[[], None]) -> None:
         """Do the work once, in the order of the queue."""
@@ -49,18 +58,24 @@ class Captured:
     def _capture(self, work: Callable[[], None]) -> None:
         assert isinstance(self._queue, StreamQueue), "devices without streams are refused before"
         graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: what other sessions allocate meanwhile does not spoil it.
+        how: Any = {"pool": self._pool, "stream": self._queue.stream}
         try:
-            # Of this thread alone: what other sessions allocate meanwhile does not spoil it.
-            mode = "thread_local"
-            with torch.cuda.graph(graph, self._pool, self._queue.stream, capture_error_mode=mode):
+            with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local", **how):
+                self.capturing = True
                 work()
         except Exception as error:  # torch has no class of its own for what cannot be captured
             with suppress(Exception):
                 graph.reset()
-            if ran_out_of_memory(error):
-                raise
+            first: BaseException = error
+            while first.__context__ is not None:  # that capturing cannot be ended is told on top of it
+                first = first.__context__
+            if ran_out_of_memory(str(first)) or isinstance(first, MemoryError | torch.OutOfMemoryError):
+                raise first from None
             self._refused = True
-            text = f"{self._what} cannot be captured as a CUDA graph, and goes on without ({error})"
+            text = f"{self._what} cannot be captured as a CUDA graph, and goes on without ({first})"
             warnings.warn(text, CaptureWarning, stacklevel=2)
             return
+        finally:
+            self.capturing = False
         self._graph = graph

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.backends import LaneOptions, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, next_name
-from forcingkv.runtime.faults import DeviceError
+from forcingkv.runtime.faults import DeviceError, SessionError
 from forcingkv.runtime.graph_records import FIRST
 from forcingkv.runtime.kv.plan import PARTS, CachePlan
 from forcingkv.runtime.spec import Dtype
@@ -25,10 +25,18 @@ except ImportError as error:
 
 from forcingkv.models.decoders import frames_of
 from forcingkv.models.generate import next_latents
-from forcingkv.models.torch_threads import use_threads
+from forcingkv.models.torch_threads import in_this_thread, use_threads
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.backends.torch_cache import JoinedCache
-from forcingkv.runtime.backends.torch_device import Queues, TorchQueue, describe, faults, find_device
+from forcingkv.runtime.backends.torch_device import (
+    Queues,
+    TorchQueue,
+    describe,
+    faults,
+    find_device,
+    give_back,
+    name_of,
+)
 from forcingkv.runtime.backends.torch_graphs import Captured, graph_pool
 from forcingkv.runtime.backends.torch_model import Loaded, load
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
@@ -43,14 +51,23 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> TorchLane:
     Raises InputError for a device that is not there, for options that are of no use to it, and for weights
     that torch does not run.
     """
+    device = device_for(options)
+    threads = None
+    if device.type == "cpu":
+        use_threads(options.threads)
+        threads = torch.get_num_threads()
+    loaded = load(bundle, device, threads=threads, compiled=options.compiled)
+    return TorchLane(bundle, loaded, cuda_graphs=options.cuda_graphs)
+
+
+def device_for(options: LaneOptions) -> torch.device:
+    """The device that the options name. Raises InputError where it is not there, and for options that are of
+    no use to it."""
     options.refuse("provider")
     device = find_device(options.device)
     if options.cuda_graphs and device.type != "cuda":
         raise InputError(f"are of no use on the device {device}", where="CUDA graphs", expected="cuda")
-    if device.type == "cpu":
-        use_threads(options.threads)
-    loaded = load(bundle, device, compiled=options.compiled)
-    return TorchLane(bundle, loaded, cuda_graphs=options.cuda_graphs)
+    return device
 
 
 class TorchLane:
@@ -61,15 +78,19 @@ class TorchLane:
         self._pool = graph_pool() if cuda_graphs else None
         self._loaded: Loaded | None = loaded
         self._cache: JoinedCache | None = None
+        self._tensors: list[TorchTensor] = []
+        """Held until the queues are done: what nobody holds torch gives to others, though streams still
+        write to it."""
         self._queues = Queues.on(loaded.device)
         self.main: Queue = self._queues.main
         self.side: Queue = self._queues.side
         self.lookahead = int(self._queues.beside)
-        dtype = str(loaded.compute).removeprefix("torch.")
-        self.runs_on = f"{describe(loaded.device)}, in {dtype} (torch)"
+        self.runs_on = f"{describe(loaded.device, loaded.threads)}, in {name_of(loaded.compute)} (torch)"
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
-        return TorchTensor.make(tuple(shape), dtype, self._weights().device)
+        made = TorchTensor.make(tuple(shape), dtype, self._weights().device)
+        self._tensors.append(made)
+        return made
 
     def cache(self, plan: CachePlan, dtype: Dtype) -> JoinedCache:
         self._cache = JoinedCache(plan, self, dtype, self._weights().device)
@@ -83,17 +104,18 @@ class TorchLane:
         loaded, queue = self._weights(), self._queues.side if graph == "decode" else self._queues.main
         given = {name: _own(tensor) for name, tensor in inputs.items()}
         taken = {name: _own(tensor) for name, tensor in outputs.items()}
-        made: Work
+        what = f"{graph} in phase {phase}"
+        captured = None
         if graph == GRAPHS[0]:
             made = _prompt_work(loaded, given, taken)
         elif graph == "step":
             assert self._cache is not None, "a session takes its cache first"
-            made = _step_work(loaded, self._cache, phase, given, taken)
+            if self._pool is not None and self._comes_again(taken):
+                captured = Captured(queue, what, self._pool)
+            made = _step_work(loaded, self._cache, phase, given, taken, captured)
         else:
             made = _decode_work(loaded, self._bundle.plan, given, taken)
-        what = f"{graph} in phase {phase}"
-        captured = self._pool is not None and graph == "step" and self._comes_again(taken)
-        return TorchPass(queue, made, Captured(queue, what, self._pool) if captured else None, what)
+        return TorchPass(queue, made, what, loaded.threads, captured)
 
     def _comes_again(self, taken: Tensors) -> bool:
         """Whether a pass does the same each time it runs, with what lies on the device alone.
@@ -107,15 +129,24 @@ class TorchLane:
         choice = self._bundle.plan.choice
         return before == after and (choice is None or choice.role.choose == "least-similar")
 
+    def warm(self, passes: Work) -> None:
+        """What torch makes at a first run it makes in the first chunks."""
+
     def sibling(self) -> TorchLane:
-        return TorchLane(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
+        return type(self)(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
 
     def close(self) -> None:
-        """torch gives memory back with what holds it: the weights with the last lane on them."""
-        if self._loaded is not None:
-            with suppress(DeviceError):  # what was in the queues failed: nobody waits for it any more
-                self._queues.wait()
-        self._loaded = self._cache = None
+        """Memory goes with what holds it: the weights with the last lane on them. What torch keeps of it for
+        itself it is asked to give back."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        with suppress(SessionError):  # what was in the queues failed: nobody waits for it any more
+            self._queues.wait()
+        device, self._cache = loaded.device, None
+        self._tensors.clear()
+        del loaded
+        give_back(device)
 
     def _weights(self) -> Loaded:
         loaded = self._loaded  # once: another thread may close the lane
@@ -125,13 +156,18 @@ class TorchLane:
 
 
 class TorchPass:
-    """A function of torch on fixed tensors; `captured`: its second run is captured, later ones replayed."""
+    """A function of torch on fixed tensors, which may be captured once and replayed from then on."""
 
-    def __init__(self, queue: TorchQueue, work: Work, captured: Captured | None, what: str) -> None:
-        self._queue, self._work, self._captured, self._what = queue, work, captured, what
+    def __init__(
+        self, queue: TorchQueue, work: Work, what: str, threads: int | None, captured: Captured | None
+    ) -> None:
+        self._queue, self._work, self._what = queue, work, what
+        self._threads, self._captured = threads, captured
 
     def run(self) -> None:
         """Raises MemoryShortError, or DeviceError for any other failure."""
+        if self._threads is not None:
+            in_this_thread(self._threads)
         with faults(f"a pass ({self._what})"), torch.no_grad(), self._queue.work():
             if self._captured is None:
                 self._work()
@@ -149,12 +185,23 @@ def _prompt_work(loaded: Loaded, given: Tensors, taken: Tensors) -> Work:
     return work
 
 
-def _step_work(loaded: Loaded, cache: JoinedCache, phase: int, given: Tensors, taken: Tensors) -> Work:
+def _step_work(
+    loaded: Loaded,
+    cache: JoinedCache,
+    phase: int,
+    given: Tensors,
+    taken: Tensors,
+    captured: Captured | None,
+) -> Work:
     """A pass: with caches among its outputs the clean one."""
     model, spec, compute = loaded.model, loaded.model.spec, loaded.compute
     prompt = [KeysValues(*(given[f"cross.{layer}.{part}"] for part in PARTS)) for layer in range(spec.layers)]
     is_clean = CLEAN in given and len(taken) > 1
-    attend = cache.attend(phase, cache.key[1] if is_clean else None)
+
+    def each_chunk() -> bool:
+        return captured is None or not captured.capturing
+
+    attend = cache.attend(phase, cache.key[1] if is_clean else None, each_chunk=each_chunk)
     rotary, noise = (given["cosines"], given["sines"]), given.get("noise")
     latents, sigma, sigma_next = (given[name] for name in ("latents", "sigma", "sigma_next"))
     renoise = spec.schedule.renoise

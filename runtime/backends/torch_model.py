@@ -24,7 +24,7 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.spec import ModelSpec
 
 try:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 except ImportError as error:
     raise MissingExtraError("safetensors", "models") from error
 
@@ -53,27 +53,56 @@ class Loaded:
     compute: torch.dtype
     decodes_in: torch.dtype
     """What the decoder computes in: on a CPU float32, since convolutions gain nothing from less there."""
+    threads: int | None
+    """With which a CPU computes, whichever thread asks; None: it is no CPU."""
 
 
-def load(bundle: Bundle, device: torch.device, *, compiled: bool) -> Loaded:
-    """The model of a bundle.
+def load(bundle: Bundle, device: torch.device, *, threads: int | None, compiled: bool) -> Loaded:
+    """The model of a bundle; `threads` are those of a CPU.
 
     Raises InputError where its weights are not those of its model, or in a form that torch does not run;
     MemoryShortError where the device has no room for them.
     """
     manifest, spec = bundle.manifest, bundle.plan.spec
     compute = torch_dtype(manifest.compute)
-    path = bundle.weights("step")
-    assert path is not None, "a model has weights"
     with faults("loading the weights"):
-        model = _model(spec, path, device, compute)
+        model = _model(spec, _file_of(bundle, "step"), device, compute)
         if compiled:
             compile_blocks(model)
         decodes_in = torch.float32 if device.type == "cpu" else compute
-        stored = bundle.weights("decode")
-        decoder = None if stored is None else _decoder(spec, stored, device, decodes_in)
-        wait_for(device)  # passes run in other queues than the one that the weights came through
-    return Loaded(model, decoder, device, compute, decodes_in)
+        decoder = None
+        if spec.decoder.kind != "pixels":
+            path = _file_of(bundle, "decode")
+            decoder = _decoder(spec, path, device, decodes_in)
+            _check_carried(bundle, decoder, path)
+    # What was copied and turned is in a queue that those of lanes do not wait for.
+    wait_for(device)
+    return Loaded(model, decoder, device, compute, decodes_in, threads)
+
+
+def _file_of(bundle: Bundle, graph: str) -> Path:
+    path = bundle.weights(graph)
+    if path is None:
+        raise InputError(
+            f"has no weights of {graph}",
+            where=str(bundle.path),
+            hint="Export it again, or do not trust it (docs/security.md).",
+        )
+    return path
+
+
+def _check_carried(bundle: Bundle, decoder: StreamingDecoder, path: Path) -> None:
+    """Raise InputError unless a decoder carries from call to call what the manifest says."""
+    geometry = bundle.plan.geometry
+    made = decoder.state_shapes(geometry.latent_height, geometry.latent_width)
+    found = {name: record.shape for name, record in bundle.manifest.graphs["decode"].carried.items()}
+    if wrong := sorted(name for name in made | found if made.get(name) != found.get(name)):
+        raise InputError(
+            f"carries {wrong[0]} of the shape {made.get(wrong[0])} from call to call",
+            where=str(path),
+            expected=f"{found.get(wrong[0])}, as the manifest says",
+            hint="Export the bundle again with this version of forcingkv.",
+        )
 
 
 def compile_blocks(model: WanModel) -> None:
@@ -130,8 +159,15 @@ class _Stored:
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
         # Pages of the file are read as they are needed; a GPU gets each tensor for itself.
-        self._file: Any = safe_open(path, "pt", device=str(device) if device.type != "mps" else "cpu")
+        try:
+            self._file: Any = safe_open(path, "pt", device=str(device) if device.type != "mps" else "cpu")
+        except SafetensorError as error:
+            raise self._unreadable(error) from error
         self._device = device
+
+    def _unreadable(self, error: Exception) -> InputError:
+        text = f"cannot be read as tensors ({' '.join(str(error).split())})"
+        return InputError(text, where=str(self._path), hint="Export the bundle again.")
 
     def check(self, wanted: Mapping[str, tuple[int, ...]], model: str) -> None:
         """Raise InputError unless it holds exactly tensors of those shapes, in floats."""
@@ -145,18 +181,23 @@ class _Stored:
                 hint="For --backend torch export the model with another --dtype.",
             )
         found = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
-        wrong = sorted(name for name in names | set(wanted) if found.get(name) != tuple(wanted.get(name, ())))
+        wrong = sorted(name for name in names | set(wanted) if found.get(name) != wanted.get(name))
         if wrong:
+            name = wrong[0]
+            shape = f"has {name} of the shape {found[name]}" if name in found else f"has no {name}"
             raise InputError(
-                f"is not the weights of {model}: {wrong[0]} has the shape {found.get(wrong[0])}",
+                f"is not the weights of {model}: it {shape}",
                 where=str(self._path),
-                expected=str(wanted.get(wrong[0])),
+                expected=f"the shape {wanted[name]}" if name in wanted else "no tensor of that name",
                 hint="Export the bundle again with this version of forcingkv.",
             )
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored, on the device."""
-        tensor: Tensor = self._file.get_tensor(name)
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:  # a dtype that torch has not
+            raise self._unreadable(error) from error
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             expected = "float32, bfloat16 or float16"
             raise InputError(f"holds {name} in {tensor.dtype}", where=str(self._path), expected=expected)

@@ -106,6 +106,8 @@ def as_array(tensor: torch.Tensor) -> Array:
 
 def _as_tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
     """An array as a tensor on the same memory; bfloat16 from its bits."""
+    if not array.flags.writeable:  # torch would warn
+        array = array.copy()
     if dtype == torch.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     tensor: torch.Tensor = torch.from_numpy(array)

@@ -226,6 +226,19 @@ class CachePlan:
         """Bytes of a session's buffers for cached keys and values, by role."""
         return self._bytes_by_role(lambda group, role: role.buffers * role.steady_tokens(self, group), dtype)
 
+    def joined_bytes_by_role(self, compute: Dtype) -> dict[str, int]:
+        """Bytes of a session's memory for keys and values on torch, by role; the chunk's own is `current`.
+
+        As attention reads them in the last phase, and what is cached apart from that (`Role.apart`).
+        """
+        total = self.kv_bytes_by_role(compute)
+        for group, layers in self.kinds:
+            for role in group.roles:
+                if role.apart(compute):
+                    count = layers * group.heads * role.steady_tokens(self, group)
+                    total[role.name] += count * self._token_bytes(compute)
+        return total
+
     def _bytes_by_role(self, tokens: Callable[[HeadGroup, Role], int], compute: Dtype) -> dict[str, int]:
         total = dict.fromkeys(Role.KINDS, 0)
         for group, layers in self.kinds:

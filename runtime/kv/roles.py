@@ -70,6 +70,8 @@ class Role(Tagged, ABC):
     """Whether the step graph has an input that says which tokens of the chunk it takes (see `rows`)."""
     chooses: ClassVar[bool] = False
     """Whether it keeps what a `Choice` says."""
+    read_as_cached: ClassVar[bool] = True
+    """False: its torch half has a `read` of its own, which makes what is attended to of what is cached."""
 
     @abstractmethod
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
@@ -102,6 +104,10 @@ class Role(Tagged, ABC):
     def dtype(self, compute: Dtype) -> Dtype:
         """What its keys and values are cached in, in graphs that compute in `compute`."""
         return compute
+
+    def apart(self, compute: Dtype) -> bool:
+        """Whether it is cached as something else than what is attended to."""
+        return not self.read_as_cached or self.dtype(compute) != compute
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         """The role in a layer of a model, beside the others of its group; None where it holds nothing."""

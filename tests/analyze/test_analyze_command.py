@@ -166,6 +166,8 @@ def test_options_of_the_recording_reach_it(place: Path, run: Run, tmp_path: Path
         (["--rule", "quota", "--undecided", "dynamic"], "the rule quota fixes how many heads are static"),
         (["--undecided", "both"], "--undecided is 'both'; expected kept or dynamic"),
         (["--device", "tpu"], "there is no device 'tpu'"),
+        (["--device", "mps:1"], "there is no device 'mps:1'"),
+        (["--device", "xpu"], "finds no device xpu here"),
         (["--dtype", "float16"], "there is no dtype 'float16'"),
         (["--policy", "forcing-kv"], "the policy forcing-kv needs a head map"),
         (["--sink-frames", 9], "leaves no history"),
@@ -189,7 +191,7 @@ def test_a_gpu_that_is_not_there_is_said(place: Path, run: Run, tmp_path: Path) 
         pytest.skip("there is a GPU")
     ran = run(*heads(place, tmp_path / "out", 1), "--device", "cuda")
     assert ran.code == 2
-    assert "torch finds no GPU" in ran.err
+    assert "finds no device cuda here; expected a GPU of NVIDIA or AMD" in " ".join(ran.err.split())
 
 
 @pytest.mark.parametrize("words", [["heads"], ["report"], ["compare"]])

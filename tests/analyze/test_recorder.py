@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from forcingkv.analyze.recorder import Recorder, record_sample
 from forcingkv.analyze.recording import COLUMNS
@@ -196,6 +199,46 @@ def test_a_gpu_records_what_a_cpu_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         on_gpu["mass"].explode().to_numpy(), on_cpu["mass"].explode().to_numpy(), atol=1e-3
     )
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Refuses float64 on the meta device, as a GPU of Apple does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                assert tensor.dtype != torch.float64, f"{func} made float64"
+        return made
+
+
+def test_statistics_come_to_the_host_from_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for one; what is copied from there has no contents, so it is zeros here."""
+    copied: list[torch.Size] = []
+
+    def on_the_host(statistics: Tensor) -> Tensor:
+        copied.append(statistics.shape)
+        return torch.zeros(statistics.shape, dtype=statistics.dtype) if statistics.is_meta else statistics
+
+    monkeypatch.setattr("forcingkv.analyze.recorder._on_the_host", on_the_host)
+    monkeypatch.setattr("forcingkv.analyze.recorder.EXACT", ("cpu", "cuda"))
+    _, plan, _ = prepared("full")
+    with torch.device("meta"):
+        model = WanModel(SPEC).eval()
+    recorder = Recorder(plan, 0, rows=12)
+    with WithoutFloat64():
+        list(generate(model, plan, TEXT.to("meta"), seeded_noise(plan, 0), 2, recorder.watch))
+    assert copied
+    frame = recorder.frame()
+    assert len(frame) == 2 * len(SPEC.schedule.timesteps) * SPEC.layers * SPEC.heads * SPEC.frames_per_chunk
+    assert frame["entropy"].to_list() == [0.0] * len(frame)
+
+
+def test_statistics_of_a_device_without_float64_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan, orders = prepared("full")
+    rows = record_sample(model, plan, TEXT, 3, 0, 2, orders=orders)
+    monkeypatch.setattr("forcingkv.analyze.recorder.EXACT", ())
+    assert rows.equals(record_sample(model, plan, TEXT, 3, 0, 2, orders=orders))
 
 
 @pytest.mark.parametrize("policy", ["full", "window"])

@@ -154,11 +154,11 @@ def test_a_gpu_s_memory_counts_for_what_lies_there(monkeypatch: pytest.MonkeyPat
     from forcingkv.analyze import space
 
     plan = plan_of("self-forcing", "480p")
-    monkeypatch.setattr(space.torch.cuda, "mem_get_info", lambda: (8 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(space.torch.cuda, "mem_get_info", lambda device: (8 * 10**9, 80 * 10**9))
     with pytest.raises(InputError, match=r"on the GPU needs about .* and 8\.0 GB are available") as raised:
         space.check_memory_to_record(plan, "float32", 7, "cuda")
     assert "program" not in str(raised.value)
-    monkeypatch.setattr(space.torch.cuda, "mem_get_info", lambda: (80 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(space.torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 80 * 10**9))
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     space.check_memory_to_record(plan, "float32", 7, "cuda")
 

@@ -16,6 +16,7 @@ import pytest
 
 from forcingkv.analyze import Job, analyze_heads, record_samples
 from forcingkv.analyze.storage import Storage
+from forcingkv.analyze.workers import check_device
 from forcingkv.headmaps import InputError, MissingExtraError
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.runtime.text import encode_words
@@ -150,3 +151,11 @@ def test_ray_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
     with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[ray\]'"):
         record_samples(JOB, tmp_path, samples=1, cluster="local")
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps", "xpu:2"])
+def test_a_device_that_workers_do_not_have_is_refused(device: str) -> None:
+    with pytest.raises(InputError, match=f"--device is {device}, and workers take what Ray gives them"):
+        check_device(device)
+    for known in ("cpu", "cuda", "cuda:0", "xpu"):
+        check_device(known)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.export import VerificationError, export_bundle
-from forcingkv.export import bundle_writer as writer
+from forcingkv.export import bundle_parts as writer
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.models.checkpoint import build_model, load_weights, random_weights
 from forcingkv.models.generate import generate, seeded_noise

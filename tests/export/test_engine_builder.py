@@ -23,6 +23,8 @@ from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import mixed_map, small_spec
 
+RTX = EngineTarget(FLAVOURS["tensorrt-rtx"], (89,))
+
 
 @pytest.mark.parametrize(
     ("name", "sms", "words"),
@@ -98,12 +100,12 @@ def test_what_the_plugin_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch
 
     wide = plan("forcing-kv", head_dim=264)
     with pytest.raises(InputError, match="has heads of width 264; expected at most 256"):
-        check_plugin(wide)
-    check_plugin(plan("window", head_dim=264))
+        check_plugin(wide, RTX)
+    check_plugin(plan("window", head_dim=264), RTX)
     many = replace(wide, spec=replace(wide.spec, frames_per_chunk=11, attended_frames=22))
     with pytest.raises(InputError, match="has 66 segments to choose"):
-        check_plugin(many)
+        check_plugin(many, RTX)
     monkeypatch.setattr(engine_builder, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'forcingkv\[engines\]'"):
-        check_plugin(plan("forcing-kv"))
-    check_plugin(plan("full"))
+        check_plugin(plan("forcing-kv"), RTX)
+    check_plugin(plan("full"), RTX)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from forcingkv.commands.console import default_prompts
 from forcingkv.commands.export import texts_for
-from forcingkv.export import VerificationError, bundle_writer, export_bundle, fp8
+from forcingkv.export import VerificationError, bundle_parts, export_bundle, fp8
 from forcingkv.export.bake import baked_bytes, baked_model
 from forcingkv.export.fp8 import CalibrationTexts, calibration_plan, input_scale, rounded_inputs
 from forcingkv.export.onnx_writer import write_onnx
@@ -124,7 +124,7 @@ def test_a_bundle_is_verified_and_says_what_it_was_calibrated_with(exported: Pat
     manifest = Bundle.open(exported).manifest
     assert set(manifest.verification) == {"prompt", "step", "step.fp8", "decode"}
     share = manifest.verification["step.fp8"]
-    assert share <= bundle_writer.ROUNDED_TOLERANCE
+    assert share <= bundle_parts.ROUNDED_TOLERANCE
     assert max(v for name, v in manifest.verification.items() if name != "step.fp8") <= 1e-5
     assert (manifest.compute, manifest.linear, manifest.multiplies_in) == ("float32", "fp8", "fp8")
     record = manifest.calibration
@@ -155,7 +155,7 @@ def test_a_graph_that_rounds_otherwise_is_not_written(
     def write(*args: Any, input_scales: Mapping[str, float], **options: Any) -> onnx.ModelProto:
         return write_onnx(*args, input_scales={n: s / 100 for n, s in input_scales.items()}, **options)
 
-    monkeypatch.setattr(bundle_writer, "write_onnx", write)
+    monkeypatch.setattr(bundle_parts, "write_onnx", write)
     with pytest.raises(VerificationError, match=r"graph step\.fp8 differs from torch by .* at most 2e\+00"):
         export_bundle(
             spec,

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from forcingkv.export import bundle_writer, export_bundle, int8
+from forcingkv.export import bundle_parts, export_bundle, int8
 from forcingkv.export.bake import baked_bytes, baked_model
 from forcingkv.export.codes import INT8, dequantize
 from forcingkv.export.fp8 import CalibrationTexts
@@ -215,7 +215,7 @@ def test_a_bundle_holds_codes_and_is_verified(run: Callable[..., Ran]) -> None:
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     assert set(manifest.verification) == {"prompt", "step", "step.int8", "decode"}
-    assert manifest.verification["step.int8"] <= bundle_writer.ROUNDED_TOLERANCE
+    assert manifest.verification["step.int8"] <= bundle_parts.ROUNDED_TOLERANCE
     assert max(v for name, v in manifest.verification.items() if name != "step.int8") <= 1e-5
     assert (manifest.compute, manifest.calibration, manifest.linear) == ("float32", None, "int8")
     assert manifest.multiplies_in == "int8"
@@ -280,7 +280,7 @@ def test_a_graph_that_rounds_otherwise_is_found_out(tmp_path: Path) -> None:
         step_graph(model, bundle.plan), path, bundle.plan, without_rounding, rounded
     )
     assert found[0] <= 1e-5, "without the rounding it is the same graph"
-    assert found[1] > bundle_writer.ROUNDED_TOLERANCE
+    assert found[1] > bundle_parts.ROUNDED_TOLERANCE
 
 
 OTHERS = [("int8", "int8"), ("uint8", "uint8"), ("int8", "uint8"), ("uint8", "int32")]

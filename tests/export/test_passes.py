@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from forcingkv.export.passes import scale_attention, use_transposed
 from forcingkv.export.tensorrt_passes import (
     align_parameters,
+    allow_decomposition,
     fold_modulation,
     narrow_indices,
     pair_lone_heads,
@@ -124,6 +125,19 @@ def test_a_normalisation_of_which_more_is_used_is_left() -> None:
     }""")
     fold_modulation(model.graph)
     assert operators(model) == {"LayerNormalization": 1, "Mul": 1, "Add": 1}
+
+
+def test_attention_for_tensorrt_may_be_decomposed() -> None:
+    model = graph_of("""g (float[1, 2, 5, 8] q, float[1, 2, 9, 8] k) => (float[1, 2, 5, 8] y) {
+        x = Attention <scale = 0.5> (q, k, k)
+        y = Attention(x, k, k)
+    }""")
+    allow_decomposition(model.graph)
+    nodes = ir.to_proto(model).graph.node
+    assert [{a.name: a.i or a.f for a in node.attribute} for node in nodes] == [
+        {"scale": 0.5, "TRT_decomposable": 1},
+        {"TRT_decomposable": 1},
+    ]
 
 
 @pytest.mark.parametrize("kind", [1, 10])

@@ -130,6 +130,52 @@ def test_a_bundle_beside_its_copy_differs_in_nothing(
     assert found["twin"]["motion"]["difference"]["mean"] == 0
 
 
+def test_torch_measures_what_onnx_runtime_does(bundles: Path, run: Callable[..., Ran]) -> None:
+    given = words(bundles, "--samples", 2, "--chunks", 2, "--json")
+    found = {}
+    for name, options in {"onnxruntime": [], "torch": ["--device", "cpu"]}.items():
+        ran = run(*given, *options)
+        assert ran.code == 0, ran.err
+        assert "not policies alone" not in ran.err
+        found[name] = {row["policy"]: row["metrics"] for row in json.loads(ran.out)["policies"]}
+    for policy in ("full", "window"):
+        ours, theirs = (found[name][policy]["motion"]["mean"] for name in ("torch", "onnxruntime"))
+        assert ours == pytest.approx(theirs, rel=0.05)
+
+
+def test_what_is_not_a_matter_of_policies_is_said(
+    bundles: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    """One bundle for torch alone, and one with graphs."""
+    weights = random_model(small_spec(width=24, height=16, layers=1)).state_dict()
+    spec = small_spec(width=24, height=16, layers=1)
+    made = shared_bundle(spec, weights, load_policy("full"), target="torch")
+    given = ["evaluate", "--bundle", made, "--bundle", bundles / "window", "--chunks", 2, "--samples", 2]
+    ran = run(*given, "--prompts", bundles / "prompts.txt", "--threads", 1)
+    assert ran.code == 0, ran.err
+    assert "note: not policies alone are compared" in ran.err
+    assert "full on the CPU, 1 thread, in float32 (torch); window on the CPU, 1 thread" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "xpu"], "finds no device xpu here"),
+        (
+            ["--backend", "torch", "--provider", "cpu"],
+            "--provider is nothing that the backend torch has a use for",
+        ),
+        (["--backend", "mine"], "there is no backend 'mine'"),
+    ],
+)
+def test_what_no_session_can_run_on_is_refused(
+    options: list[str], message: str, bundles: Path, run: Callable[..., Ran]
+) -> None:
+    ran = run(*words(bundles, *options))
+    assert ran.code == 2
+    assert message in " ".join(ran.err.split())
+
+
 def test_wrong_bundles_and_prompts(bundles: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
     (tmp_path / "one.txt").write_text("a b\na b\n")
     full = ["--bundle", bundles / "full"]
@@ -218,6 +264,7 @@ def test_wrong_video_files(tmp_path: Path, run: Callable[..., Ran]) -> None:
             ["--video", whole, "--chunk-frames", 13],
             "frames a chunk are 9 in the first chunk and 13 in later",
         ),
+        (["--video", whole, "--device", "cpu"], "and --compile go with --bundle, not --video"),
         (["--video", whole, "--top", 21], "has 20 pairs of frames, and the 21 with most motion"),
     ]:
         ran = run("evaluate", *given)

@@ -6,7 +6,7 @@ In a process of its own: whether kernels are interpreted or compiled is settled 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from forcingkv.runtime.kv.segments import Split
 
 Bits = npt.NDArray[Any]
 
+GUARD, GUARDED = 1 << 12, -7.0
+"""Numbers on each side of a tensor that no kernel may read, and what they are."""
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -86,6 +88,15 @@ def select_uneven(pool: Executor, cosines: Tensor, split: Split, kept: int) -> l
     return list(pool.submit(_select, cosines.numpy(), numbers, candidates, kept, {}).result())
 
 
+def collect(pool: Executor, tensors: Sequence[Tensor], indices: list[int], sizes: Sizes) -> list[Tensor]:
+    """Retained keys and values, in float32, of segments with those indices, whatever they are.
+
+    `tensors`: transition keys and values, new keys and values. Each lies between others, full of `GUARDED`.
+    """
+    arrays = [tensor.numpy() for tensor in tensors]
+    return [torch.from_numpy(kept) for kept in pool.submit(_collect, arrays, indices, sizes).result()]
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The tensor as integers: what is equal in these is equal to the bit."""
     return tensor.view(INTEGERS[tensor.element_size()])
@@ -101,7 +112,7 @@ def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
     transition_keys, transition_values, new_keys, new_values = (
         torch.from_numpy(array).view(dtype) for array in tensors
     )
-    batch, heads, new_tokens, width = new_keys.shape
+    _, heads, new_tokens, width = new_keys.shape
     transition_tokens = transition_keys.shape[2]
     candidate_tokens = transition_tokens + new_tokens - sizes.frame_tokens
     cosines = torch.full((candidate_tokens,), torch.nan)
@@ -119,26 +130,43 @@ def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:
     constants = {"CANDIDATES": sizes.candidates, "BLOCK": sizes.select_block}
     candidates = candidate_tokens // sizes.frame_tokens * sizes.segments
     indices = torch.from_numpy(_select(cosines.numpy(), sizes.numbers, candidates, sizes.kept, constants))
+    tensors_of = transition_keys, transition_values, new_keys, new_values
+    retained = _copied(tensors_of, indices, sizes)
+    return [cosines.numpy(), indices.numpy(), *(bits(kept).numpy() for kept in retained)]
+
+
+def _copied(tensors: Sequence[Tensor], indices: Tensor, sizes: Sizes) -> list[Tensor]:
+    """Retained keys and values of the segments with those indices."""
+    from forcingkv.prune import triton_kernels
+
+    batch, heads, new_tokens, width = tensors[2].shape
     shape = (batch, heads, sizes.kept * sizes.segment_tokens, width)
-    retained = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
+    retained = [torch.zeros(shape, dtype=tensors[2].dtype) for _ in range(2)]
     grid = compact_grid(batch, heads, sizes.segment_tokens, sizes.kept, sizes.compact_block)
     even = sizes.split.is_even
     compact = triton_kernels.compact_segments if even else triton_kernels.compact_uneven_segments
     compact[grid](
-        transition_keys,
-        transition_values,
-        new_keys,
-        new_values,
+        *tensors,
         indices,
         *retained,
-        transition_tokens,
+        tensors[0].shape[2],
         new_tokens,
         *sizes.numbers,
         sizes.kept,
         WIDTH=width,
         BLOCK=sizes.compact_block,
     )
-    return [cosines.numpy(), indices.numpy(), *(bits(kept).numpy() for kept in retained)]
+    return retained
+
+
+def _collect(tensors: list[Bits], indices: list[int], sizes: Sizes) -> list[Bits]:
+    guarded = []
+    for array in tensors:
+        flat = torch.full((array.size + 2 * GUARD,), GUARDED, dtype=torch.float32)
+        inner = flat[GUARD : GUARD + array.size].view(array.shape)
+        inner.copy_(torch.from_numpy(array))
+        guarded.append(inner)
+    return [kept.numpy() for kept in _copied(guarded, torch.tensor(indices), sizes)]
 
 
 def _select(

@@ -14,8 +14,8 @@ import pytest
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import from_data
 from forcingkv.prune import kernel_compiler
-from forcingkv.prune.kernel_compiler import SMS, compile_kernels
-from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS
+from forcingkv.prune.kernel_compiler import compile_kernels
+from forcingkv.prune.launcher import KERNELS, SMS, UNEVEN_KERNELS
 from forcingkv.runtime.engines import KernelRecord
 
 ROOT = Path(__file__).parents[2]

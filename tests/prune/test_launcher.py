@@ -17,6 +17,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import from_data
 from forcingkv.models.wan import KeysValues
 from forcingkv.prune.launcher import (
+    KEPT_STREAMS,
     KERNELS,
     MAX_CANDIDATES,
     SELECT_GRID,
@@ -129,6 +130,42 @@ def test_no_transition_frame_is_a_null_pointer(tmp_path: Path, launched: list[tu
         launch_of("select_segments", (1, 1, 1), P[2], P[3], 260, 12, 6),
         launch_of("compact_segments", (54, 14, 2), 0, 0, *P[2:], 0, 4680, 260, 6),
     ]
+
+
+@pytest.mark.parametrize("given", [8, 1, 0xDEAD_BEEF])
+def test_what_stands_for_an_empty_tensor_is_no_address(
+    tmp_path: Path, launched: list[tuple[Any, ...]], given: int
+) -> None:
+    """TensorRT gives null for some layers, and for others what no kernel could read from."""
+    launcher = KernelLauncher(tmp_path, write_bundle(tmp_path), 90)
+    sizes = replace(SIZES, transition_tokens=0)
+    launcher.score(given, *P[1:4], sizes, 9)
+    launcher.collect([given, given, *P[2:]], sizes, 9)
+    assert [arguments[:2] for *_, arguments in launched] == [(0, P[1]), (P[2], P[3]), (0, 0)]
+    with pytest.raises(ValueError, match="not all pointers are multiples of 16"):
+        launcher.collect([given, given, *P[2:]], SIZES, 9)
+
+
+def test_streams_and_configurations_are_made_once_and_forgotten_in_time(
+    tmp_path: Path, launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuda-core makes a class for each handle it is given."""
+    cuda, made = sys.modules["cuda.core"], []
+    stream = SimpleNamespace(from_handle=lambda handle: made.append(handle) or f"stream {handle}")
+    monkeypatch.setattr(cuda, "Stream", stream)
+    monkeypatch.setattr(cuda, "LaunchConfig", lambda **given: made.append(given["grid"]) or given)
+    launcher = KernelLauncher(tmp_path, write_bundle(tmp_path), 90)
+    for _ in range(3):
+        launcher.collect(P, SIZES, 9)
+        launcher.collect(P, replace(SIZES, heads=5), 7)
+    assert made == [9, (54, 7, 2), 7, (54, 5, 2)]
+    assert [call[:2] for call in launched[:2]] == [call[:2] for call in launched[4:]]
+    assert launched[0][0] == "stream 9"
+    made.clear()
+    for handle in range(100, 100 + KEPT_STREAMS):
+        launcher.collect(P, SIZES, handle)
+    launcher.collect(P, SIZES, 9)
+    assert made[-1] == 9, "it was forgotten for newer ones"
 
 
 def test_collecting_launches_one(tmp_path: Path, launched: list[tuple[Any, ...]]) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.prune import kernel_compiler, onnx_operators, quick_plugin
-from forcingkv.prune.launcher import KernelLauncher, LaunchSizes
+from forcingkv.prune.launcher import SMS, KernelLauncher, LaunchSizes
 from forcingkv.prune.quick_plugin import QUICK_PLUGINS, QuickPlugin, kernel_text, register_quick_plugins
 from forcingkv.prune.reference import prune_score
 from forcingkv.runtime import flavour
@@ -116,7 +116,7 @@ ORDER: dict[KernelName, list[int]] = {
 
 
 @pytest.mark.parametrize("plugin", QUICK_PLUGINS, ids=lambda plugin: plugin.name)
-@pytest.mark.parametrize("sm", kernel_compiler.SMS)
+@pytest.mark.parametrize("sm", SMS)
 def test_kernels_take_inputs_sizes_outputs_and_nothing_else(plugin: QuickPlugin, sm: int) -> None:
     ptx, made = kernel_text(plugin.kernel, len(plugin.outputs), "bfloat16", WIDTH, sm)
     entry = re.search(rf"\.entry {made.name}\(\n(.*?)\n\)", ptx, re.DOTALL)

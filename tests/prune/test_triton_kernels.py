@@ -21,7 +21,7 @@ from forcingkv.prune.launcher import COMPACT_BLOCK, COSINE_BLOCK, MAX_CANDIDATES
 from forcingkv.prune.onnx_operators import DOMAIN, OPSET, PLUGIN_NAMESPACE, functions_for
 from forcingkv.prune.reference import prune_score
 from forcingkv.runtime.kv.segments import Split
-from tests.prune.interpreter import INTEGERS, Sizes, bits, interpreter, prune, select, select_uneven
+from tests.prune.interpreter import INTEGERS, Sizes, bits, collect, interpreter, prune, select, select_uneven
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -255,3 +255,26 @@ def test_as_many_candidates_as_there_may_be(pool: Executor) -> None:
     similarity = torch.randint(-3, 4, (MAX_CANDIDATES,), generator=generator) / 4
     expected = sorted(similarity.sort(stable=True).indices[:20].tolist())
     assert select(pool, similarity.repeat_interleave(SELECT_BLOCK + 1), SELECT_BLOCK + 1, 20) == expected
+
+
+@pytest.mark.parametrize("transition", [0, 1])
+@pytest.mark.parametrize("frame", [12, 13])
+def test_garbage_indices_read_some_segment_and_nothing_else(
+    pool: Executor, frame: int, transition: int
+) -> None:
+    """TensorRT's builder may run a layer on indices of its own making: nothing outside may be read.
+
+    13 tokens in 6 segments are uneven. Products of the largest indices with a segment's tokens leave 64 bits.
+    """
+    garbage = [-1, 10**6, -(2**63), 2**63 - 1, 2**62 + 1, -(2**62) - 5, 7, 2**61 + 3]
+    sizes = Sizes(frame, 6, len(garbage), COSINE_BLOCK, SELECT_BLOCK, COMPACT_BLOCK, MAX_CANDIDATES)
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.rand(1, 2, (transition + 3) * frame, 8, generator=generator)
+    pairs = torch.stack([keys, keys + 1]).split([transition * frame, 3 * frame], 3)
+    tensors = [tensor.contiguous() for pair in pairs for tensor in pair]
+    retained = collect(pool, tensors, garbage, sizes)
+    every = runs(sizes, keys.shape[2])
+    bounded = [every[min(max(index, 0), len(every) - 1)][: sizes.segment_tokens] for index in garbage]
+    rows = [token for run in bounded for token in run]
+    assert torch.equal(retained[0], keys[:, :, rows])
+    assert torch.equal(retained[1], keys[:, :, rows] + 1)

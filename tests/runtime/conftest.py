@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from forcingkv.runtime.spec import Decoder
 from tests.conftest import headmap_of, random_model, small_spec
 from tests.exported import shared_bundle
 from tests.runtime.groups import Groups
+from tests.runtime.lanes import BACKENDS, On
 
 TAEHV = {"latent_channels": 4, "width": 48, "height": 32, "decoder": Decoder("taehv", 8, 4)}
 """A decoder that carries caches from call to call."""
@@ -24,7 +25,7 @@ UNVERIFIED = ("taehv", "large")
 
 
 @cache
-def small_bundle(name: str) -> Path:
+def small_bundle(name: str, target: str = "onnx") -> Path:
     """The bundle named after its policy; `taehv` and `large` are what is said above."""
     changes = {"taehv": TAEHV, "large": LARGE}.get(name, {})
     policy = load_policy({"taehv": "forcing-kv", "large": "window"}.get(name, name))
@@ -41,15 +42,31 @@ def small_bundle(name: str) -> Path:
         decoder = small_taehv()
     weights = random_model(spec).state_dict()
     headmap = headmap if policy.needs_headmap else None
-    return shared_bundle(
-        spec, weights, policy, verify=name not in UNVERIFIED, decoder=decoder, headmap=headmap
-    )
+    options = {"target": target} if target != "onnx" else {"verify": name not in UNVERIFIED}
+    return shared_bundle(spec, weights, policy, decoder=decoder, headmap=headmap, **options)
 
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Groups:
     """Control groups of a test's own, in place of this machine's."""
     return Groups(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session", params=BACKENDS, ids=lambda on: str(on.name))
+def on(request: pytest.FixtureRequest) -> On:
+    """A backend: each that runs on any machine, in turn."""
+    backend: On = request.param
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def _torch_keeps_its_threads() -> Iterator[None]:
+    """The number is the process's, and sessions on torch set it."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

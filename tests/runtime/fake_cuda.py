@@ -12,12 +12,20 @@ from bisect import bisect_right, insort
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 
-from tests.runtime.fake_streams import EventOptions, FakeCudaError, FakeStream, Misuse, Owned
+from tests.runtime.fake_streams import (
+    EventOptions,
+    FakeCudaError,
+    FakeEvent,
+    FakeStream,
+    Misuse,
+    Owned,
+    StreamOptions,
+)
 
 __all__ = ["FakeCuda"]
 
@@ -28,7 +36,7 @@ FRESH, FREED = 0xA5, 0xDD
 
 
 class FakeCuda:
-    """Stands in for the module `cuda.core`.
+    """Stands in for the module `cuda.core`, and `driver` for `cuda.bindings.driver`. There are two GPUs.
 
     Attributes:
         calls: the name of every call so far, TensorRT's included.
@@ -38,9 +46,12 @@ class FakeCuda:
         dropped: how many of each kind nobody closed, so that Python gave them back.
         trace: what was put into streams, in the order of the calls.
         room: bytes of device memory that are left.
+        current: thread -> the number of the GPU that is its current one.
+        lost: what every call of the first GPU answers once a kernel failed, or None.
     """
 
-    EventOptions = EventOptions
+    __version__ = "1.2.2"
+    Event, EventOptions, StreamOptions = FakeEvent, EventOptions, StreamOptions
 
     def __init__(self, *, late: bool = True, room: int = 1 << 30) -> None:
         self.late, self.room = late, room
@@ -53,10 +64,15 @@ class FakeCuda:
         self.streams: WeakValueDictionary[int, FakeStream] = WeakValueDictionary()
         self.clock = 0
         self.memory: dict[int, npt.NDArray[np.uint8]] = {}
+        self.allocated: dict[int, tuple[str, int]] = {}
         self._starts: list[int] = []
         self._promised: set[int] = set()
-        self._threads: set[int] = set()
-        self.Device = lambda number=None: FakeDevice(self, number)
+        self.current: dict[int, int] = {}
+        self.lost: Exception | None = None
+        self.driver = FakeDriver(self)
+        self.Stream = SimpleNamespace(from_handle=lambda handle: self.streams[handle])
+        self.events: WeakSet[FakeEvent] = WeakSet()
+        self.Device = lambda number: FakeDevice(self, number)
         self.DeviceMemoryResource = lambda device, options: FakePool(self, options)
         self.DeviceMemoryResourceOptions = SimpleNamespace
         self.LegacyPinnedMemoryResource = lambda: FakePinned(self)
@@ -64,19 +80,32 @@ class FakeCuda:
         self.utils = SimpleNamespace(StridedMemoryView=SimpleNamespace(from_buffer=self._view_of))
 
     @property
+    def sizes(self) -> list[tuple[str, int]]:
+        """Kind and bytes of all memory that is there."""
+        return list(self.allocated.values())
+
+    @property
     def left(self) -> dict[str, int]:
         """What was made and not given back."""
         return {kind: count for kind, count in self.live.items() if count}
 
-    def called(self, name: str) -> None:
-        """Every call comes through here."""
-        if name == "Device.set_current":
-            self._threads.add(threading.get_ident())
-        if threading.get_ident() not in self._threads:
+    def called(self, name: str, device: int | None = None) -> None:
+        """Every call comes through here; `device` is the number of the GPU that it is for."""
+        here = self.here
+        if here is None:
             raise Misuse(f"{name} in a thread where no device is current")
+        if device not in (None, here):
+            raise Misuse(f"{name} of the GPU {device}, and the GPU {here} is the current one")
         self.calls.append(name)
+        if self.lost is not None and here == 0:
+            raise FakeCudaError(*self.lost.args)  # each call has an error of its own
         if self.fail_at == len(self.calls) - 1:
             raise self.failure
+
+    @property
+    def here(self) -> int | None:
+        """This thread's current GPU."""
+        return self.current.get(threading.get_ident())
 
     def bytes_at(self, address: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """The memory there. Raises Misuse unless all of it is one live allocation's."""
@@ -110,8 +139,6 @@ class FakeCuda:
         """Give memory back."""
         if address not in self.memory:
             raise Misuse(f"{address:#x} is given back, and is not there")
-        if self.fail_at is None and any(stream.busy for stream in self.streams.values()):
-            raise Misuse("memory is given back while there is work to do")
         self.memory.pop(address).fill(FREED)
         self._starts.remove(address)
 
@@ -129,21 +156,45 @@ class FakeCuda:
         return FakeView(buffer, shape, dtype)
 
 
+class FakeDriver:
+    """What is used of cuda.bindings.driver. The context of a GPU is its number and 1000."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
+    def cuCtxGetCurrent(self) -> tuple[int, int | None]:  # noqa: N802
+        return 0, None if self._cuda.here is None else self._cuda.here + 1000
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[int]:  # noqa: N802
+        self._cuda.current[threading.get_ident()] = context - 1000
+        return (0,)
+
+    def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[int]:  # noqa: N802
+        assert flags == 0
+        found = next((known for known in self._cuda.events if known.handle == event), None)
+        if found is None:
+            return (400,)
+        self._cuda.streams[stream].wait(found)
+        return (0,)
+
+
 class FakeDevice:
-    """The one GPU."""
+    """One of two GPUs."""
 
     compute_capability = (8, 9)
 
-    def __init__(self, cuda: FakeCuda, number: int | None) -> None:
-        assert number in (None, 0)
-        self._cuda = cuda
+    def __init__(self, cuda: FakeCuda, number: int) -> None:
+        if number not in (0, 1):
+            raise ValueError(f"device_id must be within [0, 2), got {number}")
+        self._cuda, self.device_id = cuda, number
 
     def set_current(self) -> None:
+        self._cuda.current[threading.get_ident()] = self.device_id
         self._cuda.called("Device.set_current")
 
-    def create_stream(self) -> FakeStream:
-        self._cuda.called("Device.create_stream")
-        return FakeStream(self._cuda)
+    def create_stream(self, *, options: StreamOptions | None = None) -> FakeStream:
+        self._cuda.called("Device.create_stream", self.device_id)
+        return FakeStream(self._cuda, options)
 
 
 class FakePool(Owned):
@@ -155,7 +206,7 @@ class FakePool(Owned):
         super().__init__(cuda, "pool")
 
     def allocate(self, size: int, *, stream: FakeStream) -> FakeBuffer:
-        self.cuda.called("DeviceMemoryResource.allocate")
+        self.cuda.called("DeviceMemoryResource.allocate", self.device)
         stream.idle("allocate")
         if size > self.cuda.room:
             raise FakeCudaError("CUDA_ERROR_OUT_OF_MEMORY: The API call failed because it was unable to")
@@ -184,9 +235,11 @@ class FakeBuffer(Owned):
     ) -> None:
         super().__init__(cuda, kind or "view")
         self.handle, self.size, self.owner = address, size, owner
+        if kind:
+            cuda.allocated[address] = kind, size
 
     def copy_from(self, src: FakeBuffer, *, stream: FakeStream) -> None:
-        self.cuda.called("Buffer.copy_from")
+        self.cuda.called("Buffer.copy_from", stream.device)
         if src.size != self.size:
             raise ValueError("buffer sizes mismatch between src and dst")
         target, source, size, cuda = self.handle, src.handle, self.size, self.cuda
@@ -194,7 +247,7 @@ class FakeBuffer(Owned):
         stream.put(lambda: np.copyto(cuda.bytes_at(target, size), cuda.bytes_at(source, size)))
 
     def fill(self, value: int, *, stream: FakeStream) -> None:
-        self.cuda.called("Buffer.fill")
+        self.cuda.called("Buffer.fill", stream.device)
         address, size, cuda = self.handle, self.size, self.cuda
         stream.put(lambda: cuda.bytes_at(address, size).fill(value))
 
@@ -203,6 +256,7 @@ class FakeBuffer(Owned):
             self.cuda.room += self.size
         if self.kind != "view":
             self.cuda.free(self.handle)
+            del self.cuda.allocated[self.handle]
 
 
 class FakeView:
@@ -214,7 +268,7 @@ class FakeView:
         self.strides = None  # as for all that is contiguous
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
+        return 2, self.exporting_obj.owner.device
 
     def __dlpack__(self, **_: Any) -> object:
         return self

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +21,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from forcingkv.runtime.backends import tensorrt as backend
+from forcingkv.prune import launchers
+from forcingkv.prune.launcher import KernelLauncher
+from forcingkv.runtime import devices, preflight
+from forcingkv.runtime.backends import tensorrt_contexts, tensorrt_engines
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, GraphRecord
 from forcingkv.runtime.flavour import Told
 from tests.runtime.fake_cuda import FakeCuda
@@ -100,6 +104,13 @@ class FakeTensorRT:
         says: what it reports then.
         refusable: how many such calls there were.
         executed: (graph, phase, stream, addresses) of every execution that was put into a stream.
+        compiles: whether it is the RTX flavour, which compiles where it runs: that has caches of it, and says
+            whether a stream can be captured.
+        capturable: what it says then.
+        uncapturable: what it raises where it is captured all the same, or None.
+        compiled: what is compiled now, by (graph, phase): how often each was.
+        launcher: what the plugins launch their kernels through.
+        launched: that, of every execution.
     """
 
     cuda: FakeCuda
@@ -112,6 +123,16 @@ class FakeTensorRT:
     executed: list[tuple[str, int, int, dict[str, int]]] = field(default_factory=list)
     users: dict[int, set[int]] = field(default_factory=dict)
     """Activation memory -> the streams it was used in."""
+    compiles: bool = False
+    capturable: bool = True
+    uncapturable: Exception | None = None
+    compiled: Counter[tuple[str, int]] = field(default_factory=Counter)
+    launcher: KernelLauncher | None = None
+    launched: list[KernelLauncher | None] = field(default_factory=list)
+    caches: list[FakeRuntimeCache] = field(default_factory=list)
+    blob_works: bool = True
+
+    __version__ = "1.7.1"
 
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
@@ -119,22 +140,31 @@ class FakeTensorRT:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put the fakes where the backend looks for TensorRT and CUDA."""
         monkeypatch.setitem(sys.modules, "cuda.core", self.cuda)
-        monkeypatch.setattr(backend, "trt", self)
-        monkeypatch.setattr(backend, "device_sm", lambda: 89)
-        monkeypatch.setattr(backend, "load_engine", self.load_engine)
-        monkeypatch.setattr(backend, "_said", Told())
+        if hasattr(self.cuda, "driver"):
+            monkeypatch.setitem(sys.modules, "cuda.bindings.driver", self.cuda.driver)
+        else:  # a real GPU, of whatever kind (`tools/gpu_check`)
+            for module in (tensorrt_engines, preflight):
+                monkeypatch.setattr(module, "device_sm", lambda number: 89)
+        for module in (tensorrt_engines, tensorrt_contexts, preflight):
+            monkeypatch.setattr(module, "trt", self)
+        for module in (tensorrt_engines, preflight):
+            monkeypatch.setattr(module, "choose", lambda flavour: None)
+        monkeypatch.setattr(tensorrt_engines, "load_engine", self.load_engine)
+        monkeypatch.setattr(tensorrt_engines, "load_kernels", lambda *_: self.launcher)
+        monkeypatch.setattr(tensorrt_engines, "_said", Told())
+        monkeypatch.setattr(devices, "_lost", {})
 
-    def load_engine(self, bundle: Bundle, graph: str, flavour: str) -> FakeEngine:
-        self.cuda.called("load_engine")
+    def load_engine(self, bundle: Bundle, graph: str, flavour: str, device: int = 0) -> FakeEngine:
+        self.cuda.called("load_engine", device)
         return FakeEngine(self, graph)
 
-    def does(self, name: str) -> bool:
+    def does(self, name: str, device: int | None = None) -> bool:
         """A call of TensorRT's that can be refused: whether it is not."""
-        self.cuda.called(name)
+        self.cuda.called(name, device)
         self.refusable += 1
         if self.refuse_at != self.refusable - 1:
             return True
-        backend._said.add(f"{name}: {self.says}")
+        tensorrt_engines._said.add(f"{name}: {self.says}")
         return False
 
 
@@ -152,41 +182,79 @@ class FakeEngine(Owned):
 
     def create_runtime_config(self) -> Any:
         self.cuda.called("ICudaEngine.create_runtime_config")
-        chosen = SimpleNamespace()
+        chosen = SimpleNamespace(cache=None)
         chosen.set_execution_context_allocation_strategy = partial(setattr, chosen, "strategy")
+        if self.tensorrt.compiles:
+            chosen.create_runtime_cache = partial(FakeRuntimeCache, self.tensorrt)
+            chosen.set_runtime_cache = lambda cache: setattr(chosen, "cache", cache) or True
         return chosen
 
     def create_execution_context(self, config: Any) -> FakeContext | None:
-        if not self.tensorrt.does("ICudaEngine.create_execution_context"):
+        if not self.tensorrt.does("ICudaEngine.create_execution_context", self.device):
             return None
         if config.strategy != "user managed":
             raise Misuse("a context would take activation memory of its own")
         if config.dynamic_shapes_kernel_specialization_strategy != "eager":
             raise Misuse("kernels would change while a video is made")
-        return FakeContext(self)
+        return FakeContext(self, config.cache)
+
+
+class FakeRuntimeCache:
+    """What was compiled, as bytes: graphs and phases, one a line."""
+
+    def __init__(self, tensorrt: FakeTensorRT) -> None:
+        tensorrt.cuda.called("create_runtime_cache")
+        self._tensorrt, self.held = tensorrt, set[str]()
+        tensorrt.caches.append(self)
+
+    def deserialize(self, content: bytes) -> bool:
+        self._tensorrt.cuda.called("IRuntimeCache.deserialize")
+        if self._tensorrt.blob_works:
+            self.held.update(content.decode().split("\n"))
+        return self._tensorrt.blob_works
+
+    def serialize(self) -> bytes:
+        self._tensorrt.cuda.called("IRuntimeCache.serialize")
+        return "\n".join(sorted(self.held)).encode()
 
 
 class FakeContext(Owned):
     """An execution context."""
 
-    def __init__(self, engine: FakeEngine) -> None:
+    def __init__(self, engine: FakeEngine, cache: FakeRuntimeCache | None) -> None:
         super().__init__(engine.cuda, "context")
+        self._cache = cache
+        if engine.tensorrt.compiles:
+            self.is_stream_capturable = self._is_stream_capturable
         self._engine, self._tensorrt = engine, engine.tensorrt
         self._runner = engine.tensorrt.runners[engine.graph]
         self._profile: int | None = None
         self._shapes: dict[str, Shape] = {}
         self._memory = (0, 0)
         self._addresses: dict[str, int] = {}
+        self.captured: dict[str, int] | None = None
+
+    def _compile(self, graph: str, phase: int) -> None:
+        """What the RTX flavour does where a context meets shapes, unless the cache has them."""
+        name = f"{graph} {phase}"
+        if self._tensorrt.compiles and (self._cache is None or name not in self._cache.held):
+            self._tensorrt.compiled[graph, phase] += 1
+            if self._cache is not None:
+                self._cache.held.add(name)
+
+    def _is_stream_capturable(self, stream: int) -> bool:
+        self.cuda.called("IExecutionContext.is_stream_capturable", self.device)
+        return self._tensorrt.capturable
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        if not self._tensorrt.does("IExecutionContext.set_optimization_profile_async"):
+        if not self._tensorrt.does("IExecutionContext.set_optimization_profile_async", self.device):
             return False
         self._profile, self._shapes = None, {}
         self.cuda.streams[stream].put(partial(setattr, self, "_profile", index))
         return True
 
     def set_input_shape(self, name: str, shape: Shape) -> bool:
-        if not self._tensorrt.does("IExecutionContext.set_input_shape"):
+        if not self._tensorrt.does("IExecutionContext.set_input_shape", self.device):
             return False
         if self._profile is None:
             raise Misuse("a shape is set before the profile is there")
@@ -204,7 +272,7 @@ class FakeContext(Owned):
         self._memory = (memory, size)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        if not self._tensorrt.does("IExecutionContext.set_tensor_address"):
+        if not self._tensorrt.does("IExecutionContext.set_tensor_address", self.device):
             return False
         if not memory or memory % ADDRESSES:
             raise Misuse(f"{name} is placed at {memory:#x}")
@@ -212,9 +280,12 @@ class FakeContext(Owned):
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        if not self._tensorrt.does("IExecutionContext.execute_async_v3"):
+        if not self._tensorrt.does("IExecutionContext.execute_async_v3", self.device):
             return False
-        phase, addresses, self._addresses = self._profile, self._addresses, {}
+        stream = self.cuda.streams[stream_handle]
+        if stream.capturing is not None and self._tensorrt.uncapturable is not None:
+            raise self._tensorrt.uncapturable
+        phase, addresses = self._profile, dict(self._addresses)
         if (
             phase is None
             or not self._runner.varied <= set(self._shapes)
@@ -230,6 +301,12 @@ class FakeContext(Owned):
         if len(streams) > 1:
             raise Misuse("activation memory is used in two streams")
         self._tensorrt.executed.append((self._engine.graph, phase, stream_handle, addresses))
+        self._compile(self._engine.graph, phase)
+        self._tensorrt.launched.append(getattr(launchers._running, "launcher", None))
+        if self.captured not in (None, addresses):
+            raise Misuse("a context whose CUDA graph was captured runs another pass: the graph may change")
+        if stream.capturing is not None:
+            self.captured = addresses
         self.cuda.trace.append(("execute", stream_handle, self._engine.graph, phase))
         self.cuda.streams[stream_handle].put(partial(self._run, phase, addresses))
         return True

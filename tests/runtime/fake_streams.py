@@ -30,16 +30,25 @@ class EventOptions:
     ipc_enabled: bool = False
 
 
+@dataclass
+class StreamOptions:
+    """As in cuda.core."""
+
+    nonblocking: bool = True
+    priority: int | None = None
+
+
 class Owned:
     """Something that is given back once: when it is closed, or else when Python drops it."""
 
     def __init__(self, cuda: FakeCuda, kind: str) -> None:
         self.cuda, self.kind, self.closed = cuda, kind, False
+        self.device = cuda.here
         cuda.live[kind] += 1
 
     def close(self) -> None:
         if not self.closed:
-            self.cuda.called(f"{type(self).__name__.removeprefix('Fake')}.close")
+            self.cuda.called(f"{type(self).__name__.removeprefix('Fake')}.close", self.device)
         self._end()
 
     def _end(self) -> None:
@@ -60,8 +69,9 @@ class Owned:
 class FakeStream(Owned):
     """A stream. Work waits in it until somebody waits for it."""
 
-    def __init__(self, cuda: FakeCuda) -> None:
+    def __init__(self, cuda: FakeCuda, options: StreamOptions | None = None) -> None:
         super().__init__(cuda, "stream")
+        self.priority = options.priority if options else None
         self.handle = 0x1000 + len(cuda.calls)
         cuda.streams[self.handle] = self
         self._work: deque[Callable[[], object]] = deque()
@@ -95,24 +105,33 @@ class FakeStream(Owned):
             raise FakeCudaError(f"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: {what}")
 
     def record(self, event: FakeEvent | None = None, options: EventOptions | None = None) -> FakeEvent:
-        self.cuda.called("Stream.record")
+        self.cuda.called("Stream.record", self.device)
         self.idle("record")
         event = event or FakeEvent(self.cuda, options or EventOptions())
         event.place(self)
         return event
 
     def wait(self, event: FakeEvent) -> None:
-        self.cuda.called("Stream.wait")
+        self.cuda.called("Stream.wait", self.device)
         stream, number = event.stream, event.number
         self.put(lambda: stream.drain(lambda: event.reached >= number) if stream else None)
 
     def sync(self) -> None:
-        self.cuda.called("Stream.sync")
+        self.cuda.called("Stream.sync", self.device)
         self.idle("sync")
         self.drain()
 
+    def close(self) -> None:
+        """Memory is given back before streams are: work that is left would use what is gone."""
+        if self.busy and self.cuda.fail_at is None and self.cuda.lost is None:
+            raise Misuse("a stream is closed while there is work to do")
+        super().close()
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
     def create_graph_builder(self) -> FakeBuilder:
-        self.cuda.called("Stream.create_graph_builder")
+        self.cuda.called("Stream.create_graph_builder", self.device)
         return FakeBuilder(self)
 
 
@@ -123,6 +142,8 @@ class FakeEvent(Owned):
         super().__init__(cuda, "event")
         self.options, self.number, self.reached, self.time = options, 0, 0, 0
         self.stream: FakeStream | None = None
+        self.handle = id(self)
+        cuda.events.add(self)
 
     def place(self, stream: FakeStream) -> None:
         self.stream, self.number = stream, self.number + 1
@@ -184,7 +205,7 @@ class FakeGraph(Owned):
         self._work = work
 
     def launch(self, stream: FakeStream) -> None:
-        self.cuda.called("Graph.launch")
+        self.cuda.called("Graph.launch", self.device)
         self.cuda.trace.append(("launch", stream.handle))
         for work in self._work:
             stream.put(work)

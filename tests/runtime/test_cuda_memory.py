@@ -9,7 +9,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from forcingkv.runtime.backends import Lane
+from forcingkv.runtime.backends import Lane, cuda_memory
+from forcingkv.runtime.backends.cuda_memory import PAGE
 from tests.runtime.engine_world import World
 
 
@@ -102,6 +103,78 @@ def test_no_staging_is_used_again_while_a_copy_needs_it(lane: Lane, world: World
         fetched.append(tensor.fetch(lane.main))
         assert fetched[-1].array().tolist() == [number] * 3
     assert world.cuda.live["pinned"] == before, "what was read is used again, whoever still holds it"
+
+
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of two pages, and eight pages of pinned memory."""
+    monkeypatch.setattr(cuda_memory, "SLICE", 2 * PAGE)
+    monkeypatch.setattr(cuda_memory, "PINNED", 8 * PAGE)
+    monkeypatch.setattr(cuda_memory, "WAITED_FOR", 4 * PAGE)
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize("numbers", [1, 2 * PAGE, 2 * PAGE + 1, 4 * PAGE, 4 * PAGE + 1, 50 * PAGE + 7])
+def test_arrays_of_any_size_come_and_go_through_little_pinned_memory(
+    lane: Lane, world: World, numbers: int
+) -> None:
+    """In slices, the last of them shorter; the fake copies late: one that was used again too soon shows."""
+    tensor, random = lane.tensor((numbers,), "uint8"), np.random.default_rng(numbers)
+    array = random.integers(0, 256, numbers, np.uint8)
+    tensor.write(array, lane.main)
+    fetch = tensor.fetch(lane.main)
+    tensor.clear(lane.main)  # what is fetched is what was there then
+    np.testing.assert_array_equal(fetch.array(), array)
+    assert not tensor.fetch(lane.main).array().any()
+    assert pinned_bytes(world) <= 8 * PAGE
+
+
+@pytest.mark.usefixtures("tight")
+def test_a_whole_state_takes_no_more_pinned_memory_than_the_bound(lane: Lane, world: World) -> None:
+    """`restore` writes everything in a row and waits for nothing: each had its own piece (GPU.md, C7)."""
+    arrays = [
+        np.full((size, 3), size % 251, np.uint8) for size in (9000, 5, 70_000, 1300, 2730, 40_000, 9000)
+    ]
+    tensors = [lane.tensor(array.shape, "uint8") for array in arrays]
+    for _ in range(3):
+        for tensor, array in zip(tensors, arrays, strict=True):
+            tensor.write(array, lane.main)
+            assert pinned_bytes(world) <= 8 * PAGE
+        for tensor, array in zip(tensors, arrays, strict=True):
+            np.testing.assert_array_equal(tensor.fetch(lane.main).array(), array)
+            assert pinned_bytes(world) <= 8 * PAGE
+    slices = {size for kind, size in world.cuda.sizes if kind == "pinned"}
+    assert max(slices) == 2 * PAGE, "no piece is large"
+
+
+@pytest.mark.usefixtures("tight")
+def test_copies_that_nobody_has_read_yet_count_beside_the_bound(lane: Lane, world: World) -> None:
+    """Waiting for their reader would be for ever."""
+    tensor = lane.tensor((4 * PAGE,), "uint8")
+    fetched = []
+    for number in range(6):
+        tensor.write(np.full(4 * PAGE, number, np.uint8), lane.main)
+        fetched.append(tensor.fetch(lane.main))
+    assert [set(fetch.array().tolist()) for fetch in fetched] == [{number} for number in range(6)]
+    del fetched
+    for _ in range(4):
+        small = lane.tensor((10,), "uint8")
+        small.write(np.zeros(10, np.uint8), lane.main)
+    assert pinned_bytes(world) <= 8 * PAGE, "given back when others are needed"
+
+
+@pytest.mark.usefixtures("tight")
+def test_large_arrays_of_other_kinds_and_layouts_are_converted_in_slices(lane: Lane) -> None:
+    wide = np.arange(12 * PAGE, dtype=np.float64).reshape(3, 4, PAGE).transpose(2, 0, 1)
+    tensor = lane.tensor(wide.shape, "float32")
+    tensor.write(wide, lane.main)
+    found = tensor.fetch(lane.main).array()
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, wide.astype(np.float32))
+
+
+def pinned_bytes(world: World) -> int:
+    return sum(size for kind, size in world.cuda.sizes if kind == "pinned")
 
 
 def test_a_fetch_is_the_callers_own(lane: Lane) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.runtime import flavour
-from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
+from forcingkv.runtime.engines import EngineRecord, device_model, device_sm, find_engine, tuned_elsewhere
 
 ENGINE = EngineRecord(
     graph="step",
@@ -54,8 +57,36 @@ def test_an_engine_of_another_version_or_gpu_is_refused(
         assert "tensorrt-rtx 1.7.1 for sm_120, tensorrt-rtx 1.7.1 for sm_89" in str(raised.value)
 
 
+def test_an_engine_that_was_tuned_on_another_gpu_is_told_of() -> None:
+    """An H100 and an H200 have one compute capability; so has a slice of a GPU."""
+    tuned = replace(ENGINE, device="NVIDIA H100 80GB HBM3", multiprocessors=132)
+    assert tuned_elsewhere(tuned, ("NVIDIA H100 80GB HBM3", 132)) is None
+    for found in (("NVIDIA H200", 132), ("NVIDIA H100 80GB HBM3", 60)):
+        words = tuned_elsewhere(tuned, found)
+        assert words is not None
+        assert "step was tuned on NVIDIA H100 80GB HBM3 with 132 multiprocessors" in words
+        assert f"this GPU is {found[0]} with {found[1]}: one exported here may be faster" in words
+    assert tuned_elsewhere(tuned, None) is None
+    assert tuned_elsewhere(ENGINE, ("NVIDIA H200", 132)) is None, (
+        "built without a GPU, or before it was noted"
+    )
+
+
+def test_records_of_before_are_read_and_written_as_they_were() -> None:
+    before = to_data(ENGINE)
+    assert set(before) & {"device", "multiprocessors", "decomposed"} == set()
+    assert from_data(EngineRecord, before, "manifest") == ENGINE
+    noted = replace(ENGINE, device="NVIDIA H200", multiprocessors=132, decomposed=("one",))
+    assert from_data(EngineRecord, json.loads(json.dumps(to_data(noted))), "manifest") == noted
+    with pytest.raises(InputError, match="multiprocessors is -1"):
+        replace(ENGINE, multiprocessors=-1)
+
+
 class Core:
     """cuda.core whose driver answers as given."""
+
+    name = "NVIDIA H200"
+    properties = SimpleNamespace(multiprocessor_count=132)
 
     def __init__(self, answer: tuple[int, int] | Exception) -> None:
         self.answer = answer
@@ -74,6 +105,9 @@ class Core:
 def test_the_gpu_is_asked_for_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", Core((12, 0)))
     assert device_sm() == 120
+    assert device_model() == ("NVIDIA H200", 132)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    assert device_model() is None
 
 
 # What cuda-core 1.2 with cuda-bindings 13.5 raises where there is no driver, no device, and none that counts;

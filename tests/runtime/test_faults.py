@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forcingkv.runtime import MemoryShortError, NotFiniteError, Session
-from forcingkv.runtime.backends.onnxruntime import OnnxLane
+from forcingkv.runtime import MemoryShortError, NotFiniteError
 from forcingkv.runtime.positions import chunk_noise
-from tests.runtime.videos import OTHER, PROMPT, Ahead, Failing, assert_same, open_with, python, video_of
+from tests.runtime.lanes import Ahead, Failing, On, Plain
+from tests.runtime.videos import OTHER, PROMPT, assert_same, python, video_of
 
 Bundles = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("lane", [OnnxLane, Ahead])
+@pytest.mark.parametrize("lane", [Plain, Ahead])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_latents_that_are_not_finite_end_the_video(
-    bundles: Bundles, tmp_path: Path, lane: type[OnnxLane], value: float
+    on: On, bundles: Bundles, tmp_path: Path, lane: type, value: float
 ) -> None:
     def noise(chunk: int, step: int, shape: tuple[int, ...]) -> Any:
         drawn = chunk_noise(7, chunk, step, shape)
@@ -28,7 +28,7 @@ def test_latents_that_are_not_finite_end_the_video(
             drawn[0, 0, 0, 0, 0] = value
         return drawn
 
-    session, _ = open_with(bundles("forcing-kv"), lane)
+    session, _ = on.open_with(bundles("forcing-kv"), lane)
     with session:
         wanted = video_of(session)
         spoilt = session.generate(PROMPT, seed=7, chunks=7, noise=noise)
@@ -44,8 +44,10 @@ def test_latents_that_are_not_finite_end_the_video(
 
 
 @pytest.mark.parametrize("place", [0, 1, 4, 9])
-def test_running_out_of_memory_ends_the_video_only(bundles: Bundles, tmp_path: Path, place: int) -> None:
-    session, lane = open_with(bundles("forcing-kv"), Failing)
+def test_running_out_of_memory_ends_the_video_only(
+    on: On, bundles: Bundles, tmp_path: Path, place: int
+) -> None:
+    session, lane = on.open_with(bundles("forcing-kv"), Failing)
     with session:
         wanted = video_of(session)
         lane.fails_in = place
@@ -64,9 +66,9 @@ def test_running_out_of_memory_ends_the_video_only(bundles: Bundles, tmp_path: P
             running.save(tmp_path / "state")
 
 
-def test_a_video_that_cannot_begin_has_ended_the_one_before(bundles: Bundles) -> None:
+def test_a_video_that_cannot_begin_has_ended_the_one_before(on: On, bundles: Bundles) -> None:
     """The caches are no longer those of the one before: going on with it would show a wrong video."""
-    session, lane = open_with(bundles("forcing-kv"), Failing)
+    session, lane = on.open_with(bundles("forcing-kv"), Failing)
     with session:
         before = session.generate(PROMPT, seed=7, chunks=7)
         next(before)
@@ -78,11 +80,11 @@ def test_a_video_that_cannot_begin_has_ended_the_one_before(bundles: Bundles) ->
             next(before)
 
 
-def test_memory_that_python_lacks_is_told_as_any_other(bundles: Bundles) -> None:
+def test_memory_that_python_lacks_is_told_as_any_other(on: On, bundles: Bundles) -> None:
     def noise(chunk: int, step: int, shape: tuple[int, ...]) -> Any:
         raise MemoryError
 
-    with Session.open(bundles("forcing-kv")) as session, pytest.raises(MemoryShortError, match="on the host"):
+    with on.open(bundles("forcing-kv")) as session, pytest.raises(MemoryShortError, match="on the host"):
         next(session.generate(PROMPT, seed=7, noise=noise))
 
 

@@ -60,7 +60,7 @@ FREE = {"plotting", "resampling"}
 """Modules that everybody may import: they import nothing of forcingkv."""
 MAY_IMPORT = {
     "headmaps": set(),
-    "runtime": {"headmaps", "prune.launcher", "prune.plugin"},
+    "runtime": {"headmaps", "prune.launcher", "prune.launchers", "prune.plugin"},
     "prune": {"headmaps", "runtime"},
     "models": {"headmaps", "runtime", "prune.reference"},
     "analyze": {"headmaps", "runtime", "models"},

@@ -22,7 +22,8 @@ from forcingkv.runtime.backends.ort_providers import PROVIDERS, Chosen
 from forcingkv.runtime.backends.ort_state import StateTensor
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.threads import cpu_threads
-from tests.runtime.videos import BUNDLES, OTHER, PROMPT, OwnState, assert_same, open_with, video_of
+from tests.runtime.lanes import OwnState
+from tests.runtime.videos import BUNDLES, OTHER, PROMPT, assert_same, open_with, video_of
 
 Bundles = Callable[[str], Path]
 CPU, CUDA = PROVIDERS["cpu"].name, PROVIDERS["cuda"].name

@@ -138,7 +138,8 @@ def test_a_provider_with_memory_of_its_own_gives_the_same_video(
     with the noise, the positions and the text of the first chunk, and nothing said so."""
     plain, _ = open_with(bundles(name), OnnxLane)
     fake = FakeProviders(monkeypatch, "cuda")
-    with plain, Session.open(bundles(name), provider="cuda", device="cuda:1", preflight=False) as session:
+    asked: dict[str, Any] = {"provider": "cuda", "device": "cuda:1", "threads": 1, "preflight": False}
+    with plain, Session.open(bundles(name), **asked) as session:
         assert session.runs_on == "GPU 1 (CUDA provider of ONNX Runtime)"
         assert fake.asked == [[(CUDA, cuda_options(1)), CPU]] * 3
         assert {(device, number) for device, number, _ in fake.made} == {("cuda", 1)}
@@ -163,7 +164,7 @@ def test_caches_are_handed_to_each_pass_where_a_provider_has_no_memory_for_pytho
 ) -> None:
     plain, _ = open_with(bundles("forcing-kv"), OnnxLane)
     fake = FakeProviders(monkeypatch, "migraphx")
-    with plain, Session.open(bundles("forcing-kv"), provider="migraphx") as session:
+    with plain, Session.open(bundles("forcing-kv"), provider="migraphx", threads=1) as session:
         assert_same(video_of(session, 4), video_of(plain, 4))
         assert not fake.made
         bindings = [bound._binding for bound in session._memory()._passes.values()]

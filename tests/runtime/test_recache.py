@@ -26,6 +26,7 @@ from forcingkv.runtime.positions import chunk_noise
 from forcingkv.runtime.spec import Schedule
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, random_model, roles, small_spec
+from tests.runtime.lanes import On
 from tests.runtime.videos import BUNDLES, OTHER, PROMPT, assert_same, differ, video_of
 
 Bundles = Callable[[str], Path]
@@ -70,13 +71,13 @@ def test_what_is_replayed_was_held_before_and_does_not_grow(plan: CachePlan) -> 
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_the_same_prompt_again_changes_nothing(bundles: Bundles, name: str) -> None:
+def test_the_same_prompt_again_changes_nothing(on: On, bundles: Bundles, name: str) -> None:
     """The passes that made the caches are run again, on the same latents: nothing can differ.
 
     While they are few: later a rebuild takes fewer passes than there were, so early frames are known only
     through the sink.
     """
-    with Session.open(bundles(name)) as session:
+    with on.open(bundles(name)) as session:
         wanted = video_of(session, 8)
         few = max(made for made in range(9) if replayed(session.plan, made) == tuple(range(made)))
         assert few >= session.plan.phases[-1].first_chunk
@@ -120,9 +121,9 @@ def in_torch(session: Session, at: int, old: list[np.ndarray], chunks: int) -> l
 
 
 @pytest.mark.parametrize("name", ["full", "window"])
-def test_a_switch_is_the_new_prompt_on_the_old_latents(bundles: Bundles, name: str) -> None:
+def test_a_switch_is_the_new_prompt_on_the_old_latents(on: On, bundles: Bundles, name: str) -> None:
     """As if the video had been made under the new prompt, with those latents, from its start."""
-    with Session.open(bundles(name)) as session, torch.no_grad():
+    with on.open(bundles(name)) as session, torch.no_grad():
         video = session.generate(PROMPT, seed=7, chunks=6)
         old = [chunk.latents for chunk in islice(video, 3)]
         assert video.switch(OTHER) == 3
@@ -131,7 +132,9 @@ def test_a_switch_is_the_new_prompt_on_the_old_latents(bundles: Bundles, name: s
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_a_switch_that_redraws_all_is_the_new_prompt_from_the_start(bundles: Bundles, name: str) -> None:
+def test_a_switch_that_redraws_all_is_the_new_prompt_from_the_start(
+    on: On, bundles: Bundles, name: str
+) -> None:
     """From the first pass on nothing of the old latents is left: a video of the new prompt on other noise."""
     opened = Bundle.open(bundles(name))
     model = opened.manifest.model
@@ -142,9 +145,7 @@ def test_a_switch_that_redraws_all_is_the_new_prompt_from_the_start(bundles: Bun
     def noise(chunk: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
         return chunk_noise(7, chunk, step + (passes + 1 if chunk < at else 0), shape)
 
-    with Session.open(
-        Bundle(opened.path, replace(opened.manifest, model=drawing), opened.headmap)
-    ) as session:
+    with on.open(Bundle(opened.path, replace(opened.manifest, model=drawing), opened.headmap)) as session:
         video = session.generate(PROMPT, seed=7, chunks=6)
         shown = list(islice(video, at))
         assert video.switch(OTHER) == at
@@ -164,8 +165,8 @@ def test_a_pass_that_there_is_not_is_refused(step: int) -> None:
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_without_recache_only_the_prompt_changes(bundles: Bundles, name: str) -> None:
-    with Session.open(bundles(name)) as session:
+def test_without_recache_only_the_prompt_changes(on: On, bundles: Bundles, name: str) -> None:
+    with on.open(bundles(name)) as session:
         video = session.generate(PROMPT, seed=7, chunks=8)
         for _ in range(5):
             next(video)
@@ -187,9 +188,9 @@ def test_without_recache_only_the_prompt_changes(bundles: Bundles, name: str) ->
 
 
 @pytest.mark.slow
-def test_a_switch_late_in_a_long_video(bundles: Bundles) -> None:
+def test_a_switch_late_in_a_long_video(on: On, bundles: Bundles) -> None:
     """Past frame 1,024, where public code ends; twice, and without taking more memory than early on."""
-    with Session.open(bundles("forcing-kv"), threads=1) as session:
+    with on.open(bundles("forcing-kv"), threads=1) as session:
         video = session.generate(PROMPT, seed=7)
         bound = 0
         for chunk in islice(video, 350):

@@ -16,33 +16,33 @@ import pytest
 
 from forcingkv.headmaps import InputError
 from forcingkv.runtime import MemoryShortError, Session
-from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.script import PromptRecord
 from forcingkv.runtime.tensors import TensorWriter
 from forcingkv.runtime.text import TextInput, encode_words
-from tests.runtime.videos import OTHER, PROMPT, Ahead, assert_same, differ, open_with, video_of
+from tests.runtime.lanes import Ahead, On, Plain
+from tests.runtime.videos import OTHER, PROMPT, assert_same, differ, video_of
 
 Bundles = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def session(bundles: Bundles) -> Iterator[Session]:
-    with Session.open(bundles("forcing-kv")) as opened:
+def session(on: On, bundles: Bundles) -> Iterator[Session]:
+    with on.open(bundles("forcing-kv")) as opened:
         yield opened
 
 
 @pytest.mark.parametrize("recache", [True, False])
-@pytest.mark.parametrize("lane", [OnnxLane, Ahead])
+@pytest.mark.parametrize("lane", [Plain, Ahead])
 def test_a_planned_switch_is_made_with_its_chunk_on_every_lane(
-    bundles: Bundles, lane: type[OnnxLane], recache: bool, tmp_path: Path
+    on: On, bundles: Bundles, lane: type, recache: bool, tmp_path: Path
 ) -> None:
     """As if it had been asked for between two chunks on a CPU; and so after the video was saved."""
-    with Session.open(bundles("taehv")) as plain:
+    with on.open(bundles("taehv")) as plain:
         video = plain.generate(PROMPT, seed=7, chunks=7)
         wanted = [next(video) for _ in range(4)]
         assert video.switch(OTHER, recache=recache) == 4
         wanted += list(video)
-    session, _ = open_with(bundles("taehv"), lane)
+    session, _ = on.open_with(bundles("taehv"), lane)
     with session:
         video = session.generate(PROMPT, seed=7, chunks=7)
         assert video.switch(OTHER, recache=recache, at=4) == 4

@@ -17,55 +17,45 @@ import pytest
 import forcingkv
 from forcingkv.headmaps import InputError
 from forcingkv.runtime import Chunk, DeviceError, MemoryShortError, Session
-from forcingkv.runtime.backends import LaneOptions
-from forcingkv.runtime.backends.onnxruntime import OnnxLane
-from tests.runtime.videos import (
-    BUNDLES,
-    OTHER,
-    PROMPT,
-    Ahead,
-    assert_same,
-    differ,
-    open_with,
-    video_of,
-)
+from tests.runtime.lanes import ONNX, Ahead, Full, On, Plain
+from tests.runtime.videos import BUNDLES, OTHER, PROMPT, assert_same, differ, video_of
 
 Bundles = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_a_video_left_half_way_leaves_nothing_behind(bundles: Bundles, name: str) -> None:
-    with Session.open(bundles(name)) as session:
+def test_a_video_left_half_way_leaves_nothing_behind(on: On, bundles: Bundles, name: str) -> None:
+    with on.open(bundles(name)) as session:
         first = video_of(session)
         left = session.generate(OTHER, seed=8)
         for _ in range(4):
             next(left)
         assert_same(video_of(session), first)
-    with Session.open(bundles(name)) as session:
+    with on.open(bundles(name)) as session:
         assert_same(video_of(session), first)
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_another_number_of_threads_gives_nearly_the_same(bundles: Bundles, name: str) -> None:
+def test_another_number_of_threads_gives_nearly_the_same(on: On, bundles: Bundles, name: str) -> None:
     videos = []
     for threads in (1, 2):
-        with Session.open(bundles(name), threads=threads) as session:
+        with on.open(bundles(name), threads=threads) as session:
             videos.append(video_of(session))
     for one, other in zip(*videos, strict=True):
         np.testing.assert_allclose(one.latents, other.latents, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_beginning_a_chunk_early_changes_nothing(bundles: Bundles, name: str) -> None:
-    session, _ = open_with(bundles(name), Ahead)
-    plain, _ = open_with(bundles(name), OnnxLane)
+def test_beginning_a_chunk_early_changes_nothing(on: On, bundles: Bundles, name: str) -> None:
+    session, _ = on.open_with(bundles(name), Ahead)
+    plain, _ = on.open_with(bundles(name), Plain)
     with session, plain:
         assert_same(video_of(session), video_of(plain))
         assert_same(video_of(session, chunks=1), video_of(plain, chunks=1))
 
 
-def test_without_a_number_of_chunks_there_is_no_end(bundles: Bundles) -> None:
-    with Session.open(bundles("forcing-kv")) as session:
+def test_without_a_number_of_chunks_there_is_no_end(on: On, bundles: Bundles) -> None:
+    with on.open(bundles("forcing-kv")) as session:
         wanted = video_of(session, chunks=12)
         endless = session.generate(PROMPT, seed=7)
         assert_same(itertools.islice(endless, 12), wanted)
@@ -73,8 +63,8 @@ def test_without_a_number_of_chunks_there_is_no_end(bundles: Bundles) -> None:
         assert list(session.generate(PROMPT, seed=7, chunks=0)) == []
 
 
-def test_what_cannot_be_generated_leaves_the_running_video_alone(bundles: Bundles) -> None:
-    with Session.open(bundles("forcing-kv")) as session:
+def test_what_cannot_be_generated_leaves_the_running_video_alone(on: On, bundles: Bundles) -> None:
+    with on.open(bundles("forcing-kv")) as session:
         wanted = video_of(session)
         running = session.generate(PROMPT, seed=7, chunks=7)
         found = [next(running), next(running)]
@@ -87,8 +77,8 @@ def test_what_cannot_be_generated_leaves_the_running_video_alone(bundles: Bundle
         assert_same([*found, *running], wanted)
 
 
-def test_an_ended_video_stays_ended(bundles: Bundles) -> None:
-    with Session.open(bundles("forcing-kv")) as session:
+def test_an_ended_video_stays_ended(on: On, bundles: Bundles) -> None:
+    with on.open(bundles("forcing-kv")) as session:
         first = session.generate(PROMPT, seed=1, chunks=3)
         next(first)
         second = session.generate(PROMPT, seed=2, chunks=1)
@@ -99,8 +89,8 @@ def test_an_ended_video_stays_ended(bundles: Bundles) -> None:
         assert next(second, None) is None
 
 
-def test_a_closed_session_cannot_be_used(bundles: Bundles, tmp_path: Path) -> None:
-    session = Session.open(bundles("forcing-kv"))
+def test_a_closed_session_cannot_be_used(on: On, bundles: Bundles, tmp_path: Path) -> None:
+    session = on.open(bundles("forcing-kv"))
     running = session.generate(PROMPT, seed=1)
     next(running)
     session.close()
@@ -119,8 +109,8 @@ def test_a_closed_session_cannot_be_used(bundles: Bundles, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_videos_that_someone_still_has_hold_no_memory_of_a_closed_session(bundles: Bundles) -> None:
-    session = Session.open(bundles("forcing-kv"))
+def test_videos_that_someone_still_has_hold_no_memory_of_a_closed_session(on: On, bundles: Bundles) -> None:
+    session = on.open(bundles("forcing-kv"))
     before, running = (session.generate(PROMPT, seed=seed) for seed in (1, 2))
     next(running)
     maker = weakref.ref(session._memory())
@@ -130,8 +120,8 @@ def test_videos_that_someone_still_has_hold_no_memory_of_a_closed_session(bundle
 
 
 @pytest.mark.parametrize("name", ["forcing-kv", "taehv"])
-def test_siblings_do_not_see_each_other(bundles: Bundles, name: str) -> None:
-    with Session.open(bundles(name), threads=1) as one, one.sibling() as other:
+def test_siblings_do_not_see_each_other(on: On, bundles: Bundles, name: str) -> None:
+    with on.open(bundles(name), threads=1) as one, one.sibling() as other:
         alone = {seed: video_of(one, seed=seed) for seed in (1, 2)}
         pair = one.generate(PROMPT, seed=1, chunks=7), other.generate(PROMPT, seed=2, chunks=7)
         taken = list(zip(*pair, strict=True))
@@ -139,8 +129,8 @@ def test_siblings_do_not_see_each_other(bundles: Bundles, name: str) -> None:
             assert_same(found, alone[seed])
 
 
-def test_siblings_run_in_threads(bundles: Bundles) -> None:
-    with Session.open(bundles("forcing-kv"), threads=1) as one, one.sibling() as other:
+def test_siblings_run_in_threads(on: On, bundles: Bundles) -> None:
+    with on.open(bundles("forcing-kv"), threads=1) as one, one.sibling() as other:
         alone = {seed: video_of(one, seed=seed) for seed in (1, 2)}
         found: dict[int, list[Chunk]] = {}
 
@@ -158,37 +148,34 @@ def test_siblings_run_in_threads(bundles: Bundles) -> None:
             assert_same(found[seed], chunks)
 
 
-def test_the_weights_go_with_the_last_session_on_them(bundles: Bundles) -> None:
-    session, lane = open_with(bundles("forcing-kv"), OnnxLane)
-    weights = [weakref.ref(graph) for graph in lane._graphs.values()]
+def test_the_weights_go_with_the_last_session_on_them(on: On, bundles: Bundles) -> None:
+    session, lane = on.open_with(bundles("forcing-kv"), Plain)
+    weights = on.held(lane)
+    assert weights
     wanted = video_of(session, chunks=2)
     sibling = session.sibling()
     session.close()
     session.close()
-    assert all(graph() for graph in weights)
+    assert all(held() for held in weights)
     assert_same(video_of(sibling, chunks=2), wanted)
     sibling.close()
-    assert not any(graph() for graph in weights)
+    assert not any(held() for held in weights)
 
 
-def test_a_session_that_cannot_be_made_gives_the_weights_back(bundles: Bundles) -> None:
-    class Full(OnnxLane):
-        def tensor(self, *_: Any, **__: Any) -> Any:
-            raise MemoryShortError("no memory for a tensor")
-
-    with Session.open(bundles("forcing-kv")) as session:
-        lane = Full(session._memory().lane._graphs)
+def test_a_session_that_cannot_be_made_gives_the_weights_back(on: On, bundles: Bundles) -> None:
+    with on.open(bundles("forcing-kv")) as session:
+        lane = on.another(session._memory().lane, Full)
         with pytest.raises(MemoryShortError):
-            Session(session.bundle, LaneOptions(), lane, "host")
-        assert not lane._graphs
+            Session(session.bundle, on.options, lane, "host")
+        assert not on.weights(lane)
         video_of(session, chunks=1)
 
 
 def test_a_sibling_of_a_session_that_is_closed_meanwhile_is_refused(
-    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+    on: On, bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread closes the last session on the weights while its sibling waits for the memory check."""
-    session = Session.open(bundles("forcing-kv"))
+    session = on.open(bundles("forcing-kv"))
     monkeypatch.setattr("forcingkv.runtime.session.check_memory", lambda *_, **__: session.close())
     with pytest.raises(DeviceError, match="the lane is closed"):
         session.sibling()
@@ -209,7 +196,7 @@ def test_few_frames_stand_between_the_caller_and_onnx_runtime(bundles: Bundles) 
 
         return run_with_iobinding
 
-    session, lane = open_with(bundles("taehv"), OnnxLane)
+    session, lane = ONNX.open_with(bundles("taehv"), Plain)
     with session:
         video = session.generate(PROMPT, seed=7)
         for name, graph in lane._graphs.items():
@@ -222,8 +209,8 @@ def test_few_frames_stand_between_the_caller_and_onnx_runtime(bundles: Bundles) 
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_a_long_video_binds_nothing_new(bundles: Bundles, name: str) -> None:
-    with Session.open(bundles(name)) as session:
+def test_a_long_video_binds_nothing_new(on: On, bundles: Bundles, name: str) -> None:
+    with on.open(bundles(name)) as session:
         endless = session.generate(PROMPT, seed=7)
         bound = []
         for chunk in itertools.islice(endless, 40):
@@ -233,18 +220,18 @@ def test_a_long_video_binds_nothing_new(bundles: Bundles, name: str) -> None:
         assert bound[0] == bound[1]
 
 
-def test_frames_may_stay_where_they_are(bundles: Bundles) -> None:
-    with Session.open(bundles("taehv")) as session:
+def test_frames_may_stay_where_they_are(on: On, bundles: Bundles) -> None:
+    with on.open(bundles("taehv")) as session:
         wanted = [chunk.frames for chunk in video_of(session, chunks=3)]
-    with Session.open(bundles("taehv"), frames="device") as session:
+    with on.open(bundles("taehv"), frames="device") as session:
         for chunk, frames in zip(session.generate(PROMPT, seed=7, chunks=3), wanted, strict=True):
             np.testing.assert_array_equal(np.from_dlpack(chunk.frames), frames)
     with pytest.raises(InputError, match="no place for frames 'gpu'; expected one of host, device"):
-        Session.open(bundles("taehv"), frames="gpu")  # type: ignore[arg-type]
+        on.open(bundles("taehv"), frames="gpu")  # type: ignore[arg-type]
 
 
-def test_switching_is_part_of_the_video_that_asked(bundles: Bundles) -> None:
-    with Session.open(bundles("forcing-kv")) as session:
+def test_switching_is_part_of_the_video_that_asked(on: On, bundles: Bundles) -> None:
+    with on.open(bundles("forcing-kv")) as session:
         wanted = video_of(session)
         running = session.generate(PROMPT, seed=7, chunks=7)
         next(running)

@@ -19,30 +19,19 @@ import pytest
 
 from forcingkv.headmaps import InputError
 from forcingkv.runtime import Chunk, Session
-from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.positions import chunk_noise
 from forcingkv.runtime.snapshot import own_digest
-from tests.runtime.videos import (
-    BUNDLES,
-    OTHER,
-    PROMPT,
-    Ahead,
-    OwnState,
-    assert_same,
-    differ,
-    open_with,
-    python,
-    video_of,
-)
+from tests.runtime.lanes import ONNX, TORCH, Ahead, On, OwnState, Plain
+from tests.runtime.videos import BUNDLES, OTHER, PROMPT, assert_same, differ, python, video_of
 
 Bundles = Callable[[str], Path]
 CHUNKS = 10
 
 
 @pytest.fixture
-def saved(bundles: Bundles, tmp_path: Path) -> Path:
+def saved(on: On, bundles: Bundles, tmp_path: Path) -> Path:
     """The state of a video after three of its chunks."""
-    with Session.open(bundles("forcing-kv")) as session:
+    with on.open(bundles("forcing-kv")) as session:
         video = session.generate(PROMPT, seed=7, chunks=CHUNKS)
         for _ in range(3):
             next(video)
@@ -52,10 +41,10 @@ def saved(bundles: Bundles, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(
-    bundles: Bundles, tmp_path_factory: pytest.TempPathFactory
+    on: On, bundles: Bundles, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Session, list[Chunk], Path]]:
     """A session, a video of it, and the state of a longer one after three of its chunks."""
-    with Session.open(bundles("forcing-kv")) as session:
+    with on.open(bundles("forcing-kv")) as session:
         state = tmp_path_factory.mktemp("saved") / "state"
         video = session.generate(PROMPT, seed=7, chunks=CHUNKS)
         for _ in range(3):
@@ -65,12 +54,24 @@ def opened(
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-@pytest.mark.parametrize("lane", [OnnxLane, Ahead, OwnState])
+@pytest.mark.parametrize("lane", [Plain, Ahead])
 def test_a_restored_video_goes_on_to_the_bit(
-    bundles: Bundles, tmp_path: Path, name: str, lane: type[OnnxLane]
+    on: On, bundles: Bundles, tmp_path: Path, name: str, lane: type
 ) -> None:
     """Saved before each chunk, in all phases of the cache, and with a chunk that is ready, where one is."""
-    session, _ = open_with(bundles(name), lane)
+    session, _ = on.open_with(bundles(name), lane)
+    goes_on_to_the_bit(session, tmp_path)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_with_state_in_onnx_runtimes_own_memory_it_goes_on_to_the_bit(
+    bundles: Bundles, tmp_path: Path, name: str
+) -> None:
+    session, _ = ONNX.open_with(bundles(name), OwnState)
+    goes_on_to_the_bit(session, tmp_path)
+
+
+def goes_on_to_the_bit(session: Session, tmp_path: Path) -> None:
     with session:
         wanted = video_of(session, CHUNKS)
         video = session.generate(PROMPT, seed=7, chunks=CHUNKS)
@@ -84,15 +85,15 @@ def test_a_restored_video_goes_on_to_the_bit(
             assert_same(restored, wanted[index:])
 
 
-def test_any_lane_goes_on_with_a_chunk_that_was_ready(bundles: Bundles, tmp_path: Path) -> None:
-    ahead, _ = open_with(bundles("taehv"), Ahead)
+def test_any_lane_goes_on_with_a_chunk_that_was_ready(on: On, bundles: Bundles, tmp_path: Path) -> None:
+    ahead, _ = on.open_with(bundles("taehv"), Ahead)
     with ahead:
         video = ahead.generate(PROMPT, seed=7, chunks=CHUNKS)
         for _ in range(3):
             next(video)
         video.save(tmp_path)
     assert [one["index"] for one in json.loads((tmp_path / "state.json").read_text())["ready"]] == [3]
-    with Session.open(bundles("taehv"), threads=1) as session:
+    with on.open(bundles("taehv"), threads=1) as session:
         wanted = video_of(session, CHUNKS)
         assert_same(session.restore(tmp_path), wanted[3:])
         video = session.restore(tmp_path)
@@ -106,15 +107,20 @@ import sys
 import numpy as np
 from forcingkv.runtime import Session
 
-with Session.open(sys.argv[1]) as session:
+with Session.open(sys.argv[1], backend=sys.argv[4]) as session:
     chunks = list(session.restore(sys.argv[2]))
 np.savez(sys.argv[3], latents=[c.latents for c in chunks], frames=np.concatenate([c.frames for c in chunks]))
 """
 
 
-@pytest.mark.parametrize("name", ["forcing-kv", "taehv"])
-def test_another_process_goes_on_to_the_bit(bundles: Bundles, tmp_path: Path, name: str) -> None:
-    with Session.open(bundles(name)) as session:
+@pytest.mark.parametrize(
+    ("on", "name"),
+    [(ONNX, "forcing-kv"), (ONNX, "taehv"), (TORCH, "taehv")],  # a process that loads torch takes seconds
+    indirect=["on"],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_another_process_goes_on_to_the_bit(on: On, bundles: Bundles, tmp_path: Path, name: str) -> None:
+    with on.open(bundles(name)) as session:
         video = session.generate(PROMPT, seed=7, chunks=CHUNKS)
         for _ in range(3):
             next(video)
@@ -122,7 +128,7 @@ def test_another_process_goes_on_to_the_bit(bundles: Bundles, tmp_path: Path, na
         next(video)
         video.save(tmp_path / "state")
         wanted = list(video)
-    python(GO_ON, bundles(name), tmp_path / "state", tmp_path / "found.npz")
+    python(GO_ON, bundles(name), tmp_path / "state", tmp_path / "found.npz", on.name)
     found = np.load(tmp_path / "found.npz")
     np.testing.assert_array_equal(found["latents"], np.stack([chunk.latents for chunk in wanted]))
     np.testing.assert_array_equal(found["frames"], np.concatenate([chunk.frames for chunk in wanted]))
@@ -130,9 +136,9 @@ def test_another_process_goes_on_to_the_bit(bundles: Bundles, tmp_path: Path, na
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_a_restored_video_switches_as_the_one_that_was_saved(
-    bundles: Bundles, tmp_path: Path, name: str
+    on: On, bundles: Bundles, tmp_path: Path, name: str
 ) -> None:
-    with Session.open(bundles(name)) as session:
+    with on.open(bundles(name)) as session:
         video = session.generate(PROMPT, seed=7, chunks=CHUNKS)
         for _ in range(6):
             next(video)
@@ -146,8 +152,8 @@ def test_a_restored_video_switches_as_the_one_that_was_saved(
         assert differ(next(session.restore(tmp_path)), wanted[0])
 
 
-def test_numbers_of_numpy_are_saved_too(bundles: Bundles, tmp_path: Path) -> None:
-    with Session.open(bundles("forcing-kv")) as session:
+def test_numbers_of_numpy_are_saved_too(on: On, bundles: Bundles, tmp_path: Path) -> None:
+    with on.open(bundles("forcing-kv")) as session:
         video = session.generate(PROMPT, seed=np.int64(7), chunks=np.int32(CHUNKS))  # type: ignore[arg-type]
         next(video)
         video.save(tmp_path)
@@ -159,9 +165,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_state_takes_the_place_of_the_one_before(bundles: Bundles, tmp_path: Path) -> None:
+def test_a_state_takes_the_place_of_the_one_before(on: On, bundles: Bundles, tmp_path: Path) -> None:
     """Of the same chunk too, and beside what a process that was killed has left."""
-    with Session.open(bundles("forcing-kv")) as session:
+    with on.open(bundles("forcing-kv")) as session:
         for seed in (1, 2, 3, 4):
             video = session.generate(PROMPT, seed=seed, chunks=5)
             next(video)
@@ -178,9 +184,9 @@ def test_a_state_takes_the_place_of_the_one_before(bundles: Bundles, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "state-of-the-art.txt", "state-1.json", ".state"])
-def test_a_folder_of_other_files_is_left_alone(bundles: Bundles, tmp_path: Path, name: str) -> None:
+def test_a_folder_of_other_files_is_left_alone(on: On, bundles: Bundles, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
-    with Session.open(bundles("forcing-kv")) as session:
+    with on.open(bundles("forcing-kv")) as session:
         wanted = video_of(session, 3)
         video = session.generate(PROMPT, seed=7, chunks=3)
         found = [next(video)]
@@ -192,11 +198,11 @@ def test_a_folder_of_other_files_is_left_alone(bundles: Bundles, tmp_path: Path,
         assert_same([*found, *video], wanted)
 
 
-def test_noise_of_ones_own_cannot_be_saved(bundles: Bundles, tmp_path: Path) -> None:
+def test_noise_of_ones_own_cannot_be_saved(on: On, bundles: Bundles, tmp_path: Path) -> None:
     def noise(chunk: int, step: int, shape: tuple[int, ...]) -> Any:
         return chunk_noise(7, chunk, step, shape)
 
-    with Session.open(bundles("forcing-kv")) as session:
+    with on.open(bundles("forcing-kv")) as session:
         wanted = video_of(session, 3)
         video = session.generate(PROMPT, seed=1, chunks=3, noise=noise)
         found = [next(video)]
@@ -294,9 +300,9 @@ def test_a_state_that_is_damaged_or_foreign_changes_nothing(
     assert (files(spoilt) if spoilt.is_dir() else {}) == before
 
 
-def test_a_state_of_another_bundle_is_named(bundles: Bundles, saved: Path) -> None:
+def test_a_state_of_another_bundle_is_named(on: On, bundles: Bundles, saved: Path) -> None:
     with (
-        Session.open(bundles("window")) as session,
+        on.open(bundles("window")) as session,
         pytest.raises(InputError, match="was saved of the bundle"),
     ):
         session.restore(saved)
@@ -306,7 +312,7 @@ SAVE_ON = """
 import sys
 from forcingkv.runtime import Session
 
-with Session.open(sys.argv[1], threads=1) as session:
+with Session.open(sys.argv[1], threads=1, backend=sys.argv[4]) as session:
     video = session.generate(sys.argv[3], seed=7)
     for chunk in video:
         video.save(sys.argv[2])
@@ -315,12 +321,22 @@ with Session.open(sys.argv[1], threads=1) as session:
 
 
 @pytest.mark.slow
-def test_a_process_killed_while_it_saves_leaves_a_whole_state(bundles: Bundles, tmp_path: Path) -> None:
+def test_a_process_killed_while_it_saves_leaves_a_whole_state(
+    on: On, bundles: Bundles, tmp_path: Path
+) -> None:
     chance = random.Random(0)
-    with Session.open(bundles("forcing-kv"), threads=1) as session:
+    with on.open(bundles("forcing-kv"), threads=1) as session:
         for _ in range(4):
             with subprocess.Popen(
-                [sys.executable, "-c", SAVE_ON, str(bundles("forcing-kv")), str(tmp_path / "state"), PROMPT],
+                [
+                    sys.executable,
+                    "-c",
+                    SAVE_ON,
+                    str(bundles("forcing-kv")),
+                    str(tmp_path / "state"),
+                    PROMPT,
+                    on.name,
+                ],
                 stdout=subprocess.PIPE,
                 text=True,
             ) as process:

@@ -1,74 +1,28 @@
-"""What tests of sessions share: prompts, lanes that differ from ONNX Runtime's own, comparing videos."""
+"""What tests of sessions share: prompts, sessions with lanes of `lanes.py`, comparing videos."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
-from forcingkv.runtime import Bundle, Chunk, MemoryShortError, Session
-from forcingkv.runtime.backends import LaneOptions, Pass, Tensor
-from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane
-from forcingkv.runtime.backends.ort_state import StateTensor
-from forcingkv.runtime.bundle import GRAPHS
+from forcingkv.runtime import Chunk, Session
+from tests.runtime.lanes import ONNX
 
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
 BUNDLES = (*POLICIES, "taehv")
 """Those of `conftest.export_small` that all must hold for."""
 PROMPT, OTHER = "a b c", "d e"
-AnyLane = TypeVar("AnyLane", bound=OnnxLane)
 
 
-class Ahead(OnnxLane):
-    """Begins a chunk before the one before is waited for, as lanes on a GPU do."""
-
-    def __init__(self, graphs: Mapping[str, OnnxGraph]) -> None:
-        super().__init__(graphs)
-        self.lookahead = 1
-
-
-class OwnState(OnnxLane):
-    """Keeps its state in ONNX Runtime's memory, as where the CUDA provider runs."""
-
-    def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
-        if state:
-            return StateTensor.make(shape, dtype, "cpu", 0, self._loaded()["step"].view)
-        return super().tensor(shape, dtype)
-
-
-class Failing(OnnxLane):
-    """Runs out of memory in the pass of that number, counted from the last setting."""
-
-    fails_in: int | None = None
-
-    def bind(
-        self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
-    ) -> Pass:
-        return FailingPass(self, super().bind(graph, phase, inputs, outputs))
-
-
-class FailingPass:
-    def __init__(self, lane: Failing, bound: Pass) -> None:
-        self._lane, self._bound = lane, bound
-
-    def run(self) -> None:
-        if self._lane.fails_in is not None:
-            self._lane.fails_in -= 1
-            if self._lane.fails_in < 0:
-                raise MemoryShortError("as a test asked for")
-        self._bound.run()
-
-
-def open_with(path: Path, kind: type[AnyLane]) -> tuple[Session, AnyLane]:
-    """A session whose lane is of a class of its own, and the lane."""
-    bundle = Bundle.open(path)
-    lane = kind({name: OnnxGraph(bundle.graph(name), 1) for name in GRAPHS})
-    return Session(bundle, LaneOptions(), lane, "host"), lane
+def open_with(path: Path, kind: type) -> tuple[Session, Any]:
+    """A session on ONNX Runtime whose lane is of a class of its own, and the lane."""
+    return ONNX.open_with(path, kind)
 
 
 def video_of(session: Session, chunks: int = 7, seed: int = 7) -> list[Chunk]:

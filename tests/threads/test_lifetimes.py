@@ -14,7 +14,8 @@ import pytest
 from forcingkv.runtime import DeviceError, Session
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from tests.runtime.engine_world import World
-from tests.runtime.videos import PROMPT, Failing, assert_same, open_with, video_of
+from tests.runtime.lanes import Failing
+from tests.runtime.videos import PROMPT, assert_same, open_with, video_of
 
 Bundles = Callable[[str], Path]
 
@@ -160,14 +161,14 @@ def test_an_engine_is_not_freed_while_a_sibling_is_made_on_it(
     settle(world)
     made = world.tensorrt.does
 
-    def close_meanwhile(name: str) -> bool:
+    def close_meanwhile(name: str, device: int | None = None) -> bool:
         if name == "ICudaEngine.create_execution_context":
             monkeypatch.setattr(world.tensorrt, "does", made)
             thread = threading.Thread(target=sessions[0].close)
             thread.start()
             thread.join()
             assert world.cuda.live["engine"] == 3
-        return made(name)
+        return made(name, device)
 
     monkeypatch.setattr(world.tensorrt, "does", close_meanwhile)
     with session.sibling(preflight=False) as sibling:

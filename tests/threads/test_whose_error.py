@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import threading
 from collections.abc import Callable
@@ -47,6 +48,45 @@ def test_what_a_foreign_thread_told_is_not_lost(monkeypatch: pytest.MonkeyPatch)
     assert told.take() == []
 
 
+def test_a_thread_of_tensorrts_is_foreign_whatever_was_asked_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`threading.current_thread()` makes a thread of `threading`'s of any thread, as logging does."""
+    told: Told[str] = Told()
+    foreign: list[threading.Thread] = []
+
+    def works(_: object = None) -> None:
+        foreign.append(threading.current_thread())
+        told.add("from within")
+
+    started = threading.Event()
+    _thread.start_new_thread(lambda: (works(), started.set()), ())
+    assert started.wait(10)
+    assert isinstance(foreign[0], threading._DummyThread)  # type: ignore[attr-defined]
+    assert elsewhere(told.take) == ["from within"]
+
+
+def test_a_thread_that_asked_once_is_told_its_own() -> None:
+    """A host program may run sessions in threads that Python did not start."""
+    told: Told[str] = Told()
+    found: list[list[str]] = []
+    asked, done = threading.Event(), threading.Event()
+
+    def works() -> None:
+        told.take()
+        told.add("mine")
+        asked.set()
+        done.wait(10)
+        found.append(told.take())
+        asked.set()
+
+    _thread.start_new_thread(works, ())
+    assert asked.wait(10)
+    asked.clear()
+    assert told.take() == []
+    done.set()
+    assert asked.wait(10)
+    assert found == [["mine"]]
+
+
 def test_a_refusal_names_only_what_tensorrt_said_in_this_thread(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +101,7 @@ def test_a_refusal_names_only_what_tensorrt_said_in_this_thread(
         def fails(session: Session, says: str, kind: type[Exception]) -> str:
             video = session.generate(PROMPT, seed=7, chunks=2)
             world.tensorrt.says = says
-            world.tensorrt.refuse_at = world.tensorrt.refusable + 30
+            world.tensorrt.refuse_at = world.tensorrt.refusable + 3
             with pytest.raises(kind) as raised:
                 list(video)
             return str(raised.value)
@@ -78,7 +118,7 @@ def test_a_refusal_names_only_what_tensorrt_said_in_this_thread(
 def test_words_of_an_earlier_call_are_not_given_as_the_reason(
     bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forcingkv.runtime.backends import tensorrt as backend
+    from forcingkv.runtime.backends import tensorrt_engines as backend
 
     world = World(bundles("forcing-kv"), monkeypatch)
     with Session.open(world.bundle, backend="tensorrt-rtx", preflight=False) as session:
@@ -104,7 +144,7 @@ def test_what_a_plugin_raised_is_raised_in_the_thread_that_ran_it() -> None:
 
 HEARD = """
 import json, threading
-from forcingkv.runtime.backends import tensorrt as backend
+from forcingkv.runtime.backends import tensorrt_engines as backend
 from forcingkv.runtime.flavour import choose, make_log, trt
 
 choose("tensorrt-rtx")

@@ -1,7 +1,7 @@
 """Everything that a first run on a GPU would meet, as steps of a few seconds: `python -m tools.gpu_check`.
 
     steps.py      the steps, in the order in which they run, with their limits and what each proves
-    driver.py     runs each in a process of its own, with its own time limit: a lost CUDA context costs one step
+    driver.py     runs each in a process of its own with its own time limit: a lost context costs one step
     child.py      that process
     check.py      what a step reports with
     machine.py    whether there is a GPU, asked of the driver alone

@@ -18,8 +18,8 @@ from forcingkv.runtime.backends.cuda_memory import CudaMemory, CudaTensor
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.faults import MemoryShortError
 from tools.gpu_check.check import Check
-from tools.gpu_check.machine import drop_context, free_bytes
-from tools.gpu_check.stand_ins import cuda, left_over
+from tools.gpu_check.machine import free_bytes
+from tools.gpu_check.stand_ins import cuda, drop_current, left_over
 
 COUNT = 4096
 
@@ -267,10 +267,7 @@ def contexts(check: Check) -> None:
 
         def without_context() -> None:
             check.expect(here.holds(tensor) == 1, "a new thread reads something else")
-            if check.gpu:
-                drop_context()
-            else:
-                here.gpu.core._threads.discard(threading.get_ident())
+            drop_current(check, here.gpu.core)
             tensor.write(np.full(COUNT, 2, np.float32), here.main)
 
         try:
@@ -283,32 +280,36 @@ def contexts(check: Check) -> None:
 def shared(check: Check) -> None:
     """Memory that is shown by DLPack is what is there, views too, and stays while somebody has it."""
     with place(check) as here:
-        tensor = here.memory.tensor((6, COUNT), "uint8")
-        array = np.arange(6 * COUNT, dtype=np.uint32).astype(np.uint8).reshape(6, COUNT)
-        tensor.write(array, here.main)
-        here.main.sync()
-        views = [(tensor, array), (tensor.rows(2, 5), array[2:5])]
-        if not check.gpu:
-            for view, wanted in views:
-                shown: Any = view.shared()
-                held = here.gpu.core.bytes_at(shown.ptr, wanted.size).reshape(wanted.shape)
-                check.expect((held == wanted).all(), "what is shown is not what is there")
-                del shown, held
-            return
-        import torch
+        kept = _shown(check, here)
+    if not check.gpu:
+        return
+    import torch
 
-        kept = []
-        for view, wanted in views:
-            found = torch.from_dlpack(view.shared())
-            told = str(found.device), str(found.dtype), tuple(found.shape), found.is_contiguous()
-            check.expect(told == ("cuda:0", "torch.uint8", wanted.shape, True), f"torch sees {told}")
-            check.expect((found.cpu().numpy() == wanted).all(), "what torch sees is not what is there")
-            kept.append((found, wanted))
-    from tools.gpu_check.pruning import core
-
-    pool = torch.empty(64 << 20, dtype=torch.uint8, device="cuda").fill_(255)
+    torch.empty(64 << 20, dtype=torch.uint8, device="cuda").fill_(255)
+    torch.cuda.synchronize()
     stale = [bool((found.cpu().numpy() != wanted).any()) for found, wanted in kept]
-    core().Device(0).sync()
-    del pool
     check.note(stale_after_close=stale)
     check.expect(not any(stale), "frames that torch still holds changed when the lane was closed")
+
+
+def _shown(check: Check, here: Place) -> list[tuple[Any, Any]]:
+    """Show memory and a view of it: what torch sees, and what it has to be; nothing without a GPU."""
+    tensor = here.memory.tensor((6, COUNT), "uint8")
+    array = np.arange(6 * COUNT, dtype=np.uint32).astype(np.uint8).reshape(6, COUNT)
+    tensor.write(array, here.main)
+    here.main.sync()
+    kept = []
+    for view, wanted in ((tensor, array), (tensor.rows(2, 5), array[2:5])):
+        shown: Any = view.shared()
+        if not check.gpu:
+            held = here.gpu.core.bytes_at(shown.ptr, wanted.size).reshape(wanted.shape)
+            check.expect((held == wanted).all(), "what is shown is not what is there")
+            continue
+        from torch.utils.dlpack import from_dlpack
+
+        found = from_dlpack(shown)
+        told = str(found.device), str(found.dtype), tuple(found.shape), found.is_contiguous()
+        check.expect(told == ("cuda:0", "torch.uint8", wanted.shape, True), f"torch sees {told}")
+        check.expect((found.cpu().numpy() == wanted).all(), "what torch sees is not what is there")
+        kept.append((found, wanted))
+    return kept

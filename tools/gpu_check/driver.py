@@ -137,7 +137,7 @@ def run_step(step: Step, seconds: float, settings: Settings, tell: Callable[[Lin
         took = round(time.monotonic() - began, 2)
         errors.seek(0)
         told = errors.read().decode("utf-8", "replace").strip()[-SHOWN:]
-    done = reader.done or {}
+    done = dict(reader.done or {})
     line: Line = {"step": step.name, "status": done.pop("status", "crashed"), "seconds": took, **done}
     if timed_out:
         line |= {"status": "timed out", "why": f"it was killed after {seconds:.0f} s", "told": told}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.export.bake import baked_model
-from forcingkv.export.bundle_writer import WEIGHTS
+from forcingkv.export.bundle_parts import WEIGHTS
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
 from forcingkv.models import kv
 from forcingkv.prune.launcher import KernelLauncher
@@ -63,7 +63,8 @@ class StandIn:
         runners: dict[str, Any] = {
             name: TorchRunner(self, name, made[name], torch_graphs[name], device) for name in GRAPHS
         }
-        self.cuda: Any = RealCuda() if check.gpu else FakeCuda()
+        device_of: Any = RealCuda if check.gpu else FakeCuda
+        self.cuda = device_of()
         self._tensorrt = FakeTensorRT(self.cuda, runners)
         self._tensorrt.install(patch)
         if check.gpu:
@@ -76,6 +77,12 @@ class StandIn:
         """A session on the engines."""
         self._tensorrt.users.clear()  # an earlier session's memory may be another stream's now
         return Session.open(self.bundle, backend="tensorrt-rtx", preflight=False, **options)
+
+    def settle(self) -> None:
+        """Have all computed that was put into streams, so that `runs` counts it."""
+        if isinstance(self.cuda, FakeCuda):
+            for stream in list(self.cuda.streams.values()):
+                stream.drain()
 
 
 @contextmanager
@@ -177,6 +184,7 @@ class Stream:
 
     current = 0
     busy = False
+    capturing = None
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
@@ -208,8 +216,9 @@ class RealCuda:
         self.trace: list[tuple[Any, ...]] = []
         self.streams = Streams()
         self.clock, self.fail_at, self.left = 0, None, dict[str, int]()
+        self.here, self.lost = 0, None
 
-    def called(self, name: str) -> None:
+    def called(self, name: str, device: int | None = None) -> None:
         """Nothing is recorded."""
 
     def bytes_at(self, address: int, nbytes: int) -> Any:

@@ -1,14 +1,14 @@
-"""Parts of the check that are made beforehand on a CPU (`make_kit`), and made here where they are not there."""
+"""Parts of the check that are made beforehand on a CPU (`make_kit`), or here where they are not there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from collections.abc import Callable
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -108,7 +108,8 @@ class Kit:
 
     def reference(self) -> Reference:
         """The reference video of that bundle."""
-        path = self.has(VIDEO) or self._made(lambda out: make_reference(self.demo(), out), VIDEO)
+        demo = self.demo()
+        path = self.has(VIDEO) or self._made(lambda out: make_reference(demo, out), VIDEO)
         with np.load(path) as arrays:
             return Reference(arrays["latents"], arrays["frames"])
 

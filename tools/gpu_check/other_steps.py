@@ -1,4 +1,4 @@
-"""Steps that look at the machine, and those that run programs of others: pytest, compute-sanitizer, TensorRT."""
+"""Steps about the machine, and those that run programs of others: pytest, compute-sanitizer, TensorRT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.gpu_check.check import Check
-from tools.gpu_check.kit import ROOT
+from tools.gpu_check.kit import CHUNKS, ROOT, VIDEO
 
 PACKAGES = (
     *("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "triton", "cuda-core", "cuda-bindings"),
@@ -52,6 +52,14 @@ def versions(check: Check) -> None:
 
         check.note(torch_cuda=torch.version.cuda, torch_sees_gpu=torch.cuda.is_available())
         check.expect(torch.cuda.is_available(), "torch sees no GPU, and the driver does")
+
+
+def parts(check: Check) -> None:
+    """What later steps share and the kit has not: the demo's bundle, and its video from ONNX Runtime."""
+    there = {name: check.kit.has(name) is not None for name in ("demo", VIDEO)}
+    check.note(from_kit=there, kit_fault=check.kit.fault)
+    made = check.kit.reference()
+    check.expect(len(made.latents) == CHUNKS, f"the reference video has {len(made.latents)} chunks")
 
 
 def _version(name: str) -> str | None:
@@ -161,9 +169,8 @@ def tensorrt(check: Check) -> None:
                 served.append(name)
     if not served:
         check.skip(f"no TensorRT that serves sm_{check.machine.sm} is installed")
-    name: Any = served[0]
     with tempfile.TemporaryDirectory(prefix="forcingkv-engines-") as place:
-        _engines(check, name, Path(place) / "bundle")
+        _engines(check, served[0], Path(place) / "bundle")
 
 
 def _engines(check: Check, flavour: Any, folder: Path) -> None:

@@ -35,11 +35,12 @@ from tools.gpu_check.check import Check
 
 MODEL, POLICIES = "self-forcing", ("full", "forcing-kv")
 PUBLISHED = {"fps": 29.0, "480p": 1.50, "1080p": 2.82}
-"""From the abstract of arXiv 2605.09681: over 29 frames a second on an H200 (which model, it does not say), and
+"""From the abstract of arXiv 2605.09681: over 29 frames a second on an H200 (of which model is not said), and
 the speedups on Self Forcing. Frames there are 4 x latent frames; text and decoding are left out."""
-EAGER: dict[str, bool] = {}
-GRAPHS, COMPILED = {"cuda_graphs": True}, {"compiled": True}
-ORDER: tuple[tuple[str, str, dict[str, bool]], ...] = (
+EAGER: dict[str, Any] = {}
+GRAPHS: dict[str, Any] = {"cuda_graphs": True}
+COMPILED: dict[str, Any] = {"compiled": True}
+ORDER: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("480p", "eager", EAGER),
     ("480p", "CUDA graphs", GRAPHS),
     ("1080p", "eager", EAGER),
@@ -57,7 +58,7 @@ ROUNDS, ROUND_SECONDS = 7, 6.0
 """Turns of both policies: at most so many, and none is begun after so long."""
 STREAMED = 3
 """Chunks at the end of a video that are timed as they come."""
-SMALL = "160x96"
+SMALL = "64x64"
 """The resolution on a stand-in for the GPU."""
 
 
@@ -141,7 +142,7 @@ class Study:
             self.bundles[key] = out
         return self.bundles[key]
 
-    def measure(self, resolution: str, options: dict[str, bool]) -> dict[str, Any]:
+    def measure(self, resolution: str, options: dict[str, Any]) -> dict[str, Any]:
         """Both policies in turns, at the length that caches come to rest at; figures for one line."""
         began, device = time.perf_counter(), "cuda" if self.check.gpu else "cpu"
         paths = {policy: self.bundle(resolution, policy) for policy in POLICIES}
@@ -156,10 +157,10 @@ class Study:
             timed = {policy: Timed(session) for policy, session in sessions.items()}
             warm = time.perf_counter()
             for one in timed.values():
-                one.warm(3 if self.check.gpu else 1)
+                one.warm(3 if self.check.gpu else 0)
             warm = time.perf_counter() - warm
             turns = time.perf_counter()
-            for number in range(ROUNDS if self.check.gpu else 2):
+            for number in range(ROUNDS if self.check.gpu else 1):
                 if number and (time.perf_counter() - turns > ROUND_SECONDS or self.check.left < 10):
                     break
                 for one in timed.values():
@@ -221,11 +222,21 @@ def _published(resolution: str) -> dict[str, Any]:
     return {"speedup": PUBLISHED.get(resolution), "fps_of_forcing_kv": PUBLISHED["fps"], "rows": figures}
 
 
+ALSO = {
+    *("nvidia", "geforce", "sxm", "sxm4", "sxm5", "80gb", "141gb", "180gb", "hbm3", "hbm3e"),
+    *("blackwell", "workstation", "server", "edition"),
+}
+"""Words that drivers say beside the name of a card with a data sheet here; others make it another card."""
+
+
 def known_gpu(name: str | None) -> Gpu | None:
-    """The GPU of that name among those that have a data sheet here."""
-    words = re.sub(r"[^a-z0-9]+", " ", (name or "").lower())
-    fits = [key for key in gpu_names() if re.search(rf"\b{key.replace('-', ' ')}\b", words)]
-    return load_gpu(max(fits, key=len)) if fits else None
+    """The GPU that a driver calls so, among those that have a data sheet here."""
+    words = re.sub(r"[^a-z0-9]+", " ", (name or "").lower()).split()
+    keys = {key: key.split("-") for key in gpu_names()}
+    for key, own in keys.items():
+        if set(own) <= set(words) and not set(words) - set(own) - ALSO:
+            return load_gpu(key)
+    return None
 
 
 def _frames(spec: ModelSpec) -> int:

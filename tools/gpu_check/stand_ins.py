@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tools.gpu_check.check import Check
+from tools.gpu_check.machine import drop_context
 
 
 @contextmanager
@@ -26,7 +28,19 @@ def cuda(check: Check) -> Iterator[Any]:
     fake = FakeCuda()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cuda.core", fake)
+        if hasattr(fake, "driver"):
+            patch.setitem(sys.modules, "cuda.bindings.driver", fake.driver)
         yield fake
+
+
+def drop_current(check: Check, core: Any) -> None:
+    """Leave this thread without a current GPU, as another library may."""
+    if check.gpu:
+        drop_context()
+    elif hasattr(core, "current"):
+        core.current.pop(threading.get_ident(), None)
+    else:
+        core._threads.discard(threading.get_ident())
 
 
 def left_over(core: Any) -> dict[str, int]:

@@ -13,6 +13,7 @@ KERNELS, CUDA, VIDEOS, OTHERS = (f"{_HERE}.{name}_steps" for name in ("kernel", 
 
 STEPS: tuple[Step, ...] = (
     Step("versions", f"{OTHERS}:versions", 30, "driver, packages, the names of cuda-core that are used"),
+    Step("parts", f"{OTHERS}:parts", 120, "what the kit has not is made: the demo's bundle and its video"),
     Step(
         "cubins", f"{KERNELS}:cubins", 30, "kernels take what launches pass; a GPU refuses another's cubins"
     ),
@@ -38,11 +39,11 @@ STEPS: tuple[Step, ...] = (
     Step(
         "two-sessions",
         f"{VIDEOS}:two_sessions",
-        30,
+        45,
         "a second session leaves the first one's graphs as they are",
     ),
     Step(
-        "device-frames", f"{VIDEOS}:device_frames", 30, "frames shown by DLPack are right, and safe to keep"
+        "device-frames", f"{VIDEOS}:device_frames", 45, "frames shown by DLPack are right, and safe to keep"
     ),
     Step(
         "shared-memory",
@@ -60,6 +61,6 @@ STEPS: tuple[Step, ...] = (
     Step("overlap", f"{VIDEOS}:overlap", 30, "decoding beside the next chunk's passes"),
     Step("tests", f"{OTHERS}:gpu_tests", 60, "the project's own tests that need a GPU"),
     Step("sanitizer", f"{OTHERS}:sanitizer", 60, "compute-sanitizer finds nothing in the kernels"),
-    Step("exit", f"{VIDEOS}:exit_code", 20, "a program that closes nothing ends well"),
+    Step("exit", f"{VIDEOS}:exit_code", 45, "a program that closes nothing ends well"),
     Step("garbage", f"{KERNELS}:garbage", 15, "indices that mean nothing read nothing that is not there"),
 )

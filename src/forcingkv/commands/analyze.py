@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.panel import Panel
@@ -19,6 +16,7 @@ from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
 from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar
+from forcingkv.commands.grouped import takes
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
     Checkpoint,
@@ -106,25 +104,8 @@ class LabelOptions:
         )
 
 
-def takes_label_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `labels` (a `LabelOptions`) is given as the options that make one up."""
-    options = inspect.signature(LabelOptions, eval_str=True).parameters
-
-    @functools.wraps(command)
-    def wrapped(**given: Any) -> None:
-        command(labels=LabelOptions(**{name: given.pop(name) for name in options}), **given)
-
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        parameters += options.values() if parameter.name == "labels" else [parameter]
-    # What typer reads a command's options from.
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return wrapped
-
-
 @app.command()
-@takes_label_options
+@takes("labels", LabelOptions)
 def heads(
     model: Model,
     out: Annotated[Path, Option(help="Folder for stats/, headmap.json, stability.json, report.html.")],
@@ -146,7 +127,9 @@ def heads(
     headmap: Annotated[Path | None, Option(help="Head map, for policies that need one.")] = None,
     *,
     labels: LabelOptions,
-    device: Annotated[str | None, Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, Option(help="cpu, cuda, cuda:1, mps or xpu; default: cuda if there is one.")
+    ] = None,
     dtype: Annotated[str, Option(help="What to compute in: float32 or bfloat16.")] = "float32",
     threads: Threads = None,
     ray: Annotated[str | None, Option(help="Spread samples: local, or a Ray cluster's address.")] = None,
@@ -170,12 +153,15 @@ def heads(
     from forcingkv.analyze.recording import RecordedDtype
     from forcingkv.analyze.results import check_places
     from forcingkv.analyze.run import check_room, choose_device, recording_plan, video_length
+    from forcingkv.analyze.workers import check_device
     from forcingkv.models.presets import load_spec
 
     spec = load_spec(model)
     asked = labels.labelling(spec.geometry(resolution))
     mapped = read_headmap(headmap) if headmap else None
     chosen, kind = choose_device(device), one_of(RecordedDtype, dtype, "dtype")
+    if ray:
+        check_device(chosen)
     check_room(  # before weights are fetched
         recording_plan(spec, resolution, policy, mapped),
         stats or out / "stats",
@@ -222,7 +208,7 @@ def heads(
 
 
 @app.command()
-@takes_label_options
+@takes("labels", LabelOptions)
 def report(
     folder: Annotated[Path, Argument(help="Folder that `analyze heads` wrote.")],
     *,

@@ -9,7 +9,15 @@ from typing import Annotated
 from typer import Option
 
 from forcingkv.commands.console import MOST, AsJson, default_prompts, emit, need, progress_bar, say
-from forcingkv.commands.models import Backend, Threads, text_inputs
+from forcingkv.commands.models import (
+    BackendOrOwn,
+    Compiled,
+    ComputeDtype,
+    Device,
+    Provider,
+    Threads,
+    text_inputs,
+)
 from forcingkv.headmaps import DYNAMIC, STATIC, InputError
 from forcingkv.measure.tables import PlainConsole
 
@@ -22,11 +30,17 @@ def demo(
     samples: Annotated[int, Option(min=1, max=MOST, help="Videos to measure heads on.")] = 6,
     prompts: Annotated[int, Option(min=1, max=MOST, help="Prompts to compare policies on.")] = 40,
     seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
-    backend: Backend = "onnxruntime",
+    backend: BackendOrOwn = None,
+    device: Device = None,
+    dtype: ComputeDtype = None,
+    provider: Provider = None,
+    compiled: Compiled = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Analyze the shipped model, export it with every policy, generate, and compare.
+
+    With --device heads are measured there too, in float32 whatever --dtype says.
 
     Example: forcingkv demo --json
     """
@@ -36,6 +50,7 @@ def demo(
     from forcingkv.analyze import Job, Labelling, analyze_heads, analyze_statistics
     from forcingkv.analyze.report.pictures import headmap_picture
     from forcingkv.analyze.results import check_places
+    from forcingkv.analyze.run import choose_device
     from forcingkv.export import export_bundle
     from forcingkv.export.bundle_writer import check_out
     from forcingkv.headmaps.writing import check_file, write_bytes
@@ -52,6 +67,9 @@ def demo(
     from forcingkv.runtime import Session
     from forcingkv.runtime.kv.policies import load_policy
 
+    # A device of torch's: heads are measured there too. Refused now, not after that.
+    on_torch = backend == "torch" or (backend is None and bool(device))
+    measured_on = choose_device(device) if device and on_torch else "cpu"
     check_places(out / "analysis", None, samples=samples, restart=True)
     for name in POLICIES:
         check_out(out / "bundles" / name)
@@ -66,7 +84,9 @@ def demo(
     asked = [texts[number % len(texts)] for number in range(prompts)]
     with progress_bar() as shown:
         task = shown.add_task("1/3 measuring heads (samples)", total=samples)
-        job = Job(spec, weights, text_inputs(spec, texts[::-1], None), seed, threads=threads)
+        job = Job(
+            spec, weights, text_inputs(spec, texts[::-1], None), seed, device=measured_on, threads=threads
+        )
         analysis = analyze_heads(
             job,
             out / "analysis",
@@ -88,7 +108,15 @@ def demo(
         with ExitStack() as stack:
             sessions = {
                 name: stack.enter_context(
-                    Session.open(out / "bundles" / name, backend=backend, threads=threads)
+                    Session.open(
+                        out / "bundles" / name,
+                        backend=backend,
+                        device=device,
+                        dtype=dtype,
+                        provider=provider,
+                        compiled=compiled,
+                        threads=threads,
+                    )
                 )
                 for name in POLICIES
             }

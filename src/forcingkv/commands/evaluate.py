@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +20,21 @@ from forcingkv.commands.console import (
     must_end,
     need,
     progress_bar,
+    say,
 )
-from forcingkv.commands.models import Backend, Embeds, ExpectDigests, Threads, text_inputs
+from forcingkv.commands.models import (
+    BackendOrOwn,
+    Compiled,
+    ComputeDtype,
+    Device,
+    Embeds,
+    ExpectDigests,
+    Provider,
+    Threads,
+    text_inputs,
+)
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import Prompt, Session
+from forcingkv.runtime import Bundle, Prompt, Session
 from forcingkv.runtime.bundle import open_bundles
 from forcingkv.runtime.prompts import PromptLine, read_prompts
 from forcingkv.runtime.spec import ModelSpec
@@ -52,7 +64,11 @@ def evaluate(
     chunks: Annotated[
         int | None, Option(min=2, help="Length of the videos; default: until full KV is full.")
     ] = None,
-    backend: Backend = "onnxruntime",
+    backend: BackendOrOwn = None,
+    device: Device = None,
+    dtype: ComputeDtype = None,
+    provider: Provider = None,
+    compiled: Compiled = False,
     threads: Threads = None,
     expect_digest: ExpectDigests = None,
     video: Annotated[list[Path] | None, Option(help="Video file to measure; repeatable.")] = None,
@@ -93,6 +109,11 @@ def evaluate(
         raise InputError(f"--bundle and --video {given}", where="evaluate", expected="one of the two")
     if bundle and (reference_video or top):
         raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
+    if video and (backend or device or dtype or provider or compiled):
+        raise InputError(
+            "--backend, --device, --dtype, --provider and --compile go with --bundle, not --video",
+            where="evaluate",
+        )
     if expect_digest and not bundle:
         raise InputError("is for bundles", where="--expect-digest", expected="--bundle FOLDER beside it")
     must_end(out, ".csv")
@@ -111,7 +132,20 @@ def evaluate(
             write_csv(out, metric_columns(rows), rows)
         emit({"videos": files}) if as_json else print_files(files)
         return
-    with _sessions(bundle or (), expect_digest or (), backend, threads) as sessions, progress_bar() as shown:
+    open_session = partial(
+        Session.open,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        provider=provider,
+        compiled=compiled,
+        threads=threads,
+    )
+    with (
+        _sessions(bundle or (), expect_digest or (), open_session) as sessions,
+        progress_bar() as shown,
+    ):
+        _say_what_differs(sessions)
         compared = _reference(list(sessions), reference)
         spec = next(iter(sessions.values())).spec
         chosen = seeded_prompts(_prompts(spec, prompts, embeds, samples), seeds, seed)
@@ -127,7 +161,7 @@ def evaluate(
 
 @contextmanager
 def _sessions(
-    bundles: Sequence[Path], expect: Sequence[str], backend: str, threads: int | None
+    bundles: Sequence[Path], expect: Sequence[str], open_session: Callable[[Bundle], Session]
 ) -> Iterator[dict[str, Session]]:
     """A session of each bundle, by its policy, or by its folder where policies are not distinct."""
     opened = open_bundles(bundles, expect)
@@ -141,10 +175,15 @@ def _sessions(
             expected="policies or folders of different names",
         )
     with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(Session.open(one, backend=backend, threads=threads))
-            for name, one in zip(names, opened, strict=True)
-        }
+        yield {name: stack.enter_context(open_session(one)) for name, one in zip(names, opened, strict=True)}
+
+
+def _say_what_differs(sessions: Mapping[str, Session]) -> None:
+    """Say on standard error where policies run on different things: then not they alone are compared."""
+    on = {name: session.runs_on for name, session in sessions.items()}
+    if len(set(on.values())) > 1:
+        told = "; ".join(f"{name} on {what}" for name, what in on.items())
+        say(f"note: not policies alone are compared, since they run on different things: {told}", error=True)
 
 
 def _reference(names: Sequence[str], asked: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""`forcingkv generate`: needs no torch."""
+"""`forcingkv generate`: from a bundle, which needs no torch, or from a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +16,10 @@ import numpy as np
 import typer
 from typer import Option
 
+from forcingkv.commands.baked import ModelOptions, bake_model
 from forcingkv.commands.console import AsJson, emit, progress_bar, say
 from forcingkv.commands.going_on import Look, agreed, check_prompt, look_of, take_switches, writer_for
+from forcingkv.commands.grouped import takes
 from forcingkv.commands.models import (
     BackendOrOwn,
     Compiled,
@@ -32,9 +34,11 @@ from forcingkv.commands.models import (
 )
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import MemoryShortError, Session, Video
+from forcingkv.runtime import MemoryShortError, Session, Timing, Video
+from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
+from forcingkv.runtime.memory import peak_bytes
 from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import TextInput
@@ -45,11 +49,14 @@ BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
 """What a shell sees of other programs in a pipe whose reader has gone."""
 
 
+@takes("model", ModelOptions)
 def generate(
-    bundle: Annotated[Path, Option(help="Folder that export wrote.")],
     out: Annotated[
         str, Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
     ],
+    bundle: Annotated[Path | None, Option(help="Folder that export wrote.")] = None,
+    *,
+    model: ModelOptions,
     prompt: Annotated[str | None, Option(help="What to show; or which prompt of --embeds.")] = None,
     embeds: Embeds = None,
     seconds: Annotated[
@@ -92,7 +99,7 @@ def generate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Generate a video from a bundle, chunk by chunk.
+    """Generate a video from a bundle, or from a model with torch, chunk by chunk.
 
     An mp4 plays while it grows. Ctrl-C ends it after the chunks that are there, with exit code 130.
     With --out - the frames alone go to standard output, as bytes in rgb24, and all else to standard error.
@@ -102,16 +109,27 @@ def generate(
 
     Example: forcingkv generate --bundle bundle --prompt "a 3 moving left and a 7 moving up"
     --seconds 3 --seed 7 --enlarge 8 --out video.mp4
+
+    Example: forcingkv generate --model demo --device cpu --prompt "a 3 moving left and a 7 moving up"
+    --out video.mp4
     """
+    model.check(bundle)
     # Makes nothing: a wrong place is refused before the bundle, which may be large, is read.
     open_writer(out, fps=fps or 1.0, enlarge=enlarge or 1, going_on=bool(restore))
     if save:
         check_states(save)
     written = Written()
-    asked = Asked(prompt, embeds, seconds, switch or (), recache, restore, fps, seed, enlarge)
+    asked = Asked(
+        prompt, embeds, seconds, switch or (), recache, restore, fps, seed, enlarge, model.random_weights
+    )
     try:
+        if bundle is None:
+            run = LaneOptions(backend or "torch", threads, device, dtype, provider, cuda_graphs, compiled)
+            baked = bake_model(model, run, embeds, asked.prompts)
+            backend, written.digesting, written.baking = run.backend, baked.digesting, baked.baking
+        began = time.perf_counter()
         with Session.open(
-            bundle,
+            baked.bundle if bundle is None else bundle,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -121,8 +139,11 @@ def generate(
             compiled=compiled,
             expect_digest=expect_digest,
         ) as session:
+            written.loading = time.perf_counter() - began
+            if bundle is None:
+                say(f"runs on {session.runs_on}", error=True)
             video, look = begin_video(session, asked)
-            on = _runs_on(session, threads)
+            on = _runs_on(session, threads) | {"memory": session.footprint}
             for note in session.notes:
                 written.warn(note)
             if out == "-":
@@ -156,6 +177,14 @@ class Asked:
     fps: float | None
     seed: int | None
     enlarge: int | None
+    random: bool = False
+    """Whether random numbers stand for text embeddings that are not given."""
+
+    @property
+    def prompts(self) -> list[str | None]:
+        """Every prompt that is asked for; a saved video has its own."""
+        first = [] if self.restore and self.prompt is None else [self.prompt]
+        return [*first, *(switch.partition(":")[2].strip() for switch in self.switches)]
 
 
 def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
@@ -170,7 +199,7 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
         look = look_of(video, spec.fps, asked.fps, asked.enlarge)
         agreed("--seed", asked.seed, str(video.seed))
         if asked.prompt is not None or (asked.embeds and not asked.switches):
-            check_prompt(session, video, asked.prompt, asked.embeds)
+            check_prompt(session, video, asked.prompt, asked.embeds, random=asked.random)
     else:
         look = Look(asked.fps or spec.fps, asked.enlarge or 1)
 
@@ -181,7 +210,7 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
     def length(seconds: float) -> int | None:
         return None if seconds == math.inf else chunks_for(seconds)
 
-    switches = _prompt_changes(asked.switches, spec, asked.embeds, chunks_for)
+    switches = _prompt_changes(asked, spec, chunks_for)
     if asked.restore:
         if asked.seconds:
             video.chunks = length(asked.seconds)
@@ -189,7 +218,7 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
             where, hint = str(asked.restore), "Make it longer: --seconds."
             raise InputError("the saved video is complete", where=where, hint=hint)
     else:
-        text = text_input(spec, asked.prompt, asked.embeds)
+        text = text_input(spec, asked.prompt, asked.embeds, random=asked.random)
         video = session.generate(text, seed=asked.seed or 0, chunks=length(asked.seconds or 5.0))
     take_switches(session, video, switches, asked.recache)
     for change in video.switches:
@@ -208,9 +237,15 @@ class Written:
     """Frames that were made."""
     waited: list[float] = field(default_factory=list)
     """Seconds that each chunk was waited for."""
-    denoising: list[float] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     """Seconds of the passes of each chunk."""
     warnings: list[str] = field(default_factory=list)
+    digesting: float | None = None
+    """Seconds for the digest of a model's weights; None: a bundle was given."""
+    baking: float | None = None
+    """Seconds to bake a model; None: nothing was."""
+    loading: float = 0.0
+    """Seconds to open the session."""
 
     def warn(self, text: str) -> None:
         """Say something on standard error, and in the report."""
@@ -228,7 +263,7 @@ def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[Fram
         asked = time.perf_counter()
         for chunk in video:
             written.waited.append(time.perf_counter() - asked)
-            written.denoising.append(chunk.timing.denoise + chunk.timing.clean)
+            written.timings.append(chunk.timing)  # not asked for the clean pass, which may still run
             writer.write(chunk.frames)
             written.frames += len(chunk.frames)
             shown.update(task, completed=video.index)
@@ -267,6 +302,7 @@ def _runs_on(session: Session, threads: int | None) -> dict[str, object]:
 
 
 def _report(written: Written, out: str, rate: float, on: dict[str, object], *, as_json: bool) -> None:
+    passes = [timing.denoise + timing.clean for timing in written.timings]
     result = {
         **on,
         "out": out,
@@ -276,7 +312,12 @@ def _report(written: Written, out: str, rate: float, on: dict[str, object], *, a
         "fps": rate,
         "seconds_per_chunk": float(np.median(written.waited)),
         "frames_per_second": written.frames / sum(written.waited),
-        "frames_per_second_without_decoding": written.frames / sum(written.denoising),
+        "frames_per_second_without_decoding": written.frames / sum(passes),
+        "seconds_to_digest": written.digesting,
+        "seconds_to_bake": written.baking,
+        "seconds_to_load": written.loading,
+        "seconds_by_chunk": written.waited,
+        "peak_bytes": _peak_bytes(),
         "warnings": written.warnings,
     }
     if as_json:
@@ -290,8 +331,15 @@ def _report(written: Written, out: str, rate: float, on: dict[str, object], *, a
     )
 
 
+def _peak_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not say."""
+    with suppress(RuntimeError):
+        return peak_bytes()
+    return None
+
+
 def _prompt_changes(
-    options: Sequence[str], spec: ModelSpec, embeds: Path | None, chunks_for: Callable[[float], int]
+    asked: Asked, spec: ModelSpec, chunks_for: Callable[[float], int]
 ) -> list[tuple[int, TextInput]]:
     """The changes that "SECONDS:PROMPT" asks for, in order: each the index of a chunk and its new prompt.
 
@@ -299,7 +347,7 @@ def _prompt_changes(
     that is not of that form, or whose prompt cannot be used, and for two with one chunk.
     """
     changes: dict[int, tuple[str, TextInput]] = {}
-    for option in options:
+    for option in asked.switches:
         start, colon, prompt = option.partition(":")
         try:
             seconds = float(start)
@@ -313,5 +361,6 @@ def _prompt_changes(
         if chunk in changes:
             what = f"has {changes[chunk][0]!r} and {option!r}, which both begin with chunk {chunk}"
             raise InputError(what, where="--switch", expected="one prompt for each chunk")
-        changes[chunk] = option, text_input(spec, prompt.strip(), embeds)
+        text = text_input(spec, prompt.strip(), asked.embeds, random=asked.random)
+        changes[chunk] = option, text
     return [(chunk, text) for chunk, (_, text) in sorted(changes.items(), key=lambda change: change[0])]

@@ -60,15 +60,17 @@ def agreed(option: str, given: float | None, saved: str | None) -> float | None:
     return known
 
 
-def check_prompt(session: Session, video: Video, prompt: str | None, embeds: Path | None) -> None:
-    """Refuse a prompt that a saved video does not begin with."""
+def check_prompt(
+    session: Session, video: Video, prompt: str | None, embeds: Path | None, *, random: bool = False
+) -> None:
+    """Refuse a prompt that a saved video does not begin with. `random`: as `text_input` has it."""
     if video.prompt is None:
         raise InputError(
             "was saved by a version that does not keep the prompt, so the one given cannot be compared",
             where="the saved state",
             expected="no --prompt and no --embeds",
         )
-    text = text_input(session.spec, prompt, embeds)
+    text = text_input(session.spec, prompt, embeds, random=random)
     if PromptRecord.of(session.spec, text)[0].digest != video.prompt.digest:
         option = "--prompt" if prompt is not None else "--embeds"
         raise _contradiction(option, f"is {text.text!r}", str(video.prompt))

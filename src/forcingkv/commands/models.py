@@ -142,11 +142,14 @@ def _say(text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def text_input(spec: ModelSpec, prompt: str | None, embeds: Path | None) -> TextInput:
+def text_input(
+    spec: ModelSpec, prompt: str | None, embeds: Path | None, *, random: bool = False
+) -> TextInput:
     """The model's input for a prompt, with its words; from a file of embeddings if given.
 
-    Says on standard error where the embedding leaves out the end of the prompt. Raises InputError where
-    neither says what to show, or the model needs embeddings.
+    `random` says that a model which takes embeddings, and is given none, takes random ones: of each prompt
+    its own. Says on standard error where it does, and where the embedding leaves out the end of the prompt.
+    Raises InputError where neither says what to show, or the model needs embeddings.
     """
     if embeds:
         known = read_embeds(embeds)
@@ -154,6 +157,11 @@ def text_input(spec: ModelSpec, prompt: str | None, embeds: Path | None) -> Text
         if unused := known.cut(prompt):
             say(f"note: the last {unused:,} tokens of {shortened(said)} are not used", error=True)
         return TextInput(said, text)
+    if random and spec.text.kind != "words":
+        say("note: random numbers stand for the embedding of the prompt: none was given", error=True)
+        drawn = np.random.default_rng([*(prompt or "").encode()])
+        shape = 1, spec.text_length, spec.text_width
+        return TextInput(prompt or "", drawn.standard_normal(shape, dtype=np.float32))
     if not (prompt or "").strip():
         raise InputError("the prompt is empty", where="prompt", expected="some words")
     return TextInput(prompt or "", encode_words(spec, prompt or ""))

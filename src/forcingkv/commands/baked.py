@@ -1,0 +1,201 @@
+"""`forcingkv generate --model`: a model baked into the cache, as a bundle for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
+
+from forcingkv.commands.console import need, progress_bar, say
+from forcingkv.commands.models import (
+    Checkpoint,
+    Key,
+    Loras,
+    NoPresetLora,
+    RandomWeights,
+    Resolution,
+    weights_for,
+)
+from forcingkv.headmaps import HeadMap, read_headmap
+from forcingkv.headmaps.errors import InputError
+from forcingkv.measure.nominal import in_words, nominal_map, shipped_map
+from forcingkv.runtime.backends import LaneOptions
+from forcingkv.runtime.footprint import readable
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.text import encode_words, read_embeds
+
+if TYPE_CHECKING:
+    from forcingkv.export.cached_bundle import CachedBundle
+
+POLICY = "forcing-kv"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a user said of a model to run without a bundle. None and False: nothing."""
+
+    model: Annotated[
+        str | None,
+        Option(
+            help="In place of --bundle: preset or spec file (.toml), baked into the cache the first time, for"
+            " --backend torch."
+        ),
+    ] = None
+    checkpoint: Checkpoint = None
+    key: Key = None
+    lora: Loras = None
+    no_preset_lora: NoPresetLora = False
+    random_weights: RandomWeights = False
+    headmap: Annotated[
+        Path | None, Option(help="With --model: head map to bake in; default: the one that ships, if any.")
+    ] = None
+    policy: Annotated[str | None, Option(help=f"With --model: cache policy; default: {POLICY}.")] = None
+    resolution: Resolution = None
+    decoder: Annotated[
+        str | None, Option(help="With --model: wan-vae, taehv or lighttae; default: the model's.")
+    ] = None
+    vae: Annotated[Path | None, Option(help="With --model: weights of the decoder.")] = None
+    layers: Annotated[
+        int | None, Option(min=1, help="With --random-weights: so many typical layers, to try things out.")
+    ] = None
+
+    def check(self, bundle: Path | None) -> None:
+        """Raise InputError unless a bundle alone is given, or a model with what belongs to it."""
+        if (self.model is None) == (bundle is None):
+            raise InputError(
+                "needs a bundle or a model, and not both",
+                where="generate",
+                expected="--bundle FOLDER, or --model NAME",
+            )
+        given = [one.name for one in fields(self) if getattr(self, one.name) not in (None, False, [])]
+        if bundle is not None and given:
+            words = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(
+                f"has what {words} would say already",
+                where="--bundle",
+                hint=f"Leave out {words}, or take --model in place of --bundle.",
+            )
+        if self.layers and not self.random_weights:
+            raise InputError(
+                "stand for a model whose weights are random",
+                where="--layers",
+                expected="--random-weights beside it",
+            )
+
+
+def bake_model(
+    options: ModelOptions, run: LaneOptions, embeds: Path | None, prompts: Iterable[str | None]
+) -> CachedBundle:
+    """The bundle of a model, from the cache; what was chosen and done is said on standard error.
+
+    All that a session would refuse is refused before anything is fetched or read.
+
+    Args:
+        options: the model.
+        run: what is to run it.
+        embeds: the text embeddings that were given.
+        prompts: every prompt that will be asked for.
+
+    Raises InputError for what does not fit, and as `cached_bundle` does.
+    """
+    assert options.model is not None
+    if run.backend != "torch":
+        raise InputError(
+            "cannot run a model that was not exported",
+            where=f"--backend {run.backend}",
+            expected="--backend torch, or none",
+            hint="Export the model for it (forcingkv export), and give the bundle.",
+        )
+    need("export", "torch", "onnx", "onnxscript")
+    from forcingkv.export.cached_bundle import Recipe, cached_bundle, check_memory_to_run, sizes_in_cache
+    from forcingkv.measure.bench.cases import typical_layers
+    from forcingkv.models.decoders import decoder_for
+    from forcingkv.models.presets import load_spec
+    from forcingkv.runtime.backends.torch_lane import device_for
+
+    device_for(run)
+    spec, policy = load_spec(options.model), load_policy(options.policy or POLICY)
+    _check_prompts(spec, embeds, prompts, random=options.random_weights)
+    spec.geometry(options.resolution)
+    given = read_headmap(options.headmap) if options.headmap else None
+    headmap = _heads(spec, policy, given, random=options.random_weights)
+    if options.layers:
+        spec, policy, headmap = typical_layers(spec, policy, headmap, options.layers)
+    spec, decoder = decoder_for(spec, options.decoder, options.vae, random=options.random_weights)
+    plan = build_plan(spec, spec.geometry(options.resolution), policy, headmap)
+    recipe = Recipe(plan, headmap, decoder, run.dtype or spec.dtype)
+    check_memory_to_run(recipe, run.device)
+    weights = weights_for(
+        spec,
+        options.checkpoint,
+        options.key,
+        options.lora,
+        options.no_preset_lora,
+        options.random_weights,
+    )
+    with progress_bar() as shown:
+        task = shown.add_task(f"baking {spec.name}", total=None)
+
+        def progress(doing: str) -> None:
+            shown.update(task, description=doing)
+
+        cached = cached_bundle(recipe, weights, progress=progress, note=_note)
+    if headmap and not given and not options.random_weights and headmap.model.weights != weights.digest:
+        _note(f"the head map that ships with {spec.name} was measured on other weights than these")
+    path = cached.bundle.path
+    if cached.baking is None:
+        say(f"using {path}, baked before", error=True)
+        return cached
+    sizes = sizes_in_cache()
+    size, whole = readable(sizes.get(path.name, 0)), readable(sum(sizes.values()))
+    say(f"baked {spec.name} into {path} in {cached.baking:.1f} s ({size})", error=True)
+    if len(sizes) > 1:
+        _note(f"{path.parent} holds {len(sizes)} folders of {whole}: any may be removed, and is baked again")
+    return cached
+
+
+def _heads(spec: ModelSpec, policy: Policy, given: HeadMap | None, *, random: bool) -> HeadMap | None:
+    """The head map to bake in, and a word on which it is. Raises InputError where there is none."""
+    if not policy.needs_headmap:
+        if given:
+            _note(f"the policy {policy.name} treats all heads alike, and uses no head map")
+        return None
+    if given:
+        return given
+    if random:  # which head has which label means nothing then
+        headmap = nominal_map(spec, policy)
+        assert headmap is not None
+        _note(f"no head map is given: {in_words(headmap)} heads, as `bench` has them")
+        return headmap
+    shipped = shipped_map(spec, policy)
+    if shipped is None:
+        raise InputError(
+            f"needs a head map, and none ships with {spec.name}",
+            where=f"the policy {policy.name}",
+            expected="--headmap FILE",
+            hint="Measure one (forcingkv analyze heads), convert a published one (forcingkv headmap convert),"
+            " or do without pruning: --policy full.",
+        )
+    _note(f"head map: the one that ships with {spec.name} ({in_words(shipped)})")
+    return shipped
+
+
+def _check_prompts(
+    spec: ModelSpec, embeds: Path | None, prompts: Iterable[str | None], *, random: bool
+) -> None:
+    """Raise InputError for a prompt that could not be used once the model is baked."""
+    known = read_embeds(embeds) if embeds else None
+    for prompt in prompts:
+        if known:
+            known.get(prompt, spec)
+        elif spec.text.kind == "words" or not random:
+            encode_words(spec, prompt or "")
+
+
+def _note(text: str) -> None:
+    say(f"note: {text}", error=True)
