@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Ran
 
-PROMPTS = 3
+PROMPTS = 5
 
 
 @pytest.mark.slow
