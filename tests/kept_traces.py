@@ -33,9 +33,11 @@ TRACERS = ("forcingkv.export.onnx_writer", "forcingkv.export.bundle_parts")
 """What traces them, with its own functions; other things that these import work on what was traced."""
 PATCHED = {(TRACERS[0], "_traced"), (TRACERS[1], "PartsWriter", "_trace")}
 """Here."""
-ANYWHERE = frozenset({"name", "schedule", "fps", "decoder", "text", "source", "resolutions", "dtype"})
+ANYWHERE = frozenset({"name", "fps", "decoder", "text", "source", "resolutions", "dtype"})
 """Fields of a spec that no graph of the transformer depends on."""
-IN_PROMPTS = frozenset({"width", "height", "frames_per_chunk", "attended_frames", "ar_start", "sink_frames"})
+IN_PROMPTS = frozenset(
+    {"width", "height", "frames_per_chunk", "attended_frames", "ar_start", "sink_frames", "schedule"}
+)
 """Further ones that the graph `prompt` does not depend on."""
 
 Make = Callable[[], Graph]
