@@ -184,9 +184,13 @@ def build_engine(
     request: dict[str, Any] = {"plugins": plugins, "sm": sm, "phases": phases, "engine": str(engine)}
     if plugins == "python" and not target.flavour.sms:
         request["kernels"] = {"folder": str(graph.parent), "records": to_data(kernels)}
-    report = run_child(graph, target.flavour, **request)
-    if report.pop("decomposed"):
-        report["decomposed"] = _judged(graph, phases, target.flavour, sm, report["activation_bytes"])
+    try:
+        report = run_child(graph, target.flavour, **request)
+        if report.pop("decomposed"):
+            report["decomposed"] = _judged(graph, phases, target.flavour, sm, report["activation_bytes"])
+    except BaseException:
+        engine.unlink(missing_ok=True)  # it is written as it is built
+        raise
     return EngineRecord(
         graph=name,
         flavour=target.flavour.name,

@@ -324,6 +324,8 @@ with Session.open(sys.argv[1], threads=1, backend=sys.argv[4]) as session:
 def test_a_process_killed_while_it_saves_leaves_a_whole_state(
     on: On, bundles: Bundles, tmp_path: Path
 ) -> None:
+    if on.name == "torch":
+        pytest.skip("what writes the files is the same, and each of four processes would load torch")
     chance = random.Random(0)
     with on.open(bundles("forcing-kv"), threads=1) as session:
         for _ in range(4):
