@@ -176,7 +176,7 @@ def build_engine(
     The graph called `step` gets a profile for each phase of the plan. `kernels` are those of the bundle that
     `graph` lies in: a builder that has a GPU may run the plugin. Raises EngineError where TensorRT refuses
     the graph, aborts, needs more memory than there is, or writes the scores of attention to memory that is
-    too much.
+    too much. Nothing is left of the file then.
     """
     phases = [dict(plan.phase_shapes(phase)) for phase in plan.phases] if name == "step" else []
     prunes = name == "step" and plan.choice is not None
