@@ -3,7 +3,7 @@
     python studies/rounding_on_demo.py [--policies full,forcing-kv] [--seeds 0,1,2,3]
 
 Prints as JSON, for each policy and seed, the largest difference of latents in each of 7 chunks. A video
-amplifies what its passes round, so two programs that are both right drift apart; the exact video tells how far
+amplifies what its passes round: two programs that are both right drift apart. The exact video tells how far
 each is off.
 """
 
