@@ -276,7 +276,7 @@ def faults(doing: str) -> Iterator[None]:
         yield
     except (InputError, SessionError):
         raise
-    except (RuntimeError, MemoryError, NotImplementedError) as error:
+    except (RuntimeError, MemoryError) as error:  # what a device cannot do is a RuntimeError too
         text = " ".join(str(error).split())
         if ran_out_of_memory(error) or isinstance(error, torch.OutOfMemoryError):
             raise MemoryShortError(f"torch ran out of memory in {doing} ({text})") from error
