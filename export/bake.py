@@ -18,10 +18,9 @@ from forcingkv.export.precision import (
     ExportDtype,
     Precision,
     dtype_record,
-    is_matrix,
-    scale_name,
     torch_dtype,
 )
+from forcingkv.models.baked_names import is_matrix, scale_name
 from forcingkv.models.checkpoint import build_model, weight_shapes
 from forcingkv.models.heads import permute_tensor
 from forcingkv.models.tensor_files import open_tensors
@@ -43,7 +42,7 @@ def bake_weights(
 ) -> dict[str, StoredTensor]:
     """Reorder the heads of every layer and write the safetensors file; matrices lie as (in, out).
 
-    Before each weight in FP8 or int8 lie its scales (out,), as `precision.scale_name` names them. `weights`
+    Before each weight in FP8 or int8 lie its scales (out,), as `baked_names.scale_name` names them. `weights`
     are tensors by Wan name, read one at a time; `orders` has for each layer the old index of the head at each
     new place. Returns name -> where each tensor lies in the file.
     """

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from forcingkv.export.passes import shape_of
-from forcingkv.export.precision import scale_name, torch_dtype
+from forcingkv.export.precision import torch_dtype
+from forcingkv.models.baked_names import scale_name
 from forcingkv.runtime.spec import Dtype, Linear
 
 

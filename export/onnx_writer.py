@@ -26,7 +26,6 @@ from forcingkv.export import fp8, int8
 from forcingkv.export.graphs import Graph
 from forcingkv.export.onnxruntime_passes import attend_in_blocks, branch_on_clean, make_caches_early
 from forcingkv.export.passes import scale_attention, shape_of, use_transposed
-from forcingkv.export.precision import is_matrix
 from forcingkv.export.tensorrt_passes import (
     align_parameters,
     allow_decomposition,
@@ -35,6 +34,7 @@ from forcingkv.export.tensorrt_passes import (
     pair_lone_heads,
     split_slices,
 )
+from forcingkv.models.baked_names import is_matrix
 from forcingkv.prune.onnx_operators import OPSET, functions_for, graphs, split_prune, translation_table
 from forcingkv.runtime.bundle import TensorRecord
 from forcingkv.runtime.dtypes import STORED_AS

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.models.baked_names import EXACT
 from forcingkv.runtime.dtypes import DTYPES, DtypeRecord
 from forcingkv.runtime.spec import Dtype, Linear
 
@@ -17,9 +18,6 @@ Target: TypeAlias = Literal["onnx", "torch", "tensorrt", "tensorrt-rtx"]
 
 ExportDtype: TypeAlias = Literal[Dtype, Linear]
 """What an export is asked for, and what a tensor is stored as."""
-
-EXACT = (".norm_q.weight", ".norm_k.weight", "modulation")
-"""How names end of the small tensors that are always float32: they are used in float32."""
 
 QUANTIZED = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.[qo]|ffn\.[02])\.weight")
 """The linear layers that every pass runs for every token: nearly all of a pass's products with weights.
@@ -115,19 +113,3 @@ def precision_of(
             hint="Leave --dtype out: bfloat16 is the default.",
         )
     return Precision(dtype, dtype)
-
-
-def is_matrix(name: str, shape: Sized) -> bool:
-    """Whether a tensor is a linear layer's weight, which bundles hold as (in, out).
-
-    Checkpoints hold them as (out, in). Stored the way they multiply, no graph has to transpose them.
-    """
-    return len(shape) == 2 and name.endswith(".weight")
-
-
-def scale_name(weight: str) -> str:
-    """The name of the scales that are stored beside a quantized weight.
-
-    No other tensor has it: linear layers hold `weight` and `bias`.
-    """
-    return weight.removesuffix("weight") + "weight_scale"

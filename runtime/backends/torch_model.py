@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.models.baked_names import EXACT, is_matrix, scale_name
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.wan import Block, WanModel
@@ -27,9 +28,6 @@ try:
     from safetensors import SafetensorError, safe_open
 except ImportError as error:
     raise MissingExtraError("safetensors", "models") from error
-
-EXACT = (".norm_q.weight", ".norm_k.weight", "modulation")
-"""How names end of the small tensors that are used in float32 whatever the model computes in."""
 
 
 class StoredLinear(nn.Linear):
@@ -125,7 +123,7 @@ def _model(spec: ModelSpec, path: Path, device: torch.device, compute: torch.dty
 
     def placed(name: str) -> Tensor:
         tensor, of = stored.read(name), name.rpartition(".")[0]
-        if len(shapes[name]) == 2 and name.endswith(".weight"):
+        if is_matrix(name, shapes[name]):
             # A view of the file where that multiplies as well as any; else each product would turn it anew.
             as_it_lies = tensor.dtype == torch.float32 or products != tensor.dtype
             tensor = tensor.t() if as_it_lies else tensor.t().contiguous()
@@ -150,7 +148,7 @@ def _store_linears(module: nn.Module, products: torch.dtype) -> None:
 
 
 def _as_stored(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if len(shape) == 2 and name.endswith(".weight") else shape
+    return shape[::-1] if is_matrix(name, shape) else shape
 
 
 class _Stored:
@@ -172,7 +170,7 @@ class _Stored:
     def check(self, wanted: Mapping[str, tuple[int, ...]], model: str) -> None:
         """Raise InputError unless it holds exactly tensors of those shapes, in floats."""
         names = set(self._file.keys())
-        scaled = sorted(name for name in names if name.endswith("weight_scale"))
+        scaled = sorted(scale_name(name) for name in wanted if scale_name(name) in names)
         if scaled:
             raise InputError(
                 f"holds linear layers in 8 bits ({scaled[0]})",

@@ -33,8 +33,9 @@ from forcingkv.export.fp8 import (
     weight_scales,
     without_rounding,
 )
-from forcingkv.export.precision import Precision, precision_of, scale_name
+from forcingkv.export.precision import Precision, precision_of
 from forcingkv.headmaps import HeadMap, InputError
+from forcingkv.models.baked_names import scale_name
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.runtime.kv.policies import load_policy

@@ -25,9 +25,10 @@ from forcingkv.export.codes import INT8, dequantize
 from forcingkv.export.fp8 import CalibrationTexts
 from forcingkv.export.graphs import step_graph
 from forcingkv.export.int8 import MOST_INPUTS, quantize_linears, rounded_inputs, without_rounding
-from forcingkv.export.precision import Precision, Target, precision_of, scale_name
+from forcingkv.export.precision import Precision, Target, precision_of
 from forcingkv.export.verify import quantized_differences
 from forcingkv.headmaps import InputError
+from forcingkv.models.baked_names import scale_name
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.runtime import Bundle, Session
