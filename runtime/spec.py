@@ -1,22 +1,21 @@
-"""What a model is, in numbers: `ModelSpec`, its `Schedule`, and the `Geometry` of a pixel size.
+"""What a model is, in numbers: `ModelSpec`, and the `Geometry` of a pixel size.
 
 Every count of layers, heads, frames or tokens anywhere in forcingkv comes from here.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import check_bounds, shown
 from forcingkv.headmaps.files import check_name
 from forcingkv.headmaps.headmap import MOST
+from forcingkv.runtime.schedule import Schedule as Schedule
 
 MOST_FRAMES = 10_000
 """Latent frames that a model attends to, or a role keeps: 40 minutes. The longest history of a public model
@@ -25,8 +24,6 @@ MOST_TOKENS = 1 << 24
 """Tokens of a chunk; 24,480 at 1080p."""
 MOST_WIDTH = 1 << 17
 """Of a layer; of the largest public model 13,824."""
-MOST_STEPS = 1000
-"""Denoising passes of a chunk: as many as the scale of timesteps has."""
 MOST_PIXELS = 1 << 16
 """Of a side of a frame."""
 
@@ -34,57 +31,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Linear = Literal["fp8", "int8"]
 """What linear layers multiply in, where that is another dtype than that of all else: `fp8` is E4M3."""
 
-Renoise = Literal["fresh", "predicted"]
 DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The denoising passes of a chunk."""
-
-    denoising_steps: tuple[float, ...]
-    """Timesteps of the passes, on the scale 1000 (pure noise) to 0, falling."""
-    warp: bool = False
-    """Whether `denoising_steps` are still to be shifted (`warp_denoising_step`)."""
-    shift: float = 1.0
-    """The shift of a warped schedule: sigma = shift * s / (1 + (shift - 1) * s)."""
-    renoise: Renoise = "fresh"
-    """Noise between passes: drawn anew (distilled models), or the noise the model predicted (Euler)."""
-    context_timestep: float = 0.0
-    """The timestep of the clean pass (`context_noise`)."""
-    redraw_from: int | None = None
-    """When the prompt is switched and the caches are made anew: the pass at which the last chunks enter
-    again, noised, to be drawn under the new prompt before their clean pass. None: they are encoded as they
-    are, which is enough for models that were trained with switches (LongLive)."""
-
-    def __post_init__(self) -> None:
-        bounds = {"shift": (1e-3, 1e3), "context_timestep": (0, 1000), "redraw_from": (0, MOST_STEPS)}
-        check_bounds(self, bounds, "schedule")
-        steps = self.denoising_steps
-        if len(steps) > MOST_STEPS:
-            what = f"denoising_steps has {len(steps)} timesteps"
-            raise InputError(what, where="schedule", expected=f"at most {MOST_STEPS}")
-        falling = all(a > b for a, b in itertools.pairwise(steps))
-        if not steps or not falling or steps[0] > 1000 or steps[-1] <= 0:
-            what = f"denoising_steps {list(steps)} cannot be run"
-            expected = "at least one timestep, falling, each above 0 and at most 1000"
-            raise InputError(what, where="schedule", expected=expected)
-        if self.redraw_from is not None and not 0 <= self.redraw_from < len(steps):
-            what = f"redraw_from is {self.redraw_from}"
-            raise InputError(what, where="schedule", expected=f"a pass, 0 to {len(steps) - 1}")
-
-    @cached_property
-    def timesteps(self) -> tuple[float, ...]:
-        """The timesteps given to the model, after warping."""
-        if not self.warp:
-            return self.denoising_steps
-        linear = [step / 1000 for step in self.denoising_steps]
-        return tuple(1000 * self.shift * s / (1 + (self.shift - 1) * s) for s in linear)
-
-    @cached_property
-    def sigmas(self) -> tuple[float, ...]:
-        """The noise levels of the passes, then 0."""
-        return (*(t / 1000 for t in self.timesteps), 0.0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from forcingkv.runtime import Bundle
 from forcingkv.runtime.backends import Tensor
 from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.bundle import GraphRecord, Manifest, TensorRecord
-from forcingkv.runtime.chunks import ChunkDecoder
+from forcingkv.runtime.chunk_decoder import ChunkDecoder
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import engine_sets, footprint, grouped_by_need, named, part_notes, readable
