@@ -74,11 +74,12 @@ def generate(
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
         latents = noise(chunk, 0).to(text.device)
-        for step, timestep in enumerate(schedule.timesteps):
+        steps = schedule.of_chunk(chunk)
+        for step, timestep in enumerate(steps.timesteps):
             seen = watch(chunk, step, cache, attend) if watch else attend
             flow, _ = run(latents, timestep, rotary, seen)
             fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
-            sigma, following = schedule.sigmas[step : step + 2]
+            sigma, following = steps.sigmas[step : step + 2]
             latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
         _, new = run(latents, schedule.context_timestep, rotary, attend)
         cache, indices = advance(plan, cache, new, chunk=chunk)
