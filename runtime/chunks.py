@@ -6,7 +6,6 @@ a device the passes of the next chunk run while one is decoded; on a CPU `begin`
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.results import Chunk, Timing
-from forcingkv.runtime.schedule import ChunkSteps
+from forcingkv.runtime.schedule import ChunkSteps, Schedule
+from forcingkv.runtime.unipc import UniPC
 
 FramesOn: TypeAlias = Literal["host", "device"]
 NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
@@ -111,11 +111,15 @@ class ChunkMaker:
         # All noise at once: drawn between passes, each finds the processor's caches full of weights.
         levels = self.levels(index)
         renewing = self._renewing_noise(noise, index, levels)
-        self._latents[0].write(noise(index, 0, self.latent_shape), queue)
+        start = noise(index, 0, self.latent_shape)
+        self._latents[0].write(start, queue)
         steps = []
+        between = self._between(index, 0, start)
         for step, level in enumerate(levels):
             self._denoise(step, level, renewing)
             steps.append(self._latents[(step + 1) % 2].fetch(queue))
+            if between and step + 1 < len(levels):
+                self._latents[(step + 1) % 2].write(between(steps[-1]), queue)
         denoised = queue.mark()
         self._clean(len(levels))
         return PendingChunk(index, tuple(steps), started, denoised, queue.mark(), requested)
@@ -169,8 +173,12 @@ class ChunkMaker:
             fresh = noise(index, steps + 1 + redraw_from, self.latent_shape)
             noised = (1 - sigma) * latents + sigma * fresh
             self._latents[redraw_from % 2].write(noised, self.lane.main)
+            between = self._between(index, redraw_from, noised)
             for step in range(redraw_from, steps):
                 self._denoise(step, levels[step], renewing)
+                if between and step + 1 < steps:
+                    made = self._latents[(step + 1) % 2]
+                    made.write(between(made.fetch(self.lane.main)), self.lane.main)
         self._clean(steps)
 
     def state(self) -> dict[str, Tensor]:
@@ -203,7 +211,15 @@ class ChunkMaker:
 
     def levels(self, index: int) -> list[PassLevel]:
         """The denoising passes of a chunk."""
-        return _levels_of(self._schedule.of_chunk(index, self.given))
+        return _levels_of(self._schedule, self._schedule.of_chunk(index, self.given))
+
+    def _between(self, index: int, first: int, latents: Floats) -> Callable[[Fetch], Floats] | None:
+        """What a solver that knows several passes makes of the x0 of each from `first` on, for the next one;
+        None where a pass gives the next latents itself."""
+        if self._schedule.solver != "unipc":
+            return None
+        solver = UniPC(self._schedule.of_chunk(index, self.given).sigmas[first:], latents)
+        return lambda x0: solver.following(x0.array()).astype(np.float32)
 
     def _renewing_noise(
         self, noise: NoiseSource, index: int, levels: Sequence[PassLevel], first: int = 0, offset: int = 0
@@ -259,7 +275,8 @@ class ChunkMaker:
 
     def _write_levels(self, record: GraphRecord) -> dict[PassLevel, dict[str, Tensor]]:
         """For each kind of pass its time features, noise levels and whether it is clean, written once."""
-        denoising = [level for steps in self._schedule.kinds for level in _levels_of(steps)]
+        schedule = self._schedule
+        denoising = [level for steps in schedule.kinds for level in _levels_of(schedule, steps)]
         levels: dict[PassLevel, dict[str, Tensor]] = {}
         for level in dict.fromkeys((*denoising, self.clean_level)):
             values = {
@@ -276,9 +293,11 @@ class ChunkMaker:
         return levels
 
 
-def _levels_of(steps: ChunkSteps) -> list[PassLevel]:
-    sigmas = itertools.pairwise(steps.sigmas)
-    return [PassLevel(t, *both) for t, both in zip(steps.timesteps, sigmas, strict=True)]
+def _levels_of(schedule: Schedule, steps: ChunkSteps) -> list[PassLevel]:
+    following = steps.sigmas[1:]
+    if schedule.solver == "unipc":
+        following = (0.0,) * len(steps)  # the pass gives x0
+    return list(map(PassLevel, steps.timesteps, steps.sigmas, following))
 
 
 def _seconds_between(first: Mark, second: Mark) -> float:

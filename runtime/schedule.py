@@ -22,6 +22,7 @@ TABLE_ENTRIES = 1000
 Renoise = Literal["fresh", "predicted"]
 FirstCounts = Literal["generated", "video"]
 NoiseLevels = Literal["exact", "table"]
+Solver = Literal["step", "unipc"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ class Schedule:
     """The noise level of a timestep t: "exact" is t / 1000; "table" is the entry nearest to t of the 1,000 in
     which public code looks it up (`table_of_levels`). They differ where t is none of its entries, as Krea's
     937 and 833."""
+    whole_timesteps: bool = False
+    """Whether the model is told timesteps without their fraction, as where a solver keeps them as whole
+    numbers (LongLive 2: 937 for the level 0.9373). Exact noise levels keep it; the table is asked for the
+    whole ones."""
+    solver: Solver = "step"
+    """What comes between passes: "step" follows from the one pass alone, as `renoise` says; "unipc" from the
+    last ones of the chunk (`runtime.unipc`), without noise, so `renoise` is "predicted" then."""
 
     def __post_init__(self) -> None:
         bounds = {"shift": (1e-3, 1e3), "context_timestep": (0, 1000), "redraw_from": (0, MOST_STEPS)}
@@ -83,6 +91,12 @@ class Schedule:
         if self.by_chunk is not None and not 1 <= len(self.by_chunk) <= MOST_OPENING:
             what = f"by_chunk has {len(self.by_chunk)} lists"
             raise InputError(what, where="schedule", expected=f"1 to {MOST_OPENING}, one for each chunk")
+        if self.solver == "unipc" and self.renoise != "predicted":
+            raise InputError(
+                f"has the solver unipc, which adds no noise between passes, and renoise is {self.renoise!r}",
+                where="schedule",
+                expected="renoise = 'predicted' with solver = 'unipc'",
+            )
         lists = {"denoising_steps": self.denoising_steps}
         lists |= {} if self.first is None else {"first": self.first}
         lists |= {f"by_chunk[{chunk}]": steps for chunk, steps in enumerate(self.by_chunk or ())}
@@ -156,15 +170,16 @@ class Schedule:
         return tuple(map(self._steps_of, lists))
 
     def _steps_of(self, steps: tuple[float, ...]) -> ChunkSteps:
-        timesteps = steps
+        exact = steps
         if self.warp:
             linear = [step / 1000 for step in steps]
-            timesteps = tuple(1000 * self.shift * s / (1 + (self.shift - 1) * s) for s in linear)
+            exact = tuple(1000 * self.shift * s / (1 + (self.shift - 1) * s) for s in linear)
+        timesteps = tuple(float(int(t + 1e-9)) for t in exact) if self.whole_timesteps else exact
         if self.noise_levels == "table":
             table = table_of_levels(self.shift)
             nearest = [int(np.argmin(np.abs(1000 * table - np.float32(t)))) for t in timesteps]
             return ChunkSteps(timesteps, (*(float(table[entry]) for entry in nearest), 0.0))
-        return ChunkSteps(timesteps, (*(t / 1000 for t in timesteps), 0.0))
+        return ChunkSteps(timesteps, (*(t / 1000 for t in exact), 0.0))
 
 
 def table_of_levels(shift: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
