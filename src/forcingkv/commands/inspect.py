@@ -143,6 +143,7 @@ def _engines(opened: Bundle, one: EngineSet) -> Iterator[str]:
         ("layers", [f"{engine.layers:,}" for engine in one]),
         ("plugin nodes", [str(engine.plugin_layers) for engine in one]),
         ("phases", [str(engine.phases) for engine in one]),
+        ("profiles", [str(len(engine.starts)) for engine in one]),
         ("weights", [readable(engine.weight_bytes) for engine in one]),
         ("activations", [readable(engine.activation_bytes) for engine in one]),
         ("of them scratch", [readable(engine.scratch_bytes) for engine in one]),
