@@ -85,8 +85,10 @@ def inferred(model: onnx.ModelProto, given: Mapping[str, Shape]) -> onnx.ModelPr
 
 
 def _turned_segments(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
-    """Retained keys that nodes of the graph read, of which onnx knows no type: where positions are relative to
-    the window they move with it. Their values are outputs of the same kind."""
+    """Retained keys that nodes of the graph read, of which onnx knows neither type nor shape.
+
+    They move with the window, where positions are relative to it; their values are outputs of the same kind.
+    """
     outputs = {value.name: value.type.tensor_type for value in model.graph.output}
     kept: dict[str, int] = {}
     for node in model.graph.node:

@@ -37,6 +37,13 @@ def moved_by(plan: CachePlan, passes: int) -> int:
     return there - here - plan.spec.frames_per_chunk
 
 
+def in_words(plan: CachePlan) -> str:
+    """What positions are counted from, for people."""
+    if plan.relative:
+        return f"relative to the window of {plan.window_frames} frames"
+    return "absolute: from the start of the video"
+
+
 def window_frames(plan: CachePlan) -> int:
     """Frames of the widest window of all head groups: what it keeps for ever, what moves, and the chunk."""
     return plan.spec.frames_per_chunk + max(_before_the_chunk(plan, group) for group, _ in plan.kinds)
