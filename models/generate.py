@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache
+from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.graph_records import latent_shape as latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.window import first_position
 from forcingkv.runtime.schedule import Renoise
 from forcingkv.runtime.unipc import UniPC
 
@@ -71,7 +72,7 @@ def generate(
         return flow.to(latents), new
 
     for chunk in range(chunks):
-        tables = positions.rotary(plan.spec, plan.geometry, chunk * frames, frames)
+        tables = positions.rotary(plan.spec, plan.geometry, first_position(plan, chunk, chunk), frames)
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
         latents = noise(chunk, 0).to(text.device)
@@ -89,7 +90,8 @@ def generate(
                 x0 = next_latents(schedule.renoise, latents, flow, sigma, 0.0, None)
                 latents = torch.from_numpy(solver.following(x0.cpu().double().numpy())).to(latents)
         _, new = run(latents, schedule.context_timestep, rotary, attend)
-        cache, indices = advance(plan, cache, new, chunk=chunk)
+        turn = turn_of(plan, chunk, text.device)
+        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn)
         yield GeneratedChunk(chunk, latents, indices)
 
 

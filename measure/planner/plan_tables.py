@@ -29,6 +29,7 @@ def plan_lines(report: dict[str, Any]) -> Iterator[str]:
     left_out = {name: f"left out: {why}" for name, why in report["left_out"].items()}
     for name, text in ({one["policy"]: one["heads"] for one in policies} | left_out).items():
         yield from wrapped(f"  {name:<18}", text)
+    yield from _positions(policies)
     yield from ("", *_speed(policies))
     short = [line for one in policies for on in one["gpus"] if not on["fits"] for line in _short(one, on)]
     if short:
@@ -37,6 +38,16 @@ def plan_lines(report: dict[str, Any]) -> Iterator[str]:
     for note in _notes(report):
         yield from wrapped("", note)
     yield f"A GPU fits if {readable(report['reserve_bytes'])} of its memory stay free."
+
+
+def _positions(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Where they are not those of the video."""
+    relative = [one for one in policies if one["positions"] == "relative"]
+    if relative:
+        yield from ("", "positions")
+    for one in relative:
+        text = f"relative to the window of {one['window_frames']} frames"
+        yield from wrapped(f"  {one['policy']:<18}", text)
 
 
 def _memory(policies: Sequence[dict[str, Any]]) -> Iterator[str]:

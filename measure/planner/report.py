@@ -76,6 +76,8 @@ def plan_report(
             {
                 "policy": policy.name,
                 "heads": heads,
+                "positions": "relative" if plan.relative else "absolute",
+                "window_frames": plan.window_frames,
                 "kv_attended_bytes": plan.kv_bytes(dtype),
                 "memory": {"parts": memory.parts, "total": memory.total, "not_counted": memory.unknown},
                 "pass": {kind: vars(work) for kind, work in video.steady.items()},

@@ -23,6 +23,7 @@ from forcingkv.runtime.footprint import (
     part_notes,
     readable,
 )
+from forcingkv.runtime.kv.window import in_words
 
 REMARKS = (
     "Activations are the most of prompt and step, which take turns, and those of decode.",
@@ -101,6 +102,7 @@ def _model(opened: Bundle) -> Iterator[str]:
     )
     digest = f", head map {manifest.headmap[:12]}" if manifest.headmap else ""
     yield from _beside("policy", manifest.policy.name + digest)
+    yield from _beside("positions", in_words(plan))
     for lora in manifest.loras or ():
         yield from _beside("lora", f"{lora.told}, sha256 {lora.sha256[:12]}")
     products = manifest.multiplies_in
