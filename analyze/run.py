@@ -123,7 +123,7 @@ def recording_plan(
 
 def video_length(spec: ModelSpec, chunks: int | None) -> int:
     """Chunks of a video; where no number is given, until the model attends to as much as it can."""
-    return chunks or spec.attended_frames // spec.frames_per_chunk
+    return chunks or spec.chunks_to_fill
 
 
 class SampleRecorder:

@@ -172,7 +172,7 @@ def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
     """What a session holds: of sets that need the same, or without engines."""
     parts = footprint(opened.manifest, opened.plan, group[0] if group else ())
     yield from wrapped("", memory_title(group, parts))
-    yield from _shares(parts, part_notes(joined=not opened.manifest.has_graphs))
+    yield from _shares(parts, part_notes(opened.plan, joined=not opened.manifest.has_graphs))
     for remark in REMARKS if group else ():
         yield from wrapped("  ", remark)
 
