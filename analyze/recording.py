@@ -37,6 +37,7 @@ from forcingkv.headmaps import InputError, ModelIdentity, Statistics
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds, from_data, to_data
 from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.loras import LoraRecord
+from forcingkv.runtime.schedule import ChunkSteps
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
 Schema = Literal["forcingkv.statistics/1"]
@@ -85,11 +86,31 @@ class Recording:
     def __post_init__(self) -> None:
         bounds = {"chunks": (1, 10**6), "rows": (1, 1 << 31), "sample": (0, 10**9)}
         check_bounds(self, bounds, "the recording")
+        _ = self.steps  # refused before anything is recorded
 
     @property
     def first_chunk(self) -> int:
         """The first chunk that is scored: the one after the split (`ar_start`), where pruning acts."""
         return self.spec.ar_start + 1
+
+    @property
+    def steps(self) -> ChunkSteps:
+        """The denoising passes of each chunk that is scored.
+
+        Raises InputError where they differ from chunk to chunk: a head's scores are means over passes, and
+        those of other timesteps are others.
+        """
+        schedule, first = self.spec.schedule, self.first_chunk
+        found = {schedule.of_chunk(n): n for n in range(first, min(self.chunks, schedule.opening_chunks + 1))}
+        if len(found) > 1:
+            one, other = sorted(found.values())[:2]
+            raise InputError(
+                f"chunks {one} and {other}, which would be scored together, have other denoising steps",
+                where=f"the schedule of {self.spec.name}",
+                expected=f"the same steps in all chunks that are scored, from {first} (ar_start + 1) on",
+                hint="Raise ar_start, or record with the steps of later chunks alone (without by_chunk).",
+            )
+        return schedule.of_chunk(first)
 
     @property
     def geometry(self) -> Geometry:
@@ -110,7 +131,7 @@ class Recording:
         return Statistics(
             samples=samples,
             chunks=self.chunks - self.first_chunk,
-            steps=len(self.spec.schedule.timesteps),
+            steps=len(self.steps),
             seed=self.seed,
             policy=self.policy,
             rows=self.rows,

@@ -97,7 +97,7 @@ def frame_mass(recorded: Recorded) -> FrameMass:
     lazy = recorded.rows.filter(pl.col("chunk") >= recording.first_chunk)
     rows = collect(lazy.select(*_KEY, "key_frame", "mass").sort(_KEY), recorded.place)
     chunks = recording.chunks - recording.first_chunk
-    steps = len(spec.schedule.timesteps)
+    steps = len(recording.steps)
     shape = (len(recorded.samples), chunks, steps, spec.layers, spec.heads, spec.frames_per_chunk)
     _check(rows, recorded, int(np.prod(shape[1:])))
     row, key_frame, mass = by_frame(rows)
@@ -180,7 +180,7 @@ def divergence(recorded: Recorded) -> Divergence:
     # Under policies that prune, heads see different frames: those not seen have no mass.
     features = np.zeros((len(rows), int(key_frame.max()) + 1))
     np.add.at(features, (row, key_frame), mass)
-    points = features.reshape(heads, len(recorded.samples) * len(spec.schedule.timesteps), -1)
+    points = features.reshape(heads, len(recorded.samples) * len(recorded.recording.steps), -1)
     means = points.mean(1)
     within = float(((points - means[:, None]) ** 2).sum(-1).mean())
     between = float(((means - means.mean(0)) ** 2).sum(-1).mean())
@@ -207,7 +207,7 @@ def _check(rows: pl.DataFrame, recorded: Recorded, wanted: int) -> None:
     spec, recording = recorded.recording.spec, recorded.recording
     ends = {
         "chunk": (recording.first_chunk, recording.chunks),
-        "step": (0, len(spec.schedule.timesteps)),
+        "step": (0, len(recording.steps)),
         "layer": (0, spec.layers),
         "head": (0, spec.heads),
         "query_frame": (0, spec.frames_per_chunk),

@@ -49,7 +49,7 @@ def recording_memory(plan: CachePlan, dtype: Dtype, chunks: int) -> dict[str, fl
     }
     after_a_clean_pass = {"keys and values": float(2 * held + 3 * current)}
     moment = max(in_a_pass, after_a_clean_pass, key=lambda parts: sum(parts.values()))
-    rows = chunks * len(spec.schedule.timesteps) * spec.layers * spec.heads * spec.frames_per_chunk
+    rows = spec.schedule.passes(chunks) * spec.layers * spec.heads * spec.frames_per_chunk
     slots = min(chunks * spec.frames_per_chunk, spec.attended_frames)
     return {
         "program": PROGRAM_BYTES,

@@ -27,6 +27,9 @@ MOST_WIDTH = 1 << 17
 MOST_PIXELS = 1 << 16
 """Of a side of a frame."""
 
+Positions = Literal["absolute", "relative"]
+"""What positions in time are counted from: the start of the video, or that of the window that moves with it
+(docs/method.md, "Positions")."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 Linear = Literal["fp8", "int8"]
 """What linear layers multiply in, where that is another dtype than that of all else: `fp8` is E4M3."""
@@ -128,6 +131,8 @@ class ModelSpec:
     """Whether tokens carry a learned code of their place in the frame. Public Wan models have none:
     rotary embedding alone cannot tell the left half of pure noise from the right. A model with a
     table runs at its default resolution only."""
+    positions: Positions = "absolute"
+    """Unless a policy says otherwise."""
     # No part of the hash, since a table has none: equal specs have equal ones all the same.
     resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     """Named pixel sizes, (width, height)."""

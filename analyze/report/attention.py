@@ -11,11 +11,11 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from forcingkv.analyze.analysis import Analysis
+from forcingkv.analyze.recording import Recording
 from forcingkv.analyze.report.page import Picture, Theme, drawn
 from forcingkv.analyze.report.pictures import WIDTH
 from forcingkv.analyze.stability import Stability
 from forcingkv.analyze.storage import Recorded, by_frame, collect
-from forcingkv.runtime.spec import ModelSpec
 
 NUMBERED = 12
 """Key frames up to which each is numbered; of more, the first of each chunk."""
@@ -106,26 +106,26 @@ def _mass(rows: pl.DataFrame, frames: Sequence[int], query_frames: int) -> Array
 def attention_pictures(analysis: Analysis) -> dict[Head, tuple[str, Picture]]:
     """Head -> its kind and picture: first and last denoising step of the last chunk, on one scale."""
     recorded = analysis.recorded
-    spec, shown = recorded.recording.spec, examples(analysis.stability)
+    recording, shown = recorded.recording, examples(analysis.stability)
     first, last = analysis.observations.chunks[0], analysis.observations.chunks[-1]
     passes = {
         head: [
             (chunk, step)
             for chunk in sorted({first if kind.endswith("chunk") else last, last})
-            for step in sorted({0, len(spec.schedule.timesteps) - 1})
+            for step in sorted({0, len(recording.steps) - 1})
         ]
         for head, kind in shown.items()
     }
     found = frame_attention(recorded, shown, sorted({at for given in passes.values() for at in given}))
     parts = {head: {at: found[head, at] for at in given} for head, given in passes.items()}
     top = max(float(np.nanmax(part.mass)) for given in parts.values() for part in given.values())
-    return {head: (kind, _picture(head, kind, parts[head], spec, top)) for head, kind in shown.items()}
+    return {head: (kind, _picture(head, kind, parts[head], recording, top)) for head, kind in shown.items()}
 
 
 def _picture(
-    head: Head, kind: str, parts: dict[Pass, FrameAttention], spec: ModelSpec, top: float
+    head: Head, kind: str, parts: dict[Pass, FrameAttention], recording: Recording, top: float
 ) -> Picture:
-    queries = spec.frames_per_chunk
+    queries, timesteps = recording.spec.frames_per_chunk, recording.steps.timesteps
 
     def draw(figure: Figure, theme: Theme) -> None:
         rows = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
@@ -137,7 +137,7 @@ def _picture(
             axes.invert_yaxis()
             first, frames = chunk * queries, part.frames
             axes.axvline(sum(frame < first - 1 for frame in frames), color=theme.labels[0], linewidth=2)
-            axes.set_title(f"chunk {chunk}, timestep {spec.schedule.timesteps[step]:.0f}", loc="left")
+            axes.set_title(f"chunk {chunk}, timestep {timesteps[step]:.0f}", loc="left")
             numbered = [at for at, f in enumerate(frames) if len(frames) <= NUMBERED or f % queries == 0]
             axes.set_xticks([at + 0.5 for at in numbered], [str(frames[at]) for at in numbered])
             axes.set_yticks(np.arange(queries) + 0.5, [str(first + frame) for frame in range(queries)])
@@ -147,16 +147,17 @@ def _picture(
         rows[-1].set_xlabel("key frame")
         figure.colorbar(mesh, ax=list(rows), label="share of attention").outline.set_visible(False)
 
-    said = "; ".join(_said(at, part, spec) for at, part in parts.items())
+    said = "; ".join(_said(at, part, recording) for at, part in parts.items())
     alt = f"Frame-wise attention of layer {head[0]} head {head[1]}, {kind}: {said}"
     return drawn(alt, WIDTH, 0.75 + len(parts) * (0.55 + 0.27 * max(queries, 3)), draw)
 
 
-def _said(at: Pass, part: FrameAttention, spec: ModelSpec) -> str:
+def _said(at: Pass, part: FrameAttention, recording: Recording) -> str:
     chunk, step = at
-    first = chunk * spec.frames_per_chunk
-    current = part.share(first, first + spec.frames_per_chunk)
+    frames, timestep = recording.spec.frames_per_chunk, recording.steps.timesteps[step]
+    first = chunk * frames
+    current = part.share(first, first + frames)
     return (
-        f"chunk {chunk} at timestep {spec.schedule.timesteps[step]:.0f}: {current:.0%} on the current chunk,"
+        f"chunk {chunk} at timestep {timestep:.0f}: {current:.0%} on the current chunk,"
         f" {part.share(first - 1, first - 1):.0%} on the transition frame, {part.share(0, 0):.0%} on frame 0"
     )

@@ -163,7 +163,7 @@ def roles(analysis: Analysis, reason: str) -> Picture:
     """
     observations, stability = analysis.observations, analysis.stability
     scores = observations.scores.mean((0, 1) if reason == "steps" else (0, 2))
-    timesteps = analysis.recorded.recording.spec.schedule.timesteps
+    timesteps = analysis.recorded.recording.steps.timesteps
     ticks = [f"{t:.0f}" for t in timesteps] if reason == "steps" else [str(c) for c in observations.chunks]
     bands = {
         name: scores[:, side & ~stability.undecided]

@@ -222,7 +222,7 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
         ("query rows", "all" if recording.rows is None else f"{recording.rows} a pass"),
         ("dtype", recording.dtype),
         ("resolution", f"{recording.width}x{recording.height}"),
-        ("timesteps", ", ".join(f"{t:g}" for t in spec.schedule.timesteps)),
+        ("timesteps", ", ".join(f"{t:g}" for t in recording.steps.timesteps)),
         ("sink frames left out", str(analysis.observations.sink_frames)),
         ("head map, SHA-256", node("code", analysis.headmap.digest)),
         ("versions", ", ".join(versions)),

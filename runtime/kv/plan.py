@@ -16,6 +16,7 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.policies import ALL, Policy
 from forcingkv.runtime.kv.roles import Choice, Retained, Role, Rows
+from forcingkv.runtime.kv.window import window_frames
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 PARTS = ("keys", "values")
@@ -96,6 +97,17 @@ class CachePlan:
     @property
     def chunk_tokens(self) -> int:
         return self.frame_tokens * self.spec.frames_per_chunk
+
+    @property
+    def relative(self) -> bool:
+        """Whether positions are relative to the window (`runtime.kv.window`): the policy's word, or else the
+        model's."""
+        return (self.policy.positions or self.spec.positions) == "relative"
+
+    @cached_property
+    def window_frames(self) -> int:
+        """Frames of the widest window of all head groups, those of the chunk among them."""
+        return window_frames(self)
 
     @cached_property
     def choice(self) -> Choice | None:

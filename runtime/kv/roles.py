@@ -70,6 +70,9 @@ class Role(Tagged, ABC):
     """Whether the step graph has an input that says which tokens of the chunk it takes (see `rows`)."""
     chooses: ClassVar[bool] = False
     """Whether it keeps what a `Choice` says."""
+    moves: ClassVar[bool] = True
+    """Whether its keys move with the window, where positions are relative to it. False: they are those of the
+    video's first frames for ever."""
     read_as_cached: ClassVar[bool] = True
     """False: its torch half has a `read` of its own, which makes what is attended to of what is cached."""
 
@@ -108,6 +111,12 @@ class Role(Tagged, ABC):
     def opening_frames(self, spec: ModelSpec) -> int:
         """Frames at the video's start that it keeps for ever, and that no other role of the group holds."""
         return 0
+
+    def reach(self, plan: CachePlan, group: HeadGroup) -> int:
+        """How many frames before a chunk the oldest frame lies that its tokens are of, once it is at rest."""
+        chunk = plan.phases[-1].first_chunk
+        spans = self.spans(plan, group, chunk, None)
+        return max((chunk * plan.spec.frames_per_chunk - span.frame for span in spans), default=0)
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         """(chunks at the video's start, newest chunks) whose clean passes make its tokens anew."""
@@ -163,6 +172,7 @@ class Sink(WholeFrames):
     name: ClassVar[str] = "sink"
     buffers: ClassVar[int] = 1  # the first clean pass writes it and reads none of it; no later one writes it
     takes_rows: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
 
     def filled_by(self, spec: ModelSpec) -> int:
         """The first chunks that it is collected over."""
@@ -316,6 +326,9 @@ class Retained(Role):
         oldest = (chunk - 1) * plan.spec.frames_per_chunk - 1
         places = [divmod(index, self.segments) for index in chosen]
         return [Span(oldest + frame, split.kept_tokens, split.start(place)) for frame, place in places]
+
+    def reach(self, plan: CachePlan, group: HeadGroup) -> int:
+        return plan.spec.frames_per_chunk + 1  # the chunk before, and the transition frame that it had
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         # In the graph in every phase; the session takes it when it is due.

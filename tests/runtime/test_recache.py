@@ -110,8 +110,8 @@ def in_torch(session: Session, at: int, old: list[np.ndarray], chunks: int) -> l
             shape = old[0].shape
             noise = [torch.from_numpy(chunk_noise(7, chunk, step, shape)) for step in range(3)]
             latents = noise[0]
-            for step, timestep in enumerate(schedule.timesteps):
-                sigma, following = schedule.sigmas[step : step + 2]
+            for step, timestep in enumerate(schedule.later.timesteps):
+                sigma, following = schedule.later.sigmas[step : step + 2]
                 flow, _ = run(latents, timestep)
                 latents = next_latents("fresh", latents, flow, sigma, following, noise[step + 1])
             made.append(latents.numpy())
@@ -139,7 +139,7 @@ def test_a_switch_that_redraws_all_is_the_new_prompt_from_the_start(
     opened = Bundle.open(bundles(name))
     model = opened.manifest.model
     drawing = replace(model, schedule=replace(model.schedule, redraw_from=0))
-    passes = len(model.schedule.timesteps)
+    passes = len(model.schedule.later)
     at = max(made for made in range(4) if replayed(opened.plan, made) == tuple(range(made)))
 
     def noise(chunk: int, step: int, shape: tuple[int, ...]) -> np.ndarray:

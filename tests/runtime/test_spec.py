@@ -21,8 +21,8 @@ from tests.conftest import small_spec
 
 def test_the_warped_schedule_of_self_forcing() -> None:
     schedule = Schedule((1000, 750, 500, 250), warp=True, shift=5.0)
-    assert [round(t, 1) for t in schedule.timesteps] == [1000.0, 937.5, 833.3, 625.0]
-    assert schedule.sigmas[-1] == 0
+    assert [round(t, 1) for t in schedule.later.timesteps] == [1000.0, 937.5, 833.3, 625.0]
+    assert schedule.later.sigmas[-1] == 0
 
 
 @pytest.mark.parametrize("steps", [(), (500, 500), (250, 500), (1001,), (1000, 0)])
