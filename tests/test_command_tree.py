@@ -79,6 +79,7 @@ CHANGED: dict[str, str] = {
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
     "demo --backend": "new: what runs bundles may have to be named; not given, it is chosen",
+    "export --layers": "new: so many typical layers of a model of random weights, as generate has them",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "headmap convert --heads": "0 heads were taken for a number that was not given",

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from forcingkv.models.generate import generate, next_latents, seeded_noise
-from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import Session, positions
 from forcingkv.runtime.backends import Lane
@@ -29,14 +28,13 @@ from forcingkv.runtime.footprint import kv_parts, part_notes
 from forcingkv.runtime.kv.buffers import CacheBuffers
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
-from forcingkv.runtime.kv.roles import Retained
 from forcingkv.runtime.spec import ModelSpec, Schedule
 from forcingkv.runtime.text import encode_words
-from tests.conftest import headmap_of, random_model, roles, small_spec
+from tests.conftest import random_model, roles, small_spec
 from tests.exported import shared_bundle
 from tests.runtime.videos import OTHER, PROMPT, assert_same, differ
 
-ONE_STEP = Schedule((1000.0,))
+FIRST_HAS_TWO = Schedule((1000.0,), first=(1000.0, 625.0))
 
 
 def seen(chunk: int, frames: int, sink: int, recent: int) -> list[int]:
@@ -106,7 +104,7 @@ def test_a_clean_pass_writes_what_no_pass_reads(drawn: tuple[CachePlan, int, int
 
 def plainly(model: WanModel, plan: CachePlan, frames_of: Any, chunks: int, seed: int) -> Iterator[np.ndarray]:
     """Latents chunk by chunk, with keys and values of all frames kept: `frames_of` says which are seen."""
-    spec, size, schedule = plan.spec, plan.frame_tokens, plan.spec.schedule
+    spec, size = plan.spec, plan.frame_tokens
     text = torch.from_numpy(encode_words(spec, PROMPT))
     prompt, noise, count = model.prompt(text), seeded_noise(plan, seed), spec.frames_per_chunk
     shape = (1, spec.heads, 0, spec.head_dim)
@@ -131,12 +129,12 @@ def plainly(model: WanModel, plan: CachePlan, frames_of: Any, chunks: int, seed:
             time = torch.from_numpy(positions.time_features(spec, np.array([[timestep]])))
             return model(latents, time, rotary, prompt, attend)  # noqa: B023
 
-        latents = noise(chunk, 0)
-        for step, timestep in enumerate(schedule.timesteps):
+        latents, steps = noise(chunk, 0), spec.schedule.of_chunk(chunk)
+        for step, timestep in enumerate(steps.timesteps):
             flow, _ = run(latents, timestep)
-            levels = schedule.sigmas[step : step + 2]
+            levels = steps.sigmas[step : step + 2]
             latents = next_latents("fresh", latents, flow, *levels, noise(chunk, step + 1))
-        _, new = run(latents, schedule.context_timestep)
+        _, new = run(latents, spec.schedule.context_timestep)
         kept = [
             KeysValues(*(torch.cat(pair, 2) for pair in zip(old, own, strict=True)))
             for old, own in zip(kept, new, strict=True)
@@ -157,18 +155,16 @@ def test_torch_sees_those_frames(drawn: tuple[CachePlan, int, int]) -> None:
             np.testing.assert_allclose(chunk.latents.numpy(), latents, atol=1e-5, rtol=0)
 
 
-FRAME_WISE = Policy("both", "", {"static": roles(3, 6), "dynamic": roles(1, 1, Retained(6, 0.33, 1))})
-"""`window` for some heads, and what `forcing-kv` shows dynamic heads for the others."""
-
-
 def frame_wise() -> tuple[ModelSpec, Policy]:
-    return small_spec(layers=2, frames_per_chunk=1, attended_frames=21, ar_start=2), FRAME_WISE
+    """Its sink of 3 frames is that of three chunks."""
+    spec = small_spec(layers=2, frames_per_chunk=1, attended_frames=21, schedule=FIRST_HAS_TWO)
+    return spec, load_policy("window")
 
 
 def chunks_of_four() -> tuple[ModelSpec, Policy]:
     """The counts of LingBot-World 2: a window of 18 frames, of which the first 6 are a sink."""
     counts = {"frames_per_chunk": 4, "attended_frames": 18, "sink_frames": 6}
-    return small_spec(layers=2, schedule=ONE_STEP, **counts), load_policy("full")
+    return small_spec(layers=2, schedule=FIRST_HAS_TWO, **counts), load_policy("full")
 
 
 KINDS = {"frame-wise": frame_wise, "chunks of four": chunks_of_four}
@@ -178,17 +174,12 @@ KINDS = {"frame-wise": frame_wise, "chunks of four": chunks_of_four}
 def bundle(request: pytest.FixtureRequest) -> Path:
     """Verified: every graph is compared with torch in every phase."""
     spec, policy = KINDS[request.param]()
-    headmap = headmap_of(spec, [[0], [1]]) if policy.needs_headmap else None
-    return shared_bundle(spec, random_model(spec).state_dict(), policy, headmap=headmap)
+    return shared_bundle(spec, random_model(spec).state_dict(), policy)
 
 
 def in_torch(plan: CachePlan, chunks: int) -> list[np.ndarray]:
     """The video of the loop in torch."""
-    spec = plan.spec
-    headmap = headmap_of(spec, [[0], [1]]) if plan.policy.needs_headmap else None
-    model = WanModel(spec)
-    state = random_model(spec).state_dict()
-    model.load_state_dict(permute_heads(state, spec, head_orders(spec, plan.policy, headmap)))
+    spec, model = plan.spec, random_model(plan.spec)
     text = torch.from_numpy(encode_words(spec, PROMPT))
     return [chunk.latents.numpy() for chunk in generate(model, plan, text, seeded_noise(plan, 7), chunks)]
 
