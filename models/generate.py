@@ -14,13 +14,14 @@ from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.graph_records import latent_shape as latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.schedule import Renoise
+from forcingkv.runtime.schedule import CLEAN_PASS, Renoise
 
 Noise = Callable[[int, int], Tensor]
 """(chunk, step) -> noise shaped as the chunk's latents."""
 
 Watch = Callable[[int, int, Cache, Attend], Attend]
-"""(chunk, step, cache, attend) -> attend; lets analysis see the attention of denoising passes."""
+"""(chunk, step, cache, attend) -> attend; lets analysis see the attention of every pass. The clean
+pass, which reads the same cache as the denoising passes before it, is the step `CLEAN_PASS`."""
 
 Level = Tensor | float
 """A noise level, sigma."""
@@ -55,7 +56,7 @@ def generate(
         text: (batch, text_length, text_width), on the model's device and in its dtype.
         noise: where noise comes from; latents stay in its dtype between passes.
         chunks: how many to make.
-        watch: sees the attention of each denoising pass.
+        watch: sees the attention of each pass, the clean pass included.
     """
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
@@ -80,7 +81,8 @@ def generate(
             fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
             sigma, following = schedule.sigmas[step : step + 2]
             latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
-        _, new = run(latents, schedule.context_timestep, rotary, attend)
+        seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
+        _, new = run(latents, schedule.context_timestep, rotary, seen)
         cache, indices = advance(plan, cache, new, chunk=chunk)
         yield GeneratedChunk(chunk, latents, indices)
 

@@ -13,6 +13,9 @@ from forcingkv.headmaps.fields import check_bounds
 MOST_STEPS = 1000
 """Denoising passes of a chunk: as many as the scale of timesteps has."""
 
+CLEAN_PASS = -1
+"""The clean pass, where the number of a denoising pass would stand."""
+
 Renoise = Literal["fresh", "predicted"]
 
 
