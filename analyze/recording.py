@@ -78,10 +78,21 @@ def passes_of(spec: ModelSpec, chunk: int, wanted: Passes) -> tuple[Pass, ...]:
 
     Chunks may have different numbers of denoising passes.
     """
-    timesteps = spec.schedule.timesteps if wanted != "clean" else ()
+    timesteps = spec.schedule.of_chunk(chunk).timesteps if wanted != "clean" else ()
     clean = Pass(chunk, CLEAN_PASS, spec.schedule.context_timestep)
     denoising = (Pass(chunk, step, timestep) for step, timestep in enumerate(timesteps))
     return (*denoising, *((clean,) if wanted != "denoise" else ()))
+
+
+def check_length(spec: ModelSpec, chunks: int) -> None:
+    """Raise InputError for videos of so few chunks that none is scored."""
+    if chunks <= spec.ar_start + 1:
+        raise InputError(
+            f"{chunks} are too few: {spec.name} treats all heads alike up to chunk {spec.ar_start}, and"
+            " only later chunks are scored",
+            where="chunks",
+            expected=f"at least {spec.ar_start + 2}",
+        )
 
 
 def told_step(step: int) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics
 from forcingkv.analyze.recorder import record_sample
-from forcingkv.analyze.recording import SCHEMA, Passes, RecordedDtype, Recording
+from forcingkv.analyze.recording import SCHEMA, Passes, RecordedDtype, Recording, check_length
 from forcingkv.analyze.results import analyzed_alone, check_places, write_analysis
 from forcingkv.analyze.space import check_memory_to_record
 from forcingkv.analyze.storage import Storage, check_same
@@ -80,13 +80,7 @@ class Job:
         """
         spec, chunks = self.spec, self.length
         plan = self.plan()
-        if chunks <= spec.ar_start + 1:
-            raise InputError(
-                f"{chunks} are too few: {spec.name} treats all heads alike up to chunk {spec.ar_start}, and"
-                " only later chunks are scored",
-                where="chunks",
-                expected=f"at least {spec.ar_start + 2}",
-            )
+        check_length(spec, chunks)
         return Recording(
             schema=SCHEMA,
             model=ModelIdentity(spec.name, spec.layers, spec.heads, self.weights.digest),
@@ -126,7 +120,7 @@ def recording_plan(
 
 def video_length(spec: ModelSpec, chunks: int | None) -> int:
     """Chunks of a video; where no number is given, until the model attends to as much as it can."""
-    return chunks or spec.attended_frames // spec.frames_per_chunk
+    return chunks or spec.chunks_to_fill
 
 
 class SampleRecorder:
@@ -205,7 +199,7 @@ def analyze_heads(
             by other versions, the rule cannot be applied, nothing is scored of what is recorded, `out`
             cannot be written or has another writer.
     """
-    (labelling or Labelling()).scoring.of(job.spec, job.length, job.passes)
+    (labelling or Labelling()).scoring.check(job.spec, job.length, job.passes)
     place = stats or out / "stats"
     check_places(out, stats, samples=samples, restart=restart)
     with analyzed_alone(out):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
-from forcingkv.analyze.recording import Pass, Passes, Recording, passes_of
+from forcingkv.analyze.recording import Pass, Passes, Recording, check_length, passes_of
 from forcingkv.headmaps import InputError, Statistics
 from forcingkv.runtime.spec import ModelSpec
 
@@ -92,11 +92,24 @@ class Scoring:
     def of(self, spec: ModelSpec, chunks: int, recorded: Passes) -> Scored:
         """What is scored of videos of so many chunks, of which those passes were recorded.
 
-        Raises InputError where what is asked for was not recorded, lies before the split, or leaves no
+        Raises InputError as `check` does.
+        """
+        chosen = self.check(spec, chunks, recorded)
+        made = (one for chunk in chosen for one in passes_of(spec, chunk, self.passes or recorded))
+        return Scored(tuple(made), self.sink_frames, self.recent(spec))
+
+    def recent(self, spec: ModelSpec) -> int:
+        """Newest key frames that count as recent."""
+        return spec.frames_per_chunk + 1 if self.recent_frames is None else self.recent_frames
+
+    def check(self, spec: ModelSpec, chunks: int, recorded: Passes) -> Sequence[int]:
+        """The chunks that are scored of videos of so many, in order; before anything is recorded.
+
+        Raises InputError where what is asked for is not recorded, lies before the split, or leaves no
         history that a head could attend to.
         """
-        frames = spec.frames_per_chunk
-        recent = frames + 1 if self.recent_frames is None else self.recent_frames
+        check_length(spec, chunks)
+        frames, recent = spec.frames_per_chunk, self.recent(spec)
         if recent <= frames:
             raise InputError(
                 f"the newest {recent} key frames count as recent, and a chunk has {frames}",
@@ -113,22 +126,19 @@ class Scoring:
                 f" {passes}",
             )
         before = recent - frames
-        first = spec.ar_start + 1
         longest = (chunks - 1) * frames - before
         if not 0 <= self.sink_frames < longest:
             newest = f" beside the newest {recent}" if self.recent_frames else ""
             what = f"{self.sink_frames} frames are left out{newest}, which leaves no history to any chunk"
             raise InputError(what, where="sink_frames", expected=f"0 to {max(longest, 1) - 1}")
-        with_history = [at for at in range(first, chunks) if at * frames - before > self.sink_frames]
+        with_history = range(max(spec.ar_start, (self.sink_frames + before) // frames) + 1, chunks)
         if self.chunks is None:
-            chosen = with_history
-        else:
-            chosen = sorted(set(self.chunks))
-            self._check(chosen, spec, chunks, with_history)
-        made = (one for chunk in chosen for one in passes_of(spec, chunk, passes))
-        return Scored(tuple(made), self.sink_frames, recent)
+            return with_history
+        chosen = sorted(set(self.chunks))
+        self._check_chunks(chosen, spec, chunks, with_history)
+        return chosen
 
-    def _check(self, chosen: Sequence[int], spec: ModelSpec, chunks: int, possible: Sequence[int]) -> None:
+    def _check_chunks(self, chosen: Sequence[int], spec: ModelSpec, chunks: int, possible: range) -> None:
         """Raise InputError for chunks that cannot be scored."""
         expected = f"some of the chunks {told_numbers(possible)} (the first of a video is 0)"
         if not chosen:
@@ -170,6 +180,8 @@ def in_words(passes: Passes) -> str:
 
 def told_numbers(numbers: Sequence[int]) -> str:
     """Numbers in ascending order, for people: 2 to 4, 6."""
+    if isinstance(numbers, range) and len(numbers) > 1:  # it may be long
+        return f"{numbers[0]} to {numbers[-1]}"
     runs = [
         [number for _, number in run]
         for _, run in groupby(enumerate(numbers), lambda placed: placed[1] - placed[0])

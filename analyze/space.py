@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from forcingkv.analyze.recording import Passes, passes_of
+from forcingkv.analyze.recording import Passes
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.runtime.backends.torch_device import free_bytes
 from forcingkv.runtime.dtypes import DTYPES
@@ -52,7 +52,8 @@ def recording_memory(
     }
     after_a_clean_pass = {"keys and values": float(2 * held + 3 * current)}
     moment = max(in_a_pass, after_a_clean_pass, key=lambda parts: sum(parts.values()))
-    made = sum(len(passes_of(spec, chunk, passes)) for chunk in range(chunks))
+    made = spec.schedule.passes(chunks) if passes != "clean" else 0
+    made += chunks if passes != "denoise" else 0
     rows = made * spec.layers * spec.heads * spec.frames_per_chunk
     slots = min(chunks * spec.frames_per_chunk, spec.attended_frames)
     return {

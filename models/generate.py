@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache
+from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.graph_records import latent_shape as latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.window import first_position
 from forcingkv.runtime.schedule import CLEAN_PASS, Renoise
+from forcingkv.runtime.unipc import UniPC
 
 Noise = Callable[[int, int], Tensor]
 """(chunk, step) -> noise shaped as the chunk's latents."""
@@ -71,19 +73,27 @@ def generate(
         return flow.to(latents), new
 
     for chunk in range(chunks):
-        tables = positions.rotary(plan.spec, plan.geometry, chunk * frames, frames)
+        tables = positions.rotary(plan.spec, plan.geometry, first_position(plan, chunk, chunk), frames)
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
         latents = noise(chunk, 0).to(text.device)
-        for step, timestep in enumerate(schedule.timesteps):
+        steps = schedule.of_chunk(chunk)
+        unipc = schedule.solver == "unipc"
+        solver = UniPC(steps.sigmas, latents.cpu().double().numpy()) if unipc else None
+        for step, timestep in enumerate(steps.timesteps):
             seen = watch(chunk, step, cache, attend) if watch else attend
             flow, _ = run(latents, timestep, rotary, seen)
             fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
-            sigma, following = schedule.sigmas[step : step + 2]
-            latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
+            sigma, following = steps.sigmas[step : step + 2]
+            if solver is None:
+                latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
+            else:
+                x0 = next_latents(schedule.renoise, latents, flow, sigma, 0.0, None)
+                latents = torch.from_numpy(solver.following(x0.cpu().double().numpy())).to(latents)
         seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
         _, new = run(latents, schedule.context_timestep, rotary, seen)
-        cache, indices = advance(plan, cache, new, chunk=chunk)
+        turn = turn_of(plan, chunk, text.device)
+        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn)
         yield GeneratedChunk(chunk, latents, indices)
 
 

@@ -12,10 +12,9 @@ import numpy.typing as npt
 import polars as pl
 import pytest
 
-from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples, write_analysis
+from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples
 from forcingkv.analyze.recording import Passes, Recording
 from forcingkv.analyze.report.attention import shown_passes
-from forcingkv.analyze.report.sections import report_html
 from forcingkv.analyze.scores import observe
 from forcingkv.analyze.scoring import Scored, Scoring
 from forcingkv.analyze.space import recording_memory
@@ -32,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("white_pictures")
 
 SPEC = small_spec(layers=2)
 JOB = Job(SPEC, random_weights(SPEC), [encode_words(SPEC, "a b")], seed=5, chunks=4, threads=1)
-STEPS = len(SPEC.schedule.timesteps)
+TIMESTEPS = SPEC.schedule.later.timesteps
+STEPS = len(TIMESTEPS)
 KINDS: tuple[Passes, ...] = ("all", "denoise", "clean")
 
 
@@ -114,7 +114,7 @@ def test_scores_by_hand(sink: int, recent: int | None, places: dict[str, Path]) 
     rows = rows_of(places["all"])
     found = observe(read_statistics(places["all"]), Scoring(sink, recent, chunks=(3,)))
     assert [(made.chunk, made.step) for made in found.scored.passes] == [(3, 0), (3, 1), (3, -1)]
-    assert [made.timestep for made in found.scored.passes] == [*SPEC.schedule.timesteps, 0.0]
+    assert [made.timestep for made in found.scored.passes] == [*TIMESTEPS, 0.0]
     for sample, place, layer, head in np.ndindex(*found.scores.shape):
         made = found.scored.passes[place]
         of = rows.filter(sample=sample, chunk=made.chunk, step=made.step, layer=layer, head=head)
@@ -149,7 +149,7 @@ def test_steps_are_denoising_steps_and_the_clean_pass_is_asked_by_itself(every: 
     parts, scores = every.observations.scored.parts, every.observations.scores
     assert list(parts) == ["steps", "clean pass", "chunks"]
     assert parts == {
-        "steps": {SPEC.schedule.timesteps[0]: [0, 3], SPEC.schedule.timesteps[1]: [1, 4]},
+        "steps": {TIMESTEPS[0]: [0, 3], TIMESTEPS[1]: [1, 4]},
         "clean pass": {0.0: [2, 5]},
         "chunks": {2: [0, 1, 2], 3: [3, 4, 5]},
     }
@@ -324,8 +324,3 @@ def test_nothing_is_recorded_where_nothing_can_be_scored(tmp_path: Path, run: Ca
         assert ran.code == 2, ran.out
         assert message in " ".join(ran.err.replace("│", " ").split())
         assert not (tmp_path / "out").exists()
-
-
-def test_a_report_is_the_same_twice(every: Analysis, tmp_path: Path) -> None:
-    write_analysis(every, tmp_path)
-    assert (tmp_path / "report.html").read_text() == report_html(every, ())

@@ -72,7 +72,7 @@ def test_an_analysis_can_label_for_dummy_forcing(tmp_path: Path) -> None:
     scored = Scoring().of(spec, 4, "denoise")
     mass = context_mass(statistics, scored)
     rows = statistics.rows.collect().explode("key_frame", "mass")
-    passes = 2 * 2 * len(spec.schedule.timesteps) * spec.frames_per_chunk
+    passes = 2 * 2 * len(spec.schedule.later) * spec.frames_per_chunk
     for layer, head in np.ndindex(spec.layers, spec.heads):
         seen = rows.filter(rows["chunk"] >= 2, layer=layer, head=head)
         context = seen.filter((seen["key_frame"] >= 1) & (seen["key_frame"] < seen["chunk"] * 3))

@@ -85,9 +85,9 @@ def test_what_is_recorded_is_what_attention_did(policy: str) -> None:
     assert rows.schema == COLUMNS
     assert set(rows["sample"]) == {5}
     assert rows.select(KEY).is_unique().all()
-    passes = CHUNKS * (len(SPEC.schedule.timesteps) + 1)
+    passes = CHUNKS * (len(SPEC.schedule.later) + 1)
     assert len(spy.seen) == passes * SPEC.layers, "the clean pass too"
-    assert set(rows["step"]) == {*range(len(SPEC.schedule.timesteps)), CLEAN_PASS}
+    assert set(rows["step"]) == {*range(len(SPEC.schedule.later)), CLEAN_PASS}
     assert len(rows) == passes * SPEC.layers * SPEC.heads * SPEC.frames_per_chunk
 
     indexed = {tuple(row[name] for name in KEY): row for row in rows.iter_rows(named=True)}
@@ -233,7 +233,7 @@ def test_statistics_come_to_the_host_from_a_device_without_float64(monkeypatch: 
         list(generate(model, plan, TEXT.to("meta"), seeded_noise(plan, 0), 2, recorder.watch))
     assert copied
     frame = recorder.frame()
-    assert len(frame) == 2 * len(SPEC.schedule.timesteps) * SPEC.layers * SPEC.heads * SPEC.frames_per_chunk
+    assert len(frame) == 2 * len(SPEC.schedule.later) * SPEC.layers * SPEC.heads * SPEC.frames_per_chunk
     assert frame["entropy"].to_list() == [0.0] * len(frame)
 
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pytest
 
+from forcingkv.analyze import Job, Labelling, analyze_statistics, record_samples
 from forcingkv.analyze.labels import decide
 from forcingkv.analyze.recording import Pass
-from forcingkv.analyze.scores import Observations
+from forcingkv.analyze.report import report_html
+from forcingkv.analyze.scores import Observations, observe
 from forcingkv.analyze.scoring import Scored, Scoring, told_numbers
 from forcingkv.analyze.stability import judge_stability
+from forcingkv.analyze.storage import read_statistics
 from forcingkv.analyze.variance import variance_split
 from forcingkv.commands.analyze import numbers_of
 from forcingkv.headmaps import InputError
-from forcingkv.runtime.schedule import CLEAN_PASS
+from forcingkv.models.checkpoint import random_weights
+from forcingkv.runtime.schedule import CLEAN_PASS, Schedule
+from forcingkv.runtime.text import encode_words
 from tests.analyze.test_labels import of_scores
 from tests.conftest import small_spec
+
+pytestmark = pytest.mark.usefixtures("white_pictures")
 
 Array = npt.NDArray[np.float64]
 
@@ -84,7 +95,7 @@ def test_shares_are_over_steps_chunks_and_observations_that_there_are() -> None:
 
 def test_variance_of_uneven_chunks_is_that_of_least_squares() -> None:
     """Each source has what it takes off the squared residuals, those before it being fitted already."""
-    scores = np.random.default_rng(1).beta(3, 2, (3, 10, 2, 2))
+    scores = np.random.default_rng(1).uniform(0.25, 0.7, (3, 10, 2, 2))
     scores[:, [4, 7, 9]] += 0.2
     scores[:, [0, 5, 8], :, 1] -= 0.2
     samples, passes, layers, heads = (axis.ravel() for axis in np.indices(scores.shape))
@@ -150,3 +161,48 @@ def test_chunks_as_people_write_them() -> None:
 def test_numbers_are_told_as_runs() -> None:
     told = [told_numbers(numbers) for numbers in ((4,), (2, 3, 4), (2, 4, 5, 6, 9), (-1, 0, 1), ())]
     assert told == ["4", "2 to 4", "2, 4 to 6, 9", "-1 to 1", ""]
+
+
+def test_a_schedule_by_chunk_is_recorded_and_scored_as_it_is(tmp_path: Path) -> None:
+    """Three steps in chunk 2, two in chunk 3: step 1 is at 750 in one and at 500 in the other."""
+    steps = Schedule((1000.0, 500.0), by_chunk=((1000.0,), (1000.0, 250.0), (1000.0, 750.0, 500.0)))
+    spec = small_spec(layers=1, schedule=steps)
+    job = Job(spec, random_weights(spec), [encode_words(spec, "a b")], chunks=4, passes="all", threads=1)
+    record_samples(job, tmp_path, samples=2)
+    recorded = read_statistics(tmp_path)
+    rows = recorded.rows.collect()
+    made = rows.select("chunk", "step").unique().sort("chunk", "step").rows()
+    assert made == [
+        *((0, step) for step in (-1, 0)),
+        *((1, step) for step in (-1, 0, 1)),
+        *((2, step) for step in (-1, 0, 1, 2)),
+        *((3, step) for step in (-1, 0, 1)),
+    ]
+    observed = observe(recorded, Scoring())
+    assert observed.scored.passes == (
+        Pass(2, 0, 1000.0),
+        Pass(2, 1, 750.0),
+        Pass(2, 2, 500.0),
+        Pass(2, -1, 0.0),
+        Pass(3, 0, 1000.0),
+        Pass(3, 1, 500.0),
+        Pass(3, -1, 0.0),
+    )
+    for place, one in enumerate(observed.scored.passes):
+        of = rows.filter(sample=1, chunk=one.chunk, step=one.step, layer=0, head=2).explode(
+            "key_frame", "mass"
+        )
+        recent = of.filter(of["key_frame"] >= 3 * one.chunk - 1)["mass"].sum()
+        kept = of.filter(of["key_frame"] >= 1)["mass"].sum()
+        assert observed.scores[1, place, 0, 2] == pytest.approx(recent / kept, abs=1e-6)
+    analysis = analyze_statistics(tmp_path, Labelling("threshold"))
+    measured = analysis.headmap.statistics
+    assert measured is not None
+    assert (measured.chunks, measured.steps) == (2, 3)
+    assert sum(analysis.variance.values()) == pytest.approx(1)
+    assert "2 to 3 denoising passes a chunk" in report_html(analysis, ())
+    with pytest.raises(InputError, match=r"sample 0 has \d+ scored rows"):
+        observe(
+            replace(recorded, rows=recorded.rows.filter((pl.col("chunk") != 2) | (pl.col("step") != 2))),
+            Scoring(),
+        )

@@ -180,7 +180,7 @@ def heads(
     mapped = read_headmap(headmap) if headmap else None
     chosen, kind = choose_device(device), one_of(RecordedDtype, dtype, "dtype")
     recorded = asked.passes or "denoise"
-    asked.scoring.of(spec, video_length(spec, chunks), recorded)
+    asked.scoring.check(spec, video_length(spec, chunks), recorded)
     if ray:
         check_device(chosen)
     check_room(  # before weights are fetched

@@ -154,6 +154,7 @@ def export(
             f"engine {engine.graph} for sm_{engine.sm}: {manifest.files[engine.file].bytes / 1e6:.1f} MB,"
             f" activations {engine.activation_bytes / 1e6:.1f} MB, built in {engine.seconds:.0f} s"
             f" with {engine.peak_bytes / 1e9:.1f} GB"
+            + (f", {len(engine.starts)} profiles for the phases {engine.sharing}" if engine.sharing else "")
         )
     for warning in manifest.warnings:
         say(f"warning: {warning}", error=True)
