@@ -61,7 +61,7 @@ def _memory(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _speed(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "predicted: a pass of the last phase; FPS of the video, then with decoding"
     yield (
-        f"  {'policy':<14}{'GPU':<13}{'fits':<5}{'pass, ms':>8}{'FPS':>6}{'low-high':>11}{'+decode':>8}"
+        f"  {'policy':<14}{'GPU':<13}{'fits':<5}{'pass, ms':>8}{'FPS':>6}{'low-high':>10}{'+decode':>8}"
         f"{'speed-up':>9}{'att.':>5}"
     )
     for policy in policies:
@@ -70,7 +70,7 @@ def _speed(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
             fps, low, high, shown = ("-" if r is None else f"{r:.{1 + (r < 10)}f}" for r in rates)
             yield (
                 f"  {policy['policy']:<14}{one['gpu']:<13}{'yes' if one['fits'] else 'no':<5}"
-                f"{one['pass_seconds'] * 1e3:>8,.0f}{fps:>6}{f'{low}-{high}':>11}{shown:>8}"
+                f"{one['pass_seconds'] * 1e3:>8,.0f}{fps:>6}{f'{low}-{high}':>10}{shown:>8}"
                 f"{one['speedup']:>9.2f}{one['attention_time_share']:>5.0%}"
             )
 
