@@ -45,9 +45,10 @@ def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[s
     """
     buffers = {1: "one buffer: written once", 2: "two buffers: read and written in turn"}
     roles = {name: buffers[1 if joined else role.buffers] for name, role in Role.KINDS.items()}
-    for group, role in {(g, role) for g in plan.groups for role in g.roles} if plan else ():
-        if role.buffers == 1 and len(role.buffer_tokens(plan, group)) > 1:
-            roles[role.name] = "two buffers: it is collected over the first chunks"
+    if plan:
+        for kind, role in {(group, role) for group in plan.groups for role in group.roles}:
+            if role.buffers == 1 and len(role.buffer_tokens(plan, kind)) > 1:
+                roles[role.name] = "two buffers: it is collected over the first chunks"
     if joined:
         roles = dict.fromkeys(roles, "read and written in place") | {"current": "of the chunk itself"}
     return {

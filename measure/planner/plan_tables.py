@@ -61,7 +61,7 @@ def _memory(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _speed(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "predicted: a pass of the last phase; FPS of the video, then with decoding"
     yield (
-        f"  {'policy':<15}{'GPU':<13}{'fits':<5}{'pass, ms':>9}{'FPS':>6}{'low - high':>13}{'+decode':>8}"
+        f"  {'policy':<14}{'GPU':<13}{'fits':<5}{'pass, ms':>8}{'FPS':>6}{'low-high':>10}{'+decode':>8}"
         f"{'speed-up':>9}{'att.':>5}"
     )
     for policy in policies:
@@ -69,8 +69,8 @@ def _speed(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
             rates = one["fps"], *one["fps_range"], one["fps_with_decode"]
             fps, low, high, shown = ("-" if r is None else f"{r:.{1 + (r < 10)}f}" for r in rates)
             yield (
-                f"  {policy['policy']:<15}{one['gpu']:<13}{'yes' if one['fits'] else 'no':<5}"
-                f"{one['pass_seconds'] * 1e3:>9,.0f}{fps:>6}{f'{low} - {high}':>13}{shown:>8}"
+                f"  {policy['policy']:<14}{one['gpu']:<13}{'yes' if one['fits'] else 'no':<5}"
+                f"{one['pass_seconds'] * 1e3:>8,.0f}{fps:>6}{f'{low}-{high}':>10}{shown:>8}"
                 f"{one['speedup']:>9.2f}{one['attention_time_share']:>5.0%}"
             )
 
@@ -96,7 +96,7 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         yield f"Share of the peak that kernels reach on {', '.join(gpus)}: {value:.1%}, {words}."
     one = next(iter(report["efficiency"].values()))
     ends = f"{one['lowest']:.0%} and {one['highest']:.0%}"
-    yield f"Low - high: with {ends}, the least and the most that any published FPS under full needs."
+    yield f"Low-high: with {ends}, the least and the most that any published FPS under full needs."
     yield uncertainty()
     if report["decode_basis"]:
         yield f"Decoding ({report['decoder']}) is {report['decode_basis']}."
