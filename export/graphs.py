@@ -82,8 +82,9 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     tables = positions.rotary(spec, plan.geometry, first_position(plan, last, last), spec.frames_per_chunk)
     turn = zip(TURN, positions.turn(spec, moved_by(plan, last)), strict=True)
     cosines, sines = (torch.from_numpy(table) for table in tables)
-    sigma, sigma_next = spec.schedule.sigmas[:2]
-    time = positions.time_features(spec, np.array([[spec.schedule.timesteps[0]]]))
+    steps = spec.schedule.later
+    sigma, sigma_next = steps.sigmas[:2]
+    time = positions.time_features(spec, np.array([[steps.timesteps[0]]]))
     cross = (1, spec.heads, spec.text_length, spec.head_dim)
     inputs = {
         "latents": torch.zeros(latent_shape(plan)),

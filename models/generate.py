@@ -15,13 +15,15 @@ from forcingkv.runtime import positions
 from forcingkv.runtime.graph_records import latent_shape as latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.window import first_position
-from forcingkv.runtime.schedule import Renoise
+from forcingkv.runtime.schedule import CLEAN_PASS, Renoise
+from forcingkv.runtime.unipc import UniPC
 
 Noise = Callable[[int, int], Tensor]
 """(chunk, step) -> noise shaped as the chunk's latents."""
 
 Watch = Callable[[int, int, Cache, Attend], Attend]
-"""(chunk, step, cache, attend) -> attend; lets analysis see the attention of denoising passes."""
+"""(chunk, step, cache, attend) -> attend; lets analysis see the attention of every pass. The clean
+pass, which reads the same cache as the denoising passes before it, is the step `CLEAN_PASS`."""
 
 Level = Tensor | float
 """A noise level, sigma."""
@@ -56,7 +58,7 @@ def generate(
         text: (batch, text_length, text_width), on the model's device and in its dtype.
         noise: where noise comes from; latents stay in its dtype between passes.
         chunks: how many to make.
-        watch: sees the attention of each denoising pass.
+        watch: sees the attention of each pass, the clean pass included.
     """
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
@@ -75,13 +77,21 @@ def generate(
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
         latents = noise(chunk, 0).to(text.device)
-        for step, timestep in enumerate(schedule.timesteps):
+        steps = schedule.of_chunk(chunk)
+        unipc = schedule.solver == "unipc"
+        solver = UniPC(steps.sigmas, latents.cpu().double().numpy()) if unipc else None
+        for step, timestep in enumerate(steps.timesteps):
             seen = watch(chunk, step, cache, attend) if watch else attend
             flow, _ = run(latents, timestep, rotary, seen)
             fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
-            sigma, following = schedule.sigmas[step : step + 2]
-            latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
-        _, new = run(latents, schedule.context_timestep, rotary, attend)
+            sigma, following = steps.sigmas[step : step + 2]
+            if solver is None:
+                latents = next_latents(schedule.renoise, latents, flow, sigma, following, fresh)
+            else:
+                x0 = next_latents(schedule.renoise, latents, flow, sigma, 0.0, None)
+                latents = torch.from_numpy(solver.following(x0.cpu().double().numpy())).to(latents)
+        seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
+        _, new = run(latents, schedule.context_timestep, rotary, seen)
         turn = turn_of(plan, chunk, text.device)
         cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn)
         yield GeneratedChunk(chunk, latents, indices)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
 from forcingkv.runtime import positions
-from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, rows_name
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, held_name, rows_name
 from forcingkv.runtime.kv.roles import Choice, Recent, Retained, Role, Sink
 from forcingkv.runtime.kv.window import moved_by
 from forcingkv.runtime.spec import Dtype
@@ -50,7 +50,8 @@ class CleanPass:
     new: KeysValues
     """Keys and values of the chunk, of the group's heads."""
     rows: Mapping[str, Tensor] | None
-    """Which of the chunk's tokens roles take, by `rows_name`; None: what the roles say for the chunk."""
+    """In a graph: which of the chunk's tokens roles take, by `rows_name`, and which of their own they keep,
+    by `held_name`. None: what the roles say for the chunk."""
     choice: Choice | None
     """What is chosen in this pass; None: nothing, and what was chosen before stays."""
     chunk: int | None
@@ -109,11 +110,17 @@ class _TorchSink(TorchRole):
 
     def advance(self, role: Sink, done: CleanPass) -> KeysValues:
         held = done.held[role.name]
-        if done.rows is None and held.keys.shape[2]:
+        if done.rows is None and held.keys.shape[2] == role.steady_tokens(done.plan, done.group):
             return held
-        # In a graph this is empty after the first chunk, and the session keeps the sink that it has.
+        # In a graph this is empty once the sink is full, and the session keeps the sink that it has.
         rows = done.rows_of(role)
-        return KeysValues(*(part.index_select(2, rows) for part in done.new))
+        taken = KeysValues(*(part.index_select(2, rows) for part in done.new))
+        if role.filled_by(done.plan.spec) <= 1:
+            return taken
+        if done.rows is not None:
+            kept = done.rows[held_name(done.group, role)]
+            held = KeysValues(*(part.index_select(2, kept) for part in held))
+        return KeysValues(*(torch.cat(pair, 2) for pair in zip(held, taken, strict=True)))
 
 
 @torch_half
@@ -130,8 +137,8 @@ class _TorchRecent(TorchRole):
             # The chunk's own frames are enough, even of the first chunk, which gives some to the sink.
             return _tokens(new, newest)
         if opening:
-            # Frames of the first chunk go to the sink. It is the first chunk if the sink is still empty; in
-            # any other this slice begins at 0. So one graph serves all chunks, without a branch.
+            # What the sink lacks goes there: frames of the first chunks, until it is full. In any other chunk
+            # this slice begins at 0. So one graph serves all chunks, without a branch.
             filled = sum(done.held[other.name].keys.shape[2] for other in opening)
             new = _tokens(new, slice(opening_tokens - filled, None))
         joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(done.held[role.name], new, strict=True)))
@@ -239,7 +246,7 @@ def advance(
         cache: the cache the pass read.
         new: each layer's keys and values of the pass.
         chunk: index of the chunk. None in a graph, which chooses segments in every pass.
-        rows: which of the chunk's tokens roles take, by `rows_name`. None: what the roles say.
+        rows: which tokens roles take and keep, as `CachePlan.rows` has them. None: what the roles say.
         turn: by what keys move with the window. None: by nothing.
 
     Returns:

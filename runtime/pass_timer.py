@@ -37,12 +37,14 @@ class PassTimer:
         """Seconds of a denoising pass. Raises RuntimeError, as all three do, once the session is closed or
         was used for something else."""
         with self._using() as maker:
-            return _seconds(maker.lane.main, maker._pass(0).run)
+            first = maker.levels(self._chunk)[0]
+            return _seconds(maker.lane.main, maker.bound(first, 0).run)
 
     def clean(self) -> float:
         """Seconds of the clean pass, which makes the next caches too. The chunk stays the next one."""
         with self._using() as maker:
-            return _seconds(maker.lane.main, maker._pass(maker._steps).run)
+            steps = len(maker.levels(self._chunk))
+            return _seconds(maker.lane.main, maker.bound(maker.clean_level, steps).run)
 
     def decode(self) -> float:
         """Seconds of decoding a chunk."""

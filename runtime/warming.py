@@ -19,13 +19,14 @@ def warm_up(maker: ChunkMaker) -> None:
         maker._prompt.run()
         maker._write_positions(0)
         # Where graphs make all outputs in every pass, all passes of a phase are the same work.
-        steps = (0, maker._steps) if maker._skips_caches else (0,)
         for phase in cache.plan.phases:
             cache.passes = phase.first_chunk
             for tensor in cache.held().values():
                 tensor.clear(main)
-            for step in steps:
-                maker._pass(step).run()
+            levels = maker.levels(phase.first_chunk)
+            maker.bound(levels[0], 0).run()
+            if maker._skips_caches:
+                maker.bound(maker.clean_level, len(levels)).run()
         maker.decoder.decode(np.zeros(maker.latent_shape, np.float32), 0)
     finally:
         for name, tensor in maker.state().items():

@@ -12,7 +12,7 @@ Williams, Waterman and Patterson (2009), with one change: kernels reach a share 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from forcingkv.measure.planner.gpus import Gpu
 from forcingkv.runtime.cost import pass_flops
@@ -141,34 +141,48 @@ def pass_seconds(works: PassWork, gpu: Gpu, efficiency: float) -> dict[str, floa
     return {kind: max(work.flops / computing, work.bytes / moving) for kind, work in works.items()}
 
 
+class PhaseWork(NamedTuple):
+    """The chunks of a video that are in one phase, whose passes do the same work."""
+
+    chunks: int
+    work: PassWork
+    """Of one pass."""
+    passes: int
+    """Of all these chunks together, clean passes included."""
+
+
 @dataclass(frozen=True)
 class VideoWork:
-    """The work of a video: that of a pass in each phase, and how many chunks are in the phase."""
+    """The work of a video: that of a pass in each phase, and how many passes are in the phase."""
 
-    phases: tuple[tuple[int, PassWork], ...]
-    """(chunks, work of a pass), in order; phases that the video does not reach are left out."""
+    phases: tuple[PhaseWork, ...]
+    """In order; phases that the video does not reach are left out."""
     steady: PassWork
     """Work of a pass in the last phase of the plan, reached or not."""
     passes: int
-    """Passes a chunk, the clean pass included."""
+    """Passes a chunk, the clean pass included, of chunks without steps of their own."""
     frames: int
     """Pixel frames a chunk, as published figures count them: the decoder's temporal stride x latent frames,
     in the first chunk too."""
 
     @property
     def chunks(self) -> int:
-        return sum(count for count, _ in self.phases)
+        return sum(phase.chunks for phase in self.phases)
 
 
 def video_work(plan: CachePlan, chunks: int, dtype: Dtype = "bfloat16") -> VideoWork:
     """The work of a video of so many chunks."""
     begins = [phase.first_chunk for phase in plan.phases]
     ends = [min(end, chunks) for end in (*begins[1:], chunks)]
-    counts = {begin: end - begin for begin, end in zip(begins, ends, strict=True) if end > begin}
+    schedule, phases = plan.spec.schedule, []
+    for begin, end in zip(begins, ends, strict=True):
+        if end > begin:
+            passes = schedule.passes(end) - schedule.passes(begin) + end - begin
+            phases.append(PhaseWork(end - begin, pass_work(plan, begin, dtype), passes))
     return VideoWork(
-        phases=tuple((count, pass_work(plan, begin, dtype)) for begin, count in counts.items()),
+        phases=tuple(phases),
         steady=pass_work(plan, None, dtype),
-        passes=len(plan.spec.schedule.timesteps) + 1,
+        passes=len(schedule.later) + 1,
         frames=plan.spec.frames_per_chunk * plan.spec.decoder.temporal_stride,
     )
 
@@ -178,15 +192,18 @@ def predict(video: VideoWork, gpu: Gpu, efficiency: float) -> dict[str, Any]:
 
     Returns:
         Of the last phase `pass_seconds`, `pass_seconds_by_kind` of work and `chunk_seconds`, denoising passes
-        and the clean pass. Of the whole video, whose caches grow over its first chunks, `mean_chunk_seconds`
-        and `fps`, frames being temporal stride x latent frames. Of a pass of the last phase self-attention's
+        and the clean pass of a chunk without steps of its own. Of the whole video, whose caches grow over its
+        first chunks and whose first chunks may have other steps, `mean_chunk_seconds` and `fps`, frames being
+        temporal stride x latent frames. Of a pass of the last phase self-attention's
         `attention_time_share` and `attention_flop_share`. Blocks take all of that time but some 0.1%, so the
         first is a block's share too.
     """
     kinds = pass_seconds(video.steady, gpu, efficiency)
     steady = sum(kinds.values())
-    total = sum(count * sum(pass_seconds(works, gpu, efficiency).values()) for count, works in video.phases)
-    mean_chunk = video.passes * (total / video.chunks)
+    total = sum(
+        phase.passes * sum(pass_seconds(phase.work, gpu, efficiency).values()) for phase in video.phases
+    )
+    mean_chunk = total / video.chunks
     flops = {kind: work.flops for kind, work in video.steady.items()}
     return {
         "pass_seconds": steady,

@@ -145,6 +145,7 @@ def _engines(opened: Bundle, one: EngineSet) -> Iterator[str]:
         ("layers", [f"{engine.layers:,}" for engine in one]),
         ("plugin nodes", [str(engine.plugin_layers) for engine in one]),
         ("phases", [str(engine.phases) for engine in one]),
+        ("profiles", [str(len(engine.starts)) for engine in one]),
         ("weights", [readable(engine.weight_bytes) for engine in one]),
         ("activations", [readable(engine.activation_bytes) for engine in one]),
         ("of them scratch", [readable(engine.scratch_bytes) for engine in one]),
@@ -171,7 +172,7 @@ def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
     """What a session holds: of sets that need the same, or without engines."""
     parts = footprint(opened.manifest, opened.plan, group[0] if group else ())
     yield from wrapped("", memory_title(group, parts))
-    yield from _shares(parts, part_notes(joined=not opened.manifest.has_graphs))
+    yield from _shares(parts, part_notes(opened.plan, joined=not opened.manifest.has_graphs))
     for remark in REMARKS if group else ():
         yield from wrapped("  ", remark)
 
