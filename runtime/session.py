@@ -192,7 +192,7 @@ class Session:
             self._user = video._token
             with video._ending_with_errors():
                 maker.restart()
-                maker.prompt(text)
+                video._begin_text(maker, text)
         return video
 
     def restore(self, folder: Path | str, *, chunks: float | None = None) -> Video:
@@ -213,7 +213,7 @@ class Session:
             video.index, video._begun = state.index, state.made
             video._latents, video._ready = latents, deque(ready)
             try:
-                maker.restore(state.passes, state.decoder_calls, arrays)
+                maker.restore(state.passes, state.decoder_calls, arrays, hollow=bool(state.hollow))
             except InputError:
                 raise  # nothing was written
             except BaseException:  # Ctrl-C too

@@ -33,6 +33,9 @@ Linear = Literal["fp8", "int8"]
 
 DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
 
+Recache = Literal["replay", "keep-sink", "empty-sink", "none"]
+"""How the cache is made anew when the prompt is switched (docs/runtime.md, "Prompts that change")."""
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -128,6 +131,8 @@ class ModelSpec:
     """Whether tokens carry a learned code of their place in the frame. Public Wan models have none:
     rotary embedding alone cannot tell the left half of pure noise from the right. A model with a
     table runs at its default resolution only."""
+    recache: Recache = "replay"
+    """What a switch of the prompt does where nobody says: what the model was trained with."""
     # No part of the hash, since a table has none: equal specs have equal ones all the same.
     resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     """Named pixel sizes, (width, height)."""

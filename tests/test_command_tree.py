@@ -28,6 +28,8 @@ _WHERE = "new: there are backends that can choose where and in what they compute
 
 _DOCTOR = "new: what a machine can run, and what is wrong with it"
 
+_SWITCHES = "prompts are switched as public code does it too: by which way is a word, not yes or no"
+
 CHANGED: dict[str, str] = {
     "doctor": _DOCTOR,
     "doctor --bundle": _DOCTOR,
@@ -82,6 +84,12 @@ CHANGED: dict[str, str] = {
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "headmap convert --heads": "0 heads were taken for a number that was not given",
+    "generate --fade": _SWITCHES,
+    "generate --no-recache": _SWITCHES,
+    "generate --recache": _SWITCHES,
+    "generate --recache/--no-recache": _SWITCHES,
+    "generate --script": _SWITCHES,
+    "generate --script-line": _SWITCHES,
     "generate --enlarge": _AS_SAVED,
     "generate --seed": _AS_SAVED,
 }
