@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from forcingkv.models.decoders import StreamingDecoder, frames_of
-from forcingkv.models.generate import latent_shape, next_latents
-from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype
+from forcingkv.models.generate import latent_shape, level_of_frames, next_latents
+from forcingkv.models.kv import Cache, Turn, advance, attend_cache, cached_dtype
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.bundle import next_name
+from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.window import first_position, moved_by
 
 
 @dataclass(frozen=True)
@@ -60,36 +62,42 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         prompt = [KeysValues(*pair) for pair in zip(cross[::2], cross[1::2], strict=True)]
         cache = _unflatten_cache(plan, [inputs[entry.name] for entry in plan.entries])
         rotary = inputs["cosines"], inputs["sines"]
-        latents, sigma = inputs["latents"], inputs["sigma"]
+        latents = inputs["latents"]
+        sigma, sigma_next = (level_of_frames(inputs[name]) for name in ("sigma", "sigma_next"))
         attend = attend_cache(plan, cache)
         flow, new = model(latents.to(kind), inputs["time"].to(kind), rotary, prompt, attend)
         flow = flow.to(latents)
         # Every output is there in every phase; the session takes those the phase calls for.
         rows = {name: inputs[name] for name in plan.rows(0)}
-        following, indices = advance(plan, cache, new, chunk=None, rows=rows)
+        turn = Turn(*(inputs[name] for name in TURN)) if plan.relative else None
+        following, indices = advance(plan, cache, new, chunk=None, rows=rows, turn=turn)
         x0 = latents - sigma * flow
         following_latents = next_latents(
-            spec.schedule.renoise, latents, flow, sigma, inputs["sigma_next"], inputs.get("noise")
+            spec.schedule.renoise, latents, flow, sigma, sigma_next, inputs.get("noise")
         )
         flat = (tensor for groups in following for held in groups for kv in held.values() for tensor in kv)
         out = (following_latents, x0, *flat)
         return out if indices is None else (*out, indices)
 
     last = plan.phases[-1].first_chunk
-    first_frame = last * spec.frames_per_chunk
-    tables = positions.rotary(spec, plan.geometry, first_frame, spec.frames_per_chunk)
+    tables = positions.rotary(spec, plan.geometry, first_position(plan, last, last), spec.frames_per_chunk)
+    turn = zip(TURN, positions.turn(spec, moved_by(plan, last)), strict=True)
     cosines, sines = (torch.from_numpy(table) for table in tables)
-    sigma, sigma_next = spec.schedule.sigmas[:2]
-    time = positions.time_features(spec, np.array([[spec.schedule.timesteps[0]]]))
+    steps = spec.schedule.later
+    # By frame all but the last are held, so that each number of the inputs shows in the outputs.
+    held = spec.frames_per_chunk - 1 if spec.schedule.by_frame else 0
+    sigma, sigma_next = (torch.tensor([*[0.0] * held, level]) for level in steps.sigmas[:2])
+    time = positions.time_features(spec, np.array([[*[0.0] * held, steps.timesteps[0]]]))
     cross = (1, spec.heads, spec.text_length, spec.head_dim)
     inputs = {
         "latents": torch.zeros(latent_shape(plan)),
         **({"noise": torch.zeros(latent_shape(plan))} if spec.schedule.renoise == "fresh" else {}),
-        "sigma": torch.tensor([sigma]),
-        "sigma_next": torch.tensor([sigma_next]),
+        "sigma": sigma,
+        "sigma_next": sigma_next,
         "time": torch.from_numpy(time),
         "cosines": cosines,
         "sines": sines,
+        **({name: torch.from_numpy(table) for name, table in turn} if plan.relative else {}),
         # One tensor each: the tracer would take one object given twice for one input.
         **{name: torch.zeros(cross, dtype=kind) for name in _cross_names(spec.layers)},
         **{

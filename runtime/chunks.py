@@ -7,7 +7,7 @@ a device the passes of the next chunk run while one is decoded; on a CPU `begin`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -16,13 +16,17 @@ import numpy as np
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Array, Fetch, Lane, Mark, Pass, Queue, Tensor
-from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord
+from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
 from forcingkv.runtime.faults import NotFiniteError
+from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.rebuild import Encoding
+from forcingkv.runtime.kv.window import first_position, moved_by
 from forcingkv.runtime.newest_frames import FramesEncoder
+from forcingkv.runtime.pass_levels import PassLevel, clean_level, denoising_levels, write_levels
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.results import Chunk, Timing
+from forcingkv.runtime.unipc import UniPC
 
 FramesOn: TypeAlias = Literal["host", "device"]
 NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
@@ -52,29 +56,34 @@ class ChunkMaker:
         lane: what it runs with.
         cache: the KV cache.
         decoder: decodes chunks.
+        schedule: the model's.
+        given: how many chunks at the start of the video were given and not generated, which decides which
+            chunk has the steps of the first.
+        held: given first frames of chunk 0, None where there are none: see `hold`.
     """
 
     def __init__(self, bundle: Bundle, lane: Lane, frames: FramesOn) -> None:
         self.lane, self._plan, self._frames_on = lane, bundle.plan, frames
-        self._spec, self._schedule = bundle.plan.spec, bundle.plan.spec.schedule
-        self._steps = len(self._schedule.timesteps)
-        """Denoising passes of a chunk. The step of that number is the clean pass."""
+        self._spec, self.schedule = bundle.plan.spec, bundle.plan.spec.schedule
+        self.given = 0
+        self.held: Floats | None = None
         prompt, step, decode = (bundle.manifest.graphs[name] for name in ("prompt", "step", "decode"))
         self.cache = lane.cache(self._plan, bundle.manifest.compute)
         self._cross = {name: tensor_of(lane, r, state=True) for name, r in prompt.outputs.items()}
         self.decoder = ChunkDecoder(lane, decode, self._spec)
         self._text = {name: tensor_of(lane, record) for name, record in prompt.inputs.items()}
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
-        self._passes: dict[tuple[int, int, int], Pass] = {}
+        self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
         self._encoder: FramesEncoder | None = None
         self._unsettled: Timing | None = None
         self._rotary = {name: tensor_of(lane, step.inputs[name]) for name in ("cosines", "sines")}
+        self._turn = {name: tensor_of(lane, step.inputs[name]) for name in TURN if self._plan.relative}
         # A ring of two: pass i reads latents i % 2 and writes the others, so no pass copies its result back.
         self._latents = [tensor_of(lane, step.inputs["latents"]) for _ in range(2)]
-        self._noise = tensor_of(lane, step.inputs["noise"]) if self._schedule.renoise == "fresh" else None
+        self._noise = tensor_of(lane, step.inputs["noise"]) if self.schedule.renoise == "fresh" else None
         if self._noise is not None:
             self._noise.clear(lane.main)  # taken times 0, it must be a number
-        self._levels = self._noise_levels(step)
+        self._levels = write_levels(lane, self._spec, step)
         self._skips_caches = step.skips_caches
 
     @property
@@ -85,7 +94,34 @@ class ChunkMaker:
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
         self.cache.restart()
+        self.given, self.held = 0, None
         self.decoder.restart()
+
+    def hold(self, frames: Floats) -> None:
+        """Give the first latent frames of the video that comes: they are held while the others of their chunk
+        are made.
+
+        Args:
+            frames: (1, channels, frames, height, width), fewer frames than a chunk has.
+
+        Raises InputError for frames of another shape, and where passes have one timestep for all frames.
+        """
+        if not self.schedule.by_frame:
+            raise InputError(
+                f"{self._spec.name} has one timestep for all frames of a chunk",
+                where="given first frames",
+                expected="a model whose schedule has by_frame = true",
+            )
+        batch, channels, most, *sides = self.latent_shape
+        count = frames.shape[2] if frames.ndim == len(self.latent_shape) else 0
+        if not 1 <= count < most or frames.shape != (batch, channels, count, *sides):
+            raise InputError(
+                f"are of the shape {frames.shape}",
+                where="given first frames",
+                expected=f"({batch}, {channels}, frames, {sides[0]}, {sides[1]}), with fewer frames than the"
+                f" {most} of a chunk",
+            )
+        self.held = np.asarray(frames, np.float32)
 
     def prompt(self, text: Floats) -> None:
         """Let later passes follow a text (1, text_length, text_width)."""
@@ -98,14 +134,19 @@ class ChunkMaker:
         started = queue.mark()
         self._write_positions(index)
         # All noise at once: drawn between passes, each finds the processor's caches full of weights.
-        renewing = self._renewing_noise(noise, index, 0, 0)
-        self._latents[0].write(noise(index, 0, self.latent_shape), queue)
+        levels = self.levels(index)
+        renewing = self._renewing_noise(noise, index, levels)
+        start = self._with_held(index, noise(index, 0, self.latent_shape))
+        self._latents[0].write(start, queue)
         steps = []
-        for step in range(self._steps):
-            self._denoise(step, renewing)
+        between = self._between(index, 0, start)
+        for step, level in enumerate(levels):
+            self._denoise(step, level, renewing)
             steps.append(self._latents[(step + 1) % 2].fetch(queue))
+            if between and step + 1 < len(levels):
+                self._latents[(step + 1) % 2].write(between(steps[-1]), queue)
         denoised = queue.mark()
-        self._clean()
+        self._clean(len(levels))
         return PendingChunk(index, tuple(steps), started, denoised, queue.mark(), requested)
 
     def finish(self, pending: PendingChunk) -> Chunk:
@@ -146,19 +187,24 @@ class ChunkMaker:
         there first: a model that was not trained with switches of prompts follows what it sees in clean
         latents, and those show the old prompt. That noise is of steps which no chunk has when it is made.
         """
-        steps = self._steps
+        levels = self.levels(index)
+        steps = len(levels)
         self._write_positions(index)
         if redraw_from is None:
             self._latents[steps % 2].write(latents, self.lane.main)
         else:
-            sigma = np.float32(self._schedule.sigmas[redraw_from])
-            renewing = self._renewing_noise(noise, index, redraw_from, steps + 1)
+            sigma = np.float32(levels[redraw_from].sigma)
+            renewing = self._renewing_noise(noise, index, levels, redraw_from, steps + 1)
             fresh = noise(index, steps + 1 + redraw_from, self.latent_shape)
             noised = (1 - sigma) * latents + sigma * fresh
             self._latents[redraw_from % 2].write(noised, self.lane.main)
+            between = self._between(index, redraw_from, noised)
             for step in range(redraw_from, steps):
-                self._denoise(step, renewing)
-        self._clean()
+                self._denoise(step, levels[step], renewing)
+                if between and step + 1 < steps:
+                    made = self._latents[(step + 1) % 2]
+                    made.write(between(made.fetch(self.lane.main)), self.lane.main)
+        self._clean(steps)
 
     def encode(self, encoding: Encoding, latents: Floats) -> None:
         """Make the cache anew in one pass over newest frames, under the prompt as it is: `FramesEncoder`."""
@@ -196,70 +242,77 @@ class ChunkMaker:
             array = arrays[name]
             tensor.write(_as_bits(array) if tensor.dtype == "bfloat16" else array, self.queue_of(name))
 
-    def _renewing_noise(self, noise: NoiseSource, index: int, first: int, offset: int) -> dict[int, Floats]:
+    def levels(self, index: int) -> list[PassLevel]:
+        """The denoising passes of a chunk."""
+        held = 0 if self.held is None or index else self.held.shape[2]
+        return denoising_levels(self.schedule, self.schedule.of_chunk(index, self.given), held)
+
+    def _with_held(self, index: int, latents: Floats) -> Floats:
+        """Latents of a chunk, with the frames that were given."""
+        if self.held is None or index:
+            return latents
+        return np.concatenate([self.held, latents[:, :, self.held.shape[2] :]], 2)
+
+    def _between(self, index: int, first: int, latents: Floats) -> Callable[[Fetch], Floats] | None:
+        """What a solver that knows several passes makes of the x0 of each from `first` on, for the next one;
+        None where a pass gives the next latents itself."""
+        if self.schedule.solver != "unipc":
+            return None
+        solver = UniPC(self.schedule.of_chunk(index, self.given).sigmas[first:], latents)
+        return lambda x0: self._with_held(index, solver.following(x0.array()).astype(np.float32))
+
+    def _renewing_noise(
+        self, noise: NoiseSource, index: int, levels: Sequence[PassLevel], first: int = 0, offset: int = 0
+    ) -> dict[int, Floats]:
         """The new noise of the passes from `first` on: that of pass i is of the step `offset` + i + 1.
 
         The last pass leaves no noise: whatever is there is taken times 0.
         """
         if self._noise is None:
             return {}
-        renewed = [step for step in range(first, self._steps) if self._schedule.sigmas[step + 1]]
+        renewed = [step for step in range(first, len(levels)) if levels[step].sigma_next]
         return {step: noise(index, offset + step + 1, self.latent_shape) for step in renewed}
 
-    def _denoise(self, step: int, renewing: Mapping[int, Floats]) -> None:
+    def _denoise(self, step: int, level: PassLevel, renewing: Mapping[int, Floats]) -> None:
         if self._noise is not None and step in renewing:
             self._noise.write(renewing[step], self.lane.main)
-        self._pass(step).run()
+        self.bound(level, step).run()
 
-    def _clean(self) -> None:
-        self._pass(self._steps).run()
+    def _clean(self, steps: int) -> None:
+        self.bound(clean_level(self.schedule), steps).run()
         self.cache.cleaned()
 
     def _write_positions(self, index: int) -> None:
-        frames = self._spec.frames_per_chunk
-        tables = positions.rotary(self._spec, self._plan.geometry, index * frames, frames)
+        frames, passes = self._spec.frames_per_chunk, self.cache.passes
+        first = first_position(self._plan, passes, index)
+        tables = positions.rotary(self._spec, self._plan.geometry, first, frames)
         for tensor, table in zip(self._rotary.values(), tables, strict=True):
             tensor.write(table, self.lane.main)
+        if self._turn:
+            turn = positions.turn(self._spec, moved_by(self._plan, passes))
+            for tensor, table in zip(self._turn.values(), turn, strict=True):
+                tensor.write(table, self.lane.main)
 
-    def _pass(self, step: int) -> Pass:
-        """The denoising pass of that number, or the clean one, on the cache as it is.
+    def bound(self, level: PassLevel, step: int) -> Pass:
+        """A pass on the cache as it is, `step` passes after a chunk's first.
 
         A pass is bound once to every combination that gives it other addresses: the phase (shapes of the
-        cache), the side (which of the cache's two buffers is read), and the step (noise level, and which of
-        the two latents is read). These are few, so after the first chunks of the last phase nothing is bound
-        any more.
+        cache), the side (which of the cache's two buffers is read), the level, and which of the two latents
+        is read. These are few, so after the first chunks of the last phase nothing is bound any more.
         """
-        key = (*self.cache.key, step)
+        key = (*self.cache.key, level, step % 2)
         if key not in self._passes:
             current, spare = self._latents[step % 2], self._latents[1 - step % 2]
-            inputs = {"latents": current, **self._rotary, **self._levels[step], **self._cross}
+            inputs = {"latents": current, **self._rotary, **self._turn}
+            inputs |= self._levels[level] | self._cross
             if self._noise is not None:
                 inputs["noise"] = self._noise
             outputs = {"next_latents": spare}
-            if step == self._steps or not self._skips_caches:
+            if level.clean or not self._skips_caches:
                 outputs |= self.cache.outputs()
             inputs |= self.cache.inputs()
             self._passes[key] = self.lane.bind("step", self.cache.phase, inputs, outputs)
         return self._passes[key]
-
-    def _noise_levels(self, record: GraphRecord) -> list[dict[str, Tensor]]:
-        """For each step its time features, noise levels and whether it is the clean pass, written once."""
-        levels = []
-        timesteps = *self._schedule.timesteps, self._schedule.context_timestep
-        sigmas = *self._schedule.sigmas, 0.0
-        for step, timestep in enumerate(timesteps):
-            values = {
-                "time": positions.time_features(self._spec, np.array([[timestep]])),
-                "sigma": np.array([sigmas[step]], np.float32),
-                "sigma_next": np.array([sigmas[step + 1]], np.float32),
-            }
-            if record.skips_caches:
-                values[CLEAN] = np.array([step == self._steps])
-            tensors = {name: tensor_of(self.lane, record.inputs[name]) for name in values}
-            for name, value in values.items():
-                tensors[name].write(value, self.lane.main)
-            levels.append(tensors)
-        return levels
 
 
 def _seconds_between(first: Mark, second: Mark) -> float:

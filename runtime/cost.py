@@ -54,8 +54,11 @@ def pass_flops(plan: CachePlan, chunk: int | None = None) -> PassFlops:
 
 
 def chunk_flops(plan: CachePlan, chunk: int | None = None) -> int:
-    """Operations of all passes of a chunk, the clean pass included."""
-    return pass_flops(plan, chunk).total * (len(plan.spec.schedule.timesteps) + 1)
+    """Operations of all passes of a chunk, the clean pass included; None: of one of the last phase, with the
+    passes of all chunks that have none of their own."""
+    schedule = plan.spec.schedule
+    steps = schedule.later if chunk is None else schedule.of_chunk(chunk)
+    return pass_flops(plan, chunk).total * (len(steps) + 1)
 
 
 def prompt_flops(spec: ModelSpec) -> int:

@@ -6,10 +6,10 @@ import numpy as np
 
 from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Lane, Pass, Tensor
-from forcingkv.runtime.graph_records import latent_shape
+from forcingkv.runtime.graph_records import TURN, latent_shape
 from forcingkv.runtime.kv.buffers import KvCache
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.kv.rebuild import Encoding, most_encoded, rows_of
+from forcingkv.runtime.kv.rebuild import Encoding, encoded_position, encoding_moves, most_encoded, rows_of
 from forcingkv.runtime.positions import Floats
 
 
@@ -23,6 +23,7 @@ class FramesEncoder:
         table = frames * plan.frame_tokens, spec.head_dim // 2
         self._tensors = {"latents": lane.tensor(latent_shape(plan, frames), "float32")}
         self._tensors |= {name: lane.tensor(table, "float32") for name in ("cosines", "sines")}
+        self._turn = {name: lane.tensor((spec.head_dim,), "float32") for name in TURN if plan.relative}
         self._time = lane.tensor((1, 1, spec.time_width), "float32")
         clean = np.array([[spec.schedule.context_timestep]])
         self._time.write(positions.time_features(spec, clean), lane.main)
@@ -35,7 +36,11 @@ class FramesEncoder:
         `latents` are the frames: (1, channels, encoding.frames, height, width).
         """
         if encoding.frames:
-            tables = positions.rotary(self._plan.spec, self._plan.geometry, encoding.first, encoding.frames)
+            spec, first = self._plan.spec, encoded_position(self._plan, encoding)
+            tables = positions.rotary(spec, self._plan.geometry, first, encoding.frames)
+            turn = positions.turn(spec, encoding_moves(self._plan, encoding))
+            for tensor, table in zip(self._turn.values(), turn, strict=False):  # absolute: none
+                tensor.write(table, self._lane.main)
             arrays = {"latents": latents, "cosines": tables[0], "sines": tables[1]}
             given = {name: self._tensors[name].first(array.shape) for name, array in arrays.items()}
             for name, array in arrays.items():
@@ -48,10 +53,8 @@ class FramesEncoder:
         alike = encoding.anywhere
         key = self._cache.key, alike
         if key not in self._passes:
-            inputs = given | {"time": self._time} | self._cross | self._rows_of(alike)
-            inputs |= self._cache.encoding_inputs(alike)
-            outputs, after = self._cache.encoding_outputs(alike), self._cache.phase_after(alike)
-            self._passes[key] = self._lane.bind("recache", after, inputs, outputs)
+            inputs = given | {"time": self._time} | self._turn | self._cross | self._rows_of(alike)
+            self._passes[key] = self._lane.bind("recache", self._cache.phase_after(alike), inputs, {})
         return self._passes[key]
 
     def _rows_of(self, encoding: Encoding) -> dict[str, Tensor]:

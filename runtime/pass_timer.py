@@ -9,6 +9,7 @@ import numpy as np
 
 from forcingkv.runtime.backends import Queue
 from forcingkv.runtime.chunks import ChunkMaker
+from forcingkv.runtime.pass_levels import clean_level
 
 
 class PassTimer:
@@ -38,12 +39,14 @@ class PassTimer:
         """Seconds of a denoising pass. Raises RuntimeError, as all three do, once the session is closed or
         was used for something else."""
         with self._using() as maker:
-            return _seconds(maker.lane.main, maker._pass(0).run)
+            first = maker.levels(self._chunk)[0]
+            return _seconds(maker.lane.main, maker.bound(first, 0).run)
 
     def clean(self) -> float:
         """Seconds of the clean pass, which makes the next caches too. The chunk stays the next one."""
         with self._using() as maker:
-            return _seconds(maker.lane.main, maker._pass(maker._steps).run)
+            steps = len(maker.levels(self._chunk))
+            return _seconds(maker.lane.main, maker.bound(clean_level(maker.schedule), steps).run)
 
     def decode(self) -> float:
         """Seconds of decoding a chunk."""

@@ -26,7 +26,7 @@ def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: C
             f"is {how}, for which this session has no graph",
             where="recache",
             expected="replay or none",
-            hint="Choose the backend torch, which needs none.",
+            hint="Choose the backend torch, which needs none; or switch by replay (--recache replay).",
         )
     plan = maker.cache.plan
     for chunks in filter(None, made):

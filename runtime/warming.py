@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from forcingkv.runtime.chunks import ChunkMaker
+from forcingkv.runtime.pass_levels import clean_level
 
 
 def warm_up(maker: ChunkMaker) -> None:
@@ -19,13 +20,14 @@ def warm_up(maker: ChunkMaker) -> None:
         maker._prompt.run()
         maker._write_positions(0)
         # Where graphs make all outputs in every pass, all passes of a phase are the same work.
-        steps = (0, maker._steps) if maker._skips_caches else (0,)
         for phase in cache.plan.phases:
             cache.passes = phase.first_chunk
             for tensor in cache.held().values():
                 tensor.clear(main)
-            for step in steps:
-                maker._pass(step).run()
+            levels = maker.levels(phase.first_chunk)
+            maker.bound(levels[0], 0).run()
+            if maker._skips_caches:
+                maker.bound(clean_level(maker.schedule), len(levels)).run()
         maker.decoder.decode(np.zeros(maker.latent_shape, np.float32), 0)
     finally:
         for name, tensor in maker.state().items():

@@ -128,7 +128,7 @@ class FigureWork:
         if row.measure == "kv_bytes":
             return sum(kv_parts(self.plan, "bfloat16").values())
         if row.measure == "attention_share":
-            at_end = VideoWork(self.video.phases, self.video.phases[-1][1], *self._rest())
+            at_end = VideoWork(self.video.phases, self.video.phases[-1].work, *self._rest())
             return float(predict(at_end, self.gpu, efficiency)["attention_time_share"])
         fps: float = predict(self.video, self.gpu, efficiency)["fps"]
         return fps if row.measure == "fps" else fps / predict(self.full, self.gpu, efficiency)["fps"]
@@ -235,7 +235,7 @@ def outcomes(rows: Sequence[PublishedFigure] | None = None) -> list[Outcome]:
 def _mean_pass(case: FigureWork, efficiency: float, *, full: bool) -> tuple[float, float]:
     """Mean seconds of a pass of the video, and of self-attention in it."""
     video = case.full if full else case.video
-    times = [(count, pass_seconds(works, case.gpu, efficiency)) for count, works in video.phases]
+    times = [(phase.chunks, pass_seconds(phase.work, case.gpu, efficiency)) for phase in video.phases]
     total = sum(count * sum(kinds.values()) for count, kinds in times)
     return total / video.chunks, sum(count * kinds["attention"] for count, kinds in times) / video.chunks
 

@@ -87,7 +87,7 @@ class BenchTurns:
         """All denoising passes of a chunk and the clean one, which counts as one of them where it was not
         timed."""
         return statistics.median(
-            len(self.bundle.plan.spec.schedule.timesteps) * turn.pass_seconds
+            len(self.bundle.plan.spec.schedule.later) * turn.pass_seconds
             + (turn.pass_seconds if turn.clean_seconds is None else turn.clean_seconds)
             for turn in self.turns
         )

@@ -12,7 +12,7 @@ Williams, Waterman and Patterson (2009), with one change: kernels reach a share 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from forcingkv.measure.planner.gpus import Gpu
 from forcingkv.runtime.cost import pass_flops
@@ -40,6 +40,16 @@ FLOAT_TRIPS: dict[str, int] = {
 }
 """The same for tensors in float32, which norms and rotation compute in."""
 
+FLOAT_TURNS: dict[str, int] = {
+    "cast to float32, written": 1,
+    "numbers of a pair swapped": 2,
+    "two products": 4,
+    "their sum": 3,
+    "read to be cast back": 1,
+}
+"""How often moving cached keys with the window reads or writes each of their numbers in float32
+(`models/kv.py`, `turned`). Engines make all outputs, and so do this, in every pass."""
+
 HIDDEN_TRIPS = 2
 """The same for the feed-forward's hidden tensor (tokens, ffn_width): its activation reads and writes it."""
 
@@ -61,7 +71,7 @@ linear: projections and feed-forward: weights, inputs and outputs of each produc
 attention: self-attention: queries, keys, values, result.
 cross: attention to the prompt.
 elementwise: norms, rotation, modulation, gates, activation: no operations counted, bytes alone.
-cache: keys and values joined to be attended to, and the next caches.
+cache: keys and values joined to be attended to, and the next caches, with what moves them with the window.
 """
 
 
@@ -74,7 +84,7 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
     spec, size, tokens = plan.spec, DTYPES[dtype].bytes, plan.chunk_tokens
     at = plan.phases[-1].first_chunk if chunk is None else chunk
     flops, stream = pass_flops(plan, at), tokens * spec.dim * size
-    held = following = joined = 0
+    held = following = joined = turned = 0
     for group, layers in plan.kinds:
         numbers = layers * len(PARTS) * group.heads * spec.head_dim  # of a token
         cached = sum(plan.tokens(group, role, at) for role in group.roles)
@@ -84,6 +94,9 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
         following += numbers * sum(role.next_tokens(plan, group, at) for role in group.roles)
         # Read and written where the cache's keys and values are laid before those of the chunk.
         joined += 2 * numbers * (cached + tokens) if cached else 0
+        if plan.relative:
+            moving = sum(role.next_tokens(plan, group, at) for role in group.roles if role.moves)
+            turned += layers * group.heads * spec.head_dim * moving
     prompt = 2 * spec.text_length * spec.dim * size
     return {
         "linear": Work(flops.linear, _linear_bytes(plan, size)),
@@ -91,8 +104,13 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
         "attention": Work(flops.attention, spec.layers * 4 * stream + size * held),
         "cross": Work(flops.cross, spec.layers * (2 * stream + prompt)),
         "elementwise": Work(0, spec.layers * elementwise_bytes(plan, dtype)),
-        "cache": Work(0, size * (joined + 2 * following)),
+        "cache": Work(0, size * (joined + 2 * following) + turned * turn_bytes(size)),
     }
+
+
+def turn_bytes(size: int) -> int:
+    """Bytes that moving a number of a key takes: cast to float32 and back, and what `FLOAT_TURNS` says."""
+    return 2 * size + sum(FLOAT_TURNS.values()) * DTYPES["float32"].bytes
 
 
 def elementwise_bytes(plan: CachePlan, dtype: Dtype = "bfloat16") -> int:
@@ -122,34 +140,48 @@ def pass_seconds(works: PassWork, gpu: Gpu, efficiency: float) -> dict[str, floa
     return {kind: max(work.flops / computing, work.bytes / moving) for kind, work in works.items()}
 
 
+class PhaseWork(NamedTuple):
+    """The chunks of a video that are in one phase, whose passes do the same work."""
+
+    chunks: int
+    work: PassWork
+    """Of one pass."""
+    passes: int
+    """Of all these chunks together, clean passes included."""
+
+
 @dataclass(frozen=True)
 class VideoWork:
-    """The work of a video: that of a pass in each phase, and how many chunks are in the phase."""
+    """The work of a video: that of a pass in each phase, and how many passes are in the phase."""
 
-    phases: tuple[tuple[int, PassWork], ...]
-    """(chunks, work of a pass), in order; phases that the video does not reach are left out."""
+    phases: tuple[PhaseWork, ...]
+    """In order; phases that the video does not reach are left out."""
     steady: PassWork
     """Work of a pass in the last phase of the plan, reached or not."""
     passes: int
-    """Passes a chunk, the clean pass included."""
+    """Passes a chunk, the clean pass included, of chunks without steps of their own."""
     frames: int
     """Pixel frames a chunk, as published figures count them: the decoder's temporal stride x latent frames,
     in the first chunk too."""
 
     @property
     def chunks(self) -> int:
-        return sum(count for count, _ in self.phases)
+        return sum(phase.chunks for phase in self.phases)
 
 
 def video_work(plan: CachePlan, chunks: int, dtype: Dtype = "bfloat16") -> VideoWork:
     """The work of a video of so many chunks."""
     begins = [phase.first_chunk for phase in plan.phases]
     ends = [min(end, chunks) for end in (*begins[1:], chunks)]
-    counts = {begin: end - begin for begin, end in zip(begins, ends, strict=True) if end > begin}
+    schedule, phases = plan.spec.schedule, []
+    for begin, end in zip(begins, ends, strict=True):
+        if end > begin:
+            passes = schedule.passes(end) - schedule.passes(begin) + end - begin
+            phases.append(PhaseWork(end - begin, pass_work(plan, begin, dtype), passes))
     return VideoWork(
-        phases=tuple((count, pass_work(plan, begin, dtype)) for begin, count in counts.items()),
+        phases=tuple(phases),
         steady=pass_work(plan, None, dtype),
-        passes=len(plan.spec.schedule.timesteps) + 1,
+        passes=len(schedule.later) + 1,
         frames=plan.spec.frames_per_chunk * plan.spec.decoder.temporal_stride,
     )
 
@@ -159,15 +191,18 @@ def predict(video: VideoWork, gpu: Gpu, efficiency: float) -> dict[str, Any]:
 
     Returns:
         Of the last phase `pass_seconds`, `pass_seconds_by_kind` of work and `chunk_seconds`, denoising passes
-        and the clean pass. Of the whole video, whose caches grow over its first chunks, `mean_chunk_seconds`
-        and `fps`, frames being temporal stride x latent frames. Of a pass of the last phase self-attention's
+        and the clean pass of a chunk without steps of its own. Of the whole video, whose caches grow over its
+        first chunks and whose first chunks may have other steps, `mean_chunk_seconds` and `fps`, frames being
+        temporal stride x latent frames. Of a pass of the last phase self-attention's
         `attention_time_share` and `attention_flop_share`. Blocks take all of that time but some 0.1%, so the
         first is a block's share too.
     """
     kinds = pass_seconds(video.steady, gpu, efficiency)
     steady = sum(kinds.values())
-    total = sum(count * sum(pass_seconds(works, gpu, efficiency).values()) for count, works in video.phases)
-    mean_chunk = video.passes * (total / video.chunks)
+    total = sum(
+        phase.passes * sum(pass_seconds(phase.work, gpu, efficiency).values()) for phase in video.phases
+    )
+    mean_chunk = total / video.chunks
     flops = {kind: work.flops for kind, work in video.steady.items()}
     return {
         "pass_seconds": steady,

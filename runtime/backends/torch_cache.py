@@ -18,6 +18,7 @@ from forcingkv.models.kv import (
     HALVES,
     CleanPass,
     GroupCache,
+    Turn,
     advance_group,
     cached_dtype,
     choice_of,
@@ -30,7 +31,6 @@ from forcingkv.runtime.backends.torch_tensors import TorchTensor
 from forcingkv.runtime.graph_records import next_name
 from forcingkv.runtime.kv.buffers import KvCache
 from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, rows_name
-from forcingkv.runtime.kv.rebuild import Encoding, rows_of
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
 
@@ -107,21 +107,26 @@ class JoinedGroup:
         queries: torch.Tensor,
         current: KeysValues,
         rows: Mapping[str, torch.Tensor],
+        turn: Turn | None,
         before: int,
         after: int,
     ) -> torch.Tensor:
         """Attention of the group's heads to the sink, where it stays, and to newest frames, which fill the
-        other roles: each takes the tokens that `rows` has for it. One that is not in `rows` stays."""
+        other roles: each takes the tokens that `rows` has for it, moved by `turn`. One that is not in `rows`
+        stays."""
         own, held = heads_of(current, self.group), self.cached(before)
         stay = [role for role in self.group.roles if role.name not in rows]
         seen = [*(HALVES[role.name].read(role, held[role.name], own.keys) for role in stay), own]
         keys, values = (torch.cat(parts, 2) for parts in zip(*seen, strict=True))
         mine = queries[:, self.group.start : self.group.stop]
         attended = F.scaled_dot_product_attention(mine, keys, values)
-        made = {
-            name: KeysValues(*(part.index_select(2, taken) for part in own)) for name, taken in rows.items()
-        }
-        self.take(made | {role.name: held[role.name] for role in stay}, after)
+        made = {role.name: held[role.name] for role in stay}
+        for role in self.group.roles:
+            if role.name in rows:
+                taken = KeysValues(*(part.index_select(2, rows[role.name]) for part in own))
+                moves = turn is not None and role.moves
+                made[role.name] = HALVES[role.name].move(role, taken, turn) if moves else taken
+        self.take(made, after)
         return attended
 
     def take(self, made: GroupCache, following: int) -> None:
@@ -169,36 +174,22 @@ class JoinedCache(KvCache):
         """The phase, and that of the chunk after: what a clean pass leaves lies as it needs it."""
         return self.phase, self._phase_at(self.passes + (not self.hollow))
 
-    def encoding_outputs(self, encoding: Encoding) -> dict[str, Tensor]:
-        after, rows = self.phase_after(encoding), rows_of(self.plan, encoding)
-        made = [e for e in self.plan.entries if rows[rows_name(e.group, e.role)].size]
-        return {next_name(entry.name): self._view(entry, after) for entry in made}
-
-    def _empty(self, entry: CacheEntry) -> TorchTensor:
-        return TorchTensor(self._view(entry, self.phase).tensor[:, :, :0])
-
-    def encode(
-        self, before: int, after: int, rows: Mapping[str, torch.Tensor], *, keeps_sink: bool
-    ) -> Attend:
+    def encode(self, before: int, after: int, rows: Mapping[str, torch.Tensor], turn: Turn | None) -> Attend:
         """How a pass attends that encodes newest frames, and what of it goes into the cache.
 
         Args:
             before: the phase of the cache that it finds.
             after: that of the one it makes.
-            rows: which tokens roles take, by `rows_name`.
-            keeps_sink: whether the sink stays, and is seen.
+            rows: which tokens roles take, by `rows_name`. Others stay, and are seen.
+            turn: moves keys to where the next chunk sees them, where positions are relative to the window.
         """
 
         def attend(layer: int, queries: torch.Tensor, current: KeysValues) -> torch.Tensor:
             out = []
             for one in self._groups[layer]:
-                roles = one.group.roles
-                taken = {
-                    role.name: rows[rows_name(one.group, role)]
-                    for role in roles
-                    if not (keeps_sink and role.opening_frames(self.plan.spec))
-                }
-                out.append(one.encode(queries, current, taken, before, after))
+                names = {role.name: rows_name(one.group, role) for role in one.group.roles}
+                taken = {role: rows[name] for role, name in names.items() if name in rows}
+                out.append(one.encode(queries, current, taken, turn, before, after))
             return out[0] if len(out) == 1 else torch.cat(out, 1)
 
         return attend
@@ -211,8 +202,11 @@ class JoinedCache(KvCache):
         once it has read it."""
         return {next_name(entry.name): self._view(entry, self.key[1]) for entry in self.plan.entries}
 
-    def attend(self, phase: int, following: int | None, *, each_chunk: Callable[[], bool]) -> Attend:
+    def attend(
+        self, phase: int, following: int | None, turn: Turn | None, *, each_chunk: Callable[[], bool]
+    ) -> Attend:
         """How a pass in a phase attends. A clean pass goes on to the phase `following`; None: it is none.
+        `turn` moves keys with the window, where positions are relative to it.
 
         `each_chunk` says, when the pass runs, whether it runs anew for each chunk. Where it does not (it is
         being captured) no role is told which chunk it is, as in a graph.
@@ -226,7 +220,7 @@ class JoinedCache(KvCache):
                 if layer == 0:
                     chosen.clear()
                 chunk = self.passes if each_chunk() else None
-                self._advance(layer, current, (phase, following), chosen, chunk)
+                self._advance(layer, current, (phase, following), chosen, chunk, turn)
             return out[0] if len(out) == 1 else torch.cat(out, 1)
 
         return attend
@@ -238,13 +232,16 @@ class JoinedCache(KvCache):
         phases: tuple[int, int],
         chosen: list[torch.Tensor],
         chunk: int | None,
+        turn: Turn | None,
     ) -> None:
         # Whether something is chosen, and which rows are taken, is the same for all chunks of these phases.
         choice = None if self.hollow else choice_of(self.plan, self.passes)
         rows = self._rows[self._phase_at(self.passes)]
         for one in self._groups[layer]:
             held, own = one.cached(phases[0]), heads_of(current, one.group)
-            done = _Advance(self.plan, layer, one.group, held, own, None, choice, chunk, chosen, rows)
+            done = _Advance(
+                self.plan, layer, one.group, held, own, None, choice, chunk, chosen, rows, turn=turn
+            )
             one.take(advance_group(done), phases[1])
 
     def _view(self, entry: CacheEntry, phase: int) -> TorchTensor:

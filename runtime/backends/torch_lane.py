@@ -14,7 +14,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.backends import LaneOptions, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, next_name
 from forcingkv.runtime.faults import DeviceError, SessionError
-from forcingkv.runtime.graph_records import FIRST
+from forcingkv.runtime.graph_records import FIRST, TURN
 from forcingkv.runtime.kv.plan import PARTS, CachePlan
 from forcingkv.runtime.spec import Dtype
 
@@ -24,7 +24,8 @@ except ImportError as error:
     raise MissingExtraError("torch", "models") from error
 
 from forcingkv.models.decoders import frames_of
-from forcingkv.models.generate import next_latents
+from forcingkv.models.generate import level_of_frames, next_latents
+from forcingkv.models.kv import Turn
 from forcingkv.models.torch_threads import in_this_thread, use_threads
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.backends.torch_cache import JoinedCache
@@ -205,9 +206,11 @@ def _step_work(
     def each_chunk() -> bool:
         return captured is None or not captured.capturing
 
-    attend = cache.attend(phase, cache.key[1] if is_clean else None, each_chunk=each_chunk)
+    turn = Turn(*(given[name] for name in TURN)) if cache.plan.relative else None
+    attend = cache.attend(phase, cache.key[1] if is_clean else None, turn, each_chunk=each_chunk)
     rotary, noise = (given["cosines"], given["sines"]), given.get("noise")
-    latents, sigma, sigma_next = (given[name] for name in ("latents", "sigma", "sigma_next"))
+    latents = given["latents"]
+    sigma, sigma_next = (level_of_frames(given[name]) for name in ("sigma", "sigma_next"))
     renoise = spec.schedule.renoise
 
     def work() -> None:
@@ -223,10 +226,9 @@ def _encoding_work(loaded: Loaded, cache: JoinedCache, after: int, given: Tensor
     model, spec, compute = loaded.model, loaded.model.spec, loaded.compute
     prompt = [KeysValues(*(given[f"cross.{layer}.{part}"] for part in PARTS)) for layer in range(spec.layers)]
     rotary = given["cosines"], given["sines"]
-    sinks = [entry.name for entry in cache.plan.entries if entry.name in given]
-    keeps_sink = any(given[name].shape[2] for name in sinks)
     rows = {name: tensor for name, tensor in given.items() if tensor.dtype == torch.int32}
-    attend = cache.encode(cache.phase, after, rows, keeps_sink=keeps_sink)
+    turn = Turn(*(given[name] for name in TURN)) if cache.plan.relative else None
+    attend = cache.encode(cache.phase, after, rows, turn)
 
     def work() -> None:
         model.flow(given["latents"].to(compute), given["time"].to(compute), rotary, prompt, attend)

@@ -73,21 +73,6 @@ class KvCache(ABC):
         """What passes read, by input name."""
         return self.held() | self._rows[self._phase_at(self.passes)]
 
-    def encoding_inputs(self, encoding: Encoding) -> dict[str, Tensor]:
-        """What a pass of `encoding` reads, by input name: the sink, of no tokens where it does not stay."""
-        sinks = {e.name: e for e in self.plan.entries if e.role.opening_frames(self.plan.spec)}
-        if encoding.keeps_sink:
-            return {name: tensor for name, tensor in self.held().items() if name in sinks}
-        return {name: self._empty(entry) for name, entry in sinks.items()}
-
-    @abstractmethod
-    def encoding_outputs(self, encoding: Encoding) -> dict[str, Tensor]:
-        """Where a pass of `encoding` writes what it makes, by output name; nothing of a sink that stays."""
-
-    @abstractmethod
-    def _empty(self, entry: CacheEntry) -> Tensor:
-        """A tensor of no tokens in the place of a cached one."""
-
     @abstractmethod
     def outputs(self) -> dict[str, Tensor]:
         """Where the clean pass writes the next cache, by output name."""
@@ -99,69 +84,56 @@ class KvCache(ABC):
 class CacheBuffers(KvCache):
     """Two buffers for each cached tensor: passes read one, the clean pass writes the other.
 
-    A role that is written once has one buffer for both. A tensor of a phase is a view of its buffer's start.
+    A role that is written once has one buffer for both (`Role.buffer_tokens`). A tensor of a phase is a view
+    of its buffer's start.
     """
 
     def __init__(self, plan: CachePlan, lane: Lane, dtype: Dtype) -> None:
         """Take the memory; `dtype` is what the graphs compute in."""
         super().__init__(plan, lane)
-        self._sides: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._buffers: dict[str, list[Tensor]] = {}
         for entry in plan.entries:
-            size, cached = (math.prod(plan.steady_shape(entry)),), entry.role.dtype(dtype)
-            buffers = [lane.tensor(size, cached, state=True) for _ in range(entry.role.buffers)]
-            for number, side in enumerate(self._sides):
-                side[entry.name] = buffers[number % len(buffers)]
+            cached = entry.role.dtype(dtype)
+            sizes = [(math.prod(shape),) for shape in plan.buffer_shapes(entry)]
+            self._buffers[entry.name] = [lane.tensor(size, cached, state=True) for size in sizes]
 
     @property
     def nbytes(self) -> int:
-        buffers = {id(b): b for side in self._sides for b in side.values()}
-        return sum(buffer.nbytes for buffer in buffers.values())
+        return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers)
 
     @property
     def key(self) -> tuple[int, int]:
-        """The phase, and which of the two buffers is read."""
-        return self.phase, self._side
+        """The phase, and which of two buffers is read. Of a role that chooses its buffer otherwise the phase
+        says which: it chooses by the clean passes so far while its length grows with each of them."""
+        return self.phase, self.passes % 2
 
     def held(self) -> dict[str, Tensor]:
-        return {
-            e.name: self._sides[self._side][e.name].first(self._shape(e, self.passes, self.hollow))
-            for e in self.plan.entries
-        }
+        return {e.name: self._buffer(e, self.passes).first(self._held_shape(e)) for e in self.plan.entries}
 
     def outputs(self) -> dict[str, Tensor]:
         """Nothing that passes read is among it: any pass may write there."""
-        side = self._sides[1 - self._side]
-        shapes = {e.name: self._next_shape(e) for e in self.plan.entries}
-        return {next_name(name): side[name].first(shape) for name, shape in shapes.items()}
+        return {
+            next_name(e.name): self._fresh(e) if self.hollow and self._is_hollow(e) else self._following(e)
+            for e in self.plan.entries
+        }
 
-    def encoding_outputs(self, encoding: Encoding) -> dict[str, Tensor]:
-        side = self._sides[(encoding.passes - encoding.hollow) % 2]
-        made = [e for e in self.plan.entries if not _stays(e, encoding, self.plan)]
-        shapes = {e.name: self._shape(e, encoding.passes, encoding.hollow) for e in made}
-        return {next_name(name): side[name].first(shape) for name, shape in shapes.items()}
+    def _buffer(self, entry: CacheEntry, passes: int) -> Tensor:
+        """What is read after so many clean passes."""
+        return self._buffers[entry.name][entry.role.buffer_read(self.plan, entry.group, passes)]
 
-    @property
-    def _side(self) -> int:
-        """Which of the two buffers is read: a hollow cache is a clean pass before `passes`."""
-        return (self.passes - self.hollow) % 2
+    def _following(self, entry: CacheEntry) -> Tensor:
+        """Where the clean pass writes."""
+        return self._buffer(entry, self.passes + 1).first(self.plan.next_shape(entry, self.passes))
 
-    def _empty(self, entry: CacheEntry) -> Tensor:
-        return self._sides[0][entry.name].first(_no_tokens(self.plan.steady_shape(entry)))
+    def _fresh(self, entry: CacheEntry) -> Tensor:
+        """Where the clean pass of a hollow cache writes, which makes what is there after `passes` of them."""
+        return self._buffer(entry, self.passes).first(self.plan.entry_shape(entry, self.passes))
 
-    def _next_shape(self, entry: CacheEntry) -> tuple[int, int, int, int]:
-        made_anew = not (entry.role.chooses or entry.role.opening_frames(self.plan.spec))
-        if self.hollow and made_anew:
-            return self.plan.entry_shape(entry, self.passes)
-        return self.plan.next_shape(entry, self.passes)
+    def _is_hollow(self, entry: CacheEntry) -> bool:
+        """Whether a hollow cache has none of it, and its next clean pass makes it."""
+        return not (entry.role.chooses or entry.role.opening_frames(self.plan.spec))
 
-    def _shape(self, entry: CacheEntry, passes: int, hollow: bool) -> tuple[int, int, int, int]:
-        shape = self.plan.entry_shape(entry, passes)
-        return _no_tokens(shape) if hollow and not entry.role.opening_frames(self.plan.spec) else shape
-
-
-def _stays(entry: CacheEntry, encoding: Encoding, plan: CachePlan) -> bool:
-    return encoding.keeps_sink and bool(entry.role.opening_frames(plan.spec))
-
-
-def _no_tokens(shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    return *shape[:2], 0, shape[3]
+    def _held_shape(self, entry: CacheEntry) -> tuple[int, int, int, int]:
+        batch, heads, tokens, width = self.plan.entry_shape(entry, self.passes)
+        there = not self.hollow or entry.role.opening_frames(self.plan.spec)
+        return batch, heads, tokens if there else 0, width

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import count
 
-import numpy as np
-
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, rows_name
 from forcingkv.runtime.kv.roles import Role, Rows
+from forcingkv.runtime.kv.window import first_position
 
 
 def replayed(plan: CachePlan, made: int) -> tuple[int, ...]:
@@ -57,6 +56,29 @@ class Encoding:
     def anywhere(self) -> Encoding:
         """The same anywhere in a video: nothing but positions depends on where."""
         return replace(self, first=0)
+
+
+def encoded_position(plan: CachePlan, one: Encoding) -> int:
+    """Position of the first frame that is encoded: in the video, or in the window.
+
+    There a sink that is made anew begins it. Beside one that stays LongLive encodes as if the window ended
+    with the newest frames; under policies with a head map they lie where the next chunk sees them.
+    """
+    if not plan.relative:
+        return one.first
+    if not one.keeps_sink:
+        return 0
+    if plan.policy.needs_headmap:
+        return first_position(plan, one.passes, 0) - one.frames
+    return plan.window_frames - one.frames
+
+
+def encoding_moves(plan: CachePlan, one: Encoding) -> int:
+    """Frames by which keys are moved once they are encoded, to where the next chunk sees them; 0 where
+    positions are those in the video."""
+    if not plan.relative:
+        return 0
+    return first_position(plan, one.passes, 0) - one.frames - encoded_position(plan, one)
 
 
 def encoding(plan: CachePlan, made: int, *, keep_sink: bool) -> Encoding:
@@ -112,13 +134,13 @@ def most_encoded(plan: CachePlan) -> int:
 
 
 def rows_of(plan: CachePlan, encoding: Encoding) -> dict[str, Rows]:
-    """Input name (`rows_name`) -> which tokens of the encoded frames a role takes: none, if it stays."""
+    """Input name (`rows_name`) -> which tokens of the encoded frames a role takes; not of one that stays."""
     rows = {
         rows_name(group, role): role.encoded_rows(plan, group, encoding)
         for group in plan.groups
         for role in group.roles
     }
-    return {name: np.arange(0, dtype=np.int32) if made is None else made for name, made in rows.items()}
+    return {name: made for name, made in rows.items() if made is not None}
 
 
 def _sink_frames(plan: CachePlan) -> int:

@@ -130,7 +130,7 @@ def _time_projection(spec: ModelSpec, drawn: Weights) -> Tensor:
     them than channels, so the least squares solution is exact. The clean pass is given the last step's signs.
     """
     schedule = spec.schedule
-    times = (*schedule.timesteps, schedule.context_timestep)
+    times = (*schedule.later.timesteps, schedule.context_timestep)
     hidden = torch.from_numpy(time_features(spec, np.array(times)))
     for layer in (0, 2):
         name = f"time_embedding.{layer}"

@@ -160,11 +160,11 @@ WARPED = [1000, 937.5, 833.3, 625]
 def test_steps_of_the_presets(preset: str) -> None:
     schedule = load_spec(preset).schedule
     expected = [1000, 937, 833, 625] if preset == "krea-14b" else WARPED
-    assert [round(t, 1) for t in schedule.timesteps] == expected
+    assert [round(t, 1) for t in schedule.later.timesteps] == expected
     assert schedule.context_timestep == 0
     if preset != "krea-14b":
         table = diffusers.FlowMatchEulerDiscreteScheduler(1000, shift=5.0).timesteps
-        nearest = [float((table - t).abs().min()) for t in schedule.timesteps]
+        nearest = [float((table - t).abs().min()) for t in schedule.later.timesteps]
         assert max(nearest) < 1e-3, "warped steps are entries of the shifted table"
 
 
@@ -174,15 +174,15 @@ def test_a_step_equals_the_flow_match_scheduler(renoise: str) -> None:
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(
         1000, shift=1.0, stochastic_sampling=renoise == "fresh"
     )
-    theirs.set_timesteps(sigmas=list(schedule.sigmas[:-1]))
-    np.testing.assert_allclose(theirs.sigmas, schedule.sigmas, atol=1e-6)
+    theirs.set_timesteps(sigmas=list(schedule.later.sigmas[:-1]))
+    np.testing.assert_allclose(theirs.sigmas, schedule.later.sigmas, atol=1e-6)
     for step, timestep in enumerate(theirs.timesteps):
         latents, flow = torch.randn(2, 1, 4, 3, 8, 12).unbind()
         torch.manual_seed(step)
         expected = theirs.step(flow, timestep, latents).prev_sample
         torch.manual_seed(step)
         noise = torch.randn_like(latents)
-        sigma, following = schedule.sigmas[step : step + 2]
+        sigma, following = schedule.later.sigmas[step : step + 2]
         found = next_latents(renoise, latents, flow, sigma, following, noise)  # type: ignore[arg-type]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -191,7 +191,7 @@ def test_noising_equals_the_flow_match_scheduler() -> None:
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(1000, shift=5.0)
     clean, noise = torch.randn(2, 1, 4, 3, 8, 12).unbind()
     for timestep, sigma in zip(
-        load_spec("self-forcing").schedule.timesteps, (1.0, 15 / 16, 5 / 6, 5 / 8), strict=True
+        load_spec("self-forcing").schedule.later.timesteps, (1.0, 15 / 16, 5 / 6, 5 / 8), strict=True
     ):
         nearest = theirs.timesteps[(theirs.timesteps - timestep).abs().argmin()]
         expected = theirs.scale_noise(clean, nearest[None], noise)

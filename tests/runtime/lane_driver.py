@@ -70,7 +70,7 @@ class Driver:
         for name in self._rows:
             self._rows[name].write(np.arange(self._plan.chunk_tokens, dtype=np.int32), main)
         self._write(self._given, "latents")
-        for timestep, sigma in zip(schedule.timesteps, schedule.sigmas[:-1], strict=True):
+        for timestep, sigma in zip(schedule.later.timesteps, schedule.later.sigmas[:-1], strict=True):
             self._pass_on(number, timestep, sigma)
             self._pass(number, "noisy").run()
             # Back to where every pass reads them, by way of the host: not how a session does it.

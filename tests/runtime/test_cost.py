@@ -102,7 +102,7 @@ def test_a_video_costs_what_its_chunks_cost(policy: str) -> None:
     text = torch.zeros(1, spec.text_length, spec.text_width)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         list(generate(random_model(spec), plan, text, seeded_noise(plan, 0), chunks))
-    passes = chunks * (len(spec.schedule.timesteps) + 1)
+    passes = chunks * (len(spec.schedule.later) + 1)
     left_out = prompt_projection(spec) + passes * time_embedding(spec)
     assert counter.get_total_flops() == sum(chunk_flops(plan, c) for c in range(chunks)) + left_out
     assert chunk_flops(plan) == chunk_flops(plan, chunks - 1)

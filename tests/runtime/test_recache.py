@@ -37,10 +37,10 @@ def plans(draw: st.DrawFn) -> CachePlan:
     retained = Retained(2, 0.34, 1) if draw(st.booleans()) else None
 
     def group(retained: Retained | None) -> tuple[Role, ...]:
-        return roles(draw(st.integers(0, 3)), draw(st.integers(1 if retained else 0, 8)), retained)
+        return roles(draw(st.integers(0, 7)), draw(st.integers(1 if retained else 0, 8)), retained)
 
     policy = Policy("any", "", {"static": group(None), "dynamic": group(retained)})
-    spec = small_spec(ar_start=draw(st.integers(0, 3)), frames_per_chunk=3)
+    spec = small_spec(ar_start=draw(st.integers(0, 3)), frames_per_chunk=draw(st.integers(1, 4)))
     static = draw(st.lists(st.lists(st.integers(0, 2)), min_size=4, max_size=4))
     return build_plan(spec, spec.geometry(), policy, headmap_of(spec, static))
 
@@ -110,8 +110,8 @@ def in_torch(session: Session, at: int, old: list[np.ndarray], chunks: int) -> l
             shape = old[0].shape
             noise = [torch.from_numpy(chunk_noise(7, chunk, step, shape)) for step in range(3)]
             latents = noise[0]
-            for step, timestep in enumerate(schedule.timesteps):
-                sigma, following = schedule.sigmas[step : step + 2]
+            for step, timestep in enumerate(schedule.later.timesteps):
+                sigma, following = schedule.later.sigmas[step : step + 2]
                 flow, _ = run(latents, timestep)
                 latents = next_latents("fresh", latents, flow, sigma, following, noise[step + 1])
             made.append(latents.numpy())
@@ -139,7 +139,7 @@ def test_a_switch_that_redraws_all_is_the_new_prompt_from_the_start(
     opened = Bundle.open(bundles(name))
     model = opened.manifest.model
     drawing = replace(model, schedule=replace(model.schedule, redraw_from=0))
-    passes = len(model.schedule.timesteps)
+    passes = len(model.schedule.later)
     at = max(made for made in range(4) if replayed(opened.plan, made) == tuple(range(made)))
 
     def noise(chunk: int, step: int, shape: tuple[int, ...]) -> np.ndarray:

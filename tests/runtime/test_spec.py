@@ -21,8 +21,8 @@ from tests.conftest import small_spec
 
 def test_the_warped_schedule_of_self_forcing() -> None:
     schedule = Schedule((1000, 750, 500, 250), warp=True, shift=5.0)
-    assert [round(t, 1) for t in schedule.timesteps] == [1000.0, 937.5, 833.3, 625.0]
-    assert schedule.sigmas[-1] == 0
+    assert [round(t, 1) for t in schedule.later.timesteps] == [1000.0, 937.5, 833.3, 625.0]
+    assert schedule.later.sigmas[-1] == 0
 
 
 @pytest.mark.parametrize("steps", [(), (500, 500), (250, 500), (1001,), (1000, 0)])
@@ -187,7 +187,13 @@ def test_any_size_is_taken_or_a_size_is_named_that_is(width: int, height: int) -
     [
         ({"heads": 0}, "heads is 0"),
         ({"head_dim": 7}, "head_dim is 7"),
-        ({"attended_frames": 10}, "attended"),
+        ({"attended_frames": 2}, "attended_frames is 2; expected 3 or more, the frames of a chunk"),
+        ({"attended_frames": 0}, "attended_frames is 0; expected 1 to"),
+        (
+            {"sink_frames": 13},
+            "sink_frames is 13; expected 0 to 12: of 15 attended frames 3 are the chunk's own",
+        ),
+        ({"sink_frames": 99}, "sink_frames is 99; expected 0 to 12"),
     ],
 )
 def test_a_spec_that_makes_no_model_is_refused(changes: dict[str, int], message: str) -> None:

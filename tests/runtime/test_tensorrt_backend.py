@@ -82,7 +82,7 @@ def test_each_phase_runs_in_its_context_and_each_graph_in_its_stream(world: Worl
     for number in range(CHUNKS):
         driver.chunk(number)
     phases = [phase for graph, phase, _, _ in world.tensorrt.executed if graph == "step"]
-    passes = 1 + len(world.bundle.plan.spec.schedule.timesteps)
+    passes = 1 + len(world.bundle.plan.spec.schedule.later)
     chunks = [world.bundle.plan.phases.index(world.bundle.plan.phase(number)) for number in range(CHUNKS)]
     assert phases == [phase for phase in chunks for _ in range(passes)]
     assert set(phases) == {0, 1, 2}

@@ -81,9 +81,10 @@ def test_what_is_said_to_be_needed_would_do() -> None:
     frames = hold(FigureWork(row), constant).policy_frames
     assert frames is not None
     case = FigureWork(row)
-    sizes = [phase[1]["attention"].flops for phase in case.video.phases]
+    sizes = [phase.work["attention"].flops for phase in case.video.phases]
     one_frame = sizes[0] / 3
-    mean = sum(count * works["attention"].flops for count, works in case.video.phases) / case.video.chunks
+    attended = sum(phase.chunks * phase.work["attention"].flops for phase in case.video.phases)
+    mean = attended / case.video.chunks
     seconds = 12 / (5 * predict(case.video, case.gpu, constant)["fps"])
     saved = (mean - frames * one_frame) / (constant * case.gpu.peak_flops)
     assert 12 / (5 * (seconds - saved)) == pytest.approx(row.published)

@@ -206,7 +206,7 @@ def test_what_a_session_calls_cannot_use_it(bundles: Bundles) -> None:
 
         video = session.generate(PROMPT, seed=1, chunks=2, noise=noise)
         assert_same(video, expected)
-        assert len(refused) == 2 * 2 * len(session.spec.schedule.timesteps)
+        assert len(refused) == 2 * 2 * len(session.spec.schedule.later)
 
         def closing(chunk: int, step: int, shape: tuple[int, ...]) -> Any:
             session.close()

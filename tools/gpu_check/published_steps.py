@@ -272,7 +272,7 @@ class Timed:
         """Medians over the turns, and what they come to for a chunk."""
         spec = self.session.spec
         denoise, clean, decode = (statistics.median(one) for one in (self.denoise, self.clean, self.decode))
-        chunk = len(spec.schedule.timesteps) * denoise + clean
+        chunk = len(spec.schedule.later) * denoise + clean
         return {
             "pass_seconds": denoise,
             "clean_pass_seconds": clean,

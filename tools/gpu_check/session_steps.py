@@ -98,7 +98,7 @@ def _switched_and_saved(check: Check, session: Session) -> None:
 
 def _not_finite(check: Check, made: StandIn, session: Session, wanted: list[Chunk]) -> None:
     """NaN in a pass ends that video with its place, and the next one is right."""
-    passes = len(session.spec.schedule.timesteps) + 1
+    passes = len(session.spec.schedule.later) + 1
     made.settle()
     poisoned = made.runs["step"] + passes + 3
 
@@ -211,7 +211,7 @@ def overlap(check: Check) -> None:
         slow = 0.05
 
         def spin(graph: str, number: int, outputs: Mapping[str, Any]) -> None:
-            passes = len(opened.spec.schedule.timesteps) + 1
+            passes = len(opened.spec.schedule.later) + 1
             if graph == "step" and number % passes == 0:
                 torch.cuda._sleep(int(slow * 1.7e9))  # cycles
 
