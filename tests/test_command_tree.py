@@ -87,6 +87,7 @@ CHANGED: dict[str, str] = {
     "analyze report --recent-frames": _PASSES,
     "analyze report --score-chunks": _PASSES,
     "demo --backend": "new: what runs bundles may have to be named; not given, it is chosen",
+    "export --layers": "new: so many typical layers of a model of random weights, as generate has them",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "headmap convert --heads": "0 heads were taken for a number that was not given",
