@@ -82,6 +82,10 @@ class Schedule:
     """What comes between passes: "step" follows from the one pass alone, as `renoise` says; "unipc" from the
     last ones of the chunk (`runtime.unipc`), without noise, so `renoise` is "predicted" then."""
 
+    by_frame: bool = False
+    """Whether a pass has a timestep and a noise level for each latent frame of its chunk: given frames at the
+    start of a video are held at 0 while the rest of their chunk is made (LongLive 2)."""
+
     def __post_init__(self) -> None:
         bounds = {"shift": (1e-3, 1e3), "context_timestep": (0, 1000), "redraw_from": (0, MOST_STEPS)}
         check_bounds(self, bounds, "schedule")
@@ -99,6 +103,12 @@ class Schedule:
                 f"has the solver unipc, which adds no noise between passes, and renoise is {self.renoise!r}",
                 where="schedule",
                 expected="renoise = 'predicted' with solver = 'unipc'",
+            )
+        if self.by_frame and self.redraw_from is not None:
+            raise InputError(
+                "has by_frame and redraw_from: frames that were given would be drawn anew",
+                where="schedule",
+                expected="one of both",
             )
         lists = {"denoising_steps": self.denoising_steps}
         lists |= {} if self.first is None else {"first": self.first}
