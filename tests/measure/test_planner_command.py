@@ -227,3 +227,17 @@ def test_it_runs_where_only_the_runtime_is_installed(words: tuple[str, ...]) -> 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_positions_relative_to_the_window_are_said(run: Callable[..., Ran], tmp_path: Path) -> None:
+    model = tmp_path / "endless.toml"
+    model.write_text('base = "longlive"\npositions = "relative"\n')
+    words = ("plan", "--model", model, "--gpu", "h200", "--policy", "full,forcing-kv", "--seconds", "5")
+    found = {one["policy"]: one for one in json.loads(run(*words, "--json").out)["policies"]}
+    assert [(one["positions"], one["window_frames"]) for one in found.values()] == [
+        ("relative", 12),
+        ("relative", 8),
+    ]
+    assert "positions\n  full              relative to the window of 12 frames\n" in run(*words).out
+    plain = run("plan", "--model", "longlive", "--gpu", "h200", "--policy", "full").out
+    assert "relative" not in plain

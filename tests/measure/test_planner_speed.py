@@ -26,8 +26,10 @@ from forcingkv.measure.planner.speed import (
     pass_seconds,
     pass_work,
     predict,
+    turn_bytes,
     video_work,
 )
+from forcingkv.models.kv import Turn, turned
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime.cost import pass_flops
@@ -229,3 +231,20 @@ def test_every_gpu_has_a_class_and_a_source() -> None:
         assert gpu.family in efficiencies()
     carried = {one["carried_from"] for one in efficiencies().values()} - {None}
     assert carried <= set(efficiencies())
+
+
+def test_moving_keys_takes_what_torch_moves() -> None:
+    keys = torch.empty(1, 3, 512, 128, dtype=torch.bfloat16, device="meta")
+    turn = Turn(*(torch.empty(128, device="meta") for _ in range(2)))
+    with Traffic() as traffic, torch.no_grad():
+        turned(keys, turn)
+    assert traffic.moved.total() == pytest.approx(keys.numel() * turn_bytes(2), rel=0.01)
+
+
+def test_relative_positions_cost_what_moves_the_keys_that_are_not_the_sinks() -> None:
+    absolute = plan_of("full", model="longlive")
+    relative = replace(absolute, spec=replace(absolute.spec, positions="relative"))
+    one, other = (pass_work(plan) for plan in (absolute, relative))
+    assert {kind for kind in one if one[kind] != other[kind]} == {"cache"}
+    numbers = 30 * 12 * 128 * 6 * 1560  # layers, heads, head_dim, frames, tokens
+    assert other["cache"].bytes - one["cache"].bytes == numbers * (2 * 2 + 11 * 4)

@@ -1,0 +1,114 @@
+"""Reading golden files: safetensors with a `spec` in JSON, and which of them are of later work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+FORMAT = 2
+LATER = {
+    "forcing-kv, as released for Krea": "the policy that Forcing-KV's release has for Krea",
+    "dummy-forcing": "Dummy Forcing as it is released",
+    "MemRoPE": "roles that average keys of frames (MemRoPE)",
+    "Reward Forcing": "a sink that is updated by what leaves the window (Reward Forcing)",
+    "pyramid forcing": "the roles of Pyramid Forcing",
+}
+"""What a policy's kind begins with, whatever its case, and what the product has not for it yet."""
+
+
+class GoldenError(Exception):
+    """A file cannot be run: a sentence that names what of it is not understood."""
+
+
+class GoldenFile:
+    """A golden file that lies open.
+
+    Attributes:
+        path: where it lies.
+        spec: what its metadata says.
+        names: of its tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open it. Raises GoldenError for one that is no safetensors file with a spec."""
+        self.path = path
+        try:
+            self._file: Any = safe_open(path, "np")
+        except (SafetensorError, OSError) as error:
+            raise GoldenError(f"{path} cannot be read as safetensors: {error}") from error
+        self.names = frozenset(self._file.keys())
+        try:
+            self.spec: dict[str, Any] = json.loads((self._file.metadata() or {})["spec"])
+        except (KeyError, ValueError) as error:
+            raise GoldenError(f"{path} has no `spec` in JSON in its metadata") from error
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """Raises GoldenError where there is none of that name, or its dtype is not numpy's."""
+        if name not in self.names:
+            raise GoldenError(f"there is no tensor {name}")
+        try:
+            tensor: npt.NDArray[Any] = self._file.get_tensor(name)
+        except (SafetensorError, TypeError) as error:
+            raise GoldenError(f"the tensor {name} cannot be read: {error}") from error
+        return tensor
+
+    @cached_property
+    def weights(self) -> dict[str, npt.NDArray[np.float32]]:
+        """The model, by Wan name."""
+        prefix = "model."
+        found = {
+            name.removeprefix(prefix): self.tensor(name) for name in self.names if name.startswith(prefix)
+        }
+        if not found:
+            raise GoldenError("there are no tensors model.*")
+        return found
+
+    @cached_property
+    def variants(self) -> Mapping[str, Any]:
+        """What `spec` says of each variant; one without a name where there are no variants."""
+        variants = self.spec.get("variants")
+        if variants is None and "latents" in self.names:
+            return {"": {}}
+        if not isinstance(variants, Mapping) or not variants:
+            raise GoldenError("its spec has no variants")
+        unsaid = sorted(
+            name.removesuffix(".latents")
+            for name in self.names
+            if name.endswith(".latents") and name.removesuffix(".latents") not in variants
+        )
+        if unsaid:
+            raise GoldenError(f"it has latents of variants that its spec does not have: {', '.join(unsaid)}")
+        return variants
+
+    def of(self, variant: str, what: str) -> str:
+        """Name of a variant's tensor."""
+        return f"{variant}.{what}" if variant else what
+
+    @property
+    def later(self) -> str | None:
+        """What the product has not that the file is about, or why another test has it; None: it is run."""
+        if "format" not in self.spec:
+            return "the older format, of single passes: tests/models/test_golden.py has it"
+        if self.spec["format"] != FORMAT:
+            raise GoldenError(f"its format is {self.spec['format']!r}, and only {FORMAT} is known")
+        if "decoded" in self.names and not any(name.startswith("model.") for name in self.names):
+            return "a decoder's file: tests/models have decoders, and Wan 2.2's are later work"
+        policy, schedule = (self.spec.get(part) or {} for part in ("policy", "schedule"))
+        kind = str(policy.get("kind", "")).casefold()
+        for begins, missing in LATER.items():
+            if kind.startswith(begins.casefold()):
+                return f"later work: {missing}"
+        if str(schedule.get("solver", "")).startswith("UniPC"):
+            return "later work: LongLive 2, its shots and its start frame"
+        return None
