@@ -33,7 +33,7 @@ def denoising_levels(schedule: Schedule, steps: ChunkSteps, held: int = 0) -> li
     following = steps.sigmas[1:]
     if schedule.solver == "unipc":
         following = (0.0,) * len(steps)  # the pass gives x0
-    numbers = zip(steps.timesteps, steps.sigmas, following, strict=True)
+    numbers = zip(steps.timesteps, steps.sigmas[:-1], following, strict=True)
     return [PassLevel(*each, held=held) for each in numbers]
 
 
