@@ -46,7 +46,13 @@ def seeded_noise(plan: CachePlan, seed: int) -> Noise:
 
 @torch.no_grad()
 def generate(
-    model: WanModel, plan: CachePlan, text: Tensor, noise: Noise, chunks: int, watch: Watch | None = None
+    model: WanModel,
+    plan: CachePlan,
+    text: Tensor,
+    noise: Noise,
+    chunks: int,
+    watch: Watch | None = None,
+    start: Tensor | None = None,
 ) -> Iterator[GeneratedChunk]:
     """Generate chunk by chunk.
 
@@ -55,12 +61,15 @@ def generate(
         plan: the cache plan.
         text: (batch, text_length, text_width), on the model's device and in its dtype.
         noise: where noise comes from; latents stay in its dtype between passes.
-        chunks: how many to make.
+        chunks: how many to make, those of `start` among them.
         watch: sees the attention of each denoising pass.
+        start: latents (batch, latent_channels, frames, height, width) that the video begins with, of whole
+            chunks: each goes through its clean pass alone.
     """
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
     schedule, frames = plan.spec.schedule, plan.spec.frames_per_chunk
+    given = () if start is None else start.split(frames, 2)
 
     def run(
         latents: Tensor, timestep: float, rotary: tuple[Tensor, Tensor], attend: Attend
@@ -74,11 +83,12 @@ def generate(
         tables = positions.rotary(plan.spec, plan.geometry, chunk * frames, frames)
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
-        latents = noise(chunk, 0).to(text.device)
-        steps = schedule.of_chunk(chunk)
+        is_given = chunk < len(given)
+        latents = (given[chunk] if is_given else noise(chunk, 0)).to(text.device)
+        steps = schedule.of_chunk(chunk, len(given))
         unipc = schedule.solver == "unipc"
         solver = UniPC(steps.sigmas, latents.cpu().double().numpy()) if unipc else None
-        for step, timestep in enumerate(steps.timesteps):
+        for step, timestep in enumerate(() if is_given else steps.timesteps):
             seen = watch(chunk, step, cache, attend) if watch else attend
             flow, _ = run(latents, timestep, rotary, seen)
             fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
