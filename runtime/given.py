@@ -37,7 +37,7 @@ class GivenNoise:
     values: Floats = field(repr=False)
     """(chunk, step, 1, channels, frames, height, width)."""
     steps: int
-    """Steps of a chunk that it has: 1 is the noise that chunks start with, and what renews it is of a seed."""
+    """Steps of a chunk that it has; 1: what chunks start with, and what renews that is of a seed."""
     digest: str
     """SHA-256 of the values: a saved video goes on with the same noise alone."""
     asked: int
@@ -167,8 +167,8 @@ def start_digest(latents: Floats) -> str:
 class LatentsWriter:
     """Writes the latents of a video, chunk by chunk, as one tensor (1, channels, frames, height, width).
 
-    The file is there when the block ends, however it ends: with what was written until then, under a temporary
-    name until it is whole. Of a block that wrote nothing there is none.
+    The file is there when the block ends, however it ends, with what was written until then; it has a
+    temporary name until it is whole. Of a block that wrote nothing there is none.
 
     Attributes:
         frames: latent frames that were written.

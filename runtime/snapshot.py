@@ -280,7 +280,7 @@ def read_snapshot(
 
 
 def check_given(state: Snapshot, folder: Path, noise: GivenNoise | None, start: Array | None) -> None:
-    """Raise InputError unless a saved video goes on with the noise of the file, and the start, that it had."""
+    """Raise InputError unless a saved video goes on with the noise and the start that it had."""
     where = str(folder / STATE)
     if noise is None and state.noise is not None:
         raise InputError(

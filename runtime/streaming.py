@@ -108,7 +108,7 @@ class Video:
 
     @property
     def noise(self) -> str | None:
-        """What noise it is made of, where that came in a file; None: it is the seed's, or the caller's own."""
+        """What noise it is made of, if that came in a file; None: it is the seed's, or the caller's own."""
         return self._given_noise and self._given_noise.described(self.seed)
 
     @property
