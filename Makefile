@@ -6,7 +6,7 @@ STAMP := .venv/installed
 # The CPU build: asking for plain "torch" may fetch gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test fast check format clean gpu-check gpu-check-kit
+.PHONY: help demo test test-long fast check format clean gpu-check gpu-check-kit
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -23,8 +23,11 @@ demo: $(STAMP)  ## Walk the whole way on the shipped model: analyze, export, gen
 	$(BIN)/forcingkv demo
 
 # Workers and the processes that tests start would each compile every module, where bytecode is not kept.
-test: $(STAMP)  ## Run all tests
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
+test: $(STAMP)  ## Run all tests but the longest, in at most 8 minutes
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal -m 'not long'
+
+test-long: $(STAMP)  ## Run the longest tests: more sizes, GPUs and kills of what make test has one of
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal -m long
 
 fast: $(STAMP)  ## Run the tests that take milliseconds
 	$(BIN)/python -m pytest -m 'not slow'

@@ -11,15 +11,15 @@ import numpy.typing as npt
 
 from forcingkv.analyze.comparison import pairwise
 from forcingkv.analyze.labels import ALPHA, RULES, Decision, decide, decide_budget, label_rows, rounded_rows
-from forcingkv.analyze.scores import Divergence, Observations, divergence, observe, variance_split
+from forcingkv.analyze.recording import Passes
+from forcingkv.analyze.scores import Observations, observe
+from forcingkv.analyze.scoring import SINK_FRAMES, Scoring, told_numbers
 from forcingkv.analyze.stability import Stability, judge_stability, samples_needed
 from forcingkv.analyze.storage import Recorded, read_statistics
+from forcingkv.analyze.variance import Divergence, divergence, variance_split
 from forcingkv.headmaps import Budget, HeadMap, InputError, ModelIdentity, Statistics
 from forcingkv.headmaps.fields import one_of, to_data
 from forcingkv.resampling import CONFIDENCE
-
-SINK_FRAMES = 1
-"""Frames left out of the score's denominator: as many as `forcing-kv` keeps as its sink."""
 
 FEW_SAMPLES = 16
 """With fewer the 95% interval holds the mean in less than 91% of runs (`docs/ablations.md`)."""
@@ -46,6 +46,17 @@ class Labelling:
     """Target of the rule `budget`."""
     undecided: Undecided | None = None
     """What becomes of undecided heads; None: see `undecided_choice`."""
+    recent_frames: int | None = None
+    """Newest key frames that count as recent; None: the current chunk and the transition frame."""
+    passes: Passes | None = None
+    """Passes that are scored; None: all that were recorded."""
+    score_chunks: tuple[int, ...] | None = None
+    """Chunks that are scored; None: all after the split that have history."""
+
+    @property
+    def scoring(self) -> Scoring:
+        """Which passes are to be scored, and how."""
+        return Scoring(self.sink_frames, self.recent_frames, self.passes, self.score_chunks)
 
 
 @dataclass(frozen=True)
@@ -89,16 +100,17 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
     """
     asked = labelling or Labelling()
     recorded = read_statistics(place)
-    observations = observe(recorded, asked.sink_frames)
+    observations = observe(recorded, asked.scoring)
     kind = RULES[one_of(RULES, asked.rule, "rule")]
     decision = _decide(observations, recorded, replace(asked, rule="auto") if kind.classes else asked)
     stability = judge_stability(observations, decision)
     recording = recorded.recording
-    measured = recording.measured(len(recorded.samples))
+    scored = observations.scored
+    measured = scored.measured(recording, len(recorded.samples))
     choice = undecided_choice(asked.rule, asked.undecided)
     judged = verdict(stability, choice)
     if kind.classes:
-        headmap = kind.classes(recorded, stability.score, measured)
+        headmap = kind.classes(recorded, scored, stability.score)
         about = f"The classes of {kind.origin} are not judged; by the rule {decision.rule.name}:"
         judged = Verdict(judged.level, (about, *judged.sentences))
     else:
@@ -113,7 +125,7 @@ def analyze_statistics(place: str | Path, labelling: Labelling | None = None) ->
             missing[rule] = error.what
         else:
             others[rule] = labels_of_rule(found, observations, recording.model)
-    split, apart = variance_split(observations), divergence(recorded)
+    split, apart = variance_split(observations), divergence(recorded, scored)
     return Analysis(
         recorded, asked, observations, headmap, decision, stability, judged, split, apart, others, missing
     )
@@ -247,9 +259,11 @@ def summary_lines(analysis: Analysis) -> list[tuple[str, str]]:
     measured = analysis.headmap.statistics
     if measured:
         rows = "all query rows" if measured.rows is None else f"{measured.rows} query rows a pass"
-        size = f"{measured.samples} samples x {measured.chunks} chunks x {measured.steps} steps"
         where = f"{recording.width}x{recording.height}, policy {recording.policy}"
-        lines.append(("measured on", f"{size}, {rows}, {where}"))
+        lines.append(("measured on", f"{measured.samples} samples x {_size(analysis)}, {rows}, {where}"))
+        scored = analysis.observations.scored
+        frames = f"the newest {scored.recent_frames} key frames over all but the first {scored.sink_frames}"
+        lines.append(("scored", f"chunks {told_numbers(scored.chunks)}; {frames}"))
     return lines
 
 
@@ -272,12 +286,24 @@ def _decide(observations: Observations, recorded: Recorded, asked: Labelling) ->
     if asked.rule != "budget":
         return decide(observations, asked.rule, alpha=asked.alpha, static_per_layer=asked.static_per_layer)
     budget, spec = asked.budget or Budget("forcing-kv", ""), recorded.recording.spec
-    return decide_budget(observations.mean()[..., 0], spec, budget, observations.sink_frames)
+    scored = observations.scored
+    scores = observations.mean()[..., 0]
+    return decide_budget(scores, spec, budget, scored.sink_frames, scored.recent_frames)
+
+
+def _size(analysis: Analysis) -> str:
+    """Chunks and passes that are scored."""
+    scored = analysis.observations.scored
+    steps, chunks = len(scored.timesteps), len(scored.chunks)
+    of = {"denoise": f"{steps} steps", "clean": "the clean pass", "all": f"{steps} steps and the clean pass"}
+    return f"{chunks} chunk{'' if chunks == 1 else 's'} x {of[scored.kind]}"
 
 
 def _heads(analysis: Analysis) -> list[dict[str, Any]]:
     stability, labels = analysis.stability, analysis.headmap.labels
-    kept = {f"kept_{part}": share for part, share in stability.kept_parts.items()} | {"kept": stability.kept}
+    kept = {f"kept_{part.replace(' ', '_')}": share for part, share in stability.kept_parts.items()} | {
+        "kept": stability.kept
+    }
     figures = {"score": stability.score, **vars(stability.interval), "margin": stability.margin} | kept
     return [
         {

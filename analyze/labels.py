@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from forcingkv.analyze.scores import FEATURES, Observations, frame_mass
+from forcingkv.analyze.scoring import Scored
 from forcingkv.analyze.storage import Recorded
 from forcingkv.headmaps import DYNAMIC, STATIC, Budget, HeadMap, InputError, ModelIdentity, Rule, Statistics
 from forcingkv.runtime.cost import chunk_flops
@@ -62,19 +63,19 @@ class RuleKind:
     """Whether a report sets its map beside those of others."""
     fixes_count: bool = False
     """Whether it says how many heads have a label: its undecided heads then keep theirs."""
-    classes: Callable[[Recorded, Array, Statistics], HeadMap] | None = None
-    """For labels that are not two sides of a boundary: their map, from what was recorded, mean scores
-    (layers, heads) and how those were measured. Not this map but that of the rule `auto` is judged."""
+    classes: Callable[[Recorded, Scored, Array], HeadMap] | None = None
+    """For labels that are not two sides of a boundary: their map, from what was recorded, what of it is
+    scored, and mean scores (layers, heads). Not this map but that of the rule `auto` is judged."""
     origin: str = ""
     """The project whose classes those are."""
 
 
-def context_mass(recorded: Recorded) -> Array:
+def context_mass(recorded: Recorded, scored: Scored) -> Array:
     """Mean mass of each head on the first frame and on the context after it: (2, layers, heads)."""
-    found = frame_mass(recorded)
+    found = frame_mass(recorded, scored)
     sink = found.key_frame < DUMMY_SINK_FRAMES
     neighbour = ~sink & (found.key_frame < found.first)
-    return np.stack([found.share(mask).mean((0, 1, 2)) for mask in (sink, neighbour)])
+    return np.stack([found.share(mask).mean((0, 1)) for mask in (sink, neighbour)])
 
 
 def label_dummies(mass: Array, scores: Array, model: ModelIdentity, statistics: Statistics) -> HeadMap:
@@ -110,8 +111,11 @@ RULES: dict[str, RuleKind] = {
     "dummy": RuleKind(
         "dummy-forcing",
         fixes_count=True,
-        classes=lambda recorded, scores, measured: label_dummies(
-            context_mass(recorded), scores, recorded.recording.model, measured
+        classes=lambda recorded, scored, scores: label_dummies(
+            context_mass(recorded, scored),
+            scores,
+            recorded.recording.model,
+            scored.measured(recorded.recording, len(recorded.samples)),
         ),
         origin="Dummy Forcing",
     ),
@@ -143,9 +147,16 @@ def decide(
     """
     if rule == "budget" or RULES[rule].classes:
         raise ValueError(f"the rule {rule} needs more than observations")
-    features, sink = observations.mean(), observations.sink_frames
+    found, scored = _decide(observations, rule, alpha, static_per_layer), observations.scored
+    named = replace(found.rule, sink_frames=scored.sink_frames, recent_frames=scored.recent_frames)
+    return replace(found, rule=named)
+
+
+def _decide(observations: Observations, rule: str, alpha: float, static_per_layer: int | None) -> Decision:
+    """As `decide`; the rule does not say yet which frames a score counts."""
+    features = observations.mean()
     if rule == "quota":
-        return _quota(features[..., 0], static_per_layer, sink)
+        return _quota(features[..., 0], static_per_layer)
     reason = None
     if rule == "auto":
         share = float((features[..., 0] >= alpha).mean())
@@ -153,11 +164,13 @@ def decide(
         if rule == "kmeans":
             reason = f"the threshold {alpha} would make {share:.0%} of the heads static, which splits nothing"
     if rule == "threshold":
-        return _cut(np.full(len(features), alpha), Rule("threshold", reason, alpha, sink_frames=sink))
+        return _cut(np.full(len(features), alpha), Rule("threshold", reason, alpha))
     return _clusters(observations, rule, reason)
 
 
-def decide_budget(scores: Array, spec: ModelSpec, budget: Budget, sink_frames: int) -> Decision:
+def decide_budget(
+    scores: Array, spec: ModelSpec, budget: Budget, sink_frames: int, recent_frames: int | None = None
+) -> Decision:
     """The rule `budget`: as many dynamic heads as a target of memory or time allows.
 
     Dynamic heads cost more than static ones. The heads with the lowest recency scores stay dynamic for as
@@ -170,6 +183,7 @@ def decide_budget(scores: Array, spec: ModelSpec, budget: Budget, sink_frames: i
             over that of `full`. Time is predicted as operations (`runtime.cost`): what a machine
             that does nothing but arithmetic would need.
         sink_frames: frames left out of the scores' denominators, to be recorded.
+        recent_frames: newest key frames of their numerators, to be recorded.
 
     Raises:
         InputError: no target or two, or one that even all static heads do not meet.
@@ -193,7 +207,8 @@ def decide_budget(scores: Array, spec: ModelSpec, budget: Budget, sink_frames: i
             where="budget",
             expected=f"at least {least:.15g} {unit}, which is what static heads alone take",
         )
-    return least_static(scores, heads - dynamic, Rule("budget", sink_frames=sink_frames, budget=budget))
+    rule = Rule("budget", sink_frames=sink_frames, recent_frames=recent_frames, budget=budget)
+    return least_static(scores, heads - dynamic, rule)
 
 
 def plan_for(spec: ModelSpec, static: npt.NDArray[np.bool_], budget: Budget) -> CachePlan:
@@ -222,14 +237,14 @@ def _cut(cuts: Array, rule: Rule) -> Decision:
     return Decision(rule, lambda features: features[..., 0] - cuts[:, None], cuts)
 
 
-def _quota(scores: Array, asked: int | None, sink: int) -> Decision:
+def _quota(scores: Array, asked: int | None) -> Decision:
     heads = scores.shape[1]
     quota = heads // 2 if asked is None else asked
     if not 0 <= quota <= heads:
         what = f"cannot make {quota} heads of each layer static"
         raise InputError(what, where="the rule quota", expected=f"0 to {heads}")
     cuts = np.array([_between(row, quota) for row in scores])
-    return _cut(cuts, Rule("quota", static_per_layer=quota, sink_frames=sink))
+    return _cut(cuts, Rule("quota", static_per_layer=quota))
 
 
 def _between(values: Array, count: int) -> float:
@@ -271,7 +286,6 @@ def _clusters(observations: Observations, kind: str, reason: str | None) -> Deci
     rule = Rule(
         kind,
         reason,
-        sink_frames=observations.sink_frames,
         static_center=_rounded(centers[static]),
         dynamic_center=_rounded(centers[dynamic]),
         boundary=_rounded([*normal, constant]),

@@ -15,13 +15,14 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from forcingkv.analyze.recording import COLUMNS
+from forcingkv.analyze.recording import COLUMNS, Passes, passes_of, told_step
 from forcingkv.headmaps import InputError
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.kv import Cache, GroupCache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
 from forcingkv.runtime.kv.roles import whole_frames
+from forcingkv.runtime.schedule import CLEAN_PASS, MOST_STEPS
 
 CURRENT = "current"
 LEAST_ROWS = 2
@@ -171,7 +172,7 @@ class _Part:
 
 
 class Recorder:
-    """Collects the statistics of every denoising pass of one sample. `watch` is given to `generate`.
+    """Collects the statistics of the passes of one sample. `watch` is given to `generate`.
 
     Args:
         plan: what generation runs under.
@@ -180,6 +181,7 @@ class Recorder:
         rows: query rows measured of each pass and layer, in equal parts of the chunk's frames; None:
             all, with which there is no error.
         orders: for each layer the model's own index of the head at each place (`models.heads`).
+        passes: those that are recorded; the attention of others is left as it is.
     """
 
     def __init__(
@@ -189,8 +191,9 @@ class Recorder:
         seed: int = 0,
         rows: int | None = None,
         orders: Sequence[Sequence[int]] | None = None,
+        passes: Passes = "denoise",
     ) -> None:
-        self.plan, self.sample, self.seed = plan, sample, seed
+        self.plan, self.sample, self.seed, self.passes = plan, sample, seed, passes
         frames = plan.spec.frames_per_chunk
         share = max(LEAST_ROWS, -(-rows // frames)) if rows else plan.frame_tokens
         self._rows = min(plan.frame_tokens, share)
@@ -199,7 +202,9 @@ class Recorder:
         self._parts: list[_Part] = []
 
     def watch(self, chunk: int, step: int, cache: Cache, attend: Attend) -> Attend:
-        """Attention that does what `attend` does and notes where it goes."""
+        """Attention that does what `attend` does and notes where it goes, in passes that are recorded."""
+        if step not in {made.step for made in passes_of(self.plan.spec, chunk, self.passes)}:
+            return attend
 
         def recorded(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
             places = self._places(chunk, step, layer).to(queries.device)
@@ -235,7 +240,9 @@ class Recorder:
         frames, tokens = self.plan.spec.frames_per_chunk, self.plan.frame_tokens
         if self._rows == tokens:
             return torch.arange(tokens).expand(frames, -1)
-        generator = np.random.default_rng((self.seed, chunk, step, layer))
+        # A seed has no sign, and no denoising pass has this number.
+        number = MOST_STEPS if step == CLEAN_PASS else step
+        generator = np.random.default_rng((self.seed, chunk, number, layer))
         drawn = [generator.choice(tokens, self._rows, replace=False) for _ in range(frames)]
         return torch.from_numpy(np.sort(np.stack(drawn), axis=1))
 
@@ -264,7 +271,7 @@ class Recorder:
         if not all(np.isfinite(array).all() for array in arrays):
             raise InputError(
                 f"the attention of layer {part.layer} is not a number",
-                where=f"sample {self.sample}, chunk {part.chunk}, step {part.step}",
+                where=f"sample {self.sample}, chunk {part.chunk}, {told_step(part.step)}",
                 expected="finite queries and keys",
                 hint="Check the checkpoint for NaN weights.",
             )
@@ -309,13 +316,14 @@ def record_sample(
     *,
     rows: int | None = None,
     orders: Sequence[Sequence[int]] | None = None,
+    passes: Passes = "denoise",
     progress: Callable[[int], None] = lambda chunk: None,
 ) -> pl.DataFrame:
     """Generate one video and return its statistics, in the columns of `analyze.recording`.
 
     `progress` is called with the number of chunks done. Raises InputError where attention is not a number.
     """
-    recorder = Recorder(plan, sample, seed, rows, orders)
+    recorder = Recorder(plan, sample, seed, rows, orders, passes)
     for made in generate(model, plan, text, seeded_noise(plan, seed), chunks, recorder.watch):
         recorder.chosen(made.indices)
         progress(made.index + 1)

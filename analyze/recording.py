@@ -1,12 +1,12 @@
 """What a run of measurements is, and the schema of its files.
 
 `stats/sample-NNNN.parquet` holds one video; a row is what one query frame of one head did in one
-denoising pass:
+pass:
 
 | column | type | meaning |
 |---|---|---|
 | sample | int32 | index of the video |
-| chunk, step | int32 | chunk index; denoising pass (0 is the noisiest) |
+| chunk, step | int32 | chunk index; denoising pass of that chunk (0 is the noisiest), or -1: its clean pass |
 | layer, head | int32 | head index in the model's own order |
 | query_frame | int32 | frame within the chunk whose queries are averaged |
 | keys | int32 | how many keys a query of that head met |
@@ -19,7 +19,7 @@ denoising pass:
 | *_error (entropy, same_position, sink, mass) | as the column | standard error; 0 if all rows were measured |
 
 The file's metadata hold the `Recording` as JSON under the key `forcingkv`, so a file says by itself
-what it was measured on.
+what it was measured on, and which passes.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from forcingkv.headmaps import InputError, ModelIdentity, Statistics
+from forcingkv.headmaps import InputError, ModelIdentity
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds, from_data, to_data
 from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.loras import LoraRecord
-from forcingkv.runtime.schedule import ChunkSteps
+from forcingkv.runtime.schedule import CLEAN_PASS
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
 Schema = Literal["forcingkv.statistics/1"]
 
 RecordedDtype = Literal["float32", "bfloat16"]
 """What a model may compute in while it is measured: logits overflow float16."""
+Passes = Literal["all", "denoise", "clean"]
+"""Passes of a chunk: its denoising passes, its clean pass, or both."""
 SCHEMA: Schema = "forcingkv.statistics/1"
 METADATA_KEY = "forcingkv"
 
@@ -54,6 +56,48 @@ COLUMNS = pl.Schema(
     | dict.fromkeys(("mass", "mass_error"), pl.List(pl.Float32))
     | dict.fromkeys(("entropy_error", "same_position_error", "sink_error"), pl.Float32())
 )
+
+
+class Pass(NamedTuple):
+    """A pass of a chunk."""
+
+    chunk: int
+    step: int
+    """Its number among the chunk's denoising passes, or `CLEAN_PASS`."""
+    timestep: float
+    """What the model was told."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether it is the clean pass, and no denoising pass, whatever its timestep."""
+        return self.step == CLEAN_PASS
+
+
+def passes_of(spec: ModelSpec, chunk: int, wanted: Passes) -> tuple[Pass, ...]:
+    """Those of the passes of a chunk, in the order in which they are made.
+
+    Chunks may have different numbers of denoising passes.
+    """
+    timesteps = spec.schedule.of_chunk(chunk).timesteps if wanted != "clean" else ()
+    clean = Pass(chunk, CLEAN_PASS, spec.schedule.context_timestep)
+    denoising = (Pass(chunk, step, timestep) for step, timestep in enumerate(timesteps))
+    return (*denoising, *((clean,) if wanted != "denoise" else ()))
+
+
+def check_length(spec: ModelSpec, chunks: int) -> None:
+    """Raise InputError for videos of so few chunks that none is scored."""
+    if chunks <= spec.ar_start + 1:
+        raise InputError(
+            f"{chunks} are too few: {spec.name} treats all heads alike up to chunk {spec.ar_start}, and"
+            " only later chunks are scored",
+            where="chunks",
+            expected=f"at least {spec.ar_start + 2}",
+        )
+
+
+def told_step(step: int) -> str:
+    """A pass within its chunk, as people know it."""
+    return "clean pass" if step == CLEAN_PASS else f"step {step}"
 
 
 @dataclass(frozen=True)
@@ -82,35 +126,17 @@ class Recording:
     """SHA-256 of the sample's text input."""
     loras: tuple[LoraRecord, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What was merged into the weights."""
+    passes: Literal["all", "clean"] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Passes that were recorded; None: the denoising passes, which were the only ones at first."""
 
     def __post_init__(self) -> None:
         bounds = {"chunks": (1, 10**6), "rows": (1, 1 << 31), "sample": (0, 10**9)}
         check_bounds(self, bounds, "the recording")
-        _ = self.steps  # refused before anything is recorded
 
     @property
     def first_chunk(self) -> int:
         """The first chunk that is scored: the one after the split (`ar_start`), where pruning acts."""
         return self.spec.ar_start + 1
-
-    @property
-    def steps(self) -> ChunkSteps:
-        """The denoising passes of each chunk that is scored.
-
-        Raises InputError where they differ from chunk to chunk: a head's scores are means over passes, and
-        those of other timesteps are others.
-        """
-        schedule, first = self.spec.schedule, self.first_chunk
-        found = {schedule.of_chunk(n): n for n in range(first, min(self.chunks, schedule.opening_chunks + 1))}
-        if len(found) > 1:
-            one, other = sorted(found.values())[:2]
-            raise InputError(
-                f"chunks {one} and {other}, which would be scored together, have other denoising steps",
-                where=f"the schedule of {self.spec.name}",
-                expected=f"the same steps in all chunks that are scored, from {first} (ar_start + 1) on",
-                hint="Raise ar_start, or record with the steps of later chunks alone (without by_chunk).",
-            )
-        return schedule.of_chunk(first)
 
     @property
     def geometry(self) -> Geometry:
@@ -126,17 +152,10 @@ class Recording:
         """Without what is a single file's own."""
         return replace(self, sample=None, text=None)
 
-    def measured(self, samples: int) -> Statistics:
-        """What a head map says of its evidence."""
-        return Statistics(
-            samples=samples,
-            chunks=self.chunks - self.first_chunk,
-            steps=len(self.steps),
-            seed=self.seed,
-            policy=self.policy,
-            rows=self.rows,
-            resolution=f"{self.width}x{self.height}",
-        )
+    @property
+    def recorded(self) -> Passes:
+        """The passes that were recorded."""
+        return self.passes or "denoise"
 
     def to_text(self) -> str:
         """JSON, for a file's metadata."""

@@ -17,7 +17,7 @@ import torch
 
 from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics
 from forcingkv.analyze.recorder import record_sample
-from forcingkv.analyze.recording import SCHEMA, RecordedDtype, Recording
+from forcingkv.analyze.recording import SCHEMA, Passes, RecordedDtype, Recording, check_length
 from forcingkv.analyze.results import analyzed_alone, check_places, write_analysis
 from forcingkv.analyze.space import check_memory_to_record
 from forcingkv.analyze.storage import Storage, check_same
@@ -60,6 +60,8 @@ class Job:
     dtype: RecordedDtype = "float32"
     threads: int | None = None
     """CPU threads; None: as `models.torch_threads.use_threads` says."""
+    passes: Passes = "denoise"
+    """Passes that are recorded."""
 
     def plan(self) -> CachePlan:
         """The cache plan. Raises InputError where policy, map and model do not fit."""
@@ -78,13 +80,7 @@ class Job:
         """
         spec, chunks = self.spec, self.length
         plan = self.plan()
-        if chunks <= spec.ar_start + 1:
-            raise InputError(
-                f"{chunks} are too few: {spec.name} treats all heads alike up to chunk {spec.ar_start}, and"
-                " only later chunks are scored",
-                where="chunks",
-                expected=f"at least {spec.ar_start + 2}",
-            )
+        check_length(spec, chunks)
         return Recording(
             schema=SCHEMA,
             model=ModelIdentity(spec.name, spec.layers, spec.heads, self.weights.digest),
@@ -99,6 +95,7 @@ class Job:
             rows=self.rows if self.rows and self.rows < plan.chunk_tokens else None,
             dtype=self.dtype,
             loras=self.weights.loras or None,
+            passes=None if self.passes == "denoise" else self.passes,
         )
 
     def text(self, sample: int) -> Text:
@@ -123,7 +120,7 @@ def recording_plan(
 
 def video_length(spec: ModelSpec, chunks: int | None) -> int:
     """Chunks of a video; where no number is given, until the model attends to as much as it can."""
-    return chunks or spec.attended_frames // spec.frames_per_chunk
+    return chunks or spec.chunks_to_fill
 
 
 class SampleRecorder:
@@ -141,7 +138,13 @@ class SampleRecorder:
         with faults(f"loading {spec.name}"):
             model = build_model(spec, weights, **self._placed)
         self._record = partial(
-            record_sample, model, plan, chunks=recording.chunks, rows=recording.rows, orders=orders
+            record_sample,
+            model,
+            plan,
+            chunks=recording.chunks,
+            rows=recording.rows,
+            orders=orders,
+            passes=recording.recorded,
         )
         self._recording, self._storage = recording, Storage(place)
 
@@ -193,8 +196,10 @@ def analyze_heads(
 
     Raises:
         InputError: there are no prompts, too few chunks, too little memory, recordings of another run or
-            by other versions, the rule cannot be applied, `out` cannot be written or has another writer.
+            by other versions, the rule cannot be applied, nothing is scored of what is recorded, `out`
+            cannot be written or has another writer.
     """
+    (labelling or Labelling()).scoring.check(job.spec, job.length, job.passes)
     place = stats or out / "stats"
     check_places(out, stats, samples=samples, restart=restart)
     with analyzed_alone(out):
@@ -237,6 +242,7 @@ def record_samples(
         chunks=job.length,
         dtype=job.dtype,
         device=job.device,
+        passes=job.passes,
     )
     recording = job.recording
     if restart:  # not before what is asked for is known to be possible
@@ -278,6 +284,7 @@ def check_room(
     chunks: int,
     dtype: RecordedDtype,
     device: str,
+    passes: Passes = "denoise",
 ) -> None:
     """Raise InputError where this machine has too little memory for samples that are still to be recorded.
 
@@ -290,7 +297,7 @@ def check_room(
         return
     if restart or Storage(place).lacks(samples):
         here = max(1, min(workers or 1, samples)) if cluster else 0
-        check_memory_to_record(plan, dtype, chunks, device, here)
+        check_memory_to_record(plan, dtype, chunks, device, here, passes)
 
 
 def _missing(job: Job, storage: Storage, samples: int) -> list[int]:

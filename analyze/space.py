@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from forcingkv.analyze.recording import Passes
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.runtime.backends.torch_device import free_bytes
 from forcingkv.runtime.dtypes import DTYPES
@@ -28,7 +29,9 @@ SLOT_BYTES = 40
 """Of a row's mass on a key frame: as recorded, and in the columns of the file."""
 
 
-def recording_memory(plan: CachePlan, dtype: Dtype, chunks: int) -> dict[str, float]:
+def recording_memory(
+    plan: CachePlan, dtype: Dtype, chunks: int, passes: Passes = "denoise"
+) -> dict[str, float]:
     """Bytes by part that recording a video of so many chunks takes, in a process that has loaded torch.
 
     Weights and keys and values are exact up to what torch rounds up; activations are an estimate.
@@ -49,7 +52,9 @@ def recording_memory(plan: CachePlan, dtype: Dtype, chunks: int) -> dict[str, fl
     }
     after_a_clean_pass = {"keys and values": float(2 * held + 3 * current)}
     moment = max(in_a_pass, after_a_clean_pass, key=lambda parts: sum(parts.values()))
-    rows = spec.schedule.passes(chunks) * spec.layers * spec.heads * spec.frames_per_chunk
+    made = spec.schedule.passes(chunks) if passes != "clean" else 0
+    made += chunks if passes != "denoise" else 0
+    rows = made * spec.layers * spec.heads * spec.frames_per_chunk
     slots = min(chunks * spec.frames_per_chunk, spec.attended_frames)
     return {
         "program": PROGRAM_BYTES,
@@ -61,14 +66,19 @@ def recording_memory(plan: CachePlan, dtype: Dtype, chunks: int) -> dict[str, fl
 
 
 def check_memory_to_record(
-    plan: CachePlan, dtype: Dtype, chunks: int, device: str = "cpu", workers: int = 0
+    plan: CachePlan,
+    dtype: Dtype,
+    chunks: int,
+    device: str = "cpu",
+    workers: int = 0,
+    passes: Passes = "denoise",
 ) -> None:
     """Raise InputError, with what is needed by part, unless recording a video fits into memory.
 
     On a GPU what lies there has to fit into what it has free. With `workers`, that many processes of this
     machine record at a time, besides this one.
     """
-    parts = recording_memory(plan, dtype, chunks)
+    parts = recording_memory(plan, dtype, chunks, passes)
     size = f"{plan.geometry.width}x{plan.geometry.height}"
     doing = f"recording {plan.spec.name} under {plan.policy.name} at {size}, {chunks} chunks,"
     hint = "Choose a smaller --resolution, --dtype bfloat16, fewer --chunks, or a larger machine."
@@ -84,7 +94,7 @@ def check_memory_to_record(
         require_memory(f"{doing} on the GPU", of_gpu, hint, free_bytes(torch.device(device)))
 
 
-def workers_that_fit(plan: CachePlan, dtype: Dtype, chunks: int) -> int:
+def workers_that_fit(plan: CachePlan, dtype: Dtype, chunks: int, passes: Passes = "denoise") -> int:
     """How many workers this machine has memory for, at least one."""
-    one = sum(recording_memory(plan, dtype, chunks).values()) + WORKER_BYTES
+    one = sum(recording_memory(plan, dtype, chunks, passes).values()) + WORKER_BYTES
     return max(1, int(available_bytes() // one))

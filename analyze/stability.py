@@ -6,6 +6,7 @@ and chunks are the same in every video and are looked at one by one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ REASONS = {
     "interval": "the interval of its score holds the boundary: more samples may settle it",
     "samples": "its label differs in more than 5% of samples",
     "steps": "at some denoising step it is clearly on the other side",
+    "clean pass": "in the clean pass it is clearly on the other side",
     "chunks": "at some chunk, that is, length of history, it is clearly on the other side",
 }
 """Why a head is undecided."""
@@ -46,9 +48,10 @@ class Stability:
     spread: Array
     """Standard deviation of the score over samples; NaN for one sample."""
     kept_parts: dict[str, Array]
-    """For `samples`, `steps` and `chunks` the share of them that alone give the head its label."""
+    """For `samples`, and for `steps`, `clean pass` and `chunks` as far as they are scored (`Scored.parts`),
+    the share of them that alone give the head its label."""
     kept: Array
-    """Share of single observations (sample, chunk, step) in which it has its label."""
+    """Share of single observations (sample, pass) in which it has its label."""
     reasons: dict[str, Bools]
     """Reason (see `REASONS`) -> heads that are undecided for it."""
     samples: int
@@ -69,18 +72,18 @@ def judge_stability(observations: Observations, decision: Decision) -> Stability
     """Ask the decision of each sample, step, chunk and observation alone, and of resampled samples.
 
     A head is undecided if the bootstrap interval of its margin over samples holds 0; if its label
-    differs in more than 5% of samples; or if at some step or chunk the interval of its margin lies
-    wholly on the other side. One sample gives no intervals, and says nothing about others: then only
-    what flips within it is undecided.
+    differs in more than 5% of samples; or if at some step or chunk, or in the clean pass where denoising
+    passes are scored too, the interval of its margin lies wholly on the other side. One sample gives no
+    intervals, and says nothing about others: then only what flips within it is undecided.
     """
     values = observations.values
     samples = len(values)
     mean = observations.mean()
     static = decision.static(mean)
 
-    def kept(axes: tuple[int, ...]) -> Array:
-        """Share of parts (what is left when the axes are averaged) in which the label holds."""
-        same = decision.static(values.mean(axes)) == static
+    def kept(parts: Array) -> Array:
+        """Share of parts (..., layers, heads, features) in which the label holds."""
+        same = decision.static(parts) == static
         return np.asarray(same.reshape(-1, *static.shape).mean(0))
 
     weights = resampling_weights(samples, RESAMPLES)
@@ -89,10 +92,10 @@ def judge_stability(observations: Observations, decision: Decision) -> Stability
         """Interval of the margin, from features (samples, layers, heads, features)."""
         return percentile_interval(decision.margin(np.tensordot(weights, part, 1)), samples)
 
-    def opposite(parts: Array) -> Bools:
-        """Heads that are on the other side in some part: parts (samples, parts, ...)."""
+    def opposite(parts: Iterable[Array]) -> Bools:
+        """Heads that are on the other side in some part: each (samples, layers, heads, features)."""
         found = np.zeros(static.shape, bool)
-        for part in np.moveaxis(parts, 1, 0):
+        for part in parts:
             if samples < 2:
                 found |= decision.static(part.mean(0)) != static
                 continue
@@ -100,15 +103,17 @@ def judge_stability(observations: Observations, decision: Decision) -> Stability
             found |= np.where(static, interval.high < 0, interval.low >= 0)
         return found
 
-    overall = margins(values.mean((1, 2)))
-    by_sample = values[..., 0].mean((1, 2))
-    kept_parts = {"samples": kept((1, 2)), "steps": kept((0, 1)), "chunks": kept((0, 2))}
+    overall = margins(values.mean(1))
+    by_sample = values[..., 0].mean(1)
+    kept_parts = {"samples": kept(values.mean(1))}
     reasons = {
         "interval": (overall.low < 0) & (overall.high >= 0),
         "samples": kept_parts["samples"] < CONFIDENCE,
-        "steps": opposite(values.mean(1)),
-        "chunks": opposite(values.mean(2)),
     }
+    for name in observations.scored.parts:
+        parts = list(observations.parts(name).values())
+        kept_parts[name] = kept(np.stack([part.mean(0) for part in parts]))
+        reasons[name] = opposite(parts)
     return Stability(
         static=static,
         score=mean[..., 0],
@@ -116,7 +121,7 @@ def judge_stability(observations: Observations, decision: Decision) -> Stability
         margin=decision.margin(mean),
         spread=by_sample.std(0, ddof=1) if samples > 1 else np.full(static.shape, np.nan),
         kept_parts=kept_parts,
-        kept=kept(()),
+        kept=kept(values),
         reasons=reasons,
         samples=samples,
     )

@@ -239,11 +239,12 @@ def check_same(found: Recording, wanted: Recording, where: str) -> None:
         return
     differing = [name for name in vars(wanted) if getattr(found, name) != getattr(wanted, name)]
     name = differing[0]
+    expected, instead = (one.recorded if name == "passes" else getattr(one, name) for one in (wanted, found))
     of_model = f" (the model {found.model.name})" if name in ("model", "spec") else ""
     raise InputError(
         f"is of another run: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}{of_model}",
         where=where,
-        expected=f"{name} {shown(getattr(wanted, name), 80)}, not {shown(getattr(found, name), 80)}",
+        expected=f"{name} {shown(expected, 80)}, not {shown(instead, 80)}",
         hint="Choose another folder, or measure everything anew with --restart.",
     )
 

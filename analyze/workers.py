@@ -114,7 +114,7 @@ def _room(job: Job, cluster: str) -> int:
     if room < 1:
         raise InputError(f"the cluster has no free {kind}", where="ray", expected=f"at least one {kind}")
     if cluster == LOCAL and kind == "CPU":
-        room = min(room, workers_that_fit(job.plan(), job.dtype, job.length))
+        room = min(room, workers_that_fit(job.plan(), job.dtype, job.length, job.passes))
     return room
 
 

@@ -7,7 +7,7 @@ manifest that says less than it finds: two ways to one figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -66,6 +66,7 @@ def inferred(model: onnx.ModelProto, given: Mapping[str, Shape]) -> onnx.ModelPr
     """The graph for those shapes of the inputs that vary, with the type and shape of what it computes."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
+    sized.graph.value_info.extend(_turned_segments(model))
     for value in sized.graph.input:
         if value.name in given:
             kind = value.type.tensor_type.elem_type
@@ -81,6 +82,29 @@ def inferred(model: onnx.ModelProto, given: Mapping[str, Shape]) -> onnx.ModelPr
             sized.graph.value_info.append(seen)
     _fold_lengths(sized)
     return onnx.shape_inference.infer_shapes(sized, strict_mode=True, data_prop=True)
+
+
+def _turned_segments(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
+    """Retained keys that nodes of the graph read, of which onnx knows neither type nor shape.
+
+    They move with the window, where positions are relative to it; their values are outputs of the same kind.
+    """
+    outputs = {value.name: value.type.tensor_type for value in model.graph.output}
+    kept: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.domain != DOMAIN:
+            continue
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        if "kept" in sizes:
+            kept[node.output[-1]] = sizes["kept"]
+        if len(node.output) > 1 and node.output[0] not in outputs:
+            values = outputs[node.output[1]]
+            chosen = kept.get(node.output[-1]) or kept[node.input[4]]
+            tokens = chosen * (sizes.get("segment_tokens") or sizes["frame_tokens"] // sizes["segments"])
+            batch, heads, _, width = (size.dim_value for size in values.shape.dim)
+            yield helper.make_tensor_value_info(
+                node.output[0], values.elem_type, (batch, heads, tokens, width)
+            )
 
 
 def _fold_lengths(model: onnx.ModelProto) -> None:

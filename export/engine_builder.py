@@ -29,6 +29,7 @@ from forcingkv.runtime.engines import EngineRecord, KernelRecord, device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, FlavourName, require
 from forcingkv.runtime.graph_tensors import Shape
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.profiles import profiles_of
 from forcingkv.runtime.memory import available_bytes
 from forcingkv.runtime.spec import Dtype
 
@@ -173,15 +174,17 @@ def build_engine(
 ) -> EngineRecord:
     """Build the engine of a graph (an ONNX file) for the GPU `sm`, and write it to the file `engine`.
 
-    The graph called `step` gets a profile for each phase of the plan. `kernels` are those of the bundle that
-    `graph` lies in: a builder that has a GPU may run the plugin. Raises EngineError where TensorRT refuses
-    the graph, aborts, needs more memory than there is, or writes the scores of attention to memory that is
-    too much. Nothing is left of the file then.
+    The graph called `step` gets the profiles that the plan's phases have (`profiles_of`). `kernels` are those
+    of the bundle that `graph` lies in: a builder that has a GPU may run the plugin. Raises EngineError where
+    TensorRT refuses the graph, aborts, needs more memory than there is, or writes the scores of attention to
+    memory that is too much. Nothing is left of the file then.
     """
-    phases = [dict(plan.phase_shapes(phase)) for phase in plan.phases] if name == "step" else []
+    phases = [plan.phase_shapes(phase) for phase in plan.phases] if name == "step" else []
+    profiles = profiles_of(plan) if name == "step" else ()
     prunes = name == "step" and plan.choice is not None
     plugins = ("compiled" if target.aot else "python") if prunes else None
-    request: dict[str, Any] = {"plugins": plugins, "sm": sm, "phases": phases, "engine": str(engine)}
+    request: dict[str, Any] = {"plugins": plugins, "sm": sm, "engine": str(engine)}
+    request["profiles"] = [profile.shapes for profile in profiles]
     if plugins == "python" and not target.flavour.sms:
         request["kernels"] = {"folder": str(graph.parent), "records": to_data(kernels)}
     try:
@@ -197,6 +200,7 @@ def build_engine(
         sm=sm,
         file=f"{engine.parent.name}/{engine.name}",
         phases=len(phases) or 1,
+        profiles=tuple(profile.phases.start for profile in profiles) if len(profiles) < len(phases) else None,
         needs_plugin=prunes and not target.aot,
         **report,
     )

@@ -33,7 +33,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
 
     The request: `graph`, the ONNX file; `flavour`; `plugins`, python or compiled, or None; `kernels` for
     plugins that the builder runs, see `_plugins`; `memory_limit` in bytes. With `engine`, the file to write,
-    an engine is built for the GPU `sm`, with a profile for each of `phases`, which are shapes of inputs.
+    an engine is built for the GPU `sm`, with `profiles`: for each the shapes of every input that
+    varies (`Profile.shapes`).
 
     The report says by `decomposed` whether there is attention without a fused kernel.
     """
@@ -50,8 +51,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     report: dict[str, Any] = {"layers": len(layers), "plugin_layers": plugin_layers}
     if "engine" in request:
         config = configure(builder, flavour, request["sm"])
-        for phase, shapes in enumerate(request["phases"]):
-            add_profile(builder, config, phase, shapes)
+        for number, shapes in enumerate(request["profiles"]):
+            add_profile(builder, config, number, shapes)
         report["decomposed"] = build_fused(
             layers, lambda: write_engine(builder, network, config, Path(request["engine"])), check
         )
@@ -99,26 +100,32 @@ def configure(builder: trt.Builder, flavour: Flavour, sm: int) -> trt.IBuilderCo
 
 
 def add_profile(
-    builder: trt.Builder, config: trt.IBuilderConfig, phase: int, shapes: Mapping[str, Any]
+    builder: trt.Builder, config: trt.IBuilderConfig, number: int, shapes: Mapping[str, Sequence[Any]]
 ) -> None:
-    """Add the profile of a phase, which has to get the phase's number: contexts choose it by that.
+    """Add the profile of that number, by which contexts choose it; its `shapes` as in `Profile`.
 
     Raises RuntimeError where TensorRT does not take it.
     """
     profile = builder.create_optimization_profile()
-    for name, shape in shapes.items():
+    for name, three in shapes.items():
+        what = f"profile {number}: TensorRT does not take {name} of {' to '.join(map(str, _ends(three)))}"
         try:
-            taken: Any = profile.set_shape(name, shape, shape, shape)  # type: ignore[func-returns-value]
+            taken: Any = profile.set_shape(name, *three)  # type: ignore[func-returns-value]
         except ValueError as error:
-            raise RuntimeError(f"phase {phase}: TensorRT does not take {name} of {shape}: {error}") from error
+            raise RuntimeError(f"{what}: {error}") from error
         if taken is False:  # the bindings raise, and C++ says so
-            raise RuntimeError(f"phase {phase}: TensorRT does not take {name} of {shape}")
+            raise RuntimeError(what)
     place = config.add_optimization_profile(profile)
-    if place != phase:
+    if place != number:
         raise RuntimeError(
-            f"phase {phase}: TensorRT "
-            + ("does not take its profile" if place < 0 else f"makes it the profile {place}")
+            f"profile {number}: TensorRT "
+            + ("does not take it" if place < 0 else f"gives it the number {place}")
         )
+
+
+def _ends(shapes: Sequence[Any]) -> Sequence[Any]:
+    """The least and the most of them, or the one shape that all are."""
+    return shapes[:1] if shapes[0] == shapes[-1] else (shapes[0], shapes[-1])
 
 
 def build_fused(layers: Sequence[trt.ILayer], make: Callable[[], bool], check: Callable[[], None]) -> bool:

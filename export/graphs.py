@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from forcingkv.models.decoders import StreamingDecoder, frames_of
 from forcingkv.models.generate import latent_shape, next_latents
-from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype
+from forcingkv.models.kv import Cache, Turn, advance, attend_cache, cached_dtype
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.bundle import next_name
+from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.window import first_position, moved_by
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         flow = flow.to(latents)
         # Every output is there in every phase; the session takes those the phase calls for.
         rows = {name: inputs[name] for name in plan.rows(0)}
-        following, indices = advance(plan, cache, new, chunk=None, rows=rows)
+        turn = Turn(*(inputs[name] for name in TURN)) if plan.relative else None
+        following, indices = advance(plan, cache, new, chunk=None, rows=rows, turn=turn)
         x0 = latents - sigma * flow
         following_latents = next_latents(
             spec.schedule.renoise, latents, flow, sigma, inputs["sigma_next"], inputs.get("noise")
@@ -76,8 +79,8 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         return out if indices is None else (*out, indices)
 
     last = plan.phases[-1].first_chunk
-    first_frame = last * spec.frames_per_chunk
-    tables = positions.rotary(spec, plan.geometry, first_frame, spec.frames_per_chunk)
+    tables = positions.rotary(spec, plan.geometry, first_position(plan, last, last), spec.frames_per_chunk)
+    turn = zip(TURN, positions.turn(spec, moved_by(plan, last)), strict=True)
     cosines, sines = (torch.from_numpy(table) for table in tables)
     steps = spec.schedule.later
     sigma, sigma_next = steps.sigmas[:2]
@@ -91,6 +94,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         "time": torch.from_numpy(time),
         "cosines": cosines,
         "sines": sines,
+        **({name: torch.from_numpy(table) for name, table in turn} if plan.relative else {}),
         # One tensor each: the tracer would take one object given twice for one input.
         **{name: torch.zeros(cross, dtype=kind) for name in _cross_names(spec.layers)},
         **{

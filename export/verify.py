@@ -17,6 +17,7 @@ from forcingkv.export.graphs import Graph
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.bundle import CLEAN, next_name
 from forcingkv.runtime.faults import DeviceError
+from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.plan import CachePlan
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -25,7 +26,7 @@ FEATURES = next_name("feature.")
 """How the outputs begin that are a decoder's caches."""
 SMALL = 1e-4
 """Where rounding changes less than that, differences are in units of that."""
-HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines"}
+HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines", *TURN}
 
 
 def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:

@@ -62,6 +62,8 @@ class Rule:
     """Heads made static in each layer, for the rule `quota`."""
     sink_frames: int | None = None
     """Frames whose mass is left out of the score's denominator (`docs/method.md`, "Head profile")."""
+    recent_frames: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Newest key frames whose mass is the score's numerator."""
     retrieval_threshold: float | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Retrieval score from which a head is dynamic, for the rule `retrieval` (DuoAttention)."""
     dummy_heads: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
@@ -102,12 +104,18 @@ class Statistics:
     chunks: int
     """Chunks of each sample that were scored."""
     steps: int
+    """Denoising steps that were scored, by their timesteps; 0: clean passes alone."""
     seed: int
     policy: str
     rows: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Query rows measured of each pass; None: all."""
     resolution: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Pixels, WIDTHxHEIGHT."""
+    passes: Literal["all", "denoise", "clean"] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Passes of a chunk that were scored; None: the file does not say, as before there was a choice: the
+    denoising passes."""
+    scored_chunks: tuple[int, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Which chunks were scored, from 0; None: the file does not say."""
 
 
 @dataclass(frozen=True)

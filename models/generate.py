@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache
+from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.graph_records import latent_shape as latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.schedule import Renoise
+from forcingkv.runtime.kv.window import first_position
+from forcingkv.runtime.schedule import CLEAN_PASS, Renoise
 from forcingkv.runtime.unipc import UniPC
 
 Noise = Callable[[int, int], Tensor]
 """(chunk, step) -> noise shaped as the chunk's latents."""
 
 Watch = Callable[[int, int, Cache, Attend], Attend]
-"""(chunk, step, cache, attend) -> attend; lets analysis see the attention of denoising passes."""
+"""(chunk, step, cache, attend) -> attend; lets analysis see the attention of every pass. The clean
+pass, which reads the same cache as the denoising passes before it, is the step `CLEAN_PASS`."""
 
 Level = Tensor | float
 """A noise level, sigma."""
@@ -62,7 +64,7 @@ def generate(
         text: (batch, text_length, text_width), on the model's device and in its dtype.
         noise: where noise comes from; latents stay in its dtype between passes.
         chunks: how many to make, those of `start` among them.
-        watch: sees the attention of each denoising pass.
+        watch: sees the attention of each pass, the clean pass included.
         start: latents (batch, latent_channels, frames, height, width) that the video begins with, of whole
             chunks: each goes through its clean pass alone.
     """
@@ -80,7 +82,7 @@ def generate(
         return flow.to(latents), new
 
     for chunk in range(chunks):
-        tables = positions.rotary(plan.spec, plan.geometry, chunk * frames, frames)
+        tables = positions.rotary(plan.spec, plan.geometry, first_position(plan, chunk, chunk), frames)
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
         is_given = chunk < len(given)
@@ -98,8 +100,10 @@ def generate(
             else:
                 x0 = next_latents(schedule.renoise, latents, flow, sigma, 0.0, None)
                 latents = torch.from_numpy(solver.following(x0.cpu().double().numpy())).to(latents)
-        _, new = run(latents, schedule.context_timestep, rotary, attend)
-        cache, indices = advance(plan, cache, new, chunk=chunk)
+        seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
+        _, new = run(latents, schedule.context_timestep, rotary, seen)
+        turn = turn_of(plan, chunk, text.device)
+        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn)
         yield GeneratedChunk(chunk, latents, indices)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
-from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, rows_name
+from forcingkv.runtime import positions
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, held_name, rows_name
 from forcingkv.runtime.kv.roles import Choice, Recent, Retained, Role, Sink
+from forcingkv.runtime.kv.window import moved_by
 from forcingkv.runtime.spec import Dtype
 
 GroupCache: TypeAlias = dict[str, KeysValues]
@@ -27,6 +29,13 @@ GroupCache: TypeAlias = dict[str, KeysValues]
 
 Cache: TypeAlias = Sequence[Sequence[GroupCache]]
 """[layer][group of that layer]."""
+
+
+class Turn(NamedTuple):
+    """What moves keys with the window (`positions.turn`): float32 (head_dim,) each."""
+
+    cosines: Tensor
+    sines: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,16 @@ class CleanPass:
     new: KeysValues
     """Keys and values of the chunk, of the group's heads."""
     rows: Mapping[str, Tensor] | None
-    """Which of the chunk's tokens roles take, by `rows_name`; None: what the roles say for the chunk."""
+    """In a graph: which of the chunk's tokens roles take, by `rows_name`, and which of their own they keep,
+    by `held_name`. None: what the roles say for the chunk."""
     choice: Choice | None
     """What is chosen in this pass; None: nothing, and what was chosen before stays."""
     chunk: int | None
     """Index of the chunk, where it is known: in a graph it is not."""
     chosen: list[Tensor]
     """Indices of the segments that were chosen in this pass, in any layer so far."""
+    turn: Turn | None = field(default=None, kw_only=True)
+    """By what keys move with the window after this pass; None: they stay as they are."""
 
     def rows_of(self, role: Role) -> Tensor:
         """Which of the chunk's tokens a role takes (`Role.rows`): (tokens,)."""
@@ -68,7 +80,11 @@ class TorchRole(ABC):
 
     @abstractmethod
     def advance(self, role: Any, done: CleanPass) -> KeysValues:
-        """What is cached of the role after a clean pass."""
+        """What is cached of the role after a clean pass, the window where it was."""
+
+    def move(self, role: Any, made: KeysValues, turn: Turn) -> KeysValues:
+        """What is cached of a role that `moves` once the window has moved."""
+        return KeysValues(turned(made.keys, turn), made.values)
 
 
 HALVES: dict[str, TorchRole] = {}
@@ -94,11 +110,17 @@ class _TorchSink(TorchRole):
 
     def advance(self, role: Sink, done: CleanPass) -> KeysValues:
         held = done.held[role.name]
-        if done.rows is None and held.keys.shape[2]:
+        if done.rows is None and held.keys.shape[2] == role.steady_tokens(done.plan, done.group):
             return held
-        # In a graph this is empty after the first chunk, and the session keeps the sink that it has.
+        # In a graph this is empty once the sink is full, and the session keeps the sink that it has.
         rows = done.rows_of(role)
-        return KeysValues(*(part.index_select(2, rows) for part in done.new))
+        taken = KeysValues(*(part.index_select(2, rows) for part in done.new))
+        if role.filled_by(done.plan.spec) <= 1:
+            return taken
+        if done.rows is not None:
+            kept = done.rows[held_name(done.group, role)]
+            held = KeysValues(*(part.index_select(2, kept) for part in held))
+        return KeysValues(*(torch.cat(pair, 2) for pair in zip(held, taken, strict=True)))
 
 
 @torch_half
@@ -115,8 +137,8 @@ class _TorchRecent(TorchRole):
             # The chunk's own frames are enough, even of the first chunk, which gives some to the sink.
             return _tokens(new, newest)
         if opening:
-            # Frames of the first chunk go to the sink. It is the first chunk if the sink is still empty; in
-            # any other this slice begins at 0. So one graph serves all chunks, without a branch.
+            # What the sink lacks goes there: frames of the first chunks, until it is full. In any other chunk
+            # this slice begins at 0. So one graph serves all chunks, without a branch.
             filled = sum(done.held[other.name].keys.shape[2] for other in opening)
             new = _tokens(new, slice(opening_tokens - filled, None))
         joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(done.held[role.name], new, strict=True)))
@@ -215,6 +237,7 @@ def advance(
     *,
     chunk: int | None,
     rows: Mapping[str, Tensor] | None = None,
+    turn: Turn | None = None,
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
 
@@ -223,7 +246,8 @@ def advance(
         cache: the cache the pass read.
         new: each layer's keys and values of the pass.
         chunk: index of the chunk. None in a graph, which chooses segments in every pass.
-        rows: which of the chunk's tokens roles take, by `rows_name`. None: what the roles say.
+        rows: which tokens roles take and keep, as `CachePlan.rows` has them. None: what the roles say.
+        turn: by what keys move with the window. None: by nothing.
 
     Returns:
         The next cache, and the indices of the retained segments where they were chosen: (kept,), or
@@ -234,7 +258,9 @@ def advance(
     following = [
         [
             advance_group(
-                CleanPass(plan, layer, *of, heads_of(new[layer], of[0]), rows, choice, chunk, chosen)
+                CleanPass(
+                    plan, layer, *of, heads_of(new[layer], of[0]), rows, choice, chunk, chosen, turn=turn
+                )
             )
             for of in zip(groups, cache[layer], strict=True)
         ]
@@ -256,7 +282,28 @@ def advance_group(done: CleanPass) -> GroupCache:
     # What is chosen comes last, the order of nodes in the graphs of bundles so far.
     last = sorted(roles, key=lambda role: role.chooses)
     made = {role.name: HALVES[role.name].advance(role, done) for role in last}
+    if done.turn is not None:
+        # Last: what is compared lies in one window. All that stays turns by the same angle.
+        for role in roles:
+            if role.moves:
+                made[role.name] = HALVES[role.name].move(role, made[role.name], done.turn)
     return {role.name: made[role.name] for role in roles}
+
+
+def turned(keys: Tensor, turn: Turn) -> Tensor:
+    """Rotated keys (..., head_dim) moved by the frames of a turn, in float32 whatever they are."""
+    wide = keys.float()
+    # Picked by their places: a reshape would write a length that varies by phase into graphs.
+    swapped = wide.index_select(-1, torch.arange(keys.shape[-1], device=keys.device) ^ 1)
+    return (wide * turn.cosines + swapped * turn.sines).to(keys)
+
+
+def turn_of(plan: CachePlan, passes: int, device: torch.device) -> Turn | None:
+    """By what the clean pass after `passes` others moves keys; None: they stay."""
+    frames = moved_by(plan, passes)
+    if not frames:
+        return None
+    return Turn(*(torch.from_numpy(table).to(device) for table in positions.turn(plan.spec, frames)))
 
 
 def heads_of(kv: KeysValues, group: HeadGroup) -> KeysValues:

@@ -19,6 +19,8 @@ from forcingkv.runtime.backends import Array, Fetch, Lane, Mark, Pass, Queue, Te
 from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord
 from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
 from forcingkv.runtime.faults import NotFiniteError
+from forcingkv.runtime.graph_records import TURN
+from forcingkv.runtime.kv.window import first_position, moved_by
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.schedule import ChunkSteps, Schedule
@@ -82,6 +84,7 @@ class ChunkMaker:
         self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
         self._unsettled: Timing | None = None
         self._rotary = {name: tensor_of(lane, step.inputs[name]) for name in ("cosines", "sines")}
+        self._turn = {name: tensor_of(lane, step.inputs[name]) for name in TURN if self._plan.relative}
         # A ring of two: pass i reads latents i % 2 and writes the others, so no pass copies its result back.
         self._latents = [tensor_of(lane, step.inputs["latents"]) for _ in range(2)]
         self._noise = tensor_of(lane, step.inputs["noise"]) if self._schedule.renoise == "fresh" else None
@@ -258,10 +261,15 @@ class ChunkMaker:
         self.cache.passes += 1
 
     def _write_positions(self, index: int) -> None:
-        frames = self._spec.frames_per_chunk
-        tables = positions.rotary(self._spec, self._plan.geometry, index * frames, frames)
+        frames, passes = self._spec.frames_per_chunk, self.cache.passes
+        first = first_position(self._plan, passes, index)
+        tables = positions.rotary(self._spec, self._plan.geometry, first, frames)
         for tensor, table in zip(self._rotary.values(), tables, strict=True):
             tensor.write(table, self.lane.main)
+        if self._turn:
+            turn = positions.turn(self._spec, moved_by(self._plan, passes))
+            for tensor, table in zip(self._turn.values(), turn, strict=True):
+                tensor.write(table, self.lane.main)
 
     @property
     def clean_level(self) -> PassLevel:
@@ -278,7 +286,8 @@ class ChunkMaker:
         key = (*self.cache.key, level, step % 2)
         if key not in self._passes:
             current, spare = self._latents[step % 2], self._latents[1 - step % 2]
-            inputs = {"latents": current, **self._rotary, **self._levels[level], **self._cross}
+            inputs = {"latents": current, **self._rotary, **self._turn}
+            inputs |= self._levels[level] | self._cross
             if self._noise is not None:
                 inputs["noise"] = self._noise
             outputs = {"next_latents": spare}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds, shown
 from forcingkv.runtime.flavour import FlavourName
 from forcingkv.runtime.spec import Dtype
 
@@ -39,10 +41,10 @@ class EngineRecord:
     needs_plugin: bool
     """Whether the plugins (`prune/plugin.py`) have to be registered before it is loaded."""
     phases: int
-    """Optimization profiles, one for each phase of the cache."""
+    """Phases of the cache that it runs in; of graphs other than `step` 1."""
     weight_bytes: int
     activation_bytes: int
-    """Device memory a context needs, in the phase that needs most."""
+    """Device memory a context needs, in the profile that needs most."""
     scratch_bytes: int
     """The part of it that single layers use within themselves."""
     seconds: float
@@ -54,12 +56,44 @@ class EngineRecord:
     """How many that GPU has."""
     decomposed: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Attention that no fused kernel serves: it writes its scores to memory, which is slow."""
+    profiles: tuple[int, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """The first phase of each optimization profile, where phases share some (`runtime/kv/profiles.py`); None:
+    each phase has one of its own."""
 
     def __post_init__(self) -> None:
         numbers = ("sm", "layers", "plugin_layers", "phases", "seconds", "multiprocessors")
         sizes = ("weight_bytes", "activation_bytes", "scratch_bytes", "peak_bytes")
         bounds = dict.fromkeys(numbers, (0, 10**9)) | dict.fromkeys(sizes, (0, 1 << 50))
         check_bounds(self, bounds, f"the engine of {self.graph}")
+        starts = self.profiles
+        if starts is not None and not (
+            starts[:1] == (0,)
+            and all(one < other for one, other in pairwise(starts))
+            and starts[-1] < self.phases
+        ):
+            raise InputError(
+                f"has profiles that begin with the phases {shown(list(starts))}",
+                where=f"the engine of {self.graph}",
+                expected=f"0, then later ones in order, of {self.phases}",
+            )
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """The first phase of each optimization profile."""
+        return range(self.phases) if self.profiles is None else self.profiles
+
+    def profile_of(self, phase: int) -> int:
+        """The number of the profile that a phase runs in."""
+        return bisect_right(self.starts, phase) - 1
+
+    @property
+    def sharing(self) -> str | None:
+        """Which phases share profiles, as in 0, 1-19, 20; None where each has its own."""
+        if self.profiles is None:
+            return None
+        stops = [*self.profiles[1:], self.phases]
+        ends = zip(self.profiles, stops, strict=True)
+        return ", ".join(f"{start}-{stop - 1}" if stop - start > 1 else f"{start}" for start, stop in ends)
 
 
 @dataclass(frozen=True)

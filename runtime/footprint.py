@@ -26,8 +26,10 @@ EngineSet: TypeAlias = tuple[EngineRecord, ...]
 """The engines that one TensorRT runs on one kind of GPU, in the order of `GRAPHS`."""
 
 
-def part_notes(*, joined: bool = False) -> dict[str, str]:
+def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[str, str]:
     """The parts of a session's memory, and why each has its size; `joined`: on the backend torch.
+
+    Without a plan what is said of a role is what holds of it in most models.
 
     weights, activations: from the builder's log of engines; of graphs on ONNX Runtime as export derived them
         (`export/activations.py`); of torch as they are stored, and as `torch_activations` estimates. Engines
@@ -43,6 +45,10 @@ def part_notes(*, joined: bool = False) -> dict[str, str]:
     """
     buffers = {1: "one buffer: written once", 2: "two buffers: read and written in turn"}
     roles = {name: buffers[1 if joined else role.buffers] for name, role in Role.KINDS.items()}
+    if plan:
+        for kind, role in {(group, role) for group in plan.groups for role in group.roles}:
+            if role.buffers == 1 and len(role.buffer_tokens(plan, kind)) > 1:
+                roles[role.name] = "two buffers: it is collected over the first chunks"
     if joined:
         roles = dict.fromkeys(roles, "read and written in place") | {"current": "of the chunk itself"}
     return {

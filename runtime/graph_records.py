@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 GRAPHS = ("prompt", "step", "decode")
 CLEAN = "clean"
 """The input of `step` that says whether a pass is the clean one."""
+TURN = ("turn_cosines", "turn_sines")
+"""Inputs of `step` that move cached keys with the window, where positions are relative to it
+(`positions.turn`)."""
 FIRST = "first"
 """Input of `decode` that is 1 in a video's first call and 0 in the others, of graphs with caches."""
 MOST_CACHES = 1000
@@ -76,7 +79,10 @@ def step_layouts(
     if spec.schedule.renoise == "fresh":
         inputs["noise"] = latents
     inputs |= {"sigma": number, "sigma_next": number, "time": Layout("float32", (1, 1, spec.time_width))}
-    inputs |= {"cosines": table, "sines": table} | cross_layouts(plan, compute)
+    inputs |= {"cosines": table, "sines": table}
+    if plan.relative:
+        inputs |= dict.fromkeys(TURN, Layout("float32", (spec.head_dim,)))
+    inputs |= cross_layouts(plan, compute)
     outputs = {"next_latents": latents, "x0": latents}
     for entry in plan.entries:
         heads, symbol = entry.group.heads, f"{entry.group.label}_{entry.role.name}_tokens"

@@ -35,6 +35,20 @@ def rotary(spec: ModelSpec, geometry: Geometry, first_frame: int, frames: int) -
     return tables[0], tables[1]
 
 
+def turn(spec: ModelSpec, frames: int) -> tuple[Floats, Floats]:
+    """What moves keys that are rotated already by so many frames in time.
+
+    A key x becomes `x * cosines + swapped * sines`, where `swapped` has the two numbers of each pair of x the
+    other way round. Returns two float32 arrays (head_dim,): of pairs of rows and columns 1 and 0, exactly.
+    """
+    of_time, _, _ = spec.rotary_pairs
+    angles = np.zeros(spec.head_dim // 2)
+    angles[:of_time] = _angles(np.array([frames]), of_time, spec.rope_theta)[0]
+    cosines, sines = (np.repeat(function(angles), 2).astype(np.float32) for function in (np.cos, np.sin))
+    sines[::2] *= -1
+    return cosines, sines
+
+
 @lru_cache(maxsize=8)
 def _within_a_frame(
     rows: int, columns: int, of_rows: int, of_columns: int, theta: float

@@ -19,6 +19,9 @@ MOST_OPENING = 1000
 TABLE_ENTRIES = 1000
 """Of the table in which public code looks noise levels up."""
 
+CLEAN_PASS = -1
+"""The clean pass, where the number of a denoising pass would stand."""
+
 Renoise = Literal["fresh", "predicted"]
 FirstCounts = Literal["generated", "video"]
 NoiseLevels = Literal["exact", "table"]

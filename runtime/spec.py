@@ -27,6 +27,9 @@ MOST_WIDTH = 1 << 17
 MOST_PIXELS = 1 << 16
 """Of a side of a frame."""
 
+Positions = Literal["absolute", "relative"]
+"""What positions in time are counted from: the start of the video, or that of the window that moves with it
+(docs/method.md, "Positions")."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 Linear = Literal["fp8", "int8"]
 """What linear layers multiply in, where that is another dtype than that of all else: `fp8` is E4M3."""
@@ -128,6 +131,8 @@ class ModelSpec:
     """Whether tokens carry a learned code of their place in the frame. Public Wan models have none:
     rotary embedding alone cannot tell the left half of pure noise from the right. A model with a
     table runs at its default resolution only."""
+    positions: Positions = "absolute"
+    """Unless a policy says otherwise."""
     # No part of the hash, since a table has none: equal specs have equal ones all the same.
     resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     """Named pixel sizes, (width, height)."""
@@ -137,8 +142,12 @@ class ModelSpec:
         faults = [(name, "an even number") for name in ("head_dim", "time_width") if getattr(self, name) % 2]
         if self.decoder.kind == "pixels" and self.latent_channels not in (1, 3):
             faults.append(("latent_channels", "1 (grey) or 3 (colour) with the decoder 'pixels'"))
-        if not faults and (self.attended_frames % self.frames_per_chunk or not self.attended_frames):
-            faults.append(("attended_frames", f"a multiple of frames_per_chunk, {self.frames_per_chunk}"))
+        if self.attended_frames < self.frames_per_chunk:
+            faults.append(("attended_frames", f"{self.frames_per_chunk} or more, the frames of a chunk"))
+        most = self.attended_frames - self.frames_per_chunk
+        if not faults and self.sink_frames > most:
+            own = f"of {self.attended_frames} attended frames {self.frames_per_chunk} are the chunk's own"
+            faults.append(("sink_frames", f"0 to {most}: {own}"))
         if faults:
             name, expected = faults[0]
             what = f"{name} is {getattr(self, name)}"
@@ -166,6 +175,12 @@ class ModelSpec:
         pairs = self.head_dim // 2
         side = pairs // 3
         return pairs - 2 * side, side, side
+
+    @property
+    def chunks_to_fill(self) -> int:
+        """The fewest chunks whose frames are as many as the model attends to: in the last of them it attends
+        to as much as it ever can."""
+        return -(-self.attended_frames // self.frames_per_chunk)
 
     def frames_of(self, chunks: int) -> int:
         """Pixel frames that the first `chunks` chunks decode to."""

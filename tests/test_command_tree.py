@@ -26,6 +26,8 @@ _BAKED = "new: a model is run without a bundle of the user's, by torch"
 
 _WHERE = "new: there are backends that can choose where and in what they compute"
 
+_PASSES = "new: the clean pass is recorded too, and what is scored of a recording can be chosen"
+
 _DOCTOR = "new: what a machine can run, and what is wrong with it"
 
 CHANGED: dict[str, str] = {
@@ -78,7 +80,14 @@ CHANGED: dict[str, str] = {
     "evaluate --seeds": _AT_MOST,
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
+    "analyze heads --passes": _PASSES,
+    "analyze heads --recent-frames": _PASSES,
+    "analyze heads --score-chunks": _PASSES,
+    "analyze report --passes": _PASSES,
+    "analyze report --recent-frames": _PASSES,
+    "analyze report --score-chunks": _PASSES,
     "demo --backend": "new: what runs bundles may have to be named; not given, it is chosen",
+    "export --layers": "new: so many typical layers of a model of random weights, as generate has them",
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "headmap convert --heads": "0 heads were taken for a number that was not given",

@@ -159,12 +159,15 @@ def kept_labels(analysis: Analysis) -> Picture:
 def roles(analysis: Analysis, reason: str) -> Picture:
     """Mean scores by denoising step or chunk: decided heads as two bands, heads that flip one by one.
 
-    `reason` is `steps` or `chunks`.
+    `reason` is `steps` or `chunks`. A clean pass that is scored beside denoising steps stands apart.
     """
     observations, stability = analysis.observations, analysis.stability
-    scores = observations.scores.mean((0, 1) if reason == "steps" else (0, 2))
-    timesteps = analysis.recorded.recording.steps.timesteps
-    ticks = [f"{t:.0f}" for t in timesteps] if reason == "steps" else [str(c) for c in observations.chunks]
+    shown = {f"{value:.0f}": part for value, part in observations.parts(reason).items()}
+    steps = len(shown)
+    if reason == "steps" and "clean pass" in observations.scored.parts:
+        (shown["clean"],) = observations.parts("clean pass").values()
+    ticks = list(shown)
+    scores = np.stack([part[..., 0].mean(0) for part in shown.values()])
     bands = {
         name: scores[:, side & ~stability.undecided]
         for name, side in (("static", stability.static), ("dynamic", ~stability.static))
@@ -172,6 +175,7 @@ def roles(analysis: Analysis, reason: str) -> Picture:
     kept = stability.kept_parts[reason]
     flipping = sorted(np.argwhere(stability.reasons[reason]).tolist(), key=lambda at: float(kept[tuple(at)]))
     places = np.arange(len(ticks))
+    runs = [slice(0, steps), slice(steps, None)] if len(ticks) > steps else [slice(None)]
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
@@ -179,22 +183,34 @@ def roles(analysis: Analysis, reason: str) -> Picture:
             band = bands[name]
             if band.size:
                 low, high = np.quantile(band, [0.1, 0.9], axis=1)
-                axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
-                axes.plot(places, band.mean(1), "o-", color=colour, markersize=4, linewidth=2, label=name)
+                for number, run in enumerate(runs):
+                    at = places[run]
+                    if len(at) == 1:
+                        axes.vlines(at, low[run], high[run], color=colour, alpha=0.2, linewidth=8)
+                    axes.fill_between(at, low[run], high[run], color=colour, alpha=0.2, linewidth=0)
+                    line: dict[str, Any] = {
+                        "markersize": 4,
+                        "linewidth": 2,
+                        "label": None if number else name,
+                    }
+                    axes.plot(at, band.mean(1)[run], "o-", color=colour, **line)
         for (layer, head), style in zip(flipping[:FOLLOWED], DASHES[: len(flipping)], strict=True):
-            line: dict[str, Any] = {"linestyle": style, "marker": ".", "linewidth": 1.4}
-            axes.plot(places, scores[:, layer, head], color=theme.accent, label=f"L{layer} H{head}", **line)
+            line = {"linestyle": style, "marker": ".", "linewidth": 1.4}
+            for number, run in enumerate(runs):
+                line["label"] = None if number else f"L{layer} H{head}"
+                axes.plot(places[run], scores[run, layer, head], color=theme.accent, **line)
         every = -(-len(ticks) // 10)
         axes.set_xticks(places[::every], ticks[::every])
         axes.set(ylabel="mean recency score", ylim=(0, 1))
-        axes.set_xlabel("timestep of the denoising step" if reason == "steps" else "chunk")
+        apart = ", and the clean pass" if len(runs) > 1 else ""
+        axes.set_xlabel(f"timestep of the denoising step{apart}" if reason == "steps" else "chunk")
         _legend(axes)
 
     ends = {name: band.mean(1)[[0, -1]] for name, band in bands.items() if band.size}
     said = "; ".join(f"{name} from {first:.2f} to {last:.2f}" for name, (first, last) in ends.items())
     alt = (
-        f"Mean score from the first to the last of {len(ticks)} {reason}: {said or 'no head is decided'};"
-        f" {len(flipping)} heads change sides"
+        f"Mean score from the first to the last of {len(ticks)} {'passes' if len(runs) > 1 else reason}:"
+        f" {said or 'no head is decided'}; {len(flipping)} heads change sides"
     )
     return drawn(alt, WIDTH, 3.7, draw)
 

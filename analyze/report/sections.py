@@ -27,6 +27,7 @@ from forcingkv.analyze.report.pictures import (
     undecided_heads,
     variance_bars,
 )
+from forcingkv.analyze.scoring import Scored, in_words, told_numbers
 from forcingkv.analyze.stability import REASONS
 from forcingkv.headmaps.reading import parse_toml
 
@@ -100,9 +101,12 @@ def _stability(analysis: Analysis) -> str:
         " heads alike, or set heads apart for good.",
         title="Where the variance of scores comes from",
     )
-    steps = figure(roles(analysis, "steps"), _band("step", analysis), title="By denoising step")
-    chunks = figure(roles(analysis, "chunks"), _band("chunk", analysis), title="By chunk")
-    figures = node("div", kept, sources, steps, chunks, klass="figures")
+    drawn = [
+        figure(roles(analysis, f"{one}s"), _band(one, analysis), title=title)
+        for one, title in (("step", "By denoising step"), ("chunk", "By chunk"))
+        if f"{one}s" in analysis.stability.reasons
+    ]
+    figures = node("div", kept, sources, *drawn, klass="figures")
     return Markup(_other_rule(analysis) + unknown + figures + _needed(analysis) + _undecided(analysis))
 
 
@@ -140,17 +144,17 @@ def _undecided(analysis: Analysis) -> str:
         " the rule's label."
     )
     columns = ["head", "by the rule", "score", "95% interval", "margin"]
-    columns += ["kept: samples", "steps", "chunks", "why"]
+    columns += [f"kept: {name}" if name == "samples" else name for name in stability.kept_parts] + ["why"]
     rows = []
     for at in nearest[:LISTED]:
         head, score = f"L{at[0]} H{at[1]}", f"{stability.score[at]:.3f}"
         margin = f"{stability.margin[at]:+.3f}"
         interval = f"{stability.interval.low[at]:.3f} to {stability.interval.high[at]:.3f}"
-        samples, steps, chunks = (f"{kept[at]:.0%}" for kept in stability.kept_parts.values())
+        shares = {name: f"{kept[at]:.0%}" for name, kept in stability.kept_parts.items()}
         if stability.samples < 2:
-            interval = samples = UNKNOWN
+            interval = shares["samples"] = UNKNOWN
         why = ", ".join(name for name, found in stability.reasons.items() if found[at])
-        rows.append([head, _side(analysis, at), score, interval, margin, samples, steps, chunks, why])
+        rows.append([head, _side(analysis, at), score, interval, margin, *shares.values(), why])
     return Markup(title + causes + table(caption, [columns], rows))
 
 
@@ -160,7 +164,8 @@ def _attention(analysis: Analysis) -> str:
     said = node(
         "p",
         "Share of each query frame's attention on each key frame, mean over samples, all on one scale. Right"
-        " of the blue line lie the transition frame and the current chunk, which the recency score counts.",
+        " of the blue line lie the newest frames, which the recency score counts: the current chunk and"
+        f" {_before(analysis)}.",
         " Grey frames are not in the head's cache." if pruned else "",
     )
     figures = []
@@ -209,8 +214,10 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
     model, spec = recording.model, recording.spec
     versions = [f"forcingkv {forcingkv.__version__}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in VERSIONED]
+    scored = analysis.observations.scored
+    one = "scored: chunk" if len(scored.chunks) == 1 else "scored: chunks"
     chunks = (
-        f"{recording.chunks} of {spec.frames_per_chunk} latent frames, scored from {recording.first_chunk} on"
+        f"{recording.chunks} of {spec.frames_per_chunk} latent frames, {one} {told_numbers(scored.chunks)}"
     )
     lines = [
         ("command", node("code", shlex.join(command) or UNKNOWN)),
@@ -222,8 +229,10 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
         ("query rows", "all" if recording.rows is None else f"{recording.rows} a pass"),
         ("dtype", recording.dtype),
         ("resolution", f"{recording.width}x{recording.height}"),
-        ("timesteps", ", ".join(f"{t:g}" for t in recording.steps.timesteps)),
-        ("sink frames left out", str(analysis.observations.sink_frames)),
+        ("passes", f"{in_words(scored.kind)}{_of_recorded(analysis)}"),
+        ("timesteps", _timesteps(scored)),
+        ("sink frames left out", str(scored.sink_frames)),
+        ("frames that count as recent", f"{scored.recent_frames}: the current chunk and {_before(analysis)}"),
         ("head map, SHA-256", node("code", analysis.headmap.digest)),
         ("versions", ", ".join(versions)),
     ]
@@ -235,6 +244,31 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
         )
     words = parse_toml((resources.files(__package__) / "definitions.toml").read_bytes(), "definitions.toml")
     return Markup(pairs(lines) + node("h3", "What the words mean") + pairs(words.items()))
+
+
+def _before(analysis: Analysis) -> str:
+    """The frames before the current chunk that count as recent."""
+    spec = analysis.recorded.recording.spec
+    before = analysis.observations.scored.recent_frames - spec.frames_per_chunk
+    return "the transition frame" if before == 1 else f"the {before} frames before it"
+
+
+def _of_recorded(analysis: Analysis) -> str:
+    """Of what was recorded, where only a part is scored."""
+    scored, recorded = analysis.observations.scored.kind, analysis.recorded.recording.recorded
+    return "" if scored == recorded else f"; recorded: {in_words(recorded)}"
+
+
+def _timesteps(scored: Scored) -> str:
+    """Those of the passes that are scored."""
+    clean = {made.timestep for made in scored.passes if made.clean}
+    told = [f"{timestep:g}" for timestep in scored.timesteps]
+    told += [f"clean pass {timestep:g}" for timestep in clean]
+    lengths = {
+        sum(made.chunk == chunk and not made.clean for made in scored.passes) for chunk in scored.chunks
+    }
+    uneven = f"; {min(lengths)} to {max(lengths)} denoising passes a chunk" if len(lengths) > 1 else ""
+    return ", ".join(told) + uneven
 
 
 def _other_rule(analysis: Analysis) -> str:

@@ -184,7 +184,7 @@ def typical_layers(
     Layers that the policy leaves unsplit (the first of 30) are not among them; the others have labels in the
     shares of the whole map, and the first scores segments. All layers of a model are the model itself.
 
-    Raises InputError for more layers than there are.
+    Raises InputError for more layers than there are, and for a map of another model.
     """
     if not 1 <= layers <= spec.layers:
         raise InputError(
@@ -195,6 +195,7 @@ def typical_layers(
     part = replace(spec, layers=layers)
     if headmap is None:
         return part, policy.in_any_layer(), None
+    headmap.check_model(spec.layers, spec.heads, set(policy.groups))
     whole = policy.unsplit.layers if policy.unsplit else ()
     split = [row for layer, row in enumerate(headmap.labels) if layer not in whole]
     counts = {label: sum(row.count(label) for row in split) for label in policy.groups}

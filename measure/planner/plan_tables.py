@@ -29,6 +29,7 @@ def plan_lines(report: dict[str, Any]) -> Iterator[str]:
     left_out = {name: f"left out: {why}" for name, why in report["left_out"].items()}
     for name, text in ({one["policy"]: one["heads"] for one in policies} | left_out).items():
         yield from wrapped(f"  {name:<18}", text)
+    yield from _positions(policies)
     yield from ("", *_speed(policies))
     short = [line for one in policies for on in one["gpus"] if not on["fits"] for line in _short(one, on)]
     if short:
@@ -37,6 +38,16 @@ def plan_lines(report: dict[str, Any]) -> Iterator[str]:
     for note in _notes(report):
         yield from wrapped("", note)
     yield f"A GPU fits if {readable(report['reserve_bytes'])} of its memory stay free."
+
+
+def _positions(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Where they are not those of the video."""
+    relative = [one for one in policies if one["positions"] == "relative"]
+    if relative:
+        yield from ("", "positions")
+    for one in relative:
+        text = f"relative to the window of {one['window_frames']} frames"
+        yield from wrapped(f"  {one['policy']:<18}", text)
 
 
 def _memory(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -48,17 +59,18 @@ def _memory(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _speed(policies: Sequence[dict[str, Any]]) -> Iterator[str]:
-    yield "predicted without decoding and text: a pass of the last phase, FPS of the video"
+    yield "predicted: a pass of the last phase; FPS of the video, then with decoding"
     yield (
-        f"  {'policy':<15}{'GPU':<13}{'fits':<5}{'pass, ms':>9}{'FPS':>7}{'low - high':>14}"
+        f"  {'policy':<14}{'GPU':<13}{'fits':<5}{'pass, ms':>8}{'FPS':>6}{'low-high':>10}{'+decode':>8}"
         f"{'speed-up':>9}{'att.':>5}"
     )
     for policy in policies:
         for one in policy["gpus"]:
-            fps, low, high = (f"{rate:.{1 + (rate < 10)}f}" for rate in (one["fps"], *one["fps_range"]))
+            rates = one["fps"], *one["fps_range"], one["fps_with_decode"]
+            fps, low, high, shown = ("-" if r is None else f"{r:.{1 + (r < 10)}f}" for r in rates)
             yield (
-                f"  {policy['policy']:<15}{one['gpu']:<13}{'yes' if one['fits'] else 'no':<5}"
-                f"{one['pass_seconds'] * 1e3:>9,.0f}{fps:>7}{f'{low} - {high}':>14}"
+                f"  {policy['policy']:<14}{one['gpu']:<13}{'yes' if one['fits'] else 'no':<5}"
+                f"{one['pass_seconds'] * 1e3:>8,.0f}{fps:>6}{f'{low}-{high}':>10}{shown:>8}"
                 f"{one['speedup']:>9.2f}{one['attention_time_share']:>5.0%}"
             )
 
@@ -84,7 +96,11 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         yield f"Share of the peak that kernels reach on {', '.join(gpus)}: {value:.1%}, {words}."
     one = next(iter(report["efficiency"].values()))
     ends = f"{one['lowest']:.0%} and {one['highest']:.0%}"
-    yield f"Low - high: with {ends}, the least and the most that any published FPS under full needs."
+    yield f"Low-high: with {ends}, the least and the most that any published FPS under full needs."
     yield uncertainty()
+    if report["decode_basis"]:
+        yield f"Decoding ({report['decoder']}) is {report['decode_basis']}."
+    elif report["decoder"] != "pixels":
+        yield f"What decoding with {report['decoder']} takes is not predicted: no figure of it is known."
     for text in dict.fromkeys(text for one in report["policies"] for text in one["memory"]["not_counted"]):
         yield f"Not counted: {text}."

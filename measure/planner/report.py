@@ -7,6 +7,7 @@ from typing import Any
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.measure.nominal import Heads, check_map, plan_for
+from forcingkv.measure.planner.decoding import decoder_costs
 from forcingkv.measure.planner.gpus import Gpu, gpu_names, load_gpu
 from forcingkv.measure.planner.published import basis, efficiencies
 from forcingkv.measure.planner.session_memory import RESERVE_BYTES, session_memory
@@ -68,13 +69,15 @@ def plan_report(
                     "fits": not missing,
                     "missing_bytes": missing,
                     "what_fits": _instead(plan, gpu, known, dtype) if missing else [],
-                    **_speed(gpu, video, full),
+                    **_speed(gpu, plan, video, full),
                 }
             )
         planned.append(
             {
                 "policy": policy.name,
                 "heads": heads,
+                "positions": "relative" if plan.relative else "absolute",
+                "window_frames": plan.window_frames,
                 "kv_attended_bytes": plan.kv_bytes(dtype),
                 "memory": {"parts": memory.parts, "total": memory.total, "not_counted": memory.unknown},
                 "pass": {kind: vars(work) for kind, work in video.steady.items()},
@@ -82,6 +85,7 @@ def plan_report(
             }
         )
     families = {gpu.family for gpu in gpus}
+    decoding = decoder_costs(spec.decoder.kind).published
     return {
         "model": spec.name,
         "width": geometry.width,
@@ -90,6 +94,7 @@ def plan_report(
         "frame_tokens": geometry.frame_tokens,
         "dtype": dtype,
         "decoder": spec.decoder.kind,
+        "decode_basis": f"scaled by pixels and {decoding.bound} from {decoding.source}" if decoding else None,
         "seconds": seconds,
         "chunks": chunks,
         "passes": full.passes,
@@ -100,11 +105,24 @@ def plan_report(
     }
 
 
-def _speed(gpu: Gpu, video: VideoWork, full: VideoWork) -> dict[str, Any]:
+def _speed(gpu: Gpu, plan: CachePlan, video: VideoWork, full: VideoWork) -> dict[str, Any]:
     constant = efficiencies()[gpu.family]
     found, unpruned = (predict(one, gpu, constant["value"]) for one in (video, full))
-    ends = [predict(video, gpu, constant[end])["fps"] for end in ("lowest", "highest")]
-    return found | {"fps_range": ends, "speedup": found["fps"] / unpruned["fps"]}
+    least, most = (predict(video, gpu, constant[end]) for end in ("lowest", "highest"))
+    decoding = decoder_costs(plan.spec.decoder.kind).published
+    decode = decoding.seconds_on(gpu, plan.geometry, video.frames) if decoding else None
+
+    def with_decode(predicted: dict[str, Any]) -> float | None:
+        # One after the other: beside each other on one GPU they would share what bounds them.
+        return None if decode is None else video.frames / (predicted["mean_chunk_seconds"] + decode)
+
+    return found | {
+        "fps_range": [least["fps"], most["fps"]],
+        "decode_chunk_seconds": decode,
+        "fps_with_decode": with_decode(found),
+        "fps_with_decode_range": [with_decode(least), with_decode(most)],
+        "speedup": found["fps"] / unpruned["fps"],
+    }
 
 
 def _instead(plan: CachePlan, gpu: Gpu, known: Heads | None, dtype: Dtype) -> list[dict[str, Any]]:

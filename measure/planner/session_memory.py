@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 
-from forcingkv.headmaps.reading import parse_toml
+from forcingkv.measure.planner.decoding import decoder_costs
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.footprint import kv_parts
 from forcingkv.runtime.kv.plan import CachePlan
@@ -38,22 +36,6 @@ class SessionMemory:
     def missing(self, capacity: int) -> int:
         """Bytes by which a GPU of that capacity is too small, the reserve kept free; 0: it fits."""
         return max(0, self.total + RESERVE_BYTES - capacity)
-
-
-@dataclass(frozen=True)
-class DecoderCosts:
-    """Sizes of a pixel decoder; `decoders.toml` says what they mean and where they come from."""
-
-    parameters: int
-    cached: int
-    activation_bytes: int | None = None
-
-
-@cache
-def decoder_costs(kind: str) -> DecoderCosts:
-    """The sizes of a decoder."""
-    text = (resources.files(__package__) / "decoders.toml").read_bytes()
-    return DecoderCosts(**parse_toml(text, "decoders.toml")[kind])
 
 
 def parameters(spec: ModelSpec) -> int:

@@ -40,6 +40,16 @@ FLOAT_TRIPS: dict[str, int] = {
 }
 """The same for tensors in float32, which norms and rotation compute in."""
 
+FLOAT_TURNS: dict[str, int] = {
+    "cast to float32, written": 1,
+    "numbers of a pair swapped": 2,
+    "two products": 4,
+    "their sum": 3,
+    "read to be cast back": 1,
+}
+"""How often moving cached keys with the window reads or writes each of their numbers in float32
+(`models/kv.py`, `turned`). Engines make all outputs, and so do this, in every pass."""
+
 HIDDEN_TRIPS = 2
 """The same for the feed-forward's hidden tensor (tokens, ffn_width): its activation reads and writes it."""
 
@@ -61,7 +71,7 @@ linear: projections and feed-forward: weights, inputs and outputs of each produc
 attention: self-attention: queries, keys, values, result.
 cross: attention to the prompt.
 elementwise: norms, rotation, modulation, gates, activation: no operations counted, bytes alone.
-cache: keys and values joined to be attended to, and the next caches.
+cache: keys and values joined to be attended to, and the next caches, with what moves them with the window.
 """
 
 
@@ -74,7 +84,7 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
     spec, size, tokens = plan.spec, DTYPES[dtype].bytes, plan.chunk_tokens
     at = plan.phases[-1].first_chunk if chunk is None else chunk
     flops, stream = pass_flops(plan, at), tokens * spec.dim * size
-    held = following = joined = 0
+    held = following = joined = turned = 0
     for group, layers in plan.kinds:
         numbers = layers * len(PARTS) * group.heads * spec.head_dim  # of a token
         cached = sum(plan.tokens(group, role, at) for role in group.roles)
@@ -84,6 +94,9 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
         following += numbers * sum(role.next_tokens(plan, group, at) for role in group.roles)
         # Read and written where the cache's keys and values are laid before those of the chunk.
         joined += 2 * numbers * (cached + tokens) if cached else 0
+        if plan.relative:
+            moving = sum(role.next_tokens(plan, group, at) for role in group.roles if role.moves)
+            turned += layers * group.heads * spec.head_dim * moving
     prompt = 2 * spec.text_length * spec.dim * size
     return {
         "linear": Work(flops.linear, _linear_bytes(plan, size)),
@@ -91,8 +104,14 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
         "attention": Work(flops.attention, spec.layers * 4 * stream + size * held),
         "cross": Work(flops.cross, spec.layers * (2 * stream + prompt)),
         "elementwise": Work(0, spec.layers * elementwise_bytes(plan, dtype)),
-        "cache": Work(0, size * (joined + 2 * following)),
+        "cache": Work(0, size * (joined + 2 * following) + turned * _turn_bytes(size)),
     }
+
+
+def _turn_bytes(size: int) -> int:
+    """What moving a number of a key takes: cast to float32 and back, and in float32 between them what
+    `FLOAT_TURNS` says."""
+    return 2 * size + sum(FLOAT_TURNS.values()) * DTYPES["float32"].bytes
 
 
 def elementwise_bytes(plan: CachePlan, dtype: Dtype = "bfloat16") -> int:

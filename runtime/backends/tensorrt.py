@@ -79,7 +79,7 @@ class TensorRTLane:
             self._memory = CudaMemory(gpu, main)
             block = self._block("prompt", "step")
             self._blocks = {"prompt": block, "step": block, "decode": self._block("decode")}
-            # The shapes of inputs that vary by phase, for each phase. Engines have a profile each.
+            # The shapes of inputs that vary by phase, for each phase, whatever others share its profile.
             self._varied: dict[tuple[str, int], Mapping[str, Shape]] = {("prompt", 0): {}}
             for number, phase in enumerate(bundle.plan.phases):
                 self._varied["step", number] = bundle.plan.phase_shapes(phase)
@@ -156,7 +156,7 @@ class TensorRTLane:
             self._contexts = {}
             self._gpu.close()
         finally:
-            self._loaded = Loaded({}, None, {})
+            self._loaded = Loaded({}, None, {}, {})
 
     def _context(self, graph: str, phase: int) -> PhaseContext:
         """A new context of a graph in a phase."""
@@ -164,7 +164,8 @@ class TensorRTLane:
         what, cache = f"{graph} in phase {phase}", loaded.caches.get(graph)
         context = PhaseContext(self._gpu, loaded.engines[graph], what, loaded.launcher, cache)
         names = [*record.inputs, *record.outputs]
-        context.prepare(phase, self._varied[graph, phase], self._blocks[graph], self._queues[graph], names)
+        profile, shapes = loaded.records[graph].profile_of(phase), self._varied[graph, phase]
+        context.prepare(profile, shapes, self._blocks[graph], self._queues[graph], names)
         return context
 
     def _own_context(self, graph: str, phase: int) -> PhaseContext:

@@ -54,16 +54,17 @@ class PhaseContext:
         gpu.held.callback(self._close)
 
     def prepare(
-        self, phase: int, varied: Mapping[str, Shape], block: CudaTensor, queue: CudaQueue, names: list[str]
+        self, profile: int, varied: Mapping[str, Shape], block: CudaTensor, queue: CudaQueue, names: list[str]
     ) -> None:
-        """Choose the profile, the shapes of the inputs that vary by phase, and the activation memory.
+        """Choose the profile by its number, the shapes of the inputs that vary by phase, and the activation
+        memory.
 
         `names` are those of all inputs and outputs, whose shapes follow.
         """
         context = self._context
         with self._gpu.asked(f"prepare {self.what}"), launching(self._launcher):
             last_words()
-            if not context.set_optimization_profile_async(phase, queue.handle):
+            if not context.set_optimization_profile_async(profile, queue.handle):
                 raise self._refusal("choose the profile of")
             queue.sync()
             for name, shape in varied.items():

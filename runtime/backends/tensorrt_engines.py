@@ -41,6 +41,8 @@ class Loaded:
     """The kernels of the plugins in them."""
     caches: Mapping[str, RuntimeCache]
     """Graph -> what was compiled of its engine."""
+    records: Mapping[str, EngineRecord]
+    """Graph -> what the build of its engine reported: which profile a phase runs in."""
 
 
 def find_record(
@@ -109,11 +111,34 @@ def load_all(bundle: Bundle, flavour: FlavourName, device: int) -> Loaded:
     """All engines, their kernels, and what was compiled of them before. Raises as `load_engine`."""
     launcher = load_kernels(bundle, flavour, device)
     engines = {graph: load_engine(bundle, graph, flavour, device) for graph in GRAPHS}
+    records = {graph: find_record(bundle, graph, flavour, device)[0] for graph in GRAPHS}
+    check_profiles(bundle, records["step"], engines["step"])
     sm = device_sm(device)
     caches = {
         graph: RuntimeCache(bundle.digest, graph, f"{flavour} {trt.__version__}", sm) for graph in GRAPHS
     }
-    return Loaded(engines, launcher, caches)
+    return Loaded(engines, launcher, caches, records)
+
+
+def check_profiles(bundle: Bundle, record: EngineRecord, engine: trt.ICudaEngine) -> None:
+    """Raise InputError unless the engine of `step` has the profiles of its record, which are for the phases
+    that the bundle's plan has: in another profile a phase would run with shapes that are not its own."""
+    phases, found = len(bundle.plan.phases), engine.num_optimization_profiles
+    where, again = str(bundle.path / record.file), "The bundle was put together of parts: export it again."
+    if record.phases != phases:
+        raise InputError(
+            f"was built for {record.phases} phases of the cache",
+            where=where,
+            expected=f"{phases}, which follow from its model and policy",
+            hint=again,
+        )
+    if found != len(record.starts):
+        raise InputError(
+            f"has {found} optimization profiles",
+            where=where,
+            expected=f"{len(record.starts)}, as the manifest says",
+            hint=again,
+        )
 
 
 def last_words() -> str:

@@ -18,6 +18,7 @@ from forcingkv.models.kv import (
     HALVES,
     CleanPass,
     GroupCache,
+    Turn,
     advance_group,
     cached_dtype,
     choice_of,
@@ -145,8 +146,11 @@ class JoinedCache(KvCache):
         once it has read it."""
         return {next_name(entry.name): self._view(entry, self.key[1]) for entry in self.plan.entries}
 
-    def attend(self, phase: int, following: int | None, *, each_chunk: Callable[[], bool]) -> Attend:
+    def attend(
+        self, phase: int, following: int | None, turn: Turn | None, *, each_chunk: Callable[[], bool]
+    ) -> Attend:
         """How a pass in a phase attends. A clean pass goes on to the phase `following`; None: it is none.
+        `turn` moves keys with the window, where positions are relative to it.
 
         `each_chunk` says, when the pass runs, whether it runs anew for each chunk. Where it does not (it is
         being captured) no role is told which chunk it is, as in a graph.
@@ -160,7 +164,7 @@ class JoinedCache(KvCache):
                 if layer == 0:
                     chosen.clear()
                 chunk = self.passes if each_chunk() else None
-                self._advance(layer, current, (phase, following), chosen, chunk)
+                self._advance(layer, current, (phase, following), chosen, chunk, turn)
             return out[0] if len(out) == 1 else torch.cat(out, 1)
 
         return attend
@@ -172,12 +176,15 @@ class JoinedCache(KvCache):
         phases: tuple[int, int],
         chosen: list[torch.Tensor],
         chunk: int | None,
+        turn: Turn | None,
     ) -> None:
         # Whether something is chosen, and which rows are taken, is the same for all chunks of these phases.
         choice, rows = choice_of(self.plan, self.passes), self._rows[phases[0]]
         for one in self._groups[layer]:
             held, own = one.cached(phases[0]), heads_of(current, one.group)
-            done = _Advance(self.plan, layer, one.group, held, own, None, choice, chunk, chosen, rows)
+            done = _Advance(
+                self.plan, layer, one.group, held, own, None, choice, chunk, chosen, rows, turn=turn
+            )
             one.take(advance_group(done), phases[1])
 
     def _view(self, entry: CacheEntry, phase: int) -> TorchTensor:

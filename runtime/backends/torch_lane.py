@@ -14,7 +14,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.backends import LaneOptions, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, next_name
 from forcingkv.runtime.faults import DeviceError, SessionError
-from forcingkv.runtime.graph_records import FIRST
+from forcingkv.runtime.graph_records import FIRST, TURN
 from forcingkv.runtime.kv.plan import PARTS, CachePlan
 from forcingkv.runtime.spec import Dtype
 
@@ -25,6 +25,7 @@ except ImportError as error:
 
 from forcingkv.models.decoders import frames_of
 from forcingkv.models.generate import next_latents
+from forcingkv.models.kv import Turn
 from forcingkv.models.torch_threads import in_this_thread, use_threads
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.backends.torch_cache import JoinedCache
@@ -201,7 +202,8 @@ def _step_work(
     def each_chunk() -> bool:
         return captured is None or not captured.capturing
 
-    attend = cache.attend(phase, cache.key[1] if is_clean else None, each_chunk=each_chunk)
+    turn = Turn(*(given[name] for name in TURN)) if cache.plan.relative else None
+    attend = cache.attend(phase, cache.key[1] if is_clean else None, turn, each_chunk=each_chunk)
     rotary, noise = (given["cosines"], given["sines"]), given.get("noise")
     latents, sigma, sigma_next = (given[name] for name in ("latents", "sigma", "sigma_next"))
     renoise = spec.schedule.renoise

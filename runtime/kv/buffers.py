@@ -8,7 +8,7 @@ from bisect import bisect_right
 
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.bundle import next_name
-from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.plan import CacheEntry, CachePlan
 from forcingkv.runtime.spec import Dtype
 
 
@@ -65,35 +65,42 @@ class KvCache(ABC):
 class CacheBuffers(KvCache):
     """Two buffers for each cached tensor: passes read one, the clean pass writes the other.
 
-    A role that is written once has one buffer for both. A tensor of a phase is a view of its buffer's start.
+    A role that is written once has one buffer for both (`Role.buffer_tokens`). A tensor of a phase is a view
+    of its buffer's start.
     """
 
     def __init__(self, plan: CachePlan, lane: Lane, dtype: Dtype) -> None:
         """Take the memory; `dtype` is what the graphs compute in."""
         super().__init__(plan, lane)
-        self._sides: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._buffers: dict[str, list[Tensor]] = {}
         for entry in plan.entries:
-            size, cached = (math.prod(plan.steady_shape(entry)),), entry.role.dtype(dtype)
-            buffers = [lane.tensor(size, cached, state=True) for _ in range(entry.role.buffers)]
-            for number, side in enumerate(self._sides):
-                side[entry.name] = buffers[number % len(buffers)]
+            cached = entry.role.dtype(dtype)
+            sizes = [(math.prod(shape),) for shape in plan.buffer_shapes(entry)]
+            self._buffers[entry.name] = [lane.tensor(size, cached, state=True) for size in sizes]
 
     @property
     def nbytes(self) -> int:
-        buffers = {id(b): b for side in self._sides for b in side.values()}
-        return sum(buffer.nbytes for buffer in buffers.values())
+        return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers)
 
     @property
     def key(self) -> tuple[int, int]:
-        """The phase, and which of the two buffers is read."""
+        """The phase, and which of two buffers is read. Of a role that chooses its buffer otherwise the phase
+        says which: it chooses by the clean passes so far while its length grows with each of them."""
         return self.phase, self.passes % 2
 
     def held(self) -> dict[str, Tensor]:
-        side = self._sides[self.passes % 2]
-        return {e.name: side[e.name].first(self.plan.entry_shape(e, self.passes)) for e in self.plan.entries}
+        return {
+            e.name: self._buffer(e, self.passes).first(self.plan.entry_shape(e, self.passes))
+            for e in self.plan.entries
+        }
 
     def outputs(self) -> dict[str, Tensor]:
         """Nothing that passes read is among it: any pass may write there."""
-        side = self._sides[1 - self.passes % 2]
-        shapes = {e.name: self.plan.next_shape(e, self.passes) for e in self.plan.entries}
-        return {next_name(name): side[name].first(shape) for name, shape in shapes.items()}
+        return {
+            next_name(e.name): self._buffer(e, self.passes + 1).first(self.plan.next_shape(e, self.passes))
+            for e in self.plan.entries
+        }
+
+    def _buffer(self, entry: CacheEntry, passes: int) -> Tensor:
+        """What is read after so many clean passes."""
+        return self._buffers[entry.name][entry.role.buffer_read(self.plan, entry.group, passes)]

@@ -16,6 +16,7 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.policies import ALL, Policy
 from forcingkv.runtime.kv.roles import Choice, Retained, Role, Rows
+from forcingkv.runtime.kv.window import window_frames
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 PARTS = ("keys", "values")
@@ -62,6 +63,11 @@ def rows_name(group: HeadGroup, role: Role) -> str:
     return f"{role.name}_rows.{group.label}"
 
 
+def held_name(group: HeadGroup, role: Role) -> str:
+    """Name of the input that says which of its own cached tokens a role keeps (`Role.held_rows`)."""
+    return f"{role.name}_held.{group.label}"
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of chunks in which every cached length is the same."""
@@ -91,6 +97,17 @@ class CachePlan:
     @property
     def chunk_tokens(self) -> int:
         return self.frame_tokens * self.spec.frames_per_chunk
+
+    @property
+    def relative(self) -> bool:
+        """Whether positions are relative to the window (`runtime.kv.window`): the policy's word, or else the
+        model's."""
+        return (self.policy.positions or self.spec.positions) == "relative"
+
+    @cached_property
+    def window_frames(self) -> int:
+        """Frames of the widest window of all head groups, those of the chunk among them."""
+        return window_frames(self)
 
     @cached_property
     def choice(self) -> Choice | None:
@@ -139,12 +156,16 @@ class CachePlan:
         )
 
     def rows(self, chunk: int) -> dict[str, Rows]:
-        """Inputs of the step graph (`rows_name`) -> the tokens of the chunk that are taken; equal in a phase.
+        """Inputs of the step graph -> the tokens that are taken of the chunk (`rows_name`), and of what is
+        held (`held_name`) where a role is told; equal in a phase.
 
         For the sink: all tokens of its frames in the first chunk, none in the others. So the output that
         makes the sink is empty once it is made, and nothing copies it, though every pass makes all outputs.
+        A sink that is collected over several chunks keeps what it holds until it is full.
         """
-        return {name: role.rows(self, group, chunk) for name, (group, role) in self._takers.items()}
+        taken = {name: role.rows(self, group, chunk) for name, (group, role) in self._takers.items()}
+        held = {held_name(*of): of[1].held_rows(self, of[0], chunk) for of in self._takers.values()}
+        return taken | {name: rows for name, rows in held.items() if rows is not None}
 
     @cached_property
     def _takers(self) -> dict[str, tuple[HeadGroup, Role]]:
@@ -169,9 +190,9 @@ class CachePlan:
         """Shape of the output that replaces a cached tensor, as a pass of that chunk gives it."""
         return self._shape(entry, entry.role.next_tokens(self, entry.group, chunk))
 
-    def steady_shape(self, entry: CacheEntry) -> tuple[int, int, int, int]:
-        """The largest shape of a cached tensor, which it has in the last phase."""
-        return self._shape(entry, entry.role.steady_tokens(self, entry.group))
+    def buffer_shapes(self, entry: CacheEntry) -> list[tuple[int, int, int, int]]:
+        """The largest shape of a cached tensor in each of its buffers."""
+        return [self._shape(entry, tokens) for tokens in entry.role.buffer_tokens(self, entry.group)]
 
     def _shape(self, entry: CacheEntry, tokens: int) -> tuple[int, int, int, int]:
         return 1, entry.group.heads, tokens, self.spec.head_dim
@@ -224,7 +245,7 @@ class CachePlan:
 
     def buffer_bytes_by_role(self, dtype: Dtype) -> dict[str, int]:
         """Bytes of a session's buffers for cached keys and values, by role."""
-        return self._bytes_by_role(lambda group, role: role.buffers * role.steady_tokens(self, group), dtype)
+        return self._bytes_by_role(lambda group, role: sum(role.buffer_tokens(self, group)), dtype)
 
     def joined_bytes_by_role(self, compute: Dtype) -> dict[str, int]:
         """Bytes of a session's memory for keys and values on torch, by role; the chunk's own is `current`.

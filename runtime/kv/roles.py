@@ -65,11 +65,14 @@ class Role(Tagged, ABC):
     KINDS: ClassVar[dict[str, type[Role]]] = {}
 
     buffers: ClassVar[int] = 2
-    """2: read and written in turn. 1: no pass that reads it writes it."""
+    """2: read and written in turn. 1: no pass that reads it writes it. See `buffer_tokens`."""
     takes_rows: ClassVar[bool] = False
     """Whether the step graph has an input that says which tokens of the chunk it takes (see `rows`)."""
     chooses: ClassVar[bool] = False
     """Whether it keeps what a `Choice` says."""
+    moves: ClassVar[bool] = True
+    """Whether its keys move with the window, where positions are relative to it. False: they are those of the
+    video's first frames for ever."""
     read_as_cached: ClassVar[bool] = True
     """False: its torch half has a `read` of its own, which makes what is attended to of what is cached."""
 
@@ -93,9 +96,27 @@ class Role(Tagged, ABC):
         """The chunk's tokens that it takes, for graphs that are told (`takes_rows`); equal within a phase."""
         return np.arange(0, dtype=np.int32)
 
+    def held_rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows | None:
+        """Of its own cached tokens those that stay, for graphs that are told; None: they are not told."""
+        return None
+
+    def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
+        """Tokens that each buffer of a session has room for."""
+        return (self.steady_tokens(plan, group),) * self.buffers
+
+    def buffer_read(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
+        """Which buffer is read after so many clean passes: the one that the last of them wrote."""
+        return passes % self.buffers
+
     def opening_frames(self, spec: ModelSpec) -> int:
         """Frames at the video's start that it keeps for ever, and that no other role of the group holds."""
         return 0
+
+    def reach(self, plan: CachePlan, group: HeadGroup) -> int:
+        """How many frames before a chunk the oldest frame lies that its tokens are of, once it is at rest."""
+        chunk = plan.phases[-1].first_chunk
+        spans = self.spans(plan, group, chunk, None)
+        return max((chunk * plan.spec.frames_per_chunk - span.frame for span in spans), default=0)
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         """(chunks at the video's start, newest chunks) whose clean passes make its tokens anew."""
@@ -144,12 +165,18 @@ class WholeFrames(Role):
 class Sink(WholeFrames):
     """The video's first frames, kept for ever: heads lean on them (StreamingLLM's attention sink).
 
-    `frames` None: as many as the model was made for (`ModelSpec.sink_frames`).
+    `frames` None: as many as the model was made for (`ModelSpec.sink_frames`). A sink longer than a chunk is
+    collected over the first chunks; of the one that fills it the sink takes the first frames.
     """
 
     name: ClassVar[str] = "sink"
     buffers: ClassVar[int] = 1  # the first clean pass writes it and reads none of it; no later one writes it
     takes_rows: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
+
+    def filled_by(self, spec: ModelSpec) -> int:
+        """The first chunks that it is collected over."""
+        return -(-self.opening_frames(spec) // spec.frames_per_chunk)
 
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         return plan.frame_tokens * min(self._count, chunk * plan.spec.frames_per_chunk)
@@ -158,29 +185,42 @@ class Sink(WholeFrames):
         return whole_frames(plan, 0, self.tokens(plan, group, chunk))
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
-        # A graph computes all its outputs in every pass: after the first chunk this one is empty.
-        return 0 if chunk else self.tokens(plan, group, 1)
+        # A graph computes all its outputs in every pass: once the sink is full this one is empty.
+        return self.tokens(plan, group, chunk + 1) if chunk < self.filled_by(plan.spec) else 0
 
     def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
-        return np.arange(0 if chunk else self.steady_tokens(plan, group), dtype=np.int32)
+        taken = self.tokens(plan, group, chunk + 1) - self.tokens(plan, group, chunk)
+        return np.arange(taken, dtype=np.int32)
+
+    def held_rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows | None:
+        filled_by = self.filled_by(plan.spec)
+        if filled_by <= 1:
+            return None
+        return np.arange(self.tokens(plan, group, chunk) if chunk < filled_by else 0, dtype=np.int32)
+
+    def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
+        # While it is collected, a second one has what all chunks but the last gave: keys of a head lie side
+        # by side, so nothing can be put behind them in place.
+        whole, before = self.steady_tokens(plan, group), (self.filled_by(plan.spec) - 1) * plan.chunk_tokens
+        return (whole, before) if before > 0 else (whole,)
+
+    def buffer_read(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
+        filled_by = self.filled_by(plan.spec)
+        return (filled_by - min(passes, filled_by)) % len(self.buffer_tokens(plan, group))
 
     def opening_frames(self, spec: ModelSpec) -> int:
         return spec.sink_frames if self.frames is None else self.frames
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
-        return 1, 0
+        return self.filled_by(spec), 0
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         frames = self.opening_frames(spec)
         return replace(self, frames=frames) if frames else None
 
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
-        if self.frames is not None and not 0 <= self.frames <= spec.frames_per_chunk:
-            raise InputError(
-                f"the sink has {self.frames} frames",
-                where=where,
-                expected=f"0 to {spec.frames_per_chunk}, the frames of the first chunk",
-            )
+        if self.opening_frames(spec) > spec.attended_frames - spec.frames_per_chunk:
+            raise _too_long(spec, self.opening_frames(spec), where)
 
 
 @dataclass(frozen=True)
@@ -215,10 +255,7 @@ class Recent(WholeFrames):
 
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
         if self.frames_of(spec, roles) < 0:
-            opening = sum(role.opening_frames(spec) for role in roles)
-            what = f"the model attends to {spec.attended_frames} frames"
-            expected = f"at least {spec.frames_per_chunk + opening}, those of the chunk and the sink"
-            raise InputError(what, where=where, expected=expected)
+            raise _too_long(spec, sum(role.opening_frames(spec) for role in roles), where)
 
 
 Choose = Literal["least-similar", "uniform", "random"]
@@ -290,6 +327,9 @@ class Retained(Role):
         places = [divmod(index, self.segments) for index in chosen]
         return [Span(oldest + frame, split.kept_tokens, split.start(place)) for frame, place in places]
 
+    def reach(self, plan: CachePlan, group: HeadGroup) -> int:
+        return plan.spec.frames_per_chunk + 1  # the chunk before, and the transition frame that it had
+
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         # In the graph in every phase; the session takes it when it is due.
         return self.steady_tokens(plan, group)
@@ -326,3 +366,10 @@ Role.KINDS.update({kind.name: kind for kind in (Sink, Retained, Recent)})
 def whole_frames(plan: CachePlan, first: int, tokens: int) -> list[Span]:
     """Spans of whole frames, one after the other from the frame `first` on."""
     return [Span(first + n, plan.frame_tokens) for n in range(math.ceil(tokens / plan.frame_tokens))]
+
+
+def _too_long(spec: ModelSpec, opening: int, where: str) -> InputError:
+    """What is wrong with a sink of so many frames."""
+    what = f"the model attends to {spec.attended_frames} frames"
+    needed = spec.frames_per_chunk + opening
+    return InputError(what, where=where, expected=f"at least {needed}, those of the chunk and the sink")

@@ -18,6 +18,7 @@ import pytest
 from forcingkv.analyze import Job, Labelling, analyze_heads, analyze_statistics, record_samples
 from forcingkv.analyze.recording import METADATA_KEY, Recording
 from forcingkv.analyze.scores import observe
+from forcingkv.analyze.scoring import Scoring
 from forcingkv.analyze.storage import Storage, read_statistics
 from forcingkv.headmaps import HeadMap, InputError
 from forcingkv.models.checkpoint import Weights, random_weights
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("white_pictures")
 SPEC = small_spec()
 TEXTS = [encode_words(SPEC, prompt) for prompt in ("a b", "c d")]
 JOB = Job(SPEC, random_weights(SPEC), TEXTS, seed=5, chunks=4)
+EVERY = Scoring().of(SPEC, 4, "denoise")
 FILES = ("headmap.json", "report.html", "stability.json")
 
 
@@ -75,12 +77,12 @@ def test_scores_follow_the_definition(recorded: Path) -> None:
     statistics = read_statistics(recorded / "stats")
     rows = statistics.rows.collect()
     for sink_frames in (0, 1, 3):
-        observed = observe(statistics, sink_frames)
+        observed = observe(statistics, Scoring(sink_frames))
         generator = np.random.default_rng(0)
         for _ in range(20):
             at = tuple(int(generator.integers(n)) for n in observed.scores.shape)
-            sample, chunk, step, layer, head = at
-            chunk += 2
+            sample, place, layer, head = at
+            chunk, step, _ = observed.scored.passes[place]
             seen = rows.filter(sample=sample, chunk=chunk, step=step, layer=layer, head=head)
             flat = seen.explode("key_frame", "mass")
             recent = flat.filter(pl.col("key_frame") > 3 * chunk + 2 - 4)["mass"].sum()
@@ -118,7 +120,7 @@ def test_an_interrupted_run_goes_on_and_counts_nothing_twice(recorded: Path, tmp
 
 def test_samples_can_be_added_but_not_taken_away(stats: Path) -> None:
     assert record_samples(JOB, stats, samples=4) == [3]
-    assert analyze_statistics(stats).headmap.statistics == JOB.recording.measured(4)
+    assert analyze_statistics(stats).headmap.statistics == EVERY.measured(JOB.recording, 4)
     with pytest.raises(InputError, match=r"holds sample 3, and 2 are asked for.*--samples 4"):
         record_samples(JOB, stats, samples=2)
     assert record_samples(JOB, stats, samples=2, restart=True) == [0, 1]

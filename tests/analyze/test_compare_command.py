@@ -15,6 +15,7 @@ from matplotlib import image
 
 from forcingkv.analyze.comparison import short_names
 from forcingkv.analyze.comparison_picture import comparison_picture
+from forcingkv.analyze.recipes import recipe_parts
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule, Statistics, read_headmap
 from tests.conftest import Ran
 
@@ -295,3 +296,54 @@ def test_refused(
 
 def test_help_has_an_example(run: Run) -> None:
     assert "Example: forcingkv analyze compare heads-a heads-b" in run("analyze", "compare", "--help").out
+
+
+def test_recipes_are_set_side_by_side(tmp_path: Path, run: Run) -> None:
+    """Labels may differ since recipes do. What a file does not say is unknown, never the same."""
+    measured = Statistics(8, 4, 4, 0, "full", passes="denoise", scored_chunks=(2, 3, 4, 5))
+    a = map_of("SSDD", statistics=measured, rule=Rule("threshold", alpha=0.8, sink_frames=1, recent_frames=4))
+    b = map_of(
+        "SSDS",
+        statistics=replace(measured, passes="all", scored_chunks=(4,), samples=1),
+        rule=Rule("threshold", alpha=0.8, sink_frames=3),
+    )
+    for name, headmap in (("a", a), ("b", b)):
+        headmap.write(tmp_path / f"{name}.json")
+    out = run("analyze", "compare", tmp_path / "a.json", tmp_path / "b.json").out
+    assert (
+        "recipes differ: sink frames left out 1 -> 3, passes denoise -> all, chunks 2 to 5 -> 4,"
+        " samples 8 -> 1\n"
+        "not known of both recipes: newest frames counted 4 -> unknown\n"
+    ) in out
+    found = json.loads(run("analyze", "compare", tmp_path / "a.json", tmp_path / "b.json", "--json").out)
+    parts = {part["name"]: (part["values"], part["same"]) for part in found["recipe"]}
+    assert parts["alpha"] == (["0.8", "0.8"], True)
+    assert parts["passes"] == (["denoise", "all"], False)
+    assert parts["newest frames counted"] == (["4", None], None)
+    assert "static heads a layer" not in parts, "neither says it"
+    assert "recipe" not in run("analyze", "compare", tmp_path / "a.json", tmp_path / "a.json").out
+
+
+def test_a_map_of_before_there_was_a_choice_is_of_denoising_passes(tmp_path: Path) -> None:
+    old = map_of("SD", statistics=MEASURED)
+    clean = map_of("SD", statistics=replace(MEASURED, passes="clean", steps=0))
+    parts = {part.name: part.same for part in recipe_parts(old, clean)}
+    assert (parts["passes"], parts["denoising steps"], parts["samples"]) == (False, False, True)
+
+
+def test_what_a_released_map_says_of_itself_is_quoted_and_not_read(
+    data: Path, tmp_path: Path, run: Run
+) -> None:
+    """Its description is words: nothing is taken from it, and nothing is called the same."""
+    ours = map_of(" ".join(["SSDDSSDDSSDD"] * 30), statistics=MEASURED)
+    ours = replace(ours, rule=Rule("threshold", alpha=0.8, sink_frames=3, recent_frames=4))
+    ours.write(tmp_path / "ours.json")
+    ran = run(
+        "analyze", "compare", tmp_path / "ours.json", data / "headmaps" / "forcingkv_heads_longlive.json"
+    )
+    assert "recipes differ" not in ran.out
+    assert "rule threshold -> unknown, alpha 0.8 -> unknown, sink frames left out 3 -> unknown" in ran.out
+    assert "passes denoise -> unknown" in ran.out
+    assert "B says of itself: " in ran.out
+    assert "mass over key frames [3:]" in ran.out
+    assert "A says of itself" not in ran.out

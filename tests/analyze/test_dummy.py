@@ -11,6 +11,7 @@ import pytest
 from forcingkv.analyze.analysis import Labelling
 from forcingkv.analyze.labels import context_mass, label_dummies
 from forcingkv.analyze.run import Job, analyze_heads
+from forcingkv.analyze.scoring import Scoring
 from forcingkv.analyze.storage import read_statistics
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule, Statistics
 from forcingkv.models.checkpoint import random_weights
@@ -46,7 +47,8 @@ def test_heads_that_look_at_nothing_are_still_labelled(sink: float, neighbour: f
 
 def test_context_mass_is_a_mean_over_scored_passes() -> None:
     rows = drawn_rows(frames=3)
-    mass = context_mass(recorded(rows, 2, frames_per_chunk=3))
+    found = recorded(rows, 2, frames_per_chunk=3)
+    mass = context_mass(found, Scoring().of(found.recording.spec, 5, "denoise"))
     assert mass.shape == (2, 1, 2)
     for head in range(2):
         seen: list[Any] = [row for row in rows if row["head"] == head and row["chunk"] in (2, 3, 4)]
@@ -67,7 +69,8 @@ def test_an_analysis_can_label_for_dummy_forcing(tmp_path: Path) -> None:
     assert plan.kv_bytes() < build_plan(spec, spec.geometry(), load_policy("window")).kv_bytes()
 
     statistics = read_statistics(folder / "stats")
-    mass = context_mass(statistics)
+    scored = Scoring().of(spec, 4, "denoise")
+    mass = context_mass(statistics, scored)
     rows = statistics.rows.collect().explode("key_frame", "mass")
     passes = 2 * 2 * len(spec.schedule.later) * spec.frames_per_chunk
     for layer, head in np.ndindex(spec.layers, spec.heads):
@@ -79,5 +82,5 @@ def test_an_analysis_can_label_for_dummy_forcing(tmp_path: Path) -> None:
         mass,
         np.array(headmap.scores),
         statistics.recording.model,
-        statistics.recording.measured(2),
+        scored.measured(statistics.recording, 2),
     )

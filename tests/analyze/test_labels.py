@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
 from forcingkv.analyze.labels import RULES, Decision, decide, least_static, policy_of
-from forcingkv.analyze.recording import SCHEMA, Recording
+from forcingkv.analyze.recording import SCHEMA, Pass, Recording
 from forcingkv.analyze.scores import FLOOR, Observations, observe
+from forcingkv.analyze.scoring import Scored, Scoring
 from forcingkv.analyze.storage import Recorded
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.schedule import CLEAN_PASS
 from tests.conftest import small_spec
 
 Array = npt.NDArray[np.float64]
@@ -29,7 +31,19 @@ MEANS = [[0.9, 0.85, 0.2, 0.3], [0.95, 0.4, 0.5, 0.8]]
 
 def observed(features: Array | list[Any], sink_frames: int = 1) -> Observations:
     """One observation of each head, from mean features (layers, heads, 3)."""
-    return Observations(np.array(features, float)[None, None, None], (0,), (2,), sink_frames)
+    return grid(np.array(features, float)[None, None, None], sink_frames)
+
+
+def grid(values: Array, sink_frames: int = 1, clean: bool = False) -> Observations:
+    """Observations of chunks from 2 on that all have as many denoising steps, from features (samples, chunks,
+    steps, layers, heads, 3). With `clean` the last step is the clean pass."""
+    samples, chunks, steps = values.shape[:3]
+    passes = [
+        Pass(2 + at, CLEAN_PASS if clean and step == steps - 1 else step, 1000.0 - step)
+        for at, step in np.ndindex(chunks, steps)
+    ]
+    scored = Scored(tuple(passes), sink_frames, 4)
+    return Observations(values.reshape(samples, -1, *values.shape[3:]), tuple(range(samples)), scored)
 
 
 def features_of(current: Array, transition: Array) -> Array:
@@ -102,17 +116,25 @@ def drawn_rows(samples: int = 2, frames: int = 1, seed: int = 0) -> list[dict[st
 @pytest.mark.parametrize("sink_frames", [0, 1, 2])
 def test_scores_follow_the_definition(frames: int, sink_frames: int) -> None:
     """docs/method.md, "Head profile": the newest frame of the previous chunk and the current chunk, over all
-    but the sink; the mean over query frames is taken before the ratio."""
+    but the sink; the mean over query frames is taken before the ratio. Without history there is no score."""
     rows = drawn_rows(frames=frames)
-    found = observe(recorded(rows, 2, frames_per_chunk=frames), sink_frames)
-    assert found.values.shape == (2, 3, 2, 1, 2, 3)
-    assert (found.samples, found.chunks, found.sink_frames) == ((0, 1), (2, 3, 4), sink_frames)
-    for index in np.ndindex(2, 3, 2, 1, 2):
-        sample, chunk, step, layer, head = index
-        at = {"sample": sample, "chunk": chunk + 2, "step": step, "layer": layer, "head": head}
+    found = observe(recorded(rows, 2, frames_per_chunk=frames), Scoring(sink_frames))
+    chunks = tuple(chunk for chunk in (2, 3, 4) if chunk * frames - 1 > sink_frames)
+    assert len(chunks) == (3 if frames == 3 else 3 - sink_frames)
+    assert found.values.shape == (2, 2 * len(chunks), 1, 2, 3)
+    assert found.samples == (0, 1)
+    assert found.scored.chunks == chunks
+    assert (found.scored.sink_frames, found.scored.recent_frames) == (sink_frames, frames + 1)
+    assert [(made.chunk, made.step) for made in found.scored.passes] == [
+        (c, s) for c in chunks for s in (0, 1)
+    ]
+    for index in np.ndindex(2, 2 * len(chunks), 1, 2):
+        sample, place, layer, head = index
+        chunk, step = chunks[place // 2], place % 2
+        at = {"sample": sample, "chunk": chunk, "step": step, "layer": layer, "head": head}
         seen = [row for row in rows if all(row[name] == value for name, value in at.items())]
         mass = np.mean([row["mass"] for row in seen], 0)
-        first = (chunk + 2) * frames
+        first = chunk * frames
         kept = mass[sink_frames:].sum()
         current, transition = mass[first:].sum(), mass[first - 1] if first > sink_frames else 0.0
         history = kept - current - transition
@@ -141,11 +163,11 @@ def test_statistics_that_are_not_whole_are_refused() -> None:
         ([{**row, "mass": [np.nan] * 4} if row is scored else row for row in rows], "sums to nan"),
     ]:
         with pytest.raises(InputError, match=message) as raised:
-            observe(recorded(faulty, 2), 1)
+            observe(recorded(faulty, 2), Scoring(0))
         assert raised.value.where == "stats"
     twice = [dict(row, head=0) for row in rows]
     with pytest.raises(InputError, match="has a row twice"):
-        observe(recorded(twice, 2), 1)
+        observe(recorded(twice, 2), Scoring(0))
 
 
 # --- threshold and quota ----------------------------------------------------------------------------
@@ -156,7 +178,7 @@ def test_a_head_is_static_from_the_threshold_on() -> None:
     found = observed(of_scores([[0.8, below, above, 0.1]]), sink_frames=3)
     decision = decide(found, "threshold")
     assert labelled(decision, found) == ["sdsd"]
-    assert decision.rule == Rule("threshold", alpha=0.8, sink_frames=3)
+    assert decision.rule == Rule("threshold", alpha=0.8, sink_frames=3, recent_frames=4)
     np.testing.assert_allclose(decision.margin(found.mean()), [[0, 0, 0, -0.7]], atol=1e-12)
     other = decide(found, "threshold", alpha=0.1)
     assert labelled(other, found) == ["ssss"]
@@ -171,7 +193,8 @@ def test_a_quota_makes_the_highest_scores_of_each_layer_static(quota: int | None
     found = observed(of_scores(MEANS))
     decision = decide(found, "quota", static_per_layer=quota)
     assert " ".join(labelled(decision, found)) == QUOTAS[quota]
-    assert decision.rule == Rule("quota", static_per_layer=2 if quota is None else quota, sink_frames=1)
+    share = 2 if quota is None else quota
+    assert decision.rule == Rule("quota", static_per_layer=share, sink_frames=1, recent_frames=4)
     assert np.isfinite(decision.margin(found.mean())).all()
 
 

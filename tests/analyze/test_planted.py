@@ -14,8 +14,11 @@ import torch
 from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples
 from forcingkv.analyze.labels import RULES as KINDS
 from forcingkv.analyze.labels import plan_for
-from forcingkv.analyze.scores import observe, variance_split
+from forcingkv.analyze.recording import Passes
+from forcingkv.analyze.scores import observe
+from forcingkv.analyze.scoring import Scoring
 from forcingkv.analyze.storage import read_statistics
+from forcingkv.analyze.variance import variance_split
 from forcingkv.headmaps.headmap import Budget
 from forcingkv.runtime.cost import chunk_flops
 from forcingkv.runtime.kv.plan import build_plan
@@ -40,13 +43,15 @@ PLANTED = np.array(SWITCHING)
 SEED, SAMPLES = 2, 4
 
 
-def record(place: Path, model: list[list[str]], samples: int, content: float = 0.2) -> Path:
+def record(
+    place: Path, model: list[list[str]], samples: int, content: float = 0.2, passes: Passes = "denoise"
+) -> Path:
     spec, weights = planted(model, SEED, content)
     texts = [encode_words(spec, prompt) for prompt in ("a b", "c d e", "e a", "b")]
     threads = torch.get_num_threads()
     try:
         # So small a model is much faster on one thread, above all on a busy machine.
-        job = Job(spec, weights, texts, seed=5, chunks=CHUNKS, threads=1)
+        job = Job(spec, weights, texts, seed=5, chunks=CHUNKS, threads=1, passes=passes)
         record_samples(job, place, samples=samples)
     finally:
         torch.set_num_threads(threads)
@@ -168,11 +173,15 @@ def test_rules_that_fix_a_number_keep_undecided_heads(
 def test_recorded_mass_and_scores_agree_with_the_closed_form(tmp_path: Path) -> None:
     """Without content attention is exp(logit) / sum, by frames; `logits` knows nothing of model or RoPE.
 
+    The clean pass is given the last step's signs (`planted`), and has the number -1.
+
     A logit is at most 8, and a rounding of float32 at most 2^-24 of it; it sees a handful (shift, norm,
     rotation, product), 8 are allowed. A share of the attention moves by no more than its logits do.
     """
-    recorded = read_statistics(record(tmp_path / "stats", SWITCHING, samples=1, content=0))
-    scores = observe(recorded, sink_frames=1).scores[0]
+    place = record(tmp_path / "stats", SWITCHING, samples=1, content=0, passes="all")
+    recorded = read_statistics(place)
+    observed = observe(recorded, Scoring())
+    places = {(made.chunk, made.step): place for place, made in enumerate(observed.scored.passes)}
     mass = recorded.rows.collect()
     tolerance = 8 * amplitude(0) * 2**-24
     for (chunk, step, layer, head), rows in mass.group_by("chunk", "step", "layer", "head"):
@@ -186,7 +195,7 @@ def test_recorded_mass_and_scores_agree_with_the_closed_form(tmp_path: Path) -> 
         np.testing.assert_allclose(np.stack(ordered["mass"].to_list()), expected, atol=tolerance, rtol=0)
         if chunk >= recorded.recording.first_chunk:
             score = expected[:, -4:].sum() / expected[:, 1:].sum()
-            found = scores[chunk - recorded.recording.first_chunk, step, layer, head]
+            found = observed.scores[0, places[chunk, step], layer, head]
             # Both sums of three rows are off by that much at most, and the lower may be small.
             assert abs(found - score) < 2 * 3 * tolerance / expected[:, 1:].sum()
 
@@ -195,7 +204,7 @@ def test_variance_that_heads_owe_to_the_step_is_that_of_switching_heads(
     analyzed: Callable[[Labelling], Analysis], tmp_path: Path
 ) -> None:
     """Compared with heads whose scores are 1 or 0: shares of a two-way table without residue."""
-    steady = observe(read_statistics(record(tmp_path / "stats", STEADY, samples=2)), sink_frames=1)
+    steady = observe(read_statistics(record(tmp_path / "stats", STEADY, samples=2)), Scoring())
     found = []
     for model, observations in (
         (SWITCHING, analyzed(RULES["threshold"]).observations),

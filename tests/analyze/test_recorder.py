@@ -22,6 +22,7 @@ from forcingkv.models.kv import Cache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.schedule import CLEAN_PASS
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, random_model, small_spec
 
@@ -78,13 +79,15 @@ class Spy:
 @pytest.mark.parametrize("policy", ["full", "window", "forcing-kv", "dummy-forcing"])
 def test_what_is_recorded_is_what_attention_did(policy: str) -> None:
     model, plan, orders = prepared(policy)
-    rows = record_sample(model, plan, TEXT, 3, 5, CHUNKS, orders=orders)
+    rows = record_sample(model, plan, TEXT, 3, 5, CHUNKS, orders=orders, passes="all")
     spy = Spy(plan)
     made = list(generate(model, plan, TEXT, seeded_noise(plan, 3), CHUNKS, spy.watch))
     assert rows.schema == COLUMNS
     assert set(rows["sample"]) == {5}
     assert rows.select(KEY).is_unique().all()
-    passes = CHUNKS * len(SPEC.schedule.later)
+    passes = CHUNKS * (len(SPEC.schedule.later) + 1)
+    assert len(spy.seen) == passes * SPEC.layers, "the clean pass too"
+    assert set(rows["step"]) == {*range(len(SPEC.schedule.later)), CLEAN_PASS}
     assert len(rows) == passes * SPEC.layers * SPEC.heads * SPEC.frames_per_chunk
 
     indexed = {tuple(row[name] for name in KEY): row for row in rows.iter_rows(named=True)}

@@ -12,20 +12,18 @@ from hypothesis import strategies as st
 
 from forcingkv.analyze.analysis import Undecided, headmap_of, undecided_choice, verdict
 from forcingkv.analyze.labels import decide
-from forcingkv.analyze.scores import Observations
 from forcingkv.analyze.stability import REASONS, Interval, Stability, judge_stability, samples_needed
 from forcingkv.headmaps import InputError, ModelIdentity, Rule, Statistics
-from tests.analyze.test_labels import of_scores
+from tests.analyze.test_labels import grid, of_scores
 
 Array = npt.NDArray[np.float64]
 
 CUT = 0.5
 
 
-def judged(scores: Array) -> Stability:
+def judged(scores: Array, clean: bool = False) -> Stability:
     """The rule `threshold` at 0.5, of scores (samples, chunks, steps, layers, heads)."""
-    samples, chunks = scores.shape[:2]
-    found = Observations(of_scores(scores), tuple(range(samples)), tuple(range(2, 2 + chunks)), 1)
+    found = grid(of_scores(scores), clean=clean)
     return judge_stability(found, decide(found, "threshold", alpha=CUT))
 
 
@@ -114,8 +112,9 @@ def test_kept_shares_are_counts() -> None:
 
 
 def distances(reason: str | None) -> Array:
-    """Distances from the cut (20 samples, 4 chunks, 4 steps) that are doubtful for that reason alone."""
-    distance = np.full((20, 4, 4), 0.1)
+    """Distances from the cut (20 samples, 4 chunks, 4 steps and a clean pass), doubtful for that reason
+    alone."""
+    distance = np.full((20, 4, 5), 0.1)
     if reason == "interval":
         # One sample in twenty is allowed to differ, but this one nearly outweighs all others.
         distance[:] = 0.001
@@ -124,6 +123,8 @@ def distances(reason: str | None) -> Array:
         distance[3:5] = -0.1
     elif reason == "steps":
         distance[:, :, 1] = -0.1
+    elif reason == "clean pass":
+        distance[:, :, 4] = -0.1
     elif reason == "chunks":
         distance[:, 3] = -0.1
     return distance
@@ -132,8 +133,8 @@ def distances(reason: str | None) -> Array:
 @pytest.mark.parametrize("side", [1, -1])
 @pytest.mark.parametrize("reason", [None, *REASONS])
 def test_a_head_is_undecided_for_each_reason_by_itself(reason: str | None, side: int) -> None:
-    firm = CUT + 0.1 * np.ones((20, 4, 4))
-    found = judged(np.stack([CUT + side * distances(reason), firm], -1)[:, :, :, None])
+    firm = CUT + 0.1 * np.ones((20, 4, 5))
+    found = judged(np.stack([CUT + side * distances(reason), firm], -1)[:, :, :, None], clean=True)
     assert found.static[0].tolist() == [side == 1, True]
     assert set(found.reasons) == set(REASONS)
     assert {name for name, heads in found.reasons.items() if heads[0, 0]} == ({reason} if reason else set())
@@ -186,7 +187,7 @@ def test_one_sample_says_nothing_of_others() -> None:
 def test_every_rule_can_be_judged(rule: str) -> None:
     static = np.array([[True, False, False], [False, True, True]])
     scatter = np.random.default_rng(6).uniform(-0.05, 0.05, (6, 2, 2, 2, 3))
-    found = Observations(of_scores(np.where(static, 0.9, 0.3) + scatter), tuple(range(6)), (2, 3), 1)
+    found = grid(of_scores(np.where(static, 0.9, 0.3) + scatter))
     decision = decide(found, rule, static_per_layer=1)  # type: ignore[arg-type]
     stability = judge_stability(found, decision)
     if rule != "quota":
@@ -211,14 +212,14 @@ def test_undecided_heads_are_dynamic_unless_the_rule_fixes_their_number() -> Non
 
 @pytest.mark.parametrize(("choice", "labels"), [("kept", "sds"), ("dynamic", "sdd")])
 def test_the_map_says_what_became_of_undecided_heads(choice: Undecided, labels: str) -> None:
-    scores = np.stack([0.1 + distances(None), -distances("chunks"), distances("steps")], -1)[:, :, :, None]
-    found = Observations(of_scores(CUT + scores), tuple(range(20)), (2, 3, 4, 5), 1)
+    scores = np.stack([0.1 + distances(None), -distances("chunks"), distances("steps")], -1)[:, :, :4, None]
+    found = grid(of_scores(CUT + scores))
     decision = decide(found, "threshold", alpha=CUT)
     measured, model = Statistics(20, 4, 4, 0, "full"), ModelIdentity("small", 1, 3)
     headmap = headmap_of(decision, judge_stability(found, decision), model, measured, choice)
     assert "".join(label[0] for label in headmap.labels[0]) == labels
     assert headmap.undecided == ((1, 2),)
-    assert headmap.rule == Rule("threshold", alpha=CUT, sink_frames=1, undecided=choice)
+    assert headmap.rule == Rule("threshold", alpha=CUT, sink_frames=1, recent_frames=4, undecided=choice)
     assert (headmap.model, headmap.statistics) == (model, measured)
     assert headmap.scores == ((0.7, 0.45, 0.55),)
     assert headmap.margins == ((0.2, -0.05, 0.05),)

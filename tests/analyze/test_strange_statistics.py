@@ -10,6 +10,7 @@ import pytest
 from forcingkv.analyze import Job, record_samples
 from forcingkv.analyze.recording import METADATA_KEY
 from forcingkv.analyze.scores import observe
+from forcingkv.analyze.scoring import Scoring
 from forcingkv.analyze.storage import read_statistics
 from forcingkv.headmaps import InputError
 from forcingkv.models.checkpoint import random_weights
@@ -48,6 +49,6 @@ def test_rows_of_what_there_is_not_are_refused(message: str, recorded: Path, tmp
     rows, metadata = pl.read_parquet(recorded), pl.read_parquet_metadata(recorded)
     changed = rows.with_columns(CHANGES[message].cast(rows.schema[CHANGES[message].meta.output_name()]))
     changed.write_parquet(tmp_path / recorded.name, metadata={METADATA_KEY: metadata[METADATA_KEY]})
-    assert observe(read_statistics(recorded.parent), 1).scores.size
+    assert observe(read_statistics(recorded.parent), Scoring()).scores.size
     with pytest.raises(InputError, match=message):
-        observe(read_statistics(tmp_path), 1)
+        observe(read_statistics(tmp_path), Scoring())

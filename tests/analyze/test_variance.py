@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forcingkv.analyze.scores import Observations, divergence, variance_split
+from forcingkv.analyze.scoring import Scoring
+from forcingkv.analyze.storage import Recorded
+from forcingkv.analyze.variance import Divergence, divergence, variance_split
 from forcingkv.runtime.spec import Schedule
-from tests.analyze.test_labels import of_scores, recorded
+from tests.analyze.test_labels import grid, of_scores, recorded
 
 Array = npt.NDArray[np.float64]
 
@@ -30,9 +32,7 @@ SOURCES = {
 
 
 def split(scores: Array) -> dict[str, float]:
-    samples, chunks = scores.shape[:2]
-    values = np.repeat(scores[..., None], 3, -1)
-    return variance_split(Observations(values, tuple(range(samples)), tuple(range(chunks)), 1))
+    return variance_split(grid(np.repeat(scores[..., None], 3, -1)))
 
 
 sizes = st.tuples(*(st.integers(1, 4) for _ in range(5)))
@@ -104,7 +104,7 @@ def test_shares_are_those_of_an_analysis_of_variance() -> None:
 
 def test_features_other_than_the_score_do_not_matter() -> None:
     scores = np.random.default_rng(2).uniform(0.1, 0.9, SHAPE)
-    other = variance_split(Observations(of_scores(scores), (0, 1, 2), (2, 3, 4, 5), 1))
+    other = variance_split(grid(of_scores(scores)))
     assert other == pytest.approx(split(scores))
 
 
@@ -128,11 +128,17 @@ def rows_of(features: Array, chunk: int = 4) -> list[dict[str, object]]:
     ]
 
 
+def divergence_of(found: Recorded) -> Divergence:
+    """Of all denoising passes after the split."""
+    recording = found.recording
+    return divergence(found, Scoring(0).of(recording.spec, recording.chunks, "denoise"))
+
+
 def apart(features: Array, others: list[dict[str, object]] | None = None) -> tuple[float, float]:
     steps = {1: (1000.0,), 2: (1000.0, 500.0)}[features.shape[2]]
     rows = [*(others or []), *rows_of(features)]
     order = np.random.default_rng(0).permutation(len(rows))
-    found = divergence(
+    found = divergence_of(
         recorded([rows[i] for i in order], features.shape[1], heads=len(features), schedule=Schedule(steps))
     )
     return found.intra, found.inter
@@ -184,5 +190,5 @@ def test_heads_may_see_different_numbers_of_frames() -> None:
         if row["head"] == 1:
             for name in ("key_frame", "mass"):
                 row[name] = [row[name][frame] for frame in (0, 3, 4)]  # type: ignore[index]
-    short = divergence(recorded(rows, 2, heads=3))
+    short = divergence_of(recorded(rows, 2, heads=3))
     assert (short.intra, short.inter) == pytest.approx(apart(features))

@@ -150,7 +150,10 @@ def test_keys_of_a_layer_do_not_wait_for_the_others() -> None:
     assert needs[1] == pytest.approx(needs[0], rel=0.05), "keys and values of a layer are a tenth"
 
 
-@pytest.mark.parametrize(("dtype", "policy", "layers"), [("float32", "forcing-kv", 2), ("int8", "window", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "policy", "layers"),
+    [("float32", "forcing-kv", 2), pytest.param("int8", "window", 1, marks=pytest.mark.long)],
+)
 def test_a_pass_takes_what_is_said(dtype: str, policy: str, layers: int) -> None:
     """Resident memory of a process that runs layers of 2,304 queries and a wide feed-forward."""
     spec = replace(

@@ -185,6 +185,7 @@ def test_a_block_costs_at_most_a_third_of_the_layers_of_a_naive_one(
 
 @needs_rtx
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_layers_of_public_width_build_at_480p(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_parts, "build_engine", builds_the_step_alone)
     # A decoder is not what this is about: "pixels" that are as many as the latents of 832x480.

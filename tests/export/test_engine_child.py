@@ -74,27 +74,31 @@ def test_engines_allocate_nothing_while_they_run_and_keep_float32(monkeypatch: p
     assert not hasattr(tensorrt, "sm"), "it builds for the GPU that is there"
 
 
-def test_a_profile_has_the_number_of_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_has_the_number_that_contexts_choose_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
     tensorrt = TensorRT(monkeypatch)
     config = tensorrt.create_builder_config()
 
-    def add(phase: int) -> None:
-        engine_child.add_profile(tensorrt, config, phase, {"keys": [1, 7]})  # type: ignore[arg-type]
+    def add(number: int, least: int = 7) -> None:
+        shapes = {"keys": [[1, least], [1, 6], [1, 7]]} if least < 7 else {"keys": [[1, 7]] * 3}
+        engine_child.add_profile(tensorrt, config, number, shapes)  # type: ignore[arg-type]
 
     tensorrt.places = [0, 1]
     add(0)
-    add(1)
     assert tensorrt.shapes == {"keys": ([1, 7],) * 3}
+    add(1, least=2)
+    assert tensorrt.shapes == {"keys": ([1, 2], [1, 6], [1, 7])}
     tensorrt.places = [-1]
-    with pytest.raises(RuntimeError, match="phase 2: TensorRT does not take its profile"):
+    with pytest.raises(RuntimeError, match="profile 2: TensorRT does not take it"):
         add(2)
     tensorrt.places = [1]
-    with pytest.raises(RuntimeError, match="phase 2: TensorRT makes it the profile 1"):
+    with pytest.raises(RuntimeError, match="profile 2: TensorRT gives it the number 1"):
         add(2)
     for refusal, words in ((ValueError("no such input"), ": no such input"), (False, "$")):
         tensorrt.refuses = refusal  # type: ignore[assignment]
-        with pytest.raises(RuntimeError, match=rf"phase 0: TensorRT does not take keys of \[1, 7\]{words}"):
+        with pytest.raises(RuntimeError, match=rf"profile 0: TensorRT does not take keys of \[1, 7\]{words}"):
             add(0)
+        with pytest.raises(RuntimeError, match=rf"take keys of \[1, 2\] to \[1, 7\]{words}"):
+            add(0, least=2)
 
 
 class Layer:

@@ -41,6 +41,7 @@ ASKED = {
     "1024x1024": (64, 64),
 }
 HEAVY = ("640x352", "512x512", "640x640", "1280x704")
+MARKS = {size: [pytest.mark.slow, *([pytest.mark.long] if size != HEAVY[0] else [])] for size in HEAVY}
 MADE = ("448x256", *HEAVY)
 """Of those the ones that are exported here."""
 
@@ -70,9 +71,7 @@ def largest_difference(
     return float(np.abs(last.latents - wanted.latents.numpy()).max())
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(size, marks=pytest.mark.slow if size in HEAVY else ()) for size in MADE]
-)
+@pytest.mark.parametrize("size", [pytest.param(size, marks=MARKS.get(size, ())) for size in MADE])
 def test_sizes_whose_tokens_six_does_not_divide_are_exported_and_generated(size: str, tmp_path: Path) -> None:
     rows, columns = ASKED[size]
     assert rows * columns % 6, "or nothing here is uneven"

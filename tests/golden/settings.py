@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.schedule import ChunkSteps, FirstCounts, Schedule
-from forcingkv.runtime.spec import Decoder, ModelSpec, TextEncoder
+from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, TextEncoder
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.rules import everything_seen, forcing_kv
 from tests.golden.said import Said
@@ -49,9 +49,7 @@ def case_of(file: GoldenFile, variant: str) -> Case:
     said = Said(own, file.spec.get("policy") or {}, file.spec)
     said.get("policy", None)
     frames, chunks = said.number("frames_per_chunk", least=1), said.number("chunks", least=1)
-    spec = replace(_model(file, said, frames), schedule=_schedule(said))
-    if not str(said.get("positions", "absolute")).startswith("absolute"):
-        raise GoldenError("positions relative to the window are not run yet")
+    spec = replace(_model(file, said, frames), schedule=_schedule(said), positions=_positions(said))
     if said.get("switch_at_chunk", None) is not None:
         raise GoldenError("switches are not run yet")
     start = said.get("start_frames", 0) and said.number("start_frames", least=1)
@@ -118,6 +116,16 @@ def _model(file: GoldenFile, said: Said, frames: int) -> ModelSpec:
         if said.get(name, value) != value:
             raise GoldenError(f"its {name} is {said.need(name)}, and the product makes it {value}")
     return spec
+
+
+def _positions(said: Said) -> Positions:
+    """A word, or a sentence that begins with it."""
+    words = str(said.get("positions", "absolute"))
+    for positions in get_args(Positions):
+        if words.startswith(positions):
+            found: Positions = positions
+            return found
+    raise GoldenError(f"its positions are {words!r}, which is not known")
 
 
 def _schedule(said: Said) -> Schedule:

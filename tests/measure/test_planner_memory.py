@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.headmap import ModelIdentity, Rule
 from forcingkv.measure.nominal import plan_for
+from forcingkv.measure.planner.decoding import decoder_costs
 from forcingkv.measure.planner.gpus import gpu_names, load_gpu
 from forcingkv.measure.planner.session_memory import (
     RESERVE_BYTES,
-    decoder_costs,
     engine_activations,
     parameters,
     session_memory,

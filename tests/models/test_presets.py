@@ -14,11 +14,18 @@ from forcingkv.runtime.kv.policies import load_policy, policy_names
 from forcingkv.runtime.shipped import shipped_names
 
 PRESETS = ["causal-forcing", "krea-14b", "longlive", "raven", "raven-cmgrpo", "self-forcing"]
+FRAME_WISE = {
+    "causal-forcing-framewise": ("zhuhz22/Causal-Forcing", "framewise/causal_forcing.pt", 4),
+    "causal-forcing++-2step": ("zhuhz22/Causal-Forcing", "causal-forcing++/framewise-2step.pt", 2),
+    "causal-forcing++-1step": ("zhuhz22/Causal-Forcing", "causal-forcing++/framewise-1step.pt", 1),
+    "one-forcing": ("JiaqiFeng/OneForcing", "checkpoints/one_forcing.pt", 1),
+}
+"""Chunks of one frame: repository and file of the weights, and denoising passes of every later chunk."""
 GEOMETRIES = {"480p": (60, 104, 1560), "720p": (90, 160, 3600), "1080p": (136, 240, 8160)}
 
 
 def test_the_presets_are_there() -> None:
-    assert shipped_names("forcingkv.models.presets") == sorted([*PRESETS, "demo"])
+    assert shipped_names("forcingkv.models.presets") == sorted([*PRESETS, *FRAME_WISE, "demo"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -69,6 +76,63 @@ def test_where_the_weights_are(preset: str) -> None:
         assert source.key == KEYS[preset]
 
 
+@pytest.mark.parametrize("preset", FRAME_WISE)
+def test_frame_wise_presets(preset: str) -> None:
+    """Self Forcing's sizes, a chunk a frame, and four steps for the first one."""
+    spec, base, (hub, file, later) = load_spec(preset), load_spec("self-forcing"), FRAME_WISE[preset]
+    differing = {"name", "frames_per_chunk", "ar_start", "schedule", "source"}
+    assert {f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(base, f.name)} <= (
+        differing
+    )
+    assert (spec.frames_per_chunk, spec.attended_frames, spec.sink_frames, spec.ar_start) == (1, 21, 0, 3)
+    assert (spec.frames_of(1), spec.frames_of(2), spec.frames_of(21), spec.chunks_for(5)) == (1, 5, 81, 21)
+    four = base.schedule.of_chunk(0)
+    assert four.timesteps == pytest.approx((1000, 937.5, 833.333, 625), abs=1e-3)
+    assert spec.schedule.of_chunk(0) == four
+    wanted = {4: four.timesteps, 2: (four.timesteps[0], four.timesteps[2]), 1: (1000.0,)}[later]
+    assert {spec.schedule.of_chunk(chunk).timesteps for chunk in range(1, 30)} == {wanted}
+    # With a start image One-Forcing gives no frame four steps, the others the first that they generate.
+    given = wanted if preset == "one-forcing" else four.timesteps
+    assert spec.schedule.of_chunk(1, given=1).timesteps == given
+    source = spec.source
+    assert source is not None
+    assert (source.hub, source.file, source.key, source.lora) == (hub, file, "generator_ema", None)
+
+
+@pytest.mark.parametrize("preset", FRAME_WISE)
+def test_frames_each_head_of_a_frame_wise_model_sees(preset: str) -> None:
+    full = plan_of(preset, "480p", "full")
+    assert cached_frames(full, 5, "all", 30) == [min(chunk, 20) for chunk in range(30)]
+    window = plan_of(preset, "480p", "window")
+    assert cached_frames(window, 5, "all", 12) == [min(chunk, 9) for chunk in range(12)]
+    pruned = plan_of(preset, "480p", "forcing-kv")
+    assert cached_frames(pruned, 5, "static", 12) == [0, 1, *[2] * 10]
+    # Of each frame that leaves, the 2 of 6 segments that are least like the next one.
+    assert cached_frames(pruned, 5, "dynamic", 12) == [0, 1, *[2] * 3, *[2 + 2 / 6] * 7]
+    assert pruned.choice is not None
+    assert (pruned.choice.candidates, pruned.choice.kept) == (6, 2)
+
+
+def test_the_counts_of_lingbot_world_2(tmp_path: Path) -> None:
+    """A sink of 6 frames and chunks of 4, in a window of 18 that is no multiple of one."""
+    path = tmp_path / "lingbot.toml"
+    path.write_text(
+        'base = "self-forcing"\nname = "lingbot"\n'
+        "frames_per_chunk = 4\nattended_frames = 18\nsink_frames = 6\n"
+    )
+    spec = load_spec(str(path))
+    plan = build_plan(spec, spec.geometry("480p"), load_policy("full"))
+    assert cached_frames(plan, 5, "all") == [0, 4, 8, 12, 14, 14, 14, 14]
+    assert (spec.chunks_to_fill, spec.frames_of(1), spec.frames_of(2)) == (5, 13, 29)
+    for changes, message in [
+        ("sink_frames = 15", "sink_frames is 15; expected 0 to 14"),
+        ("attended_frames = 3", "attended_frames is 3; expected 4 or more"),
+    ]:
+        (tmp_path / "own.toml").write_text(f'base = "lingbot.toml"\nname = "own"\n{changes}\n')
+        with pytest.raises(InputError, match=message):
+            load_spec(str(tmp_path / "own.toml"))
+
+
 def plan_of(preset: str, resolution: str, policy: str) -> CachePlan:
     """With two thirds of the heads static, or a third of each class of Dummy Forcing."""
     spec, chosen = load_spec(preset), load_policy(policy)
@@ -79,10 +143,10 @@ def plan_of(preset: str, resolution: str, policy: str) -> CachePlan:
     return build_plan(spec, spec.geometry(resolution), chosen, headmap)
 
 
-def cached_frames(plan: CachePlan, layer: int, label: str) -> list[float]:
+def cached_frames(plan: CachePlan, layer: int, label: str, chunks: int = 8) -> list[float]:
     """Cached frames that the heads of a group see, chunk by chunk."""
     group = next(group for group in plan.layers[layer] if group.label == label)
-    return [sum(plan.tokens(group, r, c) for r in group.roles) / plan.frame_tokens for c in range(8)]
+    return [sum(plan.tokens(group, r, c) for r in group.roles) / plan.frame_tokens for c in range(chunks)]
 
 
 @pytest.mark.parametrize("resolution", GEOMETRIES)

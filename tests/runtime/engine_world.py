@@ -14,6 +14,7 @@ from forcingkv.runtime.backends import Lane, LaneOptions
 from forcingkv.runtime.backends.tensorrt import open_lane
 from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import EngineRecord
+from forcingkv.runtime.kv.profiles import profiles_of
 from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_engines import FakeTensorRT, Runner, runners_of, untold
 
@@ -55,6 +56,7 @@ class World:
 @cache
 def _opened(folder: Path) -> tuple[Bundle, dict[str, Runner]]:
     opened = Bundle.open(folder)
+    phases, starts = len(opened.plan.phases), tuple(one.phases.start for one in profiles_of(opened.plan))
     engines = tuple(
         EngineRecord(
             graph=graph,
@@ -65,7 +67,8 @@ def _opened(folder: Path) -> tuple[Bundle, dict[str, Runner]]:
             layers=9,
             plugin_layers=0,
             needs_plugin=False,
-            phases=1,
+            phases=phases if graph == "step" else 1,
+            profiles=starts if graph == "step" and len(starts) < phases else None,
             weight_bytes=1,
             activation_bytes=1,
             scratch_bytes=1,

@@ -27,6 +27,7 @@ from forcingkv.runtime import devices, preflight
 from forcingkv.runtime.backends import tensorrt_contexts, tensorrt_engines
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, GraphRecord
 from forcingkv.runtime.flavour import Told
+from forcingkv.runtime.kv.profiles import profiles_of
 from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_streams import Misuse, Owned
 
@@ -42,6 +43,7 @@ class Runner:
 
     Attributes:
         phases: for each phase the shape of every input and output.
+        profiles: for each profile that the engine was built with the least and the most shape of inputs.
         sizes: the same in bytes.
         inputs: the names of the inputs.
         varied: those whose shape is not the same in all phases.
@@ -60,6 +62,9 @@ class Runner:
         static = {n: t.shape for n, t in record.inputs.items() if all(type(d) is int for d in t.shape)}
         varied = [plan.phase_shapes(phase) for phase in plan.phases] if graph == "step" else [{}]
         self.varied = set(varied[0])
+        self.profiles: list[dict[str, tuple[Shape, Shape]]] = [{}]
+        if graph == "step":
+            self.profiles = [{n: (s[0], s[2]) for n, s in one.shapes.items()} for one in profiles_of(plan)]
         self.phases = [self._all_shapes({**static, **shapes}) for shapes in varied]
         self.sizes = [
             {name: math.prod(shape) * self.dtypes[name].itemsize for name, shape in shapes.items()}
@@ -70,6 +75,20 @@ class Runner:
         names = [output.name for output in self._session.get_outputs()]
         feeds = self._told | {name: np.zeros(shape, self.dtypes[name]) for name, shape in shapes.items()}
         return shapes | {n: a.shape for n, a in zip(names, self._session.run(names, feeds), strict=True)}
+
+    def takes(self, profile: int, name: str, shape: Shape) -> bool:
+        """Whether an input may have that shape in a profile."""
+        least, most = self.profiles[profile][name]
+        sizes = zip(least, shape, most, strict=True)
+        return len(least) == len(shape) and all(low <= size <= high for low, size, high in sizes)
+
+    def phase_of(self, shapes: Mapping[str, Shape]) -> int:
+        """The phase in which the inputs that vary have those shapes."""
+        given = {name: shapes.get(name) for name in self.varied}
+        for number, phase in enumerate(self.phases):
+            if given == {name: phase[name] for name in self.varied}:
+                return number
+        raise Misuse(f"the inputs have these shapes in no phase: {given}")
 
     def run(self, phase: int, addresses: Mapping[str, int]) -> None:
         """Compute all outputs."""
@@ -104,6 +123,7 @@ class FakeTensorRT:
         says: what it reports then.
         refusable: how many such calls there were.
         executed: (graph, phase, stream, addresses) of every execution that was put into a stream.
+        profiles: graph and phase of each -> the profile that it ran in.
         compiles: whether it is the RTX flavour, which compiles where it runs: that has caches of it, and says
             whether a stream can be captured.
         capturable: what it says then.
@@ -121,6 +141,7 @@ class FakeTensorRT:
     says: str = "as the test wants it"
     refusable: int = 0
     executed: list[tuple[str, int, int, dict[str, int]]] = field(default_factory=list)
+    profiles: dict[tuple[str, int], int] = field(default_factory=dict)
     users: dict[int, set[int]] = field(default_factory=dict)
     """Activation memory -> the streams it was used in."""
     compiles: bool = False
@@ -179,6 +200,11 @@ class FakeEngine(Owned):
     def device_memory_size_v2(self) -> int:
         self.cuda.called("ICudaEngine.device_memory_size_v2")
         return self.tensorrt.memory[self.graph]
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        self.cuda.called("ICudaEngine.num_optimization_profiles")
+        return len(self.tensorrt.runners[self.graph].profiles)
 
     def create_runtime_config(self) -> Any:
         self.cuda.called("ICudaEngine.create_runtime_config")
@@ -249,6 +275,8 @@ class FakeContext(Owned):
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         if not self._tensorrt.does("IExecutionContext.set_optimization_profile_async", self.device):
             return False
+        if index not in range(len(self._runner.profiles)):
+            raise Misuse(f"{self._engine.graph} has no profile {index}")
         self._profile, self._shapes = None, {}
         self.cuda.streams[stream].put(partial(setattr, self, "_profile", index))
         return True
@@ -259,13 +287,13 @@ class FakeContext(Owned):
         if self._profile is None:
             raise Misuse("a shape is set before the profile is there")
         self._shapes[name] = shape
-        return shape == self._runner.phases[self._profile][name]
+        return self._runner.takes(self._profile, name, shape)
 
     def get_tensor_shape(self, name: str) -> Shape:
         self.cuda.called("IExecutionContext.get_tensor_shape")
         if self._profile is None or not self._runner.varied <= set(self._shapes):
             raise Misuse(f"the shape of {name} is asked for before those of all inputs are set")
-        return self._runner.phases[self._profile][name]
+        return self._runner.phases[self._runner.phase_of(self._shapes)][name]
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self.cuda.called("IExecutionContext.set_device_memory")
@@ -285,13 +313,14 @@ class FakeContext(Owned):
         stream = self.cuda.streams[stream_handle]
         if stream.capturing is not None and self._tensorrt.uncapturable is not None:
             raise self._tensorrt.uncapturable
-        phase, addresses = self._profile, dict(self._addresses)
+        addresses = dict(self._addresses)
         if (
-            phase is None
+            self._profile is None
             or not self._runner.varied <= set(self._shapes)
             or set(addresses) != set(self._runner.dtypes)
         ):
             raise Misuse(f"{self._engine.graph} is run without all shapes and addresses")
+        phase = self._runner.phase_of(self._shapes)
         self._check_places(phase, addresses)
         start, size = self._memory
         if size < self._tensorrt.memory[self._engine.graph]:
@@ -301,6 +330,7 @@ class FakeContext(Owned):
         if len(streams) > 1:
             raise Misuse("activation memory is used in two streams")
         self._tensorrt.executed.append((self._engine.graph, phase, stream_handle, addresses))
+        self._tensorrt.profiles[self._engine.graph, phase] = self._profile
         self._compile(self._engine.graph, phase)
         self._tensorrt.launched.append(getattr(launchers._running, "launcher", None))
         if self.captured not in (None, addresses):

@@ -128,7 +128,10 @@ def check_lengths(plan: CachePlan, label: str, chunk: int) -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (Policy("p", "", {"all": roles(4, 1)}), "groups.all: the sink has 4 frames; expected 0 to 3"),
+        (
+            Policy("p", "", {"all": roles(13, 1)}),
+            "groups.all: the model attends to 15 frames; expected at least 16, those of the chunk and the s",
+        ),
         (
             Policy("p", "", {"all": roles(1, 1, Retained(25, 0.33, 1))}),
             "25 segments are asked of the 24",

@@ -37,10 +37,10 @@ def plans(draw: st.DrawFn) -> CachePlan:
     retained = Retained(2, 0.34, 1) if draw(st.booleans()) else None
 
     def group(retained: Retained | None) -> tuple[Role, ...]:
-        return roles(draw(st.integers(0, 3)), draw(st.integers(1 if retained else 0, 8)), retained)
+        return roles(draw(st.integers(0, 7)), draw(st.integers(1 if retained else 0, 8)), retained)
 
     policy = Policy("any", "", {"static": group(None), "dynamic": group(retained)})
-    spec = small_spec(ar_start=draw(st.integers(0, 3)), frames_per_chunk=3)
+    spec = small_spec(ar_start=draw(st.integers(0, 3)), frames_per_chunk=draw(st.integers(1, 4)))
     static = draw(st.lists(st.lists(st.integers(0, 2)), min_size=4, max_size=4))
     return build_plan(spec, spec.geometry(), policy, headmap_of(spec, static))
 

@@ -187,7 +187,13 @@ def test_any_size_is_taken_or_a_size_is_named_that_is(width: int, height: int) -
     [
         ({"heads": 0}, "heads is 0"),
         ({"head_dim": 7}, "head_dim is 7"),
-        ({"attended_frames": 10}, "attended"),
+        ({"attended_frames": 2}, "attended_frames is 2; expected 3 or more, the frames of a chunk"),
+        ({"attended_frames": 0}, "attended_frames is 0; expected 1 to"),
+        (
+            {"sink_frames": 13},
+            "sink_frames is 13; expected 0 to 12: of 15 attended frames 3 are the chunk's own",
+        ),
+        ({"sink_frames": 99}, "sink_frames is 99; expected 0 to 12"),
     ],
 )
 def test_a_spec_that_makes_no_model_is_refused(changes: dict[str, int], message: str) -> None:

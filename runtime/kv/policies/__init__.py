@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import check_bounds
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
 from forcingkv.headmaps.headmap import MOST
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.shipped import read_named, shipped_names
+from forcingkv.runtime.spec import Positions
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
@@ -46,6 +47,8 @@ class Policy:
     summary: str
     groups: Mapping[str, tuple[Role, ...]]
     unsplit: Unsplit | None = None
+    positions: Positions | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What positions are counted from; None: as the model says (`ModelSpec.positions`)."""
 
     def __post_init__(self) -> None:
         where = f"policy {self.name}"

@@ -32,7 +32,7 @@ from forcingkv.commands.models import (
     weights_for,
 )
 from forcingkv.headmaps import Budget, InputError, read_headmap
-from forcingkv.headmaps.fields import one_of
+from forcingkv.headmaps.fields import one_of, shown
 from forcingkv.headmaps.plain import plain
 from forcingkv.measure.tables import PlainConsole
 from forcingkv.runtime.prompts import read_prompts
@@ -60,6 +60,21 @@ class LabelOptions:
         int | None, Option(min=0, help="Static heads a layer, for the rule quota; default: half.")
     ] = None
     sink_frames: Annotated[int, Option(min=0, help="First frames left out of the score's denominator.")] = 1
+    recent_frames: Annotated[
+        int | None,
+        Option(min=1, help="Newest key frames that a score counts; default: the chunk and one before it."),
+    ] = None
+    passes: Annotated[
+        str | None,
+        Option(
+            help="Passes that are scored: denoise, clean or all. `heads` records them, denoise by default;"
+            " `report` chooses among those recorded, all by default."
+        ),
+    ] = None
+    score_chunks: Annotated[
+        str | None,
+        Option(help="Chunks that are scored, such as 4, 2-6 or 2,4,6; default: all after the split."),
+    ] = None
     undecided: Annotated[
         str | None,
         Option(help="Undecided heads: dynamic or kept; default: dynamic, kept under quota and budget."),
@@ -82,6 +97,7 @@ class LabelOptions:
         from forcingkv.analyze import Labelling
         from forcingkv.analyze.analysis import Undecided
         from forcingkv.analyze.labels import RULES
+        from forcingkv.analyze.recording import Passes
 
         rule = one_of(RULES, self.rule, "rule")
         if self.undecided not in (None, *get_args(Undecided)):
@@ -101,6 +117,9 @@ class LabelOptions:
             sink_frames=self.sink_frames,
             undecided=cast("Undecided | None", self.undecided),
             budget=Budget("forcing-kv", resolution, kv_bytes, self.target_time) if targets else None,
+            recent_frames=self.recent_frames,
+            passes=None if self.passes is None else one_of(Passes, self.passes, "passes"),
+            score_chunks=None if self.score_chunks is None else numbers_of(self.score_chunks),
         )
 
 
@@ -142,7 +161,7 @@ def heads(
     restart: Annotated[bool, Option(help="Forget what was recorded before.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every head over samples, steps and chunks; write a head map and how far to trust it.
+    """Measure every head over samples, passes and chunks; write a head map and how far to trust it.
 
     What is recorded is kept: interrupted, the same command goes on; with more --samples it adds to them.
 
@@ -160,6 +179,8 @@ def heads(
     asked = labels.labelling(spec.geometry(resolution))
     mapped = read_headmap(headmap) if headmap else None
     chosen, kind = choose_device(device), one_of(RecordedDtype, dtype, "dtype")
+    recorded = asked.passes or "denoise"
+    asked.scoring.check(spec, video_length(spec, chunks), recorded)
     if ray:
         check_device(chosen)
     check_room(  # before weights are fetched
@@ -172,6 +193,7 @@ def heads(
         chunks=video_length(spec, chunks),
         dtype=kind,
         device=chosen,
+        passes=recorded,
     )
     check_places(out, stats, samples=samples, restart=restart)
     texts = text_inputs(spec, read_prompts(prompts) if prompts else None, embeds)
@@ -188,6 +210,7 @@ def heads(
         device=chosen,
         dtype=kind,
         threads=threads,
+        passes=recorded,
     )
     length = job.length
     with progress_bar() as shown:
@@ -262,3 +285,20 @@ def bytes_of(text: str) -> int:
     if found is None or found[2].upper() not in _UNITS:
         raise InputError(f"is {text!r}", where="--target-kv", expected="a size, such as 1.5GB or 800MiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """Numbers as people list them: 4, or 2-6, or 2,4,6-8. Each once, in order.
+
+    Raises InputError for anything else.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if first > last:
+            raise InputError(
+                f"is {shown(text)}", where="--score-chunks", expected="chunks, such as 4, 2-6 or 2,4,6"
+            )
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))

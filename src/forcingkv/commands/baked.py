@@ -13,10 +13,12 @@ from forcingkv.commands.console import need, progress_bar, say
 from forcingkv.commands.models import (
     Checkpoint,
     Key,
+    Layers,
     Loras,
     NoPresetLora,
     RandomWeights,
     Resolution,
+    check_layers,
     weights_for,
 )
 from forcingkv.headmaps import HeadMap, read_headmap
@@ -60,9 +62,7 @@ class ModelOptions:
         str | None, Option(help="With --model: wan-vae, taehv or lighttae; default: the model's.")
     ] = None
     vae: Annotated[Path | None, Option(help="With --model: weights of the decoder.")] = None
-    layers: Annotated[
-        int | None, Option(min=1, help="With --random-weights: so many typical layers, to try things out.")
-    ] = None
+    layers: Layers = None
 
     def check(self, bundle: Path | None) -> None:
         """Raise InputError unless a bundle alone is given, or a model with what belongs to it."""
@@ -80,12 +80,7 @@ class ModelOptions:
                 where="--bundle",
                 hint=f"Leave out {words}, or take --model in place of --bundle.",
             )
-        if self.layers and not self.random_weights:
-            raise InputError(
-                "stand for a model whose weights are random",
-                where="--layers",
-                expected="--random-weights beside it",
-            )
+        check_layers(self.layers, self.random_weights)
 
 
 def bake_model(
@@ -123,7 +118,7 @@ def bake_model(
     _check_prompts(spec, embeds, prompts, random=options.random_weights)
     spec.geometry(options.resolution)
     given = read_headmap(options.headmap) if options.headmap else None
-    headmap = _heads(spec, policy, given, random=options.random_weights)
+    headmap = heads_to_bake(spec, policy, given, random=options.random_weights)
     if options.layers:
         spec, policy, headmap = typical_layers(spec, policy, headmap, options.layers)
     spec, decoder = decoder_for(spec, options.decoder, options.vae, random=options.random_weights)
@@ -159,7 +154,7 @@ def bake_model(
     return cached
 
 
-def _heads(spec: ModelSpec, policy: Policy, given: HeadMap | None, *, random: bool) -> HeadMap | None:
+def heads_to_bake(spec: ModelSpec, policy: Policy, given: HeadMap | None, *, random: bool) -> HeadMap | None:
     """The head map to bake in, and a word on which it is. Raises InputError where there is none."""
     if not policy.needs_headmap:
         if given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -67,10 +67,12 @@ def compare(
 def _compared(places: tuple[Path, Path], maps: Maps) -> dict[str, Any]:
     """The comparison for JSON, and for what is printed."""
     from forcingkv.analyze.comparison import agree, changes, moves, score_difference, undecided_among
+    from forcingkv.analyze.recipes import recipe_parts
 
     agreement, changed = agree(*maps), changes(*maps)
     return {
         **{side: _side(place, one) for side, place, one in zip("ab", places, maps, strict=True)},
+        "recipe": [to_data(part) | {"same": part.same} for part in recipe_parts(*maps)],
         "heads": maps[0].model.layers * maps[0].model.heads,
         "agreement": agreement.share,
         **{name: getattr(agreement, name) for name in ("kappa", "rand", "iou")},
@@ -107,7 +109,7 @@ def _show(maps: Maps, found: Mapping[str, Any], limit: int) -> None:
         if known and maps[0].rule.name != maps[1].rule.name:
             out.print("Distances are in the units of each map's own rule.", soft_wrap=True)
         out.print(soft_wrap=True)
-    for line in _conclusions(maps, found):
+    for line in (*_recipes(maps), *_conclusions(maps, found)):
         out.print(line, soft_wrap=True)
 
 
@@ -166,6 +168,24 @@ def _arrow(values: Iterable[str]) -> str:
     """What there is in A and in B; once if neither is known."""
     first, second = values
     return UNKNOWN if first == second == UNKNOWN else f"{first} -> {second}"
+
+
+def _recipes(maps: Maps) -> Iterator[str]:
+    """How the making of two maps differs, and what is not known of it."""
+    from forcingkv.analyze.recipes import own_words, recipe_parts
+
+    parts = recipe_parts(*maps)
+    for same, title in ((False, "recipes differ"), (None, "not known of both recipes")):
+        told = [
+            f"{part.name} {' -> '.join(UNKNOWN if value is None else value for value in part.values)}"
+            for part in parts
+            if part.same is same
+        ]
+        if told:
+            yield f"{title}: {', '.join(told)}"
+    for side, one in zip("AB", maps, strict=True):
+        if said := own_words(one):
+            yield f"{side} says of itself: {plain(said)}"
 
 
 def _conclusions(maps: Maps, found: Mapping[str, Any]) -> list[str]:

@@ -120,7 +120,7 @@ def demo(
                 )
                 for name in POLICIES
             }
-            chunks = spec.attended_frames // spec.frames_per_chunk
+            chunks = spec.chunks_to_fill
             runs = compare_policies(
                 sessions, asked, chunks, seed, lambda done: shown.update(task, completed=done)
             )

@@ -149,7 +149,7 @@ def evaluate(
         compared = _reference(list(sessions), reference)
         spec = next(iter(sessions.values())).spec
         chosen = seeded_prompts(_prompts(spec, prompts, embeds, samples), seeds, seed)
-        length = chunks or spec.attended_frames // spec.frames_per_chunk
+        length = chunks or spec.chunks_to_fill
         task = shown.add_task("generating and measuring (videos)", total=len(chosen) * len(sessions))
         rows = evaluate_sessions(sessions, chosen, length, compared, lambda: shown.advance(task))
         places = {name: str(session.bundle.path) for name, session in sessions.items()}

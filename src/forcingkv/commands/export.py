@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
+from forcingkv.commands.baked import heads_to_bake
 from forcingkv.commands.console import console, default_prompts, emit, need, say
 from forcingkv.commands.models import (
     Checkpoint,
     Key,
+    Layers,
     Loras,
     Model,
     NoPresetLora,
     RandomWeights,
     Resolution,
+    check_layers,
     text_inputs,
     weights_for,
 )
@@ -44,6 +47,7 @@ def export(
     lora: Loras = None,
     no_preset_lora: NoPresetLora = False,
     random_weights: RandomWeights = False,
+    layers: Layers = None,
     resolution: Resolution = None,
     policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
     decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
@@ -89,6 +93,7 @@ def export(
     from forcingkv.export.bundle_writer import check_out
     from forcingkv.export.precision import ExportDtype, Target
     from forcingkv.headmaps.fields import to_data
+    from forcingkv.measure.bench.cases import typical_layers
     from forcingkv.models.decoders import decoder_for
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.kv.policies import load_policy
@@ -98,6 +103,11 @@ def export(
     given = read_headmap(headmap) if headmap else None
     if given and not chosen.needs_headmap:
         say(f"note: the policy {chosen.name} treats all heads alike, and uses no head map", error=True)
+    check_layers(layers, random_weights)
+    if random_weights and given is None:
+        given = heads_to_bake(spec, chosen, None, random=True)
+    if layers:
+        spec, chosen, given = typical_layers(spec, chosen, given if chosen.needs_headmap else None, layers)
     precision = one_of(ExportDtype, dtype, "dtype") if dtype else None
     if kept := check_out(out):
         names = ", ".join(kept[:5]) + (f" and {len(kept) - 5} more" if len(kept) > 5 else "")
@@ -154,6 +164,7 @@ def export(
             f"engine {engine.graph} for sm_{engine.sm}: {manifest.files[engine.file].bytes / 1e6:.1f} MB,"
             f" activations {engine.activation_bytes / 1e6:.1f} MB, built in {engine.seconds:.0f} s"
             f" with {engine.peak_bytes / 1e9:.1f} GB"
+            + (f", {len(engine.starts)} profiles for the phases {engine.sharing}" if engine.sharing else "")
         )
     for warning in manifest.warnings:
         say(f"warning: {warning}", error=True)

@@ -23,6 +23,7 @@ from forcingkv.runtime.footprint import (
     part_notes,
     readable,
 )
+from forcingkv.runtime.kv.window import in_words
 
 REMARKS = (
     "Activations are the most of prompt and step, which take turns, and those of decode.",
@@ -101,6 +102,7 @@ def _model(opened: Bundle) -> Iterator[str]:
     )
     digest = f", head map {manifest.headmap[:12]}" if manifest.headmap else ""
     yield from _beside("policy", manifest.policy.name + digest)
+    yield from _beside("positions", in_words(plan))
     for lora in manifest.loras or ():
         yield from _beside("lora", f"{lora.told}, sha256 {lora.sha256[:12]}")
     products = manifest.multiplies_in
@@ -143,6 +145,7 @@ def _engines(opened: Bundle, one: EngineSet) -> Iterator[str]:
         ("layers", [f"{engine.layers:,}" for engine in one]),
         ("plugin nodes", [str(engine.plugin_layers) for engine in one]),
         ("phases", [str(engine.phases) for engine in one]),
+        ("profiles", [str(len(engine.starts)) for engine in one]),
         ("weights", [readable(engine.weight_bytes) for engine in one]),
         ("activations", [readable(engine.activation_bytes) for engine in one]),
         ("of them scratch", [readable(engine.scratch_bytes) for engine in one]),
@@ -169,7 +172,7 @@ def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
     """What a session holds: of sets that need the same, or without engines."""
     parts = footprint(opened.manifest, opened.plan, group[0] if group else ())
     yield from wrapped("", memory_title(group, parts))
-    yield from _shares(parts, part_notes(joined=not opened.manifest.has_graphs))
+    yield from _shares(parts, part_notes(opened.plan, joined=not opened.manifest.has_graphs))
     for remark in REMARKS if group else ():
         yield from wrapped("  ", remark)
 

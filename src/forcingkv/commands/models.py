@@ -85,6 +85,9 @@ NoPresetLora: TypeAlias = Annotated[
 RandomWeights: TypeAlias = Annotated[
     bool, Option("--random-weights", help="Draw the weights at random, to try things out.")
 ]
+Layers: TypeAlias = Annotated[
+    int | None, Option(min=1, help="With --random-weights: so many typical layers, to try things out.")
+]
 Embeds: TypeAlias = Annotated[Path | None, Option(help="Text embeddings that `encode` wrote.")]
 ExpectDigest: TypeAlias = Annotated[
     str | None,
@@ -108,6 +111,16 @@ Threads: TypeAlias = Annotated[
     ),
 ]
 Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT of frames, or a name, such as 480p.")]
+
+
+def check_layers(layers: int | None, random_weights: bool) -> None:
+    """Raise InputError for a number of layers of a model whose weights are its own."""
+    if layers and not random_weights:
+        raise InputError(
+            "stand for a model whose weights are random",
+            where="--layers",
+            expected="--random-weights beside it",
+        )
 
 
 def weights_for(

@@ -1,0 +1,168 @@
+"""Positions relative to the window in torch: against keys rotated afresh, absolute positions, public code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
+from forcingkv.models.generate import GeneratedChunk, generate, seeded_noise
+from forcingkv.models.kv import Cache, advance, empty_cache, turn_of
+from forcingkv.models.wan import KeysValues, WanModel, rotate
+from forcingkv.runtime import positions
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.kv.window import first_position
+from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, Schedule, TextEncoder
+from tests.conftest import random_model, roles, small_spec
+
+POLICIES = ["full", "window", "forcing-kv", "dummy-forcing"]
+
+
+def plan_of(policy: Policy, positions: Positions, **changes: object) -> CachePlan:
+    spec = small_spec(layers=2, positions=positions, **changes)
+    # Layer 0 of forcing-kv is not split.
+    row = ("static", "dynamic", "dynamic") if "static" in policy.groups else ("sink", "neighbour", "dummy")
+    headmap = HeadMap(ModelIdentity(spec.name, 2, 3), (row, row), Rule("given"))
+    return build_plan(spec, spec.geometry(), policy, headmap if policy.needs_headmap else None)
+
+
+def rotated(raw: torch.Tensor, plan: CachePlan, position: int) -> torch.Tensor:
+    """Keys of a frame that stands at a position."""
+    tables = positions.rotary(plan.spec, plan.geometry, position, 1)
+    return rotate(raw, *map(torch.from_numpy, tables))
+
+
+def advanced(
+    plan: CachePlan, chunks: int
+) -> Iterator[tuple[int, Cache, list[torch.Tensor], list[list[int]]]]:
+    """(chunk that comes next, cache, keys of all frames before rotation, segments chosen so far)."""
+    torch.manual_seed(0)
+    spec, size = plan.spec, plan.frame_tokens
+    cache, raw, chosen = empty_cache(plan, torch.zeros(())), [], []
+    for chunk in range(chunks):
+        new = torch.randn(spec.frames_per_chunk, 1, spec.heads, size, spec.head_dim)
+        raw += [*new]
+        first = first_position(plan, chunk, chunk)
+        keys = torch.cat([rotated(x, plan, first + n) for n, x in enumerate(new)], 2)
+        layer = KeysValues(keys, torch.cat([*new], 2))
+        turn = turn_of(plan, chunk, torch.device("cpu"))
+        cache, indices = advance(plan, cache, [layer] * spec.layers, chunk=chunk, turn=turn)
+        chosen.append([] if indices is None else indices.tolist())
+        yield chunk + 1, cache, raw, chosen
+
+
+@pytest.mark.parametrize(
+    "policy", [*map(load_policy, POLICIES), Policy("all moves", "", {"all": roles(0, 5)})]
+)
+def test_cached_keys_are_those_that_are_rotated_afresh(policy: Policy) -> None:
+    plan, frames, size = plan_of(policy, "relative"), 3, 6
+    checked = set()
+    for chunk, cache, raw, chosen in advanced(plan, 9):
+        own = first_position(plan, chunk, chunk)
+        for groups, held in zip(plan.layers, cache, strict=True):
+            for group, kept in zip(groups, held, strict=True):
+                heads = slice(group.start, group.stop)
+                for role in group.roles:
+                    keys, values = kept[role.name]
+                    begin = 0
+                    for span in role.spans(plan, group, chunk, chosen[-1]):
+                        place = slice(span.offset, span.offset + span.tokens)
+                        at = own - (chunk * frames - span.frame) if role.moves else span.frame
+                        end = begin + span.tokens
+                        wanted = rotated(raw[span.frame], plan, at)[:, heads, place]
+                        torch.testing.assert_close(keys[:, :, begin:end], wanted, atol=2e-6, rtol=0)
+                        assert torch.equal(values[:, :, begin:end], raw[span.frame][:, heads, place])
+                        begin = end
+                        checked.add((role.name, at))
+                    assert begin == keys.shape[2]
+    assert {name for name, _ in checked} == {r.name for group in plan.groups for r in group.roles}
+    assert plan.frame_tokens == size
+
+
+def video(plan: CachePlan, chunks: int) -> list[GeneratedChunk]:
+    text = torch.eye(plan.spec.text_length, plan.spec.text_width)[None]
+    return list(generate(random_model(plan.spec), plan, text, seeded_noise(plan, 3), chunks))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_within_the_first_window_the_video_is_that_of_absolute_positions(name: str) -> None:
+    relative, absolute = (plan_of(load_policy(name), kind) for kind in ("relative", "absolute"))
+    one, other = (video(plan, 7) for plan in (relative, absolute))
+    inside = [chunk for chunk in range(7) if 3 * chunk + 3 <= relative.window_frames]
+    assert inside == list(range({"full": 5, "window": 4, "forcing-kv": 2, "dummy-forcing": 1}[name]))
+    for chunk, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+        difference = float((mine.latents - theirs.latents).norm() / theirs.latents.norm())
+        if chunk in inside:
+            assert difference <= 1e-5
+            assert (mine.indices is None) == (theirs.indices is None)
+        # The sink alone is at another distance. Heads that have none, or nothing else, see no difference.
+        elif name != "dummy-forcing":
+            assert difference > 1e-4, chunk
+
+
+def test_what_segments_are_chosen_does_not_depend_on_the_window() -> None:
+    # One window is left while the keys of layer 1 are still those of absolute positions: 12 frames.
+    policy = load_policy("forcing-kv")
+    wide = replace(policy, groups=policy.groups | {"static": roles(1, 8)})
+    one, other = (video(plan_of(wide, kind), 4) for kind in ("relative", "absolute"))
+    chosen = [[None if c.indices is None else c.indices.tolist() for c in made] for made in (one, other)]
+    assert chosen[0] == chosen[1]
+    assert chosen[0][-1] is not None
+
+
+def test_without_a_sink_nothing_but_the_numbers_of_positions_changes() -> None:
+    # Rotary embedding sees differences alone: with no key that stays, both videos are the same.
+    policy = Policy("any", "", {"all": roles(0, 5)})
+    one, other = (video(plan_of(policy, kind), 8) for kind in ("relative", "absolute"))
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine.latents, theirs.latents, atol=1e-5, rtol=0)
+
+
+def spec_of(sizes: dict[str, Any], variant: dict[str, Any]) -> ModelSpec:
+    return ModelSpec(
+        name="golden",
+        layers=sizes["layers"],
+        heads=sizes["heads"],
+        head_dim=sizes["head_dim"],
+        ffn_width=sizes["ffn"],
+        latent_channels=sizes["channels"],
+        patch=2,
+        text_width=sizes["text_dim"],
+        text_length=sizes["text_len"],
+        time_width=sizes["freq_dim"],
+        frames_per_chunk=sizes["frames_per_chunk"],
+        attended_frames=variant["window_frames"],
+        sink_frames=variant["sink_frames"],
+        ar_start=1,
+        fps=16.0,
+        width=sizes["latent_w"],
+        height=sizes["latent_h"],
+        schedule=Schedule(tuple(sizes["schedule"]["timesteps"])),
+        decoder=Decoder("wan-vae"),
+        text=TextEncoder("umt5"),
+        positions=variant["positions"],
+    )
+
+
+@pytest.mark.parametrize("name", ["sink3_window12", "sink1_window9"])
+def test_it_is_the_endless_mode_of_longlive(data: Path, name: str) -> None:
+    with safe_open(data / "golden" / "longlive_infinity.safetensors", "pt") as file:
+        sizes = json.loads(file.metadata()["spec"])
+        state = {key: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}  # noqa: SIM118
+        noise, wanted, text = map(file.get_tensor, ("noise", f"{name}.latents", "text"))
+    spec = spec_of(sizes, sizes["variants"][name])
+    model = WanModel(spec)
+    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
+    noise = torch.cat([noise, torch.zeros_like(noise[:, :1])], 1)  # the loop asks for one step more
+    plan = build_plan(spec, spec.geometry(), load_policy("full"))
+    for chunk in generate(model, plan, text[None], lambda chunk, step: noise[chunk, step], len(wanted)):
+        target = wanted[chunk.index]
+        assert float((chunk.latents - target).norm() / target.norm()) <= 1e-5, chunk.index
