@@ -93,7 +93,7 @@ def test_a_session_makes_the_video_of_the_loop_in_torch(on: On, kind: str, count
                 text_of(opened),
                 seeded_noise(opened.plan, 7),
                 CHUNKS,
-                held=given,
+                start=given,
             )
             found = made_by(session, held)
             for made, chunk in zip(found, wanted, strict=True):
@@ -140,7 +140,7 @@ def test_held_frames_are_those_of_the_formula(kind: str) -> None:
         text_of(opened),
         seeded_noise(opened.plan, 7),
         1,
-        held=torch.from_numpy(held),
+        start=torch.from_numpy(held),
     )
     assert relative(next(given).latents.numpy(), naive(opened, held).numpy()) < 1e-6
 
@@ -171,7 +171,7 @@ def test_frames_that_do_not_fit_are_refused(session: Session, axis: int, size: i
 
 def test_a_model_with_one_timestep_a_chunk_holds_nothing() -> None:
     opened = run_by(replace(UNIPC, by_frame=False))
-    with pytest.raises(InputError, match="by_frame = true"):
+    with pytest.raises(InputError, match="expected a multiple of 3, whole chunks"):
         list(
             generate(
                 model_of(opened),
@@ -179,6 +179,6 @@ def test_a_model_with_one_timestep_a_chunk_holds_nothing() -> None:
                 text_of(opened),
                 seeded_noise(opened.plan, 7),
                 1,
-                held=torch.from_numpy(start_of(opened, 1)),
+                start=torch.from_numpy(start_of(opened, 1)),
             )
         )
