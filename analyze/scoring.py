@@ -125,8 +125,11 @@ class Scoring:
                 hint=f"Record them, in another folder or with --restart: forcingkv analyze heads --passes"
                 f" {passes}",
             )
-        before = recent - frames
+        before, most = recent - frames, chunks * frames - 1
         longest = (chunks - 1) * frames - before
+        if recent > most:
+            what = f"the newest {recent} key frames count as recent, which leaves no history to any chunk"
+            raise InputError(what, where="recent_frames", expected=f"{frames + 1} to {most}")
         if not 0 <= self.sink_frames < longest:
             newest = f" beside the newest {recent}" if self.recent_frames else ""
             what = f"{self.sink_frames} frames are left out{newest}, which leaves no history to any chunk"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from forcingkv.models.decoders import StreamingDecoder, frames_of
-from forcingkv.models.generate import latent_shape, next_latents
+from forcingkv.models.generate import latent_shape, level_of_frames, next_latents
 from forcingkv.models.kv import Cache, Turn, advance, attend_cache, cached_dtype
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
@@ -62,7 +62,8 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         prompt = [KeysValues(*pair) for pair in zip(cross[::2], cross[1::2], strict=True)]
         cache = _unflatten_cache(plan, [inputs[entry.name] for entry in plan.entries])
         rotary = inputs["cosines"], inputs["sines"]
-        latents, sigma = inputs["latents"], inputs["sigma"]
+        latents = inputs["latents"]
+        sigma, sigma_next = (level_of_frames(inputs[name]) for name in ("sigma", "sigma_next"))
         attend = attend_cache(plan, cache)
         flow, new = model(latents.to(kind), inputs["time"].to(kind), rotary, prompt, attend)
         flow = flow.to(latents)
@@ -72,7 +73,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         following, indices = advance(plan, cache, new, chunk=None, rows=rows, turn=turn)
         x0 = latents - sigma * flow
         following_latents = next_latents(
-            spec.schedule.renoise, latents, flow, sigma, inputs["sigma_next"], inputs.get("noise")
+            spec.schedule.renoise, latents, flow, sigma, sigma_next, inputs.get("noise")
         )
         flat = (tensor for groups in following for held in groups for kv in held.values() for tensor in kv)
         out = (following_latents, x0, *flat)
@@ -83,14 +84,16 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     turn = zip(TURN, positions.turn(spec, moved_by(plan, last)), strict=True)
     cosines, sines = (torch.from_numpy(table) for table in tables)
     steps = spec.schedule.later
-    sigma, sigma_next = steps.sigmas[:2]
-    time = positions.time_features(spec, np.array([[steps.timesteps[0]]]))
+    # By frame all but the last are held, so that each number of the inputs shows in the outputs.
+    held = spec.frames_per_chunk - 1 if spec.schedule.by_frame else 0
+    sigma, sigma_next = (torch.tensor([*[0.0] * held, level]) for level in steps.sigmas[:2])
+    time = positions.time_features(spec, np.array([[*[0.0] * held, steps.timesteps[0]]]))
     cross = (1, spec.heads, spec.text_length, spec.head_dim)
     inputs = {
         "latents": torch.zeros(latent_shape(plan)),
         **({"noise": torch.zeros(latent_shape(plan))} if spec.schedule.renoise == "fresh" else {}),
-        "sigma": torch.tensor([sigma]),
-        "sigma_next": torch.tensor([sigma_next]),
+        "sigma": sigma,
+        "sigma_next": sigma_next,
         "time": torch.from_numpy(time),
         "cosines": cosines,
         "sines": sines,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forcingkv.headmaps.errors import InputError
 from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
@@ -55,6 +56,7 @@ def generate(
     chunks: int,
     watch: Watch | None = None,
     start: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Iterator[GeneratedChunk]:
     """Generate chunk by chunk.
 
@@ -67,16 +69,26 @@ def generate(
         watch: sees the attention of each pass, the clean pass included.
         start: latents (batch, latent_channels, frames, height, width) that the video begins with, of whole
             chunks: each goes through its clean pass alone.
+        held: given first frames of chunk 0, (batch, latent_channels, frames, height, width), fewer than a
+            chunk has: they are held at timestep 0 while the others are made (`Schedule.by_frame`).
     """
+    if held is not None and not (
+        plan.spec.schedule.by_frame and 1 <= held.shape[2] < plan.spec.frames_per_chunk
+    ):
+        raise InputError(
+            f"{held.shape[2]} given frames cannot be held in chunks of {plan.spec.frames_per_chunk}",
+            where=f"model {plan.spec.name}",
+            expected="a schedule with by_frame = true, and fewer frames than a chunk has",
+        )
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
     schedule, frames = plan.spec.schedule, plan.spec.frames_per_chunk
-    given = () if start is None else start.split(frames, 2)
+    begins_with = () if start is None else start.split(frames, 2)
 
     def run(
-        latents: Tensor, timestep: float, rotary: tuple[Tensor, Tensor], attend: Attend
+        latents: Tensor, timesteps: list[float], rotary: tuple[Tensor, Tensor], attend: Attend
     ) -> tuple[Tensor, list[KeysValues]]:
-        features = positions.time_features(plan.spec, np.array([[timestep]]))
+        features = positions.time_features(plan.spec, np.array([timesteps]))
         time = torch.from_numpy(features).to(text).expand(len(latents), -1, -1)
         flow, new = model(latents.to(text), time, rotary, prompt, attend)
         return flow.to(latents), new
@@ -85,14 +97,17 @@ def generate(
         tables = positions.rotary(plan.spec, plan.geometry, first_position(plan, chunk, chunk), frames)
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
-        is_given = chunk < len(given)
-        latents = (given[chunk] if is_given else noise(chunk, 0)).to(text.device)
-        steps = schedule.of_chunk(chunk, len(given))
+        is_given = chunk < len(begins_with)
+        given = held if chunk == 0 else None
+        count = 0 if given is None else given.shape[2]
+        latents = _with((begins_with[chunk] if is_given else noise(chunk, 0)).to(text.device), given)
+        steps = schedule.of_chunk(chunk, len(begins_with))
         unipc = schedule.solver == "unipc"
         solver = UniPC(steps.sigmas, latents.cpu().double().numpy()) if unipc else None
         for step, timestep in enumerate(() if is_given else steps.timesteps):
             seen = watch(chunk, step, cache, attend) if watch else attend
-            flow, _ = run(latents, timestep, rotary, seen)
+            timesteps = [0.0] * count + [timestep] * (frames - count) if count else [timestep]
+            flow, _ = run(latents, timesteps, rotary, seen)
             fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
             sigma, following = steps.sigmas[step : step + 2]
             if solver is None:
@@ -100,11 +115,22 @@ def generate(
             else:
                 x0 = next_latents(schedule.renoise, latents, flow, sigma, 0.0, None)
                 latents = torch.from_numpy(solver.following(x0.cpu().double().numpy())).to(latents)
+            latents = _with(latents, given)
         seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
-        _, new = run(latents, schedule.context_timestep, rotary, seen)
+        _, new = run(latents, [schedule.context_timestep], rotary, seen)
         turn = turn_of(plan, chunk, text.device)
         cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn)
         yield GeneratedChunk(chunk, latents, indices)
+
+
+def _with(latents: Tensor, given: Tensor | None) -> Tensor:
+    """Latents with given first frames in the place of theirs."""
+    return latents if given is None else torch.cat([given.to(latents), latents[:, :, given.shape[2] :]], 2)
+
+
+def level_of_frames(level: Tensor) -> Tensor:
+    """Noise levels (frames,) as they meet latents (..., frames, height, width); (1,) meets all as it is."""
+    return level if len(level) == 1 else level.view(-1, 1, 1)
 
 
 def next_latents(

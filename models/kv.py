@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
 from forcingkv.runtime import positions
-from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, held_name, rows_name
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.policies import Early
-from forcingkv.runtime.kv.roles import Choice, Recent, Retained, Role, Sink
+from forcingkv.runtime.kv.roles import HELD, ROWS, Choice, Recent, Retained, Role, Sink
 from forcingkv.runtime.kv.window import moved_by
 from forcingkv.runtime.spec import Dtype
 
@@ -51,8 +51,7 @@ class CleanPass:
     new: KeysValues
     """Keys and values of the chunk, of the group's heads."""
     rows: Mapping[str, Tensor] | None
-    """In a graph: which of the chunk's tokens roles take, by `rows_name`, and which of their own they keep,
-    by `held_name`. None: what the roles say for the chunk."""
+    """What a graph is told of the chunk, by `told_name`. None: what the roles say for the chunk."""
     choice: Choice | None
     """What is chosen in this pass; None: nothing, and what was chosen before stays."""
     chunk: int | None
@@ -65,7 +64,7 @@ class CleanPass:
     def rows_of(self, role: Role) -> Tensor:
         """Which of the chunk's tokens a role takes (`Role.rows`): (tokens,)."""
         if self.rows is not None:
-            return self.rows[rows_name(self.group, role)]
+            return self.rows[told_name(self.group, role)]
         assert self.chunk is not None, "which tokens a role takes depends on the chunk"
         return torch.from_numpy(role.rows(self.plan, self.group, self.chunk)).to(self.new.keys.device)
 
@@ -123,7 +122,7 @@ class _TorchSink(TorchRole):
         if role.filled_by(done.plan.spec) <= 1:
             return taken
         if done.rows is not None:
-            kept = done.rows[held_name(done.group, role)]
+            kept = done.rows[told_name(done.group, role, HELD)]
             held = KeysValues(*(part.index_select(2, kept) for part in held))
         return KeysValues(*(torch.cat(pair, 2) for pair in zip(held, taken, strict=True)))
 
@@ -141,20 +140,24 @@ class _TorchRecent(TorchRole):
         if kept <= plan.chunk_tokens - opening_tokens:
             # The chunk's own frames are enough, even of the first chunk, which gives some to the sink.
             return _tokens(new, newest)
-        pairs = zip(done.held[role.name], _without_sink(done), strict=True)
+        pairs = zip(done.held[role.name], _without_sink(role, done), strict=True)
         return _tokens(KeysValues(*(torch.cat(pair, 2) for pair in pairs)), newest)
 
 
-def _without_sink(done: CleanPass) -> KeysValues:
+def _without_sink(recent: Recent, done: CleanPass) -> KeysValues:
     """Keys and values of the chunk that go to no sink."""
-    opening = [role for role in done.group.roles if role.opening_frames(done.plan.spec)]
+    plan, new = done.plan, done.new
+    opening = [role for role in done.group.roles if role.opening_frames(plan.spec)]
+    if ROWS in recent.told(plan, done.group, 0):
+        rows = done.rows_of(recent)
+        return KeysValues(*(part.index_select(2, rows) for part in new))
     if not opening:
-        return done.new
-    # What the sink lacks goes there: frames of the first chunks, until it is full. In any other chunk this
-    # slice begins at 0. So one graph serves all chunks, without a branch.
-    whole = sum(role.steady_tokens(done.plan, done.group) for role in opening)
+        return new
+    # Frames of the first chunk go to the sink. It is the first chunk if the sink is still empty; in any other
+    # this slice begins at 0. So one graph serves all chunks, without a branch.
+    whole = sum(role.steady_tokens(plan, done.group) for role in opening)
     filled = sum(done.held[role.name].keys.shape[2] for role in opening)
-    return _tokens(done.new, slice(whole - filled, None))
+    return _tokens(new, slice(whole - filled, None))
 
 
 @torch_half
@@ -166,7 +169,7 @@ class _TorchEarly(TorchRole):
             return _tokens(done.new, slice(0, 0))
         recent = next(one for one in done.group.roles if isinstance(one, Recent))
         kept = recent.steady_tokens(done.plan, done.group)
-        parts = done.held[role.name], done.held[recent.name], _without_sink(done)
+        parts = done.held[role.name], done.held[recent.name], _without_sink(recent, done)
         joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(*parts, strict=True)))
         return _tokens(joined, slice(-kept - done.plan.frame_tokens * (role.frames or 0), -kept))
 
@@ -288,7 +291,7 @@ def advance(
         cache: the cache the pass read.
         new: each layer's keys and values of the pass.
         chunk: index of the chunk. None in a graph, which chooses segments in every pass.
-        rows: which tokens roles take and keep, as `CachePlan.rows` has them. None: what the roles say.
+        rows: what a graph is told of the chunk, as `CachePlan.rows` has it. None: what the roles say.
         turn: by what keys move with the window. None: by nothing.
 
     Returns:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Array, Fetch, Lane, Mark, Pass, Queue, Tensor
-from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord
+from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.window import first_position, moved_by
+from forcingkv.runtime.pass_levels import PassLevel, clean_level, denoising_levels, write_levels
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.results import Chunk, Timing
-from forcingkv.runtime.schedule import ChunkSteps, Schedule
 from forcingkv.runtime.unipc import UniPC
 
 FramesOn: TypeAlias = Literal["host", "device"]
@@ -31,17 +31,6 @@ NoiseSource = Callable[[int, int, tuple[int, ...]], Floats]
 """(chunk, step, shape) -> standard normal noise: step 0 starts a chunk, step i + 1 renews it in pass i (the
 last pass leaves none, and asks for none). A switch of prompts that redraws chunks asks for steps past those
 of all passes."""
-
-
-class PassLevel(NamedTuple):
-    """What a pass is told of noise. Passes of equal levels do the same work, whichever chunks they are of."""
-
-    timestep: float
-    sigma: float
-    """The noise level of the latents that it reads."""
-    sigma_next: float
-    """Of those that it writes."""
-    clean: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,14 +56,17 @@ class ChunkMaker:
         lane: what it runs with.
         cache: the KV cache.
         decoder: decodes chunks.
+        schedule: the model's.
         given: how many chunks at the start of the video were given and not generated, which decides which
             chunk has the steps of the first.
+        held: given first frames of chunk 0, None where there are none: see `hold`.
     """
 
     def __init__(self, bundle: Bundle, lane: Lane, frames: FramesOn) -> None:
         self.lane, self._plan, self._frames_on = lane, bundle.plan, frames
-        self._spec, self._schedule = bundle.plan.spec, bundle.plan.spec.schedule
+        self._spec, self.schedule = bundle.plan.spec, bundle.plan.spec.schedule
         self.given = 0
+        self.held: Floats | None = None
         prompt, step, decode = (bundle.manifest.graphs[name] for name in ("prompt", "step", "decode"))
         self.cache = lane.cache(self._plan, bundle.manifest.compute)
         self._cross = {name: tensor_of(lane, r, state=True) for name, r in prompt.outputs.items()}
@@ -87,10 +79,10 @@ class ChunkMaker:
         self._turn = {name: tensor_of(lane, step.inputs[name]) for name in TURN if self._plan.relative}
         # A ring of two: pass i reads latents i % 2 and writes the others, so no pass copies its result back.
         self._latents = [tensor_of(lane, step.inputs["latents"]) for _ in range(2)]
-        self._noise = tensor_of(lane, step.inputs["noise"]) if self._schedule.renoise == "fresh" else None
+        self._noise = tensor_of(lane, step.inputs["noise"]) if self.schedule.renoise == "fresh" else None
         if self._noise is not None:
             self._noise.clear(lane.main)  # taken times 0, it must be a number
-        self._levels = self._write_levels(step)
+        self._levels = write_levels(lane, self._spec, step)
         self._skips_caches = step.skips_caches
 
     @property
@@ -101,7 +93,34 @@ class ChunkMaker:
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
         self.cache.passes = self.given = 0
+        self.held = None
         self.decoder.restart()
+
+    def hold(self, frames: Floats) -> None:
+        """Give the first latent frames of the video that comes: they are held while the others of their chunk
+        are made.
+
+        Args:
+            frames: (1, channels, frames, height, width), fewer frames than a chunk has.
+
+        Raises InputError for frames of another shape, and where passes have one timestep for all frames.
+        """
+        if not self.schedule.by_frame:
+            raise InputError(
+                f"{self._spec.name} has one timestep for all frames of a chunk",
+                where="given first frames",
+                expected="a model whose schedule has by_frame = true",
+            )
+        batch, channels, most, *sides = self.latent_shape
+        count = frames.shape[2] if frames.ndim == len(self.latent_shape) else 0
+        if not 1 <= count < most or frames.shape != (batch, channels, count, *sides):
+            raise InputError(
+                f"are of the shape {frames.shape}",
+                where="given first frames",
+                expected=f"({batch}, {channels}, frames, {sides[0]}, {sides[1]}), with fewer frames than the"
+                f" {most} of a chunk",
+            )
+        self.held = np.asarray(frames, np.float32)
 
     def prompt(self, text: Floats) -> None:
         """Let later passes follow a text (1, text_length, text_width)."""
@@ -116,7 +135,7 @@ class ChunkMaker:
         # All noise at once: drawn between passes, each finds the processor's caches full of weights.
         levels = self.levels(index)
         renewing = self._renewing_noise(noise, index, levels)
-        start = noise(index, 0, self.latent_shape)
+        start = self._with_held(index, noise(index, 0, self.latent_shape))
         self._latents[0].write(start, queue)
         steps = []
         between = self._between(index, 0, start)
@@ -229,15 +248,22 @@ class ChunkMaker:
 
     def levels(self, index: int) -> list[PassLevel]:
         """The denoising passes of a chunk."""
-        return _levels_of(self._schedule, self._schedule.of_chunk(index, self.given))
+        held = 0 if self.held is None or index else self.held.shape[2]
+        return denoising_levels(self.schedule, self.schedule.of_chunk(index, self.given), held)
+
+    def _with_held(self, index: int, latents: Floats) -> Floats:
+        """Latents of a chunk, with the frames that were given."""
+        if self.held is None or index:
+            return latents
+        return np.concatenate([self.held, latents[:, :, self.held.shape[2] :]], 2)
 
     def _between(self, index: int, first: int, latents: Floats) -> Callable[[Fetch], Floats] | None:
         """What a solver that knows several passes makes of the x0 of each from `first` on, for the next one;
         None where a pass gives the next latents itself."""
-        if self._schedule.solver != "unipc":
+        if self.schedule.solver != "unipc":
             return None
-        solver = UniPC(self._schedule.of_chunk(index, self.given).sigmas[first:], latents)
-        return lambda x0: solver.following(x0.array()).astype(np.float32)
+        solver = UniPC(self.schedule.of_chunk(index, self.given).sigmas[first:], latents)
+        return lambda x0: self._with_held(index, solver.following(x0.array()).astype(np.float32))
 
     def _renewing_noise(
         self, noise: NoiseSource, index: int, levels: Sequence[PassLevel], first: int = 0, offset: int = 0
@@ -257,7 +283,7 @@ class ChunkMaker:
         self.bound(level, step).run()
 
     def _clean(self, steps: int) -> None:
-        self.bound(self.clean_level, steps).run()
+        self.bound(clean_level(self.schedule), steps).run()
         self.cache.passes += 1
 
     def _write_positions(self, index: int) -> None:
@@ -270,11 +296,6 @@ class ChunkMaker:
             turn = positions.turn(self._spec, moved_by(self._plan, passes))
             for tensor, table in zip(self._turn.values(), turn, strict=True):
                 tensor.write(table, self.lane.main)
-
-    @property
-    def clean_level(self) -> PassLevel:
-        """The clean pass."""
-        return PassLevel(self._schedule.context_timestep, 0.0, 0.0, clean=True)
 
     def bound(self, level: PassLevel, step: int) -> Pass:
         """A pass on the cache as it is, `step` passes after a chunk's first.
@@ -296,32 +317,6 @@ class ChunkMaker:
             inputs |= self.cache.inputs()
             self._passes[key] = self.lane.bind("step", self.cache.phase, inputs, outputs)
         return self._passes[key]
-
-    def _write_levels(self, record: GraphRecord) -> dict[PassLevel, dict[str, Tensor]]:
-        """For each kind of pass its time features, noise levels and whether it is clean, written once."""
-        schedule = self._schedule
-        denoising = [level for steps in schedule.kinds for level in _levels_of(schedule, steps)]
-        levels: dict[PassLevel, dict[str, Tensor]] = {}
-        for level in dict.fromkeys((*denoising, self.clean_level)):
-            values = {
-                "time": positions.time_features(self._spec, np.array([[level.timestep]])),
-                "sigma": np.array([level.sigma], np.float32),
-                "sigma_next": np.array([level.sigma_next], np.float32),
-            }
-            if record.skips_caches:
-                values[CLEAN] = np.array([level.clean])
-            tensors = {name: tensor_of(self.lane, record.inputs[name]) for name in values}
-            for name, value in values.items():
-                tensors[name].write(value, self.lane.main)
-            levels[level] = tensors
-        return levels
-
-
-def _levels_of(schedule: Schedule, steps: ChunkSteps) -> list[PassLevel]:
-    following = steps.sigmas[1:]
-    if schedule.solver == "unipc":
-        following = (0.0,) * len(steps)  # the pass gives x0
-    return list(map(PassLevel, steps.timesteps, steps.sigmas, following))
 
 
 def _seconds_between(first: Mark, second: Mark) -> float:

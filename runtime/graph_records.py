@@ -74,11 +74,13 @@ def step_layouts(
     spec = plan.spec
     latents = Layout("float32", latent_shape(plan))
     table = Layout("float32", (plan.chunk_tokens, spec.head_dim // 2))
-    number = Layout("float32", (1,))
+    timesteps = spec.frames_per_chunk if spec.schedule.by_frame else 1
+    number = Layout("float32", (timesteps,))
     inputs = {"latents": latents}
     if spec.schedule.renoise == "fresh":
         inputs["noise"] = latents
-    inputs |= {"sigma": number, "sigma_next": number, "time": Layout("float32", (1, 1, spec.time_width))}
+    inputs |= {"sigma": number, "sigma_next": number}
+    inputs["time"] = Layout("float32", (1, timesteps, spec.time_width))
     inputs |= {"cosines": table, "sines": table}
     if plan.relative:
         inputs |= dict.fromkeys(TURN, Layout("float32", (spec.head_dim,)))

@@ -9,6 +9,7 @@ import numpy as np
 
 from forcingkv.runtime.backends import Queue
 from forcingkv.runtime.chunks import ChunkMaker
+from forcingkv.runtime.pass_levels import clean_level
 
 
 class PassTimer:
@@ -44,7 +45,7 @@ class PassTimer:
         """Seconds of the clean pass, which makes the next caches too. The chunk stays the next one."""
         with self._using() as maker:
             steps = len(maker.levels(self._chunk))
-            return _seconds(maker.lane.main, maker.bound(maker.clean_level, steps).run)
+            return _seconds(maker.lane.main, maker.bound(clean_level(maker.schedule), steps).run)
 
     def decode(self) -> float:
         """Seconds of decoding a chunk."""

@@ -16,6 +16,8 @@ MOST_STEPS = 1000
 """Denoising passes of a chunk: as many as the scale of timesteps has."""
 MOST_OPENING = 1000
 """Chunks with steps of their own."""
+TOLD = 8
+"""Steps of a list, and chunks, that are named one by one."""
 TABLE_ENTRIES = 1000
 """Of the table in which public code looks noise levels up."""
 
@@ -82,6 +84,10 @@ class Schedule:
     """What comes between passes: "step" follows from the one pass alone, as `renoise` says; "unipc" from the
     last ones of the chunk (`runtime.unipc`), without noise, so `renoise` is "predicted" then."""
 
+    by_frame: bool = False
+    """Whether a pass has a timestep and a noise level for each latent frame of its chunk: given frames at the
+    start of a video are held at 0 while the rest of their chunk is made (LongLive 2)."""
+
     def __post_init__(self) -> None:
         bounds = {"shift": (1e-3, 1e3), "context_timestep": (0, 1000), "redraw_from": (0, MOST_STEPS)}
         check_bounds(self, bounds, "schedule")
@@ -99,6 +105,12 @@ class Schedule:
                 f"has the solver unipc, which adds no noise between passes, and renoise is {self.renoise!r}",
                 where="schedule",
                 expected="renoise = 'predicted' with solver = 'unipc'",
+            )
+        if self.by_frame and self.redraw_from is not None:
+            raise InputError(
+                "has by_frame and redraw_from: frames that were given would be drawn anew",
+                where="schedule",
+                expected="one of both",
             )
         lists = {"denoising_steps": self.denoising_steps}
         lists |= {} if self.first is None else {"first": self.first}
@@ -157,6 +169,25 @@ class Schedule:
         """How many chunks at most have steps of their own: those after them are all alike."""
         return len(self._opening)
 
+    @property
+    def described(self) -> str:
+        """In words; of long lists the beginning and the end."""
+        said = [f"{_passes(self.later)} a chunk"]
+        counted = "of the video" if self.first_counts == "video" else "that is generated"
+        for place, steps in enumerate(self._opening[:TOLD]):
+            said.append(f"chunk {place + 1} {counted}: {_passes(steps)}")
+        if len(self._opening) > TOLD:
+            said.append(f"{len(self._opening) - TOLD} more chunks with steps of their own")
+        if self.noise_levels == "table":
+            said.append(f"noise levels from the table of shift {self.shift:g}")
+        between = {"fresh": "noise drawn anew between passes", "predicted": "Euler steps between passes"}
+        said.append("UniPC between passes" if self.solver == "unipc" else between[self.renoise])
+        if self.by_frame:
+            said.append("a timestep for each frame")
+        if self.redraw_from is not None:
+            said.append(f"a switch of prompts draws again from pass {self.redraw_from + 1}")
+        return "; ".join([*said, f"clean pass at {self.context_timestep:g}"])
+
     def passes(self, chunks: int) -> int:
         """Denoising passes of a video of so many chunks, none of them given."""
         opening = self._opening[:chunks]
@@ -183,6 +214,15 @@ class Schedule:
             nearest = [int(np.argmin(np.abs(1000 * table - np.float32(t)))) for t in timesteps]
             return ChunkSteps(timesteps, (*(float(table[entry]) for entry in nearest), 0.0))
         return ChunkSteps(timesteps, (*(t / 1000 for t in exact), 0.0))
+
+
+def _passes(steps: ChunkSteps) -> str:
+    """How many, and at which timesteps."""
+    count = len(steps)
+    told = [f"{t:.4g}" for t in steps.timesteps]
+    if count > TOLD:
+        told = [*told[: TOLD - 1], "...", told[-1]]
+    return f"{count} pass{'es'[: 2 * (count > 1)]} at {', '.join(told)}"
 
 
 def table_of_levels(shift: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

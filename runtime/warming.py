@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from forcingkv.runtime.chunks import ChunkMaker
+from forcingkv.runtime.pass_levels import clean_level
 
 
 def warm_up(maker: ChunkMaker) -> None:
@@ -26,7 +27,7 @@ def warm_up(maker: ChunkMaker) -> None:
             levels = maker.levels(phase.first_chunk)
             maker.bound(levels[0], 0).run()
             if maker._skips_caches:
-                maker.bound(maker.clean_level, len(levels)).run()
+                maker.bound(clean_level(maker.schedule), len(levels)).run()
         maker.decoder.decode(np.zeros(maker.latent_shape, np.float32), 0)
     finally:
         for name, tensor in maker.state().items():

@@ -104,13 +104,12 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
         "attention": Work(flops.attention, spec.layers * 4 * stream + size * held),
         "cross": Work(flops.cross, spec.layers * (2 * stream + prompt)),
         "elementwise": Work(0, spec.layers * elementwise_bytes(plan, dtype)),
-        "cache": Work(0, size * (joined + 2 * following) + turned * _turn_bytes(size)),
+        "cache": Work(0, size * (joined + 2 * following) + turned * turn_bytes(size)),
     }
 
 
-def _turn_bytes(size: int) -> int:
-    """What moving a number of a key takes: cast to float32 and back, and in float32 between them what
-    `FLOAT_TURNS` says."""
+def turn_bytes(size: int) -> int:
+    """Bytes that moving a number of a key takes: cast to float32 and back, and what `FLOAT_TURNS` says."""
     return 2 * size + sum(FLOAT_TURNS.values()) * DTYPES["float32"].bytes
 
 

@@ -30,7 +30,7 @@ from forcingkv.runtime.backends.torch_device import name_of, torch_dtype
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
 from forcingkv.runtime.graph_records import next_name
 from forcingkv.runtime.kv.buffers import KvCache
-from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, rows_name
+from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
 
@@ -220,7 +220,7 @@ class _Advance(CleanPass):
         return tokens
 
     def rows_of(self, role: Role) -> torch.Tensor:
-        rows = self.on_device[rows_name(self.group, role)]
+        rows = self.on_device[told_name(self.group, role)]
         assert isinstance(rows, TorchTensor)
         return rows.tensor
 

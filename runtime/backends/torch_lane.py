@@ -24,7 +24,7 @@ except ImportError as error:
     raise MissingExtraError("torch", "models") from error
 
 from forcingkv.models.decoders import frames_of
-from forcingkv.models.generate import next_latents
+from forcingkv.models.generate import level_of_frames, next_latents
 from forcingkv.models.kv import Turn
 from forcingkv.models.torch_threads import in_this_thread, use_threads
 from forcingkv.models.wan import KeysValues
@@ -205,7 +205,8 @@ def _step_work(
     turn = Turn(*(given[name] for name in TURN)) if cache.plan.relative else None
     attend = cache.attend(phase, cache.key[1] if is_clean else None, turn, each_chunk=each_chunk)
     rotary, noise = (given["cosines"], given["sines"]), given.get("noise")
-    latents, sigma, sigma_next = (given[name] for name in ("latents", "sigma", "sigma_next"))
+    latents = given["latents"]
+    sigma, sigma_next = (level_of_frames(given[name]) for name in ("sigma", "sigma_next"))
     renoise = spec.schedule.renoise
 
     def work() -> None:

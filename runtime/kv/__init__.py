@@ -2,5 +2,6 @@
 
 In reading order: `roles` (what a cached token is), `policies` (which roles each group of heads sees, as
 TOML), `plan` (a policy applied to a model: every shape, phase and byte), `buffers` (a session's memory for
-it), and `rebuild` (what is computed anew when the prompt is switched). The torch half is `models/kv.py`.
+it), `rebuild` (what is computed anew when the prompt is switched), and `window` (where frames lie in time).
+The torch half is `models/kv.py`.
 """

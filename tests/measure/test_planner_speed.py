@@ -26,13 +26,16 @@ from forcingkv.measure.planner.speed import (
     pass_seconds,
     pass_work,
     predict,
+    turn_bytes,
     video_work,
 )
+from forcingkv.models.kv import Turn, turned
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.schedule import Schedule
 from forcingkv.runtime.spec import ModelSpec
 
 COUNTS = {"static": 134, "dynamic": 226}
@@ -133,6 +136,23 @@ def test_a_video_is_its_chunks_one_after_another() -> None:
     assert found["attention_flop_share"] == pytest.approx(flops.attention / flops.total)
 
 
+def test_first_chunks_count_with_the_passes_they_take() -> None:
+    """Five and three passes, the clean ones included, then two: in shorter videos and a longer one."""
+    gpu, plan = load_gpu("h200"), plan_of("forcing-kv")
+    schedule = Schedule((1000.0,), by_chunk=((1000.0, 750.0, 500.0, 250.0), (1000.0, 500.0)))
+    plan = replace(plan, spec=replace(plan.spec, schedule=schedule))
+    passes = [5, 3, *[2] * 38]
+    for chunks in (1, 2, 40):
+        seconds = sum(
+            count * sum(pass_seconds(pass_work(plan, chunk), gpu, 0.3).values())
+            for chunk, count in enumerate(passes[:chunks])
+        )
+        found = predict(video_work(plan, chunks), gpu, 0.3)
+        assert found["mean_chunk_seconds"] == pytest.approx(seconds / chunks)
+        assert found["fps"] == pytest.approx(12 * chunks / seconds)
+        assert found["chunk_seconds"] == pytest.approx(2 * found["pass_seconds"]), "of a later chunk"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["full", "window", "forcing-kv"]),
@@ -229,3 +249,20 @@ def test_every_gpu_has_a_class_and_a_source() -> None:
         assert gpu.family in efficiencies()
     carried = {one["carried_from"] for one in efficiencies().values()} - {None}
     assert carried <= set(efficiencies())
+
+
+def test_moving_keys_takes_what_torch_moves() -> None:
+    keys = torch.empty(1, 3, 512, 128, dtype=torch.bfloat16, device="meta")
+    turn = Turn(*(torch.empty(128, device="meta") for _ in range(2)))
+    with Traffic() as traffic, torch.no_grad():
+        turned(keys, turn)
+    assert traffic.moved.total() == pytest.approx(keys.numel() * turn_bytes(2), rel=0.01)
+
+
+def test_relative_positions_cost_what_moves_the_keys_that_are_not_the_sinks() -> None:
+    absolute = plan_of("full", model="longlive")
+    relative = replace(absolute, spec=replace(absolute.spec, positions="relative"))
+    one, other = (pass_work(plan) for plan in (absolute, relative))
+    assert {kind for kind in one if one[kind] != other[kind]} == {"cache"}
+    numbers = 30 * 12 * 128 * 6 * 1560  # layers, heads, head_dim, frames, tokens
+    assert other["cache"].bytes - one["cache"].bytes == numbers * (2 * 2 + 11 * 4)

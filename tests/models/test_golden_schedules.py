@@ -58,7 +58,9 @@ class Golden:
         }
         return ModelSpec(**(sizes | changes))
 
-    def differences(self, spec: ModelSpec, text: str, noise: str, wanted: str) -> list[float]:
+    def differences(
+        self, spec: ModelSpec, text: str, noise: str, wanted: str, start: str | None = None
+    ) -> list[float]:
         """How far each chunk of a video under the policy `full` is off, relative."""
         plan, given = build_plan(spec, spec.geometry(), load_policy("full")), self.file.get_tensor(noise)
         latents = self.file.get_tensor(wanted)
@@ -69,6 +71,7 @@ class Golden:
             self.file.get_tensor(text)[None],
             lambda chunk, step: given[chunk, step] if step < given.shape[1] else nothing,
             len(latents),
+            held=self.file.get_tensor(start) if start else None,
         )
         return [float((c.latents - w).norm() / w.norm()) for c, w in zip(made, latents, strict=True)]
 
@@ -107,15 +110,25 @@ def test_noise_levels_of_krea_are_those_that_its_code_looks_up(data: Path) -> No
         assert list(found.sigmas) == [*variant["sigmas"], 0.0]
 
 
+def unipc(count: int, shift: float, **changes: Any) -> Schedule:
+    """LongLive 2's: levels from 0.999 down in equal steps, then shifted; the model is told them without their
+    fraction."""
+    steps = tuple(999 * (1 - step / count) for step in range(count))
+    return Schedule(
+        steps,
+        warp=True,
+        shift=shift,
+        whole_timesteps=True,
+        renoise="predicted",
+        solver="unipc",
+        **changes,
+    )
+
+
 def test_unipc_makes_the_video_of_longlive_2(data: Path) -> None:
     golden = Golden(data / "golden" / "longlive2.safetensors")
     said, variant = golden.said["schedule"], golden.said["variants"]["absolute"]
-    # Levels from 0.999 down in equal steps, then shifted; the model is told them without their fraction.
-    count = variant["steps"]
-    steps = tuple(999 * (1 - step / count) for step in range(count))
-    schedule = Schedule(
-        steps, warp=True, shift=said["shift"], whole_timesteps=True, renoise="predicted", solver="unipc"
-    )
+    schedule = unipc(variant["steps"], said["shift"])
     assert list(schedule.later.timesteps) == said["by_variant"]["absolute"]["timesteps"]
     assert schedule.later.sigmas == pytest.approx(said["by_variant"]["absolute"]["sigmas"], rel=1e-6)
     spec = golden.spec(
@@ -125,5 +138,22 @@ def test_unipc_makes_the_video_of_longlive_2(data: Path) -> None:
         sink_frames=variant["sink"],
     )
     found = golden.differences(spec, "text0", "noise", "absolute.latents")
+    assert len(found) == golden.said["chunks"]
+    assert max(found) < TOLERANCE, found
+
+
+@pytest.mark.parametrize("name", ["absolute", "two_steps"])
+def test_a_start_frame_is_held_while_its_chunk_is_made(data: Path, name: str) -> None:
+    golden = Golden(data / "golden" / "longlive2_start_frame.safetensors")
+    variant = golden.said["variants"][name]
+    schedule = unipc(variant["steps"], 5.0, by_frame=True)
+    assert list(schedule.later.timesteps) == variant["timesteps"]
+    spec = golden.spec(
+        schedule,
+        frames_per_chunk=golden.said["frames_per_chunk"],
+        attended_frames=variant["window"],
+        sink_frames=variant["sink"],
+    )
+    found = golden.differences(spec, "text0", "noise", f"{name}.latents", "start")
     assert len(found) == golden.said["chunks"]
     assert max(found) < TOLERANCE, found
