@@ -127,19 +127,9 @@ def generate(
     if save:
         check_states(save)
     written = Written()
-    asked = Asked(
-        prompt,
-        embeds,
-        seconds,
-        switch or (),
-        recache,
-        restore,
-        fps,
-        seed,
-        enlarge,
-        model.random_weights,
-        given,
-    )
+    changes = switch or ()
+    random = model.random_weights
+    asked = Asked(prompt, embeds, seconds, changes, recache, restore, fps, seed, enlarge, random, given)
     try:
         if bundle is None:
             run = LaneOptions(backend or "torch", threads, device, dtype, provider, cuda_graphs, compiled)
@@ -240,13 +230,8 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
             raise InputError("the saved video is complete", where=where, hint=hint)
     else:
         text = text_input(spec, asked.prompt, asked.embeds, random=asked.random)
-        begins_with = 0 if start is None else start.shape[2] // spec.frames_per_chunk
         chunks = length(asked.seconds or 5.0)
-        if noise and asked.seconds is None:
-            chunks = begins_with + noise.chunks
-        if chunks is not None and chunks <= begins_with:
-            what = f"has {begins_with} chunks, and the whole video has {chunks}"
-            raise InputError(what, where=str(asked.given.start_latents), hint="Make it longer: --seconds.")
+        chunks = asked.given.chunks(spec, noise, start, chunks, whole=asked.seconds is None)
         video = session.generate(text, seed=asked.seed or 0, chunks=chunks, noise=noise, start=start)
     say_given(video, asked.given)
     take_switches(session, video, switches, asked.recache)

@@ -1,4 +1,4 @@
-"""Options of what was made elsewhere: noise, latents that a video begins with; and latents that are written."""
+"""Options of what was made elsewhere: latents that a video begins with, latents as an output."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from forcingkv.runtime import Session, Video
 from forcingkv.runtime.given import GivenNoise, LatentsWriter, read_noise, read_start
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.positions import Floats
+from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import read_header
 
 Noises: TypeAlias = Annotated[
@@ -54,6 +55,26 @@ class GivenOptions:
         """The noise and the start that are given, checked against a model."""
         noise = read_noise(self.noise, plan) if self.noise else None
         return noise, read_start(self.start_latents, plan) if self.start_latents else None
+
+    def chunks(
+        self,
+        spec: ModelSpec,
+        noise: GivenNoise | None,
+        start: Floats | None,
+        asked: int | None,
+        *,
+        whole: bool,
+    ) -> int | None:
+        """Chunks of the whole video: those asked for; `whole`: no number was, so as many as there is noise for.
+
+        Raises InputError where the start leaves none to be made.
+        """
+        begins_with = 0 if start is None else start.shape[2] // spec.frames_per_chunk
+        chunks = begins_with + noise.chunks if noise and whole else asked
+        if chunks is not None and chunks <= begins_with:
+            what = f"has {begins_with} chunks, and the whole video has {chunks}"
+            raise InputError(what, where=str(self.start_latents), hint="Make it longer: --seconds.")
+        return chunks
 
 
 def noises_for(files: Sequence[Path] | None, plan: CachePlan, videos: int, chunks: int) -> list[GivenNoise]:
@@ -114,7 +135,7 @@ def latents_file(
 
 
 def _kept(path: Path, session: Session, video: Video) -> tuple[Floats, int]:
-    """The latents of a file that come before the chunk with which a saved video goes on, and its first chunk."""
+    """Of a file the latents before the chunk with which a saved video goes on, and its first chunk."""
     said = read_header(path)[1]
     first = first_of_file(said, session, video, str(path))
     latents = read_start(path, session.plan)
