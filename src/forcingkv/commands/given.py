@@ -65,7 +65,7 @@ class GivenOptions:
         *,
         whole: bool,
     ) -> int | None:
-        """Chunks of the whole video: those asked for; `whole`: no number was, so as many as there is noise for.
+        """Chunks of the whole video: those asked for, or (`whole`) as many as there is noise for.
 
         Raises InputError where the start leaves none to be made.
         """
