@@ -112,6 +112,12 @@ class Video:
         return self._given_noise.described(self.seed) if self._given_noise else None
 
     @property
+    def given_digests(self) -> dict[str, str]:
+        """Digests of what was given: `noise` of a file, the latents of the `start`."""
+        noise = self._given_noise.digest if self._given_noise else None
+        return {name: d for name, d in (("noise", noise), ("start", self._start.digest)) if d}
+
+    @property
     def prompt(self) -> PromptRecord | None:
         """The prompt that it began with. None: of a saved state that does not know it, as those of earlier
         versions."""
@@ -244,9 +250,7 @@ class Video:
             bundle, notes = self._session.bundle, dict(notes)
             known: dict[str, object] = {"bundle": bundle.digest, "compute": bundle.manifest.compute}
             known |= {"seed": self.seed, "chunks": self.chunks, "index": self.index}
-            known["noise"] = self._given_noise.digest if self._given_noise else None
-            known["start"] = self._start.digest
-            known["given"] = self.given or None
+            known |= {"given": self.given or None, **self.given_digests}
             to_come = {n: latents for n, latents in self._start.latents.items() if n >= self._begun}
             try:
                 write_snapshot(

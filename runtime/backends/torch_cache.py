@@ -183,7 +183,18 @@ class JoinedCache(KvCache):
         for one in self._groups[layer]:
             held, own = one.cached(phases[0]), heads_of(current, one.group)
             done = _Advance(
-                self.plan, layer, one.group, held, own, None, choice, chunk, chosen, rows, turn=turn
+                self.plan,
+                layer,
+                one.group,
+                held,
+                own,
+                None,
+                choice,
+                chunk,
+                chosen,
+                rows,
+                one.layouts[phases[1]],
+                turn=turn,
             )
             one.take(advance_group(done), phases[1])
 
@@ -200,6 +211,13 @@ class _Advance(CleanPass):
     while it runs."""
 
     on_device: Mapping[str, Tensor]
+    following: Layout
+    """Where tokens lie that the next chunk sees."""
+
+    def tokens_after(self, role: Role) -> int:
+        place = self.following.roles[role.name]
+        tokens: int = place.stop - place.start
+        return tokens
 
     def rows_of(self, role: Role) -> torch.Tensor:
         rows = self.on_device[told_name(self.group, role)]

@@ -84,7 +84,7 @@ class Role(Tagged, ABC):
 
     @abstractmethod
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
-        """The most it ever caches. Once `tokens` is there it stays there."""
+        """What it caches at rest: once `tokens` is there, from `rests_from` on, it stays there."""
 
     @abstractmethod
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
@@ -103,8 +103,12 @@ class Role(Tagged, ABC):
         (`rows`), and what a role's own torch half asks for. Equal within a phase, and the names always."""
         return {ROWS: self.rows(plan, group, chunk)} if self.takes_rows else {}
 
+    def rests_from(self, plan: CachePlan, group: HeadGroup) -> int:
+        """The first chunk whose length of rest lasts; before it that may be one that is passed through."""
+        return 0
+
     def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
-        """Tokens that each buffer of a session has room for."""
+        """Tokens that each buffer of a session has room for: the most it ever caches."""
         return (self.steady_tokens(plan, group),) * self.buffers
 
     def buffer_read(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
@@ -337,13 +341,15 @@ class Retained(Role):
             return []
         assert chosen is not None, "the clean pass before this chunk chose segments"
         split = self.split(plan)
-        # Candidate frames begin with the transition frame of the chunk that was then current.
-        oldest = (chunk - 1) * plan.spec.frames_per_chunk - 1
+        # Candidate frames begin with the oldest recent frame of the chunk that was then current.
+        recent = sum(r.tokens(plan, group, chunk - 1) for r in group.roles if isinstance(r, Recent))
+        oldest = (chunk - 1) * plan.spec.frames_per_chunk - recent // plan.frame_tokens
         places = [divmod(index, self.segments) for index in chosen]
         return [Span(oldest + frame, split.kept_tokens, split.start(place)) for frame, place in places]
 
     def reach(self, plan: CachePlan, group: HeadGroup) -> int:
-        return plan.spec.frames_per_chunk + 1  # the chunk before, and the transition frame that it had
+        recent = sum(role.frames or 0 for role in group.roles if isinstance(role, Recent))
+        return plan.spec.frames_per_chunk + recent  # the chunk before, and the recent frames that it had
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         # In the graph in every phase; the session takes it when it is due.
