@@ -35,6 +35,7 @@ from forcingkv.runtime.backends import Array, Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker
 from forcingkv.runtime.dtypes import DTYPES
+from forcingkv.runtime.given import GivenNoise, start_digest
 from forcingkv.runtime.kv.rebuild import kept_chunks, replayed
 from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.script import PromptRecord, Script, Switch
@@ -90,6 +91,12 @@ class Snapshot:
     """Whether the KV cache holds the sink alone (`KvCache.hollow`); None: it does not."""
     fading: bool | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Whether chunks are to come that follow two prompts; None: none are."""
+    noise: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Digest of the noise that came in a file (`given.GivenNoise`); None: it is the seed's."""
+    start: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Digest of the latents that the video began with; None: it began with none."""
+    given: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """How many chunks those are."""
     compute: Dtype | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What the session computed in; None in states of versions in which a bundle had one dtype."""
     digest: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
@@ -97,7 +104,7 @@ class Snapshot:
     schema: Literal["forcingkv.snapshot/1"] = "forcingkv.snapshot/1"
 
     def __post_init__(self) -> None:
-        numbers = ("chunks", "index", "made", "passes", "decoder_calls")
+        numbers = ("chunks", "index", "made", "passes", "decoder_calls", "given")
         check_bounds(self, dict.fromkeys(numbers, (-(1 << 40), 1 << 40)), "the state")
 
 
@@ -113,6 +120,7 @@ def write_snapshot(
     latents: Mapping[int, Array],
     ready: Sequence[Chunk],
     script: Script,
+    start: Mapping[int, Array],
     **known: Any,
 ) -> None:
     """Write a state, in the place of the one that the folder may hold.
@@ -123,7 +131,9 @@ def write_snapshot(
         latents: of the chunks that a rebuild needs, by index.
         ready: chunks that were made, but not handed out.
         script: the video's prompts.
-        known: the fields `bundle`, `seed`, `chunks`, `index`, `compute` and `notes` of `Snapshot`.
+        start: latents of given chunks that were not begun, by index.
+        known: the fields `bundle`, `seed`, `chunks`, `index`, `compute`, `noise`, `start`, `given` and
+            `notes` of `Snapshot`.
 
     Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved, or
     another process or thread is saving one there. The state before is whole then.
@@ -136,6 +146,7 @@ def write_snapshot(
         name = next(name for name in names if name not in earlier)
         stored: dict[str, Tensor | Array] = {**maker.state()}
         stored |= {f"latents/{index}": array for index, array in latents.items()}
+        stored |= {f"start/{index}": array for index, array in start.items()}
         for chunk in ready:
             if not isinstance(chunk.frames, np.ndarray):
                 raise InputError(
@@ -264,8 +275,17 @@ def read_snapshot(
         for index in kept_chunks(bundle.plan, snapshot.made)
         if index in needed or f"latents/{index}" in arrays  # states of earlier versions have fewer
     }
+    given = snapshot.given or 0
+    for index in range(min(snapshot.made, given), given):
+        array(f"start/{index}")
     ready = [
-        Chunk(one.index, array(f"ready/{one.index}/frames"), array(f"ready/{one.index}/latents"), one.timing)
+        Chunk(
+            one.index,
+            array(f"ready/{one.index}/frames"),
+            array(f"ready/{one.index}/latents"),
+            one.timing,
+            one.index < given,
+        )
         for one in snapshot.ready
     ]
     script = Script(snapshot.prompt, snapshot.switches or ())
@@ -297,6 +317,31 @@ def _in_words(data: Any) -> Any:
     return {**data, **{name: [said(switch) for switch in switches] for name, switches in listed.items()}}
 
 
+def check_given(state: Snapshot, folder: Path, noise: GivenNoise | None, start: Array | None) -> None:
+    """Raise InputError unless a saved video goes on with the noise and the start that it had."""
+    where = str(folder / STATE)
+    if noise is None and state.noise is not None:
+        raise InputError(
+            f"was saved of a video whose noise came in a file (digest {state.noise[:12]}...)",
+            where=where,
+            hint="Give the same file again (--noise).",
+        )
+    if noise is not None and noise.digest != state.noise:
+        has = "noise of the seed" if state.noise is None else f"noise of the digest {state.noise[:12]}..."
+        raise InputError(
+            f"is other noise ({noise.digest[:12]}...), and the saved video has {has}",
+            where=noise.path,
+            expected="the noise that the video was begun with",
+            hint="A saved video goes on as it began; to make another, leave out --restore.",
+        )
+    if start is not None and start_digest(start) != state.start:
+        raise InputError(
+            "is another start than that of the saved video",
+            where="start",
+            expected="the latents that it began with, or none: the state has them",
+        )
+
+
 def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
     """Refuse a state that no video can have."""
     calls = bundle.plan.spec.frames_per_chunk // bundle.manifest.graphs["decode"].inputs["latents"].shape[2]
@@ -311,6 +356,8 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
         and (state.passes > 0 or not state.hollow)
         and (not state.fading or any(one.chunk <= state.made <= one.last_blended + 1 for one in last))
         and state.decoder_calls == state.made * calls
+        and (state.given or 0) >= 0
+        and (state.given is None) == (state.start is None)
         and made == sorted(made)
         and planned == sorted(set(planned))
         and all(0 <= chunk <= state.made for chunk in made)

@@ -131,7 +131,8 @@ class CacheBuffers(KvCache):
 
     def _is_hollow(self, entry: CacheEntry) -> bool:
         """Whether a hollow cache has none of it, and its next clean pass makes it."""
-        return not (entry.role.chooses or entry.role.opening_frames(self.plan.spec))
+        there = entry.role.chooses or entry.role.opening_frames(self.plan.spec)
+        return not there and self.plan.tokens(entry.group, entry.role, self.passes) > 0
 
     def _held_shape(self, entry: CacheEntry) -> tuple[int, int, int, int]:
         batch, heads, tokens, width = self.plan.entry_shape(entry, self.passes)

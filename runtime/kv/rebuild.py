@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, rows_name
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.roles import Role, Rows
 from forcingkv.runtime.kv.window import first_position
 
@@ -134,9 +134,9 @@ def most_encoded(plan: CachePlan) -> int:
 
 
 def rows_of(plan: CachePlan, encoding: Encoding) -> dict[str, Rows]:
-    """Input name (`rows_name`) -> which tokens of the encoded frames a role takes; not of one that stays."""
+    """Input name (`told_name`) -> which tokens of the encoded frames a role takes; not of one that stays."""
     rows = {
-        rows_name(group, role): role.encoded_rows(plan, group, encoding)
+        told_name(group, role): role.encoded_rows(plan, group, encoding)
         for group in plan.groups
         for role in group.roles
     }
@@ -153,17 +153,19 @@ def _passes(plan: CachePlan, made: int) -> int:
     Where segments are chosen, they are by the next clean pass, however early in the video: public code lets
     heads differ at once.
     """
-    if plan.choice is None:
-        return min(made, plan.phases[-1].first_chunk)
-    choosing = next(chunk for chunk in count() if plan.chooses(chunk))
+    roles = [(group, role) for group, _ in plan.kinds for role in group.roles if not role.chooses]
+    lasting = [(group, role) for group, role in roles if role.steady_tokens(plan, group)]
 
     def lengths(chunk: int) -> list[int]:
-        roles = ((group, role) for group, _ in plan.kinds for role in group.roles if not role.chooses)
-        return [role.tokens(plan, group, chunk) for group, role in roles]
+        return [role.tokens(plan, group, chunk) for group, role in lasting]
 
-    if lengths(choosing) == lengths(made):
-        return choosing
-    if made <= choosing:
+    if plan.choice:
+        ahead = next(chunk for chunk in count() if plan.chooses(chunk))
+    else:
+        ahead = plan.phases[-1].first_chunk
+    if lengths(ahead) == lengths(made):
+        return ahead
+    if made <= ahead:
         return made
     raise _refused(plan, "never has its newest frames without segments")
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from forcingkv.runtime.spec import Recache
-from tests.golden.files import GoldenError
+from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.said import Said
 
 WORDS: tuple[tuple[str, Recache | None], ...] = (
@@ -45,10 +43,7 @@ def change_of(words: str | None, said: Said) -> Change | None:
     return Change(chunk, "text2", "keep-sink" if sink else "empty-sink")
 
 
-def fields_of(variant: Any, spec: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
-    """The words of a variant and its fields. Raises GoldenError for words in a file without a switch."""
-    if isinstance(variant, Mapping):
-        return None, variant
-    if "switch_at_chunk" not in spec or not isinstance(variant, str):
-        raise GoldenError(f"of the variant it says {variant!r} only")
-    return variant, {}
+def words_of(file: GoldenFile, variant: str) -> str | None:
+    """What a file whose prompt is switched says of a variant, if that is words."""
+    words = file.variants[variant]
+    return words if "switch_at_chunk" in file.spec and isinstance(words, str) else None

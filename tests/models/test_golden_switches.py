@@ -12,13 +12,13 @@ from tests.golden.settings import case_of
 
 LONG = pytest.mark.long
 VARIANTS = [
-    ("longlive_switch", "keep_sink"),
     ("longlive_switch", "relative_keep_sink"),
     ("switch_keep_sink", "keep_sink"),
-    ("switch_keep_sink", "empty_sink"),
-    pytest.param("longlive_switch", "empty_sink", marks=LONG),
-    pytest.param("switch_keep_sink", "no_switch", marks=LONG),
-    pytest.param("switch_keep_sink", "no_recache", marks=LONG),
+    *(pytest.param("longlive_switch", name, marks=LONG) for name in ("keep_sink", "empty_sink")),
+    *(
+        pytest.param("switch_keep_sink", name, marks=LONG)
+        for name in ("no_switch", "no_recache", "empty_sink")
+    ),
 ]
 
 
