@@ -73,7 +73,8 @@ class GivenNoise:
         """The noise of a step of a chunk, `place` being the chunk's index in the file: what the file has, and
         else that of the seed (also what a switch of prompts draws anew)."""
         if step < self.steps and place < self.chunks:
-            return self.values[place, step]
+            drawn: Floats = self.values[place, step]
+            return drawn
         return chunk_noise(seed, chunk, step, shape)
 
 

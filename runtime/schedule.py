@@ -129,18 +129,18 @@ class Schedule:
             what = f"{name} has {len(steps)} timesteps"
             raise InputError(what, where="schedule", expected=f"at most {MOST_STEPS}")
         falling = all(a > b for a, b in itertools.pairwise(steps))
-        if not steps or not falling or steps[0] > 1000 or steps[-1] < 0:
+        if not steps or not falling or not 0 <= steps[-1] <= steps[0] <= 1000:  # NaN is no step either
             what = f"{name} {shown(list(steps))} cannot be run"
             expected = "at least one timestep, falling, each above 0 and at most 1000"
             raise InputError(what, where="schedule", expected=expected)
-        if steps[-1] == 0 and self.noise_levels != "table":
+        sigmas = self._steps_of(steps).sigmas
+        if not sigmas[-2]:  # of the table's entries none is 0
             raise InputError(
                 f"{name} {shown(list(steps))} cannot be run: a pass at 0, whose noise level is 0, changes"
                 " nothing",
                 where="schedule",
                 expected="steps above 0, or noise_levels = 'table', where 0 has the level of the last entry",
             )
-        sigmas = self._steps_of(steps).sigmas
         for (a, b), (here, after) in zip(itertools.pairwise(steps), itertools.pairwise(sigmas), strict=False):
             if here <= after:
                 raise InputError(

@@ -109,7 +109,7 @@ class Video:
     @property
     def noise(self) -> str | None:
         """What noise it is made of, if that came in a file; None: it is the seed's, or the caller's own."""
-        return self._given_noise and self._given_noise.described(self.seed)
+        return self._given_noise.described(self.seed) if self._given_noise else None
 
     @property
     def given_digests(self) -> dict[str, str]:

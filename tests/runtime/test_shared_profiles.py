@@ -41,7 +41,7 @@ def test_a_frame_wise_video_is_that_of_onnx_runtime(world: World, cuda_graphs: b
         ("decode", 0): 0,
         **{("step", phase): profile for phase, profile in enumerate(PROFILES)},
     }
-    passes = 1 + len(world.bundle.plan.spec.schedule.timesteps)
+    passes = 1 + len(world.bundle.plan.spec.schedule.later)
     ran = [phase for graph, phase, *_ in world.tensorrt.executed if graph == "step"]
     assert ran == [phase for phase in [*range(21), 20, 20] for _ in range(passes)]
 
