@@ -85,6 +85,10 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
                 noise=lambda chunk, step, shape: noise(chunk - given, step),
                 start=start,
             )
+            if case.switch:
+                text, at = file.tensor(case.switch.text)[None], given + case.switch.chunk
+                recache: Any = case.switch.recache
+                video.switch(text, recache=recache, at=at)
             for chunk in video:
                 indices = chosen.pop() if chosen else None
                 if not chunk.given:
@@ -92,6 +96,8 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
 
 
 def _loop(file: GoldenFile, case: Case, weights: dict[str, Tensor]) -> Iterator[Made]:
+    if case.switch:
+        raise GoldenError("the loop of models.generate switches no texts")
     plan = build_plan(case.spec, case.spec.geometry(), case.policy, case.headmap)
     model = WanModel(case.spec).eval().requires_grad_(False)
     orders = head_orders(case.spec, case.policy, case.headmap)

@@ -26,6 +26,27 @@ AS_ANOTHER = re.compile(r"as (\w+), but (.*)", re.DOTALL)
 """A variant that is said in words, by another one."""
 
 
+NOT_SWITCHED = "text for all chunks"
+IN_WORDS = {
+    "from the chunk of the switch on, text2 in cross-attention; the cache of self-attention is left": "none",
+    "global_sink true": "keep-sink",
+    "global_sink false": "empty-sink",
+}
+"""What a variant begins with that is said in words -> how the cache is made anew when the text is switched."""
+
+
+@dataclass(frozen=True)
+class Switched:
+    """A switch to another text."""
+
+    chunk: int
+    """The first chunk that follows it."""
+    text: str
+    """Name of its tensor."""
+    recache: str
+    """How the cache is made anew."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A variant of a file, as the product runs it."""
@@ -41,6 +62,7 @@ class Case:
     """That are generated."""
     start_frames: int = 0
     """Frames of the tensor `start` that the video begins with."""
+    switch: Switched | None = None
 
 
 def case_of(file: GoldenFile, variant: str) -> Case:
@@ -50,8 +72,6 @@ def case_of(file: GoldenFile, variant: str) -> Case:
     said.get("policy", None)
     frames, chunks = said.number("frames_per_chunk", least=1), said.number("chunks", least=1)
     spec = replace(_model(file, said, frames), schedule=_schedule(said), positions=_positions(said))
-    if said.get("switch_at_chunk", None) is not None:
-        raise GoldenError("switches are not run yet")
     start = said.get("start_frames", 0) and said.number("start_frames", least=1)
     kind = str(said.get("kind", "full"))
     static_heads = said.get("static_heads", None)
@@ -63,8 +83,9 @@ def case_of(file: GoldenFile, variant: str) -> Case:
         headmap = None
     else:
         raise GoldenError(f"the policy {kind!r} is not known")
-    case = Case(variant, spec, policy, headmap, str(said.get("noise", "noise")), "text", chunks, start)
-    said.number("text_tokens")
+    noise, switch = str(said.get("noise", "noise")), _switch(said)
+    case = Case(variant, spec, policy, headmap, noise, "text", chunks, start, switch)
+    _check_texts(file, said)
     if unread := said.unread():
         raise GoldenError(f"it has settings that are not known: {', '.join(unread)}")
     return case
@@ -75,6 +96,11 @@ def _own(file: GoldenFile, variant: str) -> Mapping[str, Any]:
     own = file.variants[variant]
     if isinstance(own, Mapping):
         return own
+    if own == NOT_SWITCHED:
+        return {"switch_at_chunk": None}
+    for words, recache in IN_WORDS.items():
+        if str(own).startswith(words):
+            return {"how_switched": recache}
     found = AS_ANOTHER.fullmatch(str(own))
     other = file.variants.get(found[1]) if found else None
     if found and isinstance(other, Mapping) and "only to a chunk at position 0" in found[2]:
@@ -116,6 +142,25 @@ def _model(file: GoldenFile, said: Said, frames: int) -> ModelSpec:
         if said.get(name, value) != value:
             raise GoldenError(f"its {name} is {said.need(name)}, and the product makes it {value}")
     return spec
+
+
+def _switch(said: Said) -> Switched | None:
+    """The switch of the text, if there is one."""
+    chunk, keeps, how = (said.get(name, None) for name in ("switch_at_chunk", "global_sink", "how_switched"))
+    if chunk is None:
+        return None
+    if how is None and keeps is None:
+        raise GoldenError("its text is switched, and it does not say what becomes of the cache (global_sink)")
+    return Switched(said.number("switch_at_chunk"), "text2", how or ("keep-sink" if keeps else "empty-sink"))
+
+
+def _check_texts(file: GoldenFile, said: Said) -> None:
+    """A text has as many rows as its tokens are, and zeros after them: there is no mask."""
+    counts = said.need("text_tokens")
+    for number, tokens in enumerate(counts if isinstance(counts, list) else [counts]):
+        name = f"text{number + 1}" if number else "text"
+        if file.tensor(name)[tokens:].any():
+            raise GoldenError(f"its {name} has rows that are not 0 after its {tokens} tokens")
 
 
 def _positions(said: Said) -> Positions:
