@@ -32,7 +32,7 @@ IN_WORDS = {
     "global_sink true": "keep-sink",
     "global_sink false": "empty-sink",
 }
-"""What a variant begins with that is said in words -> how the cache is made anew when the text is switched."""
+"""What a variant that is said in words begins with -> how the cache is made anew for the other text."""
 
 
 @dataclass(frozen=True)
