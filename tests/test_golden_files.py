@@ -67,8 +67,8 @@ def test_a_number_that_differs_is_found_with_its_chunk(
         ({"heads": None}, "its spec does not say heads"),
         ({"chunks": 4}, "it has latents of 3 chunks, and its spec says 4"),
         (
-            {"schedule": {"timesteps": [1000.0, 500.0], "sigmas": [1.0, 0.5], "shift": 3.0}},
-            "its sigmas are [1.0, 0.5], and the product's [1.0, 0.50",
+            {"schedule": {"timesteps": [1000.0, 500.0], "sigmas": [1.0, 0.4], "shift": 3.0}},
+            "its sigmas are [1.0, 0.4], and the product's [1.0, 0.5",
         ),
         (
             {"schedule": {"timesteps": [1000.0], "renoise": "sde"}},
