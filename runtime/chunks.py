@@ -45,6 +45,8 @@ class PendingChunk:
     cleaned: Mark
     requested: float
     """When it was begun, by the host's clock."""
+    given: Floats | None = None
+    """Its latents, where they were given: there are no denoising passes then."""
 
 
 class ChunkMaker:
@@ -146,8 +148,19 @@ class ChunkMaker:
         self._clean(len(levels))
         return PendingChunk(index, tuple(steps), started, denoised, queue.mark(), requested)
 
+    def take(self, index: int, latents: Floats) -> PendingChunk:
+        """Put the clean pass of a chunk into the queue whose latents are given."""
+        queue, requested = self.lane.main, time.perf_counter()
+        started = queue.mark()
+        self._write_positions(index)
+        self._latents[0].write(latents, queue)
+        denoised = queue.mark()
+        self._clean(0)
+        return PendingChunk(index, (), started, denoised, queue.mark(), requested, latents)
+
     def finish(self, pending: PendingChunk) -> Chunk:
         """Wait for a chunk and decode it. Raises NotFiniteError where its latents are not numbers."""
+        latents = np.empty(0, np.float32) if pending.given is None else pending.given.copy()
         for step, fetch in enumerate(pending.steps):
             latents = fetch.array()
             if not np.isfinite(latents).all():
@@ -168,7 +181,7 @@ class ChunkMaker:
             total=time.perf_counter() - pending.requested,
         )
         free = self.decoder.freed_by(pending.index) if self._frames_on == "device" else None
-        return Chunk(pending.index, shown, latents, self._unsettled, free)
+        return Chunk(pending.index, shown, latents, self._unsettled, pending.given is not None, free)
 
     def settle(self) -> None:
         """Take the time of the clean pass of the chunk before, which has long ended: nobody is to find later
@@ -183,8 +196,10 @@ class ChunkMaker:
         With `redraw_from` its latents are noised as they were before that denoising pass, and drawn from
         there first: a model that was not trained with switches of prompts follows what it sees in clean
         latents, and those show the old prompt. That noise is of steps which no chunk has when it is made.
+        Given latents stay what they are.
         """
         levels = self.levels(index)
+        redraw_from = None if index < self.given else redraw_from
         steps = len(levels)
         self._write_positions(index)
         if redraw_from is None:

@@ -35,6 +35,7 @@ from forcingkv.runtime.backends import Array, Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker
 from forcingkv.runtime.dtypes import DTYPES
+from forcingkv.runtime.given import GivenNoise, start_digest
 from forcingkv.runtime.kv.rebuild import replayed
 from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.script import PromptRecord, Script, Switch
@@ -83,6 +84,12 @@ class Snapshot:
     """Those to come. The model's input for each is among the tensors."""
     notes: Mapping[str, str] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What the program that saved it wants to find again."""
+    noise: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Digest of the noise that came in a file (`given.GivenNoise`); None: it is the seed's."""
+    start: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Digest of the latents that the video began with; None: it began with none."""
+    given: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """How many chunks those are."""
     compute: Dtype | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What the session computed in; None in states of versions in which a bundle had one dtype."""
     digest: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
@@ -90,7 +97,7 @@ class Snapshot:
     schema: Literal["forcingkv.snapshot/1"] = "forcingkv.snapshot/1"
 
     def __post_init__(self) -> None:
-        numbers = ("chunks", "index", "made", "passes", "decoder_calls")
+        numbers = ("chunks", "index", "made", "passes", "decoder_calls", "given")
         check_bounds(self, dict.fromkeys(numbers, (-(1 << 40), 1 << 40)), "the state")
 
 
@@ -106,6 +113,7 @@ def write_snapshot(
     latents: Mapping[int, Array],
     ready: Sequence[Chunk],
     script: Script,
+    start: Mapping[int, Array],
     **known: Any,
 ) -> None:
     """Write a state, in the place of the one that the folder may hold.
@@ -116,7 +124,9 @@ def write_snapshot(
         latents: of the chunks that a rebuild needs, by index.
         ready: chunks that were made, but not handed out.
         script: the video's prompts.
-        known: the fields `bundle`, `seed`, `chunks`, `index`, `compute` and `notes` of `Snapshot`.
+        start: latents of given chunks that were not begun, by index.
+        known: the fields `bundle`, `seed`, `chunks`, `index`, `compute`, `noise`, `start`, `given` and
+            `notes` of `Snapshot`.
 
     Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved, or
     another process or thread is saving one there. The state before is whole then.
@@ -129,6 +139,7 @@ def write_snapshot(
         name = next(name for name in names if name not in earlier)
         stored: dict[str, Tensor | Array] = {**maker.state()}
         stored |= {f"latents/{index}": array for index, array in latents.items()}
+        stored |= {f"start/{index}": array for index, array in start.items()}
         for chunk in ready:
             if not isinstance(chunk.frames, np.ndarray):
                 raise InputError(
@@ -246,8 +257,17 @@ def read_snapshot(
         return arrays[name]
 
     latents = {index: array(f"latents/{index}") for index in replayed(bundle.plan, snapshot.made)}
+    given = snapshot.given or 0
+    for index in range(min(snapshot.made, given), given):
+        array(f"start/{index}")
     ready = [
-        Chunk(one.index, array(f"ready/{one.index}/frames"), array(f"ready/{one.index}/latents"), one.timing)
+        Chunk(
+            one.index,
+            array(f"ready/{one.index}/frames"),
+            array(f"ready/{one.index}/latents"),
+            one.timing,
+            one.index < given,
+        )
         for one in snapshot.ready
     ]
     script = Script(snapshot.prompt, snapshot.switches or ())
@@ -257,6 +277,31 @@ def read_snapshot(
             raise InputError(f"planned/{number} is not the input of {switch.prompt}", where=str(tensors))
         script.plan(switch, text, snapshot.made)
     return snapshot, arrays, latents, ready, script
+
+
+def check_given(state: Snapshot, folder: Path, noise: GivenNoise | None, start: Array | None) -> None:
+    """Raise InputError unless a saved video goes on with the noise and the start that it had."""
+    where = str(folder / STATE)
+    if noise is None and state.noise is not None:
+        raise InputError(
+            f"was saved of a video whose noise came in a file (digest {state.noise[:12]}...)",
+            where=where,
+            hint="Give the same file again (--noise).",
+        )
+    if noise is not None and noise.digest != state.noise:
+        has = "noise of the seed" if state.noise is None else f"noise of the digest {state.noise[:12]}..."
+        raise InputError(
+            f"is other noise ({noise.digest[:12]}...), and the saved video has {has}",
+            where=noise.path,
+            expected="the noise that the video was begun with",
+            hint="A saved video goes on as it began; to make another, leave out --restore.",
+        )
+    if start is not None and start_digest(start) != state.start:
+        raise InputError(
+            "is another start than that of the saved video",
+            where="start",
+            expected="the latents that it began with, or none: the state has them",
+        )
 
 
 def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
@@ -270,6 +315,8 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
         and state.made == state.index + len(ready)
         and 0 <= state.passes <= state.made
         and state.decoder_calls == state.made * calls
+        and (state.given or 0) >= 0
+        and (state.given is None) == (state.start is None)
         and made == sorted(made)
         and planned == sorted(set(planned))
         and all(0 <= chunk <= state.made for chunk in made)

@@ -7,12 +7,16 @@ import operator
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+
+import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.chunks import ChunkMaker, NoiseSource, PendingChunk
 from forcingkv.runtime.faults import MemoryShortError
+from forcingkv.runtime.given import GivenNoise, start_digest
 from forcingkv.runtime.kv.rebuild import replayed
 from forcingkv.runtime.positions import Floats, chunk_noise
 from forcingkv.runtime.results import Chunk
@@ -24,12 +28,32 @@ if TYPE_CHECKING:
     from forcingkv.runtime.session import Session
 
 
+@dataclass(frozen=True)
+class Start:
+    """The chunks that a video begins with, which are given and not generated."""
+
+    chunks: int
+    latents: Mapping[int, Floats]
+    """Of each that was not begun when the video was, or was saved: (1, channels, frames, height, width)."""
+    digest: str | None
+    """Of all of them (`given.start_digest`)."""
+
+    @classmethod
+    def of(cls, latents: Floats, frames_per_chunk: int) -> Self:
+        """Of latents as `given.check_start` gives them."""
+        parts = np.split(latents, latents.shape[2] // frames_per_chunk, axis=2)
+        return cls(len(parts), dict(enumerate(map(np.ascontiguousarray, parts))), start_digest(latents))
+
+
+NO_START = Start(0, {}, None)
+
+
 class Video:
     """A video on its way. Iterate over it for its chunks; `Session.generate` and `Session.restore` make it.
 
     Attributes:
         seed: of the noise.
-        chunks: how many there will be; None: without end.
+        given: how many chunks at its start were given, and not generated.
         index: of the chunk that is handed out next.
         notes: what the program that saved it wanted to find again; nothing, if it was not restored.
     """
@@ -39,18 +63,22 @@ class Video:
         session: Session,
         seed: int,
         chunks: float | None,
-        noise: NoiseSource | None,
+        noise: NoiseSource | GivenNoise | None,
         script: Script,
+        start: Start = NO_START,
     ) -> None:
         """For the session. It is asked for its memory each time: a video that has ended keeps none of it."""
         seed = operator.index(seed)  # numpy's whole numbers would not go into JSON
         if seed < 0:
             raise InputError(f"is {seed}", where="seed", expected="0 or more")
-        self.seed, self.chunks = seed, _whole(chunks)
+        self.seed, self.given, self._start = seed, start.chunks, start
+        self._given_noise = noise if isinstance(noise, GivenNoise) else None
+        self.chunks = chunks
         self.index, self._script = 0, script
         self.notes: Mapping[str, str] = {}
-        self._session, self._own_noise, self._token = session, noise is not None, object()
-        self._noise = noise or (lambda chunk, step, shape: chunk_noise(seed, chunk, step, shape))
+        self._session, self._token = session, object()
+        self._own_noise = noise is not None and not isinstance(noise, GivenNoise)
+        self._noise = self._drawn if noise is None or isinstance(noise, GivenNoise) else noise
         self._begun = 0
         """Chunks whose passes were put into the queue."""
         self._pending: deque[PendingChunk] = deque()
@@ -58,6 +86,36 @@ class Video:
         self._latents: dict[int, Floats] = {}
         """Of the chunks that a rebuild of the cache needs, in order."""
         self._failed = False
+
+    @property
+    def chunks(self) -> int | None:
+        """How many there will be, given ones among them; None: without end. May be set while it goes on.
+
+        Raises InputError for what is no number of chunks, for fewer than are given, and for more than there
+        is noise for.
+        """
+        return self._chunks
+
+    @chunks.setter
+    def chunks(self, chunks: float | None) -> None:
+        count = _whole(chunks)
+        if count is not None and count < self.given:
+            what = f"is {count}, and {self.given} are given"
+            raise InputError(what, where="chunks", expected=f"{self.given} or more: given chunks are shown")
+        if self._given_noise:
+            self._given_noise.check_chunks(None if count is None else count - self.given)
+        self._chunks = count
+
+    @property
+    def noise(self) -> str | None:
+        """What noise it is made of, if that came in a file; None: it is the seed's, or the caller's own."""
+        return self._given_noise.described(self.seed) if self._given_noise else None
+
+    @property
+    def given_digests(self) -> dict[str, str]:
+        """Digests of what was given: `noise` of a file, the latents of the `start`."""
+        noise = self._given_noise.digest if self._given_noise else None
+        return {name: d for name, d in (("noise", noise), ("start", self._start.digest)) if d}
 
     @property
     def prompt(self) -> PromptRecord | None:
@@ -93,7 +151,7 @@ class Video:
                     self.chunks is None or self._begun < self.chunks
                 ):
                     self._switch_in_time(maker)
-                    self._pending.append(maker.begin(self._begun, self._noise))
+                    self._pending.append(self._begin(maker, self._begun))
                     self._begun += 1
                 if not self._ready:  # a switch finishes what was begun
                     self._finish_one(maker)
@@ -104,6 +162,17 @@ class Video:
         if self._session._frames == "device":  # they went with the memory, if it was closed meanwhile
             self._session._memory(self._token)
         return chunk
+
+    def _begin(self, maker: ChunkMaker, index: int) -> PendingChunk:
+        if index < self.given:
+            return maker.take(index, self._start.latents[index])
+        return maker.begin(index, self._noise)
+
+    def _drawn(self, chunk: int, step: int, shape: tuple[int, ...]) -> Floats:
+        """The noise of a file, which begins with the first chunk that is generated, or of the seed."""
+        if self._given_noise:
+            return self._given_noise.draw(self.seed, chunk, step, chunk - self.given, shape)
+        return chunk_noise(self.seed, chunk, step, shape)
 
     @property
     def _over(self) -> bool:
@@ -162,6 +231,8 @@ class Video:
             folder: where.
             notes: what the caller wants to find again as `Video.notes`.
 
+        Of noise that came in a file the digest is saved, and the same file is asked for.
+
         Raises InputError where the folder cannot be written, or holds anything else, and for a video with
         a noise source of its own, which cannot be saved: the state before stays then, and the video can go
         on. RuntimeError for a video that failed.
@@ -174,14 +245,23 @@ class Video:
                 raise InputError(
                     "a video with a noise source of its own cannot be saved",
                     where="noise",
-                    expected="noise of a seed",
+                    expected="noise of a seed, or of a file (runtime.given.read_noise)",
                 )
             bundle, notes = self._session.bundle, dict(notes)
             known: dict[str, object] = {"bundle": bundle.digest, "compute": bundle.manifest.compute}
             known |= {"seed": self.seed, "chunks": self.chunks, "index": self.index}
+            known |= {"given": self.given or None, **self.given_digests}
+            to_come = {n: latents for n, latents in self._start.latents.items() if n >= self._begun}
             try:
                 write_snapshot(
-                    Path(folder), maker, self._latents, self._ready, self._script, **known, notes=notes
+                    Path(folder),
+                    maker,
+                    self._latents,
+                    self._ready,
+                    self._script,
+                    to_come,
+                    **known,
+                    notes=notes,
                 )
             except MemoryError as error:
                 what = f"memory ran out on the host while a state was saved ({error})"

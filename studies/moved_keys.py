@@ -43,8 +43,8 @@ class Errors(NamedTuple):
 def plan_of(frames: int, chunk: int) -> CachePlan:
     """A window of so many frames in chunks of so many, sink 3: two of LongLive's heads, and frames of
     16 tokens."""
-    sizes = {"layers": 1, "heads": 2, "attended_frames": frames, "frames_per_chunk": chunk}
-    spec = replace(load_spec("longlive"), positions="relative", **sizes)
+    preset = replace(load_spec("longlive"), positions="relative", layers=1, heads=2)
+    spec = replace(preset, attended_frames=frames, frames_per_chunk=chunk)
     return build_plan(spec, spec.geometry("64x64"), load_policy("full"))
 
 

@@ -30,7 +30,7 @@ from forcingkv.runtime.backends.torch_device import name_of, torch_dtype
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
 from forcingkv.runtime.graph_records import next_name
 from forcingkv.runtime.kv.buffers import KvCache
-from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, rows_name
+from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
 
@@ -183,7 +183,18 @@ class JoinedCache(KvCache):
         for one in self._groups[layer]:
             held, own = one.cached(phases[0]), heads_of(current, one.group)
             done = _Advance(
-                self.plan, layer, one.group, held, own, None, choice, chunk, chosen, rows, turn=turn
+                self.plan,
+                layer,
+                one.group,
+                held,
+                own,
+                None,
+                choice,
+                chunk,
+                chosen,
+                rows,
+                one.layouts[phases[1]],
+                turn=turn,
             )
             one.take(advance_group(done), phases[1])
 
@@ -200,9 +211,16 @@ class _Advance(CleanPass):
     while it runs."""
 
     on_device: Mapping[str, Tensor]
+    following: Layout
+    """Where tokens lie that the next chunk sees."""
+
+    def tokens_after(self, role: Role) -> int:
+        place = self.following.roles[role.name]
+        tokens: int = place.stop - place.start
+        return tokens
 
     def rows_of(self, role: Role) -> torch.Tensor:
-        rows = self.on_device[rows_name(self.group, role)]
+        rows = self.on_device[told_name(self.group, role)]
         assert isinstance(rows, TorchTensor)
         return rows.tensor
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 Rows = npt.NDArray[np.int32]
+ROWS, HELD = "rows", "held"
+"""Kinds of what graphs are told of a chunk: its tokens that a role takes; of a role's own those that stay."""
 Chosen: TypeAlias = Sequence[int] | None
 """Indices of the segments that the clean pass before a chunk chose, if it did."""
 
@@ -82,7 +84,7 @@ class Role(Tagged, ABC):
 
     @abstractmethod
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
-        """The most it ever caches. Once `tokens` is there it stays there."""
+        """What it caches at rest: once `tokens` is there, from `rests_from` on, it stays there."""
 
     @abstractmethod
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
@@ -96,12 +98,17 @@ class Role(Tagged, ABC):
         """The chunk's tokens that it takes, for graphs that are told (`takes_rows`); equal within a phase."""
         return np.arange(0, dtype=np.int32)
 
-    def held_rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows | None:
-        """Of its own cached tokens those that stay, for graphs that are told; None: they are not told."""
-        return None
+    def told(self, plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+        """What graphs are told of the chunk, by the name of its kind: which of the chunk's tokens it takes
+        (`rows`), and what a role's own torch half asks for. Equal within a phase, and the names always."""
+        return {ROWS: self.rows(plan, group, chunk)} if self.takes_rows else {}
+
+    def rests_from(self, plan: CachePlan, group: HeadGroup) -> int:
+        """The first chunk whose length of rest lasts; before it that may be one that is passed through."""
+        return 0
 
     def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
-        """Tokens that each buffer of a session has room for."""
+        """Tokens that each buffer of a session has room for: the most it ever caches."""
         return (self.steady_tokens(plan, group),) * self.buffers
 
     def buffer_read(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
@@ -192,11 +199,12 @@ class Sink(WholeFrames):
         taken = self.tokens(plan, group, chunk + 1) - self.tokens(plan, group, chunk)
         return np.arange(taken, dtype=np.int32)
 
-    def held_rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows | None:
-        filled_by = self.filled_by(plan.spec)
+    def told(self, plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+        filled_by, taken = self.filled_by(plan.spec), super().told(plan, group, chunk)
         if filled_by <= 1:
-            return None
-        return np.arange(self.tokens(plan, group, chunk) if chunk < filled_by else 0, dtype=np.int32)
+            return taken
+        stay = self.tokens(plan, group, chunk) if chunk < filled_by else 0
+        return taken | {HELD: np.arange(stay, dtype=np.int32)}
 
     def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
         # While it is collected, a second one has what all chunks but the last gave: keys of a head lie side
@@ -239,6 +247,17 @@ class Recent(WholeFrames):
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         tokens = self.tokens(plan, group, chunk)
         return whole_frames(plan, chunk * plan.spec.frames_per_chunk - tokens // plan.frame_tokens, tokens)
+
+    def told(self, plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+        # What is kept for ever takes whole chunks: which tokens are left is no slice that every chunk has.
+        if group.opening_frames(plan.spec) <= plan.spec.frames_per_chunk:
+            return {}
+        return {ROWS: self.rows(plan, group, chunk)}
+
+    def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
+        opening = group.opening_frames(plan.spec) - chunk * plan.spec.frames_per_chunk
+        first = min(max(opening, 0) * plan.frame_tokens, plan.chunk_tokens)
+        return np.arange(first, plan.chunk_tokens, dtype=np.int32)
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return 0, -(-self._count // spec.frames_per_chunk)
@@ -322,13 +341,15 @@ class Retained(Role):
             return []
         assert chosen is not None, "the clean pass before this chunk chose segments"
         split = self.split(plan)
-        # Candidate frames begin with the transition frame of the chunk that was then current.
-        oldest = (chunk - 1) * plan.spec.frames_per_chunk - 1
+        # Candidate frames begin with the oldest recent frame of the chunk that was then current.
+        recent = sum(r.tokens(plan, group, chunk - 1) for r in group.roles if isinstance(r, Recent))
+        oldest = (chunk - 1) * plan.spec.frames_per_chunk - recent // plan.frame_tokens
         places = [divmod(index, self.segments) for index in chosen]
         return [Span(oldest + frame, split.kept_tokens, split.start(place)) for frame, place in places]
 
     def reach(self, plan: CachePlan, group: HeadGroup) -> int:
-        return plan.spec.frames_per_chunk + 1  # the chunk before, and the transition frame that it had
+        recent = sum(role.frames or 0 for role in group.roles if isinstance(role, Recent))
+        return plan.spec.frames_per_chunk + recent  # the chunk before, and the recent frames that it had
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         # In the graph in every phase; the session takes it when it is due.

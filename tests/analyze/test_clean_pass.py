@@ -212,7 +212,7 @@ def test_the_report_says_passes_and_chunks(
         assert said in page, said
     lines = " ".join(ran.out.split())
     assert "2 samples x 1 chunk x 2 steps and the clean pass" in lines
-    assert "chunks 3; the newest 4 key frames over all but the first 3" in lines
+    assert "chunk 3; the newest 4 key frames over all but the first 3" in lines
     of_one = run("analyze", "report", places["all"].parent, "--passes", "clean", "--out", tmp_path, "--json")
     found = json.loads(of_one.out)
     assert found["headmap"]["statistics"]["passes"] == "clean"

@@ -18,6 +18,7 @@ from typer import Option
 
 from forcingkv.commands.baked import ModelOptions, bake_model
 from forcingkv.commands.console import AsJson, emit, progress_bar, say
+from forcingkv.commands.given import GivenOptions, latents_file, say_given
 from forcingkv.commands.going_on import Look, agreed, check_prompt, look_of, take_switches, writer_for
 from forcingkv.commands.grouped import takes
 from forcingkv.commands.models import (
@@ -38,6 +39,7 @@ from forcingkv.runtime import MemoryShortError, Session, Timing, Video
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
+from forcingkv.runtime.given import LatentsWriter
 from forcingkv.runtime.memory import peak_bytes
 from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.spec import ModelSpec
@@ -50,6 +52,7 @@ BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
 
 
 @takes("model", ModelOptions)
+@takes("given", GivenOptions)
 def generate(
     out: Annotated[
         str, Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
@@ -61,7 +64,10 @@ def generate(
     embeds: Embeds = None,
     seconds: Annotated[
         float | None,
-        Option(min=0.01, help="Length of the video; inf: without end; default: 5, or that of --restore."),
+        Option(
+            min=0.01,
+            help="Length of the video; inf: without end; default: 5, or that of --restore or --noise.",
+        ),
     ] = None,
     switch: Annotated[
         list[str] | None,
@@ -85,6 +91,7 @@ def generate(
     seed: Annotated[
         int | None, Option(min=0, help="Seed of the noise; default: 0, or that of --restore.")
     ] = None,
+    given: GivenOptions,
     backend: BackendOrOwn = None,
     device: Device = None,
     dtype: ComputeDtype = None,
@@ -114,14 +121,15 @@ def generate(
     --out video.mp4
     """
     model.check(bundle)
+    given.check(out)
     # Makes nothing: a wrong place is refused before the bundle, which may be large, is read.
     open_writer(out, fps=fps or 1.0, enlarge=enlarge or 1, going_on=bool(restore))
     if save:
         check_states(save)
     written = Written()
-    asked = Asked(
-        prompt, embeds, seconds, switch or (), recache, restore, fps, seed, enlarge, model.random_weights
-    )
+    changes = switch or ()
+    random = model.random_weights
+    asked = Asked(prompt, embeds, seconds, changes, recache, restore, fps, seed, enlarge, random, given)
     try:
         if bundle is None:
             run = LaneOptions(backend or "torch", threads, device, dtype, provider, cuda_graphs, compiled)
@@ -150,7 +158,8 @@ def generate(
                 width, height = (size * look.enlarge for size in session.bundle.manifest.frame_size)
                 say(f"rgb24, {width}x{height}, {look.fps:g} frames a second", error=True)
             writer, first, written.kept = writer_for(out, session, video, look, restored=bool(restore))
-            with writer:
+            latents = latents_file(given.latents_out, session, video, restored=bool(restore))
+            with latents as written.latents, writer:
                 for frames in _write(video, writer, written):
                     if save and not video.index % save_every:
                         _save(video, save, look, first, frames, written)
@@ -179,6 +188,7 @@ class Asked:
     enlarge: int | None
     random: bool = False
     """Whether random numbers stand for text embeddings that are not given."""
+    given: GivenOptions = field(default_factory=GivenOptions)
 
     @property
     def prompts(self) -> list[str | None]:
@@ -194,8 +204,9 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
     of which nothing is left to make.
     """
     spec = session.spec
+    noise, start = asked.given.read(session.plan)
     if asked.restore:
-        video = session.restore(asked.restore)
+        video = session.restore(asked.restore, noise=noise, start=start)
         look = look_of(video, spec.fps, asked.fps, asked.enlarge)
         agreed("--seed", asked.seed, str(video.seed))
         if asked.prompt is not None or (asked.embeds and not asked.switches):
@@ -219,7 +230,10 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
             raise InputError("the saved video is complete", where=where, hint=hint)
     else:
         text = text_input(spec, asked.prompt, asked.embeds, random=asked.random)
-        video = session.generate(text, seed=asked.seed or 0, chunks=length(asked.seconds or 5.0))
+        chunks = length(asked.seconds or 5.0)
+        chunks = asked.given.chunks(spec, noise, start, chunks, whole=asked.seconds is None)
+        video = session.generate(text, seed=asked.seed or 0, chunks=chunks, noise=noise, start=start)
+    say_given(video, asked.given)
     take_switches(session, video, switches, asked.recache)
     for change in video.switches:
         if video.chunks is not None and change.chunk >= video.chunks:
@@ -246,6 +260,8 @@ class Written:
     """Seconds to bake a model; None: nothing was."""
     loading: float = 0.0
     """Seconds to open the session."""
+    latents: LatentsWriter | None = None
+    """Where the latents go, if they are written."""
 
     def warn(self, text: str) -> None:
         """Say something on standard error, and in the report."""
@@ -265,6 +281,8 @@ def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[Fram
             written.waited.append(time.perf_counter() - asked)
             written.timings.append(chunk.timing)  # not asked for the clean pass, which may still run
             writer.write(chunk.frames)
+            if written.latents:
+                written.latents.write(chunk.latents)
             written.frames += len(chunk.frames)
             shown.update(task, completed=video.index)
             yield chunk.frames

@@ -131,6 +131,7 @@ def about(session: Session, video: Video, first: int) -> dict[str, str]:
     if video.prompt:
         said |= {"forcingkv.prompt": video.prompt.text or "", PROMPT: video.prompt.digest}
         said[SWITCHES] = json.dumps([_told(switch) for switch in video.switches])
+    said |= {f"forcingkv.{what}": digest for what, digest in video.given_digests.items()}
     return said | ({FIRST: str(first)} if first else {})
 
 
@@ -178,17 +179,23 @@ def _holds_something(out: str) -> bool:
 
 def _first_chunk(writer: FrameWriter, session: Session, video: Video) -> int:
     """The chunk that the frames of a place begin with. Raises InputError where it holds another video."""
-    said, where = _metadata(writer), str(writer.path)
+    first = first_of_file(_metadata(writer), session, video, str(writer.path))
+    if isinstance(writer, RawWriter):
+        before = session.spec.frames_of(video.index) - session.spec.frames_of(first)
+        if writer.frames_there(session.bundle.manifest.frame_size) < before:
+            return video.index  # the rest alone, which was begun already: its frames are compared
+    return first
+
+
+def first_of_file(said: Mapping[str, str] | None, session: Session, video: Video, where: str) -> int:
+    """The chunk that a file begins with which says that of itself; None: it says nothing, and its frames are
+    compared. Raises InputError where it is of another video than the saved one."""
     if said is not None:
         _same_video(said, about(session, video, 0), video.index, where)
     first = video.notes.get("first_chunk", "0") if said is None else said.get(FIRST, "0")
     if not re.fullmatch("[0-9]{1,15}", first) or int(first) > video.index:
         what = f"begins with chunk {first[:20]}, and the saved video goes on with chunk {video.index}"
         raise InputError(what, where=where, hint=_ANOTHER)
-    if isinstance(writer, RawWriter):
-        before = session.spec.frames_of(video.index) - session.spec.frames_of(int(first))
-        if writer.frames_there(session.bundle.manifest.frame_size) < before:
-            return video.index  # the rest alone, which was begun already: its frames are compared
     return int(first)
 
 
@@ -220,6 +227,14 @@ def _same_video(said: Mapping[str, str], own: Mapping[str, str], index: int, whe
         else:
             continue
         raise InputError(what, where=where, expected="the video of the saved state", hint=_ANOTHER)
+    for what in ("noise", "start"):
+        if said.get(f"forcingkv.{what}") != own.get(f"forcingkv.{what}"):
+            raise InputError(
+                f"is another video: its {what} was another",
+                where=where,
+                expected="the video of the saved state",
+                hint=_ANOTHER,
+            )
     if list(_before(said.get(SWITCHES), index)) != list(_before(own[SWITCHES], index)):
         what = "is another video: its prompt was switched in another way"
         raise InputError(what, where=where, expected="the video of the saved state", hint=_ANOTHER)
