@@ -213,16 +213,16 @@ class Video:
         """
         session = self._session
         record, text = PromptRecord.of(session.spec, prompt)
-        how, fade = recache_of(session.spec, recache), check_fade(fade)
+        how, chunks = recache_of(session.spec, recache), check_fade(fade)
         with self._using() as maker:
             # Of a planned switch too: later the video would end with it.
             chunk = self._begun if at is None else operator.index(at)
-            self._check_switch(maker, Switch(chunk, record, how, fade))
+            self._check_switch(maker, Switch(chunk, record, how, chunks))
             if at is not None:
-                self._script.plan(Switch(chunk, record, how, fade), text, self._begun)
+                self._script.plan(Switch(chunk, record, how, chunks), text, self._begun)
                 return chunk
         with self._changing() as maker:
-            switch = Switch(self._begun, record, how, fade)
+            switch = Switch(self._begun, record, how, chunks)
             self._follow(maker, switch, text)
             return switch.chunk
 

@@ -26,6 +26,7 @@ _BAKED = "new: a model is run without a bundle of the user's, by torch"
 
 _WHERE = "new: there are backends that can choose where and in what they compute"
 
+_GIVEN = "new: noise and latents that were made elsewhere: the only way to a video of the authors' seed"
 _PASSES = "new: the clean pass is recorded too, and what is scored of a recording can be chosen"
 
 _DOCTOR = "new: what a machine can run, and what is wrong with it"
@@ -82,6 +83,11 @@ CHANGED: dict[str, str] = {
     "evaluate --seeds": _AT_MOST,
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
+    "analyze heads --noise": _GIVEN,
+    "evaluate --noise": _GIVEN,
+    "generate --latents-out": _GIVEN,
+    "generate --noise": _GIVEN,
+    "generate --start-latents": _GIVEN,
     "analyze heads --passes": _PASSES,
     "analyze heads --recent-frames": _PASSES,
     "analyze heads --score-chunks": _PASSES,

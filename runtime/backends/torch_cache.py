@@ -124,8 +124,9 @@ class JoinedGroup:
         for role in self.group.roles:
             if role.name in rows:
                 taken = KeysValues(*(part.index_select(2, rows[role.name]) for part in own))
-                moves = turn is not None and role.moves
-                made[role.name] = HALVES[role.name].move(role, taken, turn) if moves else taken
+                if turn is not None and role.moves:
+                    taken = HALVES[role.name].move(role, taken, turn)
+                made[role.name] = taken
         self.take(made, after)
         return attended
 

@@ -53,7 +53,8 @@ class Choice:
     layer: int
     """The first layer that chooses."""
     candidates: int
-    """Segments of the old transition frame, and of all frames of the finished chunk but its last."""
+    """Segments of the frames that leave the recent ones: of the old transition frame, and of all frames of
+    the finished chunk but its last."""
     kept: int
     split: Split
 

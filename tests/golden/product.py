@@ -87,7 +87,7 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
             )
             if case.change:
                 text = file.tensor(case.change.text)[None]
-                video.switch(text, recache=case.change.recache, at=case.change.chunk)
+                video.switch(text, recache=case.change.recache, at=given + case.change.chunk)
             for chunk in video:
                 indices = chosen.pop() if chosen else None
                 if not chunk.given:

@@ -68,8 +68,7 @@ def case_of(file: GoldenFile, variant: str) -> Case:
         raise GoldenError(f"the policy {kind!r} is not known")
     noise = str(said.get("noise", "noise"))
     case = Case(variant, spec, policy, headmap, noise, "text", chunks, start, change)
-    if not isinstance(said.need("text_tokens"), list):  # one a text, where the prompt is switched
-        said.number("text_tokens")
+    _check_texts(file, said)
     if unread := said.unread():
         raise GoldenError(f"it has settings that are not known: {', '.join(unread)}")
     return case
@@ -121,6 +120,15 @@ def _model(file: GoldenFile, said: Said, frames: int) -> ModelSpec:
         if said.get(name, value) != value:
             raise GoldenError(f"its {name} is {said.need(name)}, and the product makes it {value}")
     return spec
+
+
+def _check_texts(file: GoldenFile, said: Said) -> None:
+    """A text has as many rows as its tokens are, and zeros after them: there is no mask."""
+    counts = said.need("text_tokens")
+    for number, tokens in enumerate(counts if isinstance(counts, list) else [counts]):
+        name = f"text{number + 1}" if number else "text"
+        if file.tensor(name)[tokens:].any():
+            raise GoldenError(f"its {name} has rows that are not 0 after its {tokens} tokens")
 
 
 def _positions(said: Said) -> Positions:

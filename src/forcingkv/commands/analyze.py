@@ -15,8 +15,8 @@ from rich.text import Text
 from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar, say
-from forcingkv.commands.given import Noises, noises_for
+from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar
+from forcingkv.commands.given import Noises, noises_for, say_noises
 from forcingkv.commands.grouped import takes
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
@@ -202,8 +202,7 @@ def heads(
     noises = noises_for(
         noise, recording_plan(spec, resolution, policy, mapped), samples, video_length(spec, chunks)
     )
-    for sample, one in enumerate(noises):
-        say(f"noise of sample {sample}: {one.described(seed + sample)}", error=True)
+    say_noises(noises, seed)
     job = Job(
         spec=spec,
         weights=weights_for(spec, checkpoint, key, lora, no_preset_lora, random_weights),

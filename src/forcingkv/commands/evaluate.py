@@ -22,7 +22,7 @@ from forcingkv.commands.console import (
     progress_bar,
     say,
 )
-from forcingkv.commands.given import Noises, noises_for
+from forcingkv.commands.given import Noises, noises_for, say_noises
 from forcingkv.commands.models import (
     BackendOrOwn,
     Compiled,
@@ -156,8 +156,7 @@ def evaluate(
         length = chunks or spec.chunks_to_fill
         task = shown.add_task("generating and measuring (videos)", total=len(chosen) * len(sessions))
         noises = noises_for(noise, next(iter(sessions.values())).plan, len(chosen), length)
-        for file, sample in zip(noises, chosen, strict=False):
-            say(f"noise of {sample.prompt!r}, seed {sample.seed}: {file.described(sample.seed)}", error=True)
+        say_noises(noises, seed)
         rows = evaluate_sessions(sessions, chosen, length, compared, lambda: shown.advance(task), noises)
         places = {name: str(session.bundle.path) for name, session in sessions.items()}
     report = summarize(rows, compared, places, length)

@@ -96,6 +96,15 @@ def noises_for(files: Sequence[Path] | None, plan: CachePlan, videos: int, chunk
     return read if len(read) == videos else read * videos
 
 
+def say_noises(noises: Sequence[GivenNoise], first_seed: int) -> None:
+    """Say what the noise of several videos is, whose seeds count up from the first."""
+    if len({noise.path for noise in noises}) == 1 and len(noises) > 1:
+        say(f"noise of all {len(noises)} videos: {noises[0].described(None)}", error=True)
+        return
+    for number, noise in enumerate(noises):
+        say(f"noise of video {number}: {noise.described(first_seed + number)}", error=True)
+
+
 def say_given(video: Video, given: GivenOptions) -> None:
     """Say what of a video is not of its seed."""
     if video.noise:
