@@ -237,7 +237,7 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
     def length(seconds: float) -> int | None:
         return None if seconds == math.inf else chunks_for(seconds)
 
-    recache, switches = prompts.how(spec), prompts.changes(spec, chunks_for)
+    switches = prompts.changes(spec, chunks_for)
     if asked.restore:
         if asked.seconds:
             video.chunks = length(asked.seconds)
@@ -250,6 +250,7 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
         chunks = asked.given.chunks(spec, noise, start, chunks, whole=asked.seconds is None)
         video = session.generate(text, seed=asked.seed or 0, chunks=chunks, noise=noise, start=start)
     say_given(video, asked.given)
+    recache = prompts.how(spec)
     take_switches(session, video, [(*change, recache, prompts.fade) for change in switches], prompts.recache)
     for change in video.switches:
         if video.chunks is not None and change.chunk >= video.chunks:
