@@ -31,6 +31,8 @@ _PASSES = "new: the clean pass is recorded too, and what is scored of a recordin
 
 _DOCTOR = "new: what a machine can run, and what is wrong with it"
 
+_SWITCHES = "prompts are switched as public code does it too: by which way is a word, not yes or no"
+
 CHANGED: dict[str, str] = {
     "doctor": _DOCTOR,
     "doctor --bundle": _DOCTOR,
@@ -97,6 +99,12 @@ CHANGED: dict[str, str] = {
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "headmap convert --heads": "0 heads were taken for a number that was not given",
+    "generate --fade": _SWITCHES,
+    "generate --no-recache": _SWITCHES,
+    "generate --recache": _SWITCHES,
+    "generate --recache/--no-recache": _SWITCHES,
+    "generate --script": _SWITCHES,
+    "generate --script-line": _SWITCHES,
     "generate --enlarge": _AS_SAVED,
     "generate --seed": _AS_SAVED,
 }

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import numpy as np
+
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.kv.roles import Chosen, Recent, Role, Span, WholeFrames, whole_frames
+from forcingkv.runtime.kv.roles import Chosen, Recent, Role, Rows, Span, WholeFrames, whole_frames
 from forcingkv.runtime.spec import Geometry, ModelSpec
 
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
+    from forcingkv.runtime.kv.rebuild import Encoding
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Early(WholeFrames):
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return 0, -(-self._count // spec.frames_per_chunk) + 1
+
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        if self.tokens(plan, group, encoding.passes):
+            return super().encoded_rows(plan, group, encoding)
+        return np.arange(0, dtype=np.int32)  # heads are split at once
 
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
         if not self.frames:

@@ -24,6 +24,7 @@ from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
+    from forcingkv.runtime.kv.rebuild import Encoding
 
 
 Rows = npt.NDArray[np.int32]
@@ -130,6 +131,15 @@ class Role(Tagged, ABC):
         """(chunks at the video's start, newest chunks) whose clean passes make its tokens anew."""
         return 0, 0
 
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        """Which tokens it takes of newest frames that one pass encodes after a switch of the prompt; None: it
+        stays as it is, and is seen in that pass. Raises InputError where that pass cannot make it."""
+        raise InputError(
+            f"no pass over newest frames makes the role {self.name} of the policy {plan.policy.name}",
+            where="recache",
+            hint="Switch with recache replay or none.",
+        )
+
     def dtype(self, compute: Dtype) -> Dtype:
         """What its keys and values are cached in, in graphs that compute in `compute`."""
         return compute
@@ -223,6 +233,11 @@ class Sink(WholeFrames):
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return self.filled_by(spec), 0
 
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        if encoding.keeps_sink:
+            return None
+        return np.arange(self.tokens(plan, group, encoding.passes), dtype=np.int32)
+
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         frames = self.opening_frames(spec)
         return replace(self, frames=frames) if frames else None
@@ -262,6 +277,11 @@ class Recent(WholeFrames):
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return 0, -(-self._count // spec.frames_per_chunk)
+
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        end = encoding.frames * plan.frame_tokens
+        taken = 0 if encoding.hollow else self.tokens(plan, group, encoding.passes)
+        return np.arange(end - taken, end, dtype=np.int32)
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         frames = self.frames_of(spec, roles)
@@ -351,6 +371,9 @@ class Retained(Role):
     def reach(self, plan: CachePlan, group: HeadGroup) -> int:
         recent = sum(role.frames or 0 for role in group.roles if isinstance(role, Recent))
         return plan.spec.frames_per_chunk + recent  # the chunk before, and the recent frames that it had
+
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        return np.arange(0, dtype=np.int32)
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         # In the graph in every phase; the session takes it when it is due.

@@ -14,6 +14,7 @@ from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, TextEncoder
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.rules import everything_seen, forcing_kv
 from tests.golden.said import Said
+from tests.golden.switches import Change, change_of, words_of
 
 PATCH = 2
 X0 = "x_t - sigma * flow"
@@ -24,27 +25,6 @@ LEVELS_AGREE = 1e-6
 
 AS_ANOTHER = re.compile(r"as (\w+), but (.*)", re.DOTALL)
 """A variant that is said in words, by another one."""
-
-
-NOT_SWITCHED = "text for all chunks"
-IN_WORDS = {
-    "from the chunk of the switch on, text2 in cross-attention; the cache of self-attention is left": "none",
-    "global_sink true": "keep-sink",
-    "global_sink false": "empty-sink",
-}
-"""What a variant that is said in words begins with -> how the cache is made anew for the other text."""
-
-
-@dataclass(frozen=True)
-class Switched:
-    """A switch to another text."""
-
-    chunk: int
-    """The first chunk that follows it."""
-    text: str
-    """Name of its tensor."""
-    recache: str
-    """How the cache is made anew."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +42,19 @@ class Case:
     """That are generated."""
     start_frames: int = 0
     """Frames of the tensor `start` that the video begins with."""
-    switch: Switched | None = None
+    change: Change | None = None
+    """Of its prompt on the way."""
 
 
 def case_of(file: GoldenFile, variant: str) -> Case:
     """What the product is told of a variant. Raises GoldenError for what it cannot be told."""
-    own = _own(file, variant)
+    words = words_of(file, variant)
+    own = {} if words else _own(file, variant)
     said = Said(own, file.spec.get("policy") or {}, file.spec)
     said.get("policy", None)
     frames, chunks = said.number("frames_per_chunk", least=1), said.number("chunks", least=1)
     spec = replace(_model(file, said, frames), schedule=_schedule(said), positions=_positions(said))
+    change = change_of(words, said)
     start = said.get("start_frames", 0) and said.number("start_frames", least=1)
     kind = str(said.get("kind", "full"))
     static_heads = said.get("static_heads", None)
@@ -83,8 +66,8 @@ def case_of(file: GoldenFile, variant: str) -> Case:
         headmap = None
     else:
         raise GoldenError(f"the policy {kind!r} is not known")
-    noise, switch = str(said.get("noise", "noise")), _switch(said)
-    case = Case(variant, spec, policy, headmap, noise, "text", chunks, start, switch)
+    noise = str(said.get("noise", "noise"))
+    case = Case(variant, spec, policy, headmap, noise, "text", chunks, start, change)
     _check_texts(file, said)
     if unread := said.unread():
         raise GoldenError(f"it has settings that are not known: {', '.join(unread)}")
@@ -96,11 +79,6 @@ def _own(file: GoldenFile, variant: str) -> Mapping[str, Any]:
     own = file.variants[variant]
     if isinstance(own, Mapping):
         return own
-    if own == NOT_SWITCHED:
-        return {"switch_at_chunk": None}
-    for words, recache in IN_WORDS.items():
-        if str(own).startswith(words):
-            return {"how_switched": recache}
     found = AS_ANOTHER.fullmatch(str(own))
     other = file.variants.get(found[1]) if found else None
     if found and isinstance(other, Mapping) and "only to a chunk at position 0" in found[2]:
@@ -142,16 +120,6 @@ def _model(file: GoldenFile, said: Said, frames: int) -> ModelSpec:
         if said.get(name, value) != value:
             raise GoldenError(f"its {name} is {said.need(name)}, and the product makes it {value}")
     return spec
-
-
-def _switch(said: Said) -> Switched | None:
-    """The switch of the text, if there is one."""
-    chunk, keeps, how = (said.get(name, None) for name in ("switch_at_chunk", "global_sink", "how_switched"))
-    if chunk is None:
-        return None
-    if how is None and keeps is None:
-        raise GoldenError("its text is switched, and it does not say what becomes of the cache (global_sink)")
-    return Switched(said.number("switch_at_chunk"), "text2", how or ("keep-sink" if keeps else "empty-sink"))
 
 
 def _check_texts(file: GoldenFile, said: Said) -> None:

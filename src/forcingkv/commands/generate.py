@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from forcingkv.commands.models import (
     Threads,
     text_input,
 )
+from forcingkv.commands.prompt_changes import Prompts, told_prompts
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Timing, Video
@@ -41,9 +42,8 @@ from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
 from forcingkv.runtime.given import LatentsWriter
 from forcingkv.runtime.memory import peak_bytes
+from forcingkv.runtime.script import MOST_FADED
 from forcingkv.runtime.snapshot import check_states
-from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import TextInput
 from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.video import open_writer
 
@@ -73,7 +73,27 @@ def generate(
         list[str] | None,
         Option(help='Another prompt from that second on: "2.5:a 1 moving up ..."; may be repeated.'),
     ] = None,
-    recache: Annotated[bool, Option(help="Rebuild the caches when the prompt is switched.")] = True,
+    script: Annotated[
+        Path | None,
+        Option(
+            help='Prompts and their latent frames, a line of JSON: {"prompts": [...], '
+            '"switch_frame_indices": [...]}.'
+        ),
+    ] = None,
+    script_line: Annotated[
+        int | None, Option(min=1, help="Which line of --script, where it has several videos.")
+    ] = None,
+    recache: Annotated[
+        str | None,
+        Option(
+            help="How the caches are made anew when the prompt is switched: replay, keep-sink, empty-sink or"
+            " none; default: the model's."
+        ),
+    ] = None,
+    no_recache: Annotated[bool, Option("--no-recache", help="The same as --recache none.")] = False,
+    fade: Annotated[
+        int, Option(min=0, max=MOST_FADED, help="Chunks that follow old and new prompt at a switch.")
+    ] = 0,
     save: Annotated[
         Path | None, Option(help="Folder to save the state to, every --save-every chunks.")
     ] = None,
@@ -127,13 +147,14 @@ def generate(
     if save:
         check_states(save)
     written = Written()
-    changes = switch or ()
-    random = model.random_weights
-    asked = Asked(prompt, embeds, seconds, changes, recache, restore, fps, seed, enlarge, random, given)
+    prompts = told_prompts(
+        *(prompt, embeds, switch, script, script_line, recache, no_recache, fade), random=model.random_weights
+    )
+    asked = Asked(prompts, seconds, restore, fps, seed, enlarge, given)
     try:
         if bundle is None:
             run = LaneOptions(backend or "torch", threads, device, dtype, provider, cuda_graphs, compiled)
-            baked = bake_model(model, run, embeds, asked.prompts)
+            baked = bake_model(model, run, embeds, asked.baked_with)
             backend, written.digesting, written.baking = run.backend, baked.digesting, baked.baking
         began = time.perf_counter()
         with Session.open(
@@ -177,24 +198,19 @@ def generate(
 class Asked:
     """What the options say of a video. None: an option that was not given."""
 
-    prompt: str | None
-    embeds: Path | None
+    prompts: Prompts
     seconds: float | None
-    switches: Sequence[str]
-    recache: bool
     restore: Path | None
     fps: float | None
     seed: int | None
     enlarge: int | None
-    random: bool = False
-    """Whether random numbers stand for text embeddings that are not given."""
     given: GivenOptions = field(default_factory=GivenOptions)
 
     @property
-    def prompts(self) -> list[str | None]:
+    def baked_with(self) -> list[str | None]:
         """Every prompt that is asked for; a saved video has its own."""
-        first = [] if self.restore and self.prompt is None else [self.prompt]
-        return [*first, *(switch.partition(":")[2].strip() for switch in self.switches)]
+        first = [] if self.restore and self.prompts.first is None else [self.prompts.first]
+        return [*first, *self.prompts.after]
 
 
 def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
@@ -203,14 +219,14 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
     Raises InputError for options that cannot be used, or contradict the saved state, and for a saved video
     of which nothing is left to make.
     """
-    spec = session.spec
+    spec, prompts = session.spec, asked.prompts
     noise, start = asked.given.read(session.plan)
     if asked.restore:
         video = session.restore(asked.restore, noise=noise, start=start)
         look = look_of(video, spec.fps, asked.fps, asked.enlarge)
         agreed("--seed", asked.seed, str(video.seed))
-        if asked.prompt is not None or (asked.embeds and not asked.switches):
-            check_prompt(session, video, asked.prompt, asked.embeds, random=asked.random)
+        if prompts.first is not None or (prompts.embeds and not prompts.switches):
+            check_prompt(session, video, prompts.first, prompts.embeds, random=prompts.random)
     else:
         look = Look(asked.fps or spec.fps, asked.enlarge or 1)
 
@@ -221,7 +237,7 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
     def length(seconds: float) -> int | None:
         return None if seconds == math.inf else chunks_for(seconds)
 
-    switches = _prompt_changes(asked, spec, chunks_for)
+    recache, switches = prompts.how(spec), prompts.changes(spec, chunks_for)
     if asked.restore:
         if asked.seconds:
             video.chunks = length(asked.seconds)
@@ -229,12 +245,12 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
             where, hint = str(asked.restore), "Make it longer: --seconds."
             raise InputError("the saved video is complete", where=where, hint=hint)
     else:
-        text = text_input(spec, asked.prompt, asked.embeds, random=asked.random)
+        text = text_input(spec, prompts.first, prompts.embeds, random=prompts.random)
         chunks = length(asked.seconds or 5.0)
         chunks = asked.given.chunks(spec, noise, start, chunks, whole=asked.seconds is None)
         video = session.generate(text, seed=asked.seed or 0, chunks=chunks, noise=noise, start=start)
     say_given(video, asked.given)
-    take_switches(session, video, switches, asked.recache)
+    take_switches(session, video, [(*change, recache, prompts.fade) for change in switches], prompts.recache)
     for change in video.switches:
         if video.chunks is not None and change.chunk >= video.chunks:
             say(f"note: the video ends with chunk {video.chunks - 1}, before {change}", error=True)
@@ -354,31 +370,3 @@ def _peak_bytes() -> int | None:
     with suppress(RuntimeError):
         return peak_bytes()
     return None
-
-
-def _prompt_changes(
-    asked: Asked, spec: ModelSpec, chunks_for: Callable[[float], int]
-) -> list[tuple[int, TextInput]]:
-    """The changes that "SECONDS:PROMPT" asks for, in order: each the index of a chunk and its new prompt.
-
-    The prompt changes with the first chunk that begins at that second or later. Raises InputError for one
-    that is not of that form, or whose prompt cannot be used, and for two with one chunk.
-    """
-    changes: dict[int, tuple[str, TextInput]] = {}
-    for option in asked.switches:
-        start, colon, prompt = option.partition(":")
-        try:
-            seconds = float(start)
-        except ValueError:
-            seconds = 0.0
-        if not colon or not 0 < seconds < math.inf:
-            raise InputError(
-                f"has no time above 0 in {option!r}", where="--switch", expected='"SECONDS:PROMPT"'
-            )
-        chunk = chunks_for(seconds)
-        if chunk in changes:
-            what = f"has {changes[chunk][0]!r} and {option!r}, which both begin with chunk {chunk}"
-            raise InputError(what, where="--switch", expected="one prompt for each chunk")
-        text = text_input(spec, prompt.strip(), asked.embeds, random=asked.random)
-        changes[chunk] = option, text
-    return [(chunk, text) for chunk, (_, text) in sorted(changes.items(), key=lambda change: change[0])]

@@ -19,6 +19,7 @@ from forcingkv.runtime.frames import FrameWriter, Kept, RawWriter
 from forcingkv.runtime.mp4 import metadata_of, read_fragments
 from forcingkv.runtime.pictures import PngWriter, read_record
 from forcingkv.runtime.script import PromptRecord, Switch
+from forcingkv.runtime.spec import Recache
 from forcingkv.runtime.text import TextInput
 from forcingkv.runtime.video import open_writer
 
@@ -77,18 +78,22 @@ def check_prompt(
 
 
 def take_switches(
-    session: Session, video: Video, asked: Sequence[tuple[int, TextInput]], recache: bool
+    session: Session,
+    video: Video,
+    asked: Sequence[tuple[int, TextInput, Recache, int]],
+    recache: str | None,
 ) -> None:
-    """Let a video make the switches that were asked for, each with the chunk it begins with.
+    """Let a video make the switches that were asked for: chunk, prompt, recache and chunks of both prompts.
 
     Those that a saved video has made or is to make are left to it. Raises InputError for a switch that
-    contradicts them, and where those to come are not among the ones asked for.
+    contradicts them, and where those to come are not the ones asked for: where none are, `recache` may still
+    say how (None: it does not).
     """
     known = {_key(switch): switch for switch in video.switches}
     coming = {key: switch for key, switch in known.items() if switch.chunk >= video.index}
     given = {}
-    for chunk, text in asked:
-        switch = Switch(chunk, PromptRecord.of(session.spec, text)[0], recache)
+    for chunk, text, how, fade in asked:
+        switch = Switch(chunk, PromptRecord.of(session.spec, text)[0], how, fade or None)
         given[_key(switch)] = switch
         if _key(switch) in known:
             continue
@@ -97,14 +102,14 @@ def take_switches(
             there = ["what was saved by a version that does not keep switches"]
         if chunk < video.index or there:
             raise _contradiction("--switch", f"asks for {switch}", " and ".join(there) or "no such switch")
-        video.switch(text, recache=recache, at=chunk)
+        video.switch(text, recache=how, at=chunk, fade=fade)
     left = [switch for key, switch in coming.items() if key not in given]
-    if left and (given or (not recache and any(switch.recache for switch in left))):
+    if left and (given or (recache and any(switch.recache != recache for switch in left))):
         raise _contradiction("--switch", f"does not ask for {left[0]}", str(left[0]))
 
 
-def _key(switch: Switch) -> tuple[int, str, bool]:
-    return switch.chunk, switch.prompt.digest, switch.recache
+def _key(switch: Switch) -> tuple[int, str, Recache, int]:
+    return switch.chunk, switch.prompt.digest, switch.recache, switch.fade or 0
 
 
 def _contradiction(option: str, what: str, saved: str) -> InputError:
@@ -137,12 +142,13 @@ def about(session: Session, video: Video, first: int) -> dict[str, str]:
 
 def _told(switch: Switch) -> dict[str, Any]:
     prompt = switch.prompt
-    return {
+    told = {
         "chunk": switch.chunk,
         "prompt": prompt.text,
         "prompt_digest": prompt.digest,
         "recache": switch.recache,
     }
+    return told | ({"fade": switch.fade} if switch.fade else {})
 
 
 def writer_for(
@@ -244,6 +250,9 @@ def _before(switches: str | None, index: int) -> Iterator[Any]:
     """The switches in a file's metadata that come before a chunk."""
     try:
         listed = parse_json(switches or "[]", SWITCHES)
-        yield from (one for one in listed if one["chunk"] < index)
+        for one in listed:
+            if one["chunk"] < index:
+                # Earlier versions said yes or no.
+                yield {**one, "recache": {True: "replay", False: "none"}.get(one["recache"], one["recache"])}
     except (InputError, TypeError, KeyError):
         yield "unreadable"
