@@ -38,7 +38,7 @@ from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.given import GivenNoise, start_digest
 from forcingkv.runtime.kv.rebuild import kept_chunks, replayed
 from forcingkv.runtime.results import Chunk, Timing
-from forcingkv.runtime.script import PromptRecord, Script, Switch
+from forcingkv.runtime.script import ENCODED, PromptRecord, Script, Switch
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import new_tensors, read_arrays
 from forcingkv.runtime.text import prompt_input
@@ -348,11 +348,14 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
     ready = [one.index - state.index for one in state.ready]
     made, planned = ([switch.chunk for switch in of or ()] for of in (state.switches, state.planned))
     last = (state.switches or ())[-1:]
+    # A cache of newest frames that were encoded anew may stand where a longer video's does.
+    encoded = any(one.recache in ENCODED for one in state.switches or ())
+    ahead = bundle.plan.phases[-1].first_chunk if encoded else 0
     if not (
         state.index >= 0
         and ready == list(range(len(ready)))
         and state.made == state.index + len(ready)
-        and 0 <= state.passes <= max(state.made, bundle.plan.phases[-1].first_chunk)
+        and 0 <= state.passes <= state.made + ahead
         and (state.passes > 0 or not state.hollow)
         and (not state.fading or any(one.chunk <= state.made <= one.last_blended + 1 for one in last))
         and state.decoder_calls == state.made * calls
