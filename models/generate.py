@@ -13,6 +13,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
+from forcingkv.runtime.given import GivenNoise
 from forcingkv.runtime.graph_records import latent_shape as latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.window import first_position
@@ -41,9 +42,11 @@ class GeneratedChunk:
     """Segments retained at the chunk's clean pass, if any were chosen (see `kv.advance`)."""
 
 
-def seeded_noise(plan: CachePlan, seed: int) -> Noise:
-    """The noise the runtime draws for that seed."""
+def seeded_noise(plan: CachePlan, seed: int, given: GivenNoise | None = None) -> Noise:
+    """The noise the runtime draws for that seed, or has of a file (of the seed what that does not have)."""
     shape = latent_shape(plan)
+    if given:
+        return lambda chunk, step: torch.from_numpy(given.draw(seed, chunk, step, chunk, shape).copy())
     return lambda chunk, step: torch.from_numpy(positions.chunk_noise(seed, chunk, step, shape))
 
 

@@ -20,7 +20,9 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.graph_records import TURN
+from forcingkv.runtime.kv.rebuild import Encoding
 from forcingkv.runtime.kv.window import first_position, moved_by
+from forcingkv.runtime.newest_frames import FramesEncoder
 from forcingkv.runtime.pass_levels import PassLevel, clean_level, denoising_levels, write_levels
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.results import Chunk, Timing
@@ -74,6 +76,7 @@ class ChunkMaker:
         self._text = {name: tensor_of(lane, record) for name, record in prompt.inputs.items()}
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
         self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
+        self._encoder: FramesEncoder | None = None
         self._unsettled: Timing | None = None
         self._rotary = {name: tensor_of(lane, step.inputs[name]) for name in ("cosines", "sines")}
         self._turn = {name: tensor_of(lane, step.inputs[name]) for name in TURN if self._plan.relative}
@@ -92,8 +95,8 @@ class ChunkMaker:
 
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
-        self.cache.passes = self.given = 0
-        self.held = None
+        self.cache.restart()
+        self.given, self.held = 0, None
         self.decoder.restart()
 
     def hold(self, frames: Floats) -> None:
@@ -218,6 +221,12 @@ class ChunkMaker:
                     made.write(between(made.fetch(self.lane.main)), self.lane.main)
         self._clean(steps)
 
+    def encode(self, encoding: Encoding, latents: Floats) -> None:
+        """Make the cache anew in one pass over newest frames, under the prompt as it is: `FramesEncoder`."""
+        if self._encoder is None:  # most videos need none
+            self._encoder = FramesEncoder(self.lane, self._plan, self.cache, self._cross)
+        self._encoder.run(encoding, latents)
+
     def state(self) -> dict[str, Tensor]:
         """What the next chunk depends on: the KV cache, the prompt's keys and values, decoder caches."""
         parts = {"cache": self.cache.held(), "cross": self._cross, "decoder": self.decoder.held()}
@@ -227,18 +236,20 @@ class ChunkMaker:
         """The queue that reads and writes a tensor of the state."""
         return self.lane.side if name.startswith("decoder/") else self.lane.main
 
-    def restore(self, passes: int, decoder_calls: int, arrays: Mapping[str, Array]) -> None:
-        """Take what `state` held after that many clean passes and calls of the decoder.
+    def restore(
+        self, passes: int, decoder_calls: int, arrays: Mapping[str, Array], *, hollow: bool = False
+    ) -> None:
+        """Take what `state` held after that many clean passes and calls of the decoder (`KvCache.hollow`).
 
         Raises InputError where an array is missing or does not fit; nothing has changed then.
         """
-        before = self.cache.passes, self.decoder.called
-        self.cache.passes, self.decoder.called = passes, decoder_calls
+        before = self.cache.passes, self.cache.hollow, self.decoder.called
+        self.cache.passes, self.cache.hollow, self.decoder.called = passes, hollow, decoder_calls
         state = self.state()
         for name, tensor in state.items():
             shape = arrays[name].shape if name in arrays else None
             if shape != tensor.shape:
-                self.cache.passes, self.decoder.called = before
+                self.cache.passes, self.cache.hollow, self.decoder.called = before
                 raise InputError(
                     f"has {name} of the shape {shape}", where="the saved state", expected=str(tensor.shape)
                 )
@@ -284,7 +295,7 @@ class ChunkMaker:
 
     def _clean(self, steps: int) -> None:
         self.bound(clean_level(self.schedule), steps).run()
-        self.cache.passes += 1
+        self.cache.cleaned()
 
     def _write_positions(self, index: int) -> None:
         frames, passes = self._spec.frames_per_chunk, self.cache.passes

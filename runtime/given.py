@@ -53,10 +53,11 @@ class GivenNoise:
         """Whether it has the noise that chunks start with alone, and passes ask for more."""
         return self.steps < self.asked
 
-    def described(self, seed: int) -> str:
-        """What noise a video is made of, for people."""
+    def described(self, seed: int | None) -> str:
+        """What noise a video is made of, for people; None: each of several videos has a seed of its own."""
+        of_seed = "each video's seed" if seed is None else f"the seed {seed}"
         if self.renewed_by_seed:
-            return f"initial noise of {self.path} ({self.chunks} chunks), renewing noise of the seed {seed}"
+            return f"initial noise of {self.path} ({self.chunks} chunks), renewing noise of {of_seed}"
         return f"all noise of {self.path} ({self.chunks} chunks)"
 
     def check_chunks(self, chunks: int | None) -> None:

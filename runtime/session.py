@@ -210,7 +210,7 @@ class Session:
             with video._ending_with_errors():
                 maker.restart()
                 maker.given = video.given
-                maker.prompt(text)
+                video._begin_text(maker, text)
         return video
 
     def restore(
@@ -246,7 +246,7 @@ class Session:
             video.index, video._begun = state.index, state.made
             video._latents, video._ready = latents, deque(ready)
             try:
-                maker.restore(state.passes, state.decoder_calls, arrays)
+                maker.restore(state.passes, state.decoder_calls, arrays, hollow=bool(state.hollow))
             except InputError:
                 raise  # nothing was written
             except BaseException:  # Ctrl-C too

@@ -323,7 +323,8 @@ def test_recipes_are_set_side_by_side(tmp_path: Path, run: Run) -> None:
     assert parts["newest frames counted"] == (["4", None], None)
     assert "static heads a layer" not in parts, "neither says it"
     same = run("analyze", "compare", tmp_path / "a.json", tmp_path / "a.json").out
-    assert "recipes" not in same
+    assert "recipes differ" not in same
+    assert "not known of both" not in same
 
 
 @pytest.mark.parametrize(

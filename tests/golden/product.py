@@ -85,6 +85,9 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
                 noise=lambda chunk, step, shape: noise(chunk - given, step),
                 start=start,
             )
+            if case.change:
+                text = file.tensor(case.change.text)[None]
+                video.switch(text, recache=case.change.recache, at=given + case.change.chunk)
             for chunk in video:
                 indices = chosen.pop() if chosen else None
                 if not chunk.given:
@@ -92,6 +95,8 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
 
 
 def _loop(file: GoldenFile, case: Case, weights: dict[str, Tensor]) -> Iterator[Made]:
+    if case.change:
+        raise GoldenError("the loop of the models switches no prompts: take --backend torch")
     plan = build_plan(case.spec, case.spec.geometry(), case.policy, case.headmap)
     model = WanModel(case.spec).eval().requires_grad_(False)
     orders = head_orders(case.spec, case.policy, case.headmap)

@@ -14,6 +14,7 @@ from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, TextEncoder
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.rules import everything_seen, forcing_kv
 from tests.golden.said import Said
+from tests.golden.switches import Change, change_of, words_of
 
 PATCH = 2
 X0 = "x_t - sigma * flow"
@@ -41,17 +42,19 @@ class Case:
     """That are generated."""
     start_frames: int = 0
     """Frames of the tensor `start` that the video begins with."""
+    change: Change | None = None
+    """Of its prompt on the way."""
 
 
 def case_of(file: GoldenFile, variant: str) -> Case:
     """What the product is told of a variant. Raises GoldenError for what it cannot be told."""
-    own = _own(file, variant)
+    words = words_of(file, variant)
+    own = {} if words else _own(file, variant)
     said = Said(own, file.spec.get("policy") or {}, file.spec)
     said.get("policy", None)
     frames, chunks = said.number("frames_per_chunk", least=1), said.number("chunks", least=1)
     spec = replace(_model(file, said, frames), schedule=_schedule(said), positions=_positions(said))
-    if said.get("switch_at_chunk", None) is not None:
-        raise GoldenError("switches are not run yet")
+    change = change_of(words, said)
     start = said.get("start_frames", 0) and said.number("start_frames", least=1)
     kind = str(said.get("kind", "full"))
     static_heads = said.get("static_heads", None)
@@ -63,8 +66,9 @@ def case_of(file: GoldenFile, variant: str) -> Case:
         headmap = None
     else:
         raise GoldenError(f"the policy {kind!r} is not known")
-    case = Case(variant, spec, policy, headmap, str(said.get("noise", "noise")), "text", chunks, start)
-    said.number("text_tokens")
+    noise = str(said.get("noise", "noise"))
+    case = Case(variant, spec, policy, headmap, noise, "text", chunks, start, change)
+    _check_texts(file, said)
     if unread := said.unread():
         raise GoldenError(f"it has settings that are not known: {', '.join(unread)}")
     return case
@@ -116,6 +120,15 @@ def _model(file: GoldenFile, said: Said, frames: int) -> ModelSpec:
         if said.get(name, value) != value:
             raise GoldenError(f"its {name} is {said.need(name)}, and the product makes it {value}")
     return spec
+
+
+def _check_texts(file: GoldenFile, said: Said) -> None:
+    """A text has as many rows as its tokens are, and zeros after them: there is no mask."""
+    counts = said.need("text_tokens")
+    for number, tokens in enumerate(counts if isinstance(counts, list) else [counts]):
+        name = f"text{number + 1}" if number else "text"
+        if file.tensor(name)[tokens:].any():
+            raise GoldenError(f"its {name} has rows that are not 0 after its {tokens} tokens")
 
 
 def _positions(said: Said) -> Positions:
