@@ -130,10 +130,17 @@ class Scoring:
         if recent > most:
             what = f"the newest {recent} key frames count as recent, which leaves no history to any chunk"
             raise InputError(what, where="recent_frames", expected=f"{frames + 1} to {most}")
+        if longest < 1:
+            raise InputError(
+                f"the newest {recent} key frames count as recent, which leaves no history to {chunks} chunks"
+                f" of {frames}",
+                where="chunks",
+                expected=f"at least {-(-(before + 1) // frames) + 1}",
+            )
         if not 0 <= self.sink_frames < longest:
             newest = f" beside the newest {recent}" if self.recent_frames else ""
             what = f"{self.sink_frames} frames are left out{newest}, which leaves no history to any chunk"
-            raise InputError(what, where="sink_frames", expected=f"0 to {max(longest, 1) - 1}")
+            raise InputError(what, where="sink_frames", expected=f"0 to {longest - 1}")
         with_history = range(max(spec.ar_start, (self.sink_frames + before) // frames) + 1, chunks)
         if self.chunks is None:
             return with_history

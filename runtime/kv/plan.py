@@ -216,7 +216,8 @@ class CachePlan:
         steady = [role.steady_tokens(self, group) for group, role in roles]
         phases: list[Phase] = []
         chunk, lengths = 0, None
-        while lengths != steady:
+        rests = max((role.rests_from(self, group) for group, role in roles), default=0)
+        while lengths != steady or chunk <= rests:
             lengths = [role.tokens(self, group, chunk) for group, role in roles]
             tokens = tuple((g.label, role.name, n) for (g, role), n in zip(roles, lengths, strict=True))
             if not phases or phases[-1].tokens != tokens:

@@ -24,6 +24,7 @@ from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
+    from forcingkv.runtime.kv.rebuild import Encoding
 
 
 Rows = npt.NDArray[np.int32]
@@ -52,7 +53,8 @@ class Choice:
     layer: int
     """The first layer that chooses."""
     candidates: int
-    """Segments of the old transition frame, and of all frames of the finished chunk but its last."""
+    """Segments of the frames that leave the recent ones: of the old transition frame, and of all frames of
+    the finished chunk but its last."""
     kept: int
     split: Split
 
@@ -84,7 +86,7 @@ class Role(Tagged, ABC):
 
     @abstractmethod
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
-        """The most it ever caches. Once `tokens` is there it stays there."""
+        """What it caches at rest: once `tokens` is there, from `rests_from` on, it stays there."""
 
     @abstractmethod
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
@@ -103,8 +105,12 @@ class Role(Tagged, ABC):
         (`rows`), and what a role's own torch half asks for. Equal within a phase, and the names always."""
         return {ROWS: self.rows(plan, group, chunk)} if self.takes_rows else {}
 
+    def rests_from(self, plan: CachePlan, group: HeadGroup) -> int:
+        """The first chunk whose length of rest lasts; before it that may be one that is passed through."""
+        return 0
+
     def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
-        """Tokens that each buffer of a session has room for."""
+        """Tokens that each buffer of a session has room for: the most it ever caches."""
         return (self.steady_tokens(plan, group),) * self.buffers
 
     def buffer_read(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
@@ -124,6 +130,15 @@ class Role(Tagged, ABC):
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         """(chunks at the video's start, newest chunks) whose clean passes make its tokens anew."""
         return 0, 0
+
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        """Which tokens it takes of newest frames that one pass encodes after a switch of the prompt; None: it
+        stays as it is, and is seen in that pass. Raises InputError where that pass cannot make it."""
+        raise InputError(
+            f"no pass over newest frames makes the role {self.name} of the policy {plan.policy.name}",
+            where="recache",
+            hint="Switch with recache replay or none.",
+        )
 
     def dtype(self, compute: Dtype) -> Dtype:
         """What its keys and values are cached in, in graphs that compute in `compute`."""
@@ -218,6 +233,11 @@ class Sink(WholeFrames):
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return self.filled_by(spec), 0
 
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        if encoding.keeps_sink:
+            return None
+        return np.arange(self.tokens(plan, group, encoding.passes), dtype=np.int32)
+
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         frames = self.opening_frames(spec)
         return replace(self, frames=frames) if frames else None
@@ -257,6 +277,11 @@ class Recent(WholeFrames):
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return 0, -(-self._count // spec.frames_per_chunk)
+
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        end = encoding.frames * plan.frame_tokens
+        taken = 0 if encoding.hollow else self.tokens(plan, group, encoding.passes)
+        return np.arange(end - taken, end, dtype=np.int32)
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         frames = self.frames_of(spec, roles)
@@ -337,13 +362,18 @@ class Retained(Role):
             return []
         assert chosen is not None, "the clean pass before this chunk chose segments"
         split = self.split(plan)
-        # Candidate frames begin with the transition frame of the chunk that was then current.
-        oldest = (chunk - 1) * plan.spec.frames_per_chunk - 1
+        # Candidate frames begin with the oldest recent frame of the chunk that was then current.
+        recent = sum(r.tokens(plan, group, chunk - 1) for r in group.roles if isinstance(r, Recent))
+        oldest = (chunk - 1) * plan.spec.frames_per_chunk - recent // plan.frame_tokens
         places = [divmod(index, self.segments) for index in chosen]
         return [Span(oldest + frame, split.kept_tokens, split.start(place)) for frame, place in places]
 
     def reach(self, plan: CachePlan, group: HeadGroup) -> int:
-        return plan.spec.frames_per_chunk + 1  # the chunk before, and the transition frame that it had
+        recent = sum(role.frames or 0 for role in group.roles if isinstance(role, Recent))
+        return plan.spec.frames_per_chunk + recent  # the chunk before, and the recent frames that it had
+
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        return np.arange(0, dtype=np.int32)
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         # In the graph in every phase; the session takes it when it is due.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
@@ -208,6 +209,25 @@ def test_two_layers_of_public_width_build_at_480p(tmp_path: Path, monkeypatch: p
     assert step.peak_bytes < 4e9
     assert manifest.plan.kv_bytes == Bundle.open(tmp_path / "b").plan.kv_bytes("bfloat16")
     assert not manifest.verification
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_an_engine_of_a_frame_wise_model_has_three_profiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine cannot be loaded without a GPU; in its file names of tensors end in the profile's number."""
+    for module in (bundle_parts, bundle_writer):
+        monkeypatch.setattr(module, "GRAPHS", ("step",))
+    monkeypatch.setattr(bundle_writer, "check_records", lambda *_: None)  # of a bundle, which this is not
+    spec = small_spec(layers=1, heads=4, head_dim=16, frames_per_chunk=1, attended_frames=21)
+    weights = random_model(spec).state_dict()
+    where = tmp_path / "b"
+    manifest = export_bundle(spec, weights, load_policy("full"), where, target="tensorrt-rtx", sms=(89,))
+    (step,) = manifest.engines
+    assert (step.phases, step.profiles, step.decomposed) == (21, (0, 1, 20), None)
+    named = re.findall(rb"latents \[profile (\d+)\]", (where / step.file).read_bytes())
+    assert {int(number) for number in named} == {1, 2}, "beside the first, which has no number"
 
 
 @needs_rtx

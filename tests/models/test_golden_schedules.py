@@ -71,7 +71,7 @@ class Golden:
             self.file.get_tensor(text)[None],
             lambda chunk, step: given[chunk, step] if step < given.shape[1] else nothing,
             len(latents),
-            held=self.file.get_tensor(start) if start else None,
+            start=self.file.get_tensor(start) if start else None,
         )
         return [float((c.latents - w).norm() / w.norm()) for c, w in zip(made, latents, strict=True)]
 

@@ -20,15 +20,17 @@ TAEHV = {"latent_channels": 4, "width": 48, "height": 32, "decoder": Decoder("ta
 """A decoder that carries caches from call to call."""
 LARGE = {"heads": 4, "head_dim": 32, "width": 96, "height": 64, "text_width": 60_000}
 """Attention that takes some hundred MB, 30 MB of weights and 40 MB of caches; hardly any arithmetic."""
+FRAME_WISE = {"frames_per_chunk": 1, "attended_frames": 21}
+"""21 phases under `full`: more than an engine has profiles."""
 
-UNVERIFIED = ("taehv", "large")
+UNVERIFIED = ("taehv", "large", "frame-wise")
 
 
 @cache
 def small_bundle(name: str, target: str = "onnx") -> Path:
-    """The bundle named after its policy; `taehv` and `large` are what is said above."""
-    changes = {"taehv": TAEHV, "large": LARGE}.get(name, {})
-    policy = load_policy({"taehv": "forcing-kv", "large": "window"}.get(name, name))
+    """The bundle named after its policy; `taehv`, `large` and `frame-wise` are what is said above."""
+    changes = {"taehv": TAEHV, "large": LARGE, "frame-wise": FRAME_WISE}.get(name, {})
+    policy = load_policy({"taehv": "forcing-kv", "large": "window", "frame-wise": "full"}.get(name, name))
     # Two layers: the keys and values of the first one know nothing of the prompt.
     spec = small_spec(**({"layers": 1 if name == "large" else 2} | changes))
     headmap = headmap_of(spec, [[0], [1]][: spec.layers])

@@ -32,10 +32,9 @@ UNIPC = Schedule((999.0, 900.0, 700.0, 400.0), renoise="predicted", solver="unip
 SCHEDULES = {
     "unipc": UNIPC,
     "euler": replace(UNIPC, solver="step"),
-    "unipc, first": replace(UNIPC, denoising_steps=(900.0, 500.0), first=UNIPC.denoising_steps),
-    "unipc, one pass": replace(UNIPC, denoising_steps=(1000.0,)),
+    "unipc, first": replace(UNIPC, denoising_steps=(1000.0,), first=UNIPC.denoising_steps[:3]),
 }
-CHUNKS = 5
+CHUNKS = 3
 
 
 @cache
@@ -81,11 +80,11 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_a_session_makes_the_video_of_the_loop_in_torch(on: On, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "counts"), [("unipc", (0, 2)), ("euler", (1,)), ("unipc, first", (0,))])
+def test_a_session_makes_the_video_of_the_loop_in_torch(on: On, kind: str, counts: tuple[int, ...]) -> None:
     opened = run_by(SCHEDULES[kind])
     with on.open(opened) as session:
-        for frames in (0, 1, 2):
+        for frames in counts:
             held = start_of(opened, frames) if frames else None
             given = None if held is None else torch.from_numpy(held)
             wanted = generate(
@@ -94,7 +93,7 @@ def test_a_session_makes_the_video_of_the_loop_in_torch(on: On, kind: str) -> No
                 text_of(opened),
                 seeded_noise(opened.plan, 7),
                 CHUNKS,
-                held=given,
+                start=given,
             )
             found = made_by(session, held)
             for made, chunk in zip(found, wanted, strict=True):
@@ -141,7 +140,7 @@ def test_held_frames_are_those_of_the_formula(kind: str) -> None:
         text_of(opened),
         seeded_noise(opened.plan, 7),
         1,
-        held=torch.from_numpy(held),
+        start=torch.from_numpy(held),
     )
     assert relative(next(given).latents.numpy(), naive(opened, held).numpy()) < 1e-6
 
@@ -172,7 +171,7 @@ def test_frames_that_do_not_fit_are_refused(session: Session, axis: int, size: i
 
 def test_a_model_with_one_timestep_a_chunk_holds_nothing() -> None:
     opened = run_by(replace(UNIPC, by_frame=False))
-    with pytest.raises(InputError, match="by_frame = true"):
+    with pytest.raises(InputError, match="expected a multiple of 3, whole chunks"):
         list(
             generate(
                 model_of(opened),
@@ -180,6 +179,6 @@ def test_a_model_with_one_timestep_a_chunk_holds_nothing() -> None:
                 text_of(opened),
                 seeded_noise(opened.plan, 7),
                 1,
-                held=torch.from_numpy(start_of(opened, 1)),
+                start=torch.from_numpy(start_of(opened, 1)),
             )
         )

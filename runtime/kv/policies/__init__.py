@@ -16,6 +16,7 @@ from typing import Any
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
 from forcingkv.headmaps.headmap import MOST
+from forcingkv.runtime.kv.early import Early as Early
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.shipped import read_named, shipped_names
 from forcingkv.runtime.spec import Positions
