@@ -120,7 +120,7 @@ def write_snapshot(
     latents: Mapping[int, Array],
     ready: Sequence[Chunk],
     script: Script,
-    start: Mapping[int, Array],
+    to_come: Mapping[int, Array],
     **known: Any,
 ) -> None:
     """Write a state, in the place of the one that the folder may hold.
@@ -131,7 +131,7 @@ def write_snapshot(
         latents: of the chunks that a rebuild needs, by index.
         ready: chunks that were made, but not handed out.
         script: the video's prompts.
-        start: latents of given chunks that were not begun, by index.
+        to_come: latents of given chunks that were not begun, by index.
         known: the fields `bundle`, `seed`, `chunks`, `index`, `compute`, `noise`, `start`, `given` and
             `notes` of `Snapshot`.
 
@@ -146,7 +146,7 @@ def write_snapshot(
         name = next(name for name in names if name not in earlier)
         stored: dict[str, Tensor | Array] = {**maker.state()}
         stored |= {f"latents/{index}": array for index, array in latents.items()}
-        stored |= {f"start/{index}": array for index, array in start.items()}
+        stored |= {f"start/{index}": array for index, array in to_come.items()}
         for chunk in ready:
             if not isinstance(chunk.frames, np.ndarray):
                 raise InputError(
