@@ -11,6 +11,7 @@ from forcingkv.runtime.chunks import ChunkMaker, NoiseSource
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.rebuild import Encoding, encoding, replayed
 from forcingkv.runtime.positions import Floats
+from forcingkv.runtime.script import ENCODED
 from forcingkv.runtime.spec import Recache
 
 
@@ -19,7 +20,7 @@ def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: C
 
     `there` are the chunks whose latents will be there then, of those that may be asked for.
     """
-    if how in ("replay", "none"):
+    if how not in ENCODED:
         return
     if not maker.lane.recaches:
         raise InputError(

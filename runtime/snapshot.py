@@ -38,7 +38,7 @@ from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.given import GivenNoise, start_digest
 from forcingkv.runtime.kv.rebuild import kept_chunks, replayed
 from forcingkv.runtime.results import Chunk, Timing
-from forcingkv.runtime.script import PromptRecord, Script, Switch
+from forcingkv.runtime.script import ENCODED, PromptRecord, Script, Switch
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import new_tensors, read_arrays
 from forcingkv.runtime.text import prompt_input
@@ -120,7 +120,7 @@ def write_snapshot(
     latents: Mapping[int, Array],
     ready: Sequence[Chunk],
     script: Script,
-    start: Mapping[int, Array],
+    to_come: Mapping[int, Array],
     **known: Any,
 ) -> None:
     """Write a state, in the place of the one that the folder may hold.
@@ -131,7 +131,7 @@ def write_snapshot(
         latents: of the chunks that a rebuild needs, by index.
         ready: chunks that were made, but not handed out.
         script: the video's prompts.
-        start: latents of given chunks that were not begun, by index.
+        to_come: latents of given chunks that were not begun, by index.
         known: the fields `bundle`, `seed`, `chunks`, `index`, `compute`, `noise`, `start`, `given` and
             `notes` of `Snapshot`.
 
@@ -146,7 +146,7 @@ def write_snapshot(
         name = next(name for name in names if name not in earlier)
         stored: dict[str, Tensor | Array] = {**maker.state()}
         stored |= {f"latents/{index}": array for index, array in latents.items()}
-        stored |= {f"start/{index}": array for index, array in start.items()}
+        stored |= {f"start/{index}": array for index, array in to_come.items()}
         for chunk in ready:
             if not isinstance(chunk.frames, np.ndarray):
                 raise InputError(
@@ -348,11 +348,14 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
     ready = [one.index - state.index for one in state.ready]
     made, planned = ([switch.chunk for switch in of or ()] for of in (state.switches, state.planned))
     last = (state.switches or ())[-1:]
+    # A cache of newest frames that were encoded anew may stand where a longer video's does.
+    encoded = any(one.recache in ENCODED for one in state.switches or ())
+    ahead = bundle.plan.phases[-1].first_chunk if encoded else 0
     if not (
         state.index >= 0
         and ready == list(range(len(ready)))
         and state.made == state.index + len(ready)
-        and 0 <= state.passes <= max(state.made, bundle.plan.phases[-1].first_chunk)
+        and 0 <= state.passes <= state.made + ahead
         and (state.passes > 0 or not state.hollow)
         and (not state.fading or any(one.chunk <= state.made <= one.last_blended + 1 for one in last))
         and state.decoder_calls == state.made * calls

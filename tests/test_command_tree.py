@@ -102,7 +102,6 @@ CHANGED: dict[str, str] = {
     "generate --fade": _SWITCHES,
     "generate --no-recache": _SWITCHES,
     "generate --recache": _SWITCHES,
-    "generate --recache/--no-recache": _SWITCHES,
     "generate --script": _SWITCHES,
     "generate --script-line": _SWITCHES,
     "generate --enlarge": _AS_SAVED,

@@ -245,23 +245,21 @@ def script(folder: Path, *lines: object) -> Path:
 def test_a_script_is_its_prompts_at_latent_frames(
     bundle: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:
-    """Of LongLive's form: from the first chunk that begins at a frame or later, in any of its ways."""
+    """Of LongLive's form: from the first chunk that begins at a frame or later; with a fade at each."""
     told = script(tmp_path, {"prompts": [PROMPT, "d e", "e"], "switch_frame_indices": [4, 9]})
-    given = ["generate", "--bundle", bundle, "--seed", SEED, "--seconds", 0.75]
-    for more in ((), ("--fade", 1), ("--recache", "none")):
-        ran = run(*given, "--script", told, "--out", tmp_path / "a.rgb", *more)
-        assert ran.code == 0, ran.err
-        said = " ".join(ran.err.split())
-        assert "note: 'd e' begins with frame 6, the first of chunk 2, not with 4" in said
-        assert ("recache none" if "none" in more else "recache replay, the way of small") in said
-        assert "'e' begins" not in said
-        with Session.open(bundle) as session:
-            video = session.generate(PROMPT, seed=SEED, chunks=4)
-            how, fade = (False if "none" in more else None), int("--fade" in more)
-            video.switch("d e", at=2, recache=how, fade=fade)
-            video.switch("e", at=3, recache=how, fade=fade)
-            wanted = np.concatenate([chunk.frames for chunk in video])
-        assert (tmp_path / "a.rgb").read_bytes() == wanted.tobytes()
+    given = ["generate", "--bundle", bundle, "--seed", SEED, "--seconds", 0.75, "--fade", 1]
+    ran = run(*given, "--script", told, "--out", tmp_path / "a.rgb")
+    assert ran.code == 0, ran.err
+    said = " ".join(ran.err.split())
+    assert "note: 'd e' begins with frame 6, the first of chunk 2, not with 4" in said
+    assert "recache replay, the way of small" in said
+    assert "'e' begins" not in said
+    with Session.open(bundle) as session:
+        video = session.generate(PROMPT, seed=SEED, chunks=4)
+        video.switch("d e", at=2, fade=1)
+        video.switch("e", at=3, fade=1)
+        wanted = np.concatenate([chunk.frames for chunk in video])
+    assert (tmp_path / "a.rgb").read_bytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def schedule_of(first: Mapping[str, Any], others: Mapping[str, Any], shift: floa
 
 
 @pytest.mark.parametrize(
-    "name", ["four_step", "two_step", "one_step", "one_step_without_first_list", "chunkwise_one_step"]
+    "name", ["two_step", "one_step", "one_step_without_first_list", "chunkwise_one_step"]
 )
 def test_the_first_chunk_has_its_own_steps(data: Path, name: str) -> None:
     golden = Golden(data / "golden" / "first_chunk_schedule.safetensors")

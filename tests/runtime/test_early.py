@@ -84,7 +84,7 @@ def test_it_does_not_rest_before_the_split(policy: Policy) -> None:
     assert frames_of(plan, 6)[::2] == [[], [0], [0, 1], [1, 2], [3], [4]]
 
 
-@pytest.mark.parametrize("ar_start", [1, 3])
+@pytest.mark.parametrize("ar_start", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_sessions_make_what_the_loop_makes(policy: Policy, on: On, ar_start: int) -> None:
     """On graphs, which are verified in every phase too, and on torch in place."""
     spec = of_layers(ar_start=ar_start)

@@ -93,7 +93,9 @@ def test_what_is_encoded_fills_the_cache(plan: CachePlan, made: int) -> None:
         return
     one = encoding(plan, made, keep_sink=True)
     assert one.first + one.frames == frames
-    assert {*range(one.first // 3, made)} <= {*kept_chunks(plan, made)}, "their latents are kept"
+    assert {*range(one.first // plan.spec.frames_per_chunk, made)} <= {*kept_chunks(plan, made)}, (
+        "their latents are kept"
+    )
     taken = rows_of(plan, one)
     for entry in plan.entries:
         name = f"{entry.role.name}_rows.{entry.group.label}"

@@ -157,10 +157,14 @@ def test_a_schedule_survives_a_manifest_and_older_manifests_are_read() -> None:
     assert from_data(Schedule, older, "s") == Schedule((1000.0,))
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, dict[str, Any]] = {
     "first": {"denoising_steps": (1000.0,), "first": FOUR},
-    "by chunk": {"denoising_steps": (1000.0, 500.0), "by_chunk": FALLING},
-    "table": {"denoising_steps": (1000.0, 625.0, 0.0), "shift": 5.0, "noise_levels": "table"},
+    "by chunk, from the table": {
+        "denoising_steps": (1000.0, 625.0, 0.0),
+        "by_chunk": FALLING,
+        "shift": 5.0,
+        "noise_levels": "table",
+    },
 }
 """Numbers of passes that are odd and even, so that either of the two latents is read at each place."""
 
@@ -187,7 +191,7 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_session_runs_each_chunk_as_torch_does(on: On, bundles: Bundles, kind: str) -> None:
-    opened = with_schedule(Bundle.open(bundles("forcing-kv")), Schedule(**SCHEDULES[kind]))  # type: ignore[arg-type]
+    opened = with_schedule(Bundle.open(bundles("forcing-kv")), Schedule(**SCHEDULES[kind]))
     chunks = len(FALLING) + 2
     with on.open(opened) as session:
         found = list(session.generate(PROMPT, seed=7, chunks=chunks))

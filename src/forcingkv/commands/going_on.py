@@ -81,7 +81,7 @@ def take_switches(
     session: Session,
     video: Video,
     asked: Sequence[tuple[int, TextInput, Recache, int]],
-    recache: str | None,
+    recache: Recache | None,
 ) -> None:
     """Let a video make the switches that were asked for: chunk, prompt, recache and chunks of both prompts.
 

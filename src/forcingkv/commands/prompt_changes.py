@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from forcingkv.commands.console import say
 from forcingkv.commands.models import text_input
@@ -27,8 +28,8 @@ class Prompts:
     switches: Sequence[str]
     """Each "SECONDS:PROMPT"."""
     script: PromptScript | None
-    recache: str | None
-    """A word of `spec.Recache`; None: as the model was trained."""
+    recache: Recache | None
+    """None: as the model was trained."""
     fade: int
     random: bool = False
     """Whether random numbers stand for text embeddings that are not given."""
@@ -41,14 +42,8 @@ class Prompts:
         return tuple(switch.partition(":")[2].strip() for switch in self.switches)
 
     def how(self, spec: ModelSpec) -> Recache:
-        """How the cache is made anew at each switch, which is said where there are any.
-
-        Raises InputError for another word than there are.
-        """
-        try:
-            chosen = recache_of(spec, self.recache)  # type: ignore[arg-type]
-        except InputError as error:
-            raise InputError(error.what, where="--recache", expected=error.expected) from error
+        """How the cache is made anew at each switch, which is said where there are any."""
+        chosen = recache_of(spec, self.recache)
         if self.after:
             by = "" if self.recache else f", the way of {spec.name}"
             say(f"recache {chosen}{by}", error=True)
@@ -113,9 +108,11 @@ def told_prompts(
         raise InputError("is of no use without --script", where="--script-line")
     if recache and no_recache:
         raise InputError("use either --recache or --no-recache, not both")
+    known = get_args(Recache)
+    if recache and recache not in known:
+        raise InputError(f"is {recache!r}", where="--recache", expected=" or ".join(map(repr, known)))
+    how: Recache | None = "none" if no_recache else recache  # type: ignore[assignment]
     told = read_script(script, script_line) if script else None
     if told:
         prompt = told.prompts[0]
-    return Prompts(
-        prompt, embeds, switches or (), told, "none" if no_recache else recache, fade, random=random
-    )
+    return Prompts(prompt, embeds, switches or (), told, how, fade, random=random)
