@@ -125,18 +125,13 @@ class Scoring:
                 hint=f"Record them, in another folder or with --restart: forcingkv analyze heads --passes"
                 f" {passes}",
             )
-        before, most = recent - frames, chunks * frames - 1
+        before = recent - frames
         longest = (chunks - 1) * frames - before
-        if recent > most:
-            what = f"the newest {recent} key frames count as recent, which leaves no history to any chunk"
-            raise InputError(what, where="recent_frames", expected=f"{frames + 1} to {most}")
         if longest < 1:
-            raise InputError(
-                f"the newest {recent} key frames count as recent, which leaves no history to {chunks} chunks"
-                f" of {frames}",
-                where="chunks",
-                expected=f"at least {-(-(before + 1) // frames) + 1}",
-            )
+            what = f"the newest {recent} key frames count as recent, which leaves no history to any chunk"
+            if self.recent_frames is None:
+                raise InputError(what, where="chunks", expected=f"at least {chunks + 1}")
+            raise InputError(what, where="recent_frames", expected=f"{frames + 1} to {chunks * frames - 1}")
         if not 0 <= self.sink_frames < longest:
             newest = f" beside the newest {recent}" if self.recent_frames else ""
             what = f"{self.sink_frames} frames are left out{newest}, which leaves no history to any chunk"
