@@ -87,6 +87,3 @@ class Early(WholeFrames):
     @staticmethod
     def _most_recent(group: HeadGroup) -> int:
         return sum(role.frames or 0 for role in group.roles if isinstance(role, Recent))
-
-
-Role.KINDS[Early.name] = Early

@@ -15,7 +15,8 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.policies import ALL, Policy
-from forcingkv.runtime.kv.roles import ROWS, Choice, Retained, Role, Rows
+from forcingkv.runtime.kv.retained import Choice, Retained
+from forcingkv.runtime.kv.roles import ROWS, Role, Rows
 from forcingkv.runtime.kv.window import window_frames
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 

@@ -7,7 +7,7 @@ its record (`EngineRecord.starts`), since another version may have built it by a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from forcingkv.runtime.kv.plan import CachePlan
@@ -32,21 +32,29 @@ def profiles_of(plan: CachePlan) -> tuple[Profile, ...]:
 
     With at most `MOST_PROFILES` phases each has its own, and static shapes. With more, the last phase, in
     which a video stays, has its own; of the others, which a video sees once, those share one that follow one
-    another and have the same inputs empty: a tensor without tokens takes other ways through TensorRT.
+    another, have the same inputs empty and as many tokens taken (`CachePlan.rows`): a tensor without tokens
+    takes other ways through TensorRT, and of a sink that is being collected TensorRT-RTX 1.7 builds static
+    shapes only.
     """
-    shapes = [plan.phase_shapes(phase) for phase in plan.phases]
-    starts = _starts([frozenset(name for name, shape in one.items() if 0 in shape) for one in shapes])
-    return tuple(
-        _profile(shapes, range(*ends)) for ends in zip(starts, [*starts[1:], len(shapes)], strict=True)
-    )
+    alike = []
+    for phase in plan.phases:
+        empty = frozenset(name for name, shape in plan.phase_shapes(phase).items() if 0 in shape)
+        alike.append((empty, tuple(len(rows) for rows in plan.rows(phase.first_chunk).values())))
+    return grouped(plan, _starts(alike))
 
 
-def _starts(empty: Sequence[frozenset[str]]) -> list[int]:
-    """First phase of each profile; `empty` has for each phase the inputs that hold nothing."""
-    last = len(empty) - 1
+def grouped(plan: CachePlan, starts: Sequence[int]) -> tuple[Profile, ...]:
+    """The profiles that begin with those phases, of which 0 is the first."""
+    shapes, stops = [plan.phase_shapes(phase) for phase in plan.phases], [*starts[1:], len(plan.phases)]
+    return tuple(_profile(shapes, range(*ends)) for ends in zip(starts, stops, strict=True))
+
+
+def _starts(alike: Sequence[Hashable]) -> list[int]:
+    """First phase of each profile; `alike` has for each phase what is the same in all that may share one."""
+    last = len(alike) - 1
     if last < MOST_PROFILES:
-        return list(range(len(empty)))
-    starts = [n for n in range(last) if n == 0 or empty[n] != empty[n - 1]]
+        return list(range(len(alike)))
+    starts = [n for n in range(last) if n == 0 or alike[n] != alike[n - 1]]
     while len(starts) >= MOST_PROFILES:
         ends = [*starts[1:], last]
         # Join the two neighbours that have fewest phases together, of equals the later ones.

@@ -213,8 +213,11 @@ def test_two_layers_of_public_width_build_at_480p(tmp_path: Path, monkeypatch: p
 
 @needs_rtx
 @pytest.mark.slow
-def test_an_engine_of_a_frame_wise_model_has_three_profiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("policy", "phases", "profiles"), [("full", 21, (0, 1, 20)), ("window", 10, (0, 1, 2, 3, 4, 9))]
+)
+def test_an_engine_of_a_frame_wise_model_has_few_profiles(
+    policy: str, phases: int, profiles: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine cannot be loaded without a GPU; in its file names of tensors end in the profile's number."""
     for module in (bundle_parts, bundle_writer):
@@ -223,11 +226,11 @@ def test_an_engine_of_a_frame_wise_model_has_three_profiles(
     spec = small_spec(layers=1, heads=4, head_dim=16, frames_per_chunk=1, attended_frames=21)
     weights = random_model(spec).state_dict()
     where = tmp_path / "b"
-    manifest = export_bundle(spec, weights, load_policy("full"), where, target="tensorrt-rtx", sms=(89,))
+    manifest = export_bundle(spec, weights, load_policy(policy), where, target="tensorrt-rtx", sms=(89,))
     (step,) = manifest.engines
-    assert (step.phases, step.profiles, step.decomposed) == (21, (0, 1, 20), None)
+    assert (step.phases, step.profiles, step.decomposed) == (phases, profiles, None)
     named = re.findall(rb"latents \[profile (\d+)\]", (where / step.file).read_bytes())
-    assert {int(number) for number in named} == {1, 2}, "beside the first, which has no number"
+    assert {0, *map(int, named)} == set(range(len(profiles))), "the first has no number"
 
 
 @needs_rtx

@@ -23,7 +23,7 @@ from forcingkv.models.kv import HALVES, CleanPass, TorchRole
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import Session
 from forcingkv.runtime.kv.plan import build_plan
-from forcingkv.runtime.kv.roles import Retained
+from forcingkv.runtime.kv.retained import Retained
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.settings import Case
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from forcingkv.runtime.kv.policies import ALL, Early, Policy, Unsplit
-from forcingkv.runtime.kv.roles import Recent, Retained, Role, Sink
+from forcingkv.runtime.kv.retained import Retained
+from forcingkv.runtime.kv.roles import Recent, Role, Sink
 from forcingkv.runtime.spec import ModelSpec
 from tests.golden.files import GoldenError
 from tests.golden.said import Said

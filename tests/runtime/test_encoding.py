@@ -15,7 +15,8 @@ from forcingkv.models.presets import load_spec
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.kv.rebuild import Encoding, encoding, kept_chunks, newest_frames, replayed, rows_of
-from forcingkv.runtime.kv.roles import Recent, Retained, Role, Sink
+from forcingkv.runtime.kv.retained import Retained
+from forcingkv.runtime.kv.roles import Recent, Role, Sink
 from forcingkv.runtime.spec import ModelSpec
 from tests.conftest import headmap_of, roles, small_spec
 from tests.runtime.test_recache import plans

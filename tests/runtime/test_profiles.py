@@ -48,6 +48,8 @@ def test_what_is_empty_in_one_phase_and_not_in_the_next_is_not_of_one_profile() 
     """A sink, then frames that come one by one: nothing, the sink alone, some, all."""
     assert phases_of(framewise(policy(1, 10))) == [[0], [1], [*range(2, 11)], [11]]
     assert phases_of(framewise(policy(0, 8))) == [[0], [*range(1, 8)], [8]]
+    collected = framewise(load_policy("window"))  # a sink of three frames, one a chunk
+    assert phases_of(collected) == [[0], [1], [2], [3], [4, 5, 6, 7, 8], [9]]
 
 
 @pytest.mark.parametrize(("frames", "phases"), [(3, 7), (1, 8)])
@@ -70,7 +72,7 @@ def test_a_policy_of_few_phases_stays_as_it_is_on_a_frame_wise_model() -> None:
     assert len(plan.phases) == 4
 
 
-@given(st.integers(0, 1), st.integers(0, 30))
+@given(st.integers(0, 12), st.integers(0, 20))
 def test_profiles_take_the_shapes_of_their_phases(sink: int, recent: int) -> None:
     plan = framewise(policy(sink, recent), attended=40)
     profiles = profiles_of(plan)

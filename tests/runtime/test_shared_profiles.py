@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,37 +11,57 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Session
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.faults import DeviceError
+from tests.conftest import random_model
+from tests.exported import shared_bundle
+from tests.models.test_chunk_lengths import frame_wise
+from tests.runtime.conftest import small_bundle
 from tests.runtime.engine_world import World
 from tests.runtime.videos import assert_same, video_of
 
-CHUNKS = 23
-"""All 21 phases, and the last of them on both sides of the cache."""
-PROFILES = [0] + [1] * 19 + [2]
-"""The first chunk's, those of the chunks in which the window fills, that of all later ones."""
+FULL = [0] + [1] * 19 + [2]
+"""For each phase its profile: nothing cached, the window fills, the window is full."""
+WINDOW = [0, 1, 2, 3, 4, 4, 4, 4, 4, 5]
+"""A sink of three frames is collected first, and six more frames come behind it."""
+
+
+def world_of(name: str, monkeypatch: pytest.MonkeyPatch) -> World:
+    if name == "full":
+        return World(small_bundle("frame-wise"), monkeypatch)
+    spec, policy = frame_wise()
+    return World(shared_bundle(spec, random_model(spec).state_dict(), policy), monkeypatch)
 
 
 @pytest.fixture
-def world(bundles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> World:
-    return World(bundles("frame-wise"), monkeypatch)
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return world_of("full", monkeypatch)
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_a_frame_wise_video_is_that_of_onnx_runtime(world: World, cuda_graphs: bool) -> None:
-    """The fakes refuse shapes that a profile does not take, and compute with those that were set."""
+@pytest.mark.parametrize(("name", "profiles"), [("full", FULL), ("window", WINDOW)])
+def test_a_frame_wise_video_is_that_of_onnx_runtime(
+    name: str, profiles: list[int], cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fakes refuse shapes that a profile does not take, and compute with those that were set. The last
+    phase is there on both sides of the cache."""
+    world, chunks = world_of(name, monkeypatch), len(profiles) + 2
     with Session.open(Bundle.open(world.bundle.path), backend="onnxruntime", threads=1) as session:
-        expected: Any = video_of(session, CHUNKS)
-    options = {"cuda_graphs": cuda_graphs, "preflight": False, "warm": False}
-    with Session.open(world.bundle, backend="tensorrt-rtx", **options) as session:  # type: ignore[arg-type]
-        assert_same(video_of(session, CHUNKS), expected)
-        assert len(session.plan.phases) == 21
-    assert world.tensorrt.profiles == {
-        ("prompt", 0): 0,
-        ("decode", 0): 0,
-        **{("step", phase): profile for phase, profile in enumerate(PROFILES)},
-    }
-    passes = 1 + len(world.bundle.plan.spec.schedule.later)
+        expected: Any = video_of(session, chunks)
+    options: dict[str, Any] = {"cuda_graphs": cuda_graphs, "preflight": False, "warm": False}
+    with Session.open(world.bundle, backend="tensorrt-rtx", **options) as session:
+        assert_same(video_of(session, chunks), expected)
+        assert_same(video_of(session, chunks), expected)  # with CUDA graphs each pass is captured now
+        schedule = session.spec.schedule
+    steps = {("step", phase): profile for phase, profile in enumerate(profiles)}
+    assert world.tensorrt.profiles == {("prompt", 0): 0, ("decode", 0): 0, **steps}
     ran = [phase for graph, phase, *_ in world.tensorrt.executed if graph == "step"]
-    assert ran == [phase for phase in [*range(21), 20, 20] for _ in range(passes)]
+    phases = [*range(len(profiles)), len(profiles) - 1, len(profiles) - 1]
+    once = [
+        phase
+        for chunk, phase in enumerate(phases)
+        for _ in range(1 + len(schedule.of_chunk(chunk).timesteps))
+    ]
+    assert ran[: len(once)] == once
+    assert world.left == {}
 
 
 def test_every_phase_is_run_once_when_a_session_opens_whatever_its_profile(world: World) -> None:

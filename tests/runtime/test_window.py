@@ -16,7 +16,7 @@ from forcingkv.models.presets import load_spec
 from forcingkv.runtime import positions
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
-from forcingkv.runtime.kv.roles import Retained
+from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.window import first_position, moved_by
 from forcingkv.runtime.spec import ModelSpec
 from tests.conftest import headmap_of, roles, small_spec
