@@ -230,11 +230,8 @@ def test_what_a_collected_sink_takes() -> None:
     spec, policy = chunks_of_four()
     plan = build_plan(spec, spec.geometry(), policy)
     frame = 4 * 2 * spec.dim * plan.frame_tokens * spec.layers
-    assert kv_parts(plan, "float32") == {
-        "kv_sink": (6 + 4) * frame,
-        "kv_retained": 0,
-        "kv_recent": 2 * 8 * frame,
-    }
+    taken = {name: size for name, size in kv_parts(plan, "float32").items() if size}
+    assert taken == {"kv_sink": (6 + 4) * frame, "kv_recent": 2 * 8 * frame}
     assert kv_parts(plan, "float32", joined=True)["kv_sink"] == 6 * frame
     assert [phase.first_chunk for phase in plan.phases] == [0, 1, 2, 3, 4]
     assert part_notes(plan)["kv_sink"] == "two buffers: it is collected over the first chunks"
