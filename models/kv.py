@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
 from forcingkv.runtime import positions
+from forcingkv.runtime.kv.early import Early
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, told_name
-from forcingkv.runtime.kv.policies import Early
 from forcingkv.runtime.kv.retained import Choice, Retained
 from forcingkv.runtime.kv.roles import HELD, ROWS, Recent, Role, Sink
 from forcingkv.runtime.kv.window import moved_by
