@@ -263,7 +263,8 @@ def summary_lines(analysis: Analysis) -> list[tuple[str, str]]:
         lines.append(("measured on", f"{measured.samples} samples x {_size(analysis)}, {rows}, {where}"))
         scored = analysis.observations.scored
         frames = f"the newest {scored.recent_frames} key frames over all but the first {scored.sink_frames}"
-        lines.append(("scored", f"chunks {told_numbers(scored.chunks)}; {frames}"))
+        one = "chunk" if len(scored.chunks) == 1 else "chunks"
+        lines.append(("scored", f"{one} {told_numbers(scored.chunks)}; {frames}"))
     return lines
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from forcingkv.analyze.scoring import told_numbers
 from forcingkv.headmaps import HeadMap, Statistics
 
+BY_CHANCE = ("samples", "query rows a pass", "seed")
+
 Values = tuple[str | None, str | None]
 
 
@@ -25,6 +27,11 @@ class RecipePart:
     def same(self) -> bool | None:
         """None: not known of both."""
         return None if None in self.values else self.values[0] == self.values[1]
+
+    @property
+    def chance(self) -> bool:
+        """Whether what it changes is chance, which intervals and undecided heads speak of."""
+        return self.name in BY_CHANCE
 
 
 def recipe_parts(a: HeadMap, b: HeadMap) -> list[RecipePart]:

@@ -20,6 +20,7 @@ from forcingkv.headmaps import InputError
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.kv import Cache, GroupCache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
+from forcingkv.runtime.given import GivenNoise
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
 from forcingkv.runtime.kv.roles import whole_frames
 from forcingkv.runtime.schedule import CLEAN_PASS, MOST_STEPS
@@ -318,13 +319,16 @@ def record_sample(
     orders: Sequence[Sequence[int]] | None = None,
     passes: Passes = "denoise",
     progress: Callable[[int], None] = lambda chunk: None,
+    given: GivenNoise | None = None,
 ) -> pl.DataFrame:
     """Generate one video and return its statistics, in the columns of `analyze.recording`.
 
-    `progress` is called with the number of chunks done. Raises InputError where attention is not a number.
+    `progress` is called with the number of chunks done; `given` is the noise, where it is not the seed's.
+    Raises InputError where attention is not a number.
     """
     recorder = Recorder(plan, sample, seed, rows, orders, passes)
-    for made in generate(model, plan, text, seeded_noise(plan, seed), chunks, recorder.watch):
+    noise = seeded_noise(plan, seed, given)
+    for made in generate(model, plan, text, noise, chunks, recorder.watch):
         recorder.chosen(made.indices)
         progress(made.index + 1)
     return recorder.frame()

@@ -128,6 +128,8 @@ class Recording:
     """What was merged into the weights."""
     passes: Literal["all", "clean"] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Passes that were recorded; None: the denoising passes, which were the only ones at first."""
+    noise: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Digest of the sample's noise, where a file had it; None: it is the seed's."""
 
     def __post_init__(self) -> None:
         bounds = {"chunks": (1, 10**6), "rows": (1, 1 << 31), "sample": (0, 10**9)}
@@ -143,14 +145,14 @@ class Recording:
         """The geometry that was generated at."""
         return self.spec.geometry(f"{self.width}x{self.height}")
 
-    def of(self, sample: int, text: npt.NDArray[np.float32]) -> Recording:
-        """The metadata of one file."""
+    def of(self, sample: int, text: npt.NDArray[np.float32], noise: str | None = None) -> Recording:
+        """The metadata of one file; `noise` is the digest of noise that a file had."""
         digest = hashlib.sha256(np.ascontiguousarray(text).tobytes()).hexdigest()
-        return replace(self, sample=sample, text=digest)
+        return replace(self, sample=sample, text=digest, noise=noise)
 
     def common(self) -> Recording:
         """Without what is a single file's own."""
-        return replace(self, sample=None, text=None)
+        return replace(self, sample=None, text=None, noise=None)
 
     @property
     def recorded(self) -> Passes:

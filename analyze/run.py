@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.heads import head_orders, permute_tensor
 from forcingkv.models.torch_threads import use_threads
 from forcingkv.runtime.backends.torch_device import faults, find_device
+from forcingkv.runtime.given import GivenNoise
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
@@ -62,6 +63,8 @@ class Job:
     """CPU threads; None: as `models.torch_threads.use_threads` says."""
     passes: Passes = "denoise"
     """Passes that are recorded."""
+    noises: tuple[GivenNoise, ...] = field(default=(), repr=False)
+    """Noise of each sample, of files; of one, of all of them; none: that of the seeds."""
 
     def plan(self) -> CachePlan:
         """The cache plan. Raises InputError where policy, map and model do not fit."""
@@ -97,6 +100,10 @@ class Job:
             loras=self.weights.loras or None,
             passes=None if self.passes == "denoise" else self.passes,
         )
+
+    def noise_of(self, sample: int) -> GivenNoise | None:
+        """The noise of a sample, of a file; None: it is that of its seed."""
+        return self.noises[sample % len(self.noises)] if self.noises else None
 
     def text(self, sample: int) -> Text:
         """The text input of a sample."""
@@ -137,6 +144,7 @@ class SampleRecorder:
         self._placed: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "device": job.device}
         with faults(f"loading {spec.name}"):
             model = build_model(spec, weights, **self._placed)
+        self._job = job
         self._record = partial(
             record_sample,
             model,
@@ -155,8 +163,10 @@ class SampleRecorder:
         """
         with faults(f"recording sample {sample}"):
             placed = torch.tensor(text, **self._placed)
-            rows = self._record(placed, self._recording.seed + sample, sample, progress=progress)
-        self._storage.write(rows, self._recording.of(sample, text))
+            noise = self._job.noise_of(sample)
+            seed = self._recording.seed + sample
+            rows = self._record(placed, seed, sample, progress=progress, given=noise)
+        self._storage.write(rows, self._recording.of(sample, text, noise.digest if noise else None))
 
 
 def choose_device(name: str | None) -> str:
@@ -312,7 +322,8 @@ def _missing(job: Job, storage: Storage, samples: int) -> list[int]:
             hint=f"Ask for --samples {highest + 1}, choose another folder, or measure anew with --restart.",
         )
     for sample in there:
-        wanted = recording.of(sample, job.text(sample))
+        noise = job.noise_of(sample)
+        wanted = recording.of(sample, job.text(sample), noise.digest if noise else None)
         check_same(storage.recording(sample), wanted, storage.path(sample))
     known = set(there)
     return [sample for sample in range(samples) if sample not in known]

@@ -125,15 +125,17 @@ class Scoring:
                 hint=f"Record them, in another folder or with --restart: forcingkv analyze heads --passes"
                 f" {passes}",
             )
-        before, most = recent - frames, chunks * frames - 1
+        before = recent - frames
         longest = (chunks - 1) * frames - before
-        if recent > most:
+        if longest < 1:
             what = f"the newest {recent} key frames count as recent, which leaves no history to any chunk"
-            raise InputError(what, where="recent_frames", expected=f"{frames + 1} to {most}")
+            if self.recent_frames is None:
+                raise InputError(what, where="chunks", expected=f"at least {chunks + 1}")
+            raise InputError(what, where="recent_frames", expected=f"{frames + 1} to {chunks * frames - 1}")
         if not 0 <= self.sink_frames < longest:
             newest = f" beside the newest {recent}" if self.recent_frames else ""
             what = f"{self.sink_frames} frames are left out{newest}, which leaves no history to any chunk"
-            raise InputError(what, where="sink_frames", expected=f"0 to {max(longest, 1) - 1}")
+            raise InputError(what, where="sink_frames", expected=f"0 to {longest - 1}")
         with_history = range(max(spec.ar_start, (self.sink_frames + before) // frames) + 1, chunks)
         if self.chunks is None:
             return with_history

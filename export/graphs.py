@@ -53,7 +53,8 @@ def prompt_graph(model: WanModel) -> Graph:
 def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     """The graph `step`, one pass: next latents, x0, and the cache as it is after a clean pass.
 
-    Its example inputs are those of the first pass of a chunk in the last phase.
+    Its example inputs are those of the first pass of a chunk in the last phase, each cached tensor as long as
+    it ever is: one that is empty by then would be so for good.
     """
     spec, kind = plan.spec, compute_dtype(model)
 
@@ -101,7 +102,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         # One tensor each: the tracer would take one object given twice for one input.
         **{name: torch.zeros(cross, dtype=kind) for name in _cross_names(spec.layers)},
         **{
-            e.name: torch.zeros(plan.entry_shape(e, last), dtype=cached_dtype(e.role, kind))
+            e.name: torch.zeros(max(plan.buffer_shapes(e)), dtype=cached_dtype(e.role, kind))
             for e in plan.entries
         },
         # In the steady phase no token goes to the sink; the tracer wants a length of at least 2.

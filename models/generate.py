@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
+from forcingkv.runtime.given import GivenNoise
 from forcingkv.runtime.graph_records import latent_shape as latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.window import first_position
@@ -41,9 +42,11 @@ class GeneratedChunk:
     """Segments retained at the chunk's clean pass, if any were chosen (see `kv.advance`)."""
 
 
-def seeded_noise(plan: CachePlan, seed: int) -> Noise:
-    """The noise the runtime draws for that seed."""
+def seeded_noise(plan: CachePlan, seed: int, given: GivenNoise | None = None) -> Noise:
+    """The noise the runtime draws for that seed, or has of a file (of the seed what that does not have)."""
     shape = latent_shape(plan)
+    if given:
+        return lambda chunk, step: torch.from_numpy(given.draw(seed, chunk, step, chunk, shape).copy())
     return lambda chunk, step: torch.from_numpy(positions.chunk_noise(seed, chunk, step, shape))
 
 
@@ -55,7 +58,7 @@ def generate(
     noise: Noise,
     chunks: int,
     watch: Watch | None = None,
-    held: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Iterator[GeneratedChunk]:
     """Generate chunk by chunk.
 
@@ -64,22 +67,18 @@ def generate(
         plan: the cache plan.
         text: (batch, text_length, text_width), on the model's device and in its dtype.
         noise: where noise comes from; latents stay in its dtype between passes.
-        chunks: how many to make.
+        chunks: how many to make, those of `start` among them.
         watch: sees the attention of each pass, the clean pass included.
-        held: given first frames of chunk 0, (batch, latent_channels, frames, height, width), fewer than a
-            chunk has: they are held at timestep 0 while the others are made (`Schedule.by_frame`).
+        start: latents (batch, latent_channels, frames, height, width) that the video begins with. Whole
+            chunks go through their clean pass alone. Fewer frames than a chunk has are held at timestep 0
+            while the rest of chunk 0 is made, where the schedule can (`Schedule.by_frame`).
+
+    Raises InputError for another number of given frames.
     """
-    if held is not None and not (
-        plan.spec.schedule.by_frame and 1 <= held.shape[2] < plan.spec.frames_per_chunk
-    ):
-        raise InputError(
-            f"{held.shape[2]} given frames cannot be held in chunks of {plan.spec.frames_per_chunk}",
-            where=f"model {plan.spec.name}",
-            expected="a schedule with by_frame = true, and fewer frames than a chunk has",
-        )
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
     schedule, frames = plan.spec.schedule, plan.spec.frames_per_chunk
+    given, held = _given(plan, start)
 
     def run(
         latents: Tensor, timesteps: list[float], rotary: tuple[Tensor, Tensor], attend: Attend
@@ -93,13 +92,13 @@ def generate(
         tables = positions.rotary(plan.spec, plan.geometry, first_position(plan, chunk, chunk), frames)
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
-        given = held if chunk == 0 else None
-        count = 0 if given is None else given.shape[2]
-        latents = _with(noise(chunk, 0).to(text.device), given)
-        steps = schedule.of_chunk(chunk)
+        is_given, front = chunk < len(given), held if chunk == 0 else None
+        count = 0 if front is None else front.shape[2]
+        latents = _with((given[chunk] if is_given else noise(chunk, 0)).to(text.device), front)
+        steps = schedule.of_chunk(chunk, len(given))
         unipc = schedule.solver == "unipc"
         solver = UniPC(steps.sigmas, latents.cpu().double().numpy()) if unipc else None
-        for step, timestep in enumerate(steps.timesteps):
+        for step, timestep in enumerate(() if is_given else steps.timesteps):
             seen = watch(chunk, step, cache, attend) if watch else attend
             timesteps = [0.0] * count + [timestep] * (frames - count) if count else [timestep]
             flow, _ = run(latents, timesteps, rotary, seen)
@@ -110,7 +109,7 @@ def generate(
             else:
                 x0 = next_latents(schedule.renoise, latents, flow, sigma, 0.0, None)
                 latents = torch.from_numpy(solver.following(x0.cpu().double().numpy())).to(latents)
-            latents = _with(latents, given)
+            latents = _with(latents, front)
         seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
         _, new = run(latents, [schedule.context_timestep], rotary, seen)
         turn = turn_of(plan, chunk, text.device)
@@ -126,6 +125,23 @@ def _with(latents: Tensor, given: Tensor | None) -> Tensor:
 def level_of_frames(level: Tensor) -> Tensor:
     """Noise levels (frames,) as they meet latents (..., frames, height, width); (1,) meets all as it is."""
     return level if len(level) == 1 else level.view(-1, 1, 1)
+
+
+def _given(plan: CachePlan, start: Tensor | None) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Given latents as whole chunks, or as the frames that are held in chunk 0."""
+    if start is None:
+        return (), None
+    frames, by_frame = plan.spec.frames_per_chunk, plan.spec.schedule.by_frame
+    if start.shape[2] and start.shape[2] % frames == 0:
+        return start.split(frames, 2), None
+    if by_frame and 1 <= start.shape[2] < frames:
+        return (), start
+    fewer = f", or 1 to {frames - 1}, held while their chunk is made" if by_frame and frames > 1 else ""
+    raise InputError(
+        f"{start.shape[2]} latent frames are given",
+        where="start",
+        expected=f"a multiple of {frames}, whole chunks{fewer}",
+    )
 
 
 def next_latents(

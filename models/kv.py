@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
 from forcingkv.runtime import positions
-from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, held_name, rows_name
-from forcingkv.runtime.kv.roles import Choice, Recent, Retained, Role, Sink
+from forcingkv.runtime.kv.early import Early
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, told_name
+from forcingkv.runtime.kv.retained import Choice, Retained
+from forcingkv.runtime.kv.roles import HELD, ROWS, Recent, Role, Sink
 from forcingkv.runtime.kv.window import moved_by
 from forcingkv.runtime.spec import Dtype
 
@@ -50,8 +52,7 @@ class CleanPass:
     new: KeysValues
     """Keys and values of the chunk, of the group's heads."""
     rows: Mapping[str, Tensor] | None
-    """In a graph: which of the chunk's tokens roles take, by `rows_name`, and which of their own they keep,
-    by `held_name`. None: what the roles say for the chunk."""
+    """What a graph is told of the chunk, by `told_name`. None: what the roles say for the chunk."""
     choice: Choice | None
     """What is chosen in this pass; None: nothing, and what was chosen before stays."""
     chunk: int | None
@@ -64,9 +65,13 @@ class CleanPass:
     def rows_of(self, role: Role) -> Tensor:
         """Which of the chunk's tokens a role takes (`Role.rows`): (tokens,)."""
         if self.rows is not None:
-            return self.rows[rows_name(self.group, role)]
+            return self.rows[told_name(self.group, role)]
         assert self.chunk is not None, "which tokens a role takes depends on the chunk"
         return torch.from_numpy(role.rows(self.plan, self.group, self.chunk)).to(self.new.keys.device)
+
+    def tokens_after(self, role: Role) -> int | None:
+        """Tokens of a role that the next chunk sees; None: it is not known, in a graph."""
+        return None if self.chunk is None else role.tokens(self.plan, self.group, self.chunk + 1)
 
 
 class TorchRole(ABC):
@@ -118,7 +123,7 @@ class _TorchSink(TorchRole):
         if role.filled_by(done.plan.spec) <= 1:
             return taken
         if done.rows is not None:
-            kept = done.rows[held_name(done.group, role)]
+            kept = done.rows[told_name(done.group, role, HELD)]
             held = KeysValues(*(part.index_select(2, kept) for part in held))
         return KeysValues(*(torch.cat(pair, 2) for pair in zip(held, taken, strict=True)))
 
@@ -136,13 +141,38 @@ class _TorchRecent(TorchRole):
         if kept <= plan.chunk_tokens - opening_tokens:
             # The chunk's own frames are enough, even of the first chunk, which gives some to the sink.
             return _tokens(new, newest)
-        if opening:
-            # What the sink lacks goes there: frames of the first chunks, until it is full. In any other chunk
-            # this slice begins at 0. So one graph serves all chunks, without a branch.
-            filled = sum(done.held[other.name].keys.shape[2] for other in opening)
-            new = _tokens(new, slice(opening_tokens - filled, None))
-        joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(done.held[role.name], new, strict=True)))
-        return _tokens(joined, newest)
+        pairs = zip(done.held[role.name], _without_sink(role, done), strict=True)
+        return _tokens(KeysValues(*(torch.cat(pair, 2) for pair in pairs)), newest)
+
+
+def _without_sink(recent: Recent, done: CleanPass) -> KeysValues:
+    """Keys and values of the chunk that go to no sink."""
+    plan, new = done.plan, done.new
+    opening = [role for role in done.group.roles if role.opening_frames(plan.spec)]
+    if ROWS in recent.told(plan, done.group, 0):
+        rows = done.rows_of(recent)
+        return KeysValues(*(part.index_select(2, rows) for part in new))
+    if not opening:
+        return new
+    # Frames of the first chunk go to the sink. It is the first chunk if the sink is still empty; in any other
+    # this slice begins at 0. So one graph serves all chunks, without a branch.
+    whole = sum(role.steady_tokens(plan, done.group) for role in opening)
+    filled = sum(done.held[role.name].keys.shape[2] for role in opening)
+    return _tokens(new, slice(whole - filled, None))
+
+
+@torch_half
+class _TorchEarly(TorchRole):
+    of = Early
+
+    def advance(self, role: Early, done: CleanPass) -> KeysValues:
+        if done.tokens_after(role) == 0:
+            return _tokens(done.new, slice(0, 0))
+        recent = next(one for one in done.group.roles if isinstance(one, Recent))
+        kept = recent.steady_tokens(done.plan, done.group)
+        parts = done.held[role.name], done.held[recent.name], _without_sink(recent, done)
+        joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(*parts, strict=True)))
+        return _tokens(joined, slice(-kept - done.plan.frame_tokens * (role.frames or 0), -kept))
 
 
 @torch_half
@@ -153,16 +183,16 @@ class _TorchRetained(TorchRole):
         choice = done.choice
         if choice is None:
             return done.held[role.name]
-        transition = done.held[Recent.name]
+        transition, new = done.held[Recent.name], done.new
         one_frame = Recent(frames=1) in done.group.roles
-        if choice.kept > choice.candidates - choice.split.segments:
+        if not one_frame:
+            transition, new = _leaving(done)
+        elif choice.kept > choice.candidates - choice.split.segments:
             # The first chunk finds no transition frame, and by itself has fewer segments than are kept. A
             # graph chooses in every pass: there zeros stand for the frame, and nobody takes what is chosen.
             # Zeros tie to the bit, and made of the chunk they do not lie in the file by the megabyte.
-            pairs = zip(done.new, transition, strict=True)
-            transition = KeysValues(*(torch.cat((new - new, held), 2) for new, held in pairs))
-            one_frame = False
-        if not one_frame:
+            pairs = zip(new, transition, strict=True)
+            transition = KeysValues(*(torch.cat((own - own, held), 2) for own, held in pairs))
             transition = _tokens(transition, slice(-done.plan.frame_tokens, None))
         split = choice.split.frame_tokens, choice.split.segments
         if done.chosen and role.shared:
@@ -171,11 +201,27 @@ class _TorchRetained(TorchRole):
             ahead = choose_ahead(role, choice.candidates, choice.kept, done.layer, done.chunk)
             indices = None if ahead is None else torch.tensor(ahead, device=done.new.keys.device)
         if indices is None:
-            *kept, indices = prune_score(*transition, *done.new, *split, choice.kept)
+            *kept, indices = prune_score(*transition, *new, *split, choice.kept)
         else:
-            kept = prune_follow(*transition, *done.new, indices, *split)
+            kept = prune_follow(*transition, *new, indices, *split)
         done.chosen.append(indices)
         return KeysValues(*kept)
+
+
+def _leaving(done: CleanPass) -> tuple[KeysValues, KeysValues]:
+    """Of a group with several recent frames the oldest, and as many after it as a chunk has: all but the last
+    of them are those that leave the recent frames, and the last is the one that comes after them."""
+    plan = done.plan
+    recent = next(role for role in done.group.roles if isinstance(role, Recent))
+    joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(done.held[Recent.name], done.new, strict=True)))
+    if done.rows is not None:
+        # A graph chooses in every pass: where there are no recent frames yet, zeros stand for them.
+        kept = recent.steady_tokens(plan, done.group)
+        zeros = [torch.cat([part - part] * -(-kept // plan.chunk_tokens), 2) for part in done.new]
+        joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(zeros, joined, strict=True)))
+        joined = _tokens(joined, slice(-(kept + plan.chunk_tokens), None))
+    size = plan.frame_tokens
+    return _tokens(joined, slice(None, size)), _tokens(joined, slice(size, size + plan.chunk_tokens))
 
 
 def choose_ahead(
@@ -246,7 +292,7 @@ def advance(
         cache: the cache the pass read.
         new: each layer's keys and values of the pass.
         chunk: index of the chunk. None in a graph, which chooses segments in every pass.
-        rows: which tokens roles take and keep, as `CachePlan.rows` has them. None: what the roles say.
+        rows: what a graph is told of the chunk, as `CachePlan.rows` has it. None: what the roles say.
         turn: by what keys move with the window. None: by nothing.
 
     Returns:

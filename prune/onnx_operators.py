@@ -13,6 +13,7 @@ attributes down one level only; instead the bodies are made of the same text.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -26,7 +27,8 @@ import forcingkv.prune.reference  # noqa: F401  (registers the torch operators)
 from forcingkv.headmaps.errors import InputError
 from forcingkv.prune.plugin import PLUGIN_NAMESPACE
 from forcingkv.runtime.graph_memory import SCORING
-from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
+from forcingkv.runtime.kv.roles import Recent
 from forcingkv.runtime.kv.segments import Split
 
 DOMAIN, VERSION = "forcingkv", 1
@@ -217,6 +219,31 @@ def check_choice(plan: CachePlan) -> None:
             where=f"the policy {plan.policy.name}",
             expected="choose = 'least-similar' and shared = true",
             hint="Other choices run in torch only (models/generate.py).",
+        )
+
+    for group in plan.groups if role else ():
+        _check_recent(plan, group)
+
+
+def _check_recent(plan: CachePlan, group: HeadGroup) -> None:
+    """Raise InputError where segments are first chosen while a group's recent frames are still coming in."""
+    recent = [one for one in group.roles if isinstance(one, Recent)]
+    if not recent or not any(one.chooses for one in group.roles):
+        return
+    first = next(chunk for chunk in itertools.count() if plan.chooses(chunk))
+    held, whole = (
+        sum(sizes) // plan.frame_tokens
+        for sizes in (
+            [one.tokens(plan, group, first) for one in recent],
+            [one.steady_tokens(plan, group) for one in recent],
+        )
+    )
+    if held < whole:
+        raise InputError(
+            f"chooses segments from chunk {first} on, which finds {held} of {whole} recent frames",
+            where=f"the policy {plan.policy.name}",
+            expected=f"{whole} recent frames by then: fewer of them, or a larger ar_start",
+            hint="The backend torch runs it without graphs (export --target torch).",
         )
 
 

@@ -20,7 +20,9 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.graph_records import TURN
+from forcingkv.runtime.kv.rebuild import Encoding
 from forcingkv.runtime.kv.window import first_position, moved_by
+from forcingkv.runtime.newest_frames import FramesEncoder
 from forcingkv.runtime.pass_levels import PassLevel, clean_level, denoising_levels, write_levels
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.results import Chunk, Timing
@@ -45,6 +47,8 @@ class PendingChunk:
     cleaned: Mark
     requested: float
     """When it was begun, by the host's clock."""
+    given: Floats | None = None
+    """Its latents, where they were given: there are no denoising passes then."""
 
 
 class ChunkMaker:
@@ -72,6 +76,7 @@ class ChunkMaker:
         self._text = {name: tensor_of(lane, record) for name, record in prompt.inputs.items()}
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
         self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
+        self._encoder: FramesEncoder | None = None
         self._unsettled: Timing | None = None
         self._rotary = {name: tensor_of(lane, step.inputs[name]) for name in ("cosines", "sines")}
         self._turn = {name: tensor_of(lane, step.inputs[name]) for name in TURN if self._plan.relative}
@@ -90,8 +95,8 @@ class ChunkMaker:
 
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
-        self.cache.passes = self.given = 0
-        self.held = None
+        self.cache.restart()
+        self.given, self.held = 0, None
         self.decoder.restart()
 
     def hold(self, frames: Floats) -> None:
@@ -146,8 +151,19 @@ class ChunkMaker:
         self._clean(len(levels))
         return PendingChunk(index, tuple(steps), started, denoised, queue.mark(), requested)
 
+    def take(self, index: int, latents: Floats) -> PendingChunk:
+        """Put the clean pass of a chunk into the queue whose latents are given."""
+        queue, requested = self.lane.main, time.perf_counter()
+        started = queue.mark()
+        self._write_positions(index)
+        self._latents[0].write(latents, queue)
+        denoised = queue.mark()
+        self._clean(0)
+        return PendingChunk(index, (), started, denoised, queue.mark(), requested, latents)
+
     def finish(self, pending: PendingChunk) -> Chunk:
         """Wait for a chunk and decode it. Raises NotFiniteError where its latents are not numbers."""
+        latents = np.empty(0, np.float32) if pending.given is None else pending.given.copy()
         for step, fetch in enumerate(pending.steps):
             latents = fetch.array()
             if not np.isfinite(latents).all():
@@ -168,7 +184,7 @@ class ChunkMaker:
             total=time.perf_counter() - pending.requested,
         )
         free = self.decoder.freed_by(pending.index) if self._frames_on == "device" else None
-        return Chunk(pending.index, shown, latents, self._unsettled, free)
+        return Chunk(pending.index, shown, latents, self._unsettled, pending.given is not None, free)
 
     def settle(self) -> None:
         """Take the time of the clean pass of the chunk before, which has long ended: nobody is to find later
@@ -183,8 +199,10 @@ class ChunkMaker:
         With `redraw_from` its latents are noised as they were before that denoising pass, and drawn from
         there first: a model that was not trained with switches of prompts follows what it sees in clean
         latents, and those show the old prompt. That noise is of steps which no chunk has when it is made.
+        Given latents stay what they are.
         """
         levels = self.levels(index)
+        redraw_from = None if index < self.given else redraw_from
         steps = len(levels)
         self._write_positions(index)
         if redraw_from is None:
@@ -203,6 +221,12 @@ class ChunkMaker:
                     made.write(between(made.fetch(self.lane.main)), self.lane.main)
         self._clean(steps)
 
+    def encode(self, encoding: Encoding, latents: Floats) -> None:
+        """Make the cache anew in one pass over newest frames, under the prompt as it is: `FramesEncoder`."""
+        if self._encoder is None:  # most videos need none
+            self._encoder = FramesEncoder(self.lane, self._plan, self.cache, self._cross)
+        self._encoder.run(encoding, latents)
+
     def state(self) -> dict[str, Tensor]:
         """What the next chunk depends on: the KV cache, the prompt's keys and values, decoder caches."""
         parts = {"cache": self.cache.held(), "cross": self._cross, "decoder": self.decoder.held()}
@@ -212,18 +236,20 @@ class ChunkMaker:
         """The queue that reads and writes a tensor of the state."""
         return self.lane.side if name.startswith("decoder/") else self.lane.main
 
-    def restore(self, passes: int, decoder_calls: int, arrays: Mapping[str, Array]) -> None:
-        """Take what `state` held after that many clean passes and calls of the decoder.
+    def restore(
+        self, passes: int, decoder_calls: int, arrays: Mapping[str, Array], *, hollow: bool = False
+    ) -> None:
+        """Take what `state` held after that many clean passes and calls of the decoder (`KvCache.hollow`).
 
         Raises InputError where an array is missing or does not fit; nothing has changed then.
         """
-        before = self.cache.passes, self.decoder.called
-        self.cache.passes, self.decoder.called = passes, decoder_calls
+        before = self.cache.passes, self.cache.hollow, self.decoder.called
+        self.cache.passes, self.cache.hollow, self.decoder.called = passes, hollow, decoder_calls
         state = self.state()
         for name, tensor in state.items():
             shape = arrays[name].shape if name in arrays else None
             if shape != tensor.shape:
-                self.cache.passes, self.decoder.called = before
+                self.cache.passes, self.cache.hollow, self.decoder.called = before
                 raise InputError(
                     f"has {name} of the shape {shape}", where="the saved state", expected=str(tensor.shape)
                 )
@@ -269,7 +295,7 @@ class ChunkMaker:
 
     def _clean(self, steps: int) -> None:
         self.bound(clean_level(self.schedule), steps).run()
-        self.cache.passes += 1
+        self.cache.cleaned()
 
     def _write_positions(self, index: int) -> None:
         frames, passes = self._spec.frames_per_chunk, self.cache.passes

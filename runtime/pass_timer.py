@@ -27,6 +27,7 @@ class PassTimer:
         self._using, self._chunk = using, chunk
         with using() as maker:
             self.cache_bytes = maker.cache.nbytes
+            maker.cache.restart()
             maker.cache.passes = maker.decoder.called = chunk
             for name, tensor in maker.state().items():
                 tensor.clear(maker.queue_of(name))

@@ -76,7 +76,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
     Raises InputError, naming the line, where the file is not UTF-8 text, or a line is not of that form, and
     for a file without prompts.
     """
-    interactive, text = path.suffix.lower() in _INTERACTIVE, _utf8(path)
+    interactive, text = path.suffix.lower() in _INTERACTIVE, read_text(path)
     if path.suffix.lower() in _OTHER_KINDS or (not interactive and _is_json(text)):
         raise InputError("is not lines of prompts", where=str(path), expected=_FORM)
     if "\r" in text.strip() and "\n" not in text.strip():
@@ -100,7 +100,8 @@ def read_prompts(path: Path) -> list[PromptLine]:
     return prompts
 
 
-def _utf8(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The content of a file in UTF-8, without a byte order mark. Raises InputError for any other."""
     content = read_content(path)
     for mark, name in _OTHER_UNICODE.items():
         if content.startswith(mark):

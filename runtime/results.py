@@ -51,6 +51,8 @@ class Chunk:
     latents: Floats
     """(1, channels, latent frames, height, width)."""
     timing: Timing
+    given: bool = False
+    """Whether its latents were given, not generated (`Session.generate`, `start`)."""
     _free: Callable[[object], None] | None = field(default=None, repr=False, compare=False)
 
     def release(self, after: object = None) -> None:

@@ -16,6 +16,8 @@ MOST_STEPS = 1000
 """Denoising passes of a chunk: as many as the scale of timesteps has."""
 MOST_OPENING = 1000
 """Chunks with steps of their own."""
+TOLD = 8
+"""Steps of a list, and chunks, that are named one by one."""
 TABLE_ENTRIES = 1000
 """Of the table in which public code looks noise levels up."""
 
@@ -127,18 +129,18 @@ class Schedule:
             what = f"{name} has {len(steps)} timesteps"
             raise InputError(what, where="schedule", expected=f"at most {MOST_STEPS}")
         falling = all(a > b for a, b in itertools.pairwise(steps))
-        if not steps or not falling or steps[0] > 1000 or steps[-1] < 0:
+        if not steps or not falling or not 0 <= steps[-1] <= steps[0] <= 1000:  # NaN is no step either
             what = f"{name} {shown(list(steps))} cannot be run"
             expected = "at least one timestep, falling, each above 0 and at most 1000"
             raise InputError(what, where="schedule", expected=expected)
-        if steps[-1] == 0 and self.noise_levels != "table":
+        sigmas = self._steps_of(steps).sigmas
+        if not sigmas[-2]:  # of the table's entries none is 0
             raise InputError(
                 f"{name} {shown(list(steps))} cannot be run: a pass at 0, whose noise level is 0, changes"
                 " nothing",
                 where="schedule",
                 expected="steps above 0, or noise_levels = 'table', where 0 has the level of the last entry",
             )
-        sigmas = self._steps_of(steps).sigmas
         for (a, b), (here, after) in zip(itertools.pairwise(steps), itertools.pairwise(sigmas), strict=False):
             if here <= after:
                 raise InputError(
@@ -167,6 +169,25 @@ class Schedule:
         """How many chunks at most have steps of their own: those after them are all alike."""
         return len(self._opening)
 
+    @property
+    def described(self) -> str:
+        """In words; of long lists the beginning and the end."""
+        said = [f"{_passes(self.later)} a chunk"]
+        counted = "of the video" if self.first_counts == "video" else "that is generated"
+        for place, steps in enumerate(self._opening[:TOLD]):
+            said.append(f"chunk {place + 1} {counted}: {_passes(steps)}")
+        if len(self._opening) > TOLD:
+            said.append(f"{len(self._opening) - TOLD} more chunks with steps of their own")
+        if self.noise_levels == "table":
+            said.append(f"noise levels from the table of shift {self.shift:g}")
+        between = {"fresh": "noise drawn anew between passes", "predicted": "Euler steps between passes"}
+        said.append("UniPC between passes" if self.solver == "unipc" else between[self.renoise])
+        if self.by_frame:
+            said.append("a timestep for each frame")
+        if self.redraw_from is not None:
+            said.append(f"a switch of prompts draws again from pass {self.redraw_from + 1}")
+        return "; ".join([*said, f"clean pass at {self.context_timestep:g}"])
+
     def passes(self, chunks: int) -> int:
         """Denoising passes of a video of so many chunks, none of them given."""
         opening = self._opening[:chunks]
@@ -193,6 +214,15 @@ class Schedule:
             nearest = [int(np.argmin(np.abs(1000 * table - np.float32(t)))) for t in timesteps]
             return ChunkSteps(timesteps, (*(float(table[entry]) for entry in nearest), 0.0))
         return ChunkSteps(timesteps, (*(t / 1000 for t in exact), 0.0))
+
+
+def _passes(steps: ChunkSteps) -> str:
+    """How many, and at which timesteps."""
+    count = len(steps)
+    told = [f"{t:.4g}" for t in steps.timesteps]
+    if count > TOLD:
+        told = [*told[: TOLD - 1], "...", told[-1]]
+    return f"{count} pass{'es'[: 2 * (count > 1)]} at {', '.join(told)}"
 
 
 def table_of_levels(shift: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -17,12 +17,14 @@ from forcingkv.runtime.backends.ort_placement import Divided, Placement
 from forcingkv.runtime.bundle import Bundle, check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
 from forcingkv.runtime.faults import InUseError, SessionError
+from forcingkv.runtime.given import GivenNoise, check_start
 from forcingkv.runtime.pass_timer import PassTimer
+from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.preflight import check_memory, needed_memory
 from forcingkv.runtime.script import PromptRecord, Script
-from forcingkv.runtime.snapshot import read_snapshot
+from forcingkv.runtime.snapshot import check_given, read_snapshot
 from forcingkv.runtime.spec import Dtype
-from forcingkv.runtime.streaming import Video
+from forcingkv.runtime.streaming import NO_START, Start, Video
 from forcingkv.runtime.text import Prompt
 from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.turn import Turn
@@ -169,7 +171,13 @@ class Session:
                 lane.close()
 
     def generate(
-        self, prompt: Prompt, *, seed: int, chunks: float | None = None, noise: NoiseSource | None = None
+        self,
+        prompt: Prompt,
+        *,
+        seed: int,
+        chunks: float | None = None,
+        noise: NoiseSource | GivenNoise | None = None,
+        start: Floats | None = None,
     ) -> Video:
         """Begin a video: an iterator that yields each chunk as soon as it is decoded.
 
@@ -177,48 +185,74 @@ class Session:
             prompt: words, or text embeddings (1, text_length, text_width) for models whose text
                 encoder does not live in the runtime.
             seed: of the noise; the same seed gives the same video.
-            chunks: how many chunks to make, a whole number; None or infinity: without end.
-            noise: another source of noise than the seed.
+            chunks: how many chunks to make, a whole number, those of `start` among them; None or infinity:
+                without end.
+            noise: another source of noise than the seed; noise of a file (`runtime.given.read_noise`) begins
+                with the first chunk that is generated.
+            start: latents that the video begins with (1, channels, frames, height, width), whole chunks of
+                them: each is encoded in a clean pass, decoded and handed out (`Chunk.given`), and the first
+                generated chunk follows them.
 
         Raises:
-            InputError: the prompt, the seed or chunks cannot be used. The video before goes on then.
+            InputError: the prompt, the seed, chunks, noise or start cannot be used. The video before goes on
+                then.
             InUseError: the session is in use by another thread, where the video goes on.
             RuntimeError: the session is closed.
             SessionError: as iterating over the video does.
         """
         with self._using() as maker:
             record, text = PromptRecord.of(self.spec, prompt)
-            video = Video(self, seed, chunks, noise, Script(record))
+            given = NO_START
+            if start is not None:
+                given = Start.of(check_start(start, self.plan), self.spec.frames_per_chunk)
+            video = Video(self, seed, chunks, noise, Script(record), given)
             self._user = video._token
             with video._ending_with_errors():
                 maker.restart()
-                maker.prompt(text)
+                maker.given = video.given
+                video._begin_text(maker, text)
         return video
 
-    def restore(self, folder: Path | str, *, chunks: float | None = None) -> Video:
+    def restore(
+        self,
+        folder: Path | str,
+        *,
+        chunks: float | None = None,
+        noise: GivenNoise | None = None,
+        start: Floats | None = None,
+    ) -> Video:
         """Go on with a video that `Video.save` saved, from the chunk after it, to the bit.
 
         Args:
             folder: where it was saved.
             chunks: how many chunks the whole video is to have, infinity: without end; None: as many as when
                 it was saved.
+            noise: that of the file that the video is made of, if it is made of one's: the same again.
+            start: latents that it began with. They are in the state, and need not be given; others are
+                refused.
 
         Raises InputError for a state that is damaged, or of another bundle (the video before goes on then),
         and SessionError as iterating over a video does.
         """
         with self._using() as maker:
             state, arrays, latents, ready, script = read_snapshot(Path(folder), self.bundle)
-            video = Video(self, state.seed, state.chunks if chunks is None else chunks, None, script)
+            check_given(state, Path(folder), noise, None if start is None else check_start(start, self.plan))
+            coming = range(min(state.made, state.given or 0), state.given or 0)
+            to_come = {index: arrays[f"start/{index}"] for index in coming}
+            begun = Start(state.given or 0, to_come, state.start)
+            length = state.chunks if chunks is None else chunks
+            video = Video(self, state.seed, length, noise, script, begun)
             video.notes = state.notes or {}
             video.index, video._begun = state.index, state.made
             video._latents, video._ready = latents, deque(ready)
             try:
-                maker.restore(state.passes, state.decoder_calls, arrays)
+                maker.restore(state.passes, state.decoder_calls, arrays, hollow=bool(state.hollow))
             except InputError:
                 raise  # nothing was written
             except BaseException:  # Ctrl-C too
                 self._user = None  # the caches of the video before may be half overwritten
                 raise
+            maker.given = video.given
             self._user = video._token
         return video
 

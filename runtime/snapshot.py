@@ -35,13 +35,17 @@ from forcingkv.runtime.backends import Array, Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker
 from forcingkv.runtime.dtypes import DTYPES
-from forcingkv.runtime.kv.rebuild import replayed
+from forcingkv.runtime.given import GivenNoise, start_digest
+from forcingkv.runtime.kv.rebuild import kept_chunks, replayed
 from forcingkv.runtime.results import Chunk, Timing
-from forcingkv.runtime.script import PromptRecord, Script, Switch
+from forcingkv.runtime.script import ENCODED, PromptRecord, Script, Switch
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import new_tensors, read_arrays
+from forcingkv.runtime.text import prompt_input
 
 STATE = "state.json"
+FADING = ("fading/old", "fading/new")
+"""Tensors: the model's inputs of two prompts, of which the first fades."""
 TENSORS = re.compile(r"\.?state-\d{6,}(-\d+)?\.safetensors(\.partial)?")
 """Files of tensors, with those that a process left half written."""
 
@@ -68,7 +72,7 @@ class Snapshot:
     made: int
     """Chunks that the caches know."""
     passes: int
-    """Clean passes behind the KV cache; less than `made` after a rebuild."""
+    """Clean passes behind the KV cache; after a rebuild another number than `made`."""
     decoder_calls: int
     ready: tuple[ReadyChunk, ...]
     tensors: str
@@ -83,6 +87,16 @@ class Snapshot:
     """Those to come. The model's input for each is among the tensors."""
     notes: Mapping[str, str] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What the program that saved it wants to find again."""
+    hollow: bool | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Whether the KV cache holds the sink alone (`KvCache.hollow`); None: it does not."""
+    fading: bool | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Whether chunks are to come that follow two prompts; None: none are."""
+    noise: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Digest of the noise that came in a file (`given.GivenNoise`); None: it is the seed's."""
+    start: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Digest of the latents that the video began with; None: it began with none."""
+    given: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """How many chunks those are."""
     compute: Dtype | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What the session computed in; None in states of versions in which a bundle had one dtype."""
     digest: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
@@ -90,7 +104,7 @@ class Snapshot:
     schema: Literal["forcingkv.snapshot/1"] = "forcingkv.snapshot/1"
 
     def __post_init__(self) -> None:
-        numbers = ("chunks", "index", "made", "passes", "decoder_calls")
+        numbers = ("chunks", "index", "made", "passes", "decoder_calls", "given")
         check_bounds(self, dict.fromkeys(numbers, (-(1 << 40), 1 << 40)), "the state")
 
 
@@ -106,6 +120,7 @@ def write_snapshot(
     latents: Mapping[int, Array],
     ready: Sequence[Chunk],
     script: Script,
+    to_come: Mapping[int, Array],
     **known: Any,
 ) -> None:
     """Write a state, in the place of the one that the folder may hold.
@@ -116,7 +131,9 @@ def write_snapshot(
         latents: of the chunks that a rebuild needs, by index.
         ready: chunks that were made, but not handed out.
         script: the video's prompts.
-        known: the fields `bundle`, `seed`, `chunks`, `index`, `compute` and `notes` of `Snapshot`.
+        to_come: latents of given chunks that were not begun, by index.
+        known: the fields `bundle`, `seed`, `chunks`, `index`, `compute`, `noise`, `start`, `given` and
+            `notes` of `Snapshot`.
 
     Raises InputError where the folder holds other files, cannot be written, or the state cannot be saved, or
     another process or thread is saving one there. The state before is whole then.
@@ -129,6 +146,7 @@ def write_snapshot(
         name = next(name for name in names if name not in earlier)
         stored: dict[str, Tensor | Array] = {**maker.state()}
         stored |= {f"latents/{index}": array for index, array in latents.items()}
+        stored |= {f"start/{index}": array for index, array in to_come.items()}
         for chunk in ready:
             if not isinstance(chunk.frames, np.ndarray):
                 raise InputError(
@@ -137,6 +155,10 @@ def write_snapshot(
             stored |= {f"ready/{chunk.index}/{part}": getattr(chunk, part) for part in ("frames", "latents")}
         planned_switches = [script.due[chunk] for chunk in sorted(script.due)]
         stored |= {f"planned/{number}": text for number, (_, text) in enumerate(planned_switches)}
+        if script.text is not None:
+            stored["text"] = script.text
+        if script.fading:
+            stored |= dict(zip(FADING, script.fading, strict=True))
         planned = {key: (DTYPES[str(value.dtype)].code, tuple(value.shape)) for key, value in stored.items()}
         with new_tensors(folder / name, planned) as writer:
             for key, value in stored.items():
@@ -155,6 +177,8 @@ def write_snapshot(
                 prompt=script.prompt,
                 switches=None if script.prompt is None else tuple(script.made),
                 planned=tuple(switch for switch, _ in planned_switches),
+                hollow=maker.cache.hollow or None,
+                fading=bool(script.fading) or None,
             )
             snapshot = replace(snapshot, digest=own_digest(to_data(snapshot)))
             write_text(folder / STATE, json.dumps(to_data(snapshot), indent=1) + "\n")
@@ -208,7 +232,7 @@ def read_snapshot(
     if not path.is_file():
         raise InputError("holds no saved state", where=str(folder), hint="Save one with Video.save.")
     data = read_json(path)
-    snapshot = from_data(Snapshot, data, str(path))
+    snapshot = from_data(Snapshot, _in_words(data), str(path))
     if snapshot.digest is not None and snapshot.digest != own_digest(data):
         raise InputError(
             "was changed: it is not what its own digest says",
@@ -245,12 +269,31 @@ def read_snapshot(
             raise InputError(f"has no tensor {name}", where=str(tensors))
         return arrays[name]
 
-    latents = {index: array(f"latents/{index}") for index in replayed(bundle.plan, snapshot.made)}
+    needed = replayed(bundle.plan, snapshot.made)
+    latents = {
+        index: array(f"latents/{index}")
+        for index in kept_chunks(bundle.plan, snapshot.made)
+        if index in needed or f"latents/{index}" in arrays  # states of earlier versions have fewer
+    }
+    given = snapshot.given or 0
+    for index in range(min(snapshot.made, given), given):
+        array(f"start/{index}")
     ready = [
-        Chunk(one.index, array(f"ready/{one.index}/frames"), array(f"ready/{one.index}/latents"), one.timing)
+        Chunk(
+            one.index,
+            array(f"ready/{one.index}/frames"),
+            array(f"ready/{one.index}/latents"),
+            one.timing,
+            one.index < given,
+        )
         for one in snapshot.ready
     ]
     script = Script(snapshot.prompt, snapshot.switches or ())
+    if "text" in arrays:
+        script.text = prompt_input(bundle.plan.spec, arrays["text"])
+    if snapshot.fading:
+        old, new = (prompt_input(bundle.plan.spec, array(name)) for name in FADING)
+        script.fading = old, new
     for number, switch in enumerate(snapshot.planned or ()):
         record, text = PromptRecord.of(bundle.plan.spec, array(f"planned/{number}"))
         if record.digest != switch.prompt.digest:
@@ -259,17 +302,65 @@ def read_snapshot(
     return snapshot, arrays, latents, ready, script
 
 
+def _in_words(data: Any) -> Any:
+    """The content of a state, with words where earlier versions said yes or no of a rebuild."""
+    if not isinstance(data, Mapping):
+        return data
+
+    def said(switch: Any) -> Any:
+        known = {True: "replay", False: "none"}
+        if not isinstance(switch, Mapping) or not isinstance(switch.get("recache"), bool):
+            return switch
+        return {**switch, "recache": known[switch["recache"]]}
+
+    listed = {name: data[name] for name in ("switches", "planned") if isinstance(data.get(name), list)}
+    return {**data, **{name: [said(switch) for switch in switches] for name, switches in listed.items()}}
+
+
+def check_given(state: Snapshot, folder: Path, noise: GivenNoise | None, start: Array | None) -> None:
+    """Raise InputError unless a saved video goes on with the noise and the start that it had."""
+    where = str(folder / STATE)
+    if noise is None and state.noise is not None:
+        raise InputError(
+            f"was saved of a video whose noise came in a file (digest {state.noise[:12]}...)",
+            where=where,
+            hint="Give the same file again (--noise).",
+        )
+    if noise is not None and noise.digest != state.noise:
+        has = "noise of the seed" if state.noise is None else f"noise of the digest {state.noise[:12]}..."
+        raise InputError(
+            f"is other noise ({noise.digest[:12]}...), and the saved video has {has}",
+            where=noise.path,
+            expected="the noise that the video was begun with",
+            hint="A saved video goes on as it began; to make another, leave out --restore.",
+        )
+    if start is not None and start_digest(start) != state.start:
+        raise InputError(
+            "is another start than that of the saved video",
+            where="start",
+            expected="the latents that it began with, or none: the state has them",
+        )
+
+
 def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
     """Refuse a state that no video can have."""
     calls = bundle.plan.spec.frames_per_chunk // bundle.manifest.graphs["decode"].inputs["latents"].shape[2]
     ready = [one.index - state.index for one in state.ready]
     made, planned = ([switch.chunk for switch in of or ()] for of in (state.switches, state.planned))
+    last = (state.switches or ())[-1:]
+    # A cache of newest frames that were encoded anew may stand where a longer video's does.
+    encoded = any(one.recache in ENCODED for one in state.switches or ())
+    ahead = bundle.plan.phases[-1].first_chunk if encoded else 0
     if not (
         state.index >= 0
         and ready == list(range(len(ready)))
         and state.made == state.index + len(ready)
-        and 0 <= state.passes <= state.made
+        and 0 <= state.passes <= state.made + ahead
+        and (state.passes > 0 or not state.hollow)
+        and (not state.fading or any(one.chunk <= state.made <= one.last_blended + 1 for one in last))
         and state.decoder_calls == state.made * calls
+        and (state.given or 0) >= 0
+        and (state.given is None) == (state.start is None)
         and made == sorted(made)
         and planned == sorted(set(planned))
         and all(0 <= chunk <= state.made for chunk in made)

@@ -36,6 +36,9 @@ Linear = Literal["fp8", "int8"]
 
 DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
 
+Recache = Literal["replay", "keep-sink", "empty-sink", "none"]
+"""How the cache is made anew when the prompt is switched (docs/runtime.md, "Prompts that change")."""
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -133,6 +136,8 @@ class ModelSpec:
     table runs at its default resolution only."""
     positions: Positions = "absolute"
     """Unless a policy says otherwise."""
+    recache: Recache = "replay"
+    """What a switch of the prompt does where nobody says: what the model was trained with."""
     # No part of the hash, since a table has none: equal specs have equal ones all the same.
     resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     """Named pixel sizes, (width, height)."""

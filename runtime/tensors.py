@@ -77,8 +77,8 @@ def read_header(path: Path | str) -> tuple[dict[str, StoredTensor], dict[str, st
     return tensors, metadata
 
 
-def read_arrays(path: Path | str) -> dict[str, npt.NDArray[Any]]:
-    """The tensors of a file as arrays of their shape; BF16 comes as float32.
+def read_arrays(path: Path | str, only: str | None = None) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a file, or the one of that name, as arrays of their shape; BF16 comes as float32.
 
     Raises InputError as `read_header` does, and for a dtype that numpy has no type for (the 8-bit floats).
     """
@@ -86,6 +86,8 @@ def read_arrays(path: Path | str) -> dict[str, npt.NDArray[Any]]:
     arrays = {}
     with Path(path).open("rb") as file:
         for name, tensor in tensors.items():
+            if only not in (None, name):
+                continue
             dtype = STORED_AS[tensor.dtype]
             if tensor.dtype != "BF16" and dtype.array is None:
                 raise InputError(f"the tensor {name!r} is {tensor.dtype}, which numpy lacks", where=str(path))

@@ -1,6 +1,6 @@
 """Endless video on the demo model: what thousands of chunks do to memory and to the picture.
 
-    python studies/endless.py [--chunks 2000] [--policies window,forcing-kv] [--seed 0]
+    python studies/endless.py [--chunks 2000] [--policies window,forcing-kv] [--steps 1000,850,500] [--seed 0]
 
 For each policy, with positions relative to the window and absolute: memory of the process after a tenth of
 the chunks and at the end; mean and standard deviation of latents over the first 100 chunks and the last 100,
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -62,9 +63,15 @@ def _ends(values: npt.ArrayLike) -> list[float]:
     return [round(float(part.mean()), 4) for part in (array[:SPAN], array[-SPAN:])]
 
 
-def rows(policies: list[str], chunks: int, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
+def rows(
+    policies: list[str], steps: list[float], chunks: int, seed: int, folder: Path
+) -> Iterator[dict[str, Any]]:
     """A row for each policy and way of counting positions."""
-    spec, weights, headmap = load_spec("demo"), load_weights(load_spec("demo")), read_headmap(MAP)
+    spec, headmap = load_spec("demo"), read_headmap(MAP)
+    weights = load_weights(spec)
+    if steps:
+        schedule = replace(spec.schedule, denoising_steps=tuple(steps), redraw_from=None)
+        spec = replace(spec, schedule=schedule)
     for name in policies:
         for positions in ("relative", "absolute"):
             file, bundle = folder / f"{name}-{positions}.toml", folder / f"{name}-{positions}"
@@ -81,10 +88,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--chunks", type=int, default=2000)
     parser.add_argument("--policies", default="window,forcing-kv")
+    parser.add_argument("--steps", default="", help="timesteps of the denoising passes; default: the model's")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
-        for row in rows(given.policies.split(","), given.chunks, given.seed, Path(folder)):
+        policies, steps = given.policies.split(","), [float(step) for step in given.steps.split(",") if step]
+        for row in rows(policies, steps, given.chunks, given.seed, Path(folder)):
             print(json.dumps(row), flush=True)
 
 

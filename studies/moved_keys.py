@@ -4,8 +4,9 @@
 
 Two tables, in float32 and in bfloat16, of relative errors (norms of all keys) against keys that are rotated
 in float64 for the position they have now. `once` is the error of keys that are rotated afresh and rounded:
-what any way of caching them has. First LongLive's cache (window 12, sink 3, chunks of 3), the worst chunk;
-then keys that no role of today keeps, turned by -3 frames as many times as there are chunks.
+what any way of caching them has. First the caches of windows with a sink of 3 frames (LongLive's: 12 frames
+in chunks of 3), the worst chunk; then keys that no role of today keeps, turned by -3 frames as many times as
+there are chunks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.kv.window import first_position
 
 DTYPES = torch.float32, torch.bfloat16
+WINDOWS = ((12, 3), (21, 3), (21, 1))
+"""Frames of a window and of a chunk: of LongLive, of Self Forcing, and of frame-wise models."""
 COUNTED = (1, 2, 6, 10, 100, 1000, 10_000)
 """Turns after which the second table has a row."""
 
@@ -37,9 +40,11 @@ class Errors(NamedTuple):
     once: float
 
 
-def plan_of_longlive() -> CachePlan:
-    """Its window and head size, in a layer of two heads and frames of 16 tokens."""
-    spec = replace(load_spec("longlive"), layers=1, heads=2, positions="relative")
+def plan_of(frames: int, chunk: int) -> CachePlan:
+    """A window of so many frames in chunks of so many, sink 3: two of LongLive's heads, and frames of
+    16 tokens."""
+    preset = replace(load_spec("longlive"), positions="relative", layers=1, heads=2)
+    spec = replace(preset, attended_frames=frames, frames_per_chunk=chunk)
     return build_plan(spec, spec.geometry("64x64"), load_policy("full"))
 
 
@@ -62,9 +67,8 @@ def as_the_model_makes_them(raw: Tensor, plan: CachePlan, position: int, dtype: 
     return rotate(raw.float(), *map(torch.from_numpy, tables)).to(dtype)
 
 
-def rolling(dtype: torch.dtype, chunks: int) -> Errors:
+def rolling(plan: CachePlan, dtype: torch.dtype, chunks: int) -> Errors:
     """The worst chunk of a video: all keys that the cache holds after it."""
-    plan = plan_of_longlive()
     spec, group = plan.spec, plan.layers[0][0]
     generator = torch.Generator().manual_seed(0)
     shape = 1, spec.heads, plan.frame_tokens, spec.head_dim
@@ -92,7 +96,7 @@ def rolling(dtype: torch.dtype, chunks: int) -> Errors:
 
 def again_and_again(dtype: torch.dtype, turns: int) -> dict[int, Errors]:
     """Keys turned by -3 frames, as many times."""
-    plan = plan_of_longlive()
+    plan = plan_of(12, 3)
     generator = torch.Generator().manual_seed(0)
     raw = torch.randn(1, 64, plan.frame_tokens, plan.spec.head_dim, generator=generator).to(dtype)
     turn = Turn(*map(torch.from_numpy, positions.turn(plan.spec, -3)))
@@ -114,10 +118,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--chunks", type=int, default=1000)
     chunks = parser.parse_args().chunks
-    print(f"LongLive's window, worst of {chunks} chunks")
-    for dtype in DTYPES:
-        moved, once = rolling(dtype, chunks)
-        print(f"  {dtype!s:<16} moved {moved:.1e}   once {once:.1e}")
+    print(f"keys in a rolling window, worst of {chunks} chunks")
+    for frames, chunk in WINDOWS:
+        for dtype in DTYPES:
+            moved, once = rolling(plan_of(frames, chunk), dtype, chunks)
+            window = f"{frames} frames in chunks of {chunk}"
+            print(f"  {window:<28}{dtype!s:<16} moved {moved:.1e}   once {once:.1e}")
     print("keys turned by -3 frames again and again")
     for dtype in DTYPES:
         for count, (moved, once) in again_and_again(dtype, chunks).items():

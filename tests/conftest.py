@@ -17,7 +17,8 @@ import pytest
 
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.runtime.kv.policies import Policy
-from forcingkv.runtime.kv.roles import Recent, Retained, Role, Sink
+from forcingkv.runtime.kv.retained import Retained
+from forcingkv.runtime.kv.roles import Recent, Role, Sink
 from forcingkv.runtime.spec import Decoder, ModelSpec, Schedule, TextEncoder
 
 if TYPE_CHECKING:  # the process that starts the workers loads this file too, and waits for no torch

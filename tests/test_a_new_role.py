@@ -110,6 +110,19 @@ def test_the_plan_asks_it(plan: CachePlan) -> None:
     assert seen == [[0, 2], [0, 3, 5], [0, 3, 6, 8], [0, 6, 9, 11], [0, 9, 12, 14]]
 
 
+def test_it_moves_with_the_window(policy: Policy) -> None:
+    spec = spec_of_two_layers()
+    plan = build_plan(spec, spec.geometry(), replace(policy, positions="relative"))
+    assert plan.window_frames == 1 + 6 + 3, "the sink, back to the older of two frames, the chunk"
+    wanted, text = {}, torch.from_numpy(encode_words(spec, PROMPT))
+    for chunk in generate(random_model(spec), plan, text, seeded_noise(plan, 7), 4):
+        wanted[chunk.index] = chunk.latents
+    absolute = build_plan(spec, spec.geometry(), policy)
+    for chunk in generate(random_model(spec), absolute, text, seeded_noise(plan, 7), 4):
+        inside = 3 * chunk.index + 3 <= plan.window_frames
+        assert torch.allclose(chunk.latents, wanted[chunk.index], atol=1e-5) == inside
+
+
 def test_a_policy_that_it_does_not_fit_is_refused(policy: Policy) -> None:
     spec = small_spec(frames_per_chunk=4, attended_frames=16)
     with pytest.raises(InputError, match="every 3 frames are kept; expected a divisor of 4"):

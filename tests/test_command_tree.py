@@ -26,9 +26,12 @@ _BAKED = "new: a model is run without a bundle of the user's, by torch"
 
 _WHERE = "new: there are backends that can choose where and in what they compute"
 
+_GIVEN = "new: noise and latents that were made elsewhere: the only way to a video of the authors' seed"
 _PASSES = "new: the clean pass is recorded too, and what is scored of a recording can be chosen"
 
 _DOCTOR = "new: what a machine can run, and what is wrong with it"
+
+_SWITCHES = "prompts are switched as public code does it too: by which way is a word, not yes or no"
 
 CHANGED: dict[str, str] = {
     "doctor": _DOCTOR,
@@ -80,6 +83,11 @@ CHANGED: dict[str, str] = {
     "evaluate --seeds": _AT_MOST,
     "analyze heads --lora": _SEVERAL,
     "analyze heads --no-preset-lora": _WITHOUT,
+    "analyze heads --noise": _GIVEN,
+    "evaluate --noise": _GIVEN,
+    "generate --latents-out": _GIVEN,
+    "generate --noise": _GIVEN,
+    "generate --start-latents": _GIVEN,
     "analyze heads --passes": _PASSES,
     "analyze heads --recent-frames": _PASSES,
     "analyze heads --score-chunks": _PASSES,
@@ -91,6 +99,11 @@ CHANGED: dict[str, str] = {
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "headmap convert --heads": "0 heads were taken for a number that was not given",
+    "generate --fade": _SWITCHES,
+    "generate --no-recache": _SWITCHES,
+    "generate --recache": _SWITCHES,
+    "generate --script": _SWITCHES,
+    "generate --script-line": _SWITCHES,
     "generate --enlarge": _AS_SAVED,
     "generate --seed": _AS_SAVED,
 }

@@ -236,6 +236,66 @@ def test_a_change_that_cannot_be_used_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def script(folder: Path, *lines: object) -> Path:
+    path = folder / "interactive.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_script_is_its_prompts_at_latent_frames(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    """Of LongLive's form: from the first chunk that begins at a frame or later; with a fade at each."""
+    told = script(tmp_path, {"prompts": [PROMPT, "d e", "e"], "switch_frame_indices": [4, 9]})
+    given = ["generate", "--bundle", bundle, "--seed", SEED, "--seconds", 0.75, "--fade", 1]
+    ran = run(*given, "--script", told, "--out", tmp_path / "a.rgb")
+    assert ran.code == 0, ran.err
+    said = " ".join(ran.err.split())
+    assert "note: 'd e' begins with frame 6, the first of chunk 2, not with 4" in said
+    assert "recache replay, the way of small" in said
+    assert "'e' begins" not in said
+    with Session.open(bundle) as session:
+        video = session.generate(PROMPT, seed=SEED, chunks=4)
+        video.switch("d e", at=2, fade=1)
+        video.switch("e", at=3, fade=1)
+        wanted = np.concatenate([chunk.frames for chunk in video])
+    assert (tmp_path / "a.rgb").read_bytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--script", "S", "--prompt", "a"), "use either --script or --prompt and --switch, not both"),
+        (("--script", "S", "--switch", "1:a"), "use either --script or --prompt and --switch, not both"),
+        (("--prompt", "a", "--script-line", 1), "--script-line is of no use without --script"),
+        (("--script", "S", "--script-line", 9), "has no video in line 9; expected one of 1"),
+        (("--script", "S", "--recache", "keep"), "--recache is 'keep'; expected 'replay' or 'keep-sink' or"),
+        (("--script", "S", "--recache", "none", "--no-recache"), "use either --recache or --no-recache"),
+        (("--script", "S", "--recache", "keep-sink"), "recache is keep-sink, for which this session has no"),
+        (("--script", "bad"), "bad, line 1: switch_frame_indices has 3 after 6; expected latent frames in"),
+    ],
+)
+def test_a_script_that_cannot_be_followed_is_refused(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran], more: tuple[object, ...], message: str
+) -> None:
+    told = script(tmp_path, {"prompts": [PROMPT, "d e"], "switch_frame_indices": [6]})
+    bad = tmp_path / "bad"
+    bad.write_text('{"prompts": ["a", "b", "c"], "switch_frame_indices": [6, 3]}')
+    given = [{"S": told, "bad": bad}.get(str(word), word) for word in more]
+    ran = run("generate", "--bundle", bundle, "--out", tmp_path / "a.rgb", *given)
+    assert (ran.code, (tmp_path / "a.rgb").exists()) == (2, False)
+    assert message in " ".join(ran.err.split())
+
+
+def test_switches_after_the_end_are_told(bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    told = script(tmp_path, {"prompts": [PROMPT, "d e"], "switch_frame_indices": [60]})
+    ran = run(
+        *("generate", "--bundle", bundle, "--script", told, "--seconds", 0.1, "--out", tmp_path / "a.rgb")
+    )
+    assert ran.code == 0, ran.err
+    assert "note: the video ends with chunk 0, before 'd e' from chunk 20 on" in " ".join(ran.err.split())
+
+
 def test_a_saved_video_goes_on(bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
     saving = ("--save", tmp_path / "state", "--save-every", 2)
     assert run(*words(bundle, tmp_path / "a.rgb", "--seconds", 0.9, *saving)).code == 0

@@ -151,7 +151,7 @@ def test_a_video_says_its_prompts(made: Path) -> None:
     switches = [
         (one["chunk"], one["prompt"], one["recache"]) for one in json.loads(said["forcingkv.switches"])
     ]
-    assert switches == [(2, "d e", True), (6, "b", True)]
+    assert switches == [(2, "d e", "replay"), (6, "b", "replay")]
     assert said == about(made / "cut" / "a.mp4")
 
 

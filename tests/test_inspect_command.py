@@ -48,6 +48,12 @@ def test_it_says_how_engines_were_built(built: Path, run: Callable[..., Ran]) ->
     assert f"kernels {kernels}" in " ".join(ran.out.split())
 
 
+def test_it_says_which_passes_chunks_take(plain: Path, run: Callable[..., Ran]) -> None:
+    told = " ".join(run("inspect", plain).out.split())
+    said = "2 passes at 1000, 625 a chunk; noise drawn anew between passes; clean pass at 0"
+    assert f"schedule {said}" in told
+
+
 def test_it_says_once_what_both_gpus_need(built: Path, run: Callable[..., Ran]) -> None:
     out = run("inspect", built).out
     assert out.count("device memory of a session with tensorrt-rtx 1.7.1 for sm_89, sm_120\n") == 1

@@ -23,6 +23,7 @@ BenchRow = dict[str, Any]
 def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
     """All that was measured and where, for JSON."""
     plan = measured[0].bundle.plan
+    schedule = plan.spec.schedule
     headmaps = {one.policy: one.bundle.headmap for one in measured}
     return {
         "machine": machine(setup.threads),
@@ -31,6 +32,9 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
         "layers": plan.spec.layers,
         "geometry": plan.geometry.described,
         "rounds": len(measured[0].turns),
+        # Denoising passes of a chunk, and of the first chunks where these have others; clean passes besides.
+        "passes": len(schedule.later),
+        "opening_passes": [len(schedule.of_chunk(n)) for n in range(schedule.opening_chunks)],
         "heads": {name: headmap.counts() for name, headmap in headmaps.items() if headmap},
         "rows": rows(measured),
     }
@@ -160,7 +164,7 @@ def _row(one: BenchTurns, against: BenchTurns, decoding: float | None) -> BenchR
         "needed_bytes": sum(footprint(one.bundle.manifest, plan).values()),
         "grown_bytes": max(turn.grown_bytes for turn in one.turns),
         "gflops": flops / one.pass_seconds / 1e9,
-        # Of a whole chunk: all denoising passes and the clean one.
+        # Of a whole chunk: all denoising passes and the clean one, of a chunk without steps of its own.
         "seconds_per_chunk": one.chunk_seconds,
         "seconds_to_decode": decoding,
         "speedup_with_decoding": with_decoding,

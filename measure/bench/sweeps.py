@@ -38,9 +38,10 @@ def lengths(
     """What each chunk costs. A pass is timed in each phase: chunks of a phase run the same shapes.
 
     Returns:
-        For each policy and `chunk`, counted from 1: `seconds` of all its passes, measured in its phase;
-        `total_seconds` of all passes so far; `decode_seconds` of a chunk, the same under every policy, None
-        if it was not timed; `kv_bytes` that attention reads; `flops` of a pass.
+        For each policy and `chunk`, counted from 1: `seconds` of all its passes, as many as its schedule
+        gives it, measured in its phase; `total_seconds` of all passes so far, and the `fps` of the video that
+        far, frames being temporal stride x latent frames; `decode_seconds` of a chunk, the same under every
+        policy, None if it was not timed; `kv_bytes` that attention reads; `flops` of a pass.
     """
     begins = {case: {phase.first_chunk for phase in case.bundle.plan.phases} for case in cases}
     took: dict[tuple[str, int], BenchTurns] = {}
@@ -53,14 +54,17 @@ def lengths(
     for case in cases:
         plan, total = case.bundle.plan, 0.0
         for chunk in range(chunks):
-            seconds = took[plan.policy.name, plan.phase(chunk).first_chunk].chunk_seconds
+            timed = took[plan.policy.name, plan.phase(chunk).first_chunk]
+            seconds = timed.seconds_of(plan.spec.schedule.of_chunk(chunk))
             total += seconds
+            frames = (chunk + 1) * plan.spec.frames_per_chunk * plan.spec.decoder.temporal_stride
             points.append(
                 {
                     "policy": plan.policy.name,
                     "chunk": chunk + 1,
                     "seconds": seconds,
                     "total_seconds": total,
+                    "fps": frames / total,
                     "decode_seconds": decoding,
                     "kv_bytes": plan.kv_bytes(chunk=chunk),
                     "flops": pass_flops(plan, chunk).total,

@@ -14,6 +14,7 @@ from forcingkv.measure.process import watched
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.memory import give_back
+from forcingkv.runtime.schedule import ChunkSteps
 from forcingkv.runtime.spec import Dtype
 
 LONG_PASS = 10.0
@@ -84,10 +85,13 @@ class BenchTurns:
 
     @property
     def chunk_seconds(self) -> float:
-        """All denoising passes of a chunk and the clean one, which counts as one of them where it was not
-        timed."""
+        """Of a chunk without steps of its own: see `seconds_of`."""
+        return self.seconds_of(self.bundle.plan.spec.schedule.later)
+
+    def seconds_of(self, steps: ChunkSteps) -> float:
+        """So many denoising passes and the clean one, which counts as one of them where it was not timed."""
         return statistics.median(
-            len(self.bundle.plan.spec.schedule.later) * turn.pass_seconds
+            len(steps) * turn.pass_seconds
             + (turn.pass_seconds if turn.clean_seconds is None else turn.clean_seconds)
             for turn in self.turns
         )

@@ -26,6 +26,7 @@ from forcingkv.measure.fidelity.video_measures import METRICS, Values, measure_p
 from forcingkv.models.demo.judge import read_digits, shows_digits
 from forcingkv.resampling import CONFIDENCE, SEED
 from forcingkv.runtime import Session
+from forcingkv.runtime.given import GivenNoise
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import Prompt
 
@@ -93,6 +94,7 @@ def evaluate_sessions(
     chunks: int,
     reference: str | None,
     progress: Callable[[], None] = lambda: None,
+    noises: Sequence[GivenNoise] = (),
 ) -> list[VideoRow]:
     """Generate each sample with every session in turn, and measure each video.
 
@@ -104,6 +106,7 @@ def evaluate_sessions(
         chunks: length of the videos.
         reference: a name of `sessions`; None: nothing is compared frame by frame.
         progress: called after each video.
+        noises: noise of each sample, of files; none: it is that of the seeds.
 
     Raises InputError where sessions make videos of different kinds or a prompt cannot be used, SessionError
     where one cannot go on.
@@ -116,11 +119,12 @@ def evaluate_sessions(
         )
     order = sorted(sessions, key=lambda name: name != reference)  # the reference first
     rows = []
-    for sample in samples:
+    for number, sample in enumerate(samples):
         kept: Frames | None = None
+        noise = noises[number] if noises else None
         for name in order:
             session, text = sessions[name], sample.prompt if sample.embedded is None else sample.embedded
-            made = session.generate(text, seed=sample.seed, chunks=chunks)
+            made = session.generate(text, seed=sample.seed, chunks=chunks, noise=noise)
             video = np.concatenate([chunk.frames for chunk in made])
             row = {"policy": name, "prompt": sample.prompt, "seed": sample.seed}
             rows.append(row | _metrics(name, session.spec, video, sample.prompt, kept))

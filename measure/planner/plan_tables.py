@@ -8,6 +8,7 @@ from typing import Any
 from forcingkv.measure.planner.published import uncertainty
 from forcingkv.measure.tables import wrapped
 from forcingkv.runtime.footprint import readable
+from forcingkv.runtime.schedule import TOLD
 
 COLUMNS = 4
 """Policies side by side in the table of memory."""
@@ -22,7 +23,11 @@ def plan_lines(report: dict[str, Any]) -> Iterator[str]:
         f"{report['model']} at {report['size']}: {report['frame_tokens']:,} tokens a"
         f" latent frame, {report['dtype']}"
     )
-    yield f"{report['seconds']:g} s are {report['chunks']} chunks of {report['passes']} passes"
+    opening = report["opening_passes"]
+    counts = [*map(str, opening[:TOLD]), *(["..."] if len(opening) > TOLD else [])]
+    first = f", the first {'ones ' * (len(opening) > 1)}of {', '.join(counts)}" if opening else ""
+    yield f"{report['seconds']:g} s are {report['chunks']} chunks of {report['passes']} passes{first}"
+    yield from wrapped("", report["schedule"])
     for start in range(0, len(policies), COLUMNS):
         yield from ("", *_memory(policies[start : start + COLUMNS]))
     yield from ("", "heads")

@@ -98,10 +98,12 @@ def plan_report(
         "seconds": seconds,
         "chunks": chunks,
         "passes": full.passes,
+        "opening_passes": [len(spec.schedule.of_chunk(n)) + 1 for n in range(spec.schedule.opening_chunks)],
         "reserve_bytes": RESERVE_BYTES,
         "efficiency": {name: one for name, one in efficiencies().items() if name in families},
         "policies": planned,
         "left_out": left_out,
+        "schedule": spec.schedule.described,
     }
 
 

@@ -162,11 +162,13 @@ class Lane(Protocol):
         side: the queue of `decode`; the same as `main` where nothing runs at the same time.
         runs_on: what it runs on, in words for people.
         lookahead: how many chunks to begin before the frames of the one before are waited for.
+        recaches: whether it binds `recache`: a switch of the prompt may encode newest frames anew.
     """
 
     main: Queue
     side: Queue
     lookahead: int
+    recaches: bool
     runs_on: str
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
@@ -189,9 +191,10 @@ class Lane(Protocol):
         """A pass over those tensors.
 
         Args:
-            graph: `prompt`, `step` or `decode`.
+            graph: `prompt`, `step` or `decode`; `recache` where the lane has it.
             phase: index of the cache's phase, whose static shapes the tensors have; 0 for graphs that have
-                only one.
+                only one; of `recache` that after it (`KvCache.phase_after`): the one before it is the cache's
+                when it is bound.
             inputs: all of the graph's inputs.
             outputs: where outputs go. All that are given may be written to, whether they are needed or
                 not. Those that are left out go nowhere.

@@ -244,6 +244,7 @@ class OnnxLane:
         self.main: Queue = HostQueue()
         self.side: Queue = self.main
         self.lookahead = 0
+        self.recaches = "recache" in graphs
 
     @property
     def placement(self) -> dict[str, Placement]:

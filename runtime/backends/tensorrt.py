@@ -64,6 +64,7 @@ class TensorRTLane:
 
     def __init__(self, gpu: Gpu, bundle: Bundle, loaded: Loaded, *, cuda_graphs: bool) -> None:
         self.lookahead, self._cuda_graphs = 1, cuda_graphs
+        self.recaches = False  # no engine of that pass is built
         self.runs_on = "the GPU (TensorRT)" if gpu.number == 0 else f"the GPU {gpu.name} (TensorRT)"
         self._gpu, self._bundle, self._loaded = gpu, bundle, loaded
         self._closed, self._told = False, False

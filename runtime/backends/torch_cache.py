@@ -30,7 +30,7 @@ from forcingkv.runtime.backends.torch_device import name_of, torch_dtype
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
 from forcingkv.runtime.graph_records import next_name
 from forcingkv.runtime.kv.buffers import KvCache
-from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, rows_name
+from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
 
@@ -47,6 +47,15 @@ def layout_of(plan: CachePlan, group: HeadGroup, chunk: int) -> Layout:
     places, end = {}, 0
     for role in group.roles:
         begin, end = end, end + role.tokens(plan, group, chunk)
+        places[role.name] = slice(begin, end)
+    return Layout(places, slice(end, end + plan.chunk_tokens))
+
+
+def _hollow(plan: CachePlan, group: HeadGroup) -> Layout:
+    """Where the tokens lie where there is the sink alone."""
+    places, end = {}, 0
+    for role in group.roles:
+        begin, end = end, end + (role.steady_tokens(plan, group) if role.opening_frames(plan.spec) else 0)
         places[role.name] = slice(begin, end)
     return Layout(places, slice(end, end + plan.chunk_tokens))
 
@@ -68,7 +77,7 @@ class JoinedGroup:
     """Roles that are cached as something else than what is attended to: their tokens as they are cached.
     Each pass puts what is read of them into its place in `all`."""
     layouts: tuple[Layout, ...]
-    """Of each phase."""
+    """Of each phase; the last is that of a hollow cache."""
 
     def part(self, role: Role, phase: int) -> KeysValues:
         """What is cached of a role in a phase: views."""
@@ -92,6 +101,34 @@ class JoinedGroup:
         seen = _tokens(self.all, slice(0, layout.current.stop))
         mine = queries[:, self.group.start : self.group.stop]
         return F.scaled_dot_product_attention(mine, seen.keys, seen.values)
+
+    def encode(
+        self,
+        queries: torch.Tensor,
+        current: KeysValues,
+        rows: Mapping[str, torch.Tensor],
+        turn: Turn | None,
+        before: int,
+        after: int,
+    ) -> torch.Tensor:
+        """Attention of the group's heads to the sink, where it stays, and to newest frames, which fill the
+        other roles: each takes the tokens that `rows` has for it, moved by `turn`. One that is not in `rows`
+        stays."""
+        own, held = heads_of(current, self.group), self.cached(before)
+        stay = [role for role in self.group.roles if role.name not in rows]
+        seen = [*(HALVES[role.name].read(role, held[role.name], own.keys) for role in stay), own]
+        keys, values = (torch.cat(parts, 2) for parts in zip(*seen, strict=True))
+        mine = queries[:, self.group.start : self.group.stop]
+        attended = F.scaled_dot_product_attention(mine, keys, values)
+        made = {role.name: held[role.name] for role in stay}
+        for role in self.group.roles:
+            if role.name in rows:
+                taken = KeysValues(*(part.index_select(2, rows[role.name]) for part in own))
+                if turn is not None and role.moves:
+                    taken = HALVES[role.name].move(role, taken, turn)
+                made[role.name] = taken
+        self.take(made, after)
+        return attended
 
     def take(self, made: GroupCache, following: int) -> None:
         """Let the cache be what a clean pass made of it, as it lies in the phase of the next chunk.
@@ -136,7 +173,27 @@ class JoinedCache(KvCache):
     @property
     def key(self) -> tuple[int, int]:
         """The phase, and that of the chunk after: what a clean pass leaves lies as it needs it."""
-        return self.phase, self._phase_at(self.passes + 1)
+        return self.phase, self._phase_at(self.passes + (not self.hollow))
+
+    def encode(self, before: int, after: int, rows: Mapping[str, torch.Tensor], turn: Turn | None) -> Attend:
+        """How a pass attends that encodes newest frames, and what of it goes into the cache.
+
+        Args:
+            before: the phase of the cache that it finds.
+            after: that of the one it makes.
+            rows: which tokens roles take, by `told_name`. Others stay, and are seen.
+            turn: moves keys to where the next chunk sees them, where positions are relative to the window.
+        """
+
+        def attend(layer: int, queries: torch.Tensor, current: KeysValues) -> torch.Tensor:
+            out = []
+            for one in self._groups[layer]:
+                names = {role.name: told_name(one.group, role) for role in one.group.roles}
+                taken = {role: rows[name] for role, name in names.items() if name in rows}
+                out.append(one.encode(queries, current, taken, turn, before, after))
+            return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+        return attend
 
     def held(self) -> dict[str, Tensor]:
         return {entry.name: self._view(entry, self.phase) for entry in self.plan.entries}
@@ -179,11 +236,23 @@ class JoinedCache(KvCache):
         turn: Turn | None,
     ) -> None:
         # Whether something is chosen, and which rows are taken, is the same for all chunks of these phases.
-        choice, rows = choice_of(self.plan, self.passes), self._rows[phases[0]]
+        choice = None if self.hollow else choice_of(self.plan, self.passes)
+        rows = self._rows[self._phase_at(self.passes)]
         for one in self._groups[layer]:
             held, own = one.cached(phases[0]), heads_of(current, one.group)
             done = _Advance(
-                self.plan, layer, one.group, held, own, None, choice, chunk, chosen, rows, turn=turn
+                self.plan,
+                layer,
+                one.group,
+                held,
+                own,
+                None,
+                choice,
+                chunk,
+                chosen,
+                rows,
+                one.layouts[phases[1]],
+                turn=turn,
             )
             one.take(advance_group(done), phases[1])
 
@@ -200,9 +269,16 @@ class _Advance(CleanPass):
     while it runs."""
 
     on_device: Mapping[str, Tensor]
+    following: Layout
+    """Where tokens lie that the next chunk sees."""
+
+    def tokens_after(self, role: Role) -> int:
+        place = self.following.roles[role.name]
+        tokens: int = place.stop - place.start
+        return tokens
 
     def rows_of(self, role: Role) -> torch.Tensor:
-        rows = self.on_device[rows_name(self.group, role)]
+        rows = self.on_device[told_name(self.group, role)]
         assert isinstance(rows, TorchTensor)
         return rows.tensor
 
@@ -217,7 +293,7 @@ def _make(plan: CachePlan, group: HeadGroup, compute: torch.dtype, device: torch
         for role in group.roles
         if role.apart(name_of(compute))
     }
-    layouts = tuple(layout_of(plan, group, phase.first_chunk) for phase in plan.phases)
+    layouts = (*(layout_of(plan, group, phase.first_chunk) for phase in plan.phases), _hollow(plan, group))
     return JoinedGroup(group, pair(joined_tokens(plan, group), compute), apart, layouts)
 
 

@@ -86,6 +86,7 @@ class TorchLane:
         self.main: Queue = self._queues.main
         self.side: Queue = self._queues.side
         self.lookahead = int(self._queues.beside)
+        self.recaches = True
         self.runs_on = f"{describe(loaded.device, loaded.threads)}, in {name_of(loaded.compute)} (torch)"
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
@@ -114,6 +115,9 @@ class TorchLane:
             if self._pool is not None and self._comes_again(taken):
                 captured = Captured(queue, what, self._pool)
             made = _step_work(loaded, self._cache, phase, given, taken, captured)
+        elif graph == "recache":
+            assert self._cache is not None, "a session takes its cache first"
+            made = _encoding_work(loaded, self._cache, phase, given)
         else:
             made = _decode_work(loaded, self._bundle.plan, given, taken)
         return TorchPass(queue, made, what, loaded.threads, captured)
@@ -213,6 +217,21 @@ def _step_work(
         flow = model.flow(latents.to(compute), given["time"].to(compute), rotary, prompt, attend)
         following = next_latents(renoise, latents, flow.to(latents), sigma, sigma_next, noise)
         taken["next_latents"].copy_(following)
+
+    return work
+
+
+def _encoding_work(loaded: Loaded, cache: JoinedCache, after: int, given: Tensors) -> Work:
+    """A pass that encodes newest frames anew, from the phase in which it is bound."""
+    model, spec, compute = loaded.model, loaded.model.spec, loaded.compute
+    prompt = [KeysValues(*(given[f"cross.{layer}.{part}"] for part in PARTS)) for layer in range(spec.layers)]
+    rotary = given["cosines"], given["sines"]
+    rows = {name: tensor for name, tensor in given.items() if tensor.dtype == torch.int32}
+    turn = Turn(*(given[name] for name in TURN)) if cache.plan.relative else None
+    attend = cache.encode(cache.phase, after, rows, turn)
+
+    def work() -> None:
+        model.flow(given["latents"].to(compute), given["time"].to(compute), rotary, prompt, attend)
 
     return work
 

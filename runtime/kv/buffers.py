@@ -9,6 +9,7 @@ from bisect import bisect_right
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.bundle import next_name
 from forcingkv.runtime.kv.plan import CacheEntry, CachePlan
+from forcingkv.runtime.kv.rebuild import Encoding
 from forcingkv.runtime.spec import Dtype
 
 
@@ -19,11 +20,13 @@ class KvCache(ABC):
         passes: clean passes whose keys and values the cache holds, or has held: counted up, it holds what
             comes after the next one; 0: it is empty. In a video that was never rebuilt this is the index of
             the chunk that comes next.
+        hollow: whether it holds the sink alone (`Encoding.hollow`): the next clean pass makes the rest of
+            what it is to hold after `passes` of them.
     """
 
     def __init__(self, plan: CachePlan, lane: Lane) -> None:
         """Take the memory of what says which tokens of a chunk are taken."""
-        self.plan, self.passes = plan, 0
+        self.plan, self.passes, self.hollow = plan, 0, False
         self._begins = [phase.first_chunk for phase in plan.phases]
         self._rows: list[dict[str, Tensor]] = [{} for _ in self._begins]  # for each phase
         for held, begin in zip(self._rows, self._begins, strict=True):
@@ -38,8 +41,24 @@ class KvCache(ABC):
 
     @property
     def phase(self) -> int:
-        """Index of the phase that passes run in now."""
-        return self._phase_at(self.passes)
+        """Index of the phase that passes run in now; of a hollow cache the number of phases, one more."""
+        return len(self._begins) if self.hollow else self._phase_at(self.passes)
+
+    def restart(self) -> None:
+        """Be empty."""
+        self.passes, self.hollow = 0, False
+
+    def cleaned(self) -> None:
+        """A clean pass was put into the queue: the cache is what it makes."""
+        self.passes, self.hollow = self.passes + (not self.hollow), False
+
+    def phase_after(self, encoding: Encoding) -> int:
+        """`phase` as it will be after a pass of `encoding`."""
+        return len(self._begins) if encoding.hollow else self._phase_at(encoding.passes)
+
+    def encoded(self, encoding: Encoding) -> None:
+        """A pass of `encoding` was put into the queue: the cache is what it makes."""
+        self.passes, self.hollow = encoding.passes, encoding.hollow
 
     @property
     @abstractmethod
@@ -52,7 +71,7 @@ class KvCache(ABC):
 
     def inputs(self) -> dict[str, Tensor]:
         """What passes read, by input name."""
-        return self.held() | self._rows[self.phase]
+        return self.held() | self._rows[self._phase_at(self.passes)]
 
     @abstractmethod
     def outputs(self) -> dict[str, Tensor]:
@@ -89,18 +108,33 @@ class CacheBuffers(KvCache):
         return self.phase, self.passes % 2
 
     def held(self) -> dict[str, Tensor]:
-        return {
-            e.name: self._buffer(e, self.passes).first(self.plan.entry_shape(e, self.passes))
-            for e in self.plan.entries
-        }
+        return {e.name: self._buffer(e, self.passes).first(self._held_shape(e)) for e in self.plan.entries}
 
     def outputs(self) -> dict[str, Tensor]:
         """Nothing that passes read is among it: any pass may write there."""
         return {
-            next_name(e.name): self._buffer(e, self.passes + 1).first(self.plan.next_shape(e, self.passes))
+            next_name(e.name): self._fresh(e) if self.hollow and self._is_hollow(e) else self._following(e)
             for e in self.plan.entries
         }
 
     def _buffer(self, entry: CacheEntry, passes: int) -> Tensor:
         """What is read after so many clean passes."""
         return self._buffers[entry.name][entry.role.buffer_read(self.plan, entry.group, passes)]
+
+    def _following(self, entry: CacheEntry) -> Tensor:
+        """Where the clean pass writes."""
+        return self._buffer(entry, self.passes + 1).first(self.plan.next_shape(entry, self.passes))
+
+    def _fresh(self, entry: CacheEntry) -> Tensor:
+        """Where the clean pass of a hollow cache writes, which makes what is there after `passes` of them."""
+        return self._buffer(entry, self.passes).first(self.plan.entry_shape(entry, self.passes))
+
+    def _is_hollow(self, entry: CacheEntry) -> bool:
+        """Whether a hollow cache has none of it, and its next clean pass makes it."""
+        there = entry.role.chooses or entry.role.opening_frames(self.plan.spec)
+        return not there and self.plan.tokens(entry.group, entry.role, self.passes) > 0
+
+    def _held_shape(self, entry: CacheEntry) -> tuple[int, int, int, int]:
+        batch, heads, tokens, width = self.plan.entry_shape(entry, self.passes)
+        there = not self.hollow or entry.role.opening_frames(self.plan.spec)
+        return batch, heads, tokens if there else 0, width

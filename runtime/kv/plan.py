@@ -15,7 +15,8 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.policies import ALL, Policy
-from forcingkv.runtime.kv.roles import Choice, Retained, Role, Rows
+from forcingkv.runtime.kv.retained import Choice, Retained
+from forcingkv.runtime.kv.roles import ROWS, Role, Rows
 from forcingkv.runtime.kv.window import window_frames
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
@@ -58,14 +59,9 @@ class CacheEntry:
         return f"cache.{self.layer}.{self.group.label}.{self.role.name}.{self.part}"
 
 
-def rows_name(group: HeadGroup, role: Role) -> str:
-    """Name of the step graph's input that says which tokens of the chunk the role takes, in all layers."""
-    return f"{role.name}_rows.{group.label}"
-
-
-def held_name(group: HeadGroup, role: Role) -> str:
-    """Name of the input that says which of its own cached tokens a role keeps (`Role.held_rows`)."""
-    return f"{role.name}_held.{group.label}"
+def told_name(group: HeadGroup, role: Role, kind: str = ROWS) -> str:
+    """Name of the step graph's input that tells a role of the chunk, in all layers (`Role.told`)."""
+    return f"{role.name}_{kind}.{group.label}"
 
 
 @dataclass(frozen=True)
@@ -156,27 +152,30 @@ class CachePlan:
         )
 
     def rows(self, chunk: int) -> dict[str, Rows]:
-        """Inputs of the step graph -> the tokens that are taken of the chunk (`rows_name`), and of what is
-        held (`held_name`) where a role is told; equal in a phase.
+        """Inputs of the step graph (`told_name`) -> the tokens that are taken of a chunk, or kept; equal in a
+        phase.
 
         For the sink: all tokens of its frames in the first chunk, none in the others. So the output that
         makes the sink is empty once it is made, and nothing copies it, though every pass makes all outputs.
         A sink that is collected over several chunks keeps what it holds until it is full.
         """
-        taken = {name: role.rows(self, group, chunk) for name, (group, role) in self._takers.items()}
-        held = {held_name(*of): of[1].held_rows(self, of[0], chunk) for of in self._takers.values()}
-        return taken | {name: rows for name, rows in held.items() if rows is not None}
+        told = {
+            told_name(group, role, kind): rows
+            for group, role in self._takers
+            for kind, rows in role.told(self, group, chunk).items()
+        }
+        return dict(sorted(told.items()))
 
     @cached_property
-    def _takers(self) -> dict[str, tuple[HeadGroup, Role]]:
-        """The roles that are told which tokens they take, by the name of that input."""
-        takers = {
-            rows_name(group, role): (group, role)
-            for group in reversed(self.groups)  # of a label's groups, the first layer's
+    def _takers(self) -> tuple[tuple[HeadGroup, Role], ...]:
+        """The roles that are told something; of a label's groups the first one that has the role."""
+        kinds = {
+            (group.label, role.name): (group, role)
+            for group in reversed(self.groups)
             for role in group.roles
-            if role.takes_rows
+            if role.told(self, group, 0)
         }
-        return dict(sorted(takers.items()))
+        return tuple(kinds.values())
 
     def tokens(self, group: HeadGroup, role: Role, chunk: int) -> int:
         """Cached tokens of that role which the chunk of that index sees."""
@@ -218,7 +217,8 @@ class CachePlan:
         steady = [role.steady_tokens(self, group) for group, role in roles]
         phases: list[Phase] = []
         chunk, lengths = 0, None
-        while lengths != steady:
+        rests = max((role.rests_from(self, group) for group, role in roles), default=0)
+        while lengths != steady or chunk <= rests:
             lengths = [role.tokens(self, group, chunk) for group, role in roles]
             tokens = tuple((g.label, role.name, n) for (g, role), n in zip(roles, lengths, strict=True))
             if not phases or phases[-1].tokens != tokens:

@@ -11,22 +11,23 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import Tagged, check_bounds
-from forcingkv.headmaps.headmap import MOST
-from forcingkv.runtime.kv.segments import Split
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
+    from forcingkv.runtime.kv.rebuild import Encoding
 
 
 Rows = npt.NDArray[np.int32]
+ROWS, HELD = "rows", "held"
+"""Kinds of what graphs are told of a chunk: its tokens that a role takes; of a role's own those that stay."""
 Chosen: TypeAlias = Sequence[int] | None
 """Indices of the segments that the clean pass before a chunk chose, if it did."""
 
@@ -40,19 +41,6 @@ class Span:
     tokens: int
     offset: int = 0
     """Tokens of the frame before them."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which segments of the frames that leave the cache are kept."""
-
-    role: Retained
-    layer: int
-    """The first layer that chooses."""
-    candidates: int
-    """Segments of the old transition frame, and of all frames of the finished chunk but its last."""
-    kept: int
-    split: Split
 
 
 class Role(Tagged, ABC):
@@ -82,7 +70,7 @@ class Role(Tagged, ABC):
 
     @abstractmethod
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
-        """The most it ever caches. Once `tokens` is there it stays there."""
+        """What it caches at rest: once `tokens` is there, from `rests_from` on, it stays there."""
 
     @abstractmethod
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
@@ -96,12 +84,17 @@ class Role(Tagged, ABC):
         """The chunk's tokens that it takes, for graphs that are told (`takes_rows`); equal within a phase."""
         return np.arange(0, dtype=np.int32)
 
-    def held_rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows | None:
-        """Of its own cached tokens those that stay, for graphs that are told; None: they are not told."""
-        return None
+    def told(self, plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+        """What graphs are told of the chunk, by the name of its kind: which of the chunk's tokens it takes
+        (`rows`), and what a role's own torch half asks for. Equal within a phase, and the names always."""
+        return {ROWS: self.rows(plan, group, chunk)} if self.takes_rows else {}
+
+    def rests_from(self, plan: CachePlan, group: HeadGroup) -> int:
+        """The first chunk whose length of rest lasts; before it that may be one that is passed through."""
+        return 0
 
     def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
-        """Tokens that each buffer of a session has room for."""
+        """Tokens that each buffer of a session has room for: the most it ever caches."""
         return (self.steady_tokens(plan, group),) * self.buffers
 
     def buffer_read(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
@@ -121,6 +114,15 @@ class Role(Tagged, ABC):
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         """(chunks at the video's start, newest chunks) whose clean passes make its tokens anew."""
         return 0, 0
+
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        """Which tokens it takes of newest frames that one pass encodes after a switch of the prompt; None: it
+        stays as it is, and is seen in that pass. Raises InputError where that pass cannot make it."""
+        raise InputError(
+            f"no pass over newest frames makes the role {self.name} of the policy {plan.policy.name}",
+            where="recache",
+            hint="Switch with recache replay or none.",
+        )
 
     def dtype(self, compute: Dtype) -> Dtype:
         """What its keys and values are cached in, in graphs that compute in `compute`."""
@@ -192,11 +194,12 @@ class Sink(WholeFrames):
         taken = self.tokens(plan, group, chunk + 1) - self.tokens(plan, group, chunk)
         return np.arange(taken, dtype=np.int32)
 
-    def held_rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows | None:
-        filled_by = self.filled_by(plan.spec)
+    def told(self, plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+        filled_by, taken = self.filled_by(plan.spec), super().told(plan, group, chunk)
         if filled_by <= 1:
-            return None
-        return np.arange(self.tokens(plan, group, chunk) if chunk < filled_by else 0, dtype=np.int32)
+            return taken
+        stay = self.tokens(plan, group, chunk) if chunk < filled_by else 0
+        return taken | {HELD: np.arange(stay, dtype=np.int32)}
 
     def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
         # While it is collected, a second one has what all chunks but the last gave: keys of a head lie side
@@ -213,6 +216,11 @@ class Sink(WholeFrames):
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return self.filled_by(spec), 0
+
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        if encoding.keeps_sink:
+            return None
+        return np.arange(self.tokens(plan, group, encoding.passes), dtype=np.int32)
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         frames = self.opening_frames(spec)
@@ -240,8 +248,24 @@ class Recent(WholeFrames):
         tokens = self.tokens(plan, group, chunk)
         return whole_frames(plan, chunk * plan.spec.frames_per_chunk - tokens // plan.frame_tokens, tokens)
 
+    def told(self, plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+        # What is kept for ever takes whole chunks: which tokens are left is no slice that every chunk has.
+        if group.opening_frames(plan.spec) <= plan.spec.frames_per_chunk:
+            return {}
+        return {ROWS: self.rows(plan, group, chunk)}
+
+    def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
+        opening = group.opening_frames(plan.spec) - chunk * plan.spec.frames_per_chunk
+        first = min(max(opening, 0) * plan.frame_tokens, plan.chunk_tokens)
+        return np.arange(first, plan.chunk_tokens, dtype=np.int32)
+
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return 0, -(-self._count // spec.frames_per_chunk)
+
+    def encoded_rows(self, plan: CachePlan, group: HeadGroup, encoding: Encoding) -> Rows | None:
+        end = encoding.frames * plan.frame_tokens
+        taken = 0 if encoding.hollow else self.tokens(plan, group, encoding.passes)
+        return np.arange(end - taken, end, dtype=np.int32)
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         frames = self.frames_of(spec, roles)
@@ -256,111 +280,6 @@ class Recent(WholeFrames):
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
         if self.frames_of(spec, roles) < 0:
             raise _too_long(spec, sum(role.opening_frames(spec) for role in roles), where)
-
-
-Choose = Literal["least-similar", "uniform", "random"]
-"""Which candidate segments are kept: those least similar to the same place one frame later; evenly spaced
-ones, the same at every chunk; or ones drawn anew at every chunk."""
-
-
-@dataclass(frozen=True)
-class Retained(Role):
-    """Segments of the frames that leave the cache, chosen anew at every clean pass after the split.
-
-    docs/method.md, "Segment similarity and retention".
-    """
-
-    segments: int
-    """Runs that a frame's tokens are split into, as even as they go (`Split`)."""
-    ratio: float
-    """Share of the candidate segments that is kept (the retention ratio)."""
-    score_layer: int = 0
-    """First layer that retains and chooses; later layers use its choice."""
-    choose: Choose = "least-similar"
-    shared: bool = True
-    """Whether later layers use the first one's choice. False: every layer chooses for itself."""
-    seed: int = 0
-    """What `random` draws from, with the index of the chunk."""
-
-    name: ClassVar[str] = "retained"
-    chooses: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "segments": (1, 4096),
-            "ratio": (0, 1),
-            "score_layer": (0, MOST),
-            "seed": (0, (1 << 63) - 1),
-        }
-        check_bounds(self, bounds, "the role retained")
-
-    def choice(self, plan: CachePlan, layer: int) -> Choice:
-        """What is chosen in a plan whose first layer with this role is `layer`."""
-        frames = plan.spec.frames_per_chunk
-        return Choice(self, layer, self.segments * frames, self.kept(frames), self.split(plan))
-
-    def split(self, plan: CachePlan) -> Split:
-        """How a frame is split."""
-        return Split(plan.frame_tokens, self.segments)
-
-    def can_choose(self, plan: CachePlan, group: HeadGroup, chunk: int) -> bool:
-        """Whether the chunk finds a transition frame in the cache of the group."""
-        return any(isinstance(role, Recent) and role.tokens(plan, group, chunk) for role in group.roles)
-
-    def kept(self, frames_per_chunk: int) -> int:
-        """Segments kept of those of a chunk's worth of frames."""
-        return round(self.segments * frames_per_chunk * self.ratio)
-
-    def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
-        return self.steady_tokens(plan, group) if plan.chooses(chunk - 1) else 0
-
-    def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
-        return self.split(plan).kept_tokens * self.kept(plan.spec.frames_per_chunk)
-
-    def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
-        if not self.tokens(plan, group, chunk):
-            return []
-        assert chosen is not None, "the clean pass before this chunk chose segments"
-        split = self.split(plan)
-        # Candidate frames begin with the transition frame of the chunk that was then current.
-        oldest = (chunk - 1) * plan.spec.frames_per_chunk - 1
-        places = [divmod(index, self.segments) for index in chosen]
-        return [Span(oldest + frame, split.kept_tokens, split.start(place)) for frame, place in places]
-
-    def reach(self, plan: CachePlan, group: HeadGroup) -> int:
-        return plan.spec.frames_per_chunk + 1  # the chunk before, and the transition frame that it had
-
-    def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
-        # In the graph in every phase; the session takes it when it is due.
-        return self.steady_tokens(plan, group)
-
-    def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
-        return self if layer >= self.score_layer else None
-
-    def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
-        if not any(isinstance(role, Recent) and role.frames_of(spec, roles) > 0 for role in roles):
-            raise InputError(
-                "segments are retained without a transition frame",
-                where=where,
-                expected="the role recent, with at least 1 frame, in the same group",
-            )
-        if not 1 <= self.segments <= geometry.frame_tokens:
-            raise InputError(
-                f"{self.segments} segments are asked of the {geometry.frame_tokens} tokens of a frame"
-                f" at {geometry.width}x{geometry.height}",
-                where=where,
-                expected=f"1 to {geometry.frame_tokens}, so that each has a token",
-                hint="Take a larger resolution, or a policy of fewer segments.",
-            )
-        if not self.kept(spec.frames_per_chunk) >= 1:
-            candidates = self.segments * spec.frames_per_chunk
-            raise InputError(f"ratio {self.ratio} of {candidates} segments keeps none", where=where)
-
-    def in_any_layer(self) -> Self:
-        return replace(self, score_layer=0)
-
-
-Role.KINDS.update({kind.name: kind for kind in (Sink, Retained, Recent)})
 
 
 def whole_frames(plan: CachePlan, first: int, tokens: int) -> list[Span]:

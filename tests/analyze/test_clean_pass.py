@@ -212,7 +212,7 @@ def test_the_report_says_passes_and_chunks(
         assert said in page, said
     lines = " ".join(ran.out.split())
     assert "2 samples x 1 chunk x 2 steps and the clean pass" in lines
-    assert "chunks 3; the newest 4 key frames over all but the first 3" in lines
+    assert "chunk 3; the newest 4 key frames over all but the first 3" in lines
     of_one = run("analyze", "report", places["all"].parent, "--passes", "clean", "--out", tmp_path, "--json")
     found = json.loads(of_one.out)
     assert found["headmap"]["statistics"]["passes"] == "clean"
@@ -271,7 +271,8 @@ def test_statistics_of_before_are_of_denoising_passes(places: dict[str, Path]) -
         ("all", Scoring(sink_frames=7, recent_frames=5), "7 frames are left out beside the newest 5, which"),
         ("all", Scoring(sink_frames=-1), "-1 frames are left out"),
         ("all", Scoring(recent_frames=3), "newest 3 key frames .* a chunk has 3.*at least 4"),
-        ("all", Scoring(recent_frames=40), "leaves no history"),
+        ("all", Scoring(recent_frames=12), "newest 12 .* no history to any chunk; expected 4 to 11"),
+        ("all", Scoring(0, recent_frames=11, chunks=(2,)), "chunk 2 has no history .*some of the chunks 3 "),
     ],
 )
 def test_what_cannot_be_scored_is_refused(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -321,7 +322,33 @@ def test_recipes_are_set_side_by_side(tmp_path: Path, run: Run) -> None:
     assert parts["passes"] == (["denoise", "all"], False)
     assert parts["newest frames counted"] == (["4", None], None)
     assert "static heads a layer" not in parts, "neither says it"
-    assert "recipe" not in run("analyze", "compare", tmp_path / "a.json", tmp_path / "a.json").out
+    same = run("analyze", "compare", tmp_path / "a.json", tmp_path / "a.json").out
+    assert "recipes differ" not in same
+    assert "not known of both" not in same
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"passes": "all"}, "the recipes differ (passes), which may be why they changed"),
+        (
+            {"scored_chunks": (4,), "policy": "window"},
+            "the recipes differ (chunks, policy), which may be why",
+        ),
+        ({"seed": 9, "samples": 4}, None),
+    ],
+)
+def test_another_recipe_may_be_why_labels_changed(
+    change: dict[str, Any], line: str | None, runs: tuple[Path, Path], run: Run
+) -> None:
+    """Seeds and samples are chance, which undecided heads speak of."""
+    measured = replace(MEASURED, passes="denoise", scored_chunks=(2, 3, 4, 5))
+    for place, statistics in zip(runs, (measured, replace(measured, **change)), strict=True):
+        replace(HeadMap.read(place / "headmap.json"), statistics=statistics).write(place / "headmap.json")
+    out = run("analyze", "compare", *runs).out
+    assert "recipes differ: " in out
+    assert ("which may be why" in out) == (line is not None)
+    assert (line or "") in out
 
 
 def test_a_map_of_before_there_was_a_choice_is_of_denoising_passes(tmp_path: Path) -> None:

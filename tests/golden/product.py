@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,8 @@ from forcingkv.models.kv import HALVES, CleanPass, TorchRole
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import Session
 from forcingkv.runtime.kv.plan import build_plan
-from forcingkv.runtime.kv.roles import Retained
-from tests.golden.files import GoldenFile
+from forcingkv.runtime.kv.retained import Retained
+from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.settings import Case
 
 Runner = Literal["torch", "onnxruntime", "loop"]
@@ -63,7 +64,8 @@ class Noise:
 
 def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: Runner) -> Iterator[Made]:
     decoder = TaehvDecoder(widths=WIDTHS, latent_channels=case.spec.latent_channels).eval()
-    noise = Noise(file.tensor(case.noise))
+    noise, start = Noise(file.tensor(case.noise)), start_of(file, case)
+    given = case.start_frames // case.spec.frames_per_chunk
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         export_bundle(
             case.spec,
@@ -79,23 +81,47 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
             video = session.generate(
                 file.tensor(case.text)[None],
                 seed=0,
-                chunks=case.chunks,
-                noise=lambda chunk, step, shape: noise(chunk, step),
+                chunks=given + case.chunks,
+                noise=lambda chunk, step, shape: noise(chunk - given, step),
+                start=start,
             )
+            if case.change:
+                text = file.tensor(case.change.text)[None]
+                video.switch(text, recache=case.change.recache, at=given + case.change.chunk)
             for chunk in video:
-                yield Made(chunk.latents, chosen.pop() if chosen else None)
+                indices = chosen.pop() if chosen else None
+                if not chunk.given:
+                    yield Made(chunk.latents, indices)
 
 
 def _loop(file: GoldenFile, case: Case, weights: dict[str, Tensor]) -> Iterator[Made]:
+    if case.change:
+        raise GoldenError("the loop of the models switches no prompts: take --backend torch")
     plan = build_plan(case.spec, case.spec.geometry(), case.policy, case.headmap)
     model = WanModel(case.spec).eval().requires_grad_(False)
     orders = head_orders(case.spec, case.policy, case.headmap)
     model.load_state_dict(permute_heads(weights, case.spec, orders))
     noise, text = Noise(file.tensor(case.noise)), torch.from_numpy(file.tensor(case.text)[None])
-    made = generate(model, plan, text, lambda *at: torch.from_numpy(noise(*at).copy()), case.chunks)
-    for chunk in made:
+    start, given = start_of(file, case), case.start_frames // case.spec.frames_per_chunk
+
+    def drawn(chunk: int, step: int) -> Tensor:
+        return torch.from_numpy(noise(chunk - given, step).copy())
+
+    begun = None if start is None else torch.from_numpy(start)
+    made = generate(model, plan, text, drawn, given + case.chunks, start=begun)
+    for chunk in itertools.islice(made, given, None):
         indices = None if chunk.indices is None else chunk.indices.tolist()
         yield Made(chunk.latents.numpy(), indices)
+
+
+def start_of(file: GoldenFile, case: Case) -> npt.NDArray[np.float32] | None:
+    """Latents that the video begins with: (1, channels, frames, height, width)."""
+    if not case.start_frames:
+        return None
+    start = file.tensor("start")
+    if start.shape[2] < case.start_frames:
+        raise GoldenError(f"its start has {start.shape[2]} frames, and {case.start_frames} are taken")
+    return np.ascontiguousarray(start[:, :, : case.start_frames])
 
 
 @contextmanager

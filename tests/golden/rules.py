@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from forcingkv.runtime.kv.policies import ALL, Policy, Unsplit
-from forcingkv.runtime.kv.roles import Recent, Retained, Role, Sink
+from forcingkv.runtime.kv.policies import ALL, Early, Policy, Unsplit
+from forcingkv.runtime.kv.retained import Retained
+from forcingkv.runtime.kv.roles import Recent, Role, Sink
 from forcingkv.runtime.spec import ModelSpec
 from tests.golden.files import GoldenError
 from tests.golden.said import Said
@@ -42,22 +43,19 @@ def forcing_kv(spec: ModelSpec, said: Said) -> tuple[ModelSpec, Policy]:
     static = said.number("static_frames") if "max" in before else said.get("static_frames", 1)
     retained = _retained(spec, said)
     whole = max(static, transition)
-    if static != whole or transition != whole:
-        raise GoldenError(
-            f"before the split heads see the newest {whole} frames, and after it static heads {static} and"
-            f" dynamic heads {transition}: a policy cannot say that yet"
-        )
     groups = {
-        "static": _roles(Sink(sink), None, Recent(static)),
-        "dynamic": _roles(Sink(sink), retained, Recent(transition)),
-        "unsplit": _roles(Sink(sink), None, Recent(whole)),
+        "static": _roles(Sink(sink), Early(whole - static), Recent(static)),
+        "dynamic": _roles(Sink(sink), retained, Early(whole - transition), Recent(transition)),
+        "unsplit": _roles(Sink(sink), Recent(whole)),
     }
     layers = tuple(said.need("unsplit_layers"))
     policy = Policy(
         "golden", "as Forcing-KV's release", groups, Unsplit(layers, "unsplit") if layers else None
     )
     said.get("window", None), said.get("window_frames", None)  # these heads never look so far back
-    return replace(spec, ar_start=_last_before_split(spec, said), sink_frames=sink), policy
+    attended = sink + whole + spec.frames_per_chunk
+    ar_start = _last_before_split(spec, said)
+    return replace(spec, ar_start=ar_start, sink_frames=sink, attended_frames=attended), policy
 
 
 def _roles(*roles: Role | None) -> tuple[Role, ...]:

@@ -9,16 +9,22 @@ from typing import Any, get_args
 
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.runtime.kv.policies import Policy
-from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, Schedule, TextEncoder
+from forcingkv.runtime.schedule import ChunkSteps, FirstCounts, Schedule
+from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, TextEncoder
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.rules import everything_seen, forcing_kv
 from tests.golden.said import Said
+from tests.golden.switches import Change, change_of, words_of
 
 PATCH = 2
 X0 = "x_t - sigma * flow"
 RENOISE = "(1 - sigma) * x0 + sigma * noise"
 LEVELS_AGREE = 1e-6
 """Relative; the files have timesteps in float32."""
+
+
+AS_ANOTHER = re.compile(r"as (\w+), but (.*)", re.DOTALL)
+"""A variant that is said in words, by another one."""
 
 
 @dataclass(frozen=True)
@@ -34,36 +40,50 @@ class Case:
     text: str
     chunks: int
     """That are generated."""
+    start_frames: int = 0
+    """Frames of the tensor `start` that the video begins with."""
+    change: Change | None = None
+    """Of its prompt on the way."""
 
 
 def case_of(file: GoldenFile, variant: str) -> Case:
     """What the product is told of a variant. Raises GoldenError for what it cannot be told."""
-    own = file.variants[variant]
-    if not isinstance(own, Mapping):
-        raise GoldenError(f"of the variant it says {own!r} only")
+    words = words_of(file, variant)
+    own = {} if words else _own(file, variant)
     said = Said(own, file.spec.get("policy") or {}, file.spec)
     said.get("policy", None)
     frames, chunks = said.number("frames_per_chunk", least=1), said.number("chunks", least=1)
     spec = replace(_model(file, said, frames), schedule=_schedule(said), positions=_positions(said))
-    if said.get("switch_at_chunk", None) is not None:
-        raise GoldenError("switches are not run yet")
-    if said.get("start_frames", 0):
-        raise GoldenError("given start latents are not run yet")
+    change = change_of(words, said)
+    start = said.get("start_frames", 0) and said.number("start_frames", least=1)
     kind = str(said.get("kind", "full"))
     static_heads = said.get("static_heads", None)
     if kind.startswith("forcing-kv") and static_heads is not None:
         spec, policy = forcing_kv(spec, said)
         headmap = headmap_of(spec, static_heads)
     elif kind == "full":
-        spec, policy = everything_seen(spec, said, chunks * frames)
+        spec, policy = everything_seen(spec, said, start + chunks * frames)
         headmap = None
     else:
         raise GoldenError(f"the policy {kind!r} is not known")
-    case = Case(variant, spec, policy, headmap, str(said.get("noise", "noise")), "text", chunks)
-    said.number("text_tokens")
+    noise = str(said.get("noise", "noise"))
+    case = Case(variant, spec, policy, headmap, noise, "text", chunks, start, change)
+    _check_texts(file, said)
     if unread := said.unread():
         raise GoldenError(f"it has settings that are not known: {', '.join(unread)}")
     return case
+
+
+def _own(file: GoldenFile, variant: str) -> Mapping[str, Any]:
+    """What the file says of a variant; in words, "as another, but ...", as far as the words are known."""
+    own = file.variants[variant]
+    if isinstance(own, Mapping):
+        return own
+    found = AS_ANOTHER.fullmatch(str(own))
+    other = file.variants.get(found[1]) if found else None
+    if found and isinstance(other, Mapping) and "only to a chunk at position 0" in found[2]:
+        return {**other, "first_counts": "video"}
+    raise GoldenError(f"of the variant it says {own!r} only, which is not known")
 
 
 def _model(file: GoldenFile, said: Said, frames: int) -> ModelSpec:
@@ -102,6 +122,15 @@ def _model(file: GoldenFile, said: Said, frames: int) -> ModelSpec:
     return spec
 
 
+def _check_texts(file: GoldenFile, said: Said) -> None:
+    """A text has as many rows as its tokens are, and zeros after them: there is no mask."""
+    counts = said.need("text_tokens")
+    for number, tokens in enumerate(counts if isinstance(counts, list) else [counts]):
+        name = f"text{number + 1}" if number else "text"
+        if file.tensor(name)[tokens:].any():
+            raise GoldenError(f"its {name} has rows that are not 0 after its {tokens} tokens")
+
+
 def _positions(said: Said) -> Positions:
     """A word, or a sentence that begins with it."""
     words = str(said.get("positions", "absolute"))
@@ -122,6 +151,7 @@ def _schedule(said: Said) -> Schedule:
         if steps.get(name, known) != known:
             raise GoldenError(f"its {name} is {steps.need(name)!r}, and only {known!r} is known")
     first = said.get("first_chunk", None) or said.get("first_generated_chunk", None)
+    counts: FirstCounts = "video" if said.get("first_counts", None) == "video" else "generated"
     own = {name: said.get(name, None) for name in ("timesteps", "sigmas", "step_list")}
     common = {name: steps.get(name, None) for name in own}
     others = said.get("other_chunks", None) or (own if own["timesteps"] else common)
@@ -130,10 +160,18 @@ def _schedule(said: Said) -> Schedule:
     steps.get("timesteps_are", None), steps.get("sigma_lookup", None)
     if unread := steps.unread():
         raise GoldenError(f"its schedule has settings that are not known: {', '.join(unread)}")
-    if first and first != others:
-        raise GoldenError("steps of the first chunk are not run yet")
-    schedule = Schedule(_steps_of(others, warp), warp=warp, shift=shift, context_timestep=clean)
-    _check_levels(others, schedule.timesteps, schedule.sigmas)
+    schedule = Schedule(
+        _steps_of(others, warp),
+        warp=warp,
+        shift=shift,
+        context_timestep=clean,
+        first=_steps_of(first, warp) if first and first != others else None,
+        first_counts=counts,
+        noise_levels="exact" if warp else "table",
+    )
+    _check_levels(others, schedule.later)
+    if first and counts == "generated":
+        _check_levels(first, schedule.of_chunk(0))
     return schedule
 
 
@@ -145,14 +183,14 @@ def _steps_of(one: Mapping[str, Any], warp: bool) -> tuple[float, ...]:
     return tuple(map(float, steps))
 
 
-def _check_levels(said: Mapping[str, Any], timesteps: tuple[float, ...], sigmas: tuple[float, ...]) -> None:
+def _check_levels(said: Mapping[str, Any], steps: ChunkSteps) -> None:
     """The file says which were really used: another schedule is no rounding."""
-    for name, made in (("timesteps", timesteps), ("sigmas", sigmas)):
+    for name, made in (("timesteps", steps.timesteps), ("sigmas", steps.sigmas)):
         used = said.get(name)
         if used is None:
             continue
         pairs = list(zip(used, made, strict=False))
-        if len(used) not in (len(timesteps), len(made)) or any(
+        if len(used) not in (len(steps), len(made)) or any(
             abs(mine - ref) > LEVELS_AGREE * max(abs(ref), LEVELS_AGREE) for ref, mine in pairs
         ):
             raise GoldenError(f"its {name} are {used}, and the product's {list(made[: len(used)])}")
@@ -166,7 +204,3 @@ def headmap_of(spec: ModelSpec, static: Any) -> HeadMap:
         tuple("static" if head in row else "dynamic" for head in range(spec.heads)) for row in static
     )
     return HeadMap(ModelIdentity(spec.name, spec.layers, spec.heads), labels, Rule("given"))
-
-
-AS_ANOTHER = re.compile(r"as (\w+), but (.*)", re.DOTALL)
-"""A variant that is said in words, by another one."""

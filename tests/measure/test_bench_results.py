@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from forcingkv.measure.bench import turns
+from forcingkv.measure.bench import sweeps, turns
 from forcingkv.measure.bench.cases import bundle_cases
-from forcingkv.measure.bench.results import rows
+from forcingkv.measure.bench.results import report, rows
 from forcingkv.measure.bench.sweeps import lengths, resolutions, write_lengths, write_resolutions
 from forcingkv.measure.bench.turns import BenchCase, BenchSetup, BenchTurns, Turn, take_turns
-from forcingkv.runtime import Session
+from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.cost import pass_flops
+from forcingkv.runtime.schedule import Schedule
 
 Bundles = Callable[[str], Path]
 
@@ -114,6 +116,26 @@ def test_lengths_grow_until_the_last_phase_and_are_written(cases: list[BenchCase
         assert [point["flops"] for point in line] == sorted(point["flops"] for point in line)
         assert line[-1]["total_seconds"] == pytest.approx(sum(point["seconds"] for point in line))
         assert line[-1]["seconds"] == line[-2]["seconds"]
+
+
+def test_each_chunk_of_a_video_costs_its_own_passes(
+    cases: list[BenchCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second a denoising pass, two the clean one; chunks of 4, 2, then 1 denoising passes."""
+    schedule = Schedule((1000.0,), by_chunk=((1000.0, 750.0, 500.0, 250.0), (1000.0, 500.0)))
+    ours = cases[0].bundle
+    manifest = replace(ours.manifest, model=replace(ours.manifest.model, schedule=schedule))
+    case = BenchCase(Bundle(ours.path, manifest, ours.headmap))
+    monkeypatch.setattr(
+        sweeps, "take_turns", lambda at, *_, **__: [BenchTurns(one, [turn(1.0)]) for one in at]
+    )
+    points = lengths([case], BenchSetup(1), chunks=4)
+    assert [point["seconds"] for point in points] == [6.0, 4.0, 3.0, 3.0]
+    assert [point["total_seconds"] for point in points] == [6.0, 10.0, 13.0, 16.0]
+    assert [point["fps"] for point in points] == [3 / 6, 6 / 10, 9 / 13, 12 / 16]
+    assert BenchTurns(case, [turn(1.0)]).chunk_seconds == 3.0, "of a later chunk"
+    said = report([BenchTurns(case, [turn(1.0)])], BenchSetup(1))
+    assert (said["passes"], said["opening_passes"]) == (1, [4, 2])
 
 
 def test_resolutions_are_written(cases: list[BenchCase], tmp_path: Path) -> None:

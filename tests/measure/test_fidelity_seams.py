@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcingkv.headmaps import InputError
-from forcingkv.measure.fidelity.seams import ChunkLayout, chunk_discontinuity, seam, seam_ratios
+from forcingkv.measure.fidelity.seams import (
+    FLOOR_PIXELS,
+    ChunkLayout,
+    chunk_discontinuity,
+    seam,
+    seam_ratios,
+)
 from forcingkv.measure.fidelity.video_files import open_video
 from forcingkv.measure.fidelity.video_measures import Values, measure_video
 from forcingkv.models.presets import load_spec
@@ -148,3 +154,13 @@ def test_a_published_video_has_stronger_seams_with_pruned_caches(data: Path) -> 
     for values in found.values():
         assert all(value is not None and np.isfinite(value) for value in values.values())
     assert (found["forcingkv"]["seam_residual"] or 0) > (found["baseline"]["seam_residual"] or 9)
+
+
+def test_chunks_of_one_latent_frame_have_nothing_to_compare_a_seam_with() -> None:
+    """Every step to the next latent frame is a boundary there: no ratio, and no number made of none."""
+    spec = load_spec("causal-forcing-framewise")
+    layout = ChunkLayout.of(spec)
+    assert (layout.first, layout.later, layout.stride) == (1, 4, 4)
+    assert (layout.boundaries(13), layout.crossings(13)) == ([0, 4, 8], [])
+    ratios = seam_ratios(np.ones(12), layout, FLOOR_PIXELS)
+    assert (ratios, seam(ratios)) == ((None, None, None), None)

@@ -150,3 +150,12 @@ def test_counts_that_were_scaled_are_not_said_to_be_published() -> None:
     known = known_map(spec, load_policy("forcing-kv"))
     assert known is not None
     assert known[1] == "67 static, 113 dynamic in published shares, spread evenly over the layers"
+
+
+def test_what_is_assumed_of_a_frame_wise_model_is_said() -> None:
+    spec = load_spec("causal-forcing++-1step")
+    known = known_map(spec, load_policy("forcing-kv"))
+    assert known is not None
+    assert known[1].startswith(
+        "134 static, 226 dynamic as published for self-forcing, assumed for causal-forcing++-1step too"
+    )

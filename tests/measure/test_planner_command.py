@@ -77,6 +77,25 @@ def test_everything_is_planned_by_default(run: Callable[..., Ran]) -> None:
     assert report["efficiency"]["rtx"]["carried_from"] == "datacenter"
 
 
+def test_first_chunks_with_other_steps_are_said(run: Callable[..., Ran], tmp_path: Path) -> None:
+    place = tmp_path / "few.toml"
+    place.write_text(
+        'base = "self-forcing"\nname = "few"\n[schedule]\ndenoising_steps = [1000]\n'
+        "by_chunk = [[1000, 750, 500, 250], [1000, 500]]\n"
+    )
+    words = ("plan", "--model", place, "--policy", "full", "--gpu", "h200")
+    report = json.loads(run(*words, "--json").out)
+    assert (report["passes"], report["opening_passes"]) == (2, [5, 3])
+    text = " ".join(run(*words).out.split())
+    assert (
+        "30 s are 41 chunks of 2 passes, the first ones of 5, 3 1 pass at 1000 a chunk; chunk 1 that" in text
+    )
+    place.write_text(place.read_text().replace("by_chunk = [[1000, 750", "by_chunk = [[750, 1000"))
+    ran = run(*words)
+    assert ran.code == 2
+    assert "by_chunk[0] [750.0, 1000.0, 500.0, 250.0] cannot be run" in " ".join(ran.err.split())
+
+
 def test_names_may_stand_between_commas(run: Callable[..., Ran]) -> None:
     words = ("plan", "--model", "demo", "--policy", "window,full", "--policy", "full", "--gpu", "a100, H200")
     report = json.loads(run(*words, "--seconds", "5", "--json").out)

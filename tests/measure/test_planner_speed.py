@@ -35,6 +35,7 @@ from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime.cost import pass_flops
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.schedule import Schedule
 from forcingkv.runtime.spec import ModelSpec
 
 COUNTS = {"static": 134, "dynamic": 226}
@@ -133,6 +134,23 @@ def test_a_video_is_its_chunks_one_after_another() -> None:
     assert 0 < found["attention_time_share"] < 1
     flops = pass_flops(plan)
     assert found["attention_flop_share"] == pytest.approx(flops.attention / flops.total)
+
+
+def test_first_chunks_count_with_the_passes_they_take() -> None:
+    """Five and three passes, the clean ones included, then two: in shorter videos and a longer one."""
+    gpu, plan = load_gpu("h200"), plan_of("forcing-kv")
+    schedule = Schedule((1000.0,), by_chunk=((1000.0, 750.0, 500.0, 250.0), (1000.0, 500.0)))
+    plan = replace(plan, spec=replace(plan.spec, schedule=schedule))
+    passes = [5, 3, *[2] * 38]
+    for chunks in (1, 2, 40):
+        seconds = sum(
+            count * sum(pass_seconds(pass_work(plan, chunk), gpu, 0.3).values())
+            for chunk, count in enumerate(passes[:chunks])
+        )
+        found = predict(video_work(plan, chunks), gpu, 0.3)
+        assert found["mean_chunk_seconds"] == pytest.approx(seconds / chunks)
+        assert found["fps"] == pytest.approx(12 * chunks / seconds)
+        assert found["chunk_seconds"] == pytest.approx(2 * found["pass_seconds"]), "of a later chunk"
 
 
 @settings(max_examples=60, deadline=None)

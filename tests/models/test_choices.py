@@ -15,7 +15,7 @@ from forcingkv.models.kv import Cache, advance, choose_ahead, empty_cache
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
-from forcingkv.runtime.kv.roles import Retained
+from forcingkv.runtime.kv.retained import Retained
 from tests.conftest import choosing, headmap_of, random_model, retained_in, small_spec
 
 STATIC = [[0], [1, 2], [], [0]]

@@ -53,6 +53,7 @@ def windows(draw: st.DrawFn) -> tuple[CachePlan, int, int]:
     return build_plan(spec, spec.geometry(), policy), sink, recent
 
 
+@settings(deadline=None, max_examples=40)
 @given(windows())
 def test_which_frames_a_chunk_sees(drawn: tuple[CachePlan, int, int]) -> None:
     plan, sink, recent = drawn
@@ -70,6 +71,7 @@ def test_which_frames_a_chunk_sees(drawn: tuple[CachePlan, int, int]) -> None:
     }
 
 
+@settings(deadline=None, max_examples=40)
 @given(windows())
 def test_a_clean_pass_writes_what_no_pass_reads(drawn: tuple[CachePlan, int, int]) -> None:
     """Frame numbers stand for keys. The buffers of a session have room for what is written, and keep it."""
@@ -93,7 +95,8 @@ def test_a_clean_pass_writes_what_no_pass_reads(drawn: tuple[CachePlan, int, int
                 kept = rows.get("sink_held.all", np.arange(0))
                 frame_of = np.concatenate([before[kept], own[rows["sink_rows.all"]]])
             else:
-                frame_of = np.concatenate([before, own[own >= sink]])[-shape[2] or len(own) + len(before) :]
+                taken = own[rows.get("recent_rows.all", own >= sink)]
+                frame_of = np.concatenate([before, taken])[-shape[2] or len(taken) + len(before) :]
             made[entry.name] = np.broadcast_to(frame_of[:, None], shape).astype(np.float32)
         for name, array in made.items():
             outputs[next_name(name)].write(array, lane.main)
@@ -142,7 +145,7 @@ def plainly(model: WanModel, plan: CachePlan, frames_of: Any, chunks: int, seed:
         yield latents.numpy()
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=10)
 @given(windows())
 def test_torch_sees_those_frames(drawn: tuple[CachePlan, int, int]) -> None:
     plan, sink, recent = drawn
@@ -164,17 +167,25 @@ def frame_wise() -> tuple[ModelSpec, Policy]:
 def chunks_of_four() -> tuple[ModelSpec, Policy]:
     """The counts of LingBot-World 2: a window of 18 frames, of which the first 6 are a sink."""
     counts = {"frames_per_chunk": 4, "attended_frames": 18, "sink_frames": 6}
-    return small_spec(layers=2, schedule=FIRST_HAS_TWO, **counts), load_policy("full")
+    return small_spec(layers=1, schedule=FIRST_HAS_TWO, **counts), load_policy("full")
 
 
-KINDS = {"frame-wise": frame_wise, "chunks of four": chunks_of_four}
+CASES = {
+    "frame-wise, torch": (frame_wise, "torch"),
+    "chunks of four, torch": (chunks_of_four, "torch"),
+    "chunks of four, onnxruntime": (chunks_of_four, "onnxruntime"),
+}
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def bundle(request: pytest.FixtureRequest) -> Path:
-    """Verified: every graph is compared with torch in every phase."""
-    spec, policy = KINDS[request.param]()
-    return shared_bundle(spec, random_model(spec).state_dict(), policy)
+@pytest.fixture(scope="module", params=CASES)
+def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+    kind, backend = CASES[request.param]
+    spec, policy = kind()
+    # What the graphs give is compared with torch below, through a whole video.
+    options = {"target": "torch"} if kind is frame_wise else {"verify": False}
+    bundle = shared_bundle(spec, random_model(spec).state_dict(), policy, **options)
+    with Session.open(bundle, backend=backend) as opened:
+        yield opened
 
 
 def in_torch(plan: CachePlan, chunks: int) -> list[np.ndarray]:
@@ -184,38 +195,34 @@ def in_torch(plan: CachePlan, chunks: int) -> list[np.ndarray]:
     return [chunk.latents.numpy() for chunk in generate(model, plan, text, seeded_noise(plan, 7), chunks)]
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
-def test_sessions_make_the_video_of_torch(bundle: Path, backend: str, tmp_path: Path) -> None:
+def test_sessions_make_the_video_of_torch(session: Session, tmp_path: Path) -> None:
     """Whole, and saved and restored after any chunk, with the sink half full too."""
-    with Session.open(bundle, backend=backend) as session:
-        chunks = session.plan.phases[-1].first_chunk + 2
-        whole = list(session.generate(PROMPT, seed=7, chunks=chunks))
-        for chunk, latents in zip(whole, in_torch(session.plan, chunks), strict=True):
-            np.testing.assert_allclose(chunk.latents, latents, atol=1e-5, rtol=0)
-        for at in (1, 2, chunks - 1):
-            video = session.generate(PROMPT, seed=7, chunks=chunks)
-            list(islice(video, at))
-            video.save(tmp_path / str(at))
-            assert_same(list(session.restore(tmp_path / str(at))), whole[at:])
+    chunks = session.plan.phases[-1].first_chunk + 2
+    whole = list(session.generate(PROMPT, seed=7, chunks=chunks))
+    for chunk, latents in zip(whole, in_torch(session.plan, chunks), strict=True):
+        np.testing.assert_allclose(chunk.latents, latents, atol=1e-5, rtol=0)
+    for at in (1, 2, chunks - 1):
+        video = session.generate(PROMPT, seed=7, chunks=chunks)
+        list(islice(video, at))
+        video.save(tmp_path / str(at))
+        assert_same(list(session.restore(tmp_path / str(at))), whole[at:])
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
-def test_a_switch_with_the_sink_half_full(bundle: Path, backend: str) -> None:
+def test_a_switch_with_the_sink_half_full(session: Session) -> None:
     """The clean passes are run again: under the same prompt nothing changes, under another what follows."""
-    with Session.open(bundle, backend=backend) as session:
-        whole = list(session.generate(PROMPT, seed=7, chunks=4))
-        for at in (1, 2):
-            video = session.generate(PROMPT, seed=7, chunks=4)
-            made = list(islice(video, at))
-            video.switch(PROMPT)
-            assert_same([*made, *video], whole)
-            video = session.generate(PROMPT, seed=7, chunks=4)
-            made = list(islice(video, at))
-            video.switch(OTHER)
-            rest = list(video)
-            assert_same(made, whole[:at])
-            assert differ(rest[0], whole[at])
-            assert differ(rest[-1], whole[-1])
+    whole = list(session.generate(PROMPT, seed=7, chunks=4))
+    for at in (1, 2):
+        video = session.generate(PROMPT, seed=7, chunks=4)
+        made = list(islice(video, at))
+        video.switch(PROMPT)
+        assert_same([*made, *video], whole)
+        video = session.generate(PROMPT, seed=7, chunks=4)
+        made = list(islice(video, at))
+        video.switch(OTHER)
+        rest = list(video)
+        assert_same(made, whole[:at])
+        assert differ(rest[0], whole[at])
+        assert differ(rest[-1], whole[-1])
 
 
 def test_what_a_collected_sink_takes() -> None:
@@ -223,11 +230,8 @@ def test_what_a_collected_sink_takes() -> None:
     spec, policy = chunks_of_four()
     plan = build_plan(spec, spec.geometry(), policy)
     frame = 4 * 2 * spec.dim * plan.frame_tokens * spec.layers
-    assert kv_parts(plan, "float32") == {
-        "kv_sink": (6 + 4) * frame,
-        "kv_retained": 0,
-        "kv_recent": 2 * 8 * frame,
-    }
+    taken = {name: size for name, size in kv_parts(plan, "float32").items() if size}
+    assert taken == {"kv_sink": (6 + 4) * frame, "kv_recent": 2 * 8 * frame}
     assert kv_parts(plan, "float32", joined=True)["kv_sink"] == 6 * frame
     assert [phase.first_chunk for phase in plan.phases] == [0, 1, 2, 3, 4]
     assert part_notes(plan)["kv_sink"] == "two buffers: it is collected over the first chunks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -171,6 +172,7 @@ def test_how_places_on_the_hub_are_written() -> None:
         "a/b@v1": HubPlace("a/b", "v1"),
         "a/b@refs/pr/3:c/d.pt": HubPlace("a/b", "refs/pr/3", "c/d.pt"),
         "a/b:c/d e.pt": HubPlace("a/b", None, "c/d e.pt"),
+        "a/b:c++/d-2.pt": HubPlace("a/b", None, "c++/d-2.pt"),
     }.items():
         assert hub_place(text, "a file") == place
         assert str(place) == text
@@ -350,3 +352,19 @@ def test_commands_say_what_they_took(run: Callable[..., Ran], tmp_path: Path) ->
     assert (ran.code, f"weights: {said}" in ran.err) == (0, True)
     assert Bundle.open(tmp_path / "bundle").manifest.taken == (said,)
     assert " ".join(run("inspect", tmp_path / "bundle").out.split()).count(f"weights {said}") == 1
+
+
+@pytest.mark.parametrize("preset", ["causal-forcing++-2step", "causal-forcing++-1step"])
+def test_the_file_of_a_preset_is_found_beside_those_of_its_relatives(preset: str, tmp_path: Path) -> None:
+    """All of Causal Forcing's weights lie in one repository; each of its frame-wise files is of FSDP."""
+    source = load_spec(preset).source
+    assert source is not None
+    for number, place in enumerate(
+        ("chunkwise/causal_forcing.pt", "framewise/causal_forcing.pt", source.file)
+    ):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model._fsdp_wrapped_module.{name}": number * value for name, value in STATE.items()}
+        others = {name: value - 1 for name, value in tensors.items()}
+        torch.save({"generator": others, "generator_ema": tensors}, tmp_path / place)
+    found = load_weights(dataclasses.replace(SPEC, source=source), tmp_path)
+    assert_same(found, {name: 2 * value for name, value in STATE.items()})

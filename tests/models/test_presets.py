@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,13 @@ def test_a_spoilt_base_is_refused(text: str, message: str, tmp_path: Path) -> No
     path.write_text(text.replace("SELF", str(path)))
     with pytest.raises(InputError, match=message):
         load_spec(str(path))
+
+
+def test_the_variant_of_the_decision_shows_frame_wise_models_as_many_frames(tmp_path: Path) -> None:
+    """docs/decisions/0038: 5 and 6 frames with the chunk, as forcing-kv has in chunks of three."""
+    page = Path(__file__).parents[2] / "docs" / "decisions" / "0038-chunks-of-any-length.md"
+    (block,) = re.findall("^```toml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (tmp_path / "wide.toml").write_text(block)
+    plan = plan_of("one-forcing", "480p", str(tmp_path / "wide.toml"))
+    assert cached_frames(plan, 0, "static") == [0, 1, 2, 3, 4, 4, 4, 4]
+    assert cached_frames(plan, 5, "dynamic") == [0, 1, 2, 3, 4, 5, 5, 5]

@@ -11,7 +11,7 @@ from forcingkv.runtime.backends.onnxruntime import OnnxLane
 from forcingkv.runtime.kv.buffers import CacheBuffers
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
-from forcingkv.runtime.kv.roles import Retained
+from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.spec import Decoder, ModelSpec
 from tests.conftest import headmap_of, roles, small_spec
 

@@ -10,7 +10,8 @@ import pytest
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
-from forcingkv.runtime.kv.roles import Recent, Retained, Sink
+from forcingkv.runtime.kv.retained import Retained
+from forcingkv.runtime.kv.roles import Recent, Sink
 from tests.conftest import roles
 
 POLICY = """

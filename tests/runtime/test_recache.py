@@ -21,7 +21,8 @@ from forcingkv.runtime import Bundle, Session, positions
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.rebuild import replayed
-from forcingkv.runtime.kv.roles import Retained, Role
+from forcingkv.runtime.kv.retained import Retained
+from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.positions import chunk_noise
 from forcingkv.runtime.spec import Schedule
 from forcingkv.runtime.text import encode_words

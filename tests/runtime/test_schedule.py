@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,11 @@ def test_any_number_of_steps(count: int) -> None:
         ({"first": (500.0, 500.0)}, r"first .*falling"),
         ({"first": (1001.0,)}, r"first .*at most 1000"),
         ({"first": (1000.0, -1.0)}, r"first .*cannot be run"),
+        ({"first": (math.nan,)}, r"first .*cannot be run"),
+        ({"denoising_steps": (math.inf,)}, r"denoising_steps .*cannot be run"),
+        ({"by_chunk": (FOUR, (1000.0, math.nan, 500.0))}, r"by_chunk\[1\] .*cannot be run"),
+        ({"solver": "unipc"}, "adds no noise between passes.*renoise = 'predicted'"),
+        ({"by_frame": True, "redraw_from": 0}, "by_frame and redraw_from"),
         ({"first": tuple(1000 - n / 2 for n in range(1001))}, "first has 1001 timesteps.*at most 1000"),
         ({"by_chunk": ()}, "by_chunk has 0 lists"),
         ({"by_chunk": ((1000.0,),) * 1001}, "by_chunk has 1001 lists"),
@@ -116,6 +122,7 @@ def test_any_number_of_steps(count: int) -> None:
         ({"first": (1000.0, 0.0)}, r"first .*a pass at 0.*noise_levels = 'table'"),
         ({"denoising_steps": (1000.0, 0.0)}, r"denoising_steps .*a pass at 0"),
         ({"denoising_steps": (0.0,)}, r"denoising_steps .*a pass at 0"),
+        ({"denoising_steps": (5e-324,)}, r"denoising_steps .*a pass at 0"),
         ({"denoising_steps": (1000.0, 999.9), "noise_levels": "table", "shift": 5.0}, "one noise level"),
         ({"first": FOUR, "redraw_from": 1}, "redraw_from is 1.*a pass of denoising_steps, 0 to 0"),
         ({"by_chunk": ((1000.0,),), "denoising_steps": FOUR, "redraw_from": 1}, r"a pass of by_chunk\[0\]"),
@@ -150,10 +157,14 @@ def test_a_schedule_survives_a_manifest_and_older_manifests_are_read() -> None:
     assert from_data(Schedule, older, "s") == Schedule((1000.0,))
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, dict[str, Any]] = {
     "first": {"denoising_steps": (1000.0,), "first": FOUR},
-    "by chunk": {"denoising_steps": (1000.0, 500.0), "by_chunk": FALLING},
-    "table": {"denoising_steps": (1000.0, 625.0, 0.0), "shift": 5.0, "noise_levels": "table"},
+    "by chunk, from the table": {
+        "denoising_steps": (1000.0, 625.0, 0.0),
+        "by_chunk": FALLING,
+        "shift": 5.0,
+        "noise_levels": "table",
+    },
 }
 """Numbers of passes that are odd and even, so that either of the two latents is read at each place."""
 
@@ -180,8 +191,8 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_session_runs_each_chunk_as_torch_does(on: On, bundles: Bundles, kind: str) -> None:
-    opened = with_schedule(Bundle.open(bundles("forcing-kv")), Schedule(**SCHEDULES[kind]))  # type: ignore[arg-type]
-    chunks = opened.plan.phases[-1].first_chunk + 3
+    opened = with_schedule(Bundle.open(bundles("forcing-kv")), Schedule(**SCHEDULES[kind]))
+    chunks = len(FALLING) + 2
     with on.open(opened) as session:
         found = list(session.generate(PROMPT, seed=7, chunks=chunks))
     for chunk, wanted in zip(found, in_torch(opened, chunks), strict=True):

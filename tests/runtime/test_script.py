@@ -68,7 +68,10 @@ def test_what_a_video_says_of_its_prompts(session: Session, tmp_path: Path) -> N
     next(video)
     video.switch(array)
     known = [(s.chunk, s.prompt, s.recache) for s in video.switches]
-    assert known == [(1, PromptRecord(digest), True), (4, PromptRecord(digest, "said so"), True)]
+    assert known == [
+        (1, PromptRecord(digest), "replay"),
+        (4, PromptRecord(digest, "said so"), "replay"),
+    ]
     video.save(tmp_path, notes={"a": "b"})
     assert session.restore(tmp_path).notes == {"a": "b"}
     next(session.restore(tmp_path))

@@ -71,7 +71,7 @@ def test_a_single_pass_is_that_of_onnx_runtime(bundles: Bundles, name: str) -> N
             maker._latents[0].write(
                 np.random.default_rng(0).standard_normal(maker.latent_shape, np.float32), maker.lane.main
             )
-            maker._denoise(0, {})
+            maker._denoise(0, maker.levels(6)[0], {})
             passed.append(maker._latents[1].fetch(maker.lane.main).array())
         np.testing.assert_allclose(passed[1], passed[0], rtol=0, atol=1e-5)
 

@@ -56,10 +56,10 @@ def made_by_diffusers(sigmas: list[float], latents: np.ndarray) -> list[np.ndarr
     return made
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 16, 50])
-@pytest.mark.parametrize("first", [0.9998, 0.95, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9, 50])
+@pytest.mark.parametrize("first", [0.9998, 1.0])
 def test_every_pass_is_that_of_diffusers(count: int, first: float) -> None:
-    for seed in range(3):
+    for seed in range(2):
         latents = np.random.default_rng(seed).standard_normal((1, 3, 2, 4, 5))
         sigmas = levels(count, seed, first)
         pairs = zip(made_by_ours(sigmas, latents), made_by_diffusers(sigmas, latents), strict=True)

@@ -16,7 +16,7 @@ from forcingkv.models.presets import load_spec
 from forcingkv.runtime import positions
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
-from forcingkv.runtime.kv.roles import Retained
+from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.window import first_position, moved_by
 from forcingkv.runtime.spec import ModelSpec
 from tests.conftest import headmap_of, roles, small_spec
@@ -169,8 +169,12 @@ def test_another_word_is_refused(value: str, tmp_path: Path) -> None:
 
 
 def test_a_window_too_short_for_sink_and_chunk_is_refused() -> None:
-    with pytest.raises(InputError, match="attends to 3 frames; expected at least 5"):
+    with pytest.raises(InputError, match="sink_frames is 2; expected 0 to 0: of 3 attended frames 3"):
         plan_of(load_policy("full"), attended_frames=3, sink_frames=2)
+    with pytest.raises(
+        InputError, match="attends to 15 frames; expected at least 16, those of the chunk and"
+    ):
+        window(13, 0)
 
 
 def test_manifests_of_before_have_positions_of_the_video() -> None:

@@ -16,6 +16,7 @@ from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
 from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar
+from forcingkv.commands.given import Noises, noises_for, say_noises
 from forcingkv.commands.grouped import takes
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
@@ -138,6 +139,7 @@ def heads(
     embeds: Embeds = None,
     samples: Annotated[int, Option(min=1, max=MOST, help="Videos to measure; more may be added later.")] = 8,
     seed: Annotated[int, Option(min=0, help="Seed of the first video.")] = 0,
+    noise: Noises = None,
     chunks: Annotated[int | None, Option(min=1, help="Chunks a video.")] = None,
     rows: Annotated[
         int, Option(min=0, help="Query rows measured of each pass and layer; 0: all, exactly.")
@@ -197,6 +199,10 @@ def heads(
     )
     check_places(out, stats, samples=samples, restart=restart)
     texts = text_inputs(spec, read_prompts(prompts) if prompts else None, embeds)
+    noises = noises_for(
+        noise, recording_plan(spec, resolution, policy, mapped), samples, video_length(spec, chunks)
+    )
+    say_noises(noises, seed)
     job = Job(
         spec=spec,
         weights=weights_for(spec, checkpoint, key, lora, no_preset_lora, random_weights),
@@ -211,6 +217,7 @@ def heads(
         dtype=kind,
         threads=threads,
         passes=recorded,
+        noises=tuple(noises),
     )
     length = job.length
     with progress_bar() as shown:

@@ -72,7 +72,9 @@ def _compared(places: tuple[Path, Path], maps: Maps) -> dict[str, Any]:
     agreement, changed = agree(*maps), changes(*maps)
     return {
         **{side: _side(place, one) for side, place, one in zip("ab", places, maps, strict=True)},
-        "recipe": [to_data(part) | {"same": part.same} for part in recipe_parts(*maps)],
+        "recipe": [
+            to_data(part) | {"same": part.same, "chance": part.chance} for part in recipe_parts(*maps)
+        ],
         "heads": maps[0].model.layers * maps[0].model.heads,
         "agreement": agreement.share,
         **{name: getattr(agreement, name) for name in ("kappa", "rand", "iou")},
@@ -216,5 +218,8 @@ def _conclusions(maps: Maps, found: Mapping[str, Any]) -> list[str]:
             f"undecided in at least one map: {undecided} of them; uncertainty does not explain the other"
             f" {changed - undecided}"
         )
+    other = [part["name"] for part in found["recipe"] if part["same"] is False and not part["chance"]]
+    if other:
+        lines.append(f"the recipes differ ({', '.join(other)}), which may be why they changed")
     silent = [side for side, one in zip("AB", maps, strict=True) if one.undecided is None]
     return lines + [f"{side} does not say which heads are undecided" for side in silent]

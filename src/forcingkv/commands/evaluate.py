@@ -22,6 +22,7 @@ from forcingkv.commands.console import (
     progress_bar,
     say,
 )
+from forcingkv.commands.given import Noises, noises_for, say_noises
 from forcingkv.commands.models import (
     BackendOrOwn,
     Compiled,
@@ -61,6 +62,7 @@ def evaluate(
     ] = None,
     seeds: Annotated[int, Option(min=1, max=MOST, help="Videos a prompt.")] = 1,
     seed: Annotated[int, Option(min=0, help="Seed of the first video; then counted up.")] = 0,
+    noise: Noises = None,
     chunks: Annotated[
         int | None, Option(min=2, help="Length of the videos; default: until full KV is full.")
     ] = None,
@@ -109,6 +111,8 @@ def evaluate(
         raise InputError(f"--bundle and --video {given}", where="evaluate", expected="one of the two")
     if bundle and (reference_video or top):
         raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
+    if video and noise:
+        raise InputError("--noise goes with --bundle, not --video", where="evaluate")
     if video and (backend or device or dtype or provider or compiled):
         raise InputError(
             "--backend, --device, --dtype, --provider and --compile go with --bundle, not --video",
@@ -151,7 +155,9 @@ def evaluate(
         chosen = seeded_prompts(_prompts(spec, prompts, embeds, samples), seeds, seed)
         length = chunks or spec.chunks_to_fill
         task = shown.add_task("generating and measuring (videos)", total=len(chosen) * len(sessions))
-        rows = evaluate_sessions(sessions, chosen, length, compared, lambda: shown.advance(task))
+        noises = noises_for(noise, next(iter(sessions.values())).plan, len(chosen), length)
+        say_noises(noises, seed)
+        rows = evaluate_sessions(sessions, chosen, length, compared, lambda: shown.advance(task), noises)
         places = {name: str(session.bundle.path) for name, session in sessions.items()}
     report = summarize(rows, compared, places, length)
     if out is not None:

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typer import Option
 
 from forcingkv.commands.baked import ModelOptions, bake_model
 from forcingkv.commands.console import AsJson, emit, progress_bar, say
+from forcingkv.commands.given import GivenOptions, latents_file, say_given
 from forcingkv.commands.going_on import Look, agreed, check_prompt, look_of, take_switches, writer_for
 from forcingkv.commands.grouped import takes
 from forcingkv.commands.models import (
@@ -32,16 +33,17 @@ from forcingkv.commands.models import (
     Threads,
     text_input,
 )
+from forcingkv.commands.prompt_changes import Prompts, told_prompts
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Timing, Video
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
+from forcingkv.runtime.given import LatentsWriter
 from forcingkv.runtime.memory import peak_bytes
+from forcingkv.runtime.script import MOST_FADED
 from forcingkv.runtime.snapshot import check_states
-from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import TextInput
 from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.video import open_writer
 
@@ -50,6 +52,7 @@ BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
 
 
 @takes("model", ModelOptions)
+@takes("given", GivenOptions)
 def generate(
     out: Annotated[
         str, Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
@@ -61,13 +64,36 @@ def generate(
     embeds: Embeds = None,
     seconds: Annotated[
         float | None,
-        Option(min=0.01, help="Length of the video; inf: without end; default: 5, or that of --restore."),
+        Option(
+            min=0.01,
+            help="Length of the video; inf: without end; default: 5, or that of --restore or --noise.",
+        ),
     ] = None,
     switch: Annotated[
         list[str] | None,
         Option(help='Another prompt from that second on: "2.5:a 1 moving up ..."; may be repeated.'),
     ] = None,
-    recache: Annotated[bool, Option(help="Rebuild the caches when the prompt is switched.")] = True,
+    script: Annotated[
+        Path | None,
+        Option(
+            help='Prompts and their latent frames, a line of JSON: {"prompts": [...], '
+            '"switch_frame_indices": [...]}.'
+        ),
+    ] = None,
+    script_line: Annotated[
+        int | None, Option(min=1, help="Which line of --script, where it has several videos.")
+    ] = None,
+    recache: Annotated[
+        str | None,
+        Option(
+            help="How the caches are made anew when the prompt is switched: replay, keep-sink, empty-sink or"
+            " none; default: the model's."
+        ),
+    ] = None,
+    no_recache: Annotated[bool, Option("--no-recache", help="The same as --recache none.")] = False,
+    fade: Annotated[
+        int, Option(min=0, max=MOST_FADED, help="Chunks that follow old and new prompt at a switch.")
+    ] = 0,
     save: Annotated[
         Path | None, Option(help="Folder to save the state to, every --save-every chunks.")
     ] = None,
@@ -85,6 +111,7 @@ def generate(
     seed: Annotated[
         int | None, Option(min=0, help="Seed of the noise; default: 0, or that of --restore.")
     ] = None,
+    given: GivenOptions,
     backend: BackendOrOwn = None,
     device: Device = None,
     dtype: ComputeDtype = None,
@@ -114,18 +141,20 @@ def generate(
     --out video.mp4
     """
     model.check(bundle)
+    given.check(out)
     # Makes nothing: a wrong place is refused before the bundle, which may be large, is read.
     open_writer(out, fps=fps or 1.0, enlarge=enlarge or 1, going_on=bool(restore))
     if save:
         check_states(save)
     written = Written()
-    asked = Asked(
-        prompt, embeds, seconds, switch or (), recache, restore, fps, seed, enlarge, model.random_weights
+    prompts = told_prompts(
+        *(prompt, embeds, switch, script, script_line, recache, no_recache, fade), random=model.random_weights
     )
+    asked = Asked(prompts, seconds, restore, fps, seed, enlarge, given)
     try:
         if bundle is None:
             run = LaneOptions(backend or "torch", threads, device, dtype, provider, cuda_graphs, compiled)
-            baked = bake_model(model, run, embeds, asked.prompts)
+            baked = bake_model(model, run, embeds, asked.baked_with)
             backend, written.digesting, written.baking = run.backend, baked.digesting, baked.baking
         began = time.perf_counter()
         with Session.open(
@@ -150,7 +179,8 @@ def generate(
                 width, height = (size * look.enlarge for size in session.bundle.manifest.frame_size)
                 say(f"rgb24, {width}x{height}, {look.fps:g} frames a second", error=True)
             writer, first, written.kept = writer_for(out, session, video, look, restored=bool(restore))
-            with writer:
+            latents = latents_file(given.latents_out, session, video, restored=bool(restore))
+            with latents as written.latents, writer:
                 for frames in _write(video, writer, written):
                     if save and not video.index % save_every:
                         _save(video, save, look, first, frames, written)
@@ -168,23 +198,19 @@ def generate(
 class Asked:
     """What the options say of a video. None: an option that was not given."""
 
-    prompt: str | None
-    embeds: Path | None
+    prompts: Prompts
     seconds: float | None
-    switches: Sequence[str]
-    recache: bool
     restore: Path | None
     fps: float | None
     seed: int | None
     enlarge: int | None
-    random: bool = False
-    """Whether random numbers stand for text embeddings that are not given."""
+    given: GivenOptions = field(default_factory=GivenOptions)
 
     @property
-    def prompts(self) -> list[str | None]:
+    def baked_with(self) -> list[str | None]:
         """Every prompt that is asked for; a saved video has its own."""
-        first = [] if self.restore and self.prompt is None else [self.prompt]
-        return [*first, *(switch.partition(":")[2].strip() for switch in self.switches)]
+        first = [] if self.restore and self.prompts.first is None else [self.prompts.first]
+        return [*first, *self.prompts.after]
 
 
 def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
@@ -193,13 +219,14 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
     Raises InputError for options that cannot be used, or contradict the saved state, and for a saved video
     of which nothing is left to make.
     """
-    spec = session.spec
+    spec, prompts = session.spec, asked.prompts
+    noise, start = asked.given.read(session.plan)
     if asked.restore:
-        video = session.restore(asked.restore)
+        video = session.restore(asked.restore, noise=noise, start=start)
         look = look_of(video, spec.fps, asked.fps, asked.enlarge)
         agreed("--seed", asked.seed, str(video.seed))
-        if asked.prompt is not None or (asked.embeds and not asked.switches):
-            check_prompt(session, video, asked.prompt, asked.embeds, random=asked.random)
+        if prompts.first is not None or (prompts.embeds and not prompts.switches):
+            check_prompt(session, video, prompts.first, prompts.embeds, random=prompts.random)
     else:
         look = Look(asked.fps or spec.fps, asked.enlarge or 1)
 
@@ -210,7 +237,7 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
     def length(seconds: float) -> int | None:
         return None if seconds == math.inf else chunks_for(seconds)
 
-    switches = _prompt_changes(asked, spec, chunks_for)
+    switches = prompts.changes(spec, chunks_for)
     if asked.restore:
         if asked.seconds:
             video.chunks = length(asked.seconds)
@@ -218,9 +245,13 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
             where, hint = str(asked.restore), "Make it longer: --seconds."
             raise InputError("the saved video is complete", where=where, hint=hint)
     else:
-        text = text_input(spec, asked.prompt, asked.embeds, random=asked.random)
-        video = session.generate(text, seed=asked.seed or 0, chunks=length(asked.seconds or 5.0))
-    take_switches(session, video, switches, asked.recache)
+        text = text_input(spec, prompts.first, prompts.embeds, random=prompts.random)
+        chunks = length(asked.seconds or 5.0)
+        chunks = asked.given.chunks(spec, noise, start, chunks, whole=asked.seconds is None)
+        video = session.generate(text, seed=asked.seed or 0, chunks=chunks, noise=noise, start=start)
+    say_given(video, asked.given)
+    recache = prompts.how(spec)
+    take_switches(session, video, [(*change, recache, prompts.fade) for change in switches], prompts.recache)
     for change in video.switches:
         if video.chunks is not None and change.chunk >= video.chunks:
             say(f"note: the video ends with chunk {video.chunks - 1}, before {change}", error=True)
@@ -246,6 +277,8 @@ class Written:
     """Seconds to bake a model; None: nothing was."""
     loading: float = 0.0
     """Seconds to open the session."""
+    latents: LatentsWriter | None = None
+    """Where the latents go, if they are written."""
 
     def warn(self, text: str) -> None:
         """Say something on standard error, and in the report."""
@@ -265,6 +298,8 @@ def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[Fram
             written.waited.append(time.perf_counter() - asked)
             written.timings.append(chunk.timing)  # not asked for the clean pass, which may still run
             writer.write(chunk.frames)
+            if written.latents:
+                written.latents.write(chunk.latents)
             written.frames += len(chunk.frames)
             shown.update(task, completed=video.index)
             yield chunk.frames
@@ -336,31 +371,3 @@ def _peak_bytes() -> int | None:
     with suppress(RuntimeError):
         return peak_bytes()
     return None
-
-
-def _prompt_changes(
-    asked: Asked, spec: ModelSpec, chunks_for: Callable[[float], int]
-) -> list[tuple[int, TextInput]]:
-    """The changes that "SECONDS:PROMPT" asks for, in order: each the index of a chunk and its new prompt.
-
-    The prompt changes with the first chunk that begins at that second or later. Raises InputError for one
-    that is not of that form, or whose prompt cannot be used, and for two with one chunk.
-    """
-    changes: dict[int, tuple[str, TextInput]] = {}
-    for option in asked.switches:
-        start, colon, prompt = option.partition(":")
-        try:
-            seconds = float(start)
-        except ValueError:
-            seconds = 0.0
-        if not colon or not 0 < seconds < math.inf:
-            raise InputError(
-                f"has no time above 0 in {option!r}", where="--switch", expected='"SECONDS:PROMPT"'
-            )
-        chunk = chunks_for(seconds)
-        if chunk in changes:
-            what = f"has {changes[chunk][0]!r} and {option!r}, which both begin with chunk {chunk}"
-            raise InputError(what, where="--switch", expected="one prompt for each chunk")
-        text = text_input(spec, prompt.strip(), asked.embeds, random=asked.random)
-        changes[chunk] = option, text
-    return [(chunk, text) for chunk, (_, text) in sorted(changes.items(), key=lambda change: change[0])]

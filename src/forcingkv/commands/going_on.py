@@ -19,6 +19,7 @@ from forcingkv.runtime.frames import FrameWriter, Kept, RawWriter
 from forcingkv.runtime.mp4 import metadata_of, read_fragments
 from forcingkv.runtime.pictures import PngWriter, read_record
 from forcingkv.runtime.script import PromptRecord, Switch
+from forcingkv.runtime.spec import Recache
 from forcingkv.runtime.text import TextInput
 from forcingkv.runtime.video import open_writer
 
@@ -77,18 +78,22 @@ def check_prompt(
 
 
 def take_switches(
-    session: Session, video: Video, asked: Sequence[tuple[int, TextInput]], recache: bool
+    session: Session,
+    video: Video,
+    asked: Sequence[tuple[int, TextInput, Recache, int]],
+    recache: Recache | None,
 ) -> None:
-    """Let a video make the switches that were asked for, each with the chunk it begins with.
+    """Let a video make the switches that were asked for: chunk, prompt, recache and chunks of both prompts.
 
     Those that a saved video has made or is to make are left to it. Raises InputError for a switch that
-    contradicts them, and where those to come are not among the ones asked for.
+    contradicts them, and where those to come are not the ones asked for: where none are, `recache` may still
+    say how (None: it does not).
     """
     known = {_key(switch): switch for switch in video.switches}
     coming = {key: switch for key, switch in known.items() if switch.chunk >= video.index}
     given = {}
-    for chunk, text in asked:
-        switch = Switch(chunk, PromptRecord.of(session.spec, text)[0], recache)
+    for chunk, text, how, fade in asked:
+        switch = Switch(chunk, PromptRecord.of(session.spec, text)[0], how, fade or None)
         given[_key(switch)] = switch
         if _key(switch) in known:
             continue
@@ -97,14 +102,14 @@ def take_switches(
             there = ["what was saved by a version that does not keep switches"]
         if chunk < video.index or there:
             raise _contradiction("--switch", f"asks for {switch}", " and ".join(there) or "no such switch")
-        video.switch(text, recache=recache, at=chunk)
+        video.switch(text, recache=how, at=chunk, fade=fade)
     left = [switch for key, switch in coming.items() if key not in given]
-    if left and (given or (not recache and any(switch.recache for switch in left))):
+    if left and (given or (recache and any(switch.recache != recache for switch in left))):
         raise _contradiction("--switch", f"does not ask for {left[0]}", str(left[0]))
 
 
-def _key(switch: Switch) -> tuple[int, str, bool]:
-    return switch.chunk, switch.prompt.digest, switch.recache
+def _key(switch: Switch) -> tuple[int, str, Recache, int]:
+    return switch.chunk, switch.prompt.digest, switch.recache, switch.fade or 0
 
 
 def _contradiction(option: str, what: str, saved: str) -> InputError:
@@ -131,17 +136,19 @@ def about(session: Session, video: Video, first: int) -> dict[str, str]:
     if video.prompt:
         said |= {"forcingkv.prompt": video.prompt.text or "", PROMPT: video.prompt.digest}
         said[SWITCHES] = json.dumps([_told(switch) for switch in video.switches])
+    said |= {f"forcingkv.{what}": digest for what, digest in video.given_digests.items()}
     return said | ({FIRST: str(first)} if first else {})
 
 
 def _told(switch: Switch) -> dict[str, Any]:
     prompt = switch.prompt
-    return {
+    told = {
         "chunk": switch.chunk,
         "prompt": prompt.text,
         "prompt_digest": prompt.digest,
         "recache": switch.recache,
     }
+    return told | ({"fade": switch.fade} if switch.fade else {})
 
 
 def writer_for(
@@ -178,17 +185,23 @@ def _holds_something(out: str) -> bool:
 
 def _first_chunk(writer: FrameWriter, session: Session, video: Video) -> int:
     """The chunk that the frames of a place begin with. Raises InputError where it holds another video."""
-    said, where = _metadata(writer), str(writer.path)
+    first = first_of_file(_metadata(writer), session, video, str(writer.path))
+    if isinstance(writer, RawWriter):
+        before = session.spec.frames_of(video.index) - session.spec.frames_of(first)
+        if writer.frames_there(session.bundle.manifest.frame_size) < before:
+            return video.index  # the rest alone, which was begun already: its frames are compared
+    return first
+
+
+def first_of_file(said: Mapping[str, str] | None, session: Session, video: Video, where: str) -> int:
+    """The chunk that a file begins with which says that of itself; None: it says nothing, and its frames are
+    compared. Raises InputError where it is of another video than the saved one."""
     if said is not None:
         _same_video(said, about(session, video, 0), video.index, where)
     first = video.notes.get("first_chunk", "0") if said is None else said.get(FIRST, "0")
     if not re.fullmatch("[0-9]{1,15}", first) or int(first) > video.index:
         what = f"begins with chunk {first[:20]}, and the saved video goes on with chunk {video.index}"
         raise InputError(what, where=where, hint=_ANOTHER)
-    if isinstance(writer, RawWriter):
-        before = session.spec.frames_of(video.index) - session.spec.frames_of(int(first))
-        if writer.frames_there(session.bundle.manifest.frame_size) < before:
-            return video.index  # the rest alone, which was begun already: its frames are compared
     return int(first)
 
 
@@ -220,6 +233,14 @@ def _same_video(said: Mapping[str, str], own: Mapping[str, str], index: int, whe
         else:
             continue
         raise InputError(what, where=where, expected="the video of the saved state", hint=_ANOTHER)
+    for what in ("noise", "start"):
+        if said.get(f"forcingkv.{what}") != own.get(f"forcingkv.{what}"):
+            raise InputError(
+                f"is another video: its {what} was another",
+                where=where,
+                expected="the video of the saved state",
+                hint=_ANOTHER,
+            )
     if list(_before(said.get(SWITCHES), index)) != list(_before(own[SWITCHES], index)):
         what = "is another video: its prompt was switched in another way"
         raise InputError(what, where=where, expected="the video of the saved state", hint=_ANOTHER)
@@ -229,6 +250,9 @@ def _before(switches: str | None, index: int) -> Iterator[Any]:
     """The switches in a file's metadata that come before a chunk."""
     try:
         listed = parse_json(switches or "[]", SWITCHES)
-        yield from (one for one in listed if one["chunk"] < index)
+        for one in listed:
+            if one["chunk"] < index:
+                # Earlier versions said yes or no.
+                yield {**one, "recache": {True: "replay", False: "none"}.get(one["recache"], one["recache"])}
     except (InputError, TypeError, KeyError):
         yield "unreadable"

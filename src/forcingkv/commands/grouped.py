@@ -19,7 +19,8 @@ def takes(name: str, kind: type) -> Callable[[Callable[..., None]], Callable[...
 
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
-            parameters += options.values() if parameter.name == name else [parameter]
+            own = list(options.values()) if parameter.name == name else [parameter]
+            parameters += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
         # What typer reads a command's options from.
         wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

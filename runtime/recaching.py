@@ -1,0 +1,65 @@
+"""Making the cache anew when the prompt is switched, in the way that was asked for (`spec.Recache`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime.chunks import ChunkMaker, NoiseSource
+from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.rebuild import Encoding, encoding, replayed
+from forcingkv.runtime.positions import Floats
+from forcingkv.runtime.script import ENCODED
+from forcingkv.runtime.spec import Recache
+
+
+def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: Collection[int]) -> None:
+    """Raise InputError where a session, policy or video lacks a way, after any of those numbers of chunks.
+
+    `there` are the chunks whose latents will be there then, of those that may be asked for.
+    """
+    if how not in ENCODED:
+        return
+    if not maker.lane.recaches:
+        raise InputError(
+            f"is {how}, for which this session has no graph",
+            where="recache",
+            expected="replay or none",
+            hint="Choose the backend torch, which needs none; or switch by replay (--recache replay).",
+        )
+    plan = maker.cache.plan
+    for chunks in filter(None, made):
+        needed = chunks_of(plan, encoding(plan, chunks, keep_sink=how == "keep-sink"), chunks)
+        if missing := [chunk for chunk in needed if chunk not in there]:
+            raise InputError(
+                f"does not have the latents of chunk {missing[0]}, which recache {how} encodes anew",
+                where="the state that the video goes on from",
+                hint="It is of an earlier version: switch with recache replay, or some chunks later.",
+            )
+
+
+def make_anew(
+    maker: ChunkMaker, how: Recache, latents: Mapping[int, Floats], made: int, noise: NoiseSource
+) -> None:
+    """Make the cache anew after `made` chunks, under the prompt that passes follow now.
+
+    `latents` are those of the chunks that are kept, by index.
+    """
+    plan = maker.cache.plan
+    if how == "none" or not made:
+        return
+    if how == "replay":
+        maker.cache.restart()
+        for index in replayed(plan, made):
+            maker.replay(index, latents[index], noise, plan.spec.schedule.redraw_from)
+        return
+    one = encoding(plan, made, keep_sink=how == "keep-sink")
+    newest = np.concatenate([latents[chunk] for chunk in chunks_of(plan, one, made)], 2)
+    maker.encode(one, newest[:, :, newest.shape[2] - one.frames :])
+
+
+def chunks_of(plan: CachePlan, one: Encoding, made: int) -> range:
+    """The chunks whose frames a pass encodes, the newest among them in any case."""
+    return range(min(one.first // plan.spec.frames_per_chunk, made - 1), made)

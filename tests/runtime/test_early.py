@@ -1,0 +1,125 @@
+"""The role `early`: what heads see until they are split; and segments of several frames that leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from forcingkv.headmaps import InputError
+from forcingkv.models.generate import generate, seeded_noise
+from forcingkv.models.heads import head_orders, permute_heads
+from forcingkv.models.wan import WanModel
+from forcingkv.prune.onnx_operators import check_choice
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
+from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.text import encode_words
+from tests.conftest import headmap_of, random_model, small_spec
+from tests.exported import shared_bundle
+from tests.runtime.lanes import On
+from tests.runtime.videos import PROMPT, video_of
+
+POLICY = """
+name = "as before"
+summary = "before the split all heads see the sink and two newest frames"
+[groups]
+static = [{ role = "sink", frames = 1 }, { role = "early", frames = 1 }, { role = "recent", frames = 1 }]
+dynamic = [
+    { role = "sink", frames = 1 },
+    { role = "retained", segments = 4, ratio = 0.34 },
+    { role = "recent", frames = 2 },
+]
+"""
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    file = tmp_path_factory.mktemp("early") / "early.toml"
+    file.write_text(POLICY)
+    return load_policy(str(file))
+
+
+def of_layers(**changes: object) -> ModelSpec:
+    return small_spec(**({"layers": 2, "ar_start": 2} | changes))
+
+
+def plan_of(policy: Policy, **changes: object) -> CachePlan:
+    spec = of_layers(**changes)
+    return build_plan(spec, spec.geometry(), policy, headmap_of(spec, [[0], [1, 2]]))
+
+
+def frames_of(plan: CachePlan, chunks: int) -> list[list[int]]:
+    """What static heads see beside their own chunk, and dynamic heads but for segments."""
+    seen = []
+    for chunk in range(chunks):
+        for group in plan.layers[0]:
+            roles = [role for role in group.roles if not role.chooses]
+            spans = [span for role in roles for span in role.spans(plan, group, chunk, None)]
+            seen.append([span.frame for span in spans])
+    return seen
+
+
+def test_heads_see_alike_until_they_are_split(policy: Policy) -> None:
+    plan = plan_of(policy)
+    assert frames_of(plan, 5) == [
+        *([], []),
+        *([0, 1, 2], [0, 1, 2]),
+        *([0, 4, 5], [0, 4, 5]),
+        *([0, 8], [0, 7, 8]),
+        *([0, 11], [0, 10, 11]),
+    ]
+    lengths = [phase.length("static", "early") // plan.frame_tokens for phase in plan.phases]
+    assert lengths == [0, 1, 0, 0]
+    assert [phase.first_chunk for phase in plan.phases] == [0, 1, 3, 4]
+
+
+def test_it_does_not_rest_before_the_split(policy: Policy) -> None:
+    """Chunks of one frame: lengths are those of rest in chunk 2, which no early frame has reached yet."""
+    groups = {"static": policy.groups["static"][1:], "dynamic": policy.groups["dynamic"][2:]}
+    spec = of_layers(frames_per_chunk=1, attended_frames=4, ar_start=3)
+    plan = build_plan(spec, spec.geometry(), Policy("a", "", groups), headmap_of(spec, [[0], [1, 2]]))
+    assert frames_of(plan, 6)[::2] == [[], [0], [0, 1], [1, 2], [3], [4]]
+
+
+@pytest.mark.parametrize("ar_start", [1, pytest.param(3, marks=pytest.mark.long)])
+def test_sessions_make_what_the_loop_makes(policy: Policy, on: On, ar_start: int) -> None:
+    """On graphs, which are verified in every phase too, and on torch in place."""
+    spec = of_layers(ar_start=ar_start)
+    plan = plan_of(policy, ar_start=ar_start)
+    weights, headmap = random_model(spec).state_dict(), headmap_of(spec, [[0], [1, 2]])
+    model = WanModel(spec).eval()
+    model.load_state_dict(permute_heads(weights, spec, head_orders(spec, policy, headmap)))
+    text = torch.from_numpy(encode_words(spec, PROMPT))
+    wanted = [chunk.latents for chunk in generate(model, plan, text, seeded_noise(plan, 7), 7)]
+    with on.open(shared_bundle(spec, weights, policy, headmap=headmap)) as session:
+        made = video_of(session, 7)
+    for chunk, latents in zip(made, wanted, strict=True):
+        np.testing.assert_allclose(chunk.latents, latents.numpy(), atol=1e-5)
+
+
+def test_segments_are_those_of_frames_that_leave(policy: Policy) -> None:
+    """With two recent frames: of frames 4 to 6 when 7 and 8 stay, each beside the one after it."""
+    plan = plan_of(policy, ar_start=1)
+    group = plan.layers[0][1]
+    retained = next(role for role in group.roles if role.chooses)
+    spans = retained.spans(plan, group, 3, [0, 5, 10, 11])
+    assert [span.frame for span in spans] == [4, 5, 6, 6]
+
+
+def test_what_does_not_fit_is_refused(policy: Policy, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.toml"
+    recent = ', { role = "recent", frames = 1 }]'
+    for changed, message in [
+        (POLICY.replace(recent, "]"), "early frames are those before the recent ones, and there are none"),
+        (POLICY.replace('role = "early", frames = 1', 'role = "early"'), "the role early has no frames"),
+    ]:
+        file.write_text(changed)
+        with pytest.raises(InputError, match=message):
+            plan_of(load_policy(str(file)))
+    file.write_text(POLICY.replace("frames = 2", "frames = 3"))
+    plan = plan_of(load_policy(str(file)), ar_start=0)
+    with pytest.raises(InputError, match="from chunk 1 on, which finds 2 of 3 recent frames"):
+        check_choice(plan)

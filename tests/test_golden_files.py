@@ -1,0 +1,133 @@
+"""`python -m tests.golden`: golden files through the product, and what of a file it does not run past."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.golden.__main__ import main
+from tests.golden_made import golden_file
+
+CHEAP = {"forcing_kv_settings": "transition3", "start_latents": "one_step_first4_one_forcing"}
+"""A variant of a file that is run in every test run: together they take about two seconds."""
+FILES = (
+    *("forcing_kv_settings", "framewise_forcing_kv", "first_chunk_schedule", "start_latents"),
+    *("longlive_infinity", "longlive_switch", "switch_keep_sink"),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "loop"])
+def test_a_file_that_the_product_made_is_the_products(
+    tmp_path: Path, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(golden_file(tmp_path / "made.safetensors")), "--backend", backend]) == 0
+    name, _, difference = capsys.readouterr().out.partition(": ")
+    assert name == "made plain"
+    assert float(difference.split()[0]) < 1e-6
+
+
+def test_a_number_that_differs_is_found_with_its_chunk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden_file(tmp_path / "made.safetensors", changed=0.01)
+    assert main([str(tmp_path), "--json", "--backend", "loop"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    (result,) = report["results"]
+    assert (report["holds"], result["holds"], result["chunk"]) == (False, False, 2)
+    assert result["difference"] > 1e-4
+    assert max(result["by_chunk"][:2]) < 1e-6
+    main([str(tmp_path), "--backend", "loop"])
+    assert "ABOVE 1e-05, from chunk 2 on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"context_noise": 100}, "settings that are not known: context_noise"),
+        ({"rope_split": [2, 4, 2]}, "its rope_split is [2, 4, 2], and the product makes it [4, 2, 2]"),
+        ({"frame_tokens": 7}, "its frame_tokens is 7, and the product makes it 6"),
+        ({"policy": {"kind": "yarn"}}, "the policy 'yarn' is not known"),
+        ({"positions": "learned"}, "its positions are 'learned', which is not known"),
+        ({"variants": {"plain": "something else"}}, "it says 'something else' only, which is not known"),
+        ({"variants": {"plain": {"sink_frames": 1}}}, "its spec does not say window_frames or window"),
+        (
+            {"variants": {"plain": {"sink_frames": 3, "window_frames": 4}}},
+            "sink_frames is 3; expected 0 to 2",
+        ),
+        ({"heads": None}, "its spec does not say heads"),
+        ({"chunks": 4}, "it has latents of 3 chunks, and its spec says 4"),
+        (
+            {"schedule": {"timesteps": [1000.0, 500.0], "sigmas": [1.0, 0.4], "shift": 3.0}},
+            "its sigmas are [1.0, 0.4], and the product's [1.0, 0.5",
+        ),
+        (
+            {"schedule": {"timesteps": [1000.0], "renoise": "sde"}},
+            "its renoise is 'sde', and only",
+        ),
+    ],
+)
+def test_what_is_not_understood_is_named_and_nothing_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], said: dict[str, object], told: str
+) -> None:
+    golden_file(tmp_path / "made.safetensors", **said)
+    assert main([str(tmp_path)]) == 1
+    line = capsys.readouterr().out
+    assert line.startswith("made plain: not run: ")
+    assert told in line
+
+
+def test_files_of_later_work_are_passed_over_by_what_they_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden_file(tmp_path / "a.safetensors", policy={"kind": "MemRoPE"})
+    golden_file(tmp_path / "b.safetensors", format=None)
+    golden_file(tmp_path / "c.safetensors", schedule={"solver": "UniPC, multistep"})
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("a: passed over: later work: roles that average keys")
+    assert lines[1].startswith("b: passed over: the older format")
+    assert lines[2].startswith("c: passed over: later work: LongLive 2")
+
+
+def test_what_is_no_golden_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    unsaid = tmp_path / "unsaid"
+    unsaid.mkdir()
+    golden_file(unsaid / "a.safetensors", variants={"other": {}})
+    other = tmp_path / "other"
+    other.mkdir()
+    golden_file(other / "a.safetensors", format=3)
+    for path, told in [
+        (tmp_path / "text.safetensors", "cannot be read as safetensors"),
+        (tmp_path / "none", "there is no golden file at"),
+        (unsaid, "latents of variants that its spec does not have: plain"),
+        (other, "its format is 3, and only 2 is known"),
+    ]:
+        assert main([str(path)]) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "variant"), CHEAP.items())
+def test_public_implementations(data: Path, name: str, variant: str) -> None:
+    assert main([str(data / "golden" / f"{name}.safetensors"), "--variant", variant]) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FILES)
+def test_every_variant_of_public_implementations(data: Path, name: str) -> None:
+    assert main([str(data / "golden" / f"{name}.safetensors")]) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["onnxruntime", "loop"])
+@pytest.mark.parametrize("name", FILES[:5])
+def test_every_variant_by_graphs_and_by_the_loop(data: Path, name: str, backend: str) -> None:
+    assert main([str(data / "golden" / f"{name}.safetensors"), "--backend", backend]) == 0
