@@ -54,7 +54,7 @@ def test_what_is_empty_in_one_phase_and_not_in_the_next_is_not_of_one_profile() 
 
 @pytest.mark.parametrize(("frames", "phases"), [(3, 7), (1, 8)])
 def test_up_to_eight_phases_have_a_profile_each(frames: int, phases: int) -> None:
-    """As every engine had before: the models that make three frames at a time keep theirs, to the byte."""
+    """As every engine had before: the builder is asked for the same shapes in the same order."""
     plan = framewise(attended=8)
     if frames == 3:
         spec = small_spec(attended_frames=21)
