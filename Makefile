@@ -26,7 +26,7 @@ demo: $(STAMP)  ## Walk the whole way on the shipped model: analyze, export, gen
 test: $(STAMP)  ## Run all tests but the longest, in at most 8 minutes
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal -m 'not long'
 
-test-long: $(STAMP)  ## Run the longest tests: more sizes, GPUs and kills of what make test has one of
+test-long: $(STAMP)  ## Run the longest tests, and more sizes, GPUs and kills of what make test has one of
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal -m long
 
 fast: $(STAMP)  ## Run the tests that take milliseconds

@@ -79,8 +79,7 @@ class Video:
         self.index, self._script = 0, script
         self.notes: Mapping[str, str] = {}
         self._session, self._token = session, object()
-        self._own_noise = noise is not None and not isinstance(noise, GivenNoise)
-        self._noise = self._drawn if noise is None or isinstance(noise, GivenNoise) else noise
+        self._own_noise = None if isinstance(noise, GivenNoise) else noise
         self._begun = 0
         """Chunks whose passes were put into the queue."""
         self._pending: deque[PendingChunk] = deque()
@@ -170,8 +169,11 @@ class Video:
             return maker.take(index, self._start.latents[index])
         return maker.begin(index, self._noise)
 
-    def _drawn(self, chunk: int, step: int, shape: tuple[int, ...]) -> Floats:
-        """The noise of a file, which begins with the first chunk that is generated, or of the seed."""
+    def _noise(self, chunk: int, step: int, shape: tuple[int, ...]) -> Floats:
+        """The caller's own noise, that of a file, which begins with the first chunk that is generated, or the
+        seed's."""
+        if self._own_noise:
+            return self._own_noise(chunk, step, shape)
         if self._given_noise:
             return self._given_noise.draw(self.seed, chunk, step, chunk - self.given, shape)
         return chunk_noise(self.seed, chunk, step, shape)

@@ -75,7 +75,7 @@ def rows(
     for name in policies:
         for positions in ("relative", "absolute"):
             file, bundle = folder / f"{name}-{positions}.toml", folder / f"{name}-{positions}"
-            file.write_text(f'base = "{name}"\npositions = "{positions}"\n')
+            file.write_text(f'base = "{name}"\npositions = "{positions}"\n', encoding="utf-8")
             policy = load_policy(str(file))
             of = headmap if policy.needs_headmap else None
             export_bundle(spec, weights, policy, bundle, headmap=of, verify=False)

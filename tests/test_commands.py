@@ -91,7 +91,7 @@ def test_a_faulty_head_map(
     [
         (
             ["export", "--model", "nosuch", "--out", "OUT"],
-            "no model 'nosuch'; expected one of causal-forcing, demo",
+            "no model 'nosuch'; expected one of causal-forcing, causal-forcing++-1step, ",
         ),
         (["export", "--model", "demo", "--out", "OUT"], "the policy forcing-kv needs a head map"),
         ([*EXPORT, "MAP", "--resolution", "50x32", "--out", "OUT"], "demo runs at 48x32 only"),

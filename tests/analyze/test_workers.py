@@ -85,6 +85,7 @@ def kill_one_at_work(stats: Path, killed: list[int], over: threading.Event) -> N
         time.sleep(0.01)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers in /proc")
 def test_two_workers_of_which_one_is_killed_write_the_same_bytes_as_one_process(
     alone: Path, tmp_path: Path

@@ -152,7 +152,7 @@ def test_keys_of_a_layer_do_not_wait_for_the_others() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "policy", "layers"),
-    [("float32", "forcing-kv", 2), pytest.param("int8", "window", 1, marks=pytest.mark.long)],
+    [pytest.param("float32", "forcing-kv", 2, marks=pytest.mark.long), ("int8", "window", 1)],
 )
 def test_a_pass_takes_what_is_said(dtype: str, policy: str, layers: int) -> None:
     """Resident memory of a process that runs layers of 2,304 queries and a wide feed-forward."""

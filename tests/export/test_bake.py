@@ -91,6 +91,7 @@ height = 96
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     """The same program as the benchmark for 14B width, at a tenth of it."""
     (tmp_path / "wide.toml").write_text(WIDE)

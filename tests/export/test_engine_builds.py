@@ -214,7 +214,8 @@ def test_two_layers_of_public_width_build_at_480p(tmp_path: Path, monkeypatch: p
 @needs_rtx
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("policy", "phases", "profiles"), [("full", 21, (0, 1, 20)), ("window", 10, (0, 1, 2, 3, 4, 9))]
+    ("policy", "phases", "profiles"),
+    [("full", 21, (0, 1, 20)), pytest.param("window", 10, (0, 1, 2, 3, 4, 9), marks=pytest.mark.long)],
 )
 def test_an_engine_of_a_frame_wise_model_has_few_profiles(
     policy: str, phases: int, profiles: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -235,6 +236,7 @@ def test_an_engine_of_a_frame_wise_model_has_few_profiles(
 
 @needs_rtx
 @pytest.mark.slow
+@pytest.mark.long
 def test_engine_bundles_can_be_verified_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_parts, "build_engine", builds_the_step_alone)
     spec = small_spec(layers=1, heads=4, head_dim=16)

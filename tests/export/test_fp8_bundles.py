@@ -230,6 +230,7 @@ NEAR = Policy("near", "every head sees the chunk before", {"all": (Recent(3),)})
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_model_draws_the_same_video_in_fp8() -> None:
     """Seen: 37 dB in the first chunk on average over 20 prompts (29 for the worst), where weights in
     bfloat16 alone give 57. Later chunks drift apart; their digits are read as often as those of float32."""

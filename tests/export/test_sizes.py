@@ -41,7 +41,7 @@ ASKED = {
     "1024x1024": (64, 64),
 }
 HEAVY = ("640x352", "512x512", "640x640", "1280x704")
-MARKS = {size: [pytest.mark.slow, *([pytest.mark.long] if size != HEAVY[0] else [])] for size in HEAVY}
+MARKS = {size: [pytest.mark.slow, pytest.mark.long] for size in HEAVY}
 MADE = ("448x256", *HEAVY)
 """Of those the ones that are exported here."""
 

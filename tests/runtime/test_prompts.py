@@ -208,7 +208,7 @@ def test_a_spec_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 DOORS = {
-    "analyze heads": ["--model", "demo", "--samples", 1, "--chunks", 1, "--prompts"],
+    "analyze heads": ["--model", "demo", "--samples", 1, "--chunks", 3, "--prompts"],
     "evaluate": ["--bundle", "BUNDLE", "--samples", 2, "--chunks", 2, "--prompts"],
     "export": ["--model", "demo", "--dtype", "fp8", "--policy", "window", "--calibration"],
 }

@@ -11,6 +11,7 @@ from studies.ablation import __main__ as driver
 from studies.ablation.variant_videos import VariantVideos
 
 
+@pytest.mark.long
 def test_a_run_writes_everything_and_goes_on_from_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
