@@ -320,15 +320,18 @@ def record_sample(
     passes: Passes = "denoise",
     progress: Callable[[int], None] = lambda chunk: None,
     given: GivenNoise | None = None,
+    keep: Callable[[Tensor], None] = lambda latents: None,
 ) -> pl.DataFrame:
     """Generate one video and return its statistics, in the columns of `analyze.recording`.
 
-    `progress` is called with the number of chunks done; `given` is the noise, where it is not the seed's.
+    `progress` is called with the number of chunks done; `given` is the noise, where it is not the seed's;
+    `keep` is given the latents of each chunk (1, channels, frames, height, width).
     Raises InputError where attention is not a number.
     """
     recorder = Recorder(plan, sample, seed, rows, orders, passes)
     noise = seeded_noise(plan, seed, given)
     for made in generate(model, plan, text, noise, chunks, recorder.watch):
         recorder.chosen(made.indices)
+        keep(made.latents)
         progress(made.index + 1)
     return recorder.frame()

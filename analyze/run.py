@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from forcingkv.models.checkpoint import Weights, build_model
 from forcingkv.models.heads import head_orders, permute_tensor
 from forcingkv.models.torch_threads import use_threads
 from forcingkv.runtime.backends.torch_device import faults, find_device
-from forcingkv.runtime.given import GivenNoise
+from forcingkv.runtime.given import GivenNoise, LatentsWriter
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
@@ -63,6 +64,8 @@ class Job:
     """CPU threads; None: as `models.torch_threads.use_threads` says."""
     passes: Passes = "denoise"
     """Passes that are recorded."""
+    latents: Path | None = None
+    """Folder that the latents of each sample are written to; None: nowhere."""
     noises: tuple[GivenNoise, ...] = field(default=(), repr=False)
     """Noise of each sample, of files; of one, of all of them; none: that of the seeds."""
 
@@ -104,6 +107,14 @@ class Job:
     def noise_of(self, sample: int) -> GivenNoise | None:
         """The noise of a sample, of a file; None: it is that of its seed."""
         return self.noises[sample % len(self.noises)] if self.noises else None
+
+    def latents_file(self, sample: int) -> AbstractContextManager[LatentsWriter | None]:
+        """The file for the latents of a sample."""
+        if self.latents is None:
+            return nullcontext()
+        said = {"forcingkv.model": self.spec.name, "forcingkv.policy": self.policy}
+        said["forcingkv.seed"] = str(self.seed + sample)
+        return LatentsWriter(self.latents / f"{sample:04}.safetensors", lambda: said)
 
     def text(self, sample: int) -> Text:
         """The text input of a sample."""
@@ -165,7 +176,13 @@ class SampleRecorder:
             placed = torch.tensor(text, **self._placed)
             noise = self._job.noise_of(sample)
             seed = self._recording.seed + sample
-            rows = self._record(placed, seed, sample, progress=progress, given=noise)
+            with self._job.latents_file(sample) as file:
+
+                def keep(latents: torch.Tensor) -> None:
+                    if file:
+                        file.write(latents.float().cpu().numpy())
+
+                rows = self._record(placed, seed, sample, progress=progress, given=noise, keep=keep)
         self._storage.write(rows, self._recording.of(sample, text, noise.digest if noise else None))
 
 

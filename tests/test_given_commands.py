@@ -146,10 +146,59 @@ def test_evaluate_and_analyze_take_one_file_or_one_for_each_video(
     assert ran.code == 2
     assert "has noise for 4 chunks, and 5 are to be generated" in " ".join(ran.err.split())
     ran = run("evaluate", "--video", "a.mp4", "--noise", noise)
-    assert "--noise goes with --bundle, not --video" in " ".join(ran.err.split())
+    assert "--noise and --latents-out go with --bundle, not --video" in " ".join(ran.err.split())
     ran = run(*("analyze", "heads", "--model", "demo", "--samples", 2, "--out", tmp_path / "heads"), *three)
     assert ran.code == 2
     assert "--noise is given 3 times for 2 videos" in " ".join(ran.err.split())
+
+
+def test_evaluate_writes_the_latents_of_every_video(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "latents"
+    prompts.write_text("a b\nc d\n")
+    words = ("evaluate", "--bundle", bundle, "--prompts", prompts, "--chunks", 2, "--seed", SEED)
+    ran = run(*words, "--latents-out", out)
+    assert ran.code == 0, ran.err
+    assert sorted(file.name for file in out.iterdir()) == [
+        "0000-0-forcing-kv.safetensors",
+        "0001-0-forcing-kv.safetensors",
+    ]
+    with Session.open(bundle) as session:
+        for number, prompt in enumerate(("a b", "c d")):
+            made = [chunk.latents for chunk in session.generate(prompt, seed=SEED + number, chunks=2)]
+            file = out / f"000{number}-0-forcing-kv.safetensors"
+            np.testing.assert_array_equal(read_arrays(file)["latents"], np.concatenate(made, 2))
+            said = read_header(file)[1]
+            assert (said["forcingkv.prompt"], said["forcingkv.seed"]) == (prompt, str(SEED + number))
+    ran = run(*words, "--latents-out", prompts)
+    assert ran.code == 2, "a file is no folder"
+
+
+def test_heads_are_measured_on_latents_that_are_kept(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    torch = pytest.importorskip("torch")
+    from forcingkv.analyze import Job
+    from forcingkv.analyze.run import SampleRecorder
+    from forcingkv.models.checkpoint import Weights
+    from forcingkv.models.generate import generate, seeded_noise
+    from forcingkv.runtime.text import encode_words
+    from tests.conftest import random_model
+
+    spec = small_spec(layers=2)
+    model, text = random_model(spec), encode_words(spec, PROMPT)
+    state = model.state_dict()
+    weights = Weights({name: tuple(value.shape) for name, value in state.items()}, state.__getitem__)
+    job = Job(spec, weights, [text], SEED, chunks=3, latents=tmp_path / "latents")
+    SampleRecorder(job, job.recording, str(tmp_path / "stats")).record(1, text)
+    plan = job.plan()
+    made = generate(model, plan, torch.from_numpy(text), seeded_noise(plan, SEED + 1), 3)
+    wanted = torch.cat([chunk.latents for chunk in made], 2).numpy()
+    found = read_arrays(tmp_path / "latents" / "0001.safetensors")["latents"]
+    np.testing.assert_array_equal(found, wanted)
+    more = ("--latents-out", tmp_path / "l", "--ray", "10.0.0.1:6379", "--out", tmp_path / "heads")
+    ran = run("analyze", "heads", "--model", "demo", "--samples", 1, *more)
+    assert ran.code == 2
+    assert "--latents-out: would be written by workers on other machines" in " ".join(ran.err.split())
 
 
 def test_statistics_are_those_of_the_noise(noise: Path) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +26,17 @@ from forcingkv.measure.fidelity.seams import ChunkLayout
 from forcingkv.measure.fidelity.video_measures import METRICS, Values, measure_pair, measure_video
 from forcingkv.models.demo.judge import read_digits, shows_digits
 from forcingkv.resampling import CONFIDENCE, SEED
-from forcingkv.runtime import Session
-from forcingkv.runtime.given import GivenNoise
+from forcingkv.runtime import Session, Video
+from forcingkv.runtime.given import GivenNoise, LatentsWriter
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import Prompt
 
 Frames = npt.NDArray[np.uint8]
 VideoRow = dict[str, Any]
 """`policy`, `prompt` and `seed` of a video, and its `METRICS` by name; None where it has no value."""
+
+LatentsFile: TypeAlias = Callable[[str, int, Session, Video], LatentsWriter]
+"""(name of the session, index of the sample, session, video) -> the file that its latents are written to."""
 
 FEW = 32
 """Videos below which intervals are known to be too narrow, and a result warns."""
@@ -95,6 +99,7 @@ def evaluate_sessions(
     reference: str | None,
     progress: Callable[[], None] = lambda: None,
     noises: Sequence[GivenNoise] = (),
+    latents: LatentsFile | None = None,
 ) -> list[VideoRow]:
     """Generate each sample with every session in turn, and measure each video.
 
@@ -107,6 +112,7 @@ def evaluate_sessions(
         reference: a name of `sessions`; None: nothing is compared frame by frame.
         progress: called after each video.
         noises: noise of each sample, of files; none: it is that of the seeds.
+        latents: where the latents of a video are written to; None: nowhere.
 
     Raises InputError where sessions make videos of different kinds or a prompt cannot be used, SessionError
     where one cannot go on.
@@ -125,7 +131,13 @@ def evaluate_sessions(
         for name in order:
             session, text = sessions[name], sample.prompt if sample.embedded is None else sample.embedded
             made = session.generate(text, seed=sample.seed, chunks=chunks, noise=noise)
-            video = np.concatenate([chunk.frames for chunk in made])
+            frames = []
+            with latents(name, number, session, made) if latents else nullcontext() as file:
+                for chunk in made:
+                    frames.append(chunk.frames)
+                    if file:
+                        file.write(chunk.latents)
+            video = np.concatenate(frames)
             row = {"policy": name, "prompt": sample.prompt, "seed": sample.seed}
             rows.append(row | _metrics(name, session.spec, video, sample.prompt, kept))
             if name == reference:

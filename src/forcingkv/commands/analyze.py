@@ -15,8 +15,14 @@ from rich.text import Text
 from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar
-from forcingkv.commands.given import Noises, noises_for, say_noises
+from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar, say
+from forcingkv.commands.given import (
+    LatentsFolder,
+    Noises,
+    check_latents_folder,
+    noises_for,
+    say_noises,
+)
 from forcingkv.commands.grouped import takes
 from forcingkv.commands.headmap import print_map
 from forcingkv.commands.models import (
@@ -140,6 +146,7 @@ def heads(
     samples: Annotated[int, Option(min=1, max=MOST, help="Videos to measure; more may be added later.")] = 8,
     seed: Annotated[int, Option(min=0, help="Seed of the first video.")] = 0,
     noise: Noises = None,
+    latents_out: LatentsFolder = None,
     chunks: Annotated[int | None, Option(min=1, help="Chunks a video.")] = None,
     rows: Annotated[
         int, Option(min=0, help="Query rows measured of each pass and layer; 0: all, exactly.")
@@ -174,7 +181,8 @@ def heads(
     from forcingkv.analyze.recording import RecordedDtype
     from forcingkv.analyze.results import check_places
     from forcingkv.analyze.run import check_room, choose_device, recording_plan, video_length
-    from forcingkv.analyze.workers import check_device
+    from forcingkv.analyze.storage import Storage
+    from forcingkv.analyze.workers import LOCAL, check_device
     from forcingkv.models.presets import load_spec
 
     spec = load_spec(model)
@@ -183,8 +191,12 @@ def heads(
     chosen, kind = choose_device(device), one_of(RecordedDtype, dtype, "dtype")
     recorded = asked.passes or "denoise"
     asked.scoring.check(spec, video_length(spec, chunks), recorded)
+    check_latents_folder(latents_out)
     if ray:
         check_device(chosen)
+    if latents_out and ray not in (None, LOCAL):
+        what = "would be written by workers on other machines"
+        raise InputError(what, where="--latents-out", expected=f"no --ray, or --ray {LOCAL}")
     check_room(  # before weights are fetched
         recording_plan(spec, resolution, policy, mapped),
         stats or out / "stats",
@@ -203,6 +215,12 @@ def heads(
         noise, recording_plan(spec, resolution, policy, mapped), samples, video_length(spec, chunks)
     )
     say_noises(noises, seed)
+    before = 0 if restart or latents_out is None else len(Storage(stats or out / "stats").samples())
+    if before:
+        say(
+            f"note: {before} samples were recorded before: no latents of theirs are written (--restart)",
+            error=True,
+        )
     job = Job(
         spec=spec,
         weights=weights_for(spec, checkpoint, key, lora, no_preset_lora, random_weights),
@@ -218,6 +236,7 @@ def heads(
         threads=threads,
         passes=recorded,
         noises=tuple(noises),
+        latents=latents_out.absolute() if latents_out else None,
     )
     length = job.length
     with progress_bar() as shown:

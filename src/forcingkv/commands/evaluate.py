@@ -22,7 +22,14 @@ from forcingkv.commands.console import (
     progress_bar,
     say,
 )
-from forcingkv.commands.given import Noises, noises_for, say_noises
+from forcingkv.commands.given import (
+    LatentsFolder,
+    Noises,
+    check_latents_folder,
+    latents_files,
+    noises_for,
+    say_noises,
+)
 from forcingkv.commands.models import (
     BackendOrOwn,
     Compiled,
@@ -39,7 +46,7 @@ from forcingkv.runtime import Bundle, Prompt, Session
 from forcingkv.runtime.bundle import open_bundles
 from forcingkv.runtime.prompts import PromptLine, read_prompts
 from forcingkv.runtime.spec import ModelSpec
-from forcingkv.runtime.text import read_embeds
+from forcingkv.runtime.text import TextInput, read_embeds
 from forcingkv.runtime.threads import chosen_threads
 
 SAMPLES = 32
@@ -63,6 +70,7 @@ def evaluate(
     seeds: Annotated[int, Option(min=1, max=MOST, help="Videos a prompt.")] = 1,
     seed: Annotated[int, Option(min=0, help="Seed of the first video; then counted up.")] = 0,
     noise: Noises = None,
+    latents_out: LatentsFolder = None,
     chunks: Annotated[
         int | None, Option(min=2, help="Length of the videos; default: until full KV is full.")
     ] = None,
@@ -111,8 +119,9 @@ def evaluate(
         raise InputError(f"--bundle and --video {given}", where="evaluate", expected="one of the two")
     if bundle and (reference_video or top):
         raise InputError("--reference-video and --top go with --video, not --bundle", where="evaluate")
-    if video and noise:
-        raise InputError("--noise goes with --bundle, not --video", where="evaluate")
+    if video and (noise or latents_out):
+        raise InputError("--noise and --latents-out go with --bundle, not --video", where="evaluate")
+    check_latents_folder(latents_out)
     if video and (backend or device or dtype or provider or compiled):
         raise InputError(
             "--backend, --device, --dtype, --provider and --compile go with --bundle, not --video",
@@ -157,7 +166,10 @@ def evaluate(
         task = shown.add_task("generating and measuring (videos)", total=len(chosen) * len(sessions))
         noises = noises_for(noise, next(iter(sessions.values())).plan, len(chosen), length)
         say_noises(noises, seed)
-        rows = evaluate_sessions(sessions, chosen, length, compared, lambda: shown.advance(task), noises)
+        files_of = latents_files(latents_out, list(sessions))
+        rows = evaluate_sessions(
+            sessions, chosen, length, compared, lambda: shown.advance(task), noises, files_of
+        )
         places = {name: str(session.bundle.path) for name, session in sessions.items()}
     report = summarize(rows, compared, places, length)
     if out is not None:
@@ -223,7 +235,7 @@ def _prompts(
         )
     taken = slice(samples or SAMPLES)
     inputs = text_inputs(spec, lines[taken], embeds)
-    return list(zip(texts[taken], inputs, strict=True))
+    return [(text, TextInput(text, array)) for text, array in zip(texts[taken], inputs, strict=True)]
 
 
 def _paired(videos: Sequence[Path], references: Sequence[Path] | None) -> list[tuple[Path, Path | None]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,12 @@ from forcingkv.runtime.tensors import read_header
 Noises: TypeAlias = Annotated[
     list[Path] | None,
     Option("--noise", help="Noise of a file in place of a seed's: one file for all videos, or one for each."),
+]
+
+
+LatentsFolder: TypeAlias = Annotated[
+    Path | None,
+    Option("--latents-out", help="Folder for the latents of every video: a safetensors file each."),
 ]
 
 
@@ -94,6 +101,28 @@ def noises_for(files: Sequence[Path] | None, plan: CachePlan, videos: int, chunk
     for noise in read:
         noise.check_chunks(chunks)
     return read if len(read) == videos else read * videos
+
+
+def check_latents_folder(folder: Path | None) -> None:
+    """Raise InputError where no file of latents can be made in a folder; makes nothing."""
+    if folder is not None:
+        check_file(folder / "0000.safetensors")
+
+
+def latents_files(
+    folder: Path | None, names: Sequence[str]
+) -> Callable[[str, int, Session, Video], LatentsWriter] | None:
+    """The files of a folder for the latents of samples by sessions of those names: the sample's number, then
+    the session's and its name."""
+    if folder is None:
+        return None
+
+    def file(name: str, sample: int, session: Session, video: Video) -> LatentsWriter:
+        plain = re.sub(r"[^\w.+-]+", "_", name)
+        path = folder / f"{sample:04}-{names.index(name)}-{plain}.safetensors"
+        return LatentsWriter(path, lambda: about(session, video, 0))
+
+    return file
 
 
 def say_noises(noises: Sequence[GivenNoise], first_seed: int) -> None:
