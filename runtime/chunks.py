@@ -253,6 +253,7 @@ class ChunkMaker:
                 raise InputError(
                     f"has {name} of the shape {shape}", where="the saved state", expected=str(tensor.shape)
                 )
+        self.held = None  # of the video before
         for name, tensor in state.items():
             array = arrays[name]
             tensor.write(_as_bits(array) if tensor.dtype == "bfloat16" else array, self.queue_of(name))

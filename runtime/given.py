@@ -73,7 +73,8 @@ class GivenNoise:
     def draw(self, seed: int, chunk: int, step: int, place: int, shape: tuple[int, ...]) -> Floats:
         """The noise of a step of a chunk, `place` being the chunk's index in the file: what the file has, and
         else that of the seed (also what a switch of prompts draws anew)."""
-        if step < self.steps and place < self.chunks:
+        assert 0 <= place < self.chunks, "a video is not longer than its noise (`check_chunks`)"
+        if step < self.steps:
             drawn: Floats = self.values[place, step]
             return drawn
         return chunk_noise(seed, chunk, step, shape)

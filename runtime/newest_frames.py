@@ -38,9 +38,10 @@ class FramesEncoder:
         if encoding.frames:
             spec, first = self._plan.spec, encoded_position(self._plan, encoding)
             tables = positions.rotary(spec, self._plan.geometry, first, encoding.frames)
-            turn = positions.turn(spec, encoding_moves(self._plan, encoding))
-            for tensor, table in zip(self._turn.values(), turn, strict=False):  # absolute: none
-                tensor.write(table, self._lane.main)
+            if self._turn:
+                turn = positions.turn(spec, encoding_moves(self._plan, encoding))
+                for tensor, table in zip(self._turn.values(), turn, strict=True):
+                    tensor.write(table, self._lane.main)
             arrays = {"latents": latents, "cosines": tables[0], "sines": tables[1]}
             given = {name: self._tensors[name].first(array.shape) for name, array in arrays.items()}
             for name, array in arrays.items():

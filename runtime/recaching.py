@@ -11,7 +11,7 @@ from forcingkv.runtime.chunks import ChunkMaker, NoiseSource
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.rebuild import Encoding, encoding, replayed
 from forcingkv.runtime.positions import Floats
-from forcingkv.runtime.script import ENCODED
+from forcingkv.runtime.script import ENCODED, Script
 from forcingkv.runtime.spec import Recache
 
 
@@ -23,12 +23,7 @@ def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: C
     if how not in ENCODED:
         return
     if not maker.lane.recaches:
-        raise InputError(
-            f"is {how}, for which this session has no graph",
-            where="recache",
-            expected="replay or none",
-            hint="Choose the backend torch, which needs none; or switch by replay (--recache replay).",
-        )
+        raise _without_graph(f"is {how}", "recache")
     plan = maker.cache.plan
     for chunks in filter(None, made):
         needed = chunks_of(plan, encoding(plan, chunks, keep_sink=how == "keep-sink"), chunks)
@@ -38,6 +33,28 @@ def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: C
                 where="the state that the video goes on from",
                 hint="It is of an earlier version: switch with recache replay, or some chunks later.",
             )
+
+
+def check_restored(maker: ChunkMaker, script: Script, *, hollow: bool, where: str) -> None:
+    """Raise InputError where a saved video needs a pass over newest frames, now or later, and the session has
+    none: states of the backend torch may be gone on with by others."""
+    if maker.lane.recaches:
+        return
+    to_come = [switch for switch, _ in script.due.values()]
+    to_come += script.made[-1:] if script.fading else []
+    for how in (switch.recache for switch in to_come if switch.recache in ENCODED):
+        raise _without_graph(f"has a switch to come with recache {how}", where)
+    if hollow:
+        raise _without_graph("was saved just after a switch with recache empty-sink", where)
+
+
+def _without_graph(what: str, where: str) -> InputError:
+    return InputError(
+        f"{what}, for which this session has no graph",
+        where=where,
+        expected="replay or none",
+        hint="Choose the backend torch, which needs none; or switch by replay (--recache replay).",
+    )
 
 
 def make_anew(

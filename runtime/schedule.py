@@ -141,7 +141,9 @@ class Schedule:
                 where="schedule",
                 expected="steps above 0, or noise_levels = 'table', where 0 has the level of the last entry",
             )
-        for (a, b), (here, after) in zip(itertools.pairwise(steps), itertools.pairwise(sigmas), strict=False):
+        for (a, b), (here, after) in zip(
+            itertools.pairwise(steps), itertools.pairwise(sigmas[:-1]), strict=True
+        ):
             if here <= after:
                 raise InputError(
                     f"{name} has the steps {a:g} and {b:g}, which have one noise level ({here:.6g})",

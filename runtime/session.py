@@ -21,6 +21,7 @@ from forcingkv.runtime.given import GivenNoise, check_start
 from forcingkv.runtime.pass_timer import PassTimer
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.preflight import check_memory, needed_memory
+from forcingkv.runtime.recaching import check_restored
 from forcingkv.runtime.script import PromptRecord, Script
 from forcingkv.runtime.snapshot import check_given, read_snapshot
 from forcingkv.runtime.spec import Dtype
@@ -231,12 +232,14 @@ class Session:
             start: latents that it began with. They are in the state, and need not be given; others are
                 refused.
 
-        Raises InputError for a state that is damaged, or of another bundle (the video before goes on then),
+        Raises InputError for a state that is damaged, of another bundle, or that needs another backend (the
+        video before goes on then),
         and SessionError as iterating over a video does.
         """
         with self._using() as maker:
             state, arrays, latents, ready, script = read_snapshot(Path(folder), self.bundle)
             check_given(state, Path(folder), noise, None if start is None else check_start(start, self.plan))
+            check_restored(maker, script, hollow=bool(state.hollow), where=str(folder))
             coming = range(min(state.made, state.given or 0), state.given or 0)
             to_come = {index: arrays[f"start/{index}"] for index in coming}
             begun = Start(state.given or 0, to_come, state.start)

@@ -215,16 +215,16 @@ class Video:
         """
         session = self._session
         record, text = PromptRecord.of(session.spec, prompt)
-        how, chunks = recache_of(session.spec, recache), check_fade(fade)
+        how, blended = recache_of(session.spec, recache), check_fade(fade)
         with self._using() as maker:
             # Of a planned switch too: later the video would end with it.
             chunk = self._begun if at is None else operator.index(at)
-            self._check_switch(maker, Switch(chunk, record, how, chunks))
+            self._check_switch(maker, Switch(chunk, record, how, blended))
             if at is not None:
-                self._script.plan(Switch(chunk, record, how, chunks), text, self._begun)
+                self._script.plan(Switch(chunk, record, how, blended), text, self._begun)
                 return chunk
         with self._changing() as maker:
-            switch = Switch(self._begun, record, how, chunks)
+            switch = Switch(self._begun, record, how, blended)
             self._follow(maker, switch, text)
             return switch.chunk
 

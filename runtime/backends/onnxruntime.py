@@ -244,7 +244,7 @@ class OnnxLane:
         self.main: Queue = HostQueue()
         self.side: Queue = self.main
         self.lookahead = 0
-        self.recaches = "recache" in graphs
+        self.recaches = False  # no graph of that pass is written
 
     @property
     def placement(self) -> dict[str, Placement]:

@@ -108,33 +108,18 @@ class CacheBuffers(KvCache):
         return self.phase, self.passes % 2
 
     def held(self) -> dict[str, Tensor]:
-        return {e.name: self._buffer(e, self.passes).first(self._held_shape(e)) for e in self.plan.entries}
+        return {
+            e.name: self._buffer(e, self.passes).first(self.plan.entry_shape(e, self.passes))
+            for e in self.plan.entries
+        }
 
     def outputs(self) -> dict[str, Tensor]:
         """Nothing that passes read is among it: any pass may write there."""
         return {
-            next_name(e.name): self._fresh(e) if self.hollow and self._is_hollow(e) else self._following(e)
+            next_name(e.name): self._buffer(e, self.passes + 1).first(self.plan.next_shape(e, self.passes))
             for e in self.plan.entries
         }
 
     def _buffer(self, entry: CacheEntry, passes: int) -> Tensor:
         """What is read after so many clean passes."""
         return self._buffers[entry.name][entry.role.buffer_read(self.plan, entry.group, passes)]
-
-    def _following(self, entry: CacheEntry) -> Tensor:
-        """Where the clean pass writes."""
-        return self._buffer(entry, self.passes + 1).first(self.plan.next_shape(entry, self.passes))
-
-    def _fresh(self, entry: CacheEntry) -> Tensor:
-        """Where the clean pass of a hollow cache writes, which makes what is there after `passes` of them."""
-        return self._buffer(entry, self.passes).first(self.plan.entry_shape(entry, self.passes))
-
-    def _is_hollow(self, entry: CacheEntry) -> bool:
-        """Whether a hollow cache has none of it, and its next clean pass makes it."""
-        there = entry.role.chooses or entry.role.opening_frames(self.plan.spec)
-        return not there and self.plan.tokens(entry.group, entry.role, self.passes) > 0
-
-    def _held_shape(self, entry: CacheEntry) -> tuple[int, int, int, int]:
-        batch, heads, tokens, width = self.plan.entry_shape(entry, self.passes)
-        there = not self.hollow or entry.role.opening_frames(self.plan.spec)
-        return batch, heads, tokens if there else 0, width

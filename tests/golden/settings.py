@@ -189,9 +189,9 @@ def _check_levels(said: Mapping[str, Any], steps: ChunkSteps) -> None:
         used = said.get(name)
         if used is None:
             continue
-        pairs = list(zip(used, made, strict=False))
         if len(used) not in (len(steps), len(made)) or any(
-            abs(mine - ref) > LEVELS_AGREE * max(abs(ref), LEVELS_AGREE) for ref, mine in pairs
+            abs(mine - ref) > LEVELS_AGREE * max(abs(ref), LEVELS_AGREE)
+            for ref, mine in zip(used, made[: len(used)], strict=True)
         ):
             raise GoldenError(f"its {name} are {used}, and the product's {list(made[: len(used)])}")
 

@@ -168,6 +168,30 @@ def test_what_a_session_or_a_video_cannot_do_is_refused_and_changes_nothing(bund
         assert_same([*found, *video], wanted)
 
 
+def test_states_that_need_that_pass_are_refused_where_there_is_none(bundles: Bundles, tmp_path: Path) -> None:
+    """A state of the backend torch on ONNX Runtime: what comes would fail in the midst of the video."""
+    with TORCH.open(bundles("forcing-kv")) as session:
+        told = {}
+        for name, options in {
+            "planned": {"recache": "keep-sink", "at": 8},
+            "fading": {"recache": "keep-sink", "fade": 3},
+            "hollow": {"recache": "empty-sink"},
+            "made": {"recache": "keep-sink"},
+        }.items():
+            video, _ = begun(session, 5, 10)
+            video.switch(OTHER, **options)  # type: ignore[arg-type]
+            if name != "hollow":
+                next(video)
+            video.save(tmp_path / name)
+            told[name] = list(video)
+    with ONNX.open(bundles("forcing-kv")) as session:
+        for name in ("planned", "fading", "hollow"):
+            with pytest.raises(InputError, match="for which this session has no graph"):
+                session.restore(tmp_path / name)
+        for one, other in zip(session.restore(tmp_path / "made"), told["made"], strict=True):
+            np.testing.assert_allclose(one.latents, other.latents, atol=1e-4)
+
+
 def earlier(folder: Path, **changes: Any) -> None:
     """Makes a state one of an earlier version: yes and no for words, and without what it did not know."""
     state = json.loads((folder / "state.json").read_text())

@@ -108,7 +108,9 @@ def test_every_frame_that_moves_keeps_its_distance_to_the_chunk(plan: CachePlan)
                 for role in group.roles
                 for span in role.spans(plan, group, chunk, range(plan.choice.kept) if plan.choice else None)
             ]
-            for (role, frame), position in zip(spans, seen(plan, group, chunk), strict=False):
+            positions = seen(plan, group, chunk)
+            assert positions[len(spans) :] == list(range(own, own + frames)), "then the chunk's own"
+            for (role, frame), position in zip(spans, positions[: len(spans)], strict=True):
                 assert position == (own - (chunk * frames - frame) if role.moves else frame)
                 assert 0 <= position < own, "after the sink, and before the chunk"
 
