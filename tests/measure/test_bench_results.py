@@ -135,7 +135,7 @@ def test_each_chunk_of_a_video_costs_its_own_passes(
     assert [point["fps"] for point in points] == [3 / 6, 6 / 10, 9 / 13, 12 / 16]
     assert BenchTurns(case, [turn(1.0)]).chunk_seconds == 3.0, "of a later chunk"
     said = report([BenchTurns(case, [turn(1.0)])], BenchSetup(1))
-    assert (said["passes"], said["opening_passes"]) == (1, [4, 2])
+    assert (said["passes"], said["opening_passes"]) == (2, [5, 3])
 
 
 def test_resolutions_are_written(cases: list[BenchCase], tmp_path: Path) -> None:
