@@ -32,7 +32,7 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
         "layers": plan.spec.layers,
         "geometry": plan.geometry.described,
         "rounds": len(measured[0].turns),
-        # Of a chunk, and of the first chunks where these have others; the clean pass among them, as in `plan`.
+        # Of a chunk, and of the first ones where these have others; the clean pass among them, as in `plan`.
         "passes": len(schedule.later) + 1,
         "opening_passes": [len(schedule.of_chunk(n)) + 1 for n in range(schedule.opening_chunks)],
         "heads": {name: headmap.counts() for name, headmap in headmaps.items() if headmap},
