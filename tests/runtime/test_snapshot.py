@@ -115,7 +115,11 @@ np.savez(sys.argv[3], latents=[c.latents for c in chunks], frames=np.concatenate
 
 @pytest.mark.parametrize(
     ("on", "name"),
-    [(ONNX, "forcing-kv"), (ONNX, "taehv"), (TORCH, "taehv")],  # a process that loads torch takes seconds
+    [
+        (ONNX, "forcing-kv"),
+        (ONNX, "taehv"),
+        pytest.param(TORCH, "taehv", marks=pytest.mark.long),  # a process that loads torch takes seconds
+    ],
     indirect=["on"],
     ids=lambda value: getattr(value, "name", value),
 )
