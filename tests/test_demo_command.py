@@ -1,4 +1,7 @@
-"""`forcingkv demo`: what it promises, on fewer prompts than the table of the README."""
+"""`forcingkv demo`: what it promises, on fewer prompts than the table of the README.
+
+With a sample and two prompts, and of more in `make test-long`.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ import pytest
 
 from tests.conftest import Ran
 
-PROMPTS = 5
-
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("white_pictures")
-def test_the_demo_walks_the_whole_way(run: Callable[..., Ran], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("samples", "prompts", "seed"), [(1, 2, 1), pytest.param(2, 5, 0, marks=pytest.mark.long)]
+)
+def test_the_demo_walks_the_whole_way(
+    samples: int, prompts: int, seed: int, run: Callable[..., Ran], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    ran = run("demo", "--json", "--samples", 2, "--prompts", PROMPTS, "--out", out)
+    ran = run("demo", "--json", "--samples", samples, "--prompts", prompts, "--seed", seed, "--out", out)
     assert ran.code == 0, ran.err
     result = json.loads(ran.out)
     assert sum(result["headmap"].values()) == 24
