@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models import decoders
 from forcingkv.models.decoders import StreamingDecoder, load_decoder
-from forcingkv.models.decoders.wan_vae import WanVaeDecoder, load_wan_vae
+from forcingkv.models.decoders.wan_files import load_wan_vae
+from forcingkv.models.decoders.wan_vae import WanVaeDecoder
 from tests.models.test_decoders import SMALL, State, small_vae
 
 
