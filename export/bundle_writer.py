@@ -38,12 +38,12 @@ from forcingkv.runtime.bundle import (
     PlanRecord,
 )
 from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST
-from forcingkv.runtime.graph_records import check_records
+from forcingkv.runtime.graph_records import ALL_GRAPHS, check_records
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.spec import ModelSpec
 
-NAMES = (MANIFEST, HEADMAP, WEIGHTS, DECODER, "engines", "kernels", *(f"{name}.onnx" for name in GRAPHS))
+NAMES = (MANIFEST, HEADMAP, WEIGHTS, DECODER, "engines", "kernels", *(f"{name}.onnx" for name in ALL_GRAPHS))
 """What a bundle may have at its top."""
 
 

@@ -22,9 +22,9 @@ from forcingkv.runtime.bundle_check import check_files, check_sizes, map_checked
 from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
+from forcingkv.runtime.graph_records import ALL_GRAPHS, check_records, layouts_without_graphs
 from forcingkv.runtime.graph_records import CLEAN as CLEAN
 from forcingkv.runtime.graph_records import GRAPHS as GRAPHS
-from forcingkv.runtime.graph_records import check_records, layouts_without_graphs
 from forcingkv.runtime.graph_records import next_name as next_name
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
@@ -145,6 +145,17 @@ class Manifest:
     """SHA-256 of all that decided what it is, of a bundle in the cache (`export/cached_bundle.py`)."""
 
     @property
+    def graph_names(self) -> list[str]:
+        """The graphs that it has, in the order in which they are made."""
+        return [name for name in ALL_GRAPHS if name in self.graphs]
+
+    @property
+    def engine_graphs(self) -> list[str]:
+        """The graphs that engines are looked for of: those every bundle has, and what engines it has more."""
+        built = {engine.graph for engine in self.engines}
+        return [name for name in self.graph_names if name in GRAPHS or name in built]
+
+    @property
     def has_graphs(self) -> bool:
         """Whether there are ONNX files; without them torch alone can run it."""
         return all(record.file is not None for record in self.graphs.values())
@@ -211,7 +222,7 @@ class Bundle:
         bundle._check_sizes()
         check_records(manifest.graphs, bundle.plan, manifest.compute, where)
         if manifest.has_graphs:
-            for graph in GRAPHS:
+            for graph in manifest.graph_names:
                 bundle.graph_content(graph)
         return bundle
 
@@ -377,7 +388,8 @@ def _read_manifest(folder: Path, content: bytes) -> Manifest:
     for graph in GRAPHS:
         if graph not in manifest.graphs:
             raise InputError(f"has no graph {graph!r}", where=str(path))
-        named |= {manifest.graphs[graph].file, manifest.graphs[graph].weights}
+    for record in manifest.graphs.values():
+        named |= {record.file, record.weights}
     named |= {engine.file for engine in manifest.engines} | {kernel.file for kernel in manifest.kernels}
     if len({record.file is None for record in manifest.graphs.values()}) > 1:
         raise InputError("has files of some graphs only", where=str(path), expected="of all, or of none")

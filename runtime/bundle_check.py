@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.files import FileRecord, inside
-from forcingkv.runtime.graph_records import GRAPHS
 
 if TYPE_CHECKING:
     from forcingkv.runtime.bundle import Manifest
@@ -93,9 +92,9 @@ def check_sizes(manifest: Manifest, where: str) -> None:
                 f"says that {what} is {shown(number)}", where=where, expected=f"{least} to {most}"
             )
     for engine in manifest.engines:
-        if engine.graph not in GRAPHS:
+        if engine.graph not in manifest.graphs:
             what = f"has an engine of the graph {shown(engine.graph)}"
-            raise InputError(what, where=where, expected=" or ".join(GRAPHS))
+            raise InputError(what, where=where, expected=" or ".join(manifest.graph_names))
 
 
 def _sizes(manifest: Manifest) -> Iterator[tuple[str, float, int, int]]:

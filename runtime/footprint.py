@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from forcingkv.runtime.bundle import GRAPHS, Manifest, TensorRecord
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
+from forcingkv.runtime.graph_records import ALL_GRAPHS
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
@@ -23,7 +24,7 @@ DEVICE_RESERVE = 700_000_000
 """Bytes that a process takes of a GPU besides what `footprint` counts, about: CUDA's context takes 300 to
 600 MB, then come kernels, what TensorRT keeps for each context, and CUDA graphs. Not measured here."""
 EngineSet: TypeAlias = tuple[EngineRecord, ...]
-"""The engines that one TensorRT runs on one kind of GPU, in the order of `GRAPHS`."""
+"""The engines that one TensorRT runs on one kind of GPU, in the order of `ALL_GRAPHS`."""
 
 
 def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[str, str]:
@@ -68,7 +69,7 @@ def engine_sets(manifest: Manifest) -> list[EngineSet]:
     def runs_on(engine: EngineRecord) -> tuple[str, str, int]:
         return engine.flavour, engine.version, engine.sm
 
-    in_order = sorted(manifest.engines, key=lambda e: (*runs_on(e), (*GRAPHS, e.graph).index(e.graph)))
+    in_order = sorted(manifest.engines, key=lambda e: (*runs_on(e), (*ALL_GRAPHS, e.graph).index(e.graph)))
     return [tuple(engines) for _, engines in groupby(in_order, runs_on)]
 
 

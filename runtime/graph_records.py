@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from forcingkv.runtime.bundle import GraphRecord, TensorRecord
 
 GRAPHS = ("prompt", "step", "decode")
+"""Graphs that every bundle has."""
+MORE_GRAPHS: tuple[str, ...] = ()
+"""Graphs that some bundles have too, in the order in which they are made."""
+ALL_GRAPHS = (*GRAPHS, *MORE_GRAPHS)
 CLEAN = "clean"
 """The input of `step` that says whether a pass is the clean one."""
 TURN = ("turn_cosines", "turn_sines")
@@ -157,11 +161,10 @@ def layouts_without_graphs(
 
 def check_records(graphs: Mapping[str, GraphRecord], plan: CachePlan, compute: Dtype, where: str) -> None:
     """Raise InputError unless the records of all graphs are those that follow from the plan."""
-    others = sorted(set(graphs) - set(GRAPHS))
+    others = sorted(set(graphs) - set(ALL_GRAPHS))
     if others:
-        raise InputError(f"has a graph {shown(others[0])}", where=where, expected=", ".join(GRAPHS))
-    for name in GRAPHS:
-        record = graphs[name]
+        raise InputError(f"has a graph {shown(others[0])}", where=where, expected=", ".join(ALL_GRAPHS))
+    for name, record in graphs.items():
         if name == "decode" and plan.spec.decoder.kind != "pixels":
             _check_carried(record, compute, f"{where}: graphs.decode")
         wanted = layouts(plan, compute, name, record)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
 from forcingkv.runtime.backends import BACKENDS, LaneOptions
-from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.devices import cuda_number
 from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
 from forcingkv.runtime.flavour import FLAVOURS, choose, trt
@@ -166,9 +166,10 @@ def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
     engines: list[EngineRecord] = []
     if flavour:
         choose(flavour)
-        sm, built, where = device_sm(_number(options)), bundle.manifest.engines, str(bundle.path)
+        sm, where = device_sm(_number(options)), str(bundle.path)
+        built, graphs = bundle.manifest.engines, bundle.manifest.engine_graphs
         if sm is not None:  # else opening the backend says so
-            engines = [find_engine(built, graph, flavour, trt.__version__, sm, where) for graph in GRAPHS]
+            engines = [find_engine(built, graph, flavour, trt.__version__, sm, where) for graph in graphs]
     parts = footprint(bundle.manifest, bundle.plan, engines)
     return parts | {RESERVE: DEVICE_RESERVE} if flavour else parts
 

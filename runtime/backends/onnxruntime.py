@@ -24,7 +24,7 @@ from forcingkv.runtime.backends.linked_graphs import graph_and_folder
 from forcingkv.runtime.backends.ort_placement import RECORD, Placement, placement_of
 from forcingkv.runtime.backends.ort_providers import ON_CPU, ON_THE_CPU, Chosen, choose_provider
 from forcingkv.runtime.backends.ort_state import StateTensor, viewer_of
-from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.devices import ADVICE, is_sticky
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
@@ -73,7 +73,7 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> OnnxLane:
     threads = chosen_threads(options.threads).number
     ample = available_bytes() >= AMPLE_ROOM * sum(footprint(bundle.manifest, bundle.plan).values())
     graphs = {}
-    for graph in GRAPHS:
+    for graph in bundle.manifest.graph_names:
         kept = ample or (bundle.manifest.graphs[graph].activation_bytes or 0) < LARGE_ACTIVATIONS
         graphs[graph] = OnnxGraph(
             bundle.graph(graph),

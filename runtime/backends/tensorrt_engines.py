@@ -13,7 +13,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.prune.launcher import KernelLauncher
 from forcingkv.prune.plugin import register_plugins
 from forcingkv.runtime.backends.tensorrt_cache import RuntimeCache
-from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.engines import (
     EngineRecord,
     device_model,
@@ -70,7 +70,8 @@ def load_kernels(bundle: Bundle, flavour: FlavourName, device: int = 0) -> Kerne
 
     Raises as `load_engine`.
     """
-    found = [find_record(bundle, graph, flavour, device) for graph in GRAPHS]
+    graphs = bundle.manifest.engine_graphs
+    found = [find_record(bundle, graph, flavour, device) for graph in graphs]
     sm = next((sm for record, sm in found if record.needs_plugin), None)
     if sm is None:
         return None
@@ -110,12 +111,13 @@ def load_engine(bundle: Bundle, graph: str, flavour: FlavourName, device: int = 
 def load_all(bundle: Bundle, flavour: FlavourName, device: int) -> Loaded:
     """All engines, their kernels, and what was compiled of them before. Raises as `load_engine`."""
     launcher = load_kernels(bundle, flavour, device)
-    engines = {graph: load_engine(bundle, graph, flavour, device) for graph in GRAPHS}
-    records = {graph: find_record(bundle, graph, flavour, device)[0] for graph in GRAPHS}
+    graphs = bundle.manifest.engine_graphs
+    engines = {graph: load_engine(bundle, graph, flavour, device) for graph in graphs}
+    records = {graph: find_record(bundle, graph, flavour, device)[0] for graph in graphs}
     check_profiles(bundle, records["step"], engines["step"])
     sm = device_sm(device)
     caches = {
-        graph: RuntimeCache(bundle.digest, graph, f"{flavour} {trt.__version__}", sm) for graph in GRAPHS
+        graph: RuntimeCache(bundle.digest, graph, f"{flavour} {trt.__version__}", sm) for graph in graphs
     }
     return Loaded(engines, launcher, caches, records)
 

@@ -75,7 +75,6 @@ def _about(opened: Any) -> dict[str, Any]:
 def _on_engines(opened: Any, flavour: Any, version: str | None, sm: str, free: str) -> dict[str, Any]:
     """Whether there are engines of that flavour for this machine, and memory for a session with them."""
     from forcingkv.headmaps.errors import InputError
-    from forcingkv.runtime.bundle import GRAPHS
     from forcingkv.runtime.engines import find_engine
     from forcingkv.runtime.footprint import footprint
 
@@ -86,7 +85,8 @@ def _on_engines(opened: Any, flavour: Any, version: str | None, sm: str, free: s
         lacking = "no GPU was found" if not sm else f"{flavour} could not be loaded"
         return _verdict(f"{lacking}, so no engine can be chosen")
     try:
-        engines = [find_engine(built, graph, flavour, version, int(sm), where) for graph in GRAPHS]
+        graphs = opened.manifest.engine_graphs
+        engines = [find_engine(built, graph, flavour, version, int(sm), where) for graph in graphs]
     except InputError as error:
         return _verdict(str(error))
     needed = sum(footprint(opened.manifest, opened.plan, engines).values())
