@@ -50,9 +50,7 @@ def kind_by_name(path: Path) -> str | None:
     for pattern, model in _OTHER_LATENTS:
         if re.search(pattern, stem):
             hint = "If the file was given another one's name, rename it."
-            expected = (
-                "Wan2.1_VAE.pth (wan-vae), taew2_1.pth (taehv) or lighttaew2_1.pth (lighttae), or those of 2.2"
-            )
+            expected = "Wan2.1_VAE.pth (wan-vae), taew2_1.pth (taehv), lighttaew2_1.pth (lighttae), or of 2.2"
             raise InputError(f"is {model}", where=str(path), expected=expected, hint=hint)
     return None
 

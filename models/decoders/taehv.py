@@ -1,15 +1,15 @@
 """TAEHV `taew2_1` and `taew2_2`: the tiny decoders of Wan's latents (madebyollin/taehv, MIT), as a stream.
 
 Layer numbers and names are those of its checkpoints. It takes the latents as the transformer makes
-them, without the VAE's mean and deviation, and makes pixels in [0, 1]; of Wan 2.2's latents each of its pixels
-is a square of 2 x 2. LightX2V's `lighttaew2_1` and `lighttaew2_2` have the same layers and were trained on
+them, without the VAE's mean and deviation, and makes pixels in [0, 1]; of Wan 2.2's latents each of its
+pixels is a square of 2 x 2. LightX2V's `lighttaew2_1` and `lighttaew2_2` have the same layers and were trained on
 latents with both: latents * std + mean (LightX2V, `vae_tiny.py`, `need_scaled`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +158,15 @@ class LightTaeDecoder(TaehvDecoder):
 
 
 def published_sizes(channels: int) -> dict[str, Any]:
-    """What the published `TaehvDecoder` for latents of so many channels is made with; of Wan 2.1's, where none
-    has so many."""
+    """What the published `TaehvDecoder` for latents of so many channels is made with; Wan 2.1's, where none has
+    so many."""
     known = channels if channels in PATCHES else LATENT_CHANNELS
     return {"latent_channels": known, "patch": PATCHES[known]}
 
 
 def sizes_of(shapes: Shapes, where: str) -> dict[str, Any]:
-    """What a `TaehvDecoder` of tensors of those shapes is made with. Raises InputError where they are of no such
-    decoder; `where` is their file."""
+    """What a `TaehvDecoder` of tensors of those shapes is made with. Raises InputError where they are of no
+    such decoder; `where` is their file."""
     # The first convolution, then the last one of each stage, then the last of all.
     convs = [1, *(MEMORIES + 5 + (MEMORIES + 3) * stage for stage in range(len(GROWTH)))]
     convs.append(convs[-1] + 2)
@@ -184,8 +184,8 @@ def sizes_of(shapes: Shapes, where: str) -> dict[str, Any]:
 
 
 def load_taehv(path: Path, kind: type[TaehvDecoder] = TaehvDecoder) -> TaehvDecoder:
-    """Read `taew2_1.pth`, `taew2_2.pth` or `lighttaew2_1.pth`, `lighttaew2_2.pth`, or .safetensors; the encoder
-    in it is left aside. Its sizes are those of its tensors.
+    """Read `taew2_1.pth`, `taew2_2.pth` or `lighttaew2_1.pth`, `lighttaew2_2.pth`, or .safetensors; the
+    encoder in it is left aside. Its sizes are those of its tensors.
 
     The tensors of a TAEHV and a LightTAE have the same names and shapes: `kind` says which it is.
 

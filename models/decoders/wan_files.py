@@ -66,7 +66,8 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
     Raises InputError where a file cannot be read, the config is not of a VAE of Wan's, the mean of its
     latents is not known, or a tensor is missing, unexpected or wrongly shaped.
     """
-    weights, said = _place(path)
+    weights, described = _place(path)
+    said = None if described is None else _read_config(described)
     files = open_tensors(weights, is_decoder)
     names = without_prefix(files.shapes)
     check_tensors("wan-vae", names, str(weights))
@@ -78,7 +79,7 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
         if not {"latents_mean", "latents_std"} <= given.keys():
             sizes |= _as_fields(scale_of(sizes["z_dim"], str(weights)))
         said = sizes | given
-    vae = _empty(said, str(path / CONFIG if weights.parent == path else weights))
+    vae = _empty(said, str(described or weights))
     whole = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     return WanVaeDecoder(vae).fill(files, names, "the Wan VAE (names as in diffusers)", whole)
 
@@ -102,8 +103,8 @@ def _plain(channels: int) -> Scale:
     return Scale((0.0,) * min(channels, MOST_SIZE), (1.0,) * min(channels, MOST_SIZE))
 
 
-def _place(path: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Where the weights lie, and what a config says of them; None: no config."""
+def _place(path: Path) -> tuple[Path, Path | None]:
+    """Where the weights lie, and where the config that describes them; None: nowhere."""
     if not path.is_dir():
         return path, None
     in_wans = [path / name for name in WAN_VAES if (path / name).is_file()]
@@ -113,7 +114,7 @@ def _place(path: Path) -> tuple[Path, dict[str, Any] | None]:
     if in_wans:
         return in_wans[0], None
     folder = path / "vae" if (path / "vae").is_dir() else path
-    return folder / WEIGHTS, _read_config(folder / CONFIG)
+    return folder / WEIGHTS, folder / CONFIG
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -157,7 +158,9 @@ def sizes_of(shapes: Shapes, where: str) -> dict[str, Any]:
         raise InputError(what, where=where, expected=expected)
     residual = any(name.startswith("decoder.up_blocks.0.upsampler.") for name in shapes)
     upsampler = "upsampler" if residual else "upsamplers.0"
-    longer = [f"decoder.up_blocks.{stage}.{upsampler}.time_conv.weight" in shapes for stage in range(stages - 1)]
+    longer = [
+        f"decoder.up_blocks.{stage}.{upsampler}.time_conv.weight" in shapes for stage in range(stages - 1)
+    ]
     encoder = "encoder.conv_in.weight"
     return {
         "base_dim": size(encoder) if encoder in shapes else width,

@@ -70,6 +70,8 @@ def _renamed(name: str, ends: list[int]) -> str:
     if flat := _FLAT_UP.match(name):
         layer, rest = int(flat[1]), flat[2]
         stage = sum(end < layer for end in ends)
-        inside = "upsamplers.0" if layer in ends else f"resnets.{layer - (ends[stage - 1] + 1 if stage else 0)}"
+        inside = (
+            "upsamplers.0" if layer in ends else f"resnets.{layer - (ends[stage - 1] + 1 if stage else 0)}"
+        )
         return f"decoder.up_blocks.{stage}.{inside}.{rest}"
     return name.replace("encoder.downsamples.", "encoder.down_blocks.")
