@@ -112,8 +112,8 @@ def load_decoder(
             lighttaew2_2 of the same layers, which take latents with the VAE's mean and deviation.
         path: the weights, whose sizes say of which latents they are. wan-vae: a diffusers folder (or one with
             the subfolder `vae`), Wan's folder or its `Wan2.1_VAE.pth` or `Wan2.2_VAE.pth`, a file in the
-            naming of either. taehv: `taew2_1.pth`, `taew2_2.pth` or .safetensors; lighttae: `lighttaew2_1.pth`,
-            `lighttaew2_2.pth` or .safetensors. None: weights drawn at random.
+            naming of either. taehv: `taew2_1.pth`, `taew2_2.pth` or .safetensors; lighttae:
+            `lighttaew2_1.pth`, `lighttaew2_2.pth` or .safetensors. None: weights drawn at random.
         seed: of the random weights.
         channels: of the latents that random weights are for: 16 (Wan 2.1) or 48 (Wan 2.2).
 

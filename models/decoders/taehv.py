@@ -2,8 +2,8 @@
 
 Layer numbers and names are those of its checkpoints. It takes the latents as the transformer makes
 them, without the VAE's mean and deviation, and makes pixels in [0, 1]; of Wan 2.2's latents each of its
-pixels is a square of 2 x 2. LightX2V's `lighttaew2_1` and `lighttaew2_2` have the same layers and were trained on
-latents with both: latents * std + mean (LightX2V, `vae_tiny.py`, `need_scaled`).
+pixels is a square of 2 x 2. LightX2V's `lighttaew2_1` and `lighttaew2_2` have the same layers and were
+trained on latents with both: latents * std + mean (LightX2V, `vae_tiny.py`, `need_scaled`).
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ class LightTaeDecoder(TaehvDecoder):
 
 
 def published_sizes(channels: int) -> dict[str, Any]:
-    """What the published `TaehvDecoder` for latents of so many channels is made with; Wan 2.1's, where none has
-    so many."""
+    """What the published `TaehvDecoder` for latents of so many channels is made with; Wan 2.1's, where none
+    has so many."""
     known = channels if channels in PATCHES else LATENT_CHANNELS
     return {"latent_channels": known, "patch": PATCHES[known]}
 
