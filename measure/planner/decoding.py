@@ -15,6 +15,9 @@ from forcingkv.headmaps.reading import parse_toml
 from forcingkv.measure.planner.gpus import Gpu, load_gpu
 from forcingkv.runtime.spec import Geometry
 
+WAN21_CHANNELS = 16
+"""Of the latents that most decoders are for."""
+
 
 @dataclass(frozen=True)
 class DecodingFigure:
@@ -51,10 +54,12 @@ class DecoderCosts:
 
 
 @cache
-def decoder_costs(kind: str) -> DecoderCosts:
-    """The sizes of a decoder."""
+def decoder_costs(kind: str, channels: int = WAN21_CHANNELS) -> DecoderCosts:
+    """The sizes of a decoder for latents of so many channels; of Wan 2.1's, where none has so many."""
     text = (resources.files(__package__) / "decoders.toml").read_bytes()
     data: dict[str, Any] = dict(parse_toml(text, "decoders.toml")[kind])
+    if kind != "pixels":
+        data = dict(data.get(str(channels)) or data[str(WAN21_CHANNELS)])
     if "published" in data:
         data["published"] = DecodingFigure(**data["published"])
     return DecoderCosts(**data)

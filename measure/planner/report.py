@@ -85,7 +85,7 @@ def plan_report(
             }
         )
     families = {gpu.family for gpu in gpus}
-    decoding = decoder_costs(spec.decoder.kind).published
+    decoding = decoder_costs(spec.decoder.kind, spec.latent_channels).published
     return {
         "model": spec.name,
         "width": geometry.width,
@@ -111,7 +111,7 @@ def _speed(gpu: Gpu, plan: CachePlan, video: VideoWork, full: VideoWork) -> dict
     constant = efficiencies()[gpu.family]
     found, unpruned = (predict(one, gpu, constant["value"]) for one in (video, full))
     least, most = (predict(video, gpu, constant[end]) for end in ("lowest", "highest"))
-    decoding = decoder_costs(plan.spec.decoder.kind).published
+    decoding = decoder_costs(plan.spec.decoder.kind, plan.spec.latent_channels).published
     decode = decoding.seconds_on(gpu, plan.geometry, video.frames) if decoding else None
 
     def with_decode(predicted: dict[str, Any]) -> float | None:

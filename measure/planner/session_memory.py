@@ -80,7 +80,7 @@ def engine_activations(plan: CachePlan, dtype: Dtype) -> int:
 def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> SessionMemory:
     """What a session with engines holds, by part: `runtime.footprint.PARTS`, decoding's activations apart."""
     spec, size, geometry = plan.spec, DTYPES[dtype].bytes, plan.geometry
-    decoder = decoder_costs(spec.decoder.kind)
+    decoder = decoder_costs(spec.decoder.kind, spec.latent_channels)
     pixels = geometry.latent_height * geometry.latent_width
     wide = DTYPES["float32"].bytes
     chunk = spec.latent_channels * spec.frames_per_chunk * pixels

@@ -41,7 +41,7 @@ OURS = (
 )
 OURS_WITH_TORCH = (
     *("forcingkv.analyze", "forcingkv.models.checkpoint", "forcingkv.models.text_encoder"),
-    *("forcingkv.models.decoders.wan_vae",),
+    *("forcingkv.models.decoders.wan_files",),
 )
 
 
