@@ -55,7 +55,9 @@ class FramesEncoder:
         key = self._cache.key, alike
         if key not in self._passes:
             inputs = given | {"time": self._time} | self._turn | self._cross | self._rows_of(alike)
-            self._passes[key] = self._lane.bind("recache", self._cache.phase_after(alike), inputs, {})
+            inputs |= self._cache.seen_by(alike)
+            outputs = self._cache.made_by(alike)
+            self._passes[key] = self._lane.bind("recache", self._cache.phase_after(alike), inputs, outputs)
         return self._passes[key]
 
     def _rows_of(self, encoding: Encoding) -> dict[str, Tensor]:
