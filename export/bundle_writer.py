@@ -42,8 +42,7 @@ from forcingkv.runtime.graph_records import ALL_GRAPHS, check_records
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.rebuild import encoding, encodings
-from forcingkv.runtime.script import ENCODED
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.spec import ENCODED, ModelSpec
 
 NAMES = (MANIFEST, HEADMAP, WEIGHTS, DECODER, "engines", "kernels", *(f"{name}.onnx" for name in ALL_GRAPHS))
 """What a bundle may have at its top."""

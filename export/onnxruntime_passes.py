@@ -57,7 +57,7 @@ def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int]) -> None:
 
 
 def _most_tokens(keys: ir.Value, lengths: Mapping[str, int]) -> int:
-    """The most keys (batch, heads, tokens, head_dim) there are, or queries; joined ones are counted by part."""
+    """The most keys (batch, heads, tokens, head_dim), or queries; joined ones are counted by part."""
     size = shape_of(keys)[2]
     if isinstance(size, int):
         return size
