@@ -21,7 +21,7 @@ from forcingkv.export.engine_builder import (
     build_engine,
 )
 from forcingkv.export.fp8 import CalibrationTexts, calibrate
-from forcingkv.export.graphs import Graph, decode_graph, empty, prompt_graph, step_graph
+from forcingkv.export.graphs import Graph, decode_graph, empty, prompt_graph, recache_graph, step_graph
 from forcingkv.export.onnx_writer import value_records, write_onnx
 from forcingkv.export.precision import Precision, torch_dtype
 from forcingkv.export.verify import graph_difference, quantized_differences
@@ -37,9 +37,10 @@ from forcingkv.runtime.bundle import (
     tensor_records,
 )
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
-from forcingkv.runtime.graph_check import check_graph
+from forcingkv.runtime.graph_check import check_graph, shapes_of
 from forcingkv.runtime.graph_file import read_graph
 from forcingkv.runtime.graph_memory import weight_bytes
+from forcingkv.runtime.graph_records import UNFOLDED
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import StoredTensor
@@ -128,9 +129,9 @@ class PartsWriter:
             outputs=value_records(traced.graph.output),
         )
         if precision.compute == "float32":  # ONNX Runtime runs the graph
-            shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
-            activations = activation_bytes(traced, shapes if name == "step" else [{}])
-            weights = weight_bytes(read_graph(path.read_bytes(), str(path)))
+            folded = name not in UNFOLDED
+            activations = activation_bytes(traced, shapes_of(name, self.plan), folded=folded)
+            weights = weight_bytes(read_graph(path.read_bytes(), str(path)), folded=folded)
             record = replace(record, weight_bytes=weights, activation_bytes=activations)
         self._check(name, path, record)
         self.records[name] = record
@@ -190,6 +191,7 @@ class PartsWriter:
             single_kernels=self.target is not None and self.target.aot,
             input_scales=self.scales,
             int8_layers=self.linears if precision.linear == "int8" else (),
+            folded=name not in UNFOLDED,
         )
 
     def _weights_of(self, name: str) -> str | None:
@@ -231,7 +233,9 @@ class PartsWriter:
                 empty(decoder, lambda parameter: torch_dtype(kind))
             return decode_graph(self.plan, decoder, pixels=kind == "float32")
         model = self._traced(name, precision) if precision else self.model
-        return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
+        if name == "prompt":
+            return prompt_graph(model)
+        return recache_graph(model, self.plan) if name == "recache" else step_graph(model, self.plan)
 
     def _traced(self, name: str, precision: Precision) -> WanModel:
         """The model that a graph is traced with: parameters of a precision's dtypes, without contents."""

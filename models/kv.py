@@ -336,6 +336,37 @@ def advance_group(done: CleanPass) -> GroupCache:
     return {role.name: made[role.name] for role in roles}
 
 
+def encode_group(
+    group: HeadGroup,
+    queries: Tensor,
+    own: KeysValues,
+    held: GroupCache,
+    rows: Mapping[str, Tensor],
+    turn: Turn | None,
+) -> tuple[Tensor, GroupCache]:
+    """Attention of a group's heads in a pass that encodes newest frames anew, without a mask, and what roles
+    take of these frames.
+
+    Args:
+        group: the group.
+        queries: of all heads.
+        own: keys and values of the frames, of the group's heads.
+        held: what the frames see beside themselves: roles that stay.
+        rows: name of each other role -> which of the frames' tokens it takes.
+        turn: moves keys to where the next chunk sees them. None: they stay.
+    """
+    by_name = {role.name: role for role in group.roles}
+    seen = [*(HALVES[name].read(by_name[name], kv, own.keys) for name, kv in held.items()), own]
+    keys, values = (torch.cat(parts, 2) for parts in zip(*seen, strict=True))
+    attended = F.scaled_dot_product_attention(queries[:, group.start : group.stop], keys, values)
+    made = {}
+    for name, taken in rows.items():
+        made[name] = KeysValues(*(part.index_select(2, taken) for part in own))
+        if turn is not None and by_name[name].moves:
+            made[name] = HALVES[name].move(by_name[name], made[name], turn)
+    return attended, made
+
+
 def turned(keys: Tensor, turn: Turn) -> Tensor:
     """Rotated keys (..., head_dim) moved by the frames of a turn, in float32 whatever they are."""
     wide = keys.float()

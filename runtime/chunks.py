@@ -19,6 +19,7 @@ from forcingkv.runtime.backends import Array, Fetch, Lane, Mark, Pass, Queue, Te
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
 from forcingkv.runtime.faults import NotFiniteError
+from forcingkv.runtime.footprint import has_recache
 from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.rebuild import Encoding
 from forcingkv.runtime.kv.window import first_position, moved_by
@@ -77,6 +78,8 @@ class ChunkMaker:
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
         self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
         self._encoder: FramesEncoder | None = None
+        if lane.recaches and has_recache(bundle.manifest, self._plan):
+            self._encoder = FramesEncoder(lane, self._plan, self.cache, self._cross)
         self._unsettled: Timing | None = None
         self._rotary = {name: tensor_of(lane, step.inputs[name]) for name in ("cosines", "sines")}
         self._turn = {name: tensor_of(lane, step.inputs[name]) for name in TURN if self._plan.relative}
@@ -223,7 +226,7 @@ class ChunkMaker:
 
     def encode(self, encoding: Encoding, latents: Floats) -> None:
         """Make the cache anew in one pass over newest frames, under the prompt as it is: `FramesEncoder`."""
-        if self._encoder is None:  # most videos need none
+        if self._encoder is None:  # on torch: few videos of such a model need one
             self._encoder = FramesEncoder(self.lane, self._plan, self.cache, self._cross)
         self._encoder.run(encoding, latents)
 

@@ -53,7 +53,8 @@ def _without_graph(what: str, where: str) -> InputError:
         f"{what}, for which this session has no graph",
         where=where,
         expected="replay or none",
-        hint="Choose the backend torch, which needs none; or switch by replay (--recache replay).",
+        hint="For ONNX Runtime export the model again with --recache-graph; the backend torch needs none, and"
+        " engines have none: there switch with --recache replay.",
     )
 
 

@@ -15,11 +15,10 @@ import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
+from forcingkv.runtime.spec import ENCODED as ENCODED
 from forcingkv.runtime.spec import ModelSpec, Recache
 from forcingkv.runtime.text import Array, Prompt, TextInput, prompt_input
 
-ENCODED: tuple[Recache, ...] = ("keep-sink", "empty-sink")
-"""The ways that encode newest frames in one pass."""
 MOST_FADED = 10_000
 """Chunks of both prompts: hours."""
 _HOW: dict[Recache, str] = {

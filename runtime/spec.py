@@ -38,6 +38,8 @@ DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
 
 Recache = Literal["replay", "keep-sink", "empty-sink", "none"]
 """How the cache is made anew when the prompt is switched (docs/runtime.md, "Prompts that change")."""
+ENCODED: tuple[Recache, ...] = ("keep-sink", "empty-sink")
+"""The ways that encode newest frames in one pass."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from bisect import bisect_right
 
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.bundle import next_name
-from forcingkv.runtime.kv.plan import CacheEntry, CachePlan
-from forcingkv.runtime.kv.rebuild import Encoding
+from forcingkv.runtime.kv.plan import CacheEntry, CachePlan, told_name
+from forcingkv.runtime.kv.rebuild import Encoding, encoding_shapes, rows_names, rows_of
 from forcingkv.runtime.spec import Dtype
 
 
@@ -77,6 +77,14 @@ class KvCache(ABC):
     def outputs(self) -> dict[str, Tensor]:
         """Where the clean pass writes the next cache, by output name."""
 
+    def seen_by(self, encoding: Encoding) -> dict[str, Tensor]:
+        """What a pass of `encoding` reads of the cache, by input name; nothing, where the lane finds it."""
+        return {}
+
+    def made_by(self, encoding: Encoding) -> dict[str, Tensor]:
+        """Where such a pass writes the cache, by output name; nothing, where the lane knows it."""
+        return {}
+
     def _phase_at(self, passes: int) -> int:
         return bisect_right(self._begins, passes) - 1
 
@@ -96,6 +104,8 @@ class CacheBuffers(KvCache):
             cached = entry.role.dtype(dtype)
             sizes = [(math.prod(shape),) for shape in plan.buffer_shapes(entry)]
             self._buffers[entry.name] = [lane.tensor(size, cached, state=True) for size in sizes]
+        self._told = {*rows_names(plan)}
+        self._nothing = lane.tensor((0,), "int32")
 
     @property
     def nbytes(self) -> int:
@@ -109,16 +119,49 @@ class CacheBuffers(KvCache):
 
     def held(self) -> dict[str, Tensor]:
         return {
-            e.name: self._buffer(e, self.passes).first(self.plan.entry_shape(e, self.passes))
+            e.name: self._buffer(e, self.passes).first(
+                self.plan.entry_shape(e, 0 if self.hollow and not self._opens(e) else self.passes)
+            )
             for e in self.plan.entries
         }
 
     def outputs(self) -> dict[str, Tensor]:
         """Nothing that passes read is among it: any pass may write there."""
+        following = self.passes + (not self.hollow)
         return {
-            next_name(e.name): self._buffer(e, self.passes + 1).first(self.plan.next_shape(e, self.passes))
+            next_name(e.name): self._buffer(e, following).first(self._next_shape(e))
             for e in self.plan.entries
         }
+
+    def _next_shape(self, entry: CacheEntry) -> tuple[int, ...]:
+        """What a clean pass gives."""
+        if not self.hollow:
+            return self.plan.next_shape(entry, self.passes)
+        tokens = entry.role.tokens_of_hollow(self.plan, entry.group, self.passes)
+        return 1, entry.group.heads, tokens, self.plan.spec.head_dim
+
+    def _opens(self, entry: CacheEntry) -> bool:
+        """Whether a tensor is of what a hollow cache holds."""
+        return entry.role.opening_frames(self.plan.spec) > 0
+
+    def seen_by(self, encoding: Encoding) -> dict[str, Tensor]:
+        shapes, rows = encoding_shapes(self.plan, encoding), rows_of(self.plan, encoding)
+        seen = {
+            e.name: self._buffer(e, self.passes).first(shapes[e.name])
+            for e in self.plan.entries
+            if e.name in shapes
+        }
+        return seen | {name: self._nothing for name in shapes if name in self._told and name not in rows}
+
+    def made_by(self, encoding: Encoding) -> dict[str, Tensor]:
+        """Nothing that such a pass sees is among it: what stays it does not write."""
+        rows = rows_of(self.plan, encoding)
+        made = {}
+        for e in self.plan.entries:
+            taken = rows.get(told_name(e.group, e.role))
+            shape = 1, e.group.heads, 0 if taken is None else len(taken), self.plan.spec.head_dim
+            made[next_name(e.name)] = self._buffer(e, encoding.passes).first(shape)
+        return made
 
     def _buffer(self, entry: CacheEntry, passes: int) -> Tensor:
         """What is read after so many clean passes."""

@@ -80,6 +80,11 @@ class Role(Tagged, ABC):
         """Tokens that a pass of the chunk writes: what the next chunk sees, unless a role says otherwise."""
         return self.tokens(plan, group, chunk + 1)
 
+    def tokens_of_hollow(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
+        """Tokens that a clean pass writes which finds the sink alone (`KvCache.hollow`): what there is to be
+        after `passes` of them, unless a role says otherwise."""
+        return self.tokens(plan, group, passes)
+
     def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
         """The chunk's tokens that it takes, for graphs that are told (`takes_rows`); equal within a phase."""
         return np.arange(0, dtype=np.int32)
@@ -189,6 +194,9 @@ class Sink(WholeFrames):
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         # A graph computes all its outputs in every pass: once the sink is full this one is empty.
         return self.tokens(plan, group, chunk + 1) if chunk < self.filled_by(plan.spec) else 0
+
+    def tokens_of_hollow(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
+        return self.next_tokens(plan, group, passes)
 
     def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
         taken = self.tokens(plan, group, chunk + 1) - self.tokens(plan, group, chunk)

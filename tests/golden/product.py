@@ -24,6 +24,7 @@ from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import Session
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.retained import Retained
+from forcingkv.runtime.script import ENCODED
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.settings import Case
 
@@ -76,6 +77,7 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
             decoder=decoder,
             target="torch" if runner == "torch" else "onnx",
             verify=False if runner == "onnxruntime" else None,
+            recache=bool(case.change and case.change.recache in ENCODED) if runner == "onnxruntime" else None,
         )
         with Session.open(Path(folder, "bundle"), backend=runner) as session, chosen_segments() as chosen:
             video = session.generate(
