@@ -26,6 +26,7 @@ _HOW: dict[Recache, str] = {
     "none": " without rebuilding",
     "keep-sink": " (recache keep-sink)",
     "empty-sink": " (recache empty-sink)",
+    "cut": " (another scene)",
 }
 
 
@@ -85,6 +86,12 @@ class Switch:
 
     def __post_init__(self) -> None:
         check_bounds(self, {"fade": (1, MOST_FADED)}, "fade")
+        if self.fade and self.recache == "cut":
+            raise InputError(
+                f"is {self.fade}, and a cut begins another scene at once",
+                where="fade",
+                expected="0, or another recache",
+            )
 
     def __str__(self) -> str:
         how = f", over {self.fade} chunks of both" if self.fade else ""

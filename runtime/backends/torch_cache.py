@@ -32,7 +32,7 @@ from forcingkv.runtime.backends.torch_tensors import TorchTensor
 from forcingkv.runtime.graph_records import next_name
 from forcingkv.runtime.kv.buffers import KvCache
 from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, told_name
-from forcingkv.runtime.kv.roles import Role
+from forcingkv.runtime.kv.roles import ROWS, Role
 from forcingkv.runtime.spec import Dtype
 
 
@@ -268,8 +268,8 @@ class _Advance(CleanPass):
         tokens: int = place.stop - place.start
         return tokens
 
-    def rows_of(self, role: Role) -> torch.Tensor:
-        rows = self.on_device[told_name(self.group, role)]
+    def told(self, role: Role, kind: str = ROWS) -> torch.Tensor:
+        rows = self.on_device[told_name(self.group, role, kind)]
         assert isinstance(rows, TorchTensor)
         return rows.tensor
 

@@ -6,10 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 
+import numpy as np
+
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.bundle import next_name
 from forcingkv.runtime.kv.plan import CacheEntry, CachePlan, told_name
 from forcingkv.runtime.kv.rebuild import Encoding, encoding_shapes, rows_names, rows_of
+from forcingkv.runtime.kv.roles import Rows
 from forcingkv.runtime.spec import Dtype
 
 
@@ -22,17 +25,22 @@ class KvCache(ABC):
             the chunk that comes next.
         hollow: whether it holds the sink alone (`Encoding.hollow`): the next clean pass makes the rest of
             what it is to hold after `passes` of them.
+        cuts: those of its passes with which scenes begin, the first scene's apart.
     """
 
     def __init__(self, plan: CachePlan, lane: Lane) -> None:
         """Take the memory of what says which tokens of a chunk are taken."""
         self.plan, self.passes, self.hollow = plan, 0, False
+        self.cuts: tuple[int, ...] = ()
+        self._queue = lane.main
         self._begins = [phase.first_chunk for phase in plan.phases]
         self._rows: list[dict[str, Tensor]] = [{} for _ in self._begins]  # for each phase
         for held, begin in zip(self._rows, self._begins, strict=True):
             for name, tokens in plan.rows(begin).items():
                 held[name] = lane.tensor(tokens.shape, "int32")
                 held[name].write(tokens, lane.main)
+        self._told_of_scenes: dict[tuple[int, str], Rows] = {}
+        """What was written of a phase since, where a scene told otherwise."""
 
     @property
     @abstractmethod
@@ -46,7 +54,24 @@ class KvCache(ABC):
 
     def restart(self) -> None:
         """Be empty."""
-        self.passes, self.hollow = 0, False
+        self.passes, self.hollow, self.cuts = 0, False, ()
+
+    def cut(self) -> None:
+        """Let another scene begin with the next clean pass."""
+        if self.cuts[-1:] != (self.passes,):
+            self.cuts = (*self.cuts, self.passes)
+
+    def tell(self) -> None:
+        """Say which tokens stay after the next clean pass, where that depends on scenes: before it is put
+        into the queue."""
+        if not self.cuts and not self._told_of_scenes:
+            return
+        phase = self._phase_at(self.passes)
+        usual, now = (self.plan.rows(self.passes, cuts) for cuts in ((), self.cuts))
+        for name, rows in now.items():
+            if not np.array_equal(rows, self._told_of_scenes.get((phase, name), usual[name])):
+                self._rows[phase][name].write(rows, self._queue)
+                self._told_of_scenes[phase, name] = rows
 
     def cleaned(self) -> None:
         """A clean pass was put into the queue: the cache is what it makes."""
@@ -58,7 +83,7 @@ class KvCache(ABC):
 
     def encoded(self, encoding: Encoding) -> None:
         """A pass of `encoding` was put into the queue: the cache is what it makes."""
-        self.passes, self.hollow = encoding.passes, encoding.hollow
+        self.passes, self.hollow, self.cuts = encoding.passes, encoding.hollow, ()
 
     @property
     @abstractmethod
