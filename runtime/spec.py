@@ -145,6 +145,8 @@ class ModelSpec:
     """First frames of each scene that the model's window keeps until the next one begins."""
     scene_offset: float = 0.0
     """Frames by which absolute positions jump with each cut to another scene."""
+    scene_prefix: str = ""
+    """What the first chunk of a scene has before the scene's text, after a cut."""
     # No part of the hash, since a table has none: equal specs have equal ones all the same.
     resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     """Named pixel sizes, (width, height)."""

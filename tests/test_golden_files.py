@@ -14,11 +14,16 @@ from forcingkv.models.decoders.latents import WAN21, WAN22
 from tests.golden.__main__ import main
 from tests.golden_made import golden_file
 
-CHEAP = {"forcing_kv_settings": "transition3", "start_latents": "one_step_first4_one_forcing"}
+CHEAP = {
+    "forcing_kv_settings": "transition3",
+    "start_latents": "one_step_first4_one_forcing",
+    "longlive2": "relative_shots",
+    "longlive2_start_frame": "two_steps",
+}
 """A variant of a file that is run in every test run: together they take about two seconds."""
 FILES = (
     *("forcing_kv_settings", "framewise_forcing_kv", "first_chunk_schedule", "start_latents"),
-    *("longlive_infinity", "longlive_switch", "switch_keep_sink"),
+    *("longlive2", "longlive2_start_frame", "longlive_infinity", "longlive_switch", "switch_keep_sink"),
 )
 
 DECODERS = ("wan21_vae", "wan22_vae", "taew2_2")
@@ -132,7 +137,7 @@ def test_every_variant_of_public_implementations(data: Path, name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["onnxruntime", "loop"])
-@pytest.mark.parametrize("name", FILES[:5])
+@pytest.mark.parametrize("name", FILES)
 def test_every_variant_by_graphs_and_by_the_loop(data: Path, name: str, backend: str) -> None:
     assert main([str(data / "golden" / f"{name}.safetensors"), "--backend", backend]) == 0
 
