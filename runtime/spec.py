@@ -37,7 +37,7 @@ Linear = Literal["fp8", "int8"]
 DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
 
 Recache = Literal["replay", "keep-sink", "empty-sink", "none", "cut"]
-"""How the cache is made anew when the prompt is switched (docs/runtime.md, "Prompts that change"); `cut`: it
+"""How the cache is made anew when the prompt is switched (docs/runtime.md, "Switching the prompt"); `cut`: it
 stays, and another scene begins."""
 ENCODED: tuple[Recache, ...] = ("keep-sink", "empty-sink")
 """The ways that encode newest frames in one pass."""
