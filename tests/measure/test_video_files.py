@@ -12,8 +12,8 @@ import pytest
 
 from forcingkv.headmaps import InputError
 from forcingkv.measure.fidelity import video_files
-from forcingkv.measure.fidelity.video_files import open_video
 from forcingkv.runtime.video import open_writer
+from forcingkv.runtime.video_reader import open_video
 
 NAMES = ("a.mp4", "a.m3u8", "a.mpd", "a.sdp", "a.ffconcat", "a.txt")
 
