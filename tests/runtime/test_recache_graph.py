@@ -1,4 +1,4 @@
-"""Switches that encode newest frames anew on ONNX Runtime: the graph `recache`, and what it is not asked for."""
+"""Switches that encode newest frames anew on ONNX Runtime: the graph `recache`, and what it is counted as."""
 
 from __future__ import annotations
 
