@@ -135,18 +135,15 @@ class OnnxGraph:
         options.add_session_config_entry(RECORD, "1")
         if not folded:
             options.add_session_config_entry("session.disable_prepacking", "1")
+            # It would compute what follows from weights now. And nodes that it makes of others it runs after
+            # those of the file: first all that need nothing but weights.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         graph, folder = graph_and_folder(path, weights, content)
         if folder is not None:
             options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(folder))
         try:
             # Without its own way out, which is to print on standard output and to take the CPU.
-            self._session = ort.InferenceSession(
-                graph,
-                options,
-                providers=chosen.asked,
-                enable_fallback=0,
-                disabled_optimizers=None if folded else ["ConstantFolding"],
-            )
+            self._session = ort.InferenceSession(graph, options, providers=chosen.asked, enable_fallback=0)
         except Exception as error:  # ONNX Runtime has a class of its own for each status
             raise _fault(f"loading {path.name}", error, chosen) from error
         _loaded.add(self)
