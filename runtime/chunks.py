@@ -139,19 +139,30 @@ class ChunkMaker:
         self._text["text"].write(text, self.lane.main)
         self._prompt.run()
 
-    def begin(self, index: int, noise: NoiseSource) -> PendingChunk:
-        """Put the passes of a chunk into the queue."""
+    def begin(
+        self, index: int, noise: NoiseSource, source: Floats | None = None, strength: float = 1.0
+    ) -> PendingChunk:
+        """Put the passes of a chunk into the queue.
+
+        With a `source`, latents of the chunk's shape, it begins with these, noised to the first level that is
+        at most `strength`.
+        """
         queue, requested = self.lane.main, time.perf_counter()
         started = queue.mark()
         self._write_positions(index)
         # All noise at once: drawn between passes, each finds the processor's caches full of weights.
         levels = self.levels(index)
-        renewing = self._renewing_noise(noise, index, levels)
-        start = self._with_held(index, noise(index, 0, self.latent_shape))
-        self._latents[0].write(start, queue)
+        drawn, first = noise(index, 0, self.latent_shape), 0
+        if source is not None:
+            sigmas = self.schedule.of_chunk(index, self.given).sigmas
+            first = first_pass(sigmas[:-1], strength) or 0
+            drawn = np.float32(1 - sigmas[first]) * source + np.float32(sigmas[first]) * drawn
+        renewing = self._renewing_noise(noise, index, levels, first)
+        start = self._with_held(index, drawn)
+        self._latents[first % 2].write(start, queue)
         steps = []
-        between = self._between(index, 0, start)
-        for step, level in enumerate(levels):
+        between = self._between(index, first, start)
+        for step, level in list(enumerate(levels))[first:]:
             self._denoise(step, level, renewing)
             steps.append(self._latents[(step + 1) % 2].fetch(queue))
             if between and step + 1 < len(levels):

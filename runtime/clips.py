@@ -70,7 +70,7 @@ class Fitter:
         pixel = float(shape) if shape else 1.0
         if (getattr(frame, "rotation", 0) or 0) % 180:
             pixel = 1 / pixel
-        aspect = pixels.shape[1] / pixels.shape[0] * pixel
+        aspect: float = pixels.shape[1] / pixels.shape[0] * pixel
         if not (1 / MOST_RATIO <= aspect <= MOST_RATIO and 1 / MOST_RATIO <= pixel <= MOST_RATIO):
             raise InputError(
                 f"is {aspect:.3g} times as wide as high",
