@@ -22,7 +22,13 @@ from forcingkv.runtime.bundle_check import check_files, check_sizes, map_checked
 from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
-from forcingkv.runtime.graph_records import ALL_GRAPHS, check_records, layouts_without_graphs
+from forcingkv.runtime.graph_records import (
+    ALL_GRAPHS,
+    Layout,
+    check_records,
+    encode_layouts,
+    layouts_without_graphs,
+)
 from forcingkv.runtime.graph_records import CLEAN as CLEAN
 from forcingkv.runtime.graph_records import GRAPHS as GRAPHS
 from forcingkv.runtime.graph_records import next_name as next_name
@@ -236,6 +242,10 @@ class Bundle:
             name: GraphRecord(None, records[name].weights, *made, records[name].weight_bytes)
             for name, made in tensor_records(self.plan, compute, decoder).items()
         }
+        if encode := records.get("encode"):
+            held = {name: replace(record, dtype=compute) for name, record in encode.carried.items()}
+            made_of_it = encode_records(self.plan, compute, held)
+            graphs["encode"] = GraphRecord(None, encode.weights, *made_of_it, encode.weight_bytes)
         made = PlanRecord.of(self.plan, compute)
         manifest = replace(self.manifest, compute=compute, graphs=graphs, plan=made)
         bundle = Bundle(self.path, manifest, self.headmap)
@@ -334,6 +344,18 @@ def tensor_records(
         graph: tuple({name: TensorRecord(*layout) for name, layout in of.items()} for of in layouts)  # type: ignore[misc]
         for graph, layouts in layouts_without_graphs(plan, compute, carried).items()
     }
+
+
+def encode_records(
+    plan: CachePlan, compute: Dtype, carried: Mapping[str, TensorRecord]
+) -> tuple[dict[str, TensorRecord], dict[str, TensorRecord]]:
+    """Inputs and outputs of `encode`, of a bundle without graphs, whose encoder carries those caches."""
+    held = {name: Layout(record.dtype, record.shape) for name, record in carried.items()}
+    inputs, outputs = (
+        {name: TensorRecord(*layout) for name, layout in of.items()}
+        for of in encode_layouts(plan, compute, held)
+    )
+    return inputs, outputs
 
 
 def open_bundles(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bundle]:

@@ -19,7 +19,7 @@ from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.memory import available_bytes, device_free_bytes, what_limits
 
-SIZED_BY_TOKENS = ("activations", "decoder_caches", "frames", "latents")
+SIZED_BY_TOKENS = ("activations", "decoder_caches", "encoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""
 RESERVE = "cuda"
 """The part that stands for `DEVICE_RESERVE`."""
