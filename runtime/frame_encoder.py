@@ -127,7 +127,7 @@ class PixelEncoder:
 
 
 def encoder_of(lane: Lane, graphs: Mapping[str, GraphRecord], plan: CachePlan) -> Encoder:
-    """What encodes frames for a model. Raises InputError for a bundle that was exported without an encoder."""
+    """What encodes frames for a model. Raises InputError for a bundle exported without an encoder."""
     if plan.spec.decoder.kind == "pixels":
         return PixelEncoder(plan)
     if "encode" not in graphs:
