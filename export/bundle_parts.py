@@ -22,7 +22,15 @@ from forcingkv.export.engine_builder import (
     build_engine,
 )
 from forcingkv.export.fp8 import CalibrationTexts, calibrate
-from forcingkv.export.graphs import Graph, decode_graph, empty, encode_graph, prompt_graph, step_graph
+from forcingkv.export.graphs import (
+    Graph,
+    decode_graph,
+    empty,
+    encode_graph,
+    prompt_graph,
+    recache_graph,
+    step_graph,
+)
 from forcingkv.export.onnx_writer import value_records, write_onnx
 from forcingkv.export.precision import Precision, torch_dtype
 from forcingkv.export.verify import graph_difference, quantized_differences
@@ -37,14 +45,14 @@ from forcingkv.runtime.bundle import (
     CalibrationRecord,
     GraphRecord,
     TensorRecord,
-    encode_records,
+    as_records,
     tensor_records,
 )
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
-from forcingkv.runtime.graph_check import check_graph
+from forcingkv.runtime.graph_check import check_graph, shapes_of
 from forcingkv.runtime.graph_file import read_graph
 from forcingkv.runtime.graph_memory import weight_bytes
-from forcingkv.runtime.graph_records import ALL_GRAPHS
+from forcingkv.runtime.graph_records import UNFOLDED, Layout, encode_layouts
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import StoredTensor
@@ -111,10 +119,10 @@ class PartsWriter:
             planned: Planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
             self.stored[file] = store_tensors(planned, state.__getitem__, self.folder / file)
 
-    @cached_property
-    def graph_names(self) -> list[str]:
-        """The graphs that it writes."""
-        return [name for name in ALL_GRAPHS if name in GRAPHS or (name == "encode" and self.encoder)]
+    @property
+    def engine_names(self) -> list[str]:
+        """The graphs that engines are built of."""
+        return [*GRAPHS, *(["encode"] if self.encoder else [])]
 
     def calibrate(self, texts: CalibrationTexts) -> None:
         """Find the scales of the inputs of linear layers in FP8."""
@@ -148,9 +156,9 @@ class PartsWriter:
             outputs=value_records(traced.graph.output),
         )
         if precision.compute == "float32":  # ONNX Runtime runs the graph
-            shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
-            activations = activation_bytes(traced, shapes if name == "step" else [{}])
-            weights = weight_bytes(read_graph(path.read_bytes(), str(path)))
+            folded = name not in UNFOLDED
+            activations = activation_bytes(traced, shapes_of(name, self.plan), folded=folded)
+            weights = weight_bytes(read_graph(path.read_bytes(), str(path)), folded=folded)
             record = replace(record, weight_bytes=weights, activation_bytes=activations)
         self._check(name, path, record)
         self.records[name] = record
@@ -192,7 +200,7 @@ class PartsWriter:
         folder = self.folder / "engines"
         folder.mkdir()
         for sm in target.sms:
-            for name in self.graph_names:
+            for name in self.engine_names:
                 self.progress(f"building the engine of {name} for sm_{sm}")
                 file = folder / f"{name}-{target.flavour.name}-sm{sm}.engine"
                 graph = self.folder / f"{name}.onnx"
@@ -210,6 +218,7 @@ class PartsWriter:
             single_kernels=self.target is not None and self.target.aot,
             input_scales=self.scales,
             int8_layers=self.linears if precision.linear == "int8" else (),
+            folded=name not in UNFOLDED,
         )
 
     def _weights_of(self, name: str) -> str | None:
@@ -251,7 +260,9 @@ class PartsWriter:
             decoder = _emptied(self.decoder, precision) if self.decoder else None
             return decode_graph(self.plan, decoder, pixels=kind == "float32")
         model = self._traced(name, precision) if precision else self.model
-        return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
+        if name == "prompt":
+            return prompt_graph(model)
+        return recache_graph(model, self.plan) if name == "recache" else step_graph(model, self.plan)
 
     def _traced(self, name: str, precision: Precision) -> WanModel:
         """The model that a graph is traced with: parameters of a precision's dtypes, without contents."""
@@ -278,8 +289,9 @@ def encoder_record(
 ) -> GraphRecord:
     """What goes into `encode` and comes out, in a bundle for torch; `held` are the bytes of its weights."""
     shapes = encoder.state_shapes(plan.geometry.latent_height, plan.geometry.latent_width)
-    carried = {cache: TensorRecord(compute, shape) for cache, shape in shapes.items()}
-    return GraphRecord(None, weights, *encode_records(plan, compute, carried), weight_bytes=held)
+    carried = {cache: Layout(compute, shape) for cache, shape in shapes.items()}
+    ends = as_records(encode_layouts(plan, compute, carried))
+    return GraphRecord(None, weights, *ends, weight_bytes=held)
 
 
 def record_without_graph(

@@ -17,8 +17,9 @@ from forcingkv.export.graphs import Graph
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.bundle import CLEAN, next_name
 from forcingkv.runtime.faults import DeviceError
-from forcingkv.runtime.graph_records import ENCODED, TURN
+from forcingkv.runtime.graph_records import GIVEN_FRAMES, TURN
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.rebuild import encoding_shapes, rows_of
 
 Arrays = dict[str, npt.NDArray[Any]]
 SEED = 0
@@ -35,17 +36,17 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
     Inputs are random but for those that the host computes (positions, times, noise levels), which are the
     graph's examples: random ones would not be angles. In the caches of a decoder or an encoder, and in the
     latents that this makes of them, the difference is relative to their largest value where that is above 1:
-    such features have no scale of their own. Infinite where a
-    denoising pass of the file gives other latents than the clean pass, or makes next caches.
+    such features have no scale of their own. Infinite where a denoising pass of the file gives other latents
+    than the clean pass, or makes next caches.
     """
-    runnable = OnnxGraph(path)
+    runnable = OnnxGraph(path, folded=not graph.passes)
     worst = 0.0
     for inputs in _cases(graph, plan):
         expected = _torch(graph, inputs)
         found = {name: np.empty_like(array, order="C") for name, array in expected.items()}
         runnable.run(_given(graph, inputs), found)
         for name, array in expected.items():
-            scaled = name.startswith(FEATURES) or (ENCODED in graph.inputs and name == "latents")
+            scaled = name.startswith(FEATURES) or (GIVEN_FRAMES in graph.inputs and name == "latents")
             worst = max(worst, _difference(array, found[name], scaled=scaled))
         if graph.clean_outputs and not _denoising_pass_is_equal(graph, runnable, inputs, found):
             return math.inf
@@ -115,21 +116,32 @@ def _denoising_pass_is_equal(graph: Graph, runnable: OnnxGraph, inputs: Arrays, 
 def _cases(graph: Graph, plan: CachePlan) -> Iterator[Arrays]:
     """Random inputs for each phase, in C order."""
     generator = np.random.default_rng(SEED)
-    # The last phase first: ONNX Runtime keeps what it allocated, and the largest serves the others too.
-    for phase in plan.phases[::-1] if graph.dynamic else plan.phases[-1:]:
-        varying = plan.phase_shapes(phase)
+    for varying, rows in _phases(graph, plan):
         inputs = {}
         for name, example in graph.inputs.items():
             shape = varying.get(name, tuple(example.shape))
             if name in HOST_INPUTS:
-                inputs[name] = example.numpy()
+                inputs[name] = example.numpy()[: shape[0]]  # positions: those of as many tokens
             elif example.dtype == torch.uint8:
                 inputs[name] = generator.integers(0, 256, shape, np.uint8)
             elif example.dtype == torch.int32:
-                inputs[name] = np.arange(shape[0], dtype=np.int32)
+                inputs[name] = rows.get(name, np.arange(shape[0], dtype=np.int32))
             else:
                 inputs[name] = generator.standard_normal(shape, dtype=np.float32)
         yield inputs
+
+
+def _phases(graph: Graph, plan: CachePlan) -> Iterator[tuple[dict[str, tuple[int, ...]], Arrays]]:
+    """The shapes that vary, and rows that roles take, of each phase or pass.
+
+    The largest first: ONNX Runtime keeps what it allocated, and that serves the others too.
+    """
+    if graph.passes:
+        for one in graph.passes:
+            yield encoding_shapes(plan, one), dict(rows_of(plan, one))
+        return
+    for phase in plan.phases[::-1] if graph.dynamic else plan.phases[-1:]:
+        yield plan.phase_shapes(phase), {}
 
 
 def _torch(graph: Graph, inputs: Arrays) -> Arrays:

@@ -13,7 +13,7 @@ from forcingkv.headmaps.fields import shown
 from forcingkv.runtime.backends import Lane, Pass, Tensor
 from forcingkv.runtime.bundle import GraphRecord, next_name
 from forcingkv.runtime.chunk_decoder import tensor_of
-from forcingkv.runtime.graph_records import ENCODED, FIRST
+from forcingkv.runtime.graph_records import FIRST, GIVEN_FRAMES
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.spec import Geometry
@@ -61,7 +61,7 @@ class FrameEncoder:
     def __init__(self, lane: Lane, record: GraphRecord, plan: CachePlan) -> None:
         """Takes the memory that it needs on the lane. Raises MemoryShortError where there is not enough."""
         self._lane, self._geometry, self.called = lane, plan.geometry, 0
-        self._frames = tensor_of(lane, record.inputs[ENCODED])
+        self._frames = tensor_of(lane, record.inputs[GIVEN_FRAMES])
         self._latents = tensor_of(lane, record.outputs["latents"])
         carried = record.carried.items()
         self._caches = [{name: tensor_of(lane, r, state=True) for name, r in carried} for _ in range(2)]
@@ -97,7 +97,7 @@ class FrameEncoder:
         key = opening, self.called % 2
         if key not in self._passes:
             current, spare = self._caches[key[1]], self._caches[1 - key[1]]
-            inputs = {ENCODED: self._frames, FIRST: self._first[opening], **current}
+            inputs = {GIVEN_FRAMES: self._frames, FIRST: self._first[opening], **current}
             outputs = {"latents": self._latents}
             outputs |= {next_name(name): tensor for name, tensor in spare.items()}
             self._passes[key] = self._lane.bind("encode", 0, inputs, outputs)

@@ -17,6 +17,7 @@ from forcingkv.runtime.flavour import FLAVOURS, choose, trt
 from forcingkv.runtime.footprint import DEVICE_RESERVE, footprint, kv_parts, readable
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.kv.rebuild import encodings, most_encoded
 from forcingkv.runtime.memory import available_bytes, device_free_bytes, what_limits
 
 SIZED_BY_TOKENS = ("activations", "decoder_caches", "encoder_caches", "frames", "latents")
@@ -171,7 +172,20 @@ def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
         if sm is not None:  # else opening the backend says so
             engines = [find_engine(built, graph, flavour, trt.__version__, sm, where) for graph in graphs]
     parts = footprint(bundle.manifest, bundle.plan, engines)
+    if twice := _weights_twice(bundle, options):
+        parts["weights"] = parts.get("weights", 0) + twice
     return parts | {RESERVE: DEVICE_RESERVE} if flavour else parts
+
+
+def _weights_twice(bundle: Bundle, options: LaneOptions) -> int:
+    """Bytes of the weights that a device of ONNX Runtime's holds once more for the graph `recache`; a CPU
+    reads them where the file is."""
+    record = bundle.manifest.graphs.get("recache")
+    if record is None or BACKENDS.get(options.backend) != "onnxruntime":
+        return 0
+    from forcingkv.runtime.backends.ort_providers import choose_provider
+
+    return (record.weight_bytes or 0) if choose_provider(options).provider.apart else 0
 
 
 def _number(options: LaneOptions) -> int:
@@ -196,6 +210,9 @@ def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, res
     other = max(plans, key=CachePlan.kv_bytes)
     ratio = other.frame_tokens / bundle.plan.frame_tokens
     sizes = {name: round(size * ratio) if name in SIZED_BY_TOKENS else size for name, size in parts.items()}
+    if "recache" in sizes:
+        frames = most_encoded(other) if encodings(other) else 0
+        sizes["recache"] = round(parts["recache"] * ratio * frames / most_encoded(bundle.plan))
     known = kv_parts(bundle.plan, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)
     if parts.keys() & known:
         sizes |= kv_parts(other, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)

@@ -14,7 +14,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.backends import LaneOptions, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, next_name
 from forcingkv.runtime.faults import DeviceError, SessionError
-from forcingkv.runtime.graph_records import ENCODED, FIRST, STREAMING, TURN
+from forcingkv.runtime.graph_records import FIRST, GIVEN_FRAMES, STREAMING, TURN
 from forcingkv.runtime.kv.plan import PARTS, CachePlan
 from forcingkv.runtime.spec import Dtype
 
@@ -264,12 +264,12 @@ def _decode_work(loaded: Loaded, plan: CachePlan, given: Tensors, taken: Tensors
 def _encode_work(loaded: Loaded, given: Tensors, taken: Tensors) -> Work:
     encoder, kind = loaded.encoder, loaded.decodes_in
     assert encoder is not None, "its bundle has the graph"
-    carried = [name for name in given if name not in (ENCODED, FIRST)]
+    carried = [name for name in given if name not in (GIVEN_FRAMES, FIRST)]
 
     def work() -> None:
         held = {name: given[name].to(kind) for name in carried}
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            made, following = encoder(pixels_of(given[ENCODED]).to(kind), given[FIRST].to(kind), held)
+            made, following = encoder(pixels_of(given[GIVEN_FRAMES]).to(kind), given[FIRST].to(kind), held)
         taken["latents"].copy_(made.float())
         for name in carried:
             taken[next_name(name)].copy_(following[name])

@@ -25,6 +25,7 @@ from forcingkv.runtime.spec import Decoder, ModelSpec
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
 from tests.models.test_decoders import SMALL, SMALL22, small_lighttae, small_taehv, small_vae
+from tests.runtime.conftest import small_bundle
 
 CHUNKS = 3
 
@@ -65,6 +66,8 @@ CASES: dict[str, tuple[Callable[[], StreamingDecoder], Callable[[Tensor], Tensor
 
 @pytest.fixture(scope="module", params=CASES)
 def bundle(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    if request.param == "taehv":
+        return request.param, small_bundle("taehv")  # of the same decoder and sizes
     spec = spec_with(request.param)
     decoder, weights = CASES[request.param][0](), random_model(spec).state_dict()
     return request.param, shared_bundle(spec, weights, load_policy("window"), decoder=decoder)

@@ -22,7 +22,9 @@ def encoded(file: GoldenFile, variant: str, runner: Runner) -> tuple[list[float]
     255, which the clips of the files are not (tests/export/test_encode.py compares graphs).
     """
     if runner == "onnxruntime":
-        raise GoldenError("the graph takes frames of whole levels, which the clip is not: take --backend torch")
+        raise GoldenError(
+            "the graph takes frames of whole levels, which the clip is not: take --backend torch"
+        )
     clip, reference = file.tensor("clip"), file.tensor(variant)
     frames = clip[:, :, :1] if variant == FIRST_ALONE else clip
     found = _by_torch(file, frames)

@@ -32,7 +32,7 @@ from tests.runtime.conftest import small_bundle
 def bundles() -> Iterator[Path]:
     """Those of other tests, which are made once: every policy, decoder and dtype for ONNX Runtime."""
     yield demo_bundle()
-    for name in ("full", "window", "forcing-kv", "dummy-forcing", "taehv", "large"):
+    for name in ("full", "window", "forcing-kv", "dummy-forcing", "taehv", "large", "longlive", "switching"):
         yield small_bundle(name)
     for kind in CASES:
         spec = spec_with(kind)

@@ -149,7 +149,7 @@ def test_calls_of_any_size_give_the_video_decoded_at_once(
     torch.testing.assert_close(found, whole, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_vae_of_the_real_width_streams_too() -> None:
     torch.manual_seed(0)
     vae = shaken(diffusers.AutoencoderKLWan())

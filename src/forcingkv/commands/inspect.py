@@ -109,6 +109,8 @@ def _model(opened: Bundle) -> Iterator[str]:
     products = manifest.multiplies_in
     linears = "" if products == manifest.compute else f", linear layers of the blocks in {products}"
     yield from _beside("graphs", f"compute in {manifest.compute}{linears}")
+    if "recache" in manifest.graphs:
+        yield from _beside("switches", "of prompts by keep-sink, empty-sink and replay on ONNX Runtime")
     for sentence in manifest.taken or ():
         yield from _beside("weights", sentence)
     kernels = manifest.kernels
