@@ -369,7 +369,7 @@ RULES: dict[tuple[str, str], Rule] = {
         "MatMul": _matmul,
         "MatMulInteger": _matmul_integer,
         "QuantizeLinear": _quantize,
-        **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"), _reduce),
+        **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMin", "ReduceSum"), _reduce),
         "Reshape": _reshape,
         "Resize": _resize,
         "Shape": _shape,

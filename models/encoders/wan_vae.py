@@ -142,7 +142,8 @@ class _EncodingCall(_Call):
         """One frame of each two and of the one before them; a video's first goes on as it is."""
         name = f"feature.{len(self.following)}"
         frames = torch.cat([self.state[name], x], 2)
-        self.following[name] = frames[:, :, -HELD:]
+        # A copy: a view would keep all frames. Graphs have none.
+        self.following[name] = frames[:, :, -HELD:].clone()
         halved = F.conv3d(frames, time_conv.weight, time_conv.bias, stride=time_conv.stride)
         opening, self.blank = self.blank, self.blank // 2
         kept = torch.where(
@@ -162,7 +163,11 @@ def _averaged(shortcut: Any, x: Tensor) -> Tensor:
     grouped = beside.reshape(
         1, shortcut.out_channels, shortcut.group_size, count // frames, height // side, width // side
     )
-    return grouped.mean(2)
+    # Sums of slices: onnx infers the shape of a mean over one axis wrongly.
+    total = grouped[:, :, 0]
+    for place in range(1, shortcut.group_size):
+        total = total + grouped[:, :, place]
+    return total / shortcut.group_size
 
 
 def _patched(x: Tensor, patch: int) -> Tensor:

@@ -23,6 +23,7 @@ from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import random_model, small_spec
 from tests.export.test_decode import spec_with
+from tests.export.test_engine_builds import needs_rtx
 from tests.exported import shared_bundle
 from tests.models.test_decoders import SMALL, SMALL22, small_vae
 
@@ -35,6 +36,8 @@ CROPPED = {"wan-vae": "46x30", "wan-vae of 2.2": "92x62"}
 def encoding_bundle(kind: str, target: str = "onnx", resolution: str | None = None) -> Path:
     spec, vae = spec_with(kind), small_vae(CONFIGS[kind])
     options: dict[str, Any] = {"target": target} if target != "onnx" else {}
+    if target == "tensorrt-rtx":
+        options["sms"] = (89,)
     return shared_bundle(
         spec,
         random_model(spec).state_dict(),
@@ -170,6 +173,22 @@ def test_torch_runs_a_bundle_without_graphs_that_has_an_encoder(kind: str) -> No
     made = encoder_of(lane, bundle.manifest.graphs, bundle.plan).encode(clip(kind))
     lane.close()
     np.testing.assert_allclose(made, by_diffusers(kind, clip(kind)), rtol=0, atol=1e-4)
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.long
+def test_engines_build_of_both_graphs_with_caches(kind: str) -> None:
+    manifest = Bundle.open(encoding_bundle(kind, "tensorrt-rtx")).manifest
+    assert [engine.graph for engine in manifest.engines] == ["prompt", "step", "decode", "encode"]
+    assert manifest.compute == "bfloat16"
+    assert manifest.graphs["encode"].inputs["feature.0"].dtype == "bfloat16"
+    needs = {engine.graph: engine.activation_bytes for engine in manifest.engines}
+    plan = Bundle.open(encoding_bundle(kind, "tensorrt-rtx")).plan
+    parts = footprint(manifest, plan, manifest.engines)
+    beside = max(needs["decode"], needs["encode"])
+    assert parts["activations"] == max(needs["prompt"], needs["step"]) + beside
+    assert min(needs["decode"], needs["encode"]) > 0
 
 
 def test_a_bundle_without_an_encoder_says_how_to_have_one() -> None:
