@@ -167,7 +167,8 @@ def _averaged(shortcut: Any, x: Tensor) -> Tensor:
     total = grouped[:, :, 0]
     for place in range(1, shortcut.group_size):
         total = total + grouped[:, :, place]
-    return total / shortcut.group_size
+    mean: Tensor = total / shortcut.group_size
+    return mean
 
 
 def _patched(x: Tensor, patch: int) -> Tensor:
