@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import onnx
 import torch
@@ -21,12 +22,22 @@ from forcingkv.export.engine_builder import (
     build_engine,
 )
 from forcingkv.export.fp8 import CalibrationTexts, calibrate
-from forcingkv.export.graphs import Graph, decode_graph, empty, prompt_graph, recache_graph, step_graph
+from forcingkv.export.graphs import (
+    Graph,
+    decode_graph,
+    empty,
+    encode_graph,
+    prompt_graph,
+    recache_graph,
+    step_graph,
+)
 from forcingkv.export.onnx_writer import value_records, write_onnx
 from forcingkv.export.precision import Precision, torch_dtype
 from forcingkv.export.verify import graph_difference, quantized_differences
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.encoders import StreamingEncoder
+from forcingkv.models.streaming import StreamingModule
 from forcingkv.models.wan import WanModel
 from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS, kernel_sms
 from forcingkv.runtime.bundle import (
@@ -34,24 +45,27 @@ from forcingkv.runtime.bundle import (
     CalibrationRecord,
     GraphRecord,
     TensorRecord,
+    as_records,
     tensor_records,
 )
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph, shapes_of
 from forcingkv.runtime.graph_file import read_graph
 from forcingkv.runtime.graph_memory import weight_bytes
-from forcingkv.runtime.graph_records import UNFOLDED
+from forcingkv.runtime.graph_records import UNFOLDED, Layout, encode_layouts
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import StoredTensor
 
-WEIGHTS, DECODER = "weights.safetensors", "decoder.safetensors"
+WEIGHTS, DECODER, ENCODER = "weights.safetensors", "decoder.safetensors", "encoder.safetensors"
 """Files that the graphs point into."""
 TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, in float32, that an export passes with."""
 
 ROUNDED_TOLERANCE = 2.0
 """Largest difference of x0 that an export in FP8 or int8 passes with; 1 is what rounding inputs changes."""
+
+M = TypeVar("M", bound=StreamingModule)
 
 
 class VerificationError(Exception):
@@ -71,6 +85,8 @@ class PartsWriter:
     graphs: bool
     """Whether graphs are traced."""
     progress: Callable[[str], None]
+    encoder: StreamingEncoder | None = None
+    """Of frames that are given."""
     records: dict[str, GraphRecord] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
@@ -91,15 +107,22 @@ class PartsWriter:
         return self.precision.linears(weight_shapes(self.plan.spec))
 
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
-        """Write the baked weights and those of the decoder."""
+        """Write the baked weights and those of the decoder and the encoder."""
         spec, path = self.plan.spec, self.folder / WEIGHTS
         self.stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.progress)
-        if self.decoder:
+        for module, file in ((self.decoder, DECODER), (self.encoder, ENCODER)):
+            if module is None:
+                continue
             # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
             # torch computes in what it likes best, and the file is small: it gets what there is.
-            state, compute = self.decoder.state_dict(), self.precision.compute if self.graphs else "float32"
+            state, compute = module.state_dict(), self.precision.compute if self.graphs else "float32"
             planned: Planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
-            self.stored[DECODER] = store_tensors(planned, state.__getitem__, self.folder / DECODER)
+            self.stored[file] = store_tensors(planned, state.__getitem__, self.folder / file)
+
+    @property
+    def engine_names(self) -> list[str]:
+        """The graphs that engines are built of."""
+        return [*GRAPHS, *(["encode"] if self.encoder else [])]
 
     def calibrate(self, texts: CalibrationTexts) -> None:
         """Find the scales of the inputs of linear layers in FP8."""
@@ -113,6 +136,10 @@ class PartsWriter:
         # `prompt` and `step` are of one model, which is loaded once.
         stored = self.stored.get(file or "", {}) if name != "prompt" else {}
         held = sum(tensor.bytes for tensor in stored.values())
+        if name == "encode":
+            assert self.encoder is not None
+            self.records[name] = encoder_record(self.plan, self.encoder, self.precision.compute, file, held)
+            return
         self.records[name] = record_without_graph(
             name, self.plan, self.decoder, self.precision.compute, file, held
         )
@@ -173,7 +200,7 @@ class PartsWriter:
         folder = self.folder / "engines"
         folder.mkdir()
         for sm in target.sms:
-            for name in GRAPHS:
+            for name in self.engine_names:
                 self.progress(f"building the engine of {name} for sm_{sm}")
                 file = folder / f"{name}-{target.flavour.name}-sm{sm}.engine"
                 graph = self.folder / f"{name}.onnx"
@@ -196,7 +223,7 @@ class PartsWriter:
 
     def _weights_of(self, name: str) -> str | None:
         """The file that a graph's weights lie in."""
-        file = DECODER if name == "decode" else WEIGHTS
+        file = {"decode": DECODER, "encode": ENCODER}.get(name, WEIGHTS)
         return file if file in self.stored else None
 
     def _compare(self, name: str, path: Path) -> None:
@@ -225,12 +252,12 @@ class PartsWriter:
 
         With a precision (fake tensors are on): with parameters of its dtypes and without contents.
         """
+        if name == "encode":
+            assert self.encoder is not None
+            return encode_graph(self.plan, _emptied(self.encoder, precision))
         if name == "decode":
-            decoder, kind = self.decoder, precision.compute if precision else "float32"
-            if decoder and precision:
-                with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
-                    decoder = copy.deepcopy(decoder)
-                empty(decoder, lambda parameter: torch_dtype(kind))
+            kind = precision.compute if precision else "float32"
+            decoder = _emptied(self.decoder, precision) if self.decoder else None
             return decode_graph(self.plan, decoder, pixels=kind == "float32")
         model = self._traced(name, precision) if precision else self.model
         if name == "prompt":
@@ -245,6 +272,26 @@ class PartsWriter:
             model.keep_prompt_part()  # tracing takes time for each parameter, used or not
         empty(model, precision.computed_in)
         return model
+
+
+def _emptied(module: M, precision: Precision | None) -> M:
+    """A decoder or encoder with the contents that it has, or with a precision's dtype and without."""
+    if precision is None:
+        return module
+    with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
+        module = copy.deepcopy(module)
+    empty(module, lambda parameter: torch_dtype(precision.compute))
+    return module
+
+
+def encoder_record(
+    plan: CachePlan, encoder: StreamingEncoder, compute: Dtype, weights: str | None, held: int
+) -> GraphRecord:
+    """What goes into `encode` and comes out, in a bundle for torch; `held` are the bytes of its weights."""
+    shapes = encoder.state_shapes(plan.geometry.latent_height, plan.geometry.latent_width)
+    carried = {cache: Layout(compute, shape) for cache, shape in shapes.items()}
+    ends = as_records(encode_layouts(plan, compute, carried))
+    return GraphRecord(None, weights, *ends, weight_bytes=held)
 
 
 def record_without_graph(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import forcingkv
 from forcingkv.export.bake import baked_bytes
-from forcingkv.export.bundle_parts import DECODER, WEIGHTS, PartsWriter
+from forcingkv.export.bundle_parts import DECODER, ENCODER, WEIGHTS, PartsWriter
 from forcingkv.export.engine_builder import (
     check_dtype,
     check_plugin,
@@ -30,11 +30,11 @@ from forcingkv.headmaps.folders import check_folder, new_folder
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.encoders import StreamingEncoder
 from forcingkv.models.heads import head_orders
 from forcingkv.models.torch_threads import use_threads
 from forcingkv.prune.onnx_operators import check_choice
 from forcingkv.runtime.bundle import (
-    GRAPHS,
     Manifest,
     PlanRecord,
 )
@@ -45,7 +45,10 @@ from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.rebuild import encoding, encodings
 from forcingkv.runtime.spec import ENCODED, ModelSpec
 
-NAMES = (MANIFEST, HEADMAP, WEIGHTS, DECODER, "engines", "kernels", *(f"{name}.onnx" for name in ALL_GRAPHS))
+NAMES = (
+    *(MANIFEST, HEADMAP, WEIGHTS, DECODER, ENCODER, "engines", "kernels"),
+    *(f"{name}.onnx" for name in ALL_GRAPHS),
+)
 """What a bundle may have at its top."""
 
 
@@ -66,6 +69,7 @@ def export_bundle(
     headmap: HeadMap | None = None,
     resolution: str | None = None,
     decoder: StreamingDecoder | None = None,
+    encoder: StreamingEncoder | None = None,
     dtype: ExportDtype | None = None,
     target: Target = "onnx",
     sms: Sequence[int] = (),
@@ -88,6 +92,7 @@ def export_bundle(
         resolution: "WxH" or a name; None for the model's default. Frames are cropped to even sides that do
             not divide into tokens (`ModelSpec.geometry`).
         decoder: what makes pixels of latents; needed unless the latents are pixels.
+        encoder: what makes latents of pictures and videos; None: the bundle has no graph `encode`.
         dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
             of the blocks, with bfloat16; `int8` for them, for ONNX Runtime, with the model's default. None:
             the model's default, and bfloat16 for TensorRT.
@@ -123,11 +128,13 @@ def export_bundle(
         check_choice(plan)  # which graphs have to be able to make
     if (decoder is None) != (spec.decoder.kind == "pixels"):
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
+    if encoder and spec.decoder.kind == "pixels":
+        raise ValueError(f"the latents of {spec.name} are pixels, and an encoder was given")
     verify = target == "onnx" if verify is None else verify
     if verify and target == "torch":
         raise InputError("compares graphs with torch, and there are none", where="verify")
     if verify:
-        check_memory_to_verify(plan, decoder)
+        check_memory_to_verify(plan, decoder, encoder)
     if calibration and precision.linear != "fp8":
         raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
     if precision.linear == "fp8" and not calibration:
@@ -139,11 +146,14 @@ def export_bundle(
         check_dtype(engines, precision.compute)
         check_plugin(plan, engines)
         check_profiles(plan, engines)
-    names = [*GRAPHS, "recache"] if _has_recache(plan, target, recache) else [*GRAPHS]
+    more = {"recache": _has_recache(plan, target, recache), "encode": encoder is not None}
+    names = [name for name in ALL_GRAPHS if more.get(name, True)]
     check_disk(out, baked_bytes(spec, precision), len(gpus))
     use_threads()
     with new_folder(out, BUNDLE, NAMES) as folder:
-        bundle = PartsWriter(folder, plan, decoder, precision, engines, verify, target != "torch", progress)
+        bundle = PartsWriter(
+            folder, plan, decoder, precision, engines, verify, target != "torch", progress, encoder
+        )
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
         if calibration:
             bundle.calibrate(calibration)

@@ -1,7 +1,8 @@
 """The graphs of a bundle in torch, with flat, named inputs and outputs.
 
-`prompt` runs once a prompt, `step` once a pass, `decode` once a chunk; `recache`, which not every bundle has,
-once a switch of the prompt that encodes newest frames anew.
+`prompt` runs once a prompt, `step` once a pass, `decode` once a chunk. Not every bundle has `recache`, which
+runs once a switch of the prompt that encodes newest frames anew, and `encode`, once a latent frame of given
+frames.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from forcingkv.models.decoders import StreamingDecoder, frames_of
+from forcingkv.models.encoders import StreamingEncoder, pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
 from forcingkv.models.kv import (
     Cache,
@@ -27,7 +29,7 @@ from forcingkv.models.kv import (
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.bundle import next_name
-from forcingkv.runtime.graph_records import TURN, encoded_lengths, latent_shape
+from forcingkv.runtime.graph_records import FIRST, GIVEN_FRAMES, TURN, encoded_lengths, latent_shape
 from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, told_name
 from forcingkv.runtime.kv.rebuild import Encoding, encodings, most_encoded, rows_names, seen_entries
 from forcingkv.runtime.kv.window import first_position, moved_by
@@ -228,6 +230,23 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pi
     inputs = {"latents": torch.zeros(batch, channels, 1, height, width), "first": torch.ones(1), **state}
     shown = ("frames", "pixels") if pixels else ("frames",)
     return Graph(decoder, run, inputs, (*shown, *map(next_name, state)))
+
+
+def encode_graph(plan: CachePlan, encoder: StreamingEncoder) -> Graph:
+    """The graph `encode`: the pixel frames of one latent frame and feature caches -> its latents, and the
+    next caches. Frames are as large as the model computes them, before any are cropped."""
+    geometry, kind = plan.geometry, compute_dtype(encoder)
+    state = encoder.empty_state(geometry.latent_height, geometry.latent_width)
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        held = {name: inputs[name] for name in state}
+        pixels = pixels_of(inputs[GIVEN_FRAMES]).to(kind)
+        latents, following = encoder(pixels, inputs[FIRST].to(kind), held)
+        return (latents.float(), *(following[name] for name in state))
+
+    frames = torch.zeros(encoder.temporal_stride, geometry.height, geometry.width, 3, dtype=torch.uint8)
+    inputs = {GIVEN_FRAMES: frames, FIRST: torch.ones(1), **state}
+    return Graph(encoder, run, inputs, ("latents", *map(next_name, state)))
 
 
 def _cross_names(layers: int) -> list[str]:

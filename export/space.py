@@ -16,6 +16,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.folders import built_in
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.encoders import StreamingEncoder
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.spec import ModelSpec
@@ -38,7 +39,11 @@ ENGINE_WEIGHTS = 1.1
 """An engine holds the weights of its graph again, and little else."""
 
 
-def check_memory_to_verify(plan: CachePlan, decoder: StreamingDecoder | None = None) -> None:
+def check_memory_to_verify(
+    plan: CachePlan,
+    decoder: StreamingDecoder | None = None,
+    encoder: StreamingEncoder | None = None,
+) -> None:
     """Raise InputError unless a model fits into memory for verification, with what it needs by part.
 
     Attention scores are those of one layer, which ONNX Runtime writes out.
@@ -51,10 +56,14 @@ def check_memory_to_verify(plan: CachePlan, decoder: StreamingDecoder | None = N
         "caches": VERIFIED_CACHES * plan.kv_bytes(),
         "attention scores": 4 * spec.heads * plan.chunk_tokens * keys,
     }
-    if decoder:
-        grid = plan.geometry.latent_height, plan.geometry.latent_width
-        state = sum(math.prod(shape) for shape in decoder.state_shapes(*grid).values())
-        parts["decoder caches"] = 4 * VERIFIED_STATES * state
+    grid = plan.geometry.latent_height, plan.geometry.latent_width
+    states = [
+        sum(math.prod(shape) for shape in module.state_shapes(*grid).values())
+        for module in (decoder, encoder)
+        if module
+    ]
+    if states:  # graphs are verified one after the other
+        parts["decoder caches"] = 4 * VERIFIED_STATES * max(states)
     require_memory(
         f"verifying {spec.name} at {plan.geometry.width}x{plan.geometry.height}",
         parts,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GRAPHS = ("prompt", "step", "decode")
 """Graphs that every bundle has."""
-MORE_GRAPHS = ("recache",)
+MORE_GRAPHS = ("recache", "encode")
 """Graphs that some bundles have too, in the order in which they are made."""
 ALL_GRAPHS = (*GRAPHS, *MORE_GRAPHS)
 UNFOLDED = ("recache",)
@@ -35,7 +35,11 @@ TURN = ("turn_cosines", "turn_sines")
 VARYING = "encoded_frames"
 """The dimension of `recache` that is how many frames it encodes."""
 FIRST = "first"
-"""Input of `decode` that is 1 in a video's first call and 0 in the others, of graphs with caches."""
+"""Input of graphs with feature caches that is 1 in a video's first call and 0 in the others."""
+GIVEN_FRAMES = "frames"
+"""The input of `encode` that is pixel frames."""
+STREAMING = ("decode", "encode")
+"""Graphs that go through a video call by call, each with caches of its own."""
 MOST_CACHES = 1000
 """Inputs of a decoder; the VAE has 33."""
 MOST_ALONG = 1 << 24
@@ -167,6 +171,20 @@ def decode_layouts(
     return inputs | dict(carried), outputs
 
 
+def encode_layouts(
+    plan: CachePlan, compute: Dtype, carried: Mapping[str, Layout]
+) -> tuple[dict[str, Layout], dict[str, Layout]]:
+    """Inputs and outputs of `encode`, of an encoder that carries those feature caches."""
+    geometry, frames = plan.geometry, plan.spec.decoder.temporal_stride
+    inputs = {
+        GIVEN_FRAMES: Layout("uint8", (frames, geometry.height, geometry.width, 3)),
+        FIRST: Layout("float32", (1,)),
+    }
+    outputs = {"latents": Layout("float32", latent_shape(plan, 1))}
+    outputs |= {next_name(name): layout for name, layout in carried.items()}
+    return inputs | dict(carried), outputs
+
+
 def layouts(
     plan: CachePlan, compute: Dtype, graph: str, record: GraphRecord
 ) -> tuple[dict[str, Layout], dict[str, Layout]]:
@@ -175,6 +193,8 @@ def layouts(
         return prompt_layouts(plan, compute)
     if graph == "step":
         return step_layouts(plan, compute, skips_caches=record.skips_caches)
+    if graph == "encode":
+        return encode_layouts(plan, compute, dict(_carried(record)))
     if graph == "recache":
         return recache_layouts(plan, compute)
     pixels = compute == "float32" and record.file is not None
@@ -202,8 +222,8 @@ def check_records(graphs: Mapping[str, GraphRecord], plan: CachePlan, compute: D
     if others:
         raise InputError(f"has a graph {shown(others[0])}", where=where, expected=", ".join(ALL_GRAPHS))
     for name, record in graphs.items():
-        if name == "decode" and plan.spec.decoder.kind != "pixels":
-            _check_carried(record, compute, f"{where}: graphs.decode")
+        if name in STREAMING and (name == "encode" or plan.spec.decoder.kind != "pixels"):
+            _check_carried(record, compute, f"{where}: graphs.{name}")
         wanted = layouts(plan, compute, name, record)
         for kind, found, expected in zip(
             ("input", "output"), (record.inputs, record.outputs), wanted, strict=True

@@ -20,7 +20,7 @@ from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.kv.rebuild import encodings, most_encoded
 from forcingkv.runtime.memory import available_bytes, device_free_bytes, what_limits
 
-SIZED_BY_TOKENS = ("activations", "decoder_caches", "frames", "latents")
+SIZED_BY_TOKENS = ("activations", "decoder_caches", "encoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""
 RESERVE = "cuda"
 """The part that stands for `DEVICE_RESERVE`."""

@@ -159,7 +159,7 @@ class Lane(Protocol):
 
     Attributes:
         main: the queue of `prompt` and `step`.
-        side: the queue of `decode`; the same as `main` where nothing runs at the same time.
+        side: the queue of `decode` and `encode`; the same as `main` where nothing runs at the same time.
         runs_on: what it runs on, in words for people.
         lookahead: how many chunks to begin before the frames of the one before are waited for.
         recaches: whether it binds `recache`: a switch of the prompt may encode newest frames anew.
@@ -191,7 +191,8 @@ class Lane(Protocol):
         """A pass over those tensors.
 
         Args:
-            graph: `prompt`, `step` or `decode`; `recache` where the lane has it.
+            graph: `prompt`, `step` or `decode`; `recache` where the lane has it, `encode` where the bundle
+                has.
             phase: index of the cache's phase, whose static shapes the tensors have; 0 for graphs that have
                 only one; of `recache` that after it (`KvCache.phase_after`): the one before it is the cache's
                 when it is bound.

@@ -19,6 +19,8 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.baked_names import EXACT, is_matrix, scale_name
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.encoders import StreamingEncoder, stored_encoder
+from forcingkv.models.streaming import StreamingModule
 from forcingkv.models.wan import Block, WanModel
 from forcingkv.runtime.backends.torch_device import faults, multiplies_in, torch_dtype, wait_for
 from forcingkv.runtime.bundle import Bundle
@@ -50,9 +52,11 @@ class Loaded:
     device: torch.device
     compute: torch.dtype
     decodes_in: torch.dtype
-    """What the decoder computes in: on a CPU float32, since convolutions gain nothing from less there."""
+    """What the decoder and the encoder compute in: on a CPU float32, since convolutions gain nothing from
+    less there."""
     threads: int | None
     """With which a CPU computes, whichever thread asks; None: it is no CPU."""
+    encoder: StreamingEncoder | None = None
 
 
 def load(bundle: Bundle, device: torch.device, *, threads: int | None, compiled: bool) -> Loaded:
@@ -72,10 +76,16 @@ def load(bundle: Bundle, device: torch.device, *, threads: int | None, compiled:
         if spec.decoder.kind != "pixels":
             path = _file_of(bundle, "decode")
             decoder = _decoder(spec, path, device, decodes_in)
-            _check_carried(bundle, decoder, path)
+            _check_carried(bundle, "decode", decoder, path)
+        encoder = None
+        if "encode" in manifest.graphs:
+            path = _file_of(bundle, "encode")
+            encoder = stored_encoder(_read(path, device, decodes_in), str(path))
+            _last_channels(encoder, device)
+            _check_carried(bundle, "encode", encoder, path)
     # What was copied and turned is in a queue that those of lanes do not wait for.
     wait_for(device)
-    return Loaded(model, decoder, device, compute, decodes_in, threads)
+    return Loaded(model, decoder, device, compute, decodes_in, threads, encoder)
 
 
 def _file_of(bundle: Bundle, graph: str) -> Path:
@@ -89,11 +99,11 @@ def _file_of(bundle: Bundle, graph: str) -> Path:
     return path
 
 
-def _check_carried(bundle: Bundle, decoder: StreamingDecoder, path: Path) -> None:
-    """Raise InputError unless a decoder carries from call to call what the manifest says."""
+def _check_carried(bundle: Bundle, graph: str, module: StreamingModule, path: Path) -> None:
+    """Raise InputError unless a decoder or encoder carries from call to call what the manifest says."""
     geometry = bundle.plan.geometry
-    made = decoder.state_shapes(geometry.latent_height, geometry.latent_width)
-    found = {name: record.shape for name, record in bundle.manifest.graphs["decode"].carried.items()}
+    made = module.state_shapes(geometry.latent_height, geometry.latent_width)
+    found = {name: record.shape for name, record in bundle.manifest.graphs[graph].carried.items()}
     if wrong := sorted(name for name in made | found if made.get(name) != found.get(name)):
         raise InputError(
             f"carries {wrong[0]} of the shape {made.get(wrong[0])} from call to call",
@@ -209,10 +219,17 @@ class _Stored:
 def _decoder(spec: ModelSpec, path: Path, device: torch.device, compute: torch.dtype) -> StreamingDecoder:
     from forcingkv.models.decoders import stored_decoder
 
-    state = {name: tensor.to(compute) for name, tensor in _Stored(path, device).all().items()}
-    decoder = stored_decoder(spec.decoder.kind, state, str(path))
-    if device.type in ("cuda", "xpu"):
-        # What it has of 4 dimensions: kernels of convolutions.
-        module: nn.Module = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        assert module is decoder
+    decoder = stored_decoder(spec.decoder.kind, _read(path, device, compute), str(path))
+    _last_channels(decoder, device)
     return decoder
+
+
+def _read(path: Path, device: torch.device, compute: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(compute) for name, tensor in _Stored(path, device).all().items()}
+
+
+def _last_channels(module: nn.Module, device: torch.device) -> None:
+    """On a GPU channels lie last in what a module has of 4 dimensions: kernels of convolutions."""
+    if device.type in ("cuda", "xpu"):
+        moved: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        assert moved is module

@@ -23,6 +23,7 @@ from forcingkv.runtime.graph_rules import RULES
 from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import random_model
 from tests.export.test_decode import CASES, spec_with
+from tests.export.test_encode import CONFIGS, encoding_bundle
 from tests.export.test_fp8_bundles import prompts, small
 from tests.export.test_int8 import int8_bundle
 from tests.exported import demo_bundle, shared_bundle
@@ -38,6 +39,8 @@ def bundles() -> Iterator[Path]:
         spec = spec_with(kind)
         weights, policy = random_model(spec).state_dict(), load_policy("window")
         yield shared_bundle(spec, weights, policy, decoder=CASES[kind][0]())
+    for kind in CONFIGS:
+        yield encoding_bundle(kind)
     spec, quantized, headmap = small()
     policy, texts = load_policy("forcing-kv"), prompts(spec, "a b", "b a d")
     yield shared_bundle(spec, quantized, policy, headmap=headmap, dtype="fp8", calibration=texts)

@@ -52,6 +52,13 @@ def export(
     policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
     decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
     vae: Annotated[Path | None, Option(help="Weights of the decoder: a file or a folder.")] = None,
+    encoder: Annotated[
+        str | None,
+        Option(
+            help="Make latents of pictures and videos too, with this VAE, a file or a folder; `vae`: that of"
+            " --vae; `random`: random weights."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         Option(
@@ -103,6 +110,7 @@ def export(
     from forcingkv.headmaps.fields import to_data
     from forcingkv.measure.bench.cases import typical_layers
     from forcingkv.models.decoders import decoder_for
+    from forcingkv.models.encoders import encoder_for
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.kv.policies import load_policy
 
@@ -125,6 +133,7 @@ def export(
     texts = texts_for(spec, calibration, random_weights) if precision == "fp8" else None
     weights = weights_for(spec, checkpoint, key, lora, no_preset_lora, random_weights)
     spec, pixels = decoder_for(spec, decoder, vae, random=random_weights)
+    frames = encoder_for(spec, _encoder_file(encoder, vae)) if encoder else None
     try:
         with console.status("exporting") as status:
             manifest = export_bundle(
@@ -135,6 +144,7 @@ def export(
                 headmap=given,
                 resolution=resolution,
                 decoder=pixels,
+                encoder=frames,
                 dtype=precision,
                 target=wanted,
                 sms=sm or (),
@@ -177,6 +187,20 @@ def export(
         )
     for warning in manifest.warnings:
         say(f"warning: {warning}", error=True)
+
+
+def _encoder_file(encoder: str, vae: Path | None) -> Path | None:
+    """The file of the VAE that `--encoder` names; None: random weights."""
+    if encoder == "random":
+        return None
+    if encoder != "vae":
+        return Path(encoder)
+    if vae is None:
+        expected = "--vae with it, a file of the VAE, or random"
+        raise InputError(
+            "means the file of --vae, which is not given", where="--encoder vae", expected=expected
+        )
+    return vae
 
 
 def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTexts:
