@@ -23,7 +23,7 @@ import torch
 
 import forcingkv
 from forcingkv.export.bake import baked_bytes
-from forcingkv.export.bundle_parts import record_without_graph
+from forcingkv.export.bundle_parts import encoder_record, record_without_graph
 from forcingkv.export.bundle_writer import check_out, export_bundle
 from forcingkv.export.precision import precision_of
 from forcingkv.export.space import check_disk
@@ -35,6 +35,7 @@ from forcingkv.headmaps.reading import read_json
 from forcingkv.headmaps.writing import lock_of, new_token, unwritable_where
 from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.encoders import StreamingEncoder
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.bundle import GRAPHS, SCHEMA, Bundle, Manifest, PlanRecord
 from forcingkv.runtime.bundle_files import MANIFEST
@@ -64,6 +65,8 @@ class Recipe:
     decoder: StreamingDecoder | None
     stored: Dtype
     """What the weights are stored as, and torch computes in."""
+    encoder: StreamingEncoder | None = None
+    """None: the bundle makes no latents of pictures and videos."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,19 @@ def check_memory_to_run(recipe: Recipe, device: str | None) -> None:
     plan, decoder, compute = recipe.plan, recipe.decoder, recipe.stored
     held = {"step": baked_bytes(plan.spec, precision_of(compute, "torch"))}
     held["decode"] = sum(tensor.nbytes for tensor in decoder.state_dict().values()) if decoder else 0
+    graphs = {
+        name: record_without_graph(name, plan, decoder, compute, None, held.get(name, 0)) for name in GRAPHS
+    }
+    if encoder := recipe.encoder:
+        size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
+        graphs["encode"] = encoder_record(plan, encoder, compute, None, size)
     manifest = Manifest(
         schema="forcingkv.bundle/1",
         model=plan.spec,
         resolution=(plan.geometry.width, plan.geometry.height),
         policy=plan.policy,
         plan=PlanRecord.of(plan, compute),
-        graphs={
-            name: record_without_graph(name, plan, decoder, compute, None, held.get(name, 0))
-            for name in GRAPHS
-        },
+        graphs=graphs,
         files={},
         versions={},
         compute=compute,
@@ -160,7 +166,8 @@ def origin_of(recipe: Recipe, weights: Weights) -> str:
         "weights": _identity(weights),
         "taken": weights.taken,  # which of the models in a file
         "loras": [to_data(record) for record in weights.loras],
-        "decoder": _decoder_digest(recipe.decoder),
+        "decoder": _digest_of(recipe.decoder),
+        **({"encoder": _digest_of(recipe.encoder)} if recipe.encoder else {}),
         "stored": recipe.stored,
     }
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
@@ -185,8 +192,8 @@ def _identity(weights: Weights) -> str:
     raise ValueError("nothing says what these weights are: they have neither a digest nor a seed")
 
 
-def _decoder_digest(decoder: StreamingDecoder | None) -> str | None:
-    """SHA-256 of a decoder's tensors, whatever file they are from."""
+def _digest_of(decoder: StreamingDecoder | StreamingEncoder | None) -> str | None:
+    """SHA-256 of the tensors of a decoder or an encoder, whatever file they are from."""
     if decoder is None:
         return None
     found = hashlib.sha256()
@@ -295,6 +302,7 @@ def _baked(
         headmap=recipe.headmap,
         resolution=plan.geometry.name,
         decoder=recipe.decoder,
+        encoder=recipe.encoder,
         dtype=recipe.stored,
         target="torch",
         origin=unchanged,

@@ -36,13 +36,22 @@ class Source:
         self._frames: Iterator[npt.NDArray[np.uint8]] = iter(frames)
         self._spec, self._encoder, self._next = spec, encoder, 0
         encoder.restart()
+        self._begun = encoder.begun
 
     def latents(self, index: int) -> Floats | None:
         """Those of a chunk, which are asked for in order: (1, channels, frames, height, width). None: its
-        frames are not all there."""
+        frames are not all there. Raises RuntimeError where other frames were encoded meanwhile."""
+        if self._encoder.begun != self._begun:
+            raise RuntimeError("other frames were encoded while this video was drawn from its source")
         assert index == self._next, "a source is read once, chunk by chunk"
         wanted = self._spec.frames_of(index + 1) - self._spec.frames_of(index)
         frames = list(islice(self._frames, wanted))
+        if len(frames) < wanted and not index:
+            raise InputError(
+                f"has {len(frames)} frames",
+                where="source",
+                expected=f"{wanted} or more, those of the first chunk of {self._spec.name}",
+            )
         if len(frames) < wanted:
             self.left_out = len(frames)
             return None
