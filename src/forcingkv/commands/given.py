@@ -147,7 +147,8 @@ def say_given(video: Video, given: GivenOptions) -> None:
         say(f"begins with {video.held} given latent {frames}{source}, held in its first chunk", error=True)
     if video.given:
         source = f" of {given.start_latents}" if given.start_latents else ""
-        say(f"begins with {video.given} given chunks{source}", error=True)
+        chunks = "chunk" if video.given == 1 else "chunks"
+        say(f"begins with {video.given} given {chunks}{source}", error=True)
 
 
 @contextmanager

@@ -64,8 +64,12 @@ class StartOptions:
         for name, path in given.items():
             if path and not (there(path) and path.is_file()):
                 raise InputError(f"there is no file {path}", where=name)
-        if self.strength is not None and not self.video:
-            raise InputError("is of no use without --video", where="--strength")
+        if self.strength is not None:
+            if not self.video:
+                raise InputError("is of no use without --video", where="--strength")
+            if not 0 < self.strength <= 1:
+                expected = "a number above 0, at most 1"
+                raise InputError(f"is {self.strength:g}", where="--strength", expected=expected)
         if self.fit is not None and (self.fit not in get_args(Fit) or not chosen):
             what = "is of no use without --image, --start or --video" if not chosen else f"is {self.fit!r}"
             raise InputError(what, where="--fit", expected=None if not chosen else "'crop' or 'pad'")
