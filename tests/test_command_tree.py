@@ -102,7 +102,6 @@ CHANGED: dict[str, str] = {
     "export --no-preset-lora": _WITHOUT,
     "headmap convert --heads": "0 heads were taken for a number that was not given",
     "export --encoder": "bundles that make latents of pictures and videos",
-    "export --no-recache-graph": _SWITCHES,
     "export --recache-graph": _SWITCHES,
     "generate --fade": _SWITCHES,
     "generate --no-recache": _SWITCHES,

@@ -240,6 +240,18 @@ class OnnxPass:
             raise _fault("a pass", error) from error
 
 
+class TrimmedPass:
+    """A pass that is seldom run: what the C library keeps of its memory is given back after it."""
+
+    def __init__(self, bound: OnnxPass) -> None:
+        self._bound = bound
+
+    def run(self) -> None:
+        """Raises as `OnnxPass.run`."""
+        self._bound.run()
+        trim()
+
+
 class OnnxLane:
     """The graphs, and memory of one session. All work is done at once, so its two queues are one.
 
@@ -280,7 +292,8 @@ class OnnxLane:
         self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> Pass:
         # ONNX Runtime runs every node, whatever is asked for: an output without a place need not take memory.
-        return self._loaded()[graph].bind(inputs, outputs)
+        bound = self._loaded()[graph].bind(inputs, outputs)
+        return TrimmedPass(bound) if graph in UNFOLDED else bound
 
     def warm(self, passes: Callable[[], None]) -> None:
         """Nothing is slower at first."""
