@@ -127,6 +127,12 @@ def recording_plan(
     """The cache plan of a recording. Raises InputError where policy, map and model do not fit."""
     chosen = load_policy(policy)
     plan = build_plan(spec, spec.geometry(resolution), chosen, headmap)
+    if plan.recomputes:
+        raise InputError(
+            f"makes its context anew before each chunk, of {spec.context_frames} frames that all heads see",
+            where=f"model {spec.name}",
+            expected="a model whose cache holds a history (context = 'cache')",
+        )
     if plan.choice and not plan.choice.role.shared:
         raise InputError(
             "lets every layer choose segments for itself",

@@ -39,6 +39,7 @@ from forcingkv.runtime.bundle import (
     PlanRecord,
 )
 from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST
+from forcingkv.runtime.context import without_encoder
 from forcingkv.runtime.graph_records import ALL_GRAPHS, check_records
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
@@ -104,7 +105,7 @@ def export_bundle(
             the model. None: for ONNX Runtime only.
         recache: whether there is a graph for switches of the prompt that encode newest frames anew (recache
             keep-sink and empty-sink); for ONNX Runtime only. None: where that is the model's own way, and the
-            policy has it.
+            policy has it, and where the model encodes newest frames before each chunk.
         calibration: what fp8 is calibrated with, which needs the memory of the model. For fp8 only.
         origin: gives what `Manifest.origin` says, once everything was read.
         progress: called with a line on what is done next.
@@ -115,6 +116,12 @@ def export_bundle(
         VerificationError: a graph differs from torch by more than `TOLERANCE` or `ROUNDED_TOLERANCE`.
         EngineError: TensorRT did not build an engine.
     """
+    if spec.context == "recompute" and target not in ("onnx", "torch"):
+        raise InputError(
+            f"builds no engine of the pass that {spec.name} makes before each chunk",
+            where=f"--target {target}",
+            expected="--target onnx or torch",
+        )
     engines = None if target == "onnx" or target == "torch" else engine_target(target, sms, aot=aot)
     if (sms or aot) and engines is None:
         where = "--aot" if aot else "--sm"
@@ -130,6 +137,8 @@ def export_bundle(
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
     if encoder and spec.decoder.kind == "pixels":
         raise ValueError(f"the latents of {spec.name} are pixels, and an encoder was given")
+    if spec.context_first == "encoded" and encoder is None and spec.decoder.kind != "pixels":
+        raise without_encoder(plan, "the export")
     verify = target == "onnx" if verify is None else verify
     if verify and target == "torch":
         raise InputError("compares graphs with torch, and there are none", where="verify")
@@ -203,8 +212,12 @@ def _has_recache(plan: CachePlan, target: Target, asked: bool | None) -> bool:
     if asked and target != "onnx":
         hint = "torch needs none, and for TensorRT no engine is built of it: switch with --recache replay."
         raise InputError("is a graph for ONNX Runtime", where=where, expected="--target onnx", hint=hint)
+    if plan.recomputes and asked is False:
+        what = f"would leave out the pass that {plan.spec.name} makes before each chunk"
+        raise InputError(what, where="--no-recache-graph")
     there = bool(encodings(plan))
     if asked and not there:
         encoding(plan, plan.phases[-1].first_chunk + 1, keep_sink=True)  # says why
         raise InputError(f"has no frames to encode under {plan.policy.name}", where=where)
-    return target == "onnx" and there and (plan.spec.recache in ENCODED if asked is None else asked)
+    own = plan.recomputes or plan.spec.recache in ENCODED
+    return target == "onnx" and there and (own if asked is None else asked)

@@ -203,6 +203,7 @@ def calibrate(
     Returns the name of each layer -> the scale of its input, and what it was found with, for the manifest.
     """
     small = calibration_plan(plan)
+    small = replace(small, spec=replace(small.spec, context_first="kept"))  # of the VAE nothing is rounded
     chunks = min(CHUNKS, small.phases[-1].first_chunk + 1)
     largest = dict.fromkeys(precision.linears(weight_shapes(plan.spec)), 0.0)
 

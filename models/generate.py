@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.models.context import FirstFrame, attend_alone, cache_of_context, context_rotary
 from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
@@ -61,6 +62,7 @@ def generate(
     watch: Watch | None = None,
     start: Tensor | None = None,
     scenes: Mapping[int, Tensor] | None = None,
+    first_frame: FirstFrame | None = None,
 ) -> Iterator[GeneratedChunk]:
     """Generate chunk by chunk.
 
@@ -74,11 +76,16 @@ def generate(
         start: latents (batch, latent_channels, frames, height, width) that the video begins with. Whole
             chunks go through their clean pass alone. Fewer frames than a chunk has are held at timestep 0
             while the rest of chunk 0 is made, where the schedule can (`Schedule.by_frame`).
-
         scenes: chunk -> the text of the scene that begins with it; `text` is that of the first.
+        first_frame: makes the first frame of each context of the chunk before, for models that pass it
+            through the VAE again (`ModelSpec.context_first`).
 
-    Raises InputError for another number of given frames.
+    Raises InputError for another number of given frames, and where such a model has no `first_frame`.
     """
+    reencodes = plan.spec.context_first == "encoded"
+    if reencodes and first_frame is None:
+        what = f"is not given, and {plan.spec.name} passes the first frame of each context through the VAE"
+        raise InputError(what, where="first_frame", expected="models.context.FirstFrame")
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
     schedule, frames = plan.spec.schedule, plan.spec.frames_per_chunk
@@ -93,10 +100,14 @@ def generate(
         flow, new = model(latents.to(text), time, rotary, prompt, attend)
         return flow.to(latents), new
 
+    newest: Tensor | None = None
     for chunk in range(chunks):
         begun = cuts[: bisect_right(cuts, chunk)]
         if scenes and chunk in scenes:
             prompt = model.prompt(scenes[chunk])
+        if newest is not None:
+            _, seen_alone = run(newest, [schedule.context_timestep], context_rotary(plan, text), attend_alone)
+            cache = cache_of_context(plan, seen_alone)
         first = first_position(plan, chunk, chunk) + scene_shift(plan, len(begun))
         tables = positions.rotary(plan.spec, plan.geometry, first, frames)
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
@@ -119,6 +130,13 @@ def generate(
                 x0 = next_latents(schedule.renoise, latents, flow, sigma, 0.0, None)
                 latents = torch.from_numpy(solver.following(x0.cpu().double().numpy())).to(latents)
             latents = _with(latents, front)
+        if plan.recomputes:
+            newest = latents[:, :, -plan.spec.context_frames :]
+            again = first_frame(latents) if reencodes and first_frame else None
+            if again is not None and (chunk + 1) * frames > plan.spec.context_frames:
+                newest = _with(newest, again)
+            yield GeneratedChunk(chunk, latents, None)
+            continue
         seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
         _, new = run(latents, [schedule.context_timestep], rotary, seen)
         turn = turn_of(plan, chunk, text.device)

@@ -1,4 +1,4 @@
-"""Making one chunk: the denoising passes and the clean pass; `runtime.chunk_decoder` decodes it.
+"""Making one chunk: denoising passes and clean pass, or context pass; `runtime.chunk_decoder` decodes it.
 
 `ChunkMaker.begin` puts a chunk's passes into the queue, `finish` waits for what they gave and decodes it. On
 a device the passes of the next chunk run while one is decoded; on a CPU `begin` returns when they are done.
@@ -18,11 +18,12 @@ from forcingkv.runtime import positions
 from forcingkv.runtime.backends import Array, Fetch, Lane, Mark, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
+from forcingkv.runtime.context import Context, check_context
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.footprint import has_recache
 from forcingkv.runtime.frame_encoder import Encoder, encoder_of, has_encoder
 from forcingkv.runtime.graph_records import TURN
-from forcingkv.runtime.kv.rebuild import Encoding
+from forcingkv.runtime.kv.rebuild import Encoding, context_encoding
 from forcingkv.runtime.kv.window import first_position, moved_by, scene_shift
 from forcingkv.runtime.newest_frames import FramesEncoder
 from forcingkv.runtime.pass_levels import PassLevel, clean_level, denoising_levels, write_levels
@@ -47,7 +48,8 @@ class PendingChunk:
     """The latents after each denoising pass."""
     started: Mark
     denoised: Mark
-    cleaned: Mark
+    filled: tuple[Mark, Mark]
+    """Around the pass that fills the cache: the clean pass; or the context pass, which comes first."""
     requested: float
     """When it was begun, by the host's clock."""
     given: Floats | None = None
@@ -62,6 +64,7 @@ class ChunkMaker:
         cache: the KV cache.
         decoder: decodes chunks.
         encoder: makes latents of frames that are given; None: the bundle has none.
+        context: what the cache is made of before each chunk; None: clean passes fill it.
         schedule: the model's.
         scenes: how many cuts to another scene there were.
         given: how many chunks at the start of the video were given and not generated, which decides which
@@ -72,6 +75,7 @@ class ChunkMaker:
     def __init__(self, bundle: Bundle, lane: Lane, frames: FramesOn) -> None:
         self.lane, self._plan, self._frames_on = lane, bundle.plan, frames
         self._spec, self.schedule = bundle.plan.spec, bundle.plan.spec.schedule
+        check_context(lane, bundle.manifest.graphs, self._plan)
         self.given = self.scenes = 0
         self.held: Floats | None = None
         prompt, step, decode = (bundle.manifest.graphs[name] for name in ("prompt", "step", "decode"))
@@ -82,6 +86,7 @@ class ChunkMaker:
         self.encoder: Encoder | None = None
         if has_encoder(graphs, self._plan):
             self.encoder = encoder_of(lane, graphs, self._plan)
+        self.context = Context(self._plan, self.encoder) if self._plan.recomputes else None
         self._text = {name: tensor_of(lane, record) for name, record in prompt.inputs.items()}
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
         self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
@@ -104,9 +109,17 @@ class ChunkMaker:
         """(1, channels, latent frames, height, width) of a chunk."""
         return self._latents[0].shape
 
+    @property
+    def lookahead(self) -> int:
+        """How many chunks to begin before the frames of the one before are waited for: none, where a chunk's
+        context is made of them."""
+        return 0 if self.context else self.lane.lookahead
+
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
         self.cache.restart()
+        if self.context:
+            self.context.frame = None
         self.given, self.held, self.scenes = 0, None, 0
         self.decoder.restart()
 
@@ -147,14 +160,22 @@ class ChunkMaker:
         self._prompt.run()
 
     def begin(
-        self, index: int, noise: NoiseSource, source: Floats | None = None, strength: float = 1.0
+        self,
+        index: int,
+        noise: NoiseSource,
+        source: Floats | None = None,
+        strength: float = 1.0,
+        before: Floats | None = None,
     ) -> PendingChunk:
         """Put the passes of a chunk into the queue.
 
         With a `source`, latents of the chunk's shape, it begins with these, noised to the first level that is
-        at most `strength`.
+        at most `strength`. `before` are the latents of the chunk before it, of which its context is made.
         """
         queue, requested = self.lane.main, time.perf_counter()
+        opened = queue.mark()
+        if self.context and before is not None:
+            self.encode(context_encoding(self._plan, index), self.context.latents(index, before))
         started = queue.mark()
         self._write_positions(index)
         # All noise at once: drawn between passes, each finds the processor's caches full of weights.
@@ -175,8 +196,8 @@ class ChunkMaker:
             if between and step + 1 < len(levels):
                 self._latents[(step + 1) % 2].write(between(steps[-1]), queue)
         denoised = queue.mark()
-        self._clean(len(levels))
-        return PendingChunk(index, tuple(steps), started, denoised, queue.mark(), requested)
+        filled = (opened, started) if self.context else self._clean(len(levels), denoised)
+        return PendingChunk(index, tuple(steps), started, denoised, filled, requested)
 
     def take(self, index: int, latents: Floats) -> PendingChunk:
         """Put the clean pass of a chunk into the queue whose latents are given."""
@@ -185,8 +206,8 @@ class ChunkMaker:
         self._write_positions(index)
         self._latents[0].write(latents, queue)
         denoised = queue.mark()
-        self._clean(0)
-        return PendingChunk(index, (), started, denoised, queue.mark(), requested, latents)
+        filled = (started, started) if self.context else self._clean(0, denoised)
+        return PendingChunk(index, (), started, denoised, filled, requested, latents)
 
     def finish(self, pending: PendingChunk) -> Chunk:
         """Wait for a chunk and decode it. Raises NotFiniteError where its latents are not numbers."""
@@ -198,6 +219,8 @@ class ChunkMaker:
         side = self.lane.side
         opened = side.mark()
         frames = self.decoder.decode(latents, pending.index)
+        if self.context:
+            self.context.keep(frames, side)
         shown = frames.shared() if self._frames_on == "device" else frames.fetch(side)
         decoded = side.mark()
         decoded.wait()
@@ -206,7 +229,7 @@ class ChunkMaker:
         self.settle()
         self._unsettled = Timing.of(
             denoise=pending.denoised.since(pending.started),
-            clean=lambda: _seconds_between(pending.denoised, pending.cleaned),
+            clean=lambda: _seconds_between(*pending.filled),
             decode=decoded.since(opened),
             total=time.perf_counter() - pending.requested,
         )
@@ -246,7 +269,7 @@ class ChunkMaker:
                 if between and step + 1 < steps:
                     made = self._latents[(step + 1) % 2]
                     made.write(between(made.fetch(self.lane.main)), self.lane.main)
-        self._clean(steps)
+        self._clean(steps, self.lane.main.mark())
 
     def encode(self, encoding: Encoding, latents: Floats) -> None:
         """Make the cache anew in one pass over newest frames, under the prompt as it is: `FramesEncoder`."""
@@ -329,10 +352,12 @@ class ChunkMaker:
             self._noise.write(renewing[step], self.lane.main)
         self.bound(level, step).run()
 
-    def _clean(self, steps: int) -> None:
+    def _clean(self, steps: int, denoised: Mark) -> tuple[Mark, Mark]:
+        """The clean pass of a chunk; the marks around it."""
         self.cache.tell()
         self.bound(clean_level(self.schedule), steps).run()
         self.cache.cleaned()
+        return denoised, self.lane.main.mark()
 
     def _write_positions(self, index: int) -> None:
         frames, passes = self._spec.frames_per_chunk, self.cache.passes

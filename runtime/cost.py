@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.kv.rebuild import Encoding
+from forcingkv.runtime.kv.rebuild import Encoding, context_encoding
 from forcingkv.runtime.spec import ModelSpec
 
 
@@ -70,11 +70,14 @@ def _pass_flops(plan: CachePlan, tokens: int, keys: int) -> PassFlops:
 
 
 def chunk_flops(plan: CachePlan, chunk: int | None = None) -> int:
-    """Operations of all passes of a chunk, the clean pass included; None: of one of the last phase, with the
-    passes of all chunks that have none of their own."""
+    """Operations of all passes of a chunk, the clean pass included, or the pass over newest frames before it;
+    None: of one of the last phase, with the passes of all chunks that have none of their own."""
     schedule = plan.spec.schedule
     steps = schedule.later if chunk is None else schedule.of_chunk(chunk)
-    return pass_flops(plan, chunk).total * (len(steps) + 1)
+    step = pass_flops(plan, chunk).total
+    if plan.recomputes:
+        return step * len(steps) + (encoding_flops(plan, context_encoding(plan, 1)) if chunk != 0 else 0)
+    return step * (len(steps) + 1)
 
 
 def prompt_flops(spec: ModelSpec) -> int:

@@ -46,7 +46,8 @@ def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[s
     frames: those of all calls of `decode` for a chunk, and of a call of `encode`.
     text: the inputs and outputs of `prompt`; the latter are inputs of `step`.
     latents: all else that goes into `step` and `decode`, and the next latents.
-    recache: inputs of the pass that encodes newest frames anew at a switch of the prompt, and what that pass
+    recache: inputs of the pass that encodes newest frames anew, at a switch of the prompt or (a model that
+        recomputes its context) before each chunk, and what that pass
         takes beyond the others; where sessions take it when they open (`has_recache`). On a CPU the graph
         reads the weights where their file is mapped: pages that the system takes back.
     """
@@ -72,7 +73,7 @@ def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[s
 
 _OF_SOME = {
     "encoder_caches": "two buffers: read and written in turn",
-    "recache": "of encoding newest frames anew at a switch of prompts",
+    "recache": "of encoding newest frames anew",
 }
 """Notes on parts that some bundles have."""
 
@@ -154,7 +155,8 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
 def has_recache(manifest: Manifest, plan: CachePlan) -> bool:
     """Whether a session takes the memory for encoding newest frames anew when it opens: where a graph of the
     bundle does that, and on torch, which needs none, where it is the model's own way."""
-    own = not manifest.has_graphs and plan.spec.recache in ENCODED and bool(encodings(plan))
+    asked = plan.recomputes or plan.spec.recache in ENCODED
+    own = not manifest.has_graphs and asked and bool(encodings(plan))
     return "recache" in manifest.graphs or own
 
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from forcingkv.runtime.backends import Queue
 from forcingkv.runtime.chunks import ChunkMaker
+from forcingkv.runtime.graph_records import latent_shape
+from forcingkv.runtime.kv.rebuild import context_encoding
 from forcingkv.runtime.pass_levels import clean_level
 
 
@@ -43,8 +45,16 @@ class PassTimer:
             return _seconds(maker.lane.main, maker.bound(first, 0).run)
 
     def clean(self) -> float:
-        """Seconds of the clean pass, which makes the next caches too. The chunk stays the next one."""
+        """Seconds of the clean pass, which makes the next caches too; of models that recompute their context
+        those of the pass over newest frames before each chunk but the first. The chunk stays the next one."""
         with self._using() as maker:
+            plan, passes = maker.cache.plan, maker.cache.passes
+            if plan.recomputes:
+                newest = np.zeros(latent_shape(plan, plan.spec.context_frames), np.float32)
+                one = context_encoding(plan, 1)
+                seconds = _seconds(maker.lane.main, lambda: maker.encode(one, newest))
+                maker.cache.passes = passes
+                return seconds
             steps = len(maker.levels(self._chunk))
             return _seconds(maker.lane.main, maker.bound(clean_level(maker.schedule), steps).run)
 

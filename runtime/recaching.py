@@ -21,6 +21,7 @@ def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: C
 
     `there` are the chunks whose latents will be there then, of those that may be asked for.
     """
+    check_way(maker.cache.plan, how)
     if how == "cut":
         check_cut(maker.cache.plan)
     if how not in ENCODED:
@@ -38,9 +39,21 @@ def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: C
             )
 
 
+def check_way(plan: CachePlan, how: Recache) -> None:
+    """Raise InputError for a way of a model whose cache is made anew before each chunk in any case."""
+    if plan.recomputes and how != "none":
+        raise InputError(
+            f"is {how}, and the cache of {plan.spec.name} is made anew before each chunk, under its prompt",
+            where="recache",
+            expected="none, or nothing said",
+        )
+
+
 def check_restored(maker: ChunkMaker, script: Script, *, hollow: bool, where: str) -> None:
     """Raise InputError where a saved video needs a pass over newest frames, now or later, and the session has
     none: states of the backend torch may be gone on with by others."""
+    for switch, _ in script.due.values():
+        check_way(maker.cache.plan, switch.recache)
     if maker.lane.recaches:
         return
     to_come = [switch for switch, _ in script.due.values()]

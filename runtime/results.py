@@ -18,7 +18,8 @@ class Timing:
     """The denoising passes."""
     clean: float
     """The clean pass, which updates the cache. It runs while the chunk is decoded, and may take longer: asked
-    for this before the next chunk came, it waits for that pass."""
+    for this before the next chunk came, it waits for that pass. Of a model that recomputes its context: the
+    pass over newest frames before the chunk's own, and making their latents."""
     decode: float
     total: float
     """End to end, from the first pass to frames that can be used. Where decoding overlaps the next chunk

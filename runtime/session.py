@@ -260,6 +260,12 @@ class Session:
             return None
         if start is not None:
             raise InputError("use either start or source, not both", where="source")
+        if self.spec.context_first == "encoded":
+            raise InputError(
+                f"is of no use to {self.spec.name}, whose encoder is for the first frame of each context",
+                where="source",
+                hint="A model file with context_first = 'kept' (base = its name) can be drawn from a source.",
+            )
         return Source(frames, strength, self.spec, self._encoder(maker))
 
     def restore(
@@ -311,6 +317,8 @@ class Session:
                 self._user = None  # the caches of the video before may be half overwritten
                 raise
             begun.begin(maker)
+            if maker.context:
+                maker.context.restore(arrays)
             self._user = video._token
         return video
 

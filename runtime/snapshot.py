@@ -34,6 +34,7 @@ from forcingkv.headmaps.writing import (
 from forcingkv.runtime.backends import Array, Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker
+from forcingkv.runtime.context import check_held
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.given import GivenNoise, check_start, start_digest
 from forcingkv.runtime.kv.rebuild import kept_chunks, replayed
@@ -154,6 +155,7 @@ def write_snapshot(
         stored |= {f"latents/{index}": array for index, array in latents.items()}
         stored |= {f"start/{index}": array for index, array in to_come.items()}
         stored |= {} if held is None else {HELD: held}
+        stored |= maker.context.held() if maker.context else {}
         for chunk in ready:
             if not isinstance(chunk.frames, np.ndarray):
                 raise InputError(
@@ -286,6 +288,7 @@ def read_snapshot(
     given = snapshot.given or 0
     for index in range(min(snapshot.made, given), given):
         array(f"start/{index}")
+    check_held(bundle.plan, snapshot.made, arrays, str(tensors))
     if snapshot.start is not None and not given:
         check_start(array(HELD), bundle.plan, f"{tensors}: {HELD}")
     ready = [

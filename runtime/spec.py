@@ -42,6 +42,12 @@ stays, and another scene begins."""
 ENCODED: tuple[Recache, ...] = ("keep-sink", "empty-sink")
 """The ways that encode newest frames in one pass."""
 
+Context = Literal["cache", "recompute"]
+"""Where what a chunk sees of the frames before it comes from: `cache`, the clean passes of all chunks;
+`recompute`, one pass over the newest frames before each chunk (docs/decisions/0050)."""
+ContextFirst = Literal["kept", "encoded"]
+"""The first of those frames: as it was made, or decoded and encoded again as the first frame of a video."""
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -147,6 +153,10 @@ class ModelSpec:
     """Frames by which absolute positions jump with each cut to another scene."""
     scene_prefix: str = ""
     """What the first chunk of a scene has before the scene's text, after a cut."""
+    context: Context = "cache"
+    context_frames: int = 0
+    """Newest frames that are encoded anew before each chunk, where `context` is `recompute`."""
+    context_first: ContextFirst = "kept"
     # No part of the hash, since a table has none: equal specs have equal ones all the same.
     resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     """Named pixel sizes, (width, height)."""
@@ -162,6 +172,7 @@ class ModelSpec:
         if not faults and self.sink_frames > most:
             own = f"of {self.attended_frames} attended frames {self.frames_per_chunk} are the chunk's own"
             faults.append(("sink_frames", f"0 to {most}: {own}"))
+        faults += [] if faults else self._faults_of_context()
         if faults:
             name, expected = faults[0]
             what = f"{name} is {getattr(self, name)}"
@@ -177,6 +188,28 @@ class ModelSpec:
         if self.text.kind == "words" and needed > self.text_width:
             what = f"text_width is {self.text_width}, too few for a vocabulary of {words} and their places"
             raise InputError(what, where=f"model {self.name}", expected=f"{needed} or more")
+
+    def _faults_of_context(self) -> list[tuple[str, str]]:
+        """Fields that do not go with `context`, and what they are to be."""
+        own, newest = self.frames_per_chunk, self.context_frames
+        if self.context == "cache":
+            wanted: dict[str, tuple[object, str]] = {"context_frames": (0, ""), "context_first": ("kept", "")}
+        else:
+            # More would be several blocks, each of which sees those before it alone: a mask.
+            if not 1 <= newest <= own:
+                return [("context_frames", f"1 to {own}, the frames of a chunk, with context = 'recompute'")]
+            alone = ": nothing but the newest frames is seen"
+            wanted = {
+                "attended_frames": (newest + own, f": {newest} of context and {own} of the chunk"),
+                **dict.fromkeys(("sink_frames", "scene_frames", "scene_offset"), (0, alone)),
+                "positions": ("relative", ": the context begins at 0"),
+                "recache": ("none", ": the next chunk's context follows another prompt in any case"),
+            }
+        return [
+            (name, f"{value!r} with context = {self.context!r}{why}")
+            for name, (value, why) in wanted.items()
+            if getattr(self, name) != value
+        ]
 
     @property
     def dim(self) -> int:
@@ -279,6 +312,7 @@ BOUNDS = {
     "sink_frames": (0, MOST_FRAMES),
     "scene_frames": (0, MOST_FRAMES),
     "scene_offset": (0, MOST_FRAMES),
+    "context_frames": (0, MOST_FRAMES),
     "epsilon": (0, 1),
     "rope_theta": (1, 1e12),
 }

@@ -163,7 +163,7 @@ class Video:
             while not self._ready and not self._over:
                 # On a device the passes of the next chunk are queued before this one is waited for: they run
                 # while it is decoded, copied and shown, and the device never waits for the host.
-                while len(self._pending) <= maker.lane.lookahead and (
+                while len(self._pending) <= maker.lookahead and (
                     self.chunks is None or self._begun < self.chunks
                 ):
                     self._switch_in_time(maker)
@@ -188,10 +188,11 @@ class Video:
         ended."""
         if index < self.given:
             return maker.take(index, self._start.latents[index])
+        before = self._latents.get(index - 1)
         if self._source is None:
-            return maker.begin(index, self._noise)
-        latents = self._source.latents(index)
-        return None if latents is None else maker.begin(index, self._noise, latents, self._source.strength)
+            return maker.begin(index, self._noise, before=before)
+        latents, strength = self._source.latents(index), self._source.strength
+        return None if latents is None else maker.begin(index, self._noise, latents, strength, before)
 
     def _noise(self, chunk: int, step: int, shape: tuple[int, ...]) -> Floats:
         """The caller's own noise, that of a file, which begins with the first chunk that is generated, or the

@@ -55,7 +55,9 @@ def lengths(
         plan, total = case.bundle.plan, 0.0
         for chunk in range(chunks):
             timed = took[plan.policy.name, plan.phase(chunk).first_chunk]
-            seconds = timed.seconds_of(plan.spec.schedule.of_chunk(chunk))
+            # The first chunk of a model that recomputes its context has none, and no clean pass either.
+            fills = chunk > 0 or not plan.recomputes
+            seconds = timed.seconds_of(plan.spec.schedule.of_chunk(chunk), fills=fills)
             total += seconds
             frames = (chunk + 1) * plan.spec.frames_per_chunk * plan.spec.decoder.temporal_stride
             points.append(

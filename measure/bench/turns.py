@@ -88,11 +88,12 @@ class BenchTurns:
         """Of a chunk without steps of its own: see `seconds_of`."""
         return self.seconds_of(self.bundle.plan.spec.schedule.later)
 
-    def seconds_of(self, steps: ChunkSteps) -> float:
-        """So many denoising passes and the clean one, which counts as one of them where it was not timed."""
+    def seconds_of(self, steps: ChunkSteps, *, fills: bool = True) -> float:
+        """So many denoising passes and, if the chunk `fills` the cache, the clean one or that over newest
+        frames, which counts as one of them where it was not timed."""
         return statistics.median(
             len(steps) * turn.pass_seconds
-            + (turn.pass_seconds if turn.clean_seconds is None else turn.clean_seconds)
+            + fills * (turn.pass_seconds if turn.clean_seconds is None else turn.clean_seconds)
             for turn in self.turns
         )
 

@@ -11,7 +11,7 @@ Williams, Waterman and Patterson (2009), with one change: kernels reach a share 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from forcingkv.measure.planner.gpus import Gpu
@@ -108,6 +108,14 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
     }
 
 
+def context_work(plan: CachePlan, dtype: Dtype = "bfloat16") -> PassWork:
+    """The work of the pass over newest frames before a chunk (`CachePlan.recomputes`): that of a chunk of so
+    many frames that finds nothing cached."""
+    frames = plan.spec.context_frames
+    spec = replace(plan.spec, frames_per_chunk=frames, attended_frames=2 * frames)
+    return pass_work(replace(plan, spec=spec), 0, dtype)
+
+
 def turn_bytes(size: int) -> int:
     """Bytes that moving a number of a key takes: cast to float32 and back, and what `FLOAT_TURNS` says."""
     return 2 * size + sum(FLOAT_TURNS.values()) * DTYPES["float32"].bytes
@@ -155,11 +163,15 @@ class VideoWork:
     """The work of a video: that of a pass in each phase, and how many passes are in the phase."""
 
     phases: tuple[PhaseWork, ...]
-    """In order; phases that the video does not reach are left out."""
+    """In order; phases that the video does not reach are left out. Passes that make a chunk's context anew
+    come last, of no chunks of their own."""
     steady: PassWork
     """Work of a pass in the last phase of the plan, reached or not."""
+    filling: PassWork
+    """Of the pass that fills the cache there: the clean pass, which is as any other; or that over newest
+    frames before a chunk."""
     passes: int
-    """Passes a chunk, the clean pass included, of chunks without steps of their own."""
+    """Passes a chunk, the one that fills the cache included, of chunks without steps of their own."""
     frames: int
     """Pixel frames a chunk, as published figures count them: the decoder's temporal stride x latent frames,
     in the first chunk too."""
@@ -176,11 +188,17 @@ def video_work(plan: CachePlan, chunks: int, dtype: Dtype = "bfloat16") -> Video
     schedule, phases = plan.spec.schedule, []
     for begin, end in zip(begins, ends, strict=True):
         if end > begin:
-            passes = schedule.passes(end) - schedule.passes(begin) + end - begin
+            passes = schedule.passes(end) - schedule.passes(begin)
+            passes += 0 if plan.recomputes else end - begin
             phases.append(PhaseWork(end - begin, pass_work(plan, begin, dtype), passes))
+    steady = pass_work(plan, None, dtype)
+    filling = context_work(plan, dtype) if plan.recomputes else steady
+    if plan.recomputes and chunks > 1:
+        phases.append(PhaseWork(0, filling, chunks - 1))
     return VideoWork(
         phases=tuple(phases),
-        steady=pass_work(plan, None, dtype),
+        steady=steady,
+        filling=filling,
         passes=len(schedule.later) + 1,
         frames=plan.spec.frames_per_chunk * plan.spec.decoder.temporal_stride,
     )
@@ -199,6 +217,7 @@ def predict(video: VideoWork, gpu: Gpu, efficiency: float) -> dict[str, Any]:
     """
     kinds = pass_seconds(video.steady, gpu, efficiency)
     steady = sum(kinds.values())
+    filling = sum(pass_seconds(video.filling, gpu, efficiency).values())
     total = sum(
         phase.passes * sum(pass_seconds(phase.work, gpu, efficiency).values()) for phase in video.phases
     )
@@ -207,7 +226,7 @@ def predict(video: VideoWork, gpu: Gpu, efficiency: float) -> dict[str, Any]:
     return {
         "pass_seconds": steady,
         "pass_seconds_by_kind": kinds,
-        "chunk_seconds": video.passes * steady,
+        "chunk_seconds": (video.passes - 1) * steady + filling,
         "mean_chunk_seconds": mean_chunk,
         "fps": video.frames / mean_chunk,
         "attention_time_share": kinds["attention"] / steady,

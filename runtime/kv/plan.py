@@ -16,7 +16,7 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.policies import ALL, Policy
 from forcingkv.runtime.kv.retained import Choice, Retained
-from forcingkv.runtime.kv.roles import ROWS, Cuts, Role, Rows
+from forcingkv.runtime.kv.roles import ROWS, Cuts, Recent, Role, Rows
 from forcingkv.runtime.kv.scenes import with_scenes
 from forcingkv.runtime.kv.window import window_frames
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
@@ -100,6 +100,11 @@ class CachePlan:
         """Whether positions are relative to the window (`runtime.kv.window`): the policy's word, or else the
         model's."""
         return (self.policy.positions or self.spec.positions) == "relative"
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the cache is made anew of the newest frames before each chunk, and by no clean pass."""
+        return self.spec.context == "recompute"
 
     @cached_property
     def window_frames(self) -> int:
@@ -290,7 +295,26 @@ def build_plan(
         for role in roles:
             role.check(spec, geometry, roles, f"policy {policy.name}: groups.{label}")
     layers = tuple(_groups(spec, policy, headmap, layer) for layer in range(spec.layers))
-    return CachePlan(spec, geometry, policy, layers)
+    plan = CachePlan(spec, geometry, policy, layers)
+    if plan.recomputes:
+        _check_recomputed(plan)
+    return plan
+
+
+def _check_recomputed(plan: CachePlan) -> None:
+    """Raise InputError where heads see anything else than the frames that are encoded before each chunk."""
+    frames, name = plan.spec.context_frames, plan.policy.name
+    if all(group.roles == (Recent(frames),) for group in plan.groups) and plan.relative:
+        return
+    newest = f"the newest {frames} latent frame{'s'[: frames > 1]}"
+    what = f"shows heads something else than {newest}, or has other positions"
+    raise InputError(
+        what,
+        where=f"policy {name}",
+        expected=f"{newest} in every head, positions relative to the window: {plan.spec.name} encodes these"
+        " anew before each chunk and keeps no history",
+        hint="Choose the policy full, or a model whose context is the cache (context = 'cache').",
+    )
 
 
 def _groups(spec: ModelSpec, policy: Policy, headmap: HeadMap | None, layer: int) -> tuple[HeadGroup, ...]:

@@ -114,9 +114,19 @@ def encoding(plan: CachePlan, made: int, *, keep_sink: bool) -> Encoding:
     return one
 
 
+def context_encoding(plan: CachePlan, made: int) -> Encoding:
+    """The pass before a chunk of a model that recomputes its context (`CachePlan.recomputes`), after `made`
+    chunks, 1 or more: the newest frames, at positions from 0 on. The cache stands as after one clean pass."""
+    spec = plan.spec
+    first = made * spec.frames_per_chunk - spec.context_frames
+    return Encoding(first, spec.context_frames, keeps_sink=False, passes=1)
+
+
 def encodings(plan: CachePlan) -> tuple[Encoding, ...]:
     """Every pass that encodes frames somewhere in a video, whichever way is asked for; empty where the policy
     has none."""
+    if plan.recomputes:
+        return (context_encoding(plan, 1).anywhere,)
     frames = plan.spec.frames_per_chunk
     # From there on nothing but where it is in the video changes.
     steady = plan.phases[-1].first_chunk + -(-(newest_frames(plan) + _sink_frames(plan)) // frames) + 1
@@ -142,6 +152,8 @@ def seen_entries(plan: CachePlan) -> list[CacheEntry]:
 
 def newest_frames(plan: CachePlan) -> int:
     """How many of the newest frames are encoded anew beside the sink, once there are so many."""
+    if plan.recomputes:
+        return plan.spec.context_frames
 
     def cached(role: Role, group: HeadGroup) -> int:
         return -(-role.steady_tokens(plan, group) // plan.frame_tokens)

@@ -133,6 +133,7 @@ def bake_model(
     if options.layers:
         spec, policy, headmap = typical_layers(spec, policy, headmap, options.layers)
     spec, decoder = decoder_for(spec, options.decoder, options.vae, random=options.random_weights)
+    encodes = encodes or spec.context_first == "encoded"
     encoder = _encoder(options, spec) if encodes and spec.decoder.kind != "pixels" else None
     plan = build_plan(spec, spec.geometry(options.resolution), policy, headmap)
     recipe = Recipe(plan, headmap, decoder, run.dtype or spec.dtype, encoder)
