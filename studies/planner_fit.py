@@ -128,7 +128,8 @@ class FigureWork:
         if row.measure == "kv_bytes":
             return sum(kv_parts(self.plan, "bfloat16").values())
         if row.measure == "attention_share":
-            at_end = VideoWork(self.video.phases, self.video.phases[-1].work, *self._rest())
+            last = self.video.phases[-1].work
+            at_end = VideoWork(self.video.phases, last, last, *self._rest())
             return float(predict(at_end, self.gpu, efficiency)["attention_time_share"])
         fps: float = predict(self.video, self.gpu, efficiency)["fps"]
         return fps if row.measure == "fps" else fps / predict(self.full, self.gpu, efficiency)["fps"]
