@@ -27,11 +27,15 @@ OF_SCENES = {
     "longlive2-5b-2step": (999.0, 833.0),
 }
 """LongLive 2: timesteps of a chunk."""
+RECOMPUTED = ["krea-14b-served"]
+"""Their context is made anew before each chunk: `tests/runtime/test_context.py`."""
 GEOMETRIES = {"480p": (60, 104, 1560), "720p": (90, 160, 3600), "1080p": (136, 240, 8160)}
 
 
 def test_the_presets_are_there() -> None:
-    assert shipped_names("forcingkv.models.presets") == sorted([*PRESETS, *FRAME_WISE, *OF_SCENES, "demo"])
+    assert shipped_names("forcingkv.models.presets") == sorted(
+        [*PRESETS, *FRAME_WISE, *OF_SCENES, *RECOMPUTED, "demo"]
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)

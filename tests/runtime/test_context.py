@@ -46,7 +46,12 @@ RECOMPUTED: dict[str, object] = {
     "context_frames": 3,
     "schedule": Schedule((1000.0, 666.0, 0.0), warp=True, shift=5.0, noise_levels="table"),
 }
-VAE: dict[str, object] = {"width": 16, "height": 32, "decoder": Decoder("wan-vae", 8, 4)}
+VAE: dict[str, object] = {
+    "latent_channels": 4,
+    "width": 16,
+    "height": 32,
+    "decoder": Decoder("wan-vae", 8, 4),
+}
 KINDS: dict[str, dict[str, object]] = {
     "kept": {},
     "two frames": {"attended_frames": 5, "context_frames": 2},
