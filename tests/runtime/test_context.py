@@ -111,7 +111,7 @@ def test_a_video_is_that_of_the_loop_in_torch(on: On, kind: str) -> None:
 
 
 def test_the_context_is_the_newest_frames_at_0_and_the_chunk_lies_behind_them() -> None:
-    """Against a pass of the same six frames with a block-causal mask: that is what the makers' server runs."""
+    """Against one pass over both blocks with a block-causal mask, as the makers' server has it."""
     spec = spec_of("kept")
     plan, model = plan_of(spec), random_model(spec)
     before, _ = chunks = in_torch("kept")[:2]
