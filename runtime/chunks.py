@@ -65,6 +65,7 @@ class ChunkMaker:
         decoder: decodes chunks.
         encoder: makes latents of frames that are given; None: the bundle has none.
         context: what the cache is made of before each chunk; None: clean passes fill it.
+        lookahead: that of the lane; 0, where a chunk's context is made of the frames of the one before.
         schedule: the model's.
         scenes: how many cuts to another scene there were.
         given: how many chunks at the start of the video were given and not generated, which decides which
@@ -87,6 +88,7 @@ class ChunkMaker:
         if has_encoder(graphs, self._plan):
             self.encoder = encoder_of(lane, graphs, self._plan)
         self.context = Context(self._plan, self.encoder) if self._plan.recomputes else None
+        self.lookahead = 0 if self.context else lane.lookahead
         self._text = {name: tensor_of(lane, record) for name, record in prompt.inputs.items()}
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
         self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
@@ -108,12 +110,6 @@ class ChunkMaker:
     def latent_shape(self) -> tuple[int, ...]:
         """(1, channels, latent frames, height, width) of a chunk."""
         return self._latents[0].shape
-
-    @property
-    def lookahead(self) -> int:
-        """How many chunks to begin before the frames of the one before are waited for: none, where a chunk's
-        context is made of them."""
-        return 0 if self.context else self.lane.lookahead
 
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""

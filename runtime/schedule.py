@@ -173,7 +173,7 @@ class Schedule:
 
     @property
     def described(self) -> str:
-        """In words; of long lists the beginning and the end."""
+        """The denoising passes in words; of long lists the beginning and the end."""
         said = [f"{_passes(self.later)} a chunk"]
         counted = "of the video" if self.first_counts == "video" else "that is generated"
         for place, steps in enumerate(self._opening[:TOLD]):
@@ -188,7 +188,7 @@ class Schedule:
             said.append("a timestep for each frame")
         if self.redraw_from is not None:
             said.append(f"a switch of prompts draws again from pass {self.redraw_from + 1}")
-        return "; ".join([*said, f"clean pass at {self.context_timestep:g}"])
+        return "; ".join(said)
 
     def passes(self, chunks: int) -> int:
         """Denoising passes of a video of so many chunks, none of them given."""

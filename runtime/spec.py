@@ -217,6 +217,18 @@ class ModelSpec:
         return self.heads * self.head_dim
 
     @property
+    def passes_described(self) -> str:
+        """All passes of a chunk, in words."""
+        last = f"clean pass at {self.schedule.context_timestep:g}"
+        if self.context == "recompute":
+            again = ", the first of them encoded again" if self.context_first == "encoded" else ""
+            last = (
+                f"before each chunk but the first a pass at {self.schedule.context_timestep:g} over the"
+                f" {self.context_frames} newest frames{again}, and no clean pass"
+            )
+        return f"{self.schedule.described}; {last}"
+
+    @property
     def rotary_pairs(self) -> tuple[int, int, int]:
         """Rotated pairs of a head given to time, height and width (22, 21, 21 of 64)."""
         pairs = self.head_dim // 2

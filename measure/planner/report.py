@@ -103,7 +103,7 @@ def plan_report(
         "efficiency": {name: one for name, one in efficiencies().items() if name in families},
         "policies": planned,
         "left_out": left_out,
-        "schedule": spec.schedule.described,
+        "schedule": spec.passes_described,
     }
 
 

@@ -102,9 +102,18 @@ def relative(found: Any, wanted: torch.Tensor) -> float:
     return float((torch.from_numpy(found.latents) - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("on", "kind"),
+    [
+        *((on, kind) for on in (ONNX, TORCH) for kind in KINDS if kind != "encoded"),
+        (TORCH, "encoded"),
+        pytest.param(ONNX, "encoded", marks=pytest.mark.long),
+    ],
+    ids=lambda value: value.name if isinstance(value, On) else value,
+)
 def test_a_video_is_that_of_the_loop_in_torch(on: On, kind: str) -> None:
-    with on.open(recomputing(kind)) as session:
+    target = "torch" if (on, kind) == (TORCH, "encoded") else "onnx"
+    with on.open(recomputing(kind, target)) as session:
         chunks = list(session.generate(PROMPT, seed=7, chunks=CHUNKS))
     differences = [relative(*pair) for pair in zip(chunks, in_torch(kind), strict=True)]
     assert max(differences) < 1e-5
@@ -168,7 +177,8 @@ def test_a_saved_state_goes_on_to_the_bit(on: On, kind: str, made: int, tmp_path
         video = session.generate(PROMPT, seed=7, chunks=5)
         list(islice(video, made))
         video.save(tmp_path)
-        assert_same(session.restore(tmp_path), list(video))
+        wanted = list(video)
+        assert_same(session.restore(tmp_path), wanted)
 
 
 def test_chunks_are_not_begun_before_the_one_before_is_decoded() -> None:
@@ -283,6 +293,10 @@ def test_the_preset_is_what_the_makers_serve() -> None:
     assert (served.context, served.context_frames, served.context_first) == ("recompute", 3, "encoded")
     assert (served.layers, served.source) == (other.layers, other.source)
     np.testing.assert_allclose(served.schedule.later.timesteps, (1000, 908.843, 713.979, 0), atol=1e-3)
+    assert served.passes_described.endswith(
+        "before each chunk but the first a pass at 0 over the 3 newest frames, the first of them encoded"
+        " again, and no clean pass"
+    )
     plan = plan_of(served)
     assert [plan.tokens(plan.groups[0], plan.groups[0].roles[0], n) for n in (0, 1, 9)] == [0, 4680, 4680]
     assert plan.window_frames == 6

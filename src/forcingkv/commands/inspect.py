@@ -100,7 +100,7 @@ def _model(opened: Bundle) -> Iterator[str]:
         f"{plan.geometry.described}: {plan.frame_tokens:,} tokens a frame,"
         f" {spec.frames_per_chunk} frames a chunk",
     )
-    yield from _beside("schedule", spec.schedule.described)
+    yield from _beside("schedule", spec.passes_described)
     digest = f", head map {manifest.headmap[:12]}" if manifest.headmap else ""
     yield from _beside("policy", manifest.policy.name + digest)
     yield from _beside("positions", in_words(plan))
