@@ -21,25 +21,34 @@ from forcingkv.export.engine_builder import (
     build_engine,
 )
 from forcingkv.export.fp8 import CalibrationTexts, calibrate
-from forcingkv.export.graphs import Graph, decode_graph, empty, prompt_graph, step_graph
+from forcingkv.export.graphs import (
+    Graph,
+    decode_graph,
+    decode_strip_graph,
+    empty,
+    prompt_graph,
+    step_graph,
+)
 from forcingkv.export.onnx_writer import value_records, write_onnx
 from forcingkv.export.precision import Precision, torch_dtype
 from forcingkv.export.verify import graph_difference, quantized_differences
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.strips import StripShapes, strip_shapes
 from forcingkv.models.wan import WanModel
 from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS, kernel_sms
 from forcingkv.runtime.bundle import (
     GRAPHS,
     CalibrationRecord,
     GraphRecord,
-    TensorRecord,
     tensor_records,
 )
+from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
 from forcingkv.runtime.graph_file import read_graph
 from forcingkv.runtime.graph_memory import weight_bytes
+from forcingkv.runtime.graph_records import DECODING_GRAPHS, STRIP, DecoderSizes, Layout
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import StoredTensor
@@ -70,6 +79,8 @@ class PartsWriter:
     graphs: bool
     """Whether graphs are traced."""
     progress: Callable[[str], None]
+    strips: Strips | None = None
+    """In which frames are decoded; None: as a whole."""
     records: dict[str, GraphRecord] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
@@ -88,6 +99,20 @@ class PartsWriter:
     def linears(self) -> list[str]:
         """The linear layers in FP8 or int8."""
         return self.precision.linears(weight_shapes(self.plan.spec))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The graphs, in the order in which they are made."""
+        return [*GRAPHS, *([STRIP] if self.strips else [])]
+
+    @cached_property
+    def shapes(self) -> StripShapes | None:
+        """The shapes of the decoder in strips."""
+        if self.strips is None:
+            return None
+        assert self.decoder is not None
+        geometry = self.plan.geometry
+        return strip_shapes(self.decoder, self.strips, geometry.latent_height, geometry.latent_width)
 
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder."""
@@ -109,12 +134,11 @@ class PartsWriter:
     def describe(self, name: str) -> None:
         """Record what goes in and out where there is no graph."""
         file = self._weights_of(name)
-        # `prompt` and `step` are of one model, which is loaded once.
-        stored = self.stored.get(file or "", {}) if name != "prompt" else {}
+        # `prompt` and `step` are of one model, and the parts of a decoder of one: each is loaded once.
+        stored = self.stored.get(file or "", {}) if name not in ("prompt", STRIP) else {}
         held = sum(tensor.bytes for tensor in stored.values())
-        self.records[name] = record_without_graph(
-            name, self.plan, self.decoder, self.precision.compute, file, held
-        )
+        sizes = decoder_sizes(self.plan, self.decoder, self.precision.compute, self.strips)
+        self.records[name] = record_without_graph(name, self.plan, sizes, self.precision.compute, file, held)
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
@@ -172,7 +196,7 @@ class PartsWriter:
         folder = self.folder / "engines"
         folder.mkdir()
         for sm in target.sms:
-            for name in GRAPHS:
+            for name in self.names:
                 self.progress(f"building the engine of {name} for sm_{sm}")
                 file = folder / f"{name}-{target.flavour.name}-sm{sm}.engine"
                 graph = self.folder / f"{name}.onnx"
@@ -194,7 +218,7 @@ class PartsWriter:
 
     def _weights_of(self, name: str) -> str | None:
         """The file that a graph's weights lie in."""
-        file = DECODER if name == "decode" else WEIGHTS
+        file = DECODER if name in DECODING_GRAPHS else WEIGHTS
         return file if file in self.stored else None
 
     def _compare(self, name: str, path: Path) -> None:
@@ -223,13 +247,20 @@ class PartsWriter:
 
         With a precision (fake tensors are on): with parameters of its dtypes and without contents.
         """
-        if name == "decode":
+        if name in DECODING_GRAPHS:
+            shapes = self.shapes
             decoder, kind = self.decoder, precision.compute if precision else "float32"
             if decoder and precision:
                 with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
                     decoder = copy.deepcopy(decoder)
                 empty(decoder, lambda parameter: torch_dtype(kind))
-            return decode_graph(self.plan, decoder, pixels=kind == "float32")
+            pixels = kind == "float32"
+            if name == "decode":
+                return decode_graph(self.plan, decoder, pixels=pixels, strips=self.strips)
+            assert decoder is not None
+            assert self.strips is not None
+            assert shapes is not None
+            return decode_strip_graph(self.plan, decoder, self.strips, shapes, pixels=pixels)
         model = self._traced(name, precision) if precision else self.model
         return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
 
@@ -243,16 +274,23 @@ class PartsWriter:
         return model
 
 
+def decoder_sizes(
+    plan: CachePlan, decoder: StreamingDecoder | None, compute: Dtype, strips: Strips | None
+) -> DecoderSizes:
+    """What the graphs that decode take from their decoder, where it is in strips or is not."""
+    size = plan.geometry.latent_height, plan.geometry.latent_width
+
+    def layouts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
+        return {name: Layout(compute, shape) for name, shape in shapes.items()}
+
+    if decoder is None or strips is None:
+        return DecoderSizes(layouts(decoder.state_shapes(*size) if decoder else {}))
+    found = strip_shapes(decoder, strips, *size)
+    return DecoderSizes(layouts(found.whole), strips, layouts(found.state | found.edges), found.features)
+
+
 def record_without_graph(
-    name: str,
-    plan: CachePlan,
-    decoder: StreamingDecoder | None,
-    compute: Dtype,
-    weights: str | None,
-    held: int,
+    name: str, plan: CachePlan, decoder: DecoderSizes, compute: Dtype, weights: str | None, held: int
 ) -> GraphRecord:
     """What goes into `name` and comes out, in a bundle for torch; `held` are the bytes of its weights."""
-    size = plan.geometry.latent_height, plan.geometry.latent_width
-    caches = decoder.state_shapes(*size) if decoder else {}
-    carried = {cache: TensorRecord(compute, shape) for cache, shape in caches.items()}
-    return GraphRecord(None, weights, *tensor_records(plan, compute, carried)[name], weight_bytes=held)
+    return GraphRecord(None, weights, *tensor_records(plan, compute, decoder)[name], weight_bytes=held)

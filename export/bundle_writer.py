@@ -29,11 +29,11 @@ from forcingkv.headmaps.folders import check_folder, new_folder
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.strips import strips_of
 from forcingkv.models.heads import head_orders
 from forcingkv.models.torch_threads import use_threads
 from forcingkv.prune.onnx_operators import check_choice
 from forcingkv.runtime.bundle import (
-    GRAPHS,
     Manifest,
     PlanRecord,
 )
@@ -64,6 +64,7 @@ def export_bundle(
     headmap: HeadMap | None = None,
     resolution: str | None = None,
     decoder: StreamingDecoder | None = None,
+    strips: int | None = None,
     dtype: ExportDtype | None = None,
     target: Target = "onnx",
     sms: Sequence[int] = (),
@@ -85,6 +86,7 @@ def export_bundle(
         resolution: "WxH" or a name; None for the model's default. Frames are cropped to even sides that do
             not divide into tokens (`ModelSpec.geometry`).
         decoder: what makes pixels of latents; needed unless the latents are pixels.
+        strips: in how many strips it decodes a frame (`runtime/decode_strips.py`); None: chosen by the size.
         dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
             of the blocks, with bfloat16; `int8` for them, for ONNX Runtime, with the model's default. None:
             the model's default, and bfloat16 for TensorRT.
@@ -117,6 +119,7 @@ def export_bundle(
         check_choice(plan)  # which graphs have to be able to make
     if (decoder is None) != (spec.decoder.kind == "pixels"):
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
+    in_strips = strips_of(decoder, plan.geometry, strips)
     verify = target == "onnx" if verify is None else verify
     if verify and target == "torch":
         raise InputError("compares graphs with torch, and there are none", where="verify")
@@ -135,13 +138,15 @@ def export_bundle(
     check_disk(out, baked_bytes(spec, precision), len(gpus))
     use_threads()
     with new_folder(out, BUNDLE, NAMES) as folder:
-        bundle = PartsWriter(folder, plan, decoder, precision, engines, verify, target != "torch", progress)
+        bundle = PartsWriter(
+            folder, plan, decoder, precision, engines, verify, target != "torch", progress, in_strips
+        )
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
         if calibration:
             bundle.calibrate(calibration)
-        for name in GRAPHS:
+        for name in bundle.names:
             bundle.describe(name) if target == "torch" else bundle.write_graph(name)
-        check_records(bundle.records, plan, precision.compute, str(out))
+        check_records(bundle.records, plan, precision.compute, str(out), in_strips)
         if engines:
             bundle.write_engines(engines)
         if headmap:
@@ -174,6 +179,7 @@ def export_bundle(
             crop=plan.geometry.crop,
             origin=origin() if origin else None,
             linear=precision.linear,
+            strips=in_strips,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest

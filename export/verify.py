@@ -17,16 +17,16 @@ from forcingkv.export.graphs import Graph
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.bundle import CLEAN, next_name
 from forcingkv.runtime.faults import DeviceError
-from forcingkv.runtime.graph_records import TURN
+from forcingkv.runtime.graph_records import EDGE, TOP, TURN
 from forcingkv.runtime.kv.plan import CachePlan
 
 Arrays = dict[str, npt.NDArray[Any]]
 SEED = 0
-FEATURES = next_name("feature.")
-"""How the outputs begin that are a decoder's caches."""
+FEATURES = (next_name("feature."), next_name(EDGE), "features")
+"""How the outputs begin that are a decoder's caches, or go from one part of it to the other."""
 SMALL = 1e-4
 """Where rounding changes less than that, differences are in units of that."""
-HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines", *TURN}
+HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines", *TURN, TOP}
 
 
 def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +20,17 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.headmaps.reading import parse_json, read_content
 from forcingkv.runtime.bundle_check import check_files, check_sizes, map_checked, read_checked
 from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
+from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
-from forcingkv.runtime.graph_records import ALL_GRAPHS, check_records, layouts_without_graphs
+from forcingkv.runtime.graph_records import (
+    ALL_GRAPHS,
+    STRIP,
+    DecoderSizes,
+    check_records,
+    layouts_without_graphs,
+    sizes_of,
+)
 from forcingkv.runtime.graph_records import CLEAN as CLEAN
 from forcingkv.runtime.graph_records import GRAPHS as GRAPHS
 from forcingkv.runtime.graph_records import next_name as next_name
@@ -143,6 +151,14 @@ class Manifest:
 
     origin: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """SHA-256 of all that decided what it is, of a bundle in the cache (`export/cached_bundle.py`)."""
+    strips: Strips | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """In which a frame is decoded; None: as a whole."""
+
+    @property
+    def frames_record(self) -> TensorRecord | None:
+        """The output that is frames: of a whole latent frame, or of a strip of one."""
+        graph = self.graphs.get(STRIP) if self.strips else self.graphs["decode"]
+        return graph.outputs.get("frames") if graph else None
 
     @property
     def graph_names(self) -> list[str]:
@@ -220,7 +236,7 @@ class Bundle:
                 hint="Export the bundle again with this version of forcingkv.",
             )
         bundle._check_sizes()
-        check_records(manifest.graphs, bundle.plan, manifest.compute, where)
+        check_records(manifest.graphs, bundle.plan, manifest.compute, where, manifest.strips)
         if manifest.has_graphs:
             for graph in manifest.graph_names:
                 bundle.graph_content(graph)
@@ -230,8 +246,7 @@ class Bundle:
         """The bundle as torch runs it, in a dtype of its own choice (None: that of the export). It has the
         same digest, and no graphs."""
         compute, records = dtype or self.manifest.compute, self.manifest.graphs
-        carried = records["decode"].carried
-        decoder = {name: replace(record, dtype=compute) for name, record in carried.items()}
+        decoder = sizes_of(records, self.manifest.strips)
         graphs = {
             name: GraphRecord(None, records[name].weights, *made, records[name].weight_bytes)
             for name, made in tensor_records(self.plan, compute, decoder).items()
@@ -246,9 +261,10 @@ class Bundle:
         """Raise InputError unless the sizes that are computed and shown go together, in the graphs too."""
         geometry, manifest = self.plan.geometry, self.manifest
         width, height = manifest.frame_size
-        frames = manifest.graphs["decode"].outputs.get("frames")
+        frames = manifest.frames_record
         made = frames.shape[1:3] if frames else ()
-        if (geometry.width, geometry.height) != manifest.resolution or made != (height, width):
+        rows = manifest.strips.pixel_rows if manifest.strips else height
+        if (geometry.width, geometry.height) != manifest.resolution or made != (rows, width):
             raise InputError(
                 "its frames are not of the size that it says",
                 where=str(self.path / MANIFEST),
@@ -324,15 +340,15 @@ class Bundle:
 
 
 def tensor_records(
-    plan: CachePlan, compute: Dtype, carried: Mapping[str, TensorRecord]
+    plan: CachePlan, compute: Dtype, decoder: DecoderSizes
 ) -> dict[str, tuple[dict[str, TensorRecord], dict[str, TensorRecord]]]:
     """Name of each graph -> inputs and outputs, of a bundle without graphs.
 
-    `carried` are the feature caches of the decoder.
+    `decoder`: its sizes; what it carries is taken to be of the dtype that is computed in.
     """
     return {
         graph: tuple({name: TensorRecord(*layout) for name, layout in of.items()} for of in layouts)  # type: ignore[misc]
-        for graph, layouts in layouts_without_graphs(plan, compute, carried).items()
+        for graph, layouts in layouts_without_graphs(plan, compute, decoder.computing_in(compute)).items()
     }
 
 

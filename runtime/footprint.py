@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 from forcingkv.runtime.bundle import GRAPHS, Manifest, TensorRecord
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.graph_records import ALL_GRAPHS
+from forcingkv.runtime.graph_records import ALL_GRAPHS, DECODING_GRAPHS, FEATURES, STRIP
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import Dtype
+from forcingkv.runtime.strip_decoder import StripRecords
 
 DEVICE_RESERVE = 700_000_000
 """Bytes that a process takes of a GPU besides what `footprint` counts, about: CUDA's context takes 300 to
@@ -27,8 +28,11 @@ EngineSet: TypeAlias = tuple[EngineRecord, ...]
 """The engines that one TensorRT runs on one kind of GPU, in the order of `ALL_GRAPHS`."""
 
 
-def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[str, str]:
-    """The parts of a session's memory, and why each has its size; `joined`: on the backend torch.
+def part_notes(
+    plan: CachePlan | None = None, *, joined: bool = False, strips: bool = False
+) -> dict[str, str]:
+    """The parts of a session's memory, and why each has its size; `joined`: on the backend torch; `strips`:
+    of a bundle that decodes frames in strips.
 
     Without a plan what is said of a role is what holds of it in most models.
 
@@ -39,7 +43,8 @@ def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[s
         a layer at a time.
     kv_...: a part for each role, from the cache plan: its buffers are as large as it ever needs. torch has
         one of each, and writes the chunk's own behind them.
-    decoder_caches: the inputs that `decode` carries from call to call.
+    decoder_caches: the inputs that decoding carries from call to call, and where a frame is decoded in strips
+        what is handed from one to the other.
     frames: those of all calls of `decode` for a chunk.
     text: the inputs and outputs of `prompt`; the latter are inputs of `step`.
     latents: all else that goes into `step` and `decode`, and the next latents.
@@ -52,11 +57,12 @@ def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[s
                 roles[role.name] = "two buffers: it is collected over the first chunks"
     if joined:
         roles = dict.fromkeys(roles, "read and written in place") | {"current": "of the chunk itself"}
+    of_decoder = "of each strip one buffer, and one that all share" if strips else buffers[2]
     return {
         "weights": "of all graphs: they stay loaded",
         "activations": "of a pass, and of decoding beside it",
         **{f"kv_{name}": note for name, note in roles.items()},
-        "decoder_caches": buffers[2],
+        "decoder_caches": "read and written in place" if joined else of_decoder,
         "frames": "of a chunk, or of two if they overlap",
         "text": "of the prompt, with its keys and values",
         "latents": "with noise, positions and noise levels",
@@ -101,8 +107,8 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
     if engines:
         parts["weights"] = sum(engine.weight_bytes for engine in engines)
         needs = {engine.graph: engine.activation_bytes for engine in engines}
-        decoding = needs.pop("decode", 0)
-        parts["activations"] = max(needs.values(), default=0) + decoding
+        decoding = [needs.pop(graph, 0) for graph in DECODING_GRAPHS]
+        parts["activations"] = max(needs.values(), default=0) + max(decoding)
     else:
         weights = [graph.weight_bytes for graph in manifest.graphs.values()]
         activations = [graph.activation_bytes for graph in manifest.graphs.values()]
@@ -113,9 +119,18 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
             parts["activations"] = max(size or 0 for size in activations)
     parts |= kv_parts(plan, manifest.compute, joined=joined)
     prompt, step, decode = (manifest.graphs[name] for name in GRAPHS)
-    calls = plan.spec.frames_per_chunk // decode.inputs["latents"].shape[2]
-    parts["decoder_caches"] = 2 * _bytes(decode.carried)
-    parts["frames"] = calls * (2 if engines else 1) * _bytes(decode.outputs, ["frames"])
+    calls, strips = plan.spec.frames_per_chunk // decode.inputs["latents"].shape[2], manifest.strips
+    parts["decoder_caches"] = (1 if joined else 2) * _bytes(decode.carried)
+    if strips:
+        parts["decoder_caches"] = StripRecords(manifest.graphs).nbytes(strips, in_place=joined)
+        features = decode.outputs[FEATURES]
+        parts["decoder_caches"] += _bytes({FEATURES: features}) // features.shape[0] * strips.feature_rows
+        shown = manifest.graphs[STRIP].outputs["frames"]
+        parts["frames"] = _bytes({"frames": shown})
+        decoded = shown.shape[0] * math.prod(manifest.frame_size) * shown.shape[3]
+    else:
+        parts["frames"], decoded = 0, _bytes(decode.outputs, ["frames"])
+    parts["frames"] += calls * (2 if engines else 1) * decoded
     parts["text"] = _bytes(prompt.inputs) + _bytes(prompt.outputs)
     counted = {entry.name for entry in plan.entries} | set(prompt.outputs)
     # The inputs that vary by phase are as long as in the phase where they are longest.

@@ -17,7 +17,7 @@ from forcingkv.headmaps.fields import shown
 from forcingkv.runtime.cost import pass_flops, prompt_flops
 from forcingkv.runtime.graph_file import Graph, Model, Node, Reference, Tensor, Value, read_graph
 from forcingkv.runtime.graph_memory import peak_bytes, weight_bytes
-from forcingkv.runtime.graph_records import CLEAN
+from forcingkv.runtime.graph_records import CLEAN, DECODING_GRAPHS
 from forcingkv.runtime.graph_sizes import Sizes, flat_nodes, follow
 from forcingkv.runtime.graph_tensors import FORCINGKV, KINDS, Known, SizeError, element_bytes, known_tensor
 from forcingkv.runtime.kv.plan import CachePlan
@@ -117,7 +117,7 @@ def check_graph(
     Args:
         content: the bytes.
         where: the file, for messages.
-        name: `prompt`, `step` or `decode`.
+        name: `prompt`, `step`, `decode`, ...
         record: what the manifest says of it, which follows from the plan (`graph_records.check_records`).
         plan: the bundle's plan.
         runs: whether ONNX Runtime is to run it; else engines made of it are run, and its sizes are theirs.
@@ -377,7 +377,7 @@ def _kept_at_load(nodes: Sequence[Node], contents: Mapping[str, Known], sizes: M
 
 def _most_operations(name: str, plan: CachePlan) -> float:
     """Operations that a pass may have: those of the model, and some for what is not counted there."""
-    if name == "decode":
+    if name in DECODING_GRAPHS:
         width, height = plan.geometry.width, plan.geometry.height
         return OPERATIONS_A_NUMBER * 3.0 * width * height * max(1, plan.spec.decoder.temporal_stride)
     counted = prompt_flops(plan.spec) if name == "prompt" else pass_flops(plan).total

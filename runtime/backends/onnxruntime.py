@@ -245,6 +245,7 @@ class OnnxLane:
         self.side: Queue = self.main
         self.lookahead = 0
         self.recaches = False  # no graph of that pass is written
+        self.in_place = False  # an output may be written before an input of other nodes is read
 
     @property
     def placement(self) -> dict[str, Placement]:

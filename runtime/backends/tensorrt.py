@@ -26,6 +26,7 @@ from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import cuda_core
 from forcingkv.runtime.faults import DeviceError, GoingOnWarning
 from forcingkv.runtime.flavour import FlavourName
+from forcingkv.runtime.graph_records import DECODING_GRAPHS
 from forcingkv.runtime.kv.buffers import CacheBuffers
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
@@ -58,13 +59,14 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> TensorRTLane:
 class TensorRTLane:
     """Two streams, one for passes and one for decoding, with the contexts that run in each.
 
-    `prompt` and `step` share one block of activation memory, since they run one after the other. `decode`
+    `prompt` and `step` share one block of activation memory, since they run one after the other. Decoding
     has its own, since it runs while the passes of the next chunk do (`lookahead`).
     """
 
     def __init__(self, gpu: Gpu, bundle: Bundle, loaded: Loaded, *, cuda_graphs: bool) -> None:
         self.lookahead, self._cuda_graphs = 1, cuda_graphs
         self.recaches = False  # no engine of that pass is built
+        self.in_place = False  # an engine may write an output while it reads inputs
         self.runs_on = "the GPU (TensorRT)" if gpu.number == 0 else f"the GPU {gpu.name} (TensorRT)"
         self._gpu, self._bundle, self._loaded = gpu, bundle, loaded
         self._closed, self._told = False, False
@@ -76,15 +78,17 @@ class TensorRTLane:
             main, side = CudaQueue(gpu), CudaQueue(gpu, DECODING)
             self.main: Queue = main
             self.side: Queue = side
-            self._queues = {"prompt": main, "step": main, "decode": side}
+            decoding = [name for name in loaded.engines if name in DECODING_GRAPHS]
+            self._queues = {"prompt": main, "step": main, **dict.fromkeys(decoding, side)}
             self._memory = CudaMemory(gpu, main)
             block = self._block("prompt", "step")
-            self._blocks = {"prompt": block, "step": block, "decode": self._block("decode")}
+            self._blocks = {"prompt": block, "step": block}
+            self._blocks |= dict.fromkeys(decoding, self._block(*decoding))
             # The shapes of inputs that vary by phase, for each phase, whatever others share its profile.
             self._varied: dict[tuple[str, int], Mapping[str, Shape]] = {("prompt", 0): {}}
             for number, phase in enumerate(bundle.plan.phases):
                 self._varied["step", number] = bundle.plan.phase_shapes(phase)
-            self._varied["decode", 0] = {}
+            self._varied |= {(graph, 0): {} for graph in decoding}
             for graph, number in self._varied:
                 self._contexts[graph, number] = self._context(graph, number)
             self._unused.update(self._contexts)

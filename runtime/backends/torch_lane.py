@@ -14,7 +14,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.backends import LaneOptions, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, next_name
 from forcingkv.runtime.faults import DeviceError, SessionError
-from forcingkv.runtime.graph_records import FIRST, TURN
+from forcingkv.runtime.graph_records import DECODING_GRAPHS, FEATURES, FIRST, STRIP, TOP, TURN
 from forcingkv.runtime.kv.plan import PARTS, CachePlan
 from forcingkv.runtime.spec import Dtype
 
@@ -23,7 +23,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "models") from error
 
-from forcingkv.models.decoders import frames_of
+from forcingkv.models.decoders import frames_of, to_frames
+from forcingkv.models.decoders.strips import begin_frame, finish_strip
 from forcingkv.models.generate import level_of_frames, next_latents
 from forcingkv.models.kv import Turn
 from forcingkv.models.torch_threads import in_this_thread, use_threads
@@ -86,7 +87,7 @@ class TorchLane:
         self.main: Queue = self._queues.main
         self.side: Queue = self._queues.side
         self.lookahead = int(self._queues.beside)
-        self.recaches = True
+        self.recaches = self.in_place = True
         self.runs_on = f"{describe(loaded.device, loaded.threads)}, in {name_of(loaded.compute)} (torch)"
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
@@ -103,7 +104,8 @@ class TorchLane:
     ) -> Pass:
         """`step` reads and writes keys and values where the cache that this lane made has them, as they lie
         in that phase; a clean pass leaves them as they lie after it (`JoinedCache.key`)."""
-        loaded, queue = self._weights(), self._queues.side if graph == "decode" else self._queues.main
+        loaded = self._weights()
+        queue = self._queues.side if graph in DECODING_GRAPHS else self._queues.main
         given = {name: _own(tensor) for name, tensor in inputs.items()}
         taken = {name: _own(tensor) for name, tensor in outputs.items()}
         what = f"{graph} in phase {phase}"
@@ -119,7 +121,7 @@ class TorchLane:
             assert self._cache is not None, "a session takes its cache first"
             made = _encoding_work(loaded, self._cache, phase, given)
         else:
-            made = _decode_work(loaded, self._bundle.plan, given, taken)
+            made = _decode_work(loaded, self._bundle, graph, given, taken)
         return TorchPass(queue, made, what, loaded.threads, captured)
 
     def _comes_again(self, taken: Tensors) -> bool:
@@ -236,22 +238,35 @@ def _encoding_work(loaded: Loaded, cache: JoinedCache, after: int, given: Tensor
     return work
 
 
-def _decode_work(loaded: Loaded, plan: CachePlan, given: Tensors, taken: Tensors) -> Work:
+def _decode_work(loaded: Loaded, bundle: Bundle, graph: str, given: Tensors, taken: Tensors) -> Work:
+    """A pass of decoding. All that it carries is read before any is written."""
     decoder, kind = loaded.decoder, loaded.decodes_in
+    geometry, strips = bundle.plan.geometry, bundle.manifest.strips
 
     def pixels() -> None:
-        taken["frames"].copy_(frames_of(given["latents"], plan.geometry))
+        taken["frames"].copy_(frames_of(given["latents"], geometry))
 
     if decoder is None:
         return pixels
-    carried = [name for name in given if name not in ("latents", FIRST)]
+    carried = [name for name in given if next_name(name) in taken]
 
     def work() -> None:
         held = {name: given[name].to(kind) for name in carried}
+        first = given[FIRST].to(kind)
         # cuDNN would take float32 for TF32 unless it is told.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            made, following = decoder(given["latents"].to(kind), given[FIRST].to(kind), held)
-        taken["frames"].copy_(frames_of(made.float(), plan.geometry))
+            if strips is None:
+                made, following = decoder(given["latents"].to(kind), first, held)
+            elif graph == STRIP:
+                features, top = given[FEATURES].to(kind), given[TOP]
+                made, following = finish_strip(decoder, strips, geometry.height, features, first, top, held)
+            else:
+                features, following = begin_frame(decoder, given["latents"].to(kind), first, held)
+                taken[FEATURES].copy_(features)
+        if graph == STRIP:
+            taken["frames"].copy_(to_frames(made[..., : geometry.shown[0]].float()))
+        elif strips is None:
+            taken["frames"].copy_(frames_of(made.float(), geometry))
         for name in carried:
             taken[next_name(name)].copy_(following[name])
 

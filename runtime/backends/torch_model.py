@@ -19,9 +19,11 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.baked_names import EXACT, is_matrix, scale_name
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.strips import strip_shapes, strips_of
 from forcingkv.models.wan import Block, WanModel
 from forcingkv.runtime.backends.torch_device import faults, multiplies_in, torch_dtype, wait_for
 from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.graph_records import DECODING_GRAPHS
 from forcingkv.runtime.spec import ModelSpec
 
 try:
@@ -91,9 +93,19 @@ def _file_of(bundle: Bundle, graph: str) -> Path:
 
 def _check_carried(bundle: Bundle, decoder: StreamingDecoder, path: Path) -> None:
     """Raise InputError unless a decoder carries from call to call what the manifest says."""
-    geometry = bundle.plan.geometry
-    made = decoder.state_shapes(geometry.latent_height, geometry.latent_width)
-    found = {name: record.shape for name, record in bundle.manifest.graphs["decode"].carried.items()}
+    geometry, manifest = bundle.plan.geometry, bundle.manifest
+    size = geometry.latent_height, geometry.latent_width
+    made, found = dict(decoder.state_shapes(*size)), dict[str, tuple[int, ...]]()
+    if manifest.strips:
+        if strips_of(decoder, geometry, manifest.strips.count) != manifest.strips:
+            what = f"does not decode in {manifest.strips.count} strips of {manifest.strips.rows} rows"
+            hint = "Export the bundle again with this version of forcingkv."
+            raise InputError(what, where=str(path), expected="as the manifest says", hint=hint)
+        shapes = strip_shapes(decoder, manifest.strips, *size)
+        made = {**shapes.whole, **shapes.state, **shapes.edges}
+    for graph in DECODING_GRAPHS:
+        if graph in manifest.graphs:
+            found |= {name: record.shape for name, record in manifest.graphs[graph].carried.items()}
     if wrong := sorted(name for name in made | found if made.get(name) != found.get(name)):
         raise InputError(
             f"carries {wrong[0]} of the shape {made.get(wrong[0])} from call to call",
