@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from forcingkv.models.decoders import wan_vae
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder
 from forcingkv.runtime import Session
 from forcingkv.runtime.kv.policies import load_policy
@@ -35,6 +36,12 @@ def video(folder: Path, **options: str) -> tuple[np.ndarray, np.ndarray]:
     return tuple(
         np.concatenate([getattr(c, n) for c in chunks], a) for n, a in (("frames", 0), ("latents", 2))
     )
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend torch makes a decoder of the real width, whatever the weights are of."""
+    monkeypatch.setattr(wan_vae, "AutoencoderKLWan", small_vae)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
