@@ -26,6 +26,7 @@ class CountingLane:
 
     main = side = None
     lookahead = 1
+    in_place = False
 
     def __init__(self) -> None:
         self.state_bytes = 0

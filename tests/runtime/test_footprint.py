@@ -149,7 +149,7 @@ def test_the_decoder_takes_what_is_said(bundle: Bundle) -> None:
     parts = footprint(manifest, bundle.plan)
     latents = np.empty(decode.inputs["latents"].shape, np.float32).nbytes
     lane = CountingLane({})
-    ChunkDecoder(lane, whole, bundle.manifest.model)
+    ChunkDecoder(lane, manifest, bundle.manifest.model)
     first = 2 * 4  # one for each of its values
     assert lane.taken == parts["decoder_caches"] + parts["frames"] + latents + first
 
