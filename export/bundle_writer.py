@@ -16,6 +16,7 @@ from forcingkv.export.bundle_parts import DECODER, WEIGHTS, PartsWriter
 from forcingkv.export.engine_builder import (
     check_dtype,
     check_plugin,
+    check_profiles,
     decomposed,
     engine_target,
     warnings_of,
@@ -135,6 +136,7 @@ def export_bundle(
     if engines:
         check_dtype(engines, precision.compute)
         check_plugin(plan, engines)
+        check_profiles(plan, engines)
     check_disk(out, baked_bytes(spec, precision), len(gpus))
     use_threads()
     with new_folder(out, BUNDLE, NAMES) as folder:

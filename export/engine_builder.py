@@ -29,7 +29,7 @@ from forcingkv.runtime.engines import EngineRecord, KernelRecord, device_sm
 from forcingkv.runtime.flavour import FLAVOURS, Flavour, FlavourName, require
 from forcingkv.runtime.graph_tensors import Shape
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.kv.profiles import profiles_of
+from forcingkv.runtime.kv.profiles import MOST_PROFILES, of_unlike_phases, profiles_of
 from forcingkv.runtime.memory import available_bytes
 from forcingkv.runtime.spec import Dtype
 
@@ -112,6 +112,19 @@ def check_dtype(target: EngineTarget, compute: Dtype) -> None:
             where=f"sm_{old[0]}",
             expected="--dtype float16 for it",
             hint="With a policy that retains no segments: the kernels that choose them need newer GPUs too.",
+        )
+
+
+def check_profiles(plan: CachePlan, target: EngineTarget) -> None:
+    """Raise InputError for a plan whose phases TensorRT-RTX builds no profiles of (docs/decisions/0039)."""
+    unlike = of_unlike_phases(plan) if target.flavour.name == "tensorrt-rtx" else None
+    if unlike:
+        raise InputError(
+            f"lets phases {unlike[0]} to {unlike[-1]} of the cache share an optimization profile, of which an"
+            f" engine has {MOST_PROFILES}, and TensorRT-RTX builds none for phases so unlike",
+            where=f"the policy {plan.policy.name} with {plan.spec.name}",
+            expected="a sink that is full after five chunks, or earlier",
+            hint="Choose a policy with fewer sink frames, or --target onnx or torch.",
         )
 
 

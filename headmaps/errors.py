@@ -44,6 +44,10 @@ class InputError(ValueError):
         message += f" {plain(hint)}" if hint else ""
         super().__init__(f"{message}\n{plain(form, lines=True)}" if form else message)
 
+    def at(self, where: str) -> InputError:
+        """The same error at another place."""
+        return InputError(self.what, where=where, expected=self.expected, hint=self.hint, form=self.form)
+
     def __reduce__(self) -> tuple[object, ...]:
         """Errors come back from other processes whole, without a call of `__init__`."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]

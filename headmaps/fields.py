@@ -67,7 +67,12 @@ def from_data(kind: type[T], data: Any, where: str) -> T:
             values[name] = _value(hints[name], data[name], f"{where}: {name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"the field '{name}' is missing", where=where)
-    return kind(**values)
+    try:
+        return kind(**values)
+    except InputError as error:
+        # A class knows what it is, and not the file that its fields stand in.
+        own = error.where or ""
+        raise error.at(where if where.endswith(own) else f"{where}: {own}") from None
 
 
 @cache

@@ -36,11 +36,24 @@ def profiles_of(plan: CachePlan) -> tuple[Profile, ...]:
     takes other ways through TensorRT, and of a sink that is being collected TensorRT-RTX 1.7 builds static
     shapes only.
     """
-    alike = []
+    return grouped(plan, _starts(_kinds(plan)))
+
+
+def of_unlike_phases(plan: CachePlan) -> range | None:
+    """Phases that share a profile for want of others, though they have not the same inputs empty and as many
+    tokens taken; None: there are none."""
+    kinds = _kinds(plan)
+    shared = (profile.phases for profile in profiles_of(plan))
+    return next((phases for phases in shared if len({kinds[phase] for phase in phases}) > 1), None)
+
+
+def _kinds(plan: CachePlan) -> list[Hashable]:
+    """Of each phase what is the same in all that may share a profile."""
+    kinds: list[Hashable] = []
     for phase in plan.phases:
         empty = frozenset(name for name, shape in plan.phase_shapes(phase).items() if 0 in shape)
-        alike.append((empty, tuple(len(rows) for rows in plan.rows(phase.first_chunk).values())))
-    return grouped(plan, _starts(alike))
+        kinds.append((empty, tuple(len(rows) for rows in plan.rows(phase.first_chunk).values())))
+    return kinds
 
 
 def grouped(plan: CachePlan, starts: Sequence[int]) -> tuple[Profile, ...]:

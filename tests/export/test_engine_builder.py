@@ -13,6 +13,7 @@ from forcingkv.export import engine_builder, space
 from forcingkv.export.engine_builder import (
     EngineTarget,
     check_plugin,
+    check_profiles,
     engine_target,
     warnings_of,
 )
@@ -20,8 +21,8 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime.flavour import FLAVOURS
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
-from forcingkv.runtime.kv.policies import load_policy
-from tests.conftest import mixed_map, small_spec
+from forcingkv.runtime.kv.policies import ALL, Policy, load_policy
+from tests.conftest import mixed_map, roles, small_spec
 
 RTX = EngineTarget(FLAVOURS["tensorrt-rtx"], (89,))
 
@@ -89,6 +90,21 @@ def test_float16_is_warned_of_past_its_largest_number(monkeypatch: pytest.Monkey
     keys = (1 + 1 + 3) * 8160 + 6 * 8160 // 6
     monkeypatch.setattr(engine_builder, "FUSED_KEYS", keys - 1)
     assert f"up to {keys} keys" in warnings_of(pruned, "float16")[0]
+
+
+def test_a_sink_that_takes_too_many_chunks_to_collect_is_refused_before_a_build() -> None:
+    spec = small_spec(frames_per_chunk=1, attended_frames=21)
+
+    def plan(sink: int) -> CachePlan:
+        return build_plan(spec, spec.geometry(), Policy("wide-sink", "", {ALL: roles(sink, 12)}))
+
+    with pytest.raises(
+        InputError, match=r"wide-sink with .* a sink that is full after five chunks"
+    ) as raised:
+        check_profiles(plan(6), RTX)
+    assert "--target onnx or torch" in str(raised.value)
+    check_profiles(plan(5), RTX)
+    check_profiles(plan(6), EngineTarget(FLAVOURS["tensorrt"], (89,)))
 
 
 def test_what_the_plugin_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,9 @@ class Fakes:
         (folder / "engines").mkdir()
         (folder / "engines" / "step.engine").write_bytes(b"an engine")
         files = {ENGINE.file: record_file(folder / ENGINE.file)}
-        self.manifest = SimpleNamespace(engines=[ENGINE], kernels=("kernels",), files=files)
+        self.manifest = SimpleNamespace(
+            engines=[ENGINE], kernels=("kernels",), files=files, engine_graphs=["step"]
+        )
         self.bundle = Bundle(folder, self.manifest, None)  # type: ignore[arg-type]
 
     def register(self, launcher: Any) -> Any:
@@ -74,10 +76,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
     return Fakes(monkeypatch, tmp_path)
 
 
-def test_the_plugin_is_registered_with_its_kernels_before_the_engine_is_loaded(
-    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "GRAPHS", ("step",))
+def test_the_plugin_is_registered_with_its_kernels_before_the_engine_is_loaded(fakes: Fakes) -> None:
     launcher = ("launcher", fakes.bundle.path, ("kernels",), 89, fakes.bundle.content)
     assert backend.load_kernels(fakes.bundle, "tensorrt-rtx") == launcher
     assert fakes.calls == [("choose", "tensorrt-rtx"), ("register", launcher)]
@@ -86,8 +85,7 @@ def test_the_plugin_is_registered_with_its_kernels_before_the_engine_is_loaded(
     assert fakes.calls == [("choose", "tensorrt-rtx"), ("register", None), ("load", b"an engine")]
 
 
-def test_without_a_plugin_there_are_no_kernels(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "GRAPHS", ("step",))
+def test_without_a_plugin_there_are_no_kernels(fakes: Fakes) -> None:
     fakes.manifest.engines = [replace(ENGINE, needs_plugin=False)]
     assert backend.load_kernels(fakes.bundle, "tensorrt-rtx") is None
 

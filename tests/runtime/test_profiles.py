@@ -11,7 +11,7 @@ from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import ALL, Policy, load_policy
-from forcingkv.runtime.kv.profiles import MOST_PROFILES, Shape, _starts, profiles_of
+from forcingkv.runtime.kv.profiles import MOST_PROFILES, Shape, _starts, of_unlike_phases, profiles_of
 from tests.conftest import headmap_of, roles, small_spec
 
 
@@ -70,6 +70,14 @@ def test_a_policy_of_few_phases_stays_as_it_is_on_a_frame_wise_model() -> None:
     plan = framewise(load_policy("forcing-kv"))
     assert phases_of(plan) == [[number] for number in range(len(plan.phases))]
     assert len(plan.phases) == 4
+
+
+def test_phases_that_share_a_profile_for_want_of_others_are_named() -> None:
+    """A sink collected frame by frame over five chunks has a profile for each of them, over six no longer."""
+    assert of_unlike_phases(framewise(policy(5, 12))) is None
+    assert of_unlike_phases(framewise(policy(1, 12))) is None
+    assert phases_of(framewise(policy(6, 12)))[:2] == [[0], [1]]
+    assert of_unlike_phases(framewise(policy(6, 12))) is not None
 
 
 @given(st.integers(0, 12), st.integers(0, 20))
