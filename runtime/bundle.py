@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from mmap import mmap
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, shown, to_data
@@ -26,9 +26,7 @@ from forcingkv.runtime.graph_check import check_graph
 from forcingkv.runtime.graph_records import (
     ALL_GRAPHS,
     STRIP,
-    DecoderSizes,
     check_records,
-    layouts_without_graphs,
     sizes_of,
 )
 from forcingkv.runtime.graph_records import CLEAN as CLEAN
@@ -38,43 +36,13 @@ from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import Dtype, Linear, ModelSpec
+from forcingkv.runtime.tensor_records import GraphRecord as GraphRecord
+from forcingkv.runtime.tensor_records import TensorRecord as TensorRecord
+from forcingkv.runtime.tensor_records import tensor_records as tensor_records
 
 T = TypeVar("T")
 
 SCHEMA = "forcingkv.bundle/1"
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """An input or output of a graph. A dimension that varies by phase has the name of its symbol."""
-
-    dtype: str
-    shape: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class GraphRecord:
-    """One graph: its ONNX file, and what goes in and comes out."""
-
-    file: str | None
-    """None in bundles without graphs, which torch runs."""
-    weights: str | None
-    inputs: dict[str, TensorRecord]
-    outputs: dict[str, TensorRecord]
-    weight_bytes: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
-    """What ONNX Runtime holds of the weights once the graph is loaded; None where engines run it."""
-    activation_bytes: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
-    """What ONNX Runtime needs at most for what is neither input nor output, in the phase that needs most."""
-
-    @property
-    def skips_caches(self) -> bool:
-        """Whether the graph is told which pass is the clean one, and makes next caches in no other."""
-        return CLEAN in self.inputs
-
-    @property
-    def carried(self) -> dict[str, TensorRecord]:
-        """The inputs that an output of each call replaces in the next one."""
-        return {name: record for name, record in self.inputs.items() if next_name(name) in self.outputs}
 
 
 @dataclass(frozen=True)
@@ -337,19 +305,6 @@ class Bundle:
         """The file that a graph's weights lie in, if it has any."""
         file = self.manifest.graphs[name].weights
         return inside(self.path, file) if file else None
-
-
-def tensor_records(
-    plan: CachePlan, compute: Dtype, decoder: DecoderSizes
-) -> dict[str, tuple[dict[str, TensorRecord], dict[str, TensorRecord]]]:
-    """Name of each graph -> inputs and outputs, of a bundle without graphs.
-
-    `decoder`: its sizes; what it carries is taken to be of the dtype that is computed in.
-    """
-    return {
-        graph: tuple({name: TensorRecord(*layout) for name, layout in of.items()} for of in layouts)  # type: ignore[misc]
-        for graph, layouts in layouts_without_graphs(plan, compute, decoder.computing_in(compute)).items()
-    }
 
 
 def open_bundles(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bundle]:

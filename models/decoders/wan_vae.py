@@ -30,8 +30,9 @@ from forcingkv.models.tensor_files import open_tensors
 
 MOST_SIZE, MOST_BLOCKS = 1 << 14, 64
 """Of a number in a configuration, and of layers or entries of a list."""
-MOST_SCORES = 1 << 26
-"""Numbers of attention's scores that are there at once: those of a frame at 480p, of 6,240 pixels, are."""
+MOST_SCORES, PART_SCORES = 1 << 26, 1 << 24
+"""Numbers of attention's scores of a frame that are computed at once, as those of 480p are, and of a part where
+there are more. Of few large parts TensorRT computes all side by side: 0.95 GB at 720p, where 0.17 will do."""
 BEGUN = 1
 """Stages behind the attention that the part of the decoder has which sees whole frames. With it are 6% of
 the caches; those of the next stage would make it 19%, and without any the strips would be later."""
@@ -238,7 +239,7 @@ def _attend_frame(block: Any, frame: Tensor) -> Tensor:
     x = frame[:, :, 0]
     query, key, value = block.to_qkv(_normed(block.norm, x)).flatten(2).chunk(3, 1)
     queries, tokens = (query * query.shape[1] ** -0.5).transpose(1, 2), key.shape[2]
-    parts = math.ceil(tokens**2 / MOST_SCORES)
+    parts = math.ceil(tokens**2 / PART_SCORES) if tokens**2 > MOST_SCORES else 1
     attended = [
         (part @ key).softmax(-1) @ value.transpose(1, 2) for part in queries.split(-(-tokens // parts), 1)
     ]
