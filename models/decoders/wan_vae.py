@@ -31,7 +31,7 @@ from forcingkv.models.tensor_files import open_tensors
 MOST_SIZE, MOST_BLOCKS = 1 << 14, 64
 """Of a number in a configuration, and of layers or entries of a list."""
 MOST_SCORES, PART_SCORES = 1 << 26, 1 << 24
-"""Numbers of attention's scores of a frame that are computed at once, as those of 480p are, and of a part where
+"""Numbers of attention's scores of a frame that are computed at once, as those of 480p are, and of a part if
 there are more. Of few large parts TensorRT computes all side by side: 0.95 GB at 720p, where 0.17 will do."""
 BEGUN = 1
 """Stages behind the attention that the part of the decoder has which sees whole frames. With it are 6% of

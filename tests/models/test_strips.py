@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.headmaps import InputError
+from forcingkv.measure.planner.decoding import decoder_costs
+from forcingkv.models.decoders import StreamingDecoder, load_decoder
 from forcingkv.models.decoders.strips import begin_frame, finish_strip, strip_shapes, strips_of
-from forcingkv.runtime.decode_strips import Strips
+from forcingkv.runtime.decode_strips import STRIP_PIXELS, Strips, choose_strips
 from forcingkv.runtime.spec import Geometry
-from tests.models.test_decoders import small_vae
+from tests.models.test_decoders import shaken, small_taehv, small_vae
 
 diffusers = pytest.importorskip("diffusers")
 
+from forcingkv.models.decoders import wan_vae  # noqa: E402
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder  # noqa: E402
 
 FRAMES = 3
@@ -70,3 +73,65 @@ def test_strips_of_any_number_give_the_pixels_of_whole_frames(size: tuple[int, i
     found, expected = in_strips(decoder, strips, latents), at_once(decoder, latents)
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_real_width_in_strips() -> None:
+    torch.manual_seed(0)
+    decoder = WanVaeDecoder(shaken(diffusers.AutoencoderKLWan()))
+    latents = torch.randn(1, 16, 2, 4, 3)
+    strips = strips_of(decoder, geometry(4, 3), 3)
+    assert strips is not None
+    assert (strips.lag, strips.scale) == (46, 4)
+    found, expected = in_strips(decoder, strips, latents), at_once(decoder, latents)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = WanVaeDecoder(small_vae())
+    latents = torch.randn(1, 4, 2, 6, 5)
+    whole = at_once(decoder, latents)
+    monkeypatch.setattr(wan_vae, "MOST_SCORES", 500)  # a frame has 900
+    monkeypatch.setattr(wan_vae, "PART_SCORES", 200)  # in parts of 6 queries
+    torch.testing.assert_close(at_once(decoder, latents), whole, atol=1e-6, rtol=0)
+
+
+def test_strips_are_chosen_by_the_size_of_a_frame() -> None:
+    def chosen(width: int, height: int) -> tuple[int, int] | None:
+        strips = choose_strips(width, height, lag=46, scale=4)
+        return strips and (strips.count, strips.pixel_rows)
+
+    assert chosen(832, 480) is None
+    assert chosen(1280, 720) == (8, 96)
+    assert chosen(1920, 1088) == (15, 76)
+    for width, height in ((848, 480), (1280, 704), (2560, 1440), (3840, 2160), (7680, 4320), (400_000, 8)):
+        strips = choose_strips(width, height, lag=46, scale=4)
+        assert strips
+        assert strips.rows == 1 or strips.pixel_rows * width <= STRIP_PIXELS
+        given = [strips.places(number, height) for number in range(strips.count)]
+        assert [row for row, _, rows in given for row in range(row, row + rows)] == list(range(height))
+
+
+@pytest.mark.parametrize("count", [0, -1, 285, 10**9])
+def test_strips_that_cannot_be_are_refused(count: int) -> None:
+    with pytest.raises(
+        InputError, match=f"--decode-strips is {count}; expected 1 to 284, for frames of 1920"
+    ):
+        choose_strips(1920, 1088, lag=46, scale=4, count=count)
+
+
+def test_what_the_planner_counts_is_what_the_layers_have() -> None:
+    decoder, costs = load_decoder("wan-vae"), decoder_costs("wan-vae")
+    sizes, strips = costs.strips, strips_of(load_decoder("wan-vae"), geometry(136, 240))
+    assert sizes
+    assert strips == costs.strips_of(geometry(136, 240))
+    assert strips is not None
+    shapes = strip_shapes(decoder, strips, 136, 240)
+    pixels = 136 * 240
+    assert sum(map(math.prod, shapes.whole.values())) == sizes.whole * pixels
+    assert math.prod(shapes.features) == sizes.features * pixels
+    assert sum(map(math.prod, shapes.edges.values())) == sizes.edges * 240
+    state = sum(map(math.prod, shapes.state.values()))
+    assert state * 1088 == (costs.cached - sizes.whole) * pixels * strips.pixel_rows
+    assert strips_of(small_taehv(), geometry(136, 240)) is None
