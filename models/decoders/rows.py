@@ -102,5 +102,5 @@ class StripRows(Rows):
         else:
             before = x.new_zeros(*x.shape[:-2], rows, x.shape[-1])
         joined = torch.cat([before, x], -2)
-        self.following[name] = joined[..., -rows:, :]
+        self.following[name] = joined[..., -rows:, :].clone()
         return joined

@@ -167,7 +167,7 @@ class _Call:
         name = f"feature.{self._begun + len(self.following)}"
         head, rest = x[:, :, :unseen] * (1 - self.first), x[:, :, unseen:]
         frames = torch.cat([part for part in (self.state[name], head, rest) if part.shape[2]], 2)
-        self.following[name] = frames[:, :, -PAST:]
+        self.following[name] = frames[:, :, -PAST:].clone()
         # Not conv(frames): that pads in a step of its own, one more copy of the features.
         height, width = conv.kernel_size[1:]
         frames, padded = self.rows.above(frames, height)
