@@ -20,6 +20,7 @@ from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.strip_decoder import StripDecoder
 from tests.conftest import Ran, random_model
 from tests.export.test_decode import spec_with
+from tests.export.test_engine_builds import needs_rtx
 from tests.exported import shared_bundle
 from tests.models.test_decoders import small_taehv, small_vae
 from tests.runtime.engine_world import World
@@ -43,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wan_vae, "AutoencoderKLWan", small_vae)
 
 
-def bundle_of(count: int, **options: str) -> Path:
+def bundle_of(count: int, **options: Any) -> Path:
     spec = spec_with("wan-vae")
     weights, decoder = random_model(spec).state_dict(), WanVaeDecoder(small_vae())
     policy = load_policy("window")
@@ -114,6 +115,22 @@ def test_engines_run_the_strips_on_memory_of_their_own(
             found, _ = video_of(session)
             np.testing.assert_array_equal(found, expected)
     assert world.left == {}
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_engines_of_both_parts_are_built_and_counted(run: Callable[..., Ran]) -> None:
+    folder = bundle_of(2, target="tensorrt-rtx", sms=(89,))
+    opened = Bundle.open(folder)
+    manifest, plan = opened.manifest, opened.plan
+    needs = {engine.graph: engine.activation_bytes for engine in manifest.engines}
+    assert [*needs] == ["prompt", "step", "decode", STRIP]
+    assert {record.dtype for record in manifest.graphs[STRIP].carried.values()} == {"bfloat16"}
+    assert set(manifest.graphs[STRIP].outputs) & {"frames", "pixels"} == {"frames"}
+    parts = footprint(manifest, plan, manifest.engines)
+    step, decoding = max(needs["prompt"], needs["step"]), max(needs["decode"], needs[STRIP])
+    assert parts["activations"] == step + decoding
+    assert "decode_strip" in run("inspect", str(folder)).out
 
 
 def test_a_session_takes_what_is_said(small_lane: Callable[[], CountingLane]) -> None:
