@@ -125,7 +125,7 @@ def export_bundle(
     if verify and target == "torch":
         raise InputError("compares graphs with torch, and there are none", where="verify")
     if verify:
-        check_memory_to_verify(plan, decoder)
+        check_memory_to_verify(plan, decoder, in_strips)
     if calibration and precision.linear != "fp8":
         raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
     if precision.linear == "fp8" and not calibration:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from forcingkv.export.fp8 import calibration_plan
@@ -16,6 +17,8 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.folders import built_in
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.strips import strip_shapes
+from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.spec import ModelSpec
@@ -38,10 +41,13 @@ ENGINE_WEIGHTS = 1.1
 """An engine holds the weights of its graph again, and little else."""
 
 
-def check_memory_to_verify(plan: CachePlan, decoder: StreamingDecoder | None = None) -> None:
+def check_memory_to_verify(
+    plan: CachePlan, decoder: StreamingDecoder | None = None, strips: Strips | None = None
+) -> None:
     """Raise InputError unless a model fits into memory for verification, with what it needs by part.
 
-    Attention scores are those of one layer, which ONNX Runtime writes out.
+    A decoder in strips is compared a strip at a time. Attention scores are those of one layer, which ONNX
+    Runtime writes out.
     """
     spec = plan.spec
     keys = plan.kv_bytes() / (4 * 2 * spec.layers * spec.dim)  # of a head, on average
@@ -53,13 +59,20 @@ def check_memory_to_verify(plan: CachePlan, decoder: StreamingDecoder | None = N
     }
     if decoder:
         grid = plan.geometry.latent_height, plan.geometry.latent_width
-        state = sum(math.prod(shape) for shape in decoder.state_shapes(*grid).values())
+        state = _numbers(decoder.state_shapes(*grid))
+        if strips:
+            shapes = strip_shapes(decoder, strips, *grid)
+            state = max(_numbers(shapes.whole), _numbers(shapes.state | shapes.edges))
         parts["decoder caches"] = 4 * VERIFIED_STATES * state
     require_memory(
         f"verifying {spec.name} at {plan.geometry.width}x{plan.geometry.height}",
         parts,
         "Export with --no-verify, at a smaller resolution, or on a larger machine.",
     )
+
+
+def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def check_memory_to_calibrate(plan: CachePlan) -> None:

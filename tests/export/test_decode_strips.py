@@ -17,6 +17,7 @@ from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.graph_records import STRIP, check_records
 from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.preflight import bytes_of_other
 from forcingkv.runtime.strip_decoder import StripDecoder
 from tests.conftest import Ran, random_model
 from tests.export.test_decode import spec_with
@@ -196,3 +197,14 @@ def test_inspect_says_in_how_many_strips(run: Callable[..., Ran]) -> None:
     text = " ".join(run("inspect", str(bundle_of(6))).out.split())
     assert "decoding each frame in 6 strips of 16 rows" in text
     assert "of each strip one buffer, and one that all share" in text
+
+
+def test_a_smaller_size_is_suggested_as_what_is_decoded_as_a_whole() -> None:
+    """Frames of 480p are: their caches and activations are not those of strips, scaled."""
+    strips, whole = Bundle.open(bundle_of(6)), Bundle.open(bundle_of(1))
+    parts, expected = (footprint(one.manifest, one.plan) for one in (strips, whole))
+    wanted = sum(expected[name] for name in ("decoder_caches", "activations"))
+    others = {name: parts[name] for name in ("decoder_caches", "activations")}
+    found = bytes_of_other(strips, others, load_policy("window"), SIZE)
+    assert found == pytest.approx(wanted, rel=0.1)
+    assert sum(others.values()) < 0.9 * wanted
