@@ -279,15 +279,13 @@ class Recorder:
         mass, entropy, same, mass_error, entropy_error, same_error = arrays
         sink = np.array([frame == 0 for _, frame in part.slots])  # one slot at most
         head, frame = np.indices(entropy.shape, dtype=np.int32).reshape(2, -1)
+        heads = np.asarray(part.heads, np.int32)[head]
+        # Whole columns: repeating one number takes polars a query of its own.
+        of_all = (self.sample, part.chunk, part.step, part.layer, part.keys)
+        sample, chunk, step, layer, keys = (np.full_like(head, number) for number in of_all)
         roles, key_frames = zip(*part.slots, strict=True)
         columns = (
-            self.sample,
-            part.chunk,
-            part.step,
-            part.layer,
-            np.asarray(part.heads)[head],
-            frame,
-            part.keys,
+            *(sample, chunk, step, layer, heads, frame, keys),
             entropy.ravel(),
             same.ravel(),
             mass[..., sink].sum(-1).ravel(),

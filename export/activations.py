@@ -20,21 +20,24 @@ from forcingkv.runtime.graph_memory import peak_bytes
 from forcingkv.runtime.graph_tensors import Shape
 
 
-def activation_bytes(model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape]]) -> int:
+def activation_bytes(
+    model: onnx.ModelProto, phases: Sequence[Mapping[str, Shape]], *, folded: bool = True
+) -> int:
     """Bytes that a pass needs at most for what is neither input nor output nor weight.
 
     Nodes run in the order of the graph. Of passes that take branches and passes that do not, those that do
     count: the others run some of the same nodes. `phases` has for each phase the shape of every input that
-    varies; one empty mapping if none does.
+    varies; one empty mapping if none does. `folded` says whether what follows from weights alone is computed
+    when the graph is loaded.
     """
     flat = taken_branches(model)
-    return max(_peak(flat, shapes) for shapes in phases)
+    return max(_peak(flat, shapes, folded=folded) for shapes in phases)
 
 
-def _peak(model: onnx.ModelProto, given: Mapping[str, Shape]) -> int:
+def _peak(model: onnx.ModelProto, given: Mapping[str, Shape], *, folded: bool) -> int:
     shapes, sizes = _shapes(model, given)
-    weights = {value.name for value in model.graph.initializer}
-    return peak_bytes(model.graph.node, weights, {value.name for value in model.graph.output}, shapes, sizes)
+    weights, outputs = ({v.name for v in of} for of in (model.graph.initializer, model.graph.output))
+    return peak_bytes(model.graph.node, weights if folded else (), outputs, shapes, sizes)
 
 
 def _shapes(model: onnx.ModelProto, given: Mapping[str, Shape]) -> tuple[dict[str, Shape], dict[str, int]]:
@@ -78,6 +81,8 @@ def inferred(model: onnx.ModelProto, given: Mapping[str, Shape]) -> onnx.ModelPr
     for node in sized.graph.node:
         if node.op_type == "MultiHeadAttention":  # onnx does not know it; a Reshape behind it has its shape
             _, *sizes_of = numpy_helper.to_array(contents[readers[node.output[0]].input[1]]).tolist()
+            if -1 in sizes_of:  # as many queries as there are positions
+                sizes_of[sizes_of.index(-1)] = given["cosines"][0]
             seen = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, sizes_of)
             sized.graph.value_info.append(seen)
     _fold_lengths(sized)

@@ -27,6 +27,7 @@ from forcingkv.export.graphs import (
     decode_strip_graph,
     empty,
     prompt_graph,
+    recache_graph,
     step_graph,
 )
 from forcingkv.export.onnx_writer import value_records, write_onnx
@@ -45,10 +46,10 @@ from forcingkv.runtime.bundle import (
 )
 from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
-from forcingkv.runtime.graph_check import check_graph
+from forcingkv.runtime.graph_check import check_graph, shapes_of
 from forcingkv.runtime.graph_file import read_graph
 from forcingkv.runtime.graph_memory import weight_bytes
-from forcingkv.runtime.graph_records import DECODING_GRAPHS, STRIP, DecoderSizes, Layout
+from forcingkv.runtime.graph_records import DECODING_GRAPHS, STRIP, UNFOLDED, DecoderSizes, Layout
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import StoredTensor
@@ -152,9 +153,9 @@ class PartsWriter:
             outputs=value_records(traced.graph.output),
         )
         if precision.compute == "float32":  # ONNX Runtime runs the graph
-            shapes = [self.plan.phase_shapes(phase) for phase in self.plan.phases]
-            activations = activation_bytes(traced, shapes if name == "step" else [{}])
-            weights = weight_bytes(read_graph(path.read_bytes(), str(path)))
+            folded = name not in UNFOLDED
+            activations = activation_bytes(traced, shapes_of(name, self.plan), folded=folded)
+            weights = weight_bytes(read_graph(path.read_bytes(), str(path)), folded=folded)
             record = replace(record, weight_bytes=weights, activation_bytes=activations)
         self._check(name, path, record)
         self.records[name] = record
@@ -214,6 +215,7 @@ class PartsWriter:
             single_kernels=self.target is not None and self.target.aot,
             input_scales=self.scales,
             int8_layers=self.linears if precision.linear == "int8" else (),
+            folded=name not in UNFOLDED,
         )
 
     def _weights_of(self, name: str) -> str | None:
@@ -262,7 +264,9 @@ class PartsWriter:
             assert shapes is not None
             return decode_strip_graph(self.plan, decoder, self.strips, shapes, pixels=pixels)
         model = self._traced(name, precision) if precision else self.model
-        return prompt_graph(model) if name == "prompt" else step_graph(model, self.plan)
+        if name == "prompt":
+            return prompt_graph(model)
+        return recache_graph(model, self.plan) if name == "recache" else step_graph(model, self.plan)
 
     def _traced(self, name: str, precision: Precision) -> WanModel:
         """The model that a graph is traced with: parameters of a precision's dtypes, without contents."""

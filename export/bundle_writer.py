@@ -40,9 +40,10 @@ from forcingkv.runtime.bundle import (
 )
 from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST
 from forcingkv.runtime.graph_records import ALL_GRAPHS, check_records
-from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.kv.rebuild import encoding, encodings
+from forcingkv.runtime.spec import ENCODED, ModelSpec
 
 NAMES = (MANIFEST, HEADMAP, WEIGHTS, DECODER, "engines", "kernels", *(f"{name}.onnx" for name in ALL_GRAPHS))
 """What a bundle may have at its top."""
@@ -71,6 +72,7 @@ def export_bundle(
     sms: Sequence[int] = (),
     aot: bool = False,
     verify: bool | None = None,
+    recache: bool | None = None,
     calibration: CalibrationTexts | None = None,
     origin: Callable[[], str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -97,6 +99,9 @@ def export_bundle(
         aot: whether the plugin's kernels are compiled into the engines; for the flavour tensorrt only.
         verify: whether to run every graph in float32 and compare it with torch; needs the memory of
             the model. None: for ONNX Runtime only.
+        recache: whether there is a graph for switches of the prompt that encode newest frames anew (recache
+            keep-sink and empty-sink); for ONNX Runtime only. None: where that is the model's own way, and the
+            policy has it.
         calibration: what fp8 is calibrated with, which needs the memory of the model. For fp8 only.
         origin: gives what `Manifest.origin` says, once everything was read.
         progress: called with a line on what is done next.
@@ -137,6 +142,7 @@ def export_bundle(
         check_dtype(engines, precision.compute)
         check_plugin(plan, engines)
         check_profiles(plan, engines)
+    recaches = _has_recache(plan, target, recache)
     check_disk(out, baked_bytes(spec, precision), len(gpus))
     use_threads()
     with new_folder(out, BUNDLE, NAMES) as folder:
@@ -146,7 +152,7 @@ def export_bundle(
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
         if calibration:
             bundle.calibrate(calibration)
-        for name in bundle.names:
+        for name in (*bundle.names, *(["recache"] if recaches else [])):
             bundle.describe(name) if target == "torch" else bundle.write_graph(name)
         check_records(bundle.records, plan, precision.compute, str(out), in_strips)
         if engines:
@@ -185,3 +191,16 @@ def export_bundle(
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest
+
+
+def _has_recache(plan: CachePlan, target: Target, asked: bool | None) -> bool:
+    """Whether a bundle has the graph `recache`. Raises InputError where it is asked for and cannot be."""
+    where = "--recache-graph"
+    if asked and target != "onnx":
+        hint = "torch needs none, and for TensorRT no engine is built of it: switch with --recache replay."
+        raise InputError("is a graph for ONNX Runtime", where=where, expected="--target onnx", hint=hint)
+    there = bool(encodings(plan))
+    if asked and not there:
+        encoding(plan, plan.phases[-1].first_chunk + 1, keep_sink=True)  # says why
+        raise InputError(f"has no frames to encode under {plan.policy.name}", where=where)
+    return target == "onnx" and there and (plan.spec.recache in ENCODED if asked is None else asked)

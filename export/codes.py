@@ -6,7 +6,7 @@ are made with the rounded scale, so its rounding costs no accuracy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from forcingkv.export.passes import shape_of
+from forcingkv.export.passes import make, shape_of
 from forcingkv.export.precision import torch_dtype
 from forcingkv.models.baked_names import scale_name
 from forcingkv.runtime.spec import Dtype, Linear
@@ -101,6 +101,41 @@ def store_codes(graph: ir.Graph, weight: ir.Value, codes: ir.DataType, scales: i
     scale = ir.Value(name=scale_name(weight.name), type=ir.TensorType(scales), shape=channels)
     graph.inputs.append(scale)
     return scale
+
+
+def matrix_of(
+    graph: ir.Graph, weight: ir.Value, codes: ir.DataType, kind: ir.DataType
+) -> tuple[ir.Value, ir.Value]:
+    """Make a weight, which is a graph input, one of codes. Returns the matrix of `kind` that it stands for,
+    cast and scaled in the graph's first nodes, and its scales as `store_codes` does."""
+    assert weight.name is not None
+    name, scale = weight.name, store_codes(graph, weight, codes, kind)
+    cast, numbers = make("Cast", [weight], weight, None, f"{name}.cast", {"to": int(kind)}, dtype=kind)
+    scaled, matrix = make("Mul", [numbers, scale], weight, None, f"{name}.mul", dtype=kind)
+    graph.insert_before(graph[0], [cast, scaled])
+    return matrix, scale
+
+
+def multiply_by_matrices(
+    graph: ir.Graph, weights: Mapping[str, ir.Value], codes: ir.DataType
+) -> list[ir.Value]:
+    """Linear layers multiply by what their codes stand for, in the dtype that they computed in; their inputs
+    are not rounded.
+
+    Requires: by the name of each layer its weight, a graph input (in, out), and the right side of MatMul
+    only.
+
+    Returns the scales of the weights, as new graph inputs: (out,), named as in the file of weights.
+    """
+    added = []
+    for layer, weight in weights.items():
+        products, kind = products_of(layer, weight), weight.dtype
+        assert kind is not None
+        matrix, scale = matrix_of(graph, weight, codes, kind)
+        for node in products:
+            node.replace_input_with(1, matrix)
+        added.append(scale)
+    return added
 
 
 def insert_before_use(graph: ir.Graph, data: ir.Value, nodes: list[ir.Node]) -> None:

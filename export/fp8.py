@@ -26,7 +26,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from forcingkv.export.codes import E4M3, dequantize, hooked, insert_before_use, products_of, store_codes
+from forcingkv.export.codes import (
+    E4M3,
+    dequantize,
+    hooked,
+    insert_before_use,
+    matrix_of,
+    products_of,
+    store_codes,
+)
 from forcingkv.export.passes import constant, input_of, make, shape_of
 from forcingkv.export.precision import Precision
 from forcingkv.headmaps.errors import InputError
@@ -122,16 +130,14 @@ def _dequantized(
 ) -> tuple[ir.Value, ir.Value]:
     """Make a weight FP8. Returns the matrix that it stands for, and its scale."""
     assert weight.name is not None
-    name, axis, to = weight.name, len(shape_of(weight)) - 1, int(kind)
+    if not tensorrt:
+        return matrix_of(graph, weight, ir.DataType.FLOAT8E4M3FN, kind)
     scale = store_codes(graph, weight, ir.DataType.FLOAT8E4M3FN, kind)
-    if tensorrt:
-        attributes, named = {"axis": axis, "output_dtype": to}, f"{name}.dequantizelinear"
-        nodes = [make("DequantizeLinear", [weight, scale], weight, None, named, attributes, dtype=kind)]
-    else:
-        nodes = [make("Cast", [weight], weight, None, f"{name}.cast", {"to": to}, dtype=kind)]
-        nodes.append(make("Mul", [nodes[0][1], scale], weight, None, f"{name}.mul", dtype=kind))
-    graph.insert_before(graph[0], [node for node, _ in nodes])
-    return nodes[-1][1], scale
+    attributes = {"axis": len(shape_of(weight)) - 1, "output_dtype": int(kind)}
+    named = f"{weight.name}.dequantizelinear"
+    node, matrix = make("DequantizeLinear", [weight, scale], weight, None, named, attributes, dtype=kind)
+    graph.insert_before(graph[0], node)
+    return matrix, scale
 
 
 def _rounded(graph: ir.Graph, data: ir.Value, name: str, scale: float, kind: ir.DataType) -> ir.Value:

@@ -1,7 +1,8 @@
 """The graphs of a bundle in torch, with flat, named inputs and outputs.
 
-`prompt` runs once a prompt, `step` once a pass, `decode` once a latent frame, `decode_strip` once a strip of
-it where frames are decoded in strips.
+`prompt` runs once a prompt, `step` once a pass, `decode` once a latent frame. Not every bundle has others:
+`decode_strip` runs once a strip of a latent frame where frames are decoded in strips, `recache` once a switch
+of the prompt that encodes newest frames anew.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ from torch import Tensor, nn
 
 from forcingkv.models.decoders import StreamingDecoder, frames_of, to_frames
 from forcingkv.models.decoders.strips import StripShapes, begin_frame, finish_strip
-from forcingkv.models.generate import latent_shape, level_of_frames, next_latents
-from forcingkv.models.kv import Cache, Turn, advance, attend_cache, cached_dtype
+from forcingkv.models.generate import level_of_frames, next_latents
+from forcingkv.models.kv import (
+    Cache,
+    Turn,
+    advance,
+    attend_cache,
+    cached_dtype,
+    encode_group,
+    heads_of,
+)
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.bundle import next_name
 from forcingkv.runtime.decode_strips import Strips
-from forcingkv.runtime.graph_records import FEATURES, FIRST, TOP, TURN
-from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.graph_records import FEATURES, FIRST, TOP, TURN, encoded_lengths, latent_shape
+from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, told_name
+from forcingkv.runtime.kv.rebuild import Encoding, encodings, most_encoded, rows_names, seen_entries
 from forcingkv.runtime.kv.window import first_position, moved_by
 
 
@@ -36,9 +46,12 @@ class Graph:
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
     dynamic: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Input name -> the dimension that varies by phase, and its symbol."""
+    """Input name -> the dimension that varies, and its symbol, or a multiple of one: `24*frames`."""
     clean_outputs: tuple[tuple[str, ...], ...] = ()
     """Outputs that only a clean pass is asked for, those together that are made together."""
+    passes: tuple[Encoding, ...] = ()
+    """Passes over newest frames that it is verified in: those that take most, with a sink that stays and with
+    one that is made anew, and the least."""
 
 
 def prompt_graph(model: WanModel) -> Graph:
@@ -122,6 +135,69 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     dynamic |= {name: (0, name.replace(".", "_")) for name in plan.rows(0)}
     clean = tuple(tuple(names) for names in by_layer if names)
     return Graph(model, run, inputs, tuple(outputs), dynamic, clean)
+
+
+def recache_graph(model: WanModel, plan: CachePlan) -> Graph:
+    """The graph `recache`: newest frames in one pass -> the cache that follows (docs/decisions/0041).
+
+    The number of frames varies. A role that stays is seen as it is cached, and takes none of their tokens;
+    one that is made anew has no tokens to be seen, and takes those that its rows say. Its example inputs are
+    those of the most frames, beside all that may stay.
+    """
+    spec, kind = plan.spec, compute_dtype(model)
+    seen = seen_entries(plan)
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        cross = [inputs[name] for name in _cross_names(spec.layers)]
+        prompt = [KeysValues(*pair) for pair in zip(cross[::2], cross[1::2], strict=True)]
+        turn = Turn(*(inputs[name] for name in TURN)) if plan.relative else None
+        made: list[Tensor] = []  # in the order of `plan.entries`
+
+        def attend(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
+            out = []
+            for group in plan.layers[layer]:
+                held = {
+                    role.name: KeysValues(*(inputs[name] for name in names))
+                    for role in group.roles
+                    if (names := [CacheEntry(layer, group, role, part).name for part in PARTS])[0] in inputs
+                }
+                rows = {role.name: inputs[told_name(group, role)] for role in group.roles}
+                attended, taken = encode_group(group, queries, heads_of(current, group), held, rows, turn)
+                out.append(attended)
+                for role in group.roles:
+                    made.extend(part.to(cached_dtype(role, kind)) for part in taken[role.name])
+            return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+        rotary = inputs["cosines"], inputs["sines"]
+        model.flow(inputs["latents"].to(kind), inputs["time"].to(kind), rotary, prompt, attend)
+        return tuple(made)
+
+    frames = most_encoded(plan)
+    cosines, sines = map(torch.from_numpy, positions.rotary(spec, plan.geometry, 0, frames))
+    turn = zip(TURN, positions.turn(spec, moved_by(plan, plan.phases[-1].first_chunk)), strict=True)
+    clean = np.array([[spec.schedule.context_timestep]])
+    cross_shape = (1, spec.heads, spec.text_length, spec.head_dim)
+    inputs = {
+        "latents": torch.zeros(latent_shape(plan, frames)),
+        "time": torch.from_numpy(positions.time_features(spec, clean)),
+        "cosines": cosines,
+        "sines": sines,
+        **({name: torch.from_numpy(table) for name, table in turn} if plan.relative else {}),
+        **{name: torch.zeros(cross_shape, dtype=kind) for name in _cross_names(spec.layers)},
+        **{e.name: torch.zeros(max(plan.buffer_shapes(e)), dtype=cached_dtype(e.role, kind)) for e in seen},
+        **{name: torch.arange(2, dtype=torch.int32) for name in rows_names(plan)},
+    }
+    dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role.name}_tokens") for entry in seen}
+    dynamic |= {name: (0, name.replace(".", "_")) for name in rows_names(plan)}
+    frames_symbol, tokens_symbol = encoded_lengths(plan)
+    if isinstance(frames_symbol, str):
+        dynamic["latents"] = 2, frames_symbol
+        dynamic |= {name: (0, str(tokens_symbol)) for name in ("cosines", "sines")}
+    outputs = tuple(next_name(entry.name) for entry in plan.entries)
+    by_frames = sorted(encodings(plan), key=lambda one: -one.frames)
+    most = [next((o for o in by_frames if o.keeps_sink is kept), None) for kept in (True, False)]
+    verified = dict.fromkeys(one for one in (*most, by_frames[-1]) if one)
+    return Graph(model, run, inputs, outputs, dynamic, passes=tuple(verified))
 
 
 def decode_graph(

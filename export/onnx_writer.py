@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from forcingkv.export import fp8, int8
+from forcingkv.export.codes import multiply_by_matrices
 from forcingkv.export.graphs import Graph
 from forcingkv.export.onnxruntime_passes import attend_in_blocks, branch_on_clean, make_caches_early
-from forcingkv.export.passes import scale_attention, shape_of, use_transposed
+from forcingkv.export.passes import make_of_weights_late, scale_attention, shape_of, use_transposed
 from forcingkv.export.tensorrt_passes import (
     align_parameters,
     allow_decomposition,
@@ -51,6 +52,7 @@ def write_onnx(
     single_kernels: bool = False,
     input_scales: Mapping[str, float] | None = None,
     int8_layers: Collection[str] = (),
+    folded: bool = True,
 ) -> onnx.ModelProto:
     """Trace a graph and write it; inputs, outputs and varying dimensions get their names.
 
@@ -66,6 +68,8 @@ def write_onnx(
         input_scales: name of each linear layer that multiplies in FP8 -> the scale of its input. They
             are written into the graph; the scales of weights lie in the file.
         int8_layers: names of those that multiply in int8.
+        folded: whether what follows from weights alone is computed when the graph is loaded. Else it is made
+            in every pass, right before it is used, and layers multiply by what their codes stand for.
     """
     graph, model = _traced(make)
     traced = model.graph
@@ -94,11 +98,17 @@ def write_onnx(
         {layer: used[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in used}
         for layers in (scales, int8_layers)
     )
-    parameters += fp8.quantize_linears(traced, in_fp8, scales, tensorrt=tensorrt)
-    parameters += int8.quantize_linears(traced, in_int8)
+    if folded:
+        parameters += fp8.quantize_linears(traced, in_fp8, scales, tensorrt=tensorrt)
+        parameters += int8.quantize_linears(traced, in_int8)
+    else:
+        parameters += multiply_by_matrices(traced, in_fp8, ir.DataType.FLOAT8E4M3FN)
+        parameters += multiply_by_matrices(traced, in_int8, ir.DataType.INT8)
     RemoveUnusedNodesPass()(model)
     for value in parameters:
         _point(traced, value, weights[_bare(value.name)], file)
+    if not folded:
+        make_of_weights_late(traced)
     written = ir.to_proto(model)
     written.functions.extend(functions_for(written))
     if single_kernels:
@@ -132,8 +142,7 @@ def _trace(make: Callable[[], Graph]) -> tuple[Graph, torch.onnx.ONNXProgram]:
     """Make a graph and trace it, with fake tensors on."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet(), _uncollected():
         graph = make()
-        symbols = {symbol: Dim(symbol, min=2) for symbol in sorted({s for _, s in graph.dynamic.values()})}
-        varying = {name: {axis: symbols[symbol]} for name, (axis, symbol) in graph.dynamic.items()}
+        varying = _dimensions(graph.dynamic)
         program = torch.onnx.export(
             _Flat(graph),
             tuple(mode.from_tensor(tensor) for tensor in graph.inputs.values()),
@@ -148,6 +157,17 @@ def _trace(make: Callable[[], Graph]) -> tuple[Graph, torch.onnx.ONNXProgram]:
         )
     assert program is not None
     return graph, program
+
+
+def _dimensions(dynamic: Mapping[str, tuple[int, str]]) -> dict[str, dict[int, Any]]:
+    """Input name -> the dimension that varies, as torch has it."""
+    split = {symbol: symbol.rpartition("*") for symbol in sorted({symbol for _, symbol in dynamic.values()})}
+    known = {name: Dim(name, min=2) for name in sorted({name for _, _, name in split.values()})}
+    made = {
+        symbol: int(times) * known[name] if times else known[name]
+        for symbol, (times, _, name) in split.items()
+    }
+    return {name: {axis: made[symbol]} for name, (axis, symbol) in dynamic.items()}
 
 
 class _Flat(torch.nn.Module):

@@ -40,7 +40,7 @@ def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int]) -> None:
     nothing, where the operator's own layout would take a transposition of queries, keys, values and result.
 
     Requires: Attention in float32 of batch 1, without mask and cache of its own, with a scale, and queries of
-    known shape.
+    known shape but for their number, which may vary.
     Ensures: no such Attention with scores of at least `LARGE_SCORES` is left; shapes and results stay.
 
     `lengths`: symbol of each dimension that varies -> its largest size.
@@ -48,14 +48,16 @@ def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int]) -> None:
     for node in list(graph):
         if node.op_type != "Attention" or node.domain:
             continue
-        (batch, heads, tokens), keys = (size_of(input_of(node, 0), n) for n in range(3)), input_of(node, 1)
-        if batch == 1 and 4 * heads * tokens * _most_tokens(keys, lengths) >= LARGE_SCORES:
-            _attend_by_head(graph, node, heads, tokens)
+        queries, keys = (input_of(node, place) for place in range(2))
+        batch, heads = (size_of(queries, axis) for axis in range(2))
+        scores = _most_tokens(queries, lengths) * _most_tokens(keys, lengths)
+        if batch == 1 and 4 * heads * scores >= LARGE_SCORES:
+            _attend_by_head(graph, node, heads, shape_of(queries)[2])
             graph.opset_imports[ORT_DOMAIN] = ORT_VERSION
 
 
 def _most_tokens(keys: ir.Value, lengths: Mapping[str, int]) -> int:
-    """The most keys (batch, heads, tokens, head_dim) there are; joined ones are counted by part."""
+    """The most keys (batch, heads, tokens, head_dim), or queries; joined ones are counted by part."""
     size = shape_of(keys)[2]
     if isinstance(size, int):
         return size
@@ -67,13 +69,13 @@ def _most_tokens(keys: ir.Value, lengths: Mapping[str, int]) -> int:
     return sum(_most_tokens(part, lengths) for part in node.inputs if part is not None)
 
 
-def _attend_by_head(graph: ir.Graph, node: ir.Node, heads: int, tokens: int) -> None:
-    old = node.outputs[0]
+def _attend_by_head(graph: ir.Graph, node: ir.Node, heads: int, tokens: int | ir.SymbolicDim) -> None:
+    old, queries = node.outputs[0], tokens if isinstance(tokens, int) else -1
     reshapes, flat = [], []
     for place, part in enumerate("qkv"):
         value = input_of(node, place)
         assert value.dtype == ir.DataType.FLOAT
-        rows, width = -1 if place else tokens, size_of(value, 3)
+        rows, width = -1 if place else queries, size_of(value, 3)
         shape = constant(graph, f"heads_{heads}_{rows}_{width}", np.array([heads, rows, width], np.int64))
         sizes = [heads, shape_of(value)[2], width]
         reshape, result = make("Reshape", [value, shape], value, sizes, f"{old.name}.{part}")
@@ -82,8 +84,8 @@ def _attend_by_head(graph: ir.Graph, node: ir.Node, heads: int, tokens: int) -> 
     attributes = {"num_heads": 1, "scale": node.attributes["scale"].as_float()}
     name, sizes = f"{old.name}.heads", [heads, tokens, width]
     attend, seen = make("MultiHeadAttention", flat, old, sizes, name, attributes, domain=ORT_DOMAIN)
-    # Every size is given: onnx infers no shape from an operator it does not know.
-    whole = constant(graph, f"all_{heads}_{tokens}_{width}", np.array([1, heads, tokens, width], np.int64))
+    # Every size is given, where it is known: onnx infers no shape from an operator it does not know.
+    whole = constant(graph, f"all_{heads}_{queries}_{width}", np.array([1, heads, queries, width], np.int64))
     back, result = make("Reshape", [seen, whole], old)
     graph.insert_before(node, [*reshapes, attend, back])
     replace_node(graph, node, result)

@@ -97,6 +97,34 @@ def replace_node(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
         value.name = name
 
 
+def make_of_weights_late(graph: ir.Graph) -> None:
+    """What is computed of weights alone is made right before it is used: of a matrix that is cast or scaled
+    in every pass, nothing is there before its product and after it.
+
+    Requires: weights are initializers.
+    Ensures: the same nodes, those that follow from initializers alone right before the first that takes them.
+    """
+    early: set[ir.Node] = set()
+    for node in graph:
+        read = [value for value in read_by(node) if not value.is_initializer()]
+        if all(value.producer() in early for value in read):
+            early.add(node)
+    order: dict[ir.Node, None] = {}
+
+    def add(node: ir.Node) -> None:
+        for value in read_by(node):
+            maker = value.producer()
+            if maker in early and maker not in order:
+                add(maker)
+        order[node] = None
+
+    for node in list(graph):
+        if node not in early or any(value.is_graph_output() for value in node.outputs):
+            add(node)
+    graph.remove(list(graph))
+    graph.extend(order)
+
+
 def scale_attention(graph: ir.Graph) -> None:
     """Attention gets its scale as an attribute; otherwise TensorRT computes it from a shape, in ten layers.
 

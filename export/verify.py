@@ -19,6 +19,7 @@ from forcingkv.runtime.bundle import CLEAN, next_name
 from forcingkv.runtime.faults import DeviceError
 from forcingkv.runtime.graph_records import EDGE, TOP, TURN
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.rebuild import encoding_shapes, rows_of
 
 Arrays = dict[str, npt.NDArray[Any]]
 SEED = 0
@@ -37,7 +38,7 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
     their largest value where that is above 1: such features have no scale of their own. Infinite where a
     denoising pass of the file gives other latents than the clean pass, or makes next caches.
     """
-    runnable = OnnxGraph(path)
+    runnable = OnnxGraph(path, folded=not graph.passes)
     worst = 0.0
     for inputs in _cases(graph, plan):
         expected = _torch(graph, inputs)
@@ -113,19 +114,30 @@ def _denoising_pass_is_equal(graph: Graph, runnable: OnnxGraph, inputs: Arrays, 
 def _cases(graph: Graph, plan: CachePlan) -> Iterator[Arrays]:
     """Random inputs for each phase, in C order."""
     generator = np.random.default_rng(SEED)
-    # The last phase first: ONNX Runtime keeps what it allocated, and the largest serves the others too.
-    for phase in plan.phases[::-1] if graph.dynamic else plan.phases[-1:]:
-        varying = plan.phase_shapes(phase)
+    for varying, rows in _phases(graph, plan):
         inputs = {}
         for name, example in graph.inputs.items():
             shape = varying.get(name, tuple(example.shape))
             if name in HOST_INPUTS:
-                inputs[name] = example.numpy()
+                inputs[name] = example.numpy()[: shape[0]]  # positions: those of as many tokens
             elif example.dtype == torch.int32:
-                inputs[name] = np.arange(shape[0], dtype=np.int32)
+                inputs[name] = rows.get(name, np.arange(shape[0], dtype=np.int32))
             else:
                 inputs[name] = generator.standard_normal(shape, dtype=np.float32)
         yield inputs
+
+
+def _phases(graph: Graph, plan: CachePlan) -> Iterator[tuple[dict[str, tuple[int, ...]], Arrays]]:
+    """The shapes that vary, and rows that roles take, of each phase or pass.
+
+    The largest first: ONNX Runtime keeps what it allocated, and that serves the others too.
+    """
+    if graph.passes:
+        for one in graph.passes:
+            yield encoding_shapes(plan, one), dict(rows_of(plan, one))
+        return
+    for phase in plan.phases[::-1] if graph.dynamic else plan.phases[-1:]:
+        yield plan.phase_shapes(phase), {}
 
 
 def _torch(graph: Graph, inputs: Arrays) -> Arrays:

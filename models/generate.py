@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from forcingkv.runtime import positions
 from forcingkv.runtime.given import GivenNoise
 from forcingkv.runtime.graph_records import latent_shape as latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.kv.window import first_position
+from forcingkv.runtime.kv.window import first_position, scene_shift
 from forcingkv.runtime.schedule import CLEAN_PASS, Renoise
 from forcingkv.runtime.unipc import UniPC
 
@@ -59,6 +60,7 @@ def generate(
     chunks: int,
     watch: Watch | None = None,
     start: Tensor | None = None,
+    scenes: Mapping[int, Tensor] | None = None,
 ) -> Iterator[GeneratedChunk]:
     """Generate chunk by chunk.
 
@@ -73,12 +75,15 @@ def generate(
             chunks go through their clean pass alone. Fewer frames than a chunk has are held at timestep 0
             while the rest of chunk 0 is made, where the schedule can (`Schedule.by_frame`).
 
+        scenes: chunk -> the text of the scene that begins with it; `text` is that of the first.
+
     Raises InputError for another number of given frames.
     """
     prompt = model.prompt(text)
     cache: Cache = empty_cache(plan, text, text.shape[0])
     schedule, frames = plan.spec.schedule, plan.spec.frames_per_chunk
     given, held = _given(plan, start)
+    cuts = sorted(scenes or ())
 
     def run(
         latents: Tensor, timesteps: list[float], rotary: tuple[Tensor, Tensor], attend: Attend
@@ -89,7 +94,11 @@ def generate(
         return flow.to(latents), new
 
     for chunk in range(chunks):
-        tables = positions.rotary(plan.spec, plan.geometry, first_position(plan, chunk, chunk), frames)
+        begun = cuts[: bisect_right(cuts, chunk)]
+        if scenes and chunk in scenes:
+            prompt = model.prompt(scenes[chunk])
+        first = first_position(plan, chunk, chunk) + scene_shift(plan, len(begun))
+        tables = positions.rotary(plan.spec, plan.geometry, first, frames)
         rotary = torch.from_numpy(tables[0]).to(text.device), torch.from_numpy(tables[1]).to(text.device)
         attend = attend_cache(plan, cache)
         is_given, front = chunk < len(given), held if chunk == 0 else None
@@ -113,7 +122,7 @@ def generate(
         seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
         _, new = run(latents, [schedule.context_timestep], rotary, seen)
         turn = turn_of(plan, chunk, text.device)
-        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn)
+        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn, cuts=begun)
         yield GeneratedChunk(chunk, latents, indices)
 
 

@@ -22,7 +22,8 @@ from forcingkv.runtime import positions
 from forcingkv.runtime.kv.early import Early
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.retained import Choice, Retained
-from forcingkv.runtime.kv.roles import HELD, ROWS, Recent, Role, Sink
+from forcingkv.runtime.kv.roles import HELD, ROWS, Cuts, Recent, Role, Sink
+from forcingkv.runtime.kv.scenes import KEPT, Scene
 from forcingkv.runtime.kv.window import moved_by
 from forcingkv.runtime.spec import Dtype
 
@@ -61,13 +62,17 @@ class CleanPass:
     """Indices of the segments that were chosen in this pass, in any layer so far."""
     turn: Turn | None = field(default=None, kw_only=True)
     """By what keys move with the window after this pass; None: they stay as they are."""
+    cuts: Cuts = field(default=(), kw_only=True)
+    """The passes with which scenes begin, where the chunk is known."""
 
-    def rows_of(self, role: Role) -> Tensor:
-        """Which of the chunk's tokens a role takes (`Role.rows`): (tokens,)."""
+    def told(self, role: Role, kind: str = ROWS) -> Tensor:
+        """What a role is told of the chunk (`Role.told`): (tokens,). Of the kind `ROWS` which of the chunk's
+        tokens it takes."""
         if self.rows is not None:
-            return self.rows[told_name(self.group, role)]
+            return self.rows[told_name(self.group, role, kind)]
         assert self.chunk is not None, "which tokens a role takes depends on the chunk"
-        return torch.from_numpy(role.rows(self.plan, self.group, self.chunk)).to(self.new.keys.device)
+        rows = role.told(self.plan, self.group, self.chunk, self.cuts)[kind]
+        return torch.from_numpy(rows).to(self.new.keys.device)
 
     def tokens_after(self, role: Role) -> int | None:
         """Tokens of a role that the next chunk sees; None: it is not known, in a graph."""
@@ -90,6 +95,10 @@ class TorchRole(ABC):
     def move(self, role: Any, made: KeysValues, turn: Turn) -> KeysValues:
         """What is cached of a role that `moves` once the window has moved."""
         return KeysValues(turned(made.keys, turn), made.values)
+
+    def moved(self, role: Any, made: KeysValues, turn: Turn, done: CleanPass) -> KeysValues:
+        """What a clean pass made of a role that `moves`, once the window has moved."""
+        return self.move(role, made, turn)
 
 
 HALVES: dict[str, TorchRole] = {}
@@ -118,7 +127,7 @@ class _TorchSink(TorchRole):
         if done.rows is None and held.keys.shape[2] == role.steady_tokens(done.plan, done.group):
             return held
         # In a graph this is empty once the sink is full, and the session keeps the sink that it has.
-        rows = done.rows_of(role)
+        rows = done.told(role)
         taken = KeysValues(*(part.index_select(2, rows) for part in done.new))
         if role.filled_by(done.plan.spec) <= 1:
             return taken
@@ -150,7 +159,7 @@ def _without_sink(recent: Recent, done: CleanPass) -> KeysValues:
     plan, new = done.plan, done.new
     opening = [role for role in done.group.roles if role.opening_frames(plan.spec)]
     if ROWS in recent.told(plan, done.group, 0):
-        rows = done.rows_of(recent)
+        rows = done.told(recent)
         return KeysValues(*(part.index_select(2, rows) for part in new))
     if not opening:
         return new
@@ -159,6 +168,23 @@ def _without_sink(recent: Recent, done: CleanPass) -> KeysValues:
     whole = sum(role.steady_tokens(plan, done.group) for role in opening)
     filled = sum(done.held[role.name].keys.shape[2] for role in opening)
     return _tokens(new, slice(whole - filled, None))
+
+
+@torch_half
+class _TorchScene(TorchRole):
+    of = Scene
+
+    def advance(self, role: Scene, done: CleanPass) -> KeysValues:
+        kept = done.told(role, KEPT)
+        if done.plan.relative:  # what stays in its place is told as its complement, which is below 0
+            kept = torch.maximum(kept, -1 - kept)
+        pairs = zip(done.held[role.name], done.new, strict=True)
+        return KeysValues(*(torch.cat(pair, 2).index_select(2, kept) for pair in pairs))
+
+    def moved(self, role: Scene, made: KeysValues, turn: Turn, done: CleanPass) -> KeysValues:
+        kept = done.told(role, KEPT)
+        stays = -1 - kept > kept
+        return KeysValues(torch.where(stays[:, None], made.keys, turned(made.keys, turn)), made.values)
 
 
 @torch_half
@@ -284,6 +310,7 @@ def advance(
     chunk: int | None,
     rows: Mapping[str, Tensor] | None = None,
     turn: Turn | None = None,
+    cuts: Cuts = (),
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
 
@@ -294,6 +321,7 @@ def advance(
         chunk: index of the chunk. None in a graph, which chooses segments in every pass.
         rows: what a graph is told of the chunk, as `CachePlan.rows` has it. None: what the roles say.
         turn: by what keys move with the window. None: by nothing.
+        cuts: the chunks with which scenes begin, but the first.
 
     Returns:
         The next cache, and the indices of the retained segments where they were chosen: (kept,), or
@@ -305,7 +333,16 @@ def advance(
         [
             advance_group(
                 CleanPass(
-                    plan, layer, *of, heads_of(new[layer], of[0]), rows, choice, chunk, chosen, turn=turn
+                    plan,
+                    layer,
+                    *of,
+                    heads_of(new[layer], of[0]),
+                    rows,
+                    choice,
+                    chunk,
+                    chosen,
+                    turn=turn,
+                    cuts=cuts,
                 )
             )
             for of in zip(groups, cache[layer], strict=True)
@@ -332,8 +369,39 @@ def advance_group(done: CleanPass) -> GroupCache:
         # Last: what is compared lies in one window. All that stays turns by the same angle.
         for role in roles:
             if role.moves:
-                made[role.name] = HALVES[role.name].move(role, made[role.name], done.turn)
+                made[role.name] = HALVES[role.name].moved(role, made[role.name], done.turn, done)
     return {role.name: made[role.name] for role in roles}
+
+
+def encode_group(
+    group: HeadGroup,
+    queries: Tensor,
+    own: KeysValues,
+    held: GroupCache,
+    rows: Mapping[str, Tensor],
+    turn: Turn | None,
+) -> tuple[Tensor, GroupCache]:
+    """Attention of a group's heads in a pass that encodes newest frames anew, without a mask, and what roles
+    take of these frames.
+
+    Args:
+        group: the group.
+        queries: of all heads.
+        own: keys and values of the frames, of the group's heads.
+        held: what the frames see beside themselves: roles that stay.
+        rows: name of each other role -> which of the frames' tokens it takes.
+        turn: moves keys to where the next chunk sees them. None: they stay.
+    """
+    by_name = {role.name: role for role in group.roles}
+    seen = [*(HALVES[name].read(by_name[name], kv, own.keys) for name, kv in held.items()), own]
+    keys, values = (torch.cat(parts, 2) for parts in zip(*seen, strict=True))
+    attended = F.scaled_dot_product_attention(queries[:, group.start : group.stop], keys, values)
+    made = {}
+    for name, taken in rows.items():
+        made[name] = KeysValues(*(part.index_select(2, taken) for part in own))
+        if turn is not None and by_name[name].moves:
+            made[name] = HALVES[name].move(by_name[name], made[name], turn)
+    return attended, made
 
 
 def turned(keys: Tensor, turn: Turn) -> Tensor:

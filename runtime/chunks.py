@@ -19,9 +19,10 @@ from forcingkv.runtime.backends import Array, Fetch, Lane, Mark, Pass, Queue, Te
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
 from forcingkv.runtime.faults import NotFiniteError
+from forcingkv.runtime.footprint import has_recache
 from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.rebuild import Encoding
-from forcingkv.runtime.kv.window import first_position, moved_by
+from forcingkv.runtime.kv.window import first_position, moved_by, scene_shift
 from forcingkv.runtime.newest_frames import FramesEncoder
 from forcingkv.runtime.pass_levels import PassLevel, clean_level, denoising_levels, write_levels
 from forcingkv.runtime.positions import Floats
@@ -59,6 +60,7 @@ class ChunkMaker:
         cache: the KV cache.
         decoder: decodes chunks.
         schedule: the model's.
+        scenes: how many cuts to another scene there were.
         given: how many chunks at the start of the video were given and not generated, which decides which
             chunk has the steps of the first.
         held: given first frames of chunk 0, None where there are none: see `hold`.
@@ -67,7 +69,7 @@ class ChunkMaker:
     def __init__(self, bundle: Bundle, lane: Lane, frames: FramesOn) -> None:
         self.lane, self._plan, self._frames_on = lane, bundle.plan, frames
         self._spec, self.schedule = bundle.plan.spec, bundle.plan.spec.schedule
-        self.given = 0
+        self.given = self.scenes = 0
         self.held: Floats | None = None
         prompt, step = (bundle.manifest.graphs[name] for name in ("prompt", "step"))
         self.cache = lane.cache(self._plan, bundle.manifest.compute)
@@ -77,6 +79,8 @@ class ChunkMaker:
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
         self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
         self._encoder: FramesEncoder | None = None
+        if lane.recaches and has_recache(bundle.manifest, self._plan):
+            self._encoder = FramesEncoder(lane, self._plan, self.cache, self._cross)
         self._unsettled: Timing | None = None
         self._rotary = {name: tensor_of(lane, step.inputs[name]) for name in ("cosines", "sines")}
         self._turn = {name: tensor_of(lane, step.inputs[name]) for name in TURN if self._plan.relative}
@@ -96,8 +100,13 @@ class ChunkMaker:
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
         self.cache.restart()
-        self.given, self.held = 0, None
+        self.given, self.held, self.scenes = 0, None, 0
         self.decoder.restart()
+
+    def cut(self) -> None:
+        """Let another scene begin with the next chunk."""
+        self.cache.cut()
+        self.scenes += 1
 
     def hold(self, frames: Floats) -> None:
         """Give the first latent frames of the video that comes: they are held while the others of their chunk
@@ -223,7 +232,7 @@ class ChunkMaker:
 
     def encode(self, encoding: Encoding, latents: Floats) -> None:
         """Make the cache anew in one pass over newest frames, under the prompt as it is: `FramesEncoder`."""
-        if self._encoder is None:  # most videos need none
+        if self._encoder is None:  # on torch: few videos of such a model need one
             self._encoder = FramesEncoder(self.lane, self._plan, self.cache, self._cross)
         self._encoder.run(encoding, latents)
 
@@ -237,9 +246,17 @@ class ChunkMaker:
         return self.lane.side if name.startswith("decoder/") else self.lane.main
 
     def restore(
-        self, passes: int, decoder_calls: int, arrays: Mapping[str, Array], *, hollow: bool = False
+        self,
+        passes: int,
+        decoder_calls: int,
+        arrays: Mapping[str, Array],
+        *,
+        hollow: bool = False,
+        cuts: tuple[int, ...] = (),
+        scenes: int = 0,
     ) -> None:
-        """Take what `state` held after that many clean passes and calls of the decoder (`KvCache.hollow`).
+        """Take what `state` held after that many clean passes and calls of the decoder (`KvCache.hollow`,
+        `KvCache.cuts`), and that many cuts of the video.
 
         Raises InputError where an array is missing or does not fit; nothing has changed then.
         """
@@ -253,7 +270,7 @@ class ChunkMaker:
                 raise InputError(
                     f"has {name} of the shape {shape}", where="the saved state", expected=str(tensor.shape)
                 )
-        self.held = None  # of the video before
+        self.held, self.scenes, self.cache.cuts = None, scenes, cuts  # those of the video before are gone
         for name, tensor in state.items():
             array = arrays[name]
             tensor.write(_as_bits(array) if tensor.dtype == "bfloat16" else array, self.queue_of(name))
@@ -295,12 +312,13 @@ class ChunkMaker:
         self.bound(level, step).run()
 
     def _clean(self, steps: int) -> None:
+        self.cache.tell()
         self.bound(clean_level(self.schedule), steps).run()
         self.cache.cleaned()
 
     def _write_positions(self, index: int) -> None:
         frames, passes = self._spec.frames_per_chunk, self.cache.passes
-        first = first_position(self._plan, passes, index)
+        first = first_position(self._plan, passes, index) + scene_shift(self._plan, self.scenes)
         tables = positions.rotary(self._spec, self._plan.geometry, first, frames)
         for tensor, table in zip(self._rotary.values(), tables, strict=True):
             tensor.write(table, self.lane.main)

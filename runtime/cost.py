@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.rebuild import Encoding
 from forcingkv.runtime.spec import ModelSpec
 
 
@@ -35,19 +36,34 @@ class PassFlops:
 
 def pass_flops(plan: CachePlan, chunk: int | None = None) -> PassFlops:
     """Operations of one pass of a chunk; None: of a chunk of the last phase."""
-    spec = plan.spec
     at = plan.phases[-1].first_chunk if chunk is None else chunk
-    tokens = plan.chunk_tokens
+    keys = sum(
+        layers * group.heads * (plan.chunk_tokens + sum(plan.tokens(group, role, at) for role in group.roles))
+        for group, layers in plan.kinds
+    )
+    return _pass_flops(plan, plan.chunk_tokens, keys)
+
+
+def encoding_flops(plan: CachePlan, one: Encoding) -> int:
+    """Operations of a pass that encodes newest frames anew: as of a whole pass, though of its last layer
+    nothing but keys and values is of use."""
+    tokens = one.frames * plan.frame_tokens
+    keys = 0
+    for group, layers in plan.kinds:
+        stay = (role for role in group.roles if role.encoded_rows(plan, group, one) is None)
+        seen = tokens + sum(plan.tokens(group, role, one.passes) for role in stay)
+        keys += layers * group.heads * seen
+    return _pass_flops(plan, tokens, keys).total
+
+
+def _pass_flops(plan: CachePlan, tokens: int, keys: int) -> PassFlops:
+    """Of a pass over so many tokens, each of which meets so many keys in all heads and layers."""
+    spec = plan.spec
     cell = spec.latent_channels * spec.patch**2
     # q, k, v, o of self-attention; q, o of cross-attention; two of the feed-forward.
     block = 6 * spec.dim**2 + 2 * spec.dim * spec.ffn_width
-    linear = 2 * tokens * (spec.layers * block + 2 * cell * spec.dim)
-    keys = sum(
-        layers * group.heads * (tokens + sum(plan.tokens(group, role, at) for role in group.roles))
-        for group, layers in plan.kinds
-    )
     return PassFlops(
-        linear=linear,
+        linear=2 * tokens * (spec.layers * block + 2 * cell * spec.dim),
         attention=4 * tokens * keys * spec.head_dim,
         cross=4 * tokens * spec.text_length * spec.dim * spec.layers,
     )

@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 from forcingkv.runtime.bundle import GRAPHS, Manifest, TensorRecord
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.graph_records import ALL_GRAPHS, DECODING_GRAPHS, FEATURES, STRIP
+from forcingkv.runtime.graph_records import ALL_GRAPHS, DECODING_GRAPHS, FEATURES, STRIP, latent_shape
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.rebuild import encodings, most_encoded, rows_of
 from forcingkv.runtime.kv.roles import Role
-from forcingkv.runtime.spec import Dtype
+from forcingkv.runtime.spec import ENCODED, Dtype
 from forcingkv.runtime.strip_decoder import StripRecords
 
 DEVICE_RESERVE = 700_000_000
@@ -48,6 +49,9 @@ def part_notes(
     frames: those of all calls of `decode` for a chunk.
     text: the inputs and outputs of `prompt`; the latter are inputs of `step`.
     latents: all else that goes into `step` and `decode`, and the next latents.
+    recache: inputs of the pass that encodes newest frames anew at a switch of the prompt, and what that pass
+        takes beyond the others; where sessions take it when they open (`has_recache`). On a CPU the graph
+        reads the weights where their file is mapped: pages that the system takes back.
     """
     buffers = {1: "one buffer: written once", 2: "two buffers: read and written in turn"}
     roles = {name: buffers[1 if joined else role.buffers] for name, role in Role.KINDS.items()}
@@ -66,6 +70,7 @@ def part_notes(
         "frames": "of a chunk, or of two if they overlap",
         "text": "of the prompt, with its keys and values",
         "latents": "with noise, positions and noise levels",
+        **({"recache": "of encoding newest frames anew at a switch of prompts"} if plan else {}),
     }
 
 
@@ -110,8 +115,9 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
         decoding = [needs.pop(graph, 0) for graph in DECODING_GRAPHS]
         parts["activations"] = max(needs.values(), default=0) + max(decoding)
     else:
-        weights = [graph.weight_bytes for graph in manifest.graphs.values()]
-        activations = [graph.activation_bytes for graph in manifest.graphs.values()]
+        graphs = [manifest.graphs[name] for name in (*GRAPHS, STRIP) if name in manifest.graphs]
+        weights = [graph.weight_bytes for graph in graphs]
+        activations = [graph.activation_bytes for graph in graphs]
         if joined:
             activations = [torch_activations(plan, manifest.compute)]
         if None not in weights and None not in activations:
@@ -139,7 +145,28 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
     parts["latents"] = _bytes(step.inputs, step.inputs.keys() - counted, longest)
     parts["latents"] += _bytes(step.outputs, ["next_latents"])
     parts["latents"] += _bytes(decode.inputs, decode.inputs.keys() - decode.carried.keys())
+    if not engines and has_recache(manifest, plan):
+        taken = torch_activations(plan, manifest.compute, encoding=True)
+        if "recache" in manifest.graphs:
+            taken = manifest.graphs["recache"].activation_bytes or 0
+        parts["recache"] = encoder_bytes(plan) + max(0, taken - parts.get("activations", 0))
     return parts
+
+
+def has_recache(manifest: Manifest, plan: CachePlan) -> bool:
+    """Whether a session takes the memory for encoding newest frames anew when it opens: where a graph of the
+    bundle does that, and on torch, which needs none, where it is the model's own way."""
+    own = not manifest.has_graphs and plan.spec.recache in ENCODED and bool(encodings(plan))
+    return "recache" in manifest.graphs or own
+
+
+def encoder_bytes(plan: CachePlan) -> int:
+    """Bytes of the inputs of a pass that encodes newest frames (`newest_frames.FramesEncoder`)."""
+    spec, frames, wide = plan.spec, most_encoded(plan), DTYPES["float32"].bytes
+    numbers = math.prod(latent_shape(plan, frames)) + frames * plan.frame_tokens * spec.head_dim
+    numbers += spec.time_width + (2 * spec.head_dim if plan.relative else 0)
+    rows = sum(made.nbytes for one in encodings(plan) for made in rows_of(plan, one).values())
+    return wide * numbers + rows
 
 
 def kv_parts(plan: CachePlan, compute: Dtype, *, joined: bool = False) -> dict[str, int]:
@@ -148,16 +175,23 @@ def kv_parts(plan: CachePlan, compute: Dtype, *, joined: bool = False) -> dict[s
     return {f"kv_{role}": size for role, size in sizes.items()}
 
 
-def torch_activations(plan: CachePlan, compute: Dtype) -> int:
+def torch_activations(plan: CachePlan, compute: Dtype, *, encoding: bool = False) -> int:
     """Estimate of what a pass of torch needs beside weights, caches, inputs and outputs, in bytes.
+
+    With `encoding` it is the pass that encodes most newest frames anew, which joins the keys and values of a
+    layer with those of the sink.
 
     In a block's feed-forward: the hidden tensor before and after its activation, the residual stream, the
     input and the result; beside them two of the width in float32, which norms compute in. Attention is
     fused: its scores are nowhere, and it reads the cache where it lies.
     """
-    spec, tokens = plan.spec, plan.chunk_tokens
+    spec, tokens, seen = plan.spec, plan.chunk_tokens, 0
     size, wide = DTYPES[compute].bytes, DTYPES["float32"].bytes
-    return tokens * (size * (2 * spec.ffn_width + 3 * spec.dim) + 2 * wide * spec.dim)
+    if encoding:
+        tokens = most_encoded(plan) * plan.frame_tokens
+        seen = tokens + plan.frame_tokens * max(group.opening_frames(spec) for group in plan.groups)
+    layer = tokens * (size * (2 * spec.ffn_width + 3 * spec.dim) + 2 * wide * spec.dim)
+    return layer + 2 * size * spec.dim * seen
 
 
 def readable(size: int) -> str:

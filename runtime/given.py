@@ -134,12 +134,14 @@ def read_start(path: Path | str, plan: CachePlan) -> Floats:
 
 
 def check_start(latents: Any, plan: CachePlan, where: str = "start") -> Floats:
-    """Latents that a video begins with: (1, channels, frames, height, width), whole chunks of them.
+    """Latents that a video begins with: (1, channels, frames, height, width), whole chunks of them; or fewer
+    frames than a chunk has, where the schedule can hold them (`Schedule.by_frame`).
 
     Raises InputError for another shape or dtype, and for numbers that are not finite.
     """
     _, channels, frames, height, width = latent_shape(plan)
     expected = f"(1, {channels}, frames, {height}, {width}), frames a multiple of {frames}"
+    fewer = plan.spec.schedule.by_frame and frames > 1
     array = np.asarray(latents)
     if array.dtype not in (np.float32, np.float16):
         raise InputError(f"is {array.dtype}", where=where, expected="float32")
@@ -151,11 +153,14 @@ def check_start(latents: Any, plan: CachePlan, where: str = "start") -> Floats:
             "It looks like (1, frames, channels, height, width): swap the axes 1 and 2." if turned else None
         )
         raise _misshapen("latents", array, where, expected, hint)
-    if not array.shape[2] or array.shape[2] % frames:
+    count = array.shape[2]
+    if not count or (count % frames and not (fewer and count < frames)):
+        held = f", or 1 to {frames - 1}, which are held while their chunk is made" if fewer else ""
         raise InputError(
-            f"has {array.shape[2]} latent frames",
+            f"has {count} latent frames",
             where=where,
-            expected=f"a multiple of {frames}, those of a chunk: given latents are encoded chunk by chunk",
+            expected=f"a multiple of {frames}, those of a chunk: given latents are encoded chunk by chunk"
+            + held,
         )
     if not np.isfinite(array).all():
         raise InputError("has numbers that are not finite", where=where)

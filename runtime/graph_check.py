@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
-from forcingkv.runtime.cost import pass_flops, prompt_flops
+from forcingkv.runtime.cost import encoding_flops, pass_flops, prompt_flops
 from forcingkv.runtime.graph_file import Graph, Model, Node, Reference, Tensor, Value, read_graph
 from forcingkv.runtime.graph_memory import peak_bytes, weight_bytes
-from forcingkv.runtime.graph_records import CLEAN, DECODING_GRAPHS
+from forcingkv.runtime.graph_records import CLEAN, DECODING_GRAPHS, UNFOLDED
 from forcingkv.runtime.graph_sizes import Sizes, flat_nodes, follow
 from forcingkv.runtime.graph_tensors import FORCINGKV, KINDS, Known, SizeError, element_bytes, known_tensor
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.rebuild import encoding_shapes, encodings
 
 if TYPE_CHECKING:
     from forcingkv.runtime.bundle import GraphRecord, TensorRecord
@@ -316,8 +317,9 @@ def _check_ends(
 def _check_sizes(model: Model, name: str, record: GraphRecord, plan: CachePlan, where: str) -> None:
     """Memory and arithmetic of the graph, in every phase, are what the manifest says and the model needs."""
     contents = {tensor.name: known_tensor(tensor) for tensor in model.graph.initializer}
-    phases = [plan.phase_shapes(phase) for phase in plan.phases] if name == "step" else [{}]
+    phases = shapes_of(name, plan)
     nodes, most = flat_nodes(model.graph), _most_operations(name, plan)
+    folded = name not in UNFOLDED
     if len(nodes) * len(phases) > MOST_NODES:
         refuse(f"{len(nodes)} nodes to be looked at in {len(phases)} phases", where, f"{MOST_NODES} in all")
     outputs = {value.name for value in model.graph.output}
@@ -329,12 +331,19 @@ def _check_sizes(model: Model, name: str, record: GraphRecord, plan: CachePlan, 
         if operations > most:
             refuse(f"{operations:.1e} operations", where, f"at most {most:.1e}, which the model takes")
         _check_outputs(model.graph.output, found.tensors, where)
-        needed = peak_bytes(nodes, contents, outputs, found.shapes, found.bytes)
+        needed = peak_bytes(nodes, contents if folded else (), outputs, found.shapes, found.bytes)
         _check_bytes("activation_bytes", record.activation_bytes, needed, where)
         kept = _kept_at_load(nodes, contents, found.bytes)
-        if kept > 2 * (record.weight_bytes or 0) + KEPT_AT_LOAD:
+        if folded and kept > 2 * (record.weight_bytes or 0) + KEPT_AT_LOAD:
             refuse(f"constants that come to {kept} bytes", where)
-    _check_bytes("weight_bytes", record.weight_bytes, weight_bytes(model), where)
+    _check_bytes("weight_bytes", record.weight_bytes, weight_bytes(model, folded=folded), where)
+
+
+def shapes_of(name: str, plan: CachePlan) -> Sequence[Mapping[str, tuple[int, ...]]]:
+    """The shapes of a graph's inputs that vary, in each phase or pass; of one in which none does, nothing."""
+    if name == "recache":
+        return [encoding_shapes(plan, one) for one in encodings(plan)]
+    return [plan.phase_shapes(phase) for phase in plan.phases] if name == "step" else [{}]
 
 
 def _given(value: Value, shapes: Mapping[str, tuple[int, ...]]) -> Known:
@@ -380,5 +389,8 @@ def _most_operations(name: str, plan: CachePlan) -> float:
     if name in DECODING_GRAPHS:
         width, height = plan.geometry.width, plan.geometry.height
         return OPERATIONS_A_NUMBER * 3.0 * width * height * max(1, plan.spec.decoder.temporal_stride)
-    counted = prompt_flops(plan.spec) if name == "prompt" else pass_flops(plan).total
+    if name == "recache":
+        counted = max(encoding_flops(plan, one) for one in encodings(plan))
+    else:
+        counted = prompt_flops(plan.spec) if name == "prompt" else pass_flops(plan).total
     return MORE_OPERATIONS * float(counted) + OPERATIONS_OF_A_SECOND

@@ -47,7 +47,8 @@ def peak_bytes(
 
     Args:
         nodes: in the order in which they run, none of them a branch.
-        weights: names of the graph's initializers.
+        weights: names of the graph's initializers, since what follows from them alone is computed when it is
+            loaded; nothing where it is computed in every pass.
         outputs: names of its outputs.
         shapes: of every tensor that attention reads.
         sizes: bytes of every tensor.
@@ -108,14 +109,15 @@ def _scratch(node: NodeLike, shapes: Mapping[str, Shape], sizes: Mapping[str, in
     return 0
 
 
-def weight_bytes(model: Model) -> int:
+def weight_bytes(model: Model, *, folded: bool = True) -> int:
     """Bytes of a graph's weights as ONNX Runtime holds them once it is loaded.
 
     Those that are cast are held as what they are cast to. Of matrices to multiply by there is one copy, in an
-    order of the processor's own: the file's pages are let go.
+    order of the processor's own: the file's pages are let go. Of a graph that is not `folded` they are those
+    of the file, which a CPU reads where the system has them.
     """
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    for node in model.graph.node:
+    for node in model.graph.node if folded else ():
         if node.op_type == "Cast" and node.input[0] in kinds:
             kinds[node.input[0]] = _cast_to(node)
     return sum(math.prod(t.dims) * element_bytes(kinds[t.name]) for t in model.graph.initializer)

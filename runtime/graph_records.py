@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
 from forcingkv.runtime.decode_strips import Strips
-from forcingkv.runtime.kv.plan import PARTS, CachePlan
+from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan
+from forcingkv.runtime.kv.rebuild import encodings, rows_names, seen_entries
 from forcingkv.runtime.spec import Dtype
 
 if TYPE_CHECKING:
@@ -22,14 +23,19 @@ if TYPE_CHECKING:
 
 GRAPHS = ("prompt", "step", "decode")
 """Graphs that every bundle has."""
-MORE_GRAPHS: tuple[str, ...] = ("decode_strip",)
+MORE_GRAPHS = ("decode_strip", "recache")
 """Graphs that some bundles have too, in the order in which they are made."""
 ALL_GRAPHS = (*GRAPHS, *MORE_GRAPHS)
+UNFOLDED = ("recache",)
+"""Graphs that read their weights where the file has them, in every pass: nothing is computed of them when the
+graph is loaded, and they are no second copy beside those of `step` (docs/decisions/0044)."""
 CLEAN = "clean"
 """The input of `step` that says whether a pass is the clean one."""
 TURN = ("turn_cosines", "turn_sines")
 """Inputs of `step` that move cached keys with the window, where positions are relative to it
 (`positions.turn`)."""
+VARYING = "encoded_frames"
+"""The dimension of `recache` that is how many frames it encodes."""
 FIRST = "first"
 """Input of `decode` that is 1 in a video's first call and 0 in the others, of graphs with caches."""
 STRIP = "decode_strip"
@@ -60,7 +66,7 @@ class Layout(NamedTuple):
 
 
 ANY = "*"
-"""In the shape of an output of `step`: a length that follows from the inputs'."""
+"""In the shape of an output: a length that follows from the inputs'."""
 
 
 def next_name(name: str) -> str:
@@ -101,10 +107,8 @@ def step_layouts(
     inputs |= cross_layouts(plan, compute)
     outputs = {"next_latents": latents, "x0": latents}
     for entry in plan.entries:
-        heads, symbol = entry.group.heads, f"{entry.group.label}_{entry.role.name}_tokens"
-        dtype = entry.role.dtype(compute)
-        inputs[entry.name] = Layout(dtype, (1, heads, symbol, spec.head_dim))
-        outputs[next_name(entry.name)] = Layout(dtype, (1, heads, ANY, spec.head_dim))
+        inputs[entry.name] = _cached(plan, entry, compute)
+        outputs[next_name(entry.name)] = _cached(plan, entry, compute, made=True)
     inputs |= {name: Layout("int32", (name.replace(".", "_"),)) for name in plan.rows(0)}
     if plan.choice:
         outputs["retained_indices"] = Layout("int64", (ANY,))
@@ -118,6 +122,37 @@ def latent_shape(plan: CachePlan, frames: int | None = None) -> tuple[int, ...]:
     spec, geometry = plan.spec, plan.geometry
     counted = spec.frames_per_chunk if frames is None else frames
     return 1, spec.latent_channels, counted, geometry.latent_height, geometry.latent_width
+
+
+def encoded_lengths(plan: CachePlan) -> tuple[Dimension, Dimension]:
+    """How many frames `recache` encodes, and how many tokens: symbols, where their number varies."""
+    frames = {one.frames for one in encodings(plan)}
+    if len(frames) == 1:
+        return frames.copy().pop(), frames.pop() * plan.frame_tokens
+    return VARYING, f"{plan.frame_tokens}*{VARYING}" if plan.frame_tokens > 1 else VARYING
+
+
+def recache_layouts(plan: CachePlan, compute: Dtype) -> tuple[dict[str, Layout], dict[str, Layout]]:
+    """Inputs and outputs of `recache`."""
+    spec, (frames, tokens) = plan.spec, encoded_lengths(plan)
+    batch, channels, _, *sides = latent_shape(plan)
+    table = Layout("float32", (tokens, spec.head_dim // 2))
+    inputs = {"latents": Layout("float32", (batch, channels, frames, *sides))}
+    inputs |= {"time": Layout("float32", (1, 1, spec.time_width)), "cosines": table, "sines": table}
+    if plan.relative:
+        inputs |= dict.fromkeys(TURN, Layout("float32", (spec.head_dim,)))
+    inputs |= cross_layouts(plan, compute)
+    for entry in seen_entries(plan):
+        inputs[entry.name] = _cached(plan, entry, compute)
+    inputs |= {name: Layout("int32", (name.replace(".", "_"),)) for name in rows_names(plan)}
+    outputs = {next_name(e.name): _cached(plan, e, compute, made=True) for e in plan.entries}
+    return inputs, outputs
+
+
+def _cached(plan: CachePlan, entry: CacheEntry, compute: Dtype, *, made: bool = False) -> Layout:
+    """A cached tensor as passes read it, or as one makes it."""
+    symbol = ANY if made else f"{entry.group.label}_{entry.role.name}_tokens"
+    return Layout(entry.role.dtype(compute), (1, entry.group.heads, symbol, plan.spec.head_dim))
 
 
 @dataclass(frozen=True)
@@ -194,6 +229,8 @@ def layouts(
         return prompt_layouts(plan, compute)
     if graph == "step":
         return step_layouts(plan, compute, skips_caches=record.skips_caches)
+    if graph == "recache":
+        return recache_layouts(plan, compute)
     of_decoder = strip_layouts if graph == STRIP else decode_layouts
     return of_decoder(plan, compute, sizes, pixels=compute == "float32" and record.file is not None)
 

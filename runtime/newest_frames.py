@@ -9,7 +9,14 @@ from forcingkv.runtime.backends import Lane, Pass, Tensor
 from forcingkv.runtime.graph_records import TURN, latent_shape
 from forcingkv.runtime.kv.buffers import KvCache
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.kv.rebuild import Encoding, encoded_position, encoding_moves, most_encoded, rows_of
+from forcingkv.runtime.kv.rebuild import (
+    Encoding,
+    encoded_position,
+    encoding_moves,
+    encodings,
+    most_encoded,
+    rows_of,
+)
 from forcingkv.runtime.positions import Floats
 
 
@@ -27,7 +34,7 @@ class FramesEncoder:
         self._time = lane.tensor((1, 1, spec.time_width), "float32")
         clean = np.array([[spec.schedule.context_timestep]])
         self._time.write(positions.time_features(spec, clean), lane.main)
-        self._rows: dict[Encoding, dict[str, Tensor]] = {}
+        self._rows = {one: self._rows_of(one) for one in encodings(plan)}
         self._passes: dict[tuple[tuple[int, int], Encoding], Pass] = {}
 
     def run(self, encoding: Encoding, latents: Floats) -> None:
@@ -54,17 +61,16 @@ class FramesEncoder:
         alike = encoding.anywhere
         key = self._cache.key, alike
         if key not in self._passes:
-            inputs = given | {"time": self._time} | self._turn | self._cross | self._rows_of(alike)
-            self._passes[key] = self._lane.bind("recache", self._cache.phase_after(alike), inputs, {})
+            inputs = given | {"time": self._time} | self._turn | self._cross | self._rows[alike]
+            inputs |= self._cache.seen_by(alike)
+            outputs = self._cache.made_by(alike)
+            self._passes[key] = self._lane.bind("recache", self._cache.phase_after(alike), inputs, outputs)
         return self._passes[key]
 
     def _rows_of(self, encoding: Encoding) -> dict[str, Tensor]:
         """Which tokens roles take, by input name."""
-        if encoding not in self._rows:
-            made = rows_of(self._plan, encoding)
-            self._rows[encoding] = {
-                name: self._lane.tensor(rows.shape, "int32") for name, rows in made.items()
-            }
-            for name, rows in made.items():
-                self._rows[encoding][name].write(rows, self._lane.main)
-        return self._rows[encoding]
+        made = rows_of(self._plan, encoding)
+        tensors = {name: self._lane.tensor(rows.shape, "int32") for name, rows in made.items()}
+        for name, rows in made.items():
+            tensors[name].write(rows, self._lane.main)
+        return tensors

@@ -7,6 +7,7 @@ crashes past position 1,024) and no angle is formed in half precision.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from forcingkv.runtime.spec import Geometry, ModelSpec
 Floats = npt.NDArray[np.float32]
 
 
-def rotary(spec: ModelSpec, geometry: Geometry, first_frame: int, frames: int) -> tuple[Floats, Floats]:
+def rotary(spec: ModelSpec, geometry: Geometry, first_frame: float, frames: int) -> tuple[Floats, Floats]:
     """Cosines and sines of the 3-D rotary embedding (docs/method.md, "Positions").
 
     Returns two float32 arrays (frames * frame_tokens, head_dim / 2); the pairs of a head are those
@@ -24,7 +25,7 @@ def rotary(spec: ModelSpec, geometry: Geometry, first_frame: int, frames: int) -
     """
     of_time, of_rows, of_columns = spec.rotary_pairs
     tokens, half = geometry.frame_tokens, spec.head_dim // 2
-    moving = _angles(np.arange(first_frame, first_frame + frames), of_time, spec.rope_theta)
+    moving = _angles(first_frame + np.arange(frames), of_time, spec.rope_theta)
     still = _within_a_frame(*geometry.grid, of_rows, of_columns, spec.rope_theta)
     tables = []
     for function, within in zip((np.cos, np.sin), still, strict=True):
@@ -63,7 +64,7 @@ def _within_a_frame(
     return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
 
 
-def _angles(positions: npt.NDArray[np.int_], pairs: int, theta: float) -> npt.NDArray[np.float64]:
+def _angles(positions: npt.NDArray[Any], pairs: int, theta: float) -> npt.NDArray[np.float64]:
     """(positions, pairs) in float64."""
     return positions[:, None] * theta ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
 

@@ -19,6 +19,7 @@ from forcingkv.runtime.footprint import DEVICE_RESERVE, footprint, kv_parts, rea
 from forcingkv.runtime.graph_records import STRIP
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.kv.rebuild import encodings, most_encoded
 from forcingkv.runtime.memory import available_bytes, device_free_bytes, what_limits
 from forcingkv.runtime.spec import Geometry
 from forcingkv.runtime.strip_decoder import StripRecords, block_bytes
@@ -175,6 +176,8 @@ def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
         if sm is not None:  # else opening the backend says so
             engines = [find_engine(built, graph, flavour, trt.__version__, sm, where) for graph in graphs]
     parts = footprint(bundle.manifest, bundle.plan, engines)
+    if twice := _weights_twice(bundle, options):
+        parts["weights"] = parts.get("weights", 0) + twice
     return parts | {RESERVE: DEVICE_RESERVE} if flavour else parts
 
 
@@ -193,6 +196,17 @@ def _as_a_whole(bundle: Bundle, sizes: Mapping[str, int], other: Geometry, ratio
         "activations": max(sizes.get("activations", 0), round(strip * rows * ratio)),
     }
     return {name: size for name, size in made.items() if name in sizes}
+
+
+def _weights_twice(bundle: Bundle, options: LaneOptions) -> int:
+    """Bytes of the weights that a device of ONNX Runtime's holds once more for the graph `recache`; a CPU
+    reads them where the file is."""
+    record = bundle.manifest.graphs.get("recache")
+    if record is None or BACKENDS.get(options.backend) != "onnxruntime":
+        return 0
+    from forcingkv.runtime.backends.ort_providers import choose_provider
+
+    return (record.weight_bytes or 0) if choose_provider(options).provider.apart else 0
 
 
 def _number(options: LaneOptions) -> int:
@@ -218,6 +232,9 @@ def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, res
     ratio = other.frame_tokens / bundle.plan.frame_tokens
     sizes = {name: round(size * ratio) if name in SIZED_BY_TOKENS else size for name, size in parts.items()}
     sizes |= _as_a_whole(bundle, sizes, other.geometry, ratio)
+    if "recache" in sizes:
+        frames = most_encoded(other) if encodings(other) else 0
+        sizes["recache"] = round(parts["recache"] * ratio * frames / most_encoded(bundle.plan))
     known = kv_parts(bundle.plan, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)
     if parts.keys() & known:
         sizes |= kv_parts(other, bundle.manifest.compute, joined=not bundle.manifest.has_graphs)

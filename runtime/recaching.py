@@ -10,6 +10,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.chunks import ChunkMaker, NoiseSource
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.rebuild import Encoding, encoding, replayed
+from forcingkv.runtime.kv.scenes import check_cut
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.script import ENCODED, Script
 from forcingkv.runtime.spec import Recache
@@ -20,6 +21,8 @@ def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: C
 
     `there` are the chunks whose latents will be there then, of those that may be asked for.
     """
+    if how == "cut":
+        check_cut(maker.cache.plan)
     if how not in ENCODED:
         return
     if not maker.lane.recaches:
@@ -53,7 +56,8 @@ def _without_graph(what: str, where: str) -> InputError:
         f"{what}, for which this session has no graph",
         where=where,
         expected="replay or none",
-        hint="Choose the backend torch, which needs none; or switch by replay (--recache replay).",
+        hint="For ONNX Runtime export the model again with --recache-graph; the backend torch needs none, and"
+        " engines have none: there switch with --recache replay.",
     )
 
 
@@ -66,6 +70,9 @@ def make_anew(
     """
     plan = maker.cache.plan
     if how == "none" or not made:
+        return
+    if how == "cut":
+        maker.cut()
         return
     if how == "replay":
         maker.cache.restart()

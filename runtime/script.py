@@ -15,11 +15,10 @@ import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
+from forcingkv.runtime.spec import ENCODED as ENCODED
 from forcingkv.runtime.spec import ModelSpec, Recache
 from forcingkv.runtime.text import Array, Prompt, TextInput, prompt_input
 
-ENCODED: tuple[Recache, ...] = ("keep-sink", "empty-sink")
-"""The ways that encode newest frames in one pass."""
 MOST_FADED = 10_000
 """Chunks of both prompts: hours."""
 _HOW: dict[Recache, str] = {
@@ -27,6 +26,7 @@ _HOW: dict[Recache, str] = {
     "none": " without rebuilding",
     "keep-sink": " (recache keep-sink)",
     "empty-sink": " (recache empty-sink)",
+    "cut": " (another scene)",
 }
 
 
@@ -86,6 +86,12 @@ class Switch:
 
     def __post_init__(self) -> None:
         check_bounds(self, {"fade": (1, MOST_FADED)}, "fade")
+        if self.fade and self.recache == "cut":
+            raise InputError(
+                f"is {self.fade}, and a cut begins another scene at once",
+                where="fade",
+                expected="0, or another recache",
+            )
 
     def __str__(self) -> str:
         how = f", over {self.fade} chunks of both" if self.fade else ""

@@ -23,7 +23,7 @@ from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.preflight import check_memory, needed_memory
 from forcingkv.runtime.recaching import check_restored
 from forcingkv.runtime.script import PromptRecord, Script
-from forcingkv.runtime.snapshot import check_given, read_snapshot
+from forcingkv.runtime.snapshot import HELD, check_given, read_snapshot
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.streaming import NO_START, Start, Video
 from forcingkv.runtime.text import Prompt
@@ -190,9 +190,10 @@ class Session:
                 without end.
             noise: another source of noise than the seed; noise of a file (`runtime.given.read_noise`) begins
                 with the first chunk that is generated.
-            start: latents that the video begins with (1, channels, frames, height, width), whole chunks of
+            start: latents that the video begins with (1, channels, frames, height, width). Whole chunks of
                 them: each is encoded in a clean pass, decoded and handed out (`Chunk.given`), and the first
-                generated chunk follows them.
+                generated chunk follows them. Fewer frames than a chunk has, for models whose schedule can
+                (`Schedule.by_frame`): they are held while the rest of the first chunk is made.
 
         Raises:
             InputError: the prompt, the seed, chunks, noise or start cannot be used. The video before goes on
@@ -210,7 +211,7 @@ class Session:
             self._user = video._token
             with video._ending_with_errors():
                 maker.restart()
-                maker.given = video.given
+                given.begin(maker)
                 video._begin_text(maker, text)
         return video
 
@@ -242,20 +243,27 @@ class Session:
             check_restored(maker, script, hollow=bool(state.hollow), where=str(folder))
             coming = range(min(state.made, state.given or 0), state.given or 0)
             to_come = {index: arrays[f"start/{index}"] for index in coming}
-            begun = Start(state.given or 0, to_come, state.start)
+            begun = Start(state.given or 0, to_come, state.start, arrays.get(HELD))
             length = state.chunks if chunks is None else chunks
             video = Video(self, state.seed, length, noise, script, begun)
             video.notes = state.notes or {}
             video.index, video._begun = state.index, state.made
             video._latents, video._ready = latents, deque(ready)
             try:
-                maker.restore(state.passes, state.decoder_calls, arrays, hollow=bool(state.hollow))
+                maker.restore(
+                    state.passes,
+                    state.decoder_calls,
+                    arrays,
+                    hollow=bool(state.hollow),
+                    cuts=state.cuts or (),
+                    scenes=sum(one.recache == "cut" and one.chunk > 0 for one in script.made),
+                )
             except InputError:
                 raise  # nothing was written
             except BaseException:  # Ctrl-C too
                 self._user = None  # the caches of the video before may be half overwritten
                 raise
-            maker.given = video.given
+            begun.begin(maker)
             self._user = video._token
         return video
 

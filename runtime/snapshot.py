@@ -35,7 +35,7 @@ from forcingkv.runtime.backends import Array, Tensor
 from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunks import ChunkMaker
 from forcingkv.runtime.dtypes import DTYPES
-from forcingkv.runtime.given import GivenNoise, start_digest
+from forcingkv.runtime.given import GivenNoise, check_start, start_digest
 from forcingkv.runtime.kv.rebuild import kept_chunks, replayed
 from forcingkv.runtime.results import Chunk, Timing
 from forcingkv.runtime.script import ENCODED, PromptRecord, Script, Switch
@@ -46,6 +46,8 @@ from forcingkv.runtime.text import prompt_input
 STATE = "state.json"
 FADING = ("fading/old", "fading/new")
 """Tensors: the model's inputs of two prompts, of which the first fades."""
+HELD = "start/held"
+"""Tensor: given first frames of the first chunk."""
 TENSORS = re.compile(r"\.?state-\d{6,}(-\d+)?\.safetensors(\.partial)?")
 """Files of tensors, with those that a process left half written."""
 
@@ -89,6 +91,8 @@ class Snapshot:
     """What the program that saved it wants to find again."""
     hollow: bool | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Whether the KV cache holds the sink alone (`KvCache.hollow`); None: it does not."""
+    cuts: tuple[int, ...] | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """The clean passes behind the KV cache with which scenes begin (`KvCache.cuts`); None: there are none."""
     fading: bool | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Whether chunks are to come that follow two prompts; None: none are."""
     noise: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
@@ -96,7 +100,7 @@ class Snapshot:
     start: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """Digest of the latents that the video began with; None: it began with none."""
     given: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
-    """How many chunks those are."""
+    """How many chunks those are; None, where the video began with some: fewer frames than a chunk has."""
     compute: Dtype | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What the session computed in; None in states of versions in which a bundle had one dtype."""
     digest: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
@@ -121,6 +125,7 @@ def write_snapshot(
     ready: Sequence[Chunk],
     script: Script,
     to_come: Mapping[int, Array],
+    held: Array | None,
     **known: Any,
 ) -> None:
     """Write a state, in the place of the one that the folder may hold.
@@ -132,6 +137,7 @@ def write_snapshot(
         ready: chunks that were made, but not handed out.
         script: the video's prompts.
         to_come: latents of given chunks that were not begun, by index.
+        held: given frames of the first chunk, where that has others.
         known: the fields `bundle`, `seed`, `chunks`, `index`, `compute`, `noise`, `start`, `given` and
             `notes` of `Snapshot`.
 
@@ -147,6 +153,7 @@ def write_snapshot(
         stored: dict[str, Tensor | Array] = {**maker.state()}
         stored |= {f"latents/{index}": array for index, array in latents.items()}
         stored |= {f"start/{index}": array for index, array in to_come.items()}
+        stored |= {} if held is None else {HELD: held}
         for chunk in ready:
             if not isinstance(chunk.frames, np.ndarray):
                 raise InputError(
@@ -178,6 +185,7 @@ def write_snapshot(
                 switches=None if script.prompt is None else tuple(script.made),
                 planned=tuple(switch for switch, _ in planned_switches),
                 hollow=maker.cache.hollow or None,
+                cuts=maker.cache.cuts or None,
                 fading=bool(script.fading) or None,
             )
             snapshot = replace(snapshot, digest=own_digest(to_data(snapshot)))
@@ -278,6 +286,8 @@ def read_snapshot(
     given = snapshot.given or 0
     for index in range(min(snapshot.made, given), given):
         array(f"start/{index}")
+    if snapshot.start is not None and not given:
+        check_start(array(HELD), bundle.plan, f"{tensors}: {HELD}")
     ready = [
         Chunk(
             one.index,
@@ -347,7 +357,7 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
     calls = bundle.plan.spec.frames_per_chunk // bundle.manifest.graphs["decode"].inputs["latents"].shape[2]
     ready = [one.index - state.index for one in state.ready]
     made, planned = ([switch.chunk for switch in of or ()] for of in (state.switches, state.planned))
-    last = (state.switches or ())[-1:]
+    last, cuts = (state.switches or ())[-1:], state.cuts or ()
     # A cache of newest frames that were encoded anew may stand where a longer video's does.
     encoded = any(one.recache in ENCODED for one in state.switches or ())
     ahead = bundle.plan.phases[-1].first_chunk if encoded else 0
@@ -357,10 +367,12 @@ def _check_counts(state: Snapshot, bundle: Bundle, path: Path) -> None:
         and state.made == state.index + len(ready)
         and 0 <= state.passes <= state.made + ahead
         and (state.passes > 0 or not state.hollow)
+        and list(cuts) == sorted({*cuts})
+        and all(0 < cut <= state.passes for cut in cuts)
         and (not state.fading or any(one.chunk <= state.made <= one.last_blended + 1 for one in last))
         and state.decoder_calls == state.made * calls
         and (state.given or 0) >= 0
-        and (state.given is None) == (state.start is None)
+        and (state.given is None or state.start is not None)
         and made == sorted(made)
         and planned == sorted(set(planned))
         and all(0 <= chunk <= state.made for chunk in made)

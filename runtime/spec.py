@@ -36,8 +36,11 @@ Linear = Literal["fp8", "int8"]
 
 DecoderKind = Literal["wan-vae", "taehv", "lighttae"]
 
-Recache = Literal["replay", "keep-sink", "empty-sink", "none"]
-"""How the cache is made anew when the prompt is switched (docs/runtime.md, "Prompts that change")."""
+Recache = Literal["replay", "keep-sink", "empty-sink", "none", "cut"]
+"""How the cache is made anew when the prompt is switched (docs/runtime.md, "Switching the prompt"); `cut`: it
+stays, and another scene begins."""
+ENCODED: tuple[Recache, ...] = ("keep-sink", "empty-sink")
+"""The ways that encode newest frames in one pass."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,12 @@ class ModelSpec:
     """Unless a policy says otherwise."""
     recache: Recache = "replay"
     """What a switch of the prompt does where nobody says: what the model was trained with."""
+    scene_frames: int = 0
+    """First frames of each scene that the model's window keeps until the next one begins."""
+    scene_offset: float = 0.0
+    """Frames by which absolute positions jump with each cut to another scene."""
+    scene_prefix: str = ""
+    """What the first chunk of a scene has before the scene's text, after a cut."""
     # No part of the hash, since a table has none: equal specs have equal ones all the same.
     resolutions: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     """Named pixel sizes, (width, height)."""
@@ -268,6 +277,8 @@ BOUNDS = {
     "width": (1, MOST_PIXELS),
     "height": (1, MOST_PIXELS),
     "sink_frames": (0, MOST_FRAMES),
+    "scene_frames": (0, MOST_FRAMES),
+    "scene_offset": (0, MOST_FRAMES),
     "epsilon": (0, 1),
     "rope_theta": (1, 1e12),
 }

@@ -32,19 +32,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """The chunks that a video begins with, which are given and not generated."""
+    """What a video begins with, which is given and not generated: whole chunks, or frames of the first."""
 
     chunks: int
     latents: Mapping[int, Floats]
     """Of each that was not begun when the video was, or was saved: (1, channels, frames, height, width)."""
     digest: str | None
     """Of all of them (`given.start_digest`)."""
+    held: Floats | None = None
+    """First frames of chunk 0, fewer than it has."""
 
     @classmethod
     def of(cls, latents: Floats, frames_per_chunk: int) -> Self:
         """Of latents as `given.check_start` gives them."""
+        if latents.shape[2] < frames_per_chunk:
+            return cls(0, {}, start_digest(latents), latents)
         parts = np.split(latents, latents.shape[2] // frames_per_chunk, axis=2)
         return cls(len(parts), dict(enumerate(map(np.ascontiguousarray, parts))), start_digest(latents))
+
+    def begin(self, maker: ChunkMaker) -> None:
+        """Let a session's memory know what its chunks are to begin with."""
+        maker.given = self.chunks
+        if self.held is not None:
+            maker.hold(self.held)
 
 
 NO_START = Start(0, {}, None)
@@ -56,6 +66,7 @@ class Video:
     Attributes:
         seed: of the noise.
         given: how many chunks at its start were given, and not generated.
+        held: how many frames of its first chunk were, if no whole chunks.
         index: of the chunk that is handed out next.
         notes: what the program that saved it wanted to find again; nothing, if it was not restored.
     """
@@ -74,6 +85,7 @@ class Video:
         if seed < 0:
             raise InputError(f"is {seed}", where="seed", expected="0 or more")
         self.seed, self.given, self._start = seed, start.chunks, start
+        self.held = 0 if start.held is None else start.held.shape[2]
         self._given_noise = noise if isinstance(noise, GivenNoise) else None
         self.chunks = chunks
         self.index, self._script = 0, script
@@ -303,6 +315,7 @@ class Video:
                     self._ready,
                     self._script,
                     to_come,
+                    self._start.held,
                     **known,
                     notes=notes,
                 )

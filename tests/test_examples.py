@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -169,9 +170,32 @@ def test_many_videos(bundle: Path) -> None:
     assert all(re.fullmatch(r"\d+\.\d{3} s a chunk", line.rsplit(", ", 1)[1]) for line in lines)
 
 
+def run_here(
+    name: str,
+    bundle: Path,
+    *words: object,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[str]:
+    """The lines that an example prints in this process, which has loaded torch already."""
+    monkeypatch.setattr("sys.argv", command(name, bundle, *words)[1:])
+    capsys.readouterr()
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_torch_frames(where: str, bundle: Path, chunks: list[Chunk]) -> None:
-    *lines, last = run("torch_frames.py", bundle, "--frames", where)
+def test_torch_frames(
+    where: str,
+    bundle: Path,
+    chunks: list[Chunk],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("torch_frames.py", bundle, "--frames", where)
+    *lines, last = (
+        run(*words) if where == "host" else run_here(*words, capsys=capsys, monkeypatch=monkeypatch)
+    )
     shown = []
     for chunk in chunks:
         red, green, blue = torch.from_numpy(chunk.frames).float().mean(dim=(0, 1, 2)).tolist()

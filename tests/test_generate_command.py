@@ -18,9 +18,8 @@ import pytest
 
 import forcingkv
 from forcingkv.runtime import Session
-from forcingkv.runtime.kv.policies import load_policy
-from tests.conftest import Ran, headmap_of, random_model, small_spec
-from tests.exported import shared_bundle
+from tests.conftest import Ran
+from tests.runtime.conftest import small_bundle
 from tests.runtime.fake_providers import FakeProviders
 
 PROMPT, SEED = "a b c", 7
@@ -29,9 +28,7 @@ PROMPT, SEED = "a b c", 7
 @pytest.fixture(scope="module")
 def bundle() -> Path:
     """Frames of 12x8 pixels, three a chunk, at 16 frames a second."""
-    spec = small_spec()
-    weights, headmap = random_model(spec).state_dict(), headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
-    return shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap)
+    return small_bundle("forcing-kv")
 
 
 def made_by_session(bundle: Path, chunks: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 
 from forcingkv.runtime import Session
-from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.mp4 import read_fragments
 from forcingkv.runtime.tensors import TensorWriter
 from forcingkv.runtime.video import Mp4Writer
-from tests.conftest import Ran, headmap_of, random_model, small_spec
-from tests.exported import shared_bundle
+from tests.conftest import Ran
+from tests.runtime.conftest import small_bundle
 
 Run = Callable[..., Ran]
 SEED, CHUNKS, SAVED = 7, 7, 4
@@ -34,9 +33,7 @@ SWITCHES = ("--switch", "0.3:d e", "--switch", "1.1:b")
 @pytest.fixture(scope="module")
 def bundle() -> Path:
     """Frames of 12x8 pixels, three a chunk, at 16 frames a second."""
-    spec = small_spec()
-    weights, headmap = random_model(spec).state_dict(), headmap_of(spec, [[0], [1, 2], [], [0, 1, 2]])
-    return shared_bundle(spec, weights, load_policy("forcing-kv"), headmap=headmap)
+    return small_bundle("forcing-kv")
 
 
 Words = Callable[..., list[object]]

@@ -7,16 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from forcingkv.models.decoders.latents import WAN21, WAN22
 from tests.golden.__main__ import main
 from tests.golden_made import golden_file
 
-CHEAP = {"forcing_kv_settings": "transition3", "start_latents": "one_step_first4_one_forcing"}
+CHEAP = {
+    "forcing_kv_settings": "transition3",
+    "start_latents": "one_step_first4_one_forcing",
+    "longlive2": "relative_shots",
+    "longlive2_start_frame": "two_steps",
+}
 """A variant of a file that is run in every test run: together they take about two seconds."""
 FILES = (
     *("forcing_kv_settings", "framewise_forcing_kv", "first_chunk_schedule", "start_latents"),
-    *("longlive_infinity", "longlive_switch", "switch_keep_sink"),
+    *("longlive2", "longlive2_start_frame", "longlive_infinity", "longlive_switch", "switch_keep_sink"),
 )
+
+DECODERS = ("wan21_vae", "wan22_vae", "taew2_2")
+FULL_WIDTHS = ("wan21_vae_full_width", "taew2_1_full_width", "taew2_2_full_width")
 
 
 @pytest.fixture(autouse=True)
@@ -89,12 +100,10 @@ def test_files_of_later_work_are_passed_over_by_what_they_say(
 ) -> None:
     golden_file(tmp_path / "a.safetensors", policy={"kind": "MemRoPE"})
     golden_file(tmp_path / "b.safetensors", format=None)
-    golden_file(tmp_path / "c.safetensors", schedule={"solver": "UniPC, multistep"})
     assert main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("a: passed over: later work: roles that average keys")
     assert lines[1].startswith("b: passed over: the older format")
-    assert lines[2].startswith("c: passed over: later work: LongLive 2")
 
 
 def test_what_is_no_golden_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +137,72 @@ def test_every_variant_of_public_implementations(data: Path, name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["onnxruntime", "loop"])
-@pytest.mark.parametrize("name", FILES[:5])
+@pytest.mark.parametrize("name", FILES)
 def test_every_variant_by_graphs_and_by_the_loop(data: Path, name: str, backend: str) -> None:
     assert main([str(data / "golden" / f"{name}.safetensors"), "--backend", backend]) == 0
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_of_public_implementations(data: Path, name: str) -> None:
+    assert main([str(data / "golden" / f"{name}.safetensors")]) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FULL_WIDTHS)
+def test_decoders_as_wide_as_they_are_published(data: Path, name: str) -> None:
+    assert main([str(data / "golden" / f"{name}.safetensors")]) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_by_the_graph_of_a_bundle(data: Path, name: str) -> None:
+    assert main([str(data / "golden" / f"{name}.safetensors"), "--backend", "onnxruntime"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "code", "told"),
+    [
+        (1e-4, {}, 1, "ABOVE 2e-05, from chunk 4 on"),
+        (0.0, {"frames_per_call": [1, 16]}, 0, "taew2_2 decoded: "),
+        (0.0, {"frames_per_call": [4, 13]}, 1, "not run: its frames_per_call are [4, 13], of 17 frames"),
+        (0.0, {"frames_per_call": [1, 4]}, 1, "not run: its frames_per_call are [1, 4], of 17 frames"),
+    ],
+)
+def test_pixels_that_differ_and_calls_that_do_not_fit(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: float,
+    said: dict[str, object],
+    code: int,
+    told: str,
+) -> None:
+    with safe_open(data / "golden" / "taew2_2.safetensors", "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        spec = json.loads(file.metadata()["spec"]) | said
+    tensors["decoded"][0, -1, 0, 0, 0] += change
+    save_file(tensors, tmp_path / "taew2_2.safetensors", {"spec": json.dumps(spec)})
+    assert main([str(tmp_path)]) == code
+    assert told in capsys.readouterr().out
+
+
+def test_weights_made_by_another_recipe_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with safe_open(data / "golden" / "taew2_2_full_width.safetensors", "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        spec = json.loads(file.metadata()["spec"])
+    for changed, wanted in (
+        ({"seed": spec["seed"] + 1}, "its decoder.1.bias has the sum and first value"),
+        ({"checksums": {}}, "no checksums say whether they came out right"),
+    ):
+        save_file(tensors, tmp_path / "a.safetensors", {"spec": json.dumps(spec | changed)})
+        assert main([str(tmp_path)]) == 1
+        assert wanted in capsys.readouterr().out
+
+
+def test_mean_and_deviation_are_those_of_the_files(data: Path) -> None:
+    for name, scale in (("wan21_vae", WAN21), ("wan22_vae", WAN22)):
+        with safe_open(data / "golden" / f"{name}.safetensors", "pt") as file:
+            assert torch.equal(file.get_tensor("mean"), torch.tensor(scale.mean))
+            assert torch.equal(file.get_tensor("std"), torch.tensor(scale.std))

@@ -41,6 +41,8 @@ from tests.runtime.conftest import small_bundle
 
 Run = Callable[..., Ran]
 
+pytestmark = pytest.mark.usefixtures("white_pictures")
+
 ALL = "runs [v1] *?{a,b} 50%d #x $y^$ ~ 'q\" \\b ü日 :fire: [b] a::b seed=3"
 NAMES = (ALL, "-rf", "~", "~me", "[/b]", "file:v1", "v1:x", "sample=9", "%03d", ".hidden", " ends with ")
 CHUNKS_OF_3 = ("--first-chunk-frames=3", "--chunk-frames=3")

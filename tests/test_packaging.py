@@ -156,13 +156,18 @@ WAYS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=() if "sdist" in way else pytest.mark.long) for way in WAYS]
+)
 def test_an_install_is_complete(way: str, tmp_path: Path) -> None:
     assert held(WAYS[way](tmp_path)) == package_files()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("links", [True, False], ids=["with links", "without links"])
+@pytest.mark.parametrize(
+    "links",
+    [pytest.param(True, id="with links", marks=pytest.mark.long), pytest.param(False, id="without links")],
+)
 def test_an_editable_install_finds_every_module_and_file(links: bool, tmp_path: Path) -> None:
     tree = copy(tmp_path / "tree", links)
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")

@@ -17,6 +17,9 @@ from forcingkv.measure.planner.gpus import Gpu, load_gpu
 from forcingkv.runtime.decode_strips import OPTION, Strips, choose_strips
 from forcingkv.runtime.spec import Geometry
 
+WAN21_CHANNELS = 16
+"""Of the latents that most decoders are for."""
+
 
 @dataclass(frozen=True)
 class DecodingFigure:
@@ -53,8 +56,8 @@ class StripCosts:
     whole: int
     features: int
     edges: int
-    whole_activation_bytes: int
-    strip_activation_bytes: int
+    whole_activation_bytes: int | None = None
+    strip_activation_bytes: int | None = None
 
     def cache_bytes(self, strips: Strips, geometry: Geometry, cached: int, size: int) -> int:
         """Bytes of feature caches, features and edges of a session, in numbers of `size` bytes, of a decoder
@@ -66,10 +69,10 @@ class StripCosts:
         return round(size * (held + 2 * self.edges * geometry.latent_width))
 
     def activation_bytes(self, strips: Strips, geometry: Geometry) -> int:
-        """What one of both parts needs at most while it runs."""
+        """What one of both parts needs at most while it runs; 0 where that is not known."""
         pixels = geometry.latent_height * geometry.latent_width
-        strip = self.strip_activation_bytes * pixels * strips.pixel_rows / geometry.height
-        return round(max(self.whole_activation_bytes * pixels, strip))
+        strip = (self.strip_activation_bytes or 0) * pixels * strips.pixel_rows / geometry.height
+        return round(max((self.whole_activation_bytes or 0) * pixels, strip))
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,12 @@ class DecoderCosts:
 
 
 @cache
-def decoder_costs(kind: str) -> DecoderCosts:
-    """The sizes of a decoder."""
+def decoder_costs(kind: str, channels: int = WAN21_CHANNELS) -> DecoderCosts:
+    """The sizes of a decoder for latents of so many channels; of Wan 2.1's, where none has so many."""
     text = (resources.files(__package__) / "decoders.toml").read_bytes()
     data: dict[str, Any] = dict(parse_toml(text, "decoders.toml")[kind])
+    if kind != "pixels":
+        data = dict(data.get(str(channels)) or data[str(WAN21_CHANNELS)])
     if "published" in data:
         data["published"] = DecodingFigure(**data["published"])
     if "strips" in data:

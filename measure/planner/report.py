@@ -49,7 +49,7 @@ def plan_report(
         check_map(spec, policies, known[0])
     geometry = spec.geometry(resolution)
     chunks = spec.chunks_for(seconds)
-    strips = decoder_costs(spec.decoder.kind).strips_of(geometry, decode_strips)
+    strips = decoder_costs(spec.decoder.kind, spec.latent_channels).strips_of(geometry, decode_strips)
     full = video_work(plan_for(spec, geometry, load_policy("full"))[0], chunks, dtype)
     planned, left_out = [], {}
     for policy in policies:
@@ -91,7 +91,7 @@ def plan_report(
             }
         )
     families = {gpu.family for gpu in gpus}
-    decoding = decoder_costs(spec.decoder.kind).published
+    decoding = decoder_costs(spec.decoder.kind, spec.latent_channels).published
     return {
         "model": spec.name,
         "width": geometry.width,
@@ -120,7 +120,7 @@ def _speed(
     constant = efficiencies()[gpu.family]
     found, unpruned = (predict(one, gpu, constant["value"]) for one in (video, full))
     least, most = (predict(video, gpu, constant[end]) for end in ("lowest", "highest"))
-    decoding = decoder_costs(plan.spec.decoder.kind).published
+    decoding = decoder_costs(plan.spec.decoder.kind, plan.spec.latent_channels).published
     decode = decoding.seconds_on(gpu, plan.geometry, video.frames, strips) if decoding else None
 
     def with_decode(predicted: dict[str, Any]) -> float | None:

@@ -86,7 +86,7 @@ def session_memory(
     Raises InputError for a number of strips that cannot be.
     """
     spec, size, geometry = plan.spec, DTYPES[dtype].bytes, plan.geometry
-    decoder = decoder_costs(spec.decoder.kind)
+    decoder = decoder_costs(spec.decoder.kind, spec.latent_channels)
     pixels = geometry.latent_height * geometry.latent_width
     wide = DTYPES["float32"].bytes
     chunk = spec.latent_channels * spec.frames_per_chunk * pixels

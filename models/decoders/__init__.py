@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import one_of
+from forcingkv.models.decoders.latents import WAN21, WAN22
 from forcingkv.models.decoders.names import check_name
 from forcingkv.models.decoders.rows import Rows
 from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed
@@ -50,9 +51,7 @@ class StreamingDecoder(nn.Module, ABC):
     ) -> Self:
         """Take over the parameters that files hold, in float32. Arguments and errors as in `check_fit`."""
         wanted = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
-        theirs = files.shapes.get(names.get("post_quant_conv.weight", ""), (0,))[0]
-        hint = "It is the VAE of Wan 2.2, of 48 channels." if theirs == 48 else None
-        check_fit(files, names, wanted, what, optional, hint=hint)
+        check_fit(files, names, wanted, what, optional)
         stored = {name: files.read(names[name]) for name in wanted}
         others = [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if not _readable(tensor)]
         if others:
@@ -135,17 +134,21 @@ def to_frames(pixels: Tensor) -> Tensor:
     return frames.to(torch.uint8)  # last: TensorRT has uint8 at the borders of a network only
 
 
-def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> StreamingDecoder:
-    """A decoder of Wan 2.1's latents in float32 on the CPU, for inference.
+def load_decoder(
+    kind: str, path: Path | None = None, *, seed: int = 0, channels: int = len(WAN21.mean)
+) -> StreamingDecoder:
+    """A decoder of Wan 2.1's or Wan 2.2's latents in float32 on the CPU, for inference.
 
     Args:
-        kind: `wan-vae`, the VAE that the latents come from, or `taehv`, the tiny decoder taew2_1 that
-            comes close to it for about a hundredth of the work, or `lighttae`, LightX2V's lighttaew2_1 of the
-            same layers, which takes latents with the VAE's mean and deviation.
-        path: the weights. wan-vae: a diffusers folder (or one with the subfolder `vae`), Wan's folder or its
-            `Wan2.1_VAE.pth`, a file in the naming of either. taehv: `taew2_1.pth` or .safetensors; lighttae:
-            `lighttaew2_1.pth` or .safetensors. None: weights drawn at random.
+        kind: `wan-vae`, the VAE that the latents come from; `taehv`, the tiny decoder taew2_1 or taew2_2 that
+            comes close to it for about a hundredth of the work; or `lighttae`, LightX2V's lighttaew2_1 or
+            lighttaew2_2 of the same layers, which take latents with the VAE's mean and deviation.
+        path: the weights, whose sizes say of which latents they are. wan-vae: a diffusers folder (or one with
+            the subfolder `vae`), Wan's folder or its `Wan2.1_VAE.pth` or `Wan2.2_VAE.pth`, a file in the
+            naming of either. taehv: `taew2_1.pth`, `taew2_2.pth` or .safetensors; lighttae:
+            `lighttaew2_1.pth`, `lighttaew2_2.pth` or .safetensors. None: weights drawn at random.
         seed: of the random weights.
+        channels: of the latents that random weights are for: 16 (Wan 2.1) or 48 (Wan 2.2).
 
     Raises InputError where there is no such kind, the file cannot be read, is a decoder of another kind by
     its tensors or its name, or a tensor is missing, unexpected or wrongly shaped (all are listed),
@@ -158,18 +161,24 @@ def load_decoder(kind: str, path: Path | None = None, *, seed: int = 0) -> Strea
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if wanted == "wan-vae":
-            if find_spec("diffusers") is None:
-                raise MissingExtraError("diffusers", "models")
+            _need_diffusers()
             # Imported where it is wanted: diffusers takes seconds to import, and taehv does without.
-            from forcingkv.models.decoders.wan_vae import WanVaeDecoder, load_wan_vae
+            from forcingkv.models.decoders.wan_files import load_wan_vae, random_wan_vae
 
-            decoder = WanVaeDecoder() if path is None else load_wan_vae(path)
+            decoder = random_wan_vae(channels) if path is None else load_wan_vae(path)
         else:
-            from forcingkv.models.decoders.taehv import LightTaeDecoder, TaehvDecoder, load_taehv
+            from forcingkv.models.decoders import taehv
 
-            tiny = LightTaeDecoder if wanted == "lighttae" else TaehvDecoder
-            decoder = tiny() if path is None else load_taehv(path, tiny)
+            tiny = taehv.LightTaeDecoder if wanted == "lighttae" else taehv.TaehvDecoder
+            decoder = (
+                tiny(**taehv.published_sizes(channels)) if path is None else taehv.load_taehv(path, tiny)
+            )
     return decoder.eval().requires_grad_(False)
+
+
+def _need_diffusers() -> None:
+    if find_spec("diffusers") is None:
+        raise MissingExtraError("diffusers", "models")
 
 
 def stored_decoder(kind: str, state: Mapping[str, Tensor], where: str) -> StreamingDecoder:
@@ -178,21 +187,20 @@ def stored_decoder(kind: str, state: Mapping[str, Tensor], where: str) -> Stream
     Raises InputError, naming the file `where`, for tensors that are not those of such a decoder, and
     MissingExtraError for wan-vae without diffusers.
     """
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     with torch.device("meta"):
         decoder: StreamingDecoder
         if kind == "wan-vae":
-            if find_spec("diffusers") is None:
-                raise MissingExtraError("diffusers", "models")
-            from forcingkv.models.decoders.wan_vae import WanVaeDecoder
+            _need_diffusers()
+            from forcingkv.models.decoders.wan_files import empty_wan_vae
 
-            decoder = WanVaeDecoder()
+            decoder = empty_wan_vae(found, where)
         else:
             from forcingkv.models.decoders.taehv import LightTaeDecoder, TaehvDecoder, sizes_of
 
             tiny = LightTaeDecoder if kind == "lighttae" else TaehvDecoder
-            decoder = tiny(**sizes_of(state, where))
+            decoder = tiny(**sizes_of(found, where))
     wanted = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
         raise InputError(
             f"is not a decoder {kind}: {wrong[0]} has the shape {found.get(wrong[0])}",
@@ -224,12 +232,13 @@ def decoder_for(
         return spec, None
     name: DecoderKind = one_of(DecoderKind, kind or spec.decoder.kind, "decoder")
     if path is None and not random:
+        of = "2_2" if spec.latent_channels == len(WAN22.mean) else "2_1"
         hint = (
-            "Name them: --vae Wan2.1_VAE.pth, --decoder taehv --vae taew2_1.pth, or --decoder lighttae"
-            " --vae lighttaew2_1.pth."
+            f"Name them: --vae Wan{of.replace('_', '.')}_VAE.pth, --decoder taehv --vae taew{of}.pth, or"
+            f" --decoder lighttae --vae lighttaew{of}.pth."
         )
         raise InputError(f"the weights of the decoder {name} are not given", where="decoder", hint=hint)
-    decoder = load_decoder(name, path)
+    decoder = load_decoder(name, path, channels=spec.latent_channels)
     own = Decoder(name, decoder.spatial_stride, decoder.temporal_stride)
     found, wanted = _latents(decoder.latent_channels, own), _latents(spec.latent_channels, spec.decoder)
     if found != wanted:

@@ -2,6 +2,7 @@
 
 The tiny decoders of several video models have the same layers, so that a file of one loads as another and
 makes wrong colours. Their published names tell them apart; a file of another name is what the user says.
+Wan 2.1 and 2.2 are told apart by the number of their latents' channels, which the tensors show.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ _VAE = re.compile(r"^decoder\.(middle|upsamples|mid_block|up_blocks)\.")
 _BEFORE = re.compile(r"((?:.*?\.)?)decoder\.")
 
 _OTHER_LATENTS = (
-    (r"(?<![a-z])lighttae", "LightTAE of another model than Wan 2.1"),
-    (r"(?<![a-z])taew(an)?2_?2", "the tiny decoder of Wan 2.2"),
+    (r"(?<![a-z])lighttae", "LightTAE of another model than Wan 2.1 and 2.2"),
     (r"(?<![a-z])tae(hv|hy)", "the tiny decoder of HunyuanVideo, by its published name"),
     (r"(?<![a-z])taecvx", "the tiny decoder of CogVideoX"),
     (r"(?<![a-z])taeos", "the tiny decoder of Open-Sora"),
@@ -31,7 +31,6 @@ _OTHER_LATENTS = (
     (r"(?<![a-z])tae(sd|f\d|qi)", "a tiny decoder of images"),
     (r"qwen_?image", "the VAE of Qwen-Image, which was trained for images"),
     (r"(?<![a-z])lightvae", "LightVAE, a Wan VAE with fewer channels"),
-    (r"(?<![a-z])wan(_video)?_?2_2_vae", "the VAE of Wan 2.2"),
 )
 """Names of files that hold a decoder of other latents, or layers that are not read; the first that fits."""
 
@@ -42,16 +41,16 @@ def kind_by_name(path: Path) -> str | None:
     Raises InputError for a name that says that the file is a decoder of other latents.
     """
     stem = re.sub(r"[-. ]", "_", path.name.lower())
-    if re.search(r"light_?tae_?w(an)?2_?1", stem):
+    if re.search(r"light_?tae_?w(an)?2_?[12]", stem):
         return "lighttae"
-    if re.search(r"taew(an)?2_?1", stem):
+    if re.search(r"taew(an)?2_?[12]", stem):
         return "taehv"
-    if re.search(r"wan(_video)?_?2_1_vae", stem):
+    if re.search(r"wan(_video)?_?2_[12]_vae", stem):
         return "wan-vae"
     for pattern, model in _OTHER_LATENTS:
         if re.search(pattern, stem):
             hint = "If the file was given another one's name, rename it."
-            expected = "Wan2.1_VAE.pth (wan-vae), taew2_1.pth (taehv) or lighttaew2_1.pth (lighttae)"
+            expected = "Wan2.1_VAE.pth (wan-vae), taew2_1.pth (taehv), lighttaew2_1.pth (lighttae), or of 2.2"
             raise InputError(f"is {model}", where=str(path), expected=expected, hint=hint)
     return None
 
@@ -92,7 +91,7 @@ def check_tensors(kind: str, names: Iterable[str], where: str) -> None:
     tiny = any(map(_TINY.match, names)) and not any(map(_VAE.match, names))
     vae = any(map(_VAE.match, names))
     if kind == "wan-vae" and tiny:
-        hint = "Say --decoder taehv for taew2_1, --decoder lighttae for lighttaew2_1."
+        hint = "Say --decoder taehv for taew2_1 or 2_2, --decoder lighttae for lighttaew2_1 or 2_2."
         raise InputError("holds a tiny decoder, not the Wan VAE", where=where, hint=hint)
     if kind != "wan-vae" and vae:
         raise InputError("holds the Wan VAE, not a tiny decoder", where=where, hint="Say --decoder wan-vae.")

@@ -40,8 +40,8 @@ class Rows:
         last; None: all are within."""
         return None
 
-    def doubled(self) -> None:
-        """From here on there are twice as many rows."""
+    def enlarged(self, factor: int) -> None:
+        """From here on there are so many times as many rows."""
 
 
 class StripRows(Rows):
@@ -83,8 +83,8 @@ class StripRows(Rows):
         assert begin >= 0, "more convolutions at one size than LATER has room for"
         return mask[begin : begin + x.shape[-2]]
 
-    def doubled(self) -> None:
-        self.lag, self._scale, self._mask = 2 * self.lag, 2 * self._scale, None
+    def enlarged(self, factor: int) -> None:
+        self.lag, self._scale, self._mask = factor * self.lag, factor * self._scale, None
 
     def _from(self, rows: int, before: int) -> Tensor:
         """(rows, 1), float32: 1 for rows within the frame, 0 for others, from `before` rows above the strip

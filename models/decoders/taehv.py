@@ -1,13 +1,15 @@
-"""TAEHV `taew2_1`: the tiny decoder of Wan 2.1's latents (madebyollin/taehv, MIT), as a stream.
+"""TAEHV `taew2_1` and `taew2_2`: the tiny decoders of Wan's latents (madebyollin/taehv, MIT), as a stream.
 
 Layer numbers and names are those of its checkpoints. It takes the latents as the transformer makes
-them, without the VAE's mean and deviation, and makes pixels in [0, 1]. LightX2V's `lighttaew2_1` has the same
-layers and was trained on latents with both: latents * std + mean (LightX2V, `vae_tiny.py`, `need_scaled`).
+them, without the VAE's mean and deviation, and makes pixels in [0, 1]; of Wan 2.2's latents each of its
+pixels is a square of 2 x 2. LightX2V's `lighttaew2_1` and `lighttaew2_2` have the same layers and were
+trained on latents with both: latents * std + mean (LightX2V, `vae_tiny.py`, `need_scaled`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +19,21 @@ from torch.nn import functional as F
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.latents import KNOWN, WAN21, WAN22, Scale, scale_of
 from forcingkv.models.decoders.names import check_tensors, is_decoder, without_prefix
-from forcingkv.models.tensor_files import open_tensors
+from forcingkv.models.tensor_files import Shapes, open_tensors
 
 WIDTHS = (256, 128, 64, 64)
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = len(WAN21.mean)
 GROWTH = (1, 2, 2)
 """Frames that each stage makes of one."""
 
 MEMORIES = 3
 """Memory blocks a stage."""
 
-LATENTS_MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
-LATENTS_STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
-"""Of each channel of Wan 2.1's latents, as its VAE has them."""
+COLOURS = 3
+PATCHES = {len(WAN21.mean): 1, len(WAN22.mean): 2}
+"""Number of latent channels -> side of the square that a pixel of the last layer becomes, as published."""
 
 
 class MemoryBlock(nn.Module):
@@ -73,19 +70,23 @@ class TaehvDecoder(StreamingDecoder):
     Args:
         widths: channels of the three stages, and of the last layer's input.
         latent_channels: channels of the latents.
+        patch: side of the square of pixels that each of the last layer's becomes.
     """
 
-    def __init__(self, widths: Sequence[int] = WIDTHS, latent_channels: int = LATENT_CHANNELS) -> None:
+    def __init__(
+        self, widths: Sequence[int] = WIDTHS, latent_channels: int = LATENT_CHANNELS, patch: int = 1
+    ) -> None:
         super().__init__()
         self.latent_channels = latent_channels
         self.temporal_stride = 4
-        self.spatial_stride = 2 ** len(GROWTH)
+        self.patch = patch
+        self.spatial_stride = patch * 2 ** len(GROWTH)
         # The places without weights keep the others at the numbers they have in the checkpoints.
         layers = [nn.Identity(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
         for width, following, growth in zip(widths[:-1], widths[1:], GROWTH, strict=True):
             layers += [*(MemoryBlock(width) for _ in range(MEMORIES)), nn.Identity(), Grow(width, growth)]
             layers.append(nn.Conv2d(width, following, 3, padding=1, bias=False))
-        layers += [nn.ReLU(), nn.Conv2d(widths[-1], 3, 3, padding=1)]
+        layers += [nn.ReLU(), nn.Conv2d(widths[-1], COLOURS * patch**2, 3, padding=1)]
         self.decoder = nn.Sequential(*layers)
         self._widths = tuple(widths)
 
@@ -112,30 +113,40 @@ class TaehvDecoder(StreamingDecoder):
                 x = layer(x, past)
             else:
                 x = layer(x)
-        pixels = x.clamp(0, 1) * 2 - 1
+        pixels = _unshuffled(x.clamp(0, 1) * 2 - 1, self.patch)
         return pixels.transpose(0, 1)[None], following
+
+
+def _unshuffled(x: Tensor, patch: int) -> Tensor:
+    """Channels -> squares of pixels: (n, 3 * patch**2, h, w) -> (n, 3, patch * h, patch * w), rows first.
+
+    As `torch.nn.functional.pixel_shuffle`, in operators that graphs have anyway.
+    """
+    if patch == 1:
+        return x
+    frames, channels, height, width = x.shape
+    squares = x.reshape(frames, channels // patch**2, patch, patch, height, width)
+    return squares.permute(0, 1, 4, 2, 5, 3).reshape(frames, -1, patch * height, patch * width)
 
 
 class LightTaeDecoder(TaehvDecoder):
     """TAEHV for latents with their mean and deviation, which the transformer's do not have.
 
     Args:
-        mean, std: of each channel.
+        scale: mean and deviation of each channel; None: those of latents of so many channels (`latents`), or,
+            where they are not known, what is still to be filled.
         options: those of `TaehvDecoder`.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        mean: Sequence[float] = LATENTS_MEAN,
-        std: Sequence[float] = LATENTS_STD,
-        **options: Any,
-    ) -> None:
+    def __init__(self, scale: Scale | None = None, **options: Any) -> None:
         super().__init__(**options)
+        channels = self.latent_channels
+        scale = scale or KNOWN.get(channels) or Scale((0.0,) * channels, (1.0,) * channels)
         # In the state dict too: an export takes everything with contents from there.
-        for name, values in (("mean", mean), ("std", std)):
+        for name, values in scale._asdict().items():
             # A decoder that is still to be filled has no storage but for these.
             numbers = torch.tensor(values, dtype=torch.float32, device="cpu")
             self.register_buffer(name, numbers.view(1, -1, 1, 1, 1))
@@ -146,23 +157,37 @@ class LightTaeDecoder(TaehvDecoder):
         return super().forward(latents * self.std + self.mean, first, state)
 
 
-def sizes_of(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """What a `TaehvDecoder` of those tensors is made with. Raises InputError where they are of no such
-    decoder; `where` is their file."""
-    # The first convolution, then the last one of each stage.
+def published_sizes(channels: int) -> dict[str, Any]:
+    """What the published `TaehvDecoder` for latents of so many channels is made with; Wan 2.1's, where none
+    has so many."""
+    known = channels if channels in PATCHES else LATENT_CHANNELS
+    return {"latent_channels": known, "patch": PATCHES[known]}
+
+
+def sizes_of(shapes: Shapes, where: str) -> dict[str, Any]:
+    """What a `TaehvDecoder` of tensors of those shapes is made with. Raises InputError where they are of no
+    such decoder; `where` is their file."""
+    # The first convolution, then the last one of each stage, then the last of all.
     convs = [1, *(MEMORIES + 5 + (MEMORIES + 3) * stage for stage in range(len(GROWTH)))]
-    shapes = [tuple(state[name].shape) for name in (f"decoder.{n}.weight" for n in convs) if name in state]
-    if len(shapes) != len(convs) or any(len(shape) != 4 for shape in shapes):
+    convs.append(convs[-1] + 2)
+    found = [shapes.get(f"decoder.{number}.weight", ()) for number in convs]
+    patch = math.isqrt(found[-1][0] // COLOURS) if len(found[-1]) == 4 else 0
+    if any(len(shape) != 4 for shape in found) or not patch or COLOURS * patch**2 != found[-1][0]:
         raise InputError(
-            "is no tiny decoder", where=where, expected=f"convolutions at the layers {convs} of it"
+            "is no tiny decoder",
+            where=where,
+            expected=f"convolutions at the layers {convs} of it, the last to {COLOURS} channels for each of a"
+            " square of pixels",
         )
-    return {"widths": tuple(shape[0] for shape in shapes), "latent_channels": shapes[0][1]}
+    widths = tuple(shape[0] for shape in found[:-1])
+    return {"widths": widths, "latent_channels": found[0][1], "patch": patch}
 
 
 def load_taehv(path: Path, kind: type[TaehvDecoder] = TaehvDecoder) -> TaehvDecoder:
-    """Read `taew2_1.pth` or `lighttaew2_1.pth`, or .safetensors; the encoder in it is left aside.
+    """Read `taew2_1.pth`, `taew2_2.pth` or `lighttaew2_1.pth`, `lighttaew2_2.pth`, or .safetensors; the
+    encoder in it is left aside. Its sizes are those of its tensors.
 
-    The tensors of both have the same names and shapes: `kind` says which it is.
+    The tensors of a TAEHV and a LightTAE have the same names and shapes: `kind` says which it is.
 
     Raises InputError where the file cannot be read, or a tensor of the decoder is missing, unexpected or
     wrongly shaped, as in the files for other video models.
@@ -171,8 +196,11 @@ def load_taehv(path: Path, kind: type[TaehvDecoder] = TaehvDecoder) -> TaehvDeco
         raise InputError("is a folder", where=str(path), expected="the file in it, such as taew2_1.pth")
     files = open_tensors(path, is_decoder)
     stored = without_prefix(files.shapes)
-    with torch.device("meta"):
-        decoder = kind()
     check_tensors("taehv", stored, str(path))
     names = {name: held for name, held in stored.items() if not name.startswith("encoder.")}
-    return decoder.fill(files, names, "the decoder of taew2_1")
+    sizes = sizes_of({name: files.shapes[held] for name, held in names.items()}, str(path))
+    if issubclass(kind, LightTaeDecoder):
+        sizes["scale"] = scale_of(sizes["latent_channels"], str(path))
+    with torch.device("meta"):
+        decoder = kind(**sizes)
+    return decoder.fill(files, names, "a tiny decoder")

@@ -1,4 +1,7 @@
-"""The decoder of Wan 2.1's VAE as a stream: diffusers' layers and weights, our own way through them.
+"""The decoders of Wan's VAEs as streams: diffusers' layers and weights, our own way through them.
+
+Wan 2.2's differs from Wan 2.1's in that each stage adds its input, enlarged, to its output, and that the last
+convolution makes a square of pixels of each of its own.
 
 The public decoder treats a video's first latent frame differently: it becomes one pixel frame, not four, and
 no temporal upsampling ever looks back at it. Here every call doubles time alike, so that one static
@@ -10,26 +13,17 @@ must read zeros there, as it reads before the start of a video.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import shown
-from forcingkv.headmaps.reading import read_json
 from forcingkv.models.decoders import StreamingDecoder
-from forcingkv.models.decoders.names import check_tensors, is_decoder, without_prefix
 from forcingkv.models.decoders.rows import Rows
-from forcingkv.models.tensor_files import open_tensors
 
-MOST_SIZE, MOST_BLOCKS = 1 << 14, 64
-"""Of a number in a configuration, and of layers or entries of a list."""
 MOST_SCORES, PART_SCORES = 1 << 26, 1 << 24
 """Numbers of attention's scores of a frame that are computed at once, as those of 480p are, and of a part if
 there are more. Of few large parts TensorRT computes all side by side: 0.95 GB at 720p, where 0.17 will do."""
@@ -38,18 +32,13 @@ BEGUN = 1
 the caches; those of the next stage would make it 19%, and without any the strips would be later."""
 PAST = 2
 """Frames that a temporal kernel of 3 looks back."""
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-WAN_VAE = "Wan2.1_VAE.pth"
-NAME = AutoencoderKLWan.__name__
-WAN_NAMES = ("decoder.middle.", "decoder.upsamples.")
-"""How names start that only files in Wan's own naming have."""
 
 
 class WanVaeDecoder(StreamingDecoder):
     """The decoder half of an `AutoencoderKLWan`. Caches: the last two frames each convolution read.
 
     Args:
-        vae: an autoencoder of Wan 2.1's kind; its decoder's modules are taken over, not copied.
+        vae: an autoencoder of Wan 2.1's or Wan 2.2's kind; its decoder's modules are taken over, not copied.
             None: Wan 2.1's own, with weights drawn at random.
     """
 
@@ -62,7 +51,8 @@ class WanVaeDecoder(StreamingDecoder):
         config = vae.config
         self.latent_channels = config.z_dim
         self.temporal_stride = 2 ** sum(config.temperal_downsample)
-        self.spatial_stride = 2 ** (len(config.dim_mult) - 1)
+        self.patch = config.patch_size or 1
+        self.spatial_stride = self.patch * 2 ** (len(config.dim_mult) - 1)
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
         # In the state dict too: an export takes everything with contents from there.
@@ -97,20 +87,29 @@ class WanVaeDecoder(StreamingDecoder):
     def finish(
         self, features: Tensor, first: Tensor, state: Mapping[str, Tensor], rows: Rows
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        doubled = sum(up.mode == "upsample3d" for s in self.decoder.up_blocks[:BEGUN] for up in s.upsamplers)
+        doubled = sum(up.mode == "upsample3d" for stage in self._begun_stages for up in _upsamplers(stage))
         call = _Call(first, state, rows, begun=self.begun, blank=2**doubled - 1)
         decoder, x = self.decoder, features
         for stage in decoder.up_blocks[BEGUN:]:
             x = call.stage(stage, x)
         x = call.conv(decoder.conv_out, decoder.nonlinearity(call.normed(decoder.norm_out, x)))
-        return x.clamp(-1, 1), call.following
+        rows.enlarged(self.patch)
+        return self.bounded(_unpatched(x, self.patch)), call.following
 
     @property
     def begun(self) -> int:
-        blocks = [self.decoder.mid_block, *self.decoder.up_blocks[:BEGUN]]
-        doubling = sum(up.mode == "upsample3d" for s in blocks[1:] for up in s.upsamplers or ())
+        blocks, stages = [self.decoder.mid_block, *self._begun_stages], self._begun_stages
+        doubling = sum(up.mode == "upsample3d" for stage in stages for up in _upsamplers(stage))
         convs: int = 1 + sum(2 * len(block.resnets) for block in blocks) + doubling
         return convs
+
+    @property
+    def _begun_stages(self) -> list[Any]:
+        return list(self.decoder.up_blocks[:BEGUN])
+
+    def bounded(self, pixels: Tensor) -> Tensor:
+        """Pixels as frames have them."""
+        return pixels.clamp(-1, 1)
 
     def _causal_convs(self) -> Iterator[tuple[nn.Conv3d, int]]:
         """The convolutions with a cache in the order of the forward, and how much wider than latents."""
@@ -121,7 +120,7 @@ class WanVaeDecoder(StreamingDecoder):
         for stage in decoder.up_blocks:
             for block in stage.resnets:
                 yield from ((block.conv1, scale), (block.conv2, scale))
-            for upsampler in stage.upsamplers or ():
+            for upsampler in _upsamplers(stage):
                 if upsampler.mode == "upsample3d":
                     yield upsampler.time_conv, scale
                 scale *= 2
@@ -151,13 +150,6 @@ class _Call:
         self.rows, self.blank = rows or Rows(), blank
         self.following: dict[str, Tensor] = {}
 
-    def stage(self, stage: Any, x: Tensor) -> Tensor:
-        for block in stage.resnets:
-            x = self.residual(block, x)
-        for upsampler in stage.upsamplers or ():
-            x = self.upsample(upsampler, x)
-        return x
-
     def normed(self, norm: Any, x: Tensor) -> Tensor:
         return _normed(norm, x, self.rows.inside(x))
 
@@ -167,11 +159,26 @@ class _Call:
         name = f"feature.{self._begun + len(self.following)}"
         head, rest = x[:, :, :unseen] * (1 - self.first), x[:, :, unseen:]
         frames = torch.cat([part for part in (self.state[name], head, rest) if part.shape[2]], 2)
+        # A copy: a view would keep all frames. Graphs have none.
         self.following[name] = frames[:, :, -PAST:].clone()
         # Not conv(frames): that pads in a step of its own, one more copy of the features.
         height, width = conv.kernel_size[1:]
         frames, padded = self.rows.above(frames, height)
         return F.conv3d(frames, conv.weight, conv.bias, padding=(0, padded, width // 2))
+
+    def stage(self, stage: Any, x: Tensor) -> Tensor:
+        """Residual blocks, then twice the height and width, and in most stages twice the frames."""
+        entering, lag = x, self.rows.lag
+        for block in stage.resnets:
+            x = self.residual(block, x)
+        for upsampler in _upsamplers(stage):
+            x = self.upsample(upsampler, x)
+        # Of Wan 2.2. The public decoder leaves out the first frames of the shortcut in a video's first call:
+        # they are those that are blank here, so that what is not blank falls on the same frames.
+        shortcut = getattr(stage, "avg_shortcut", None)
+        if shortcut is None:
+            return x
+        return x + self.rows.later(_enlarged(shortcut, entering), lag * shortcut.factor_s)
 
     def residual(self, block: Any, x: Tensor) -> Tensor:
         lag = self.rows.lag
@@ -186,7 +193,7 @@ class _Call:
         frames = frames if inside is None else frames * inside
         # With a factor of 2 this is the same as the layer's own mode, nearest-exact.
         wide = F.interpolate(frames, scale_factor=2.0, mode="nearest")
-        self.rows.doubled()
+        self.rows.enlarged(2)
         conv = layer.resample[1]
         wide, padded = self.rows.above(wide, conv.kernel_size[0])
         resampled = F.conv2d(wide, conv.weight, conv.bias, padding=(padded, conv.padding[1]))
@@ -206,6 +213,36 @@ class _Call:
         parts = (frames[:last], kept, frames[last + 1 :])
         self.blank = last
         return torch.cat([part for part in parts if part.shape[0]])
+
+
+def _upsamplers(stage: Any) -> Sequence[Any]:
+    """None or one."""
+    if hasattr(stage, "upsampler"):  # of Wan 2.2
+        return () if stage.upsampler is None else (stage.upsampler,)
+    return tuple(stage.upsamplers or ())
+
+
+def _enlarged(shortcut: Any, x: Tensor) -> Tensor:
+    """diffusers' shortcut without weights: channels, repeated or not, become the frames, rows and columns of
+    what each frame and pixel turns into."""
+    _, channels, count, height, width = x.shape
+    frames, side = shortcut.factor_t, shortcut.factor_s
+    # One dimension fewer than diffusers has: TensorRT takes 8 at most.
+    each = x[0, :, None].expand(channels, shortcut.repeats, count, height, width)
+    spread = each.reshape(shortcut.out_channels, frames, side, side, count, height, width)
+    return spread.permute(0, 4, 1, 5, 2, 6, 3).reshape(1, -1, count * frames, height * side, width * side)
+
+
+def _unpatched(x: Tensor, patch: int) -> Tensor:
+    """Channels -> squares of pixels: (1, 3 * patch**2, F, H, W) -> (1, 3, F, patch * H, patch * W).
+
+    Wan has the column of a pixel in its square before the row.
+    """
+    if patch == 1:
+        return x
+    _, channels, frames, height, width = x.shape
+    squares = x.reshape(channels // patch**2, patch, patch, frames, height, width)
+    return squares.permute(0, 3, 4, 2, 5, 1).reshape(1, -1, frames, patch * height, patch * width)
 
 
 def _pointwise(conv: Any, x: Tensor) -> Tensor:
@@ -246,79 +283,3 @@ def _attend_frame(block: Any, frame: Tensor) -> Tensor:
     seen = torch.cat(attended, 1) if parts > 1 else attended[0]
     out: Tensor = x + block.proj(seen.transpose(1, 2).reshape(x.shape))
     return out[:, :, None]
-
-
-def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeDecoder:
-    """Read a VAE; the encoder in it is checked and left aside.
-
-    Args:
-        path: a diffusers folder, or one with the subfolder `vae`: config and weights. Or Wan's folder, with
-            `Wan2.1_VAE.pth`. Or one file, in the naming of diffusers or of Wan, which its names tell.
-        config: of a single file, the fields that differ from Wan 2.1's.
-
-    Raises InputError where a file cannot be read, the config is not of a VAE of Wan 2.1's kind, or a tensor
-    is missing, unexpected or wrongly shaped.
-    """
-    in_wans = path / WAN_VAE
-    if path.is_dir() and not in_wans.is_file():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        vae, weights = _from_config(folder / CONFIG), folder / WEIGHTS
-    else:
-        weights = in_wans if path.is_dir() else path
-        vae = _empty(dict(config or {}), str(weights))
-    files = open_tensors(weights, is_decoder)
-    names = without_prefix(files.shapes)
-    check_tensors("wan-vae", names, str(weights))
-    if any(name.startswith(WAN_NAMES) for name in names):
-        names = convert_wan_vae_to_diffusers(names)
-    whole = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    return WanVaeDecoder(vae).fill(files, names, "the Wan 2.1 VAE (names as in diffusers)", whole)
-
-
-def _from_config(path: Path) -> AutoencoderKLWan:
-    if not path.exists():
-        expected = f"a diffusers VAE: {CONFIG} and {WEIGHTS}"
-        raise InputError("is not there", where=str(path), expected=expected)
-    content = read_json(path, marked=True)
-    kind = content.get("_class_name") if isinstance(content, dict) else None
-    if kind != NAME:
-        raise InputError(f"describes {kind or 'no model'}", where=str(path), expected=NAME)
-    return _empty({name: v for name, v in content.items() if not name.startswith("_")}, str(path))
-
-
-def _check_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Refuse sizes that no autoencoder has: one of 10^9 layers would take hours to find wrong."""
-    for name, value in config.items():
-        values = value if isinstance(value, list) else [value]
-        most = MOST_BLOCKS if "num" in name else MOST_SIZE
-        numbers = [one for one in values if isinstance(one, int | float)]
-        if len(values) > MOST_BLOCKS or any(abs(number) > most for number in numbers):
-            expected = f"numbers up to {most}, {MOST_BLOCKS} of them at most"
-            raise InputError(f"{name} is {shown(value)}", where=where, expected=expected)
-
-
-def _empty(config: dict[str, Any], where: str) -> AutoencoderKLWan:
-    """The autoencoder without storage, once it is sure that it is one this decoder knows."""
-    _check_sizes(config, where)
-    try:
-        with torch.device("meta"):
-            vae = AutoencoderKLWan(**config)
-        found = vae.config
-        faults = {
-            "is_residual": found.is_residual,
-            "patch_size": found.patch_size is not None,
-            "out_channels": found.out_channels != 3,
-            "latents_mean": len(found.latents_mean) != found.z_dim,
-            "latents_std": len(found.latents_std) != found.z_dim,
-        }
-        mean_std = [float(value) for value in (*found.latents_mean, *found.latents_std)]
-    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        what, hint = f"does not describe an {NAME} ({error})", "An unknown field may need a newer diffusers."
-        raise InputError(what, where=where, hint=hint) from error
-    if not all(map(math.isfinite, mean_std)):
-        raise InputError("latents_mean or latents_std is not finite", where=where)
-    wrong = [f"{name} = {getattr(found, name)!r}" for name, fault in faults.items() if fault]
-    if wrong:
-        hint = "Take the VAE of Wan 2.1. That of Wan 2.2's 5B model is another."
-        raise InputError(f"is not of Wan 2.1's kind: {', '.join(wrong)}", where=where, hint=hint)
-    return vae

@@ -28,6 +28,7 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.devices import ADVICE, is_sticky
 from forcingkv.runtime.faults import DeviceError, MemoryShortError, SessionError, ran_out_of_memory
 from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.graph_records import UNFOLDED
 from forcingkv.runtime.kv.buffers import CacheBuffers
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import available_bytes, trim
@@ -74,12 +75,15 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> OnnxLane:
     ample = available_bytes() >= AMPLE_ROOM * sum(footprint(bundle.manifest, bundle.plan).values())
     graphs = {}
     for graph in bundle.manifest.graph_names:
-        kept = ample or (bundle.manifest.graphs[graph].activation_bytes or 0) < LARGE_ACTIVATIONS
+        small = (bundle.manifest.graphs[graph].activation_bytes or 0) < LARGE_ACTIVATIONS
+        folded = graph not in UNFOLDED
         graphs[graph] = OnnxGraph(
             bundle.graph(graph),
             threads,
             chosen,
-            arena=kept,
+            # What is run once a switch is not to keep memory that chunks could have.
+            arena=folded and (ample or small),
+            folded=folded,
             weights=bundle.weights(graph),
             content=bundle.graph_content(graph),
         )
@@ -100,6 +104,7 @@ class OnnxGraph:
         chosen: Chosen = ON_CPU,
         *,
         arena: bool = True,
+        folded: bool = True,
         weights: Path | None = None,
         content: bytes | None = None,
     ) -> None:
@@ -110,6 +115,9 @@ class OnnxGraph:
             threads: CPU threads; None: as `cpu_threads` says.
             chosen: what runs the nodes.
             arena: whether memory of a pass is kept for the next one.
+            folded: whether what follows from weights alone is computed now, and matrices are put into an
+                order that is faster to multiply by; else both are done in every pass, and the weights stay
+                where the file has them.
             weights: the file that its weights lie in. Either file may be a link if this is given.
             content: the file's bytes, where they were checked: they are loaded, whatever the file is by now.
         """
@@ -125,12 +133,20 @@ class OnnxGraph:
         # for every user of ONNX Runtime, and it took 40% more CPU time (docs/decisions/0029).
         options.intra_op_num_threads = chosen_threads(threads).number
         options.add_session_config_entry(RECORD, "1")
+        if not folded:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         graph, folder = graph_and_folder(path, weights, content)
         if folder is not None:
             options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(folder))
         try:
             # Without its own way out, which is to print on standard output and to take the CPU.
-            self._session = ort.InferenceSession(graph, options, providers=chosen.asked, enable_fallback=0)
+            self._session = ort.InferenceSession(
+                graph,
+                options,
+                providers=chosen.asked,
+                enable_fallback=0,
+                disabled_optimizers=None if folded else ["ConstantFolding"],
+            )
         except Exception as error:  # ONNX Runtime has a class of its own for each status
             raise _fault(f"loading {path.name}", error, chosen) from error
         _loaded.add(self)
@@ -244,7 +260,7 @@ class OnnxLane:
         self.main: Queue = HostQueue()
         self.side: Queue = self.main
         self.lookahead = 0
-        self.recaches = False  # no graph of that pass is written
+        self.recaches = "recache" in graphs
         self.in_place = False  # an output may be written before an input of other nodes is read
 
     @property

@@ -22,6 +22,7 @@ from forcingkv.models.kv import (
     advance_group,
     cached_dtype,
     choice_of,
+    encode_group,
     heads_of,
 )
 from forcingkv.models.wan import Attend, KeysValues
@@ -31,7 +32,7 @@ from forcingkv.runtime.backends.torch_tensors import TorchTensor
 from forcingkv.runtime.graph_records import next_name
 from forcingkv.runtime.kv.buffers import KvCache
 from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, told_name
-from forcingkv.runtime.kv.roles import Role
+from forcingkv.runtime.kv.roles import ROWS, Role
 from forcingkv.runtime.spec import Dtype
 
 
@@ -115,19 +116,9 @@ class JoinedGroup:
         other roles: each takes the tokens that `rows` has for it, moved by `turn`. One that is not in `rows`
         stays."""
         own, held = heads_of(current, self.group), self.cached(before)
-        stay = [role for role in self.group.roles if role.name not in rows]
-        seen = [*(HALVES[role.name].read(role, held[role.name], own.keys) for role in stay), own]
-        keys, values = (torch.cat(parts, 2) for parts in zip(*seen, strict=True))
-        mine = queries[:, self.group.start : self.group.stop]
-        attended = F.scaled_dot_product_attention(mine, keys, values)
-        made = {role.name: held[role.name] for role in stay}
-        for role in self.group.roles:
-            if role.name in rows:
-                taken = KeysValues(*(part.index_select(2, rows[role.name]) for part in own))
-                if turn is not None and role.moves:
-                    taken = HALVES[role.name].move(role, taken, turn)
-                made[role.name] = taken
-        self.take(made, after)
+        stays = {name: kv for name, kv in held.items() if name not in rows}
+        attended, made = encode_group(self.group, queries, own, stays, rows, turn)
+        self.take(made | stays, after)
         return attended
 
     def take(self, made: GroupCache, following: int) -> None:
@@ -277,8 +268,8 @@ class _Advance(CleanPass):
         tokens: int = place.stop - place.start
         return tokens
 
-    def rows_of(self, role: Role) -> torch.Tensor:
-        rows = self.on_device[told_name(self.group, role)]
+    def told(self, role: Role, kind: str = ROWS) -> torch.Tensor:
+        rows = self.on_device[told_name(self.group, role, kind)]
         assert isinstance(rows, TorchTensor)
         return rows.tensor
 

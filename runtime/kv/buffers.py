@@ -6,10 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 
+import numpy as np
+
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.bundle import next_name
-from forcingkv.runtime.kv.plan import CacheEntry, CachePlan
-from forcingkv.runtime.kv.rebuild import Encoding
+from forcingkv.runtime.kv.plan import CacheEntry, CachePlan, told_name
+from forcingkv.runtime.kv.rebuild import Encoding, encoding_shapes, rows_names, rows_of
+from forcingkv.runtime.kv.roles import Rows
 from forcingkv.runtime.spec import Dtype
 
 
@@ -22,17 +25,22 @@ class KvCache(ABC):
             the chunk that comes next.
         hollow: whether it holds the sink alone (`Encoding.hollow`): the next clean pass makes the rest of
             what it is to hold after `passes` of them.
+        cuts: those of its passes with which scenes begin, the first scene's apart.
     """
 
     def __init__(self, plan: CachePlan, lane: Lane) -> None:
         """Take the memory of what says which tokens of a chunk are taken."""
         self.plan, self.passes, self.hollow = plan, 0, False
+        self.cuts: tuple[int, ...] = ()
+        self._queue = lane.main
         self._begins = [phase.first_chunk for phase in plan.phases]
         self._rows: list[dict[str, Tensor]] = [{} for _ in self._begins]  # for each phase
         for held, begin in zip(self._rows, self._begins, strict=True):
             for name, tokens in plan.rows(begin).items():
                 held[name] = lane.tensor(tokens.shape, "int32")
                 held[name].write(tokens, lane.main)
+        self._told_of_scenes: dict[tuple[int, str], Rows] = {}
+        """What was written of a phase since, where a scene told otherwise."""
 
     @property
     @abstractmethod
@@ -46,7 +54,24 @@ class KvCache(ABC):
 
     def restart(self) -> None:
         """Be empty."""
-        self.passes, self.hollow = 0, False
+        self.passes, self.hollow, self.cuts = 0, False, ()
+
+    def cut(self) -> None:
+        """Let another scene begin with the next clean pass."""
+        if self.cuts[-1:] != (self.passes,):
+            self.cuts = (*self.cuts, self.passes)
+
+    def tell(self) -> None:
+        """Say which tokens stay after the next clean pass, where that depends on scenes: before it is put
+        into the queue."""
+        if not self.cuts and not self._told_of_scenes:
+            return
+        phase = self._phase_at(self.passes)
+        usual, now = (self.plan.rows(self.passes, cuts) for cuts in ((), self.cuts))
+        for name, rows in now.items():
+            if not np.array_equal(rows, self._told_of_scenes.get((phase, name), usual[name])):
+                self._rows[phase][name].write(rows, self._queue)
+                self._told_of_scenes[phase, name] = rows
 
     def cleaned(self) -> None:
         """A clean pass was put into the queue: the cache is what it makes."""
@@ -58,7 +83,7 @@ class KvCache(ABC):
 
     def encoded(self, encoding: Encoding) -> None:
         """A pass of `encoding` was put into the queue: the cache is what it makes."""
-        self.passes, self.hollow = encoding.passes, encoding.hollow
+        self.passes, self.hollow, self.cuts = encoding.passes, encoding.hollow, ()
 
     @property
     @abstractmethod
@@ -76,6 +101,14 @@ class KvCache(ABC):
     @abstractmethod
     def outputs(self) -> dict[str, Tensor]:
         """Where the clean pass writes the next cache, by output name."""
+
+    def seen_by(self, encoding: Encoding) -> dict[str, Tensor]:
+        """What a pass of `encoding` reads of the cache, by input name; nothing, where the lane finds it."""
+        return {}
+
+    def made_by(self, encoding: Encoding) -> dict[str, Tensor]:
+        """Where such a pass writes the cache, by output name; nothing, where the lane knows it."""
+        return {}
 
     def _phase_at(self, passes: int) -> int:
         return bisect_right(self._begins, passes) - 1
@@ -96,6 +129,8 @@ class CacheBuffers(KvCache):
             cached = entry.role.dtype(dtype)
             sizes = [(math.prod(shape),) for shape in plan.buffer_shapes(entry)]
             self._buffers[entry.name] = [lane.tensor(size, cached, state=True) for size in sizes]
+        self._told = {*rows_names(plan)}
+        self._nothing = lane.tensor((0,), "int32")
 
     @property
     def nbytes(self) -> int:
@@ -109,16 +144,49 @@ class CacheBuffers(KvCache):
 
     def held(self) -> dict[str, Tensor]:
         return {
-            e.name: self._buffer(e, self.passes).first(self.plan.entry_shape(e, self.passes))
+            e.name: self._buffer(e, self.passes).first(
+                self.plan.entry_shape(e, 0 if self.hollow and not self._opens(e) else self.passes)
+            )
             for e in self.plan.entries
         }
 
     def outputs(self) -> dict[str, Tensor]:
         """Nothing that passes read is among it: any pass may write there."""
+        following = self.passes + (not self.hollow)
         return {
-            next_name(e.name): self._buffer(e, self.passes + 1).first(self.plan.next_shape(e, self.passes))
+            next_name(e.name): self._buffer(e, following).first(self._next_shape(e))
             for e in self.plan.entries
         }
+
+    def _next_shape(self, entry: CacheEntry) -> tuple[int, ...]:
+        """What a clean pass gives."""
+        if not self.hollow:
+            return self.plan.next_shape(entry, self.passes)
+        tokens = entry.role.tokens_of_hollow(self.plan, entry.group, self.passes)
+        return 1, entry.group.heads, tokens, self.plan.spec.head_dim
+
+    def _opens(self, entry: CacheEntry) -> bool:
+        """Whether a tensor is of what a hollow cache holds."""
+        return entry.role.opening_frames(self.plan.spec) > 0
+
+    def seen_by(self, encoding: Encoding) -> dict[str, Tensor]:
+        shapes, rows = encoding_shapes(self.plan, encoding), rows_of(self.plan, encoding)
+        seen = {
+            e.name: self._buffer(e, self.passes).first(shapes[e.name])
+            for e in self.plan.entries
+            if e.name in shapes
+        }
+        return seen | {name: self._nothing for name in shapes if name in self._told and name not in rows}
+
+    def made_by(self, encoding: Encoding) -> dict[str, Tensor]:
+        """Nothing that such a pass sees is among it: what stays it does not write."""
+        rows = rows_of(self.plan, encoding)
+        made = {}
+        for e in self.plan.entries:
+            taken = rows.get(told_name(e.group, e.role))
+            shape = 1, e.group.heads, 0 if taken is None else len(taken), self.plan.spec.head_dim
+            made[next_name(e.name)] = self._buffer(e, encoding.passes).first(shape)
+        return made
 
     def _buffer(self, entry: CacheEntry, passes: int) -> Tensor:
         """What is read after so many clean passes."""

@@ -58,6 +58,10 @@ class Early(WholeFrames):
         there = held + size - to_sink - self._most_recent(group)
         return plan.frame_tokens * max(0, min(self._count, there))
 
+    def tokens_of_hollow(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
+        there = plan.spec.frames_per_chunk - self._most_recent(group)
+        return plan.frame_tokens * max(0, min(self._count, there))
+
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return 0, -(-self._count // spec.frames_per_chunk) + 1
 

@@ -16,7 +16,8 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.kv.policies import ALL, Policy
 from forcingkv.runtime.kv.retained import Choice, Retained
-from forcingkv.runtime.kv.roles import ROWS, Role, Rows
+from forcingkv.runtime.kv.roles import ROWS, Cuts, Role, Rows
+from forcingkv.runtime.kv.scenes import with_scenes
 from forcingkv.runtime.kv.window import window_frames
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
@@ -151,9 +152,9 @@ class CachePlan:
             for part in PARTS
         )
 
-    def rows(self, chunk: int) -> dict[str, Rows]:
+    def rows(self, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         """Inputs of the step graph (`told_name`) -> the tokens that are taken of a chunk, or kept; equal in a
-        phase.
+        phase of a video without cuts.
 
         For the sink: all tokens of its frames in the first chunk, none in the others. So the output that
         makes the sink is empty once it is made, and nothing copies it, though every pass makes all outputs.
@@ -162,7 +163,7 @@ class CachePlan:
         told = {
             told_name(group, role, kind): rows
             for group, role in self._takers
-            for kind, rows in role.told(self, group, chunk).items()
+            for kind, rows in role.told(self, group, chunk, cuts).items()
         }
         return dict(sorted(told.items()))
 
@@ -304,7 +305,7 @@ def _groups(spec: ModelSpec, policy: Policy, headmap: HeadMap | None, layer: int
     for label, heads in counts.items():
         if heads:
             roles = policy.groups[label]
-            fitted = (role.fitted(spec, layer, roles) for role in roles)
-            groups.append(HeadGroup(label, start, heads, tuple(role for role in fitted if role)))
+            fitted = [made for role in roles if (made := role.fitted(spec, layer, roles))]
+            groups.append(HeadGroup(label, start, heads, with_scenes(spec, fitted)))
         start += heads
     return tuple(groups)

@@ -6,11 +6,12 @@ at which point of a video the cache stands afterwards.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, told_name
+from forcingkv.runtime.kv.plan import CacheEntry, CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.roles import Role, Rows
 from forcingkv.runtime.kv.window import first_position
 
@@ -113,6 +114,32 @@ def encoding(plan: CachePlan, made: int, *, keep_sink: bool) -> Encoding:
     return one
 
 
+def encodings(plan: CachePlan) -> tuple[Encoding, ...]:
+    """Every pass that encodes frames somewhere in a video, whichever way is asked for; empty where the policy
+    has none."""
+    frames = plan.spec.frames_per_chunk
+    # From there on nothing but where it is in the video changes.
+    steady = plan.phases[-1].first_chunk + -(-(newest_frames(plan) + _sink_frames(plan)) // frames) + 1
+    found: dict[Encoding, None] = {}
+    for keep_sink in (True, False):
+        for made in range(1, steady + 1):
+            with suppress(InputError):
+                found[encoding(plan, made, keep_sink=keep_sink).anywhere] = None
+    return tuple(one for one in found if one.frames)
+
+
+def seen_entries(plan: CachePlan) -> list[CacheEntry]:
+    """The cached tensors that such a pass may see beside the frames: of roles that stay in one of them."""
+    passes = encodings(plan)
+    stays = {
+        (group.label, role.name)
+        for group in plan.groups
+        for role in group.roles
+        if any(role.encoded_rows(plan, group, one) is None for one in passes)
+    }
+    return [entry for entry in plan.entries if (entry.group.label, entry.role.name) in stays]
+
+
 def newest_frames(plan: CachePlan) -> int:
     """How many of the newest frames are encoded anew beside the sink, once there are so many."""
 
@@ -133,6 +160,21 @@ def most_encoded(plan: CachePlan) -> int:
     return newest_frames(plan) + (0 if plan.policy.needs_headmap else _sink_frames(plan))
 
 
+def encoding_shapes(plan: CachePlan, one: Encoding) -> dict[str, tuple[int, ...]]:
+    """The shape of every input of the graph `recache` that varies, in such a pass (of `step`:
+    `CachePlan.phase_shapes`)."""
+    batch, channels = 1, plan.spec.latent_channels
+    sides = plan.geometry.latent_height, plan.geometry.latent_width
+    tables = one.frames * plan.frame_tokens, plan.spec.head_dim // 2
+    shapes: dict[str, tuple[int, ...]] = {"latents": (batch, channels, one.frames, *sides)}
+    shapes |= dict.fromkeys(("cosines", "sines"), tables)
+    made = rows_of(plan, one)
+    for entry in seen_entries(plan):
+        stays = told_name(entry.group, entry.role) not in made
+        shapes[entry.name] = plan.entry_shape(entry, one.passes if stays else 0)
+    return shapes | {name: made[name].shape if name in made else (0,) for name in rows_names(plan)}
+
+
 def rows_of(plan: CachePlan, encoding: Encoding) -> dict[str, Rows]:
     """Input name (`told_name`) -> which tokens of the encoded frames a role takes; not of one that stays."""
     rows = {
@@ -141,6 +183,11 @@ def rows_of(plan: CachePlan, encoding: Encoding) -> dict[str, Rows]:
         for role in group.roles
     }
     return {name: made for name, made in rows.items() if made is not None}
+
+
+def rows_names(plan: CachePlan) -> list[str]:
+    """The names of what says which tokens each role takes, whether it stays in some passes or not."""
+    return sorted({told_name(group, role) for group in plan.groups for role in group.roles})
 
 
 def _sink_frames(plan: CachePlan) -> int:
@@ -181,7 +228,12 @@ def _left_beside_the_sink(plan: CachePlan, group: HeadGroup, one: Encoding) -> b
     left = one.frames * plan.frame_tokens - (0 if one.keeps_sink else sink)
     if not wanted:
         return None
-    if left <= 0 and wanted <= plan.chunk_tokens:
+    # Roles do not know that they are empty: a clean pass fills them with as much as they ever hold.
+    whole = all(
+        role.tokens(plan, group, one.passes) in (0, min(role.steady_tokens(plan, group), plan.chunk_tokens))
+        for role in others
+    )
+    if left <= 0 and wanted <= plan.chunk_tokens and whole:
         return False
     if left < wanted:
         raise _refused(plan, "has other frames than the sink, some of which would be missing")

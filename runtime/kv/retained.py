@@ -118,6 +118,9 @@ class Retained(Role):
         # In the graph in every phase; the session takes it when it is due.
         return self.steady_tokens(plan, group)
 
+    def tokens_of_hollow(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
+        return self.steady_tokens(plan, group)
+
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         return self if layer >= self.score_layer else None
 

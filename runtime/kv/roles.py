@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Rows = npt.NDArray[np.int32]
 ROWS, HELD = "rows", "held"
 """Kinds of what graphs are told of a chunk: its tokens that a role takes; of a role's own those that stay."""
+Cuts: TypeAlias = Sequence[int]
+"""The clean passes with which scenes begin, but the first: rising, counted as `KvCache.passes` is."""
 Chosen: TypeAlias = Sequence[int] | None
 """Indices of the segments that the clean pass before a chunk chose, if it did."""
 
@@ -80,13 +82,19 @@ class Role(Tagged, ABC):
         """Tokens that a pass of the chunk writes: what the next chunk sees, unless a role says otherwise."""
         return self.tokens(plan, group, chunk + 1)
 
+    def tokens_of_hollow(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
+        """Tokens that a clean pass writes which finds the sink alone (`KvCache.hollow`): what there is to be
+        after `passes` of them, unless a role says otherwise."""
+        return self.tokens(plan, group, passes)
+
     def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
         """The chunk's tokens that it takes, for graphs that are told (`takes_rows`); equal within a phase."""
         return np.arange(0, dtype=np.int32)
 
-    def told(self, plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+    def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         """What graphs are told of the chunk, by the name of its kind: which of the chunk's tokens it takes
-        (`rows`), and what a role's own torch half asks for. Equal within a phase, and the names always."""
+        (`rows`), and what a role's own torch half asks for. Names are always the same, lengths within a
+        phase, and all of it without cuts."""
         return {ROWS: self.rows(plan, group, chunk)} if self.takes_rows else {}
 
     def rests_from(self, plan: CachePlan, group: HeadGroup) -> int:
@@ -190,11 +198,14 @@ class Sink(WholeFrames):
         # A graph computes all its outputs in every pass: once the sink is full this one is empty.
         return self.tokens(plan, group, chunk + 1) if chunk < self.filled_by(plan.spec) else 0
 
+    def tokens_of_hollow(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
+        return self.next_tokens(plan, group, passes)
+
     def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
         taken = self.tokens(plan, group, chunk + 1) - self.tokens(plan, group, chunk)
         return np.arange(taken, dtype=np.int32)
 
-    def told(self, plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+    def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         filled_by, taken = self.filled_by(plan.spec), super().told(plan, group, chunk)
         if filled_by <= 1:
             return taken
@@ -248,7 +259,7 @@ class Recent(WholeFrames):
         tokens = self.tokens(plan, group, chunk)
         return whole_frames(plan, chunk * plan.spec.frames_per_chunk - tokens // plan.frame_tokens, tokens)
 
-    def told(self, plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+    def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         # What is kept for ever takes whole chunks: which tokens are left is no slice that every chunk has.
         if group.opening_frames(plan.spec) <= plan.spec.frames_per_chunk:
             return {}

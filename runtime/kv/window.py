@@ -26,6 +26,12 @@ def first_position(plan: CachePlan, passes: int, chunk: int) -> int:
     return min(passes * frames, plan.window_frames - frames) if plan.relative else chunk * frames
 
 
+def scene_shift(plan: CachePlan, cuts: int) -> float:
+    """Frames by which positions lie further on after so many cuts to other scenes: those in the video jump
+    with each, those in the window do not."""
+    return 0.0 if plan.relative else cuts * plan.spec.scene_offset
+
+
 def moved_by(plan: CachePlan, passes: int) -> int:
     """Frames by which the clean pass after `passes` others moves keys, those of its own chunk among them.
 

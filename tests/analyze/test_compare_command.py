@@ -188,7 +188,9 @@ def test_least_agreement(least: float, code: int, runs: tuple[Path, Path], run: 
     assert "3 heads changed" in ran.out, "the result is printed all the same"
 
 
-@pytest.mark.parametrize("size", [(6, 4), (30, 12), (40, 40), (1, 1), (120, 130)])
+@pytest.mark.parametrize(
+    "size", [(6, 4), (30, 12), (1, 1), (120, 130), pytest.param((40, 40), marks=pytest.mark.long)]
+)
 def test_pictures_of_every_size(size: tuple[int, int]) -> None:
     layers, heads = size
     drawn = np.random.default_rng(0).choice([*"SD"], size=(2, layers, heads))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,25 +24,28 @@ from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import Decoder, ModelSpec
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
-from tests.models.test_decoders import SMALL, small_lighttae, small_taehv, small_vae
+from tests.models.test_decoders import SMALL, SMALL22, small_lighttae, small_taehv, small_vae
+from tests.runtime.conftest import small_bundle
 
 CHUNKS = 3
 
 
-def spec_with(kind: str) -> ModelSpec:
-    decoder = Decoder(kind, spatial_stride=8, temporal_stride=4)  # type: ignore[arg-type]
-    return small_spec(latent_channels=4, width=48, height=32, decoder=decoder, layers=1)
+def spec_with(case: str) -> ModelSpec:
+    kind, _, version = case.partition(" of ")
+    stride = 16 if version == "2.2" else 8
+    decoder = Decoder(kind, spatial_stride=stride, temporal_stride=4)  # type: ignore[arg-type]
+    return small_spec(latent_channels=4, width=6 * stride, height=4 * stride, decoder=decoder, layers=1)
 
 
-def by_diffusers(latents: Tensor) -> Tensor:
+def by_diffusers(latents: Tensor, config: dict[str, Any] = SMALL) -> Tensor:
     mean, std = (torch.tensor(SMALL[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
-    pixels: Tensor = small_vae().decode(latents * std + mean).sample
+    pixels: Tensor = small_vae(config).decode(latents * std + mean).sample
     return pixels
 
 
-def by_taehv(latents: Tensor) -> Tensor:
+def by_taehv(latents: Tensor, patch: int = 1) -> Tensor:
     """At once, which tests/models/test_decoders.py compares with the published layers."""
-    decoder = small_taehv()
+    decoder = small_taehv(patch)
     pixels, _ = decoder(latents, torch.ones(1), decoder.empty_state(*latents.shape[-2:]))
     return pixels[:, :, 3:]
 
@@ -52,13 +57,17 @@ def by_lighttae(latents: Tensor) -> Tensor:
 
 CASES: dict[str, tuple[Callable[[], StreamingDecoder], Callable[[Tensor], Tensor]]] = {
     "wan-vae": (lambda: WanVaeDecoder(small_vae()), by_diffusers),
+    "wan-vae of 2.2": (lambda: WanVaeDecoder(small_vae(SMALL22)), partial(by_diffusers, config=SMALL22)),
     "taehv": (small_taehv, by_taehv),
+    "taehv of 2.2": (partial(small_taehv, 2), partial(by_taehv, patch=2)),
     "lighttae": (small_lighttae, by_lighttae),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def bundle(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    if request.param == "taehv":
+        return request.param, small_bundle("taehv")  # of the same decoder and sizes
     spec = spec_with(request.param)
     decoder, weights = CASES[request.param][0](), random_model(spec).state_dict()
     return request.param, shared_bundle(spec, weights, load_policy("window"), decoder=decoder)
@@ -124,7 +133,7 @@ def test_the_decoder_is_chosen_by_name_and_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", CASES)
 def test_cropped_frames_are_the_others_without_their_last_columns_and_rows(kind: str) -> None:
     spec, decoder = spec_with(kind), CASES[kind][0]()
-    crop = spec.geometry("46x18")
+    crop = spec.geometry("92x36" if spec.decoder.spatial_stride == 16 else "46x18")
     whole, (width, height) = spec.geometry(f"{crop.width}x{crop.height}"), crop.shown
     assert (whole.crop, whole.latent_height, whole.latent_width) == (
         None,

@@ -35,6 +35,8 @@ needs_rtx = pytest.mark.skipif(
     reason="needs tensorrt-rtx and triton: pip install 'forcingkv[tensorrt-rtx,engines]'",
 )
 
+STATIC = [[0, 1], [2], []]
+
 
 @pytest.fixture(scope="module")
 def built() -> Path:
@@ -44,7 +46,7 @@ def built() -> Path:
         spec,
         random_model(spec).state_dict(),
         load_policy("forcing-kv"),
-        headmap=headmap_of(spec, [[0, 1], [2], []]),
+        headmap=headmap_of(spec, STATIC),
         target="tensorrt-rtx",
         sms=(89,),
     )
@@ -279,7 +281,7 @@ def test_ahead_of_time_the_graph_has_nodes_of_one_kernel_each(
         random_model(spec).state_dict(),
         load_policy("forcing-kv"),
         tmp_path / "b",
-        headmap=mixed_map(spec),
+        headmap=headmap_of(spec, STATIC),
         target="tensorrt",
         aot=True,
     )

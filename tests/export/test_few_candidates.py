@@ -19,7 +19,9 @@ from forcingkv.runtime.text import encode_words
 from tests.conftest import choosing, headmap_of, random_model, small_spec
 
 
-@pytest.mark.parametrize(("frames", "ratio", "width"), [(1, 1 / 3, 10), (2, 0.75, 12)])
+@pytest.mark.parametrize(
+    ("frames", "ratio", "width"), [(1, 1 / 3, 10), pytest.param(2, 0.75, 12, marks=pytest.mark.long)]
+)
 def test_bundles_give_the_video_of_torch(frames: int, ratio: float, width: int, tmp_path: Path) -> None:
     sizes = {"layers": 2, "width": width, "frames_per_chunk": frames, "attended_frames": 5 * frames}
     spec = small_spec(schedule=Schedule((1000.0,)), **sizes)

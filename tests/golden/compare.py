@@ -9,6 +9,7 @@ import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.faults import SessionError
+from tests.golden.decoders import decoded
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.product import Made, Runner, run
 from tests.golden.settings import Case, case_of
@@ -24,9 +25,10 @@ class Compared:
     file: str
     variant: str
     difference: float | None = None
-    """The largest of any chunk: norm(mine - reference) / norm(reference); None: it was not run."""
+    """The largest of any chunk: norm(mine - reference) / norm(reference), of a decoder's call the largest
+    absolute one; None: it was not run."""
     chunk: int | None = None
-    """Where that is."""
+    """Where that is; of a decoder, the call."""
     by_chunk: list[float] = field(default_factory=list)
     unequal: str | None = None
     """The first whole number that is not the file's."""
@@ -34,10 +36,12 @@ class Compared:
     """Why it could not be run: what the product cannot be told, or what of the file is not understood."""
     unseen: str | None = None
     """What of the file was not compared."""
+    tolerance: float = TOLERANCE
+    """What the difference may be."""
 
     @property
     def holds(self) -> bool:
-        return self.difference is not None and self.difference <= TOLERANCE and self.unequal is None
+        return self.difference is not None and self.difference <= self.tolerance and self.unequal is None
 
     @property
     def line(self) -> str:
@@ -46,9 +50,9 @@ class Compared:
         if self.unsaid is not None:
             return f"{name}: not run: {self.unsaid}"
         line = f"{name}: {self.difference:.2e} (chunk {self.chunk})"
-        if self.difference is None or not self.difference <= TOLERANCE:
-            first = next(n for n, one in enumerate(self.by_chunk) if not one <= TOLERANCE)
-            line += f" ABOVE {TOLERANCE:g}, from chunk {first} on"
+        if self.difference is None or not self.difference <= self.tolerance:
+            first = next(n for n, one in enumerate(self.by_chunk) if not one <= self.tolerance)
+            line += f" ABOVE {self.tolerance:g}, from chunk {first} on"
         if self.unequal:
             line += f"; {self.unequal}"
         return f"{line}; {self.unseen}" if self.unseen else line
@@ -60,6 +64,10 @@ class Compared:
 def compare(file: GoldenFile, variant: str, runner: Runner) -> Compared:
     """Run a variant and compare it."""
     try:
+        if file.of_decoder:
+            differences, tolerance = decoded(file, runner)
+            worst = int(np.argmax(differences))
+            return Compared(file.name, variant, differences[worst], worst, differences, tolerance=tolerance)
         case = case_of(file, variant)
         return _compared(file, case, runner)
     except (GoldenError, InputError, SessionError) as error:

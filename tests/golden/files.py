@@ -22,6 +22,9 @@ LATER = {
 }
 """What a policy's kind begins with, whatever its case, and what the product has not for it yet."""
 
+DECODED = ("decoded",)
+"""Tensors of a decoder's file that are compared."""
+
 
 class GoldenError(Exception):
     """A file cannot be run: a sentence that names what of it is not understood."""
@@ -74,9 +77,17 @@ class GoldenFile:
             raise GoldenError("there are no tensors model.*")
         return found
 
+    @property
+    def of_decoder(self) -> bool:
+        """Whether it is of a decoder, and not of a model."""
+        return "decoded" in self.names and not any(name.startswith("model.") for name in self.names)
+
     @cached_property
     def variants(self) -> Mapping[str, Any]:
-        """What `spec` says of each variant; one without a name where there are no variants."""
+        """What `spec` says of each variant; one without a name where there are no variants. Of a decoder's
+        file what is compared in it."""
+        if self.of_decoder:
+            return {name: {} for name in DECODED if name in self.names}
         variants = self.spec.get("variants")
         if variants is None and "latents" in self.names:
             return {"": {}}
@@ -102,13 +113,10 @@ class GoldenFile:
             return "the older format, of single passes: tests/models/test_golden.py has it"
         if self.spec["format"] != FORMAT:
             raise GoldenError(f"its format is {self.spec['format']!r}, and only {FORMAT} is known")
-        if "decoded" in self.names and not any(name.startswith("model.") for name in self.names):
-            return "a decoder's file: tests/models have decoders, and Wan 2.2's are later work"
-        policy, schedule = (self.spec.get(part) or {} for part in ("policy", "schedule"))
-        kind = str(policy.get("kind", "")).casefold()
+        if self.of_decoder:
+            return None
+        kind = str((self.spec.get("policy") or {}).get("kind", "")).casefold()
         for begins, missing in LATER.items():
             if kind.startswith(begins.casefold()):
                 return f"later work: {missing}"
-        if str(schedule.get("solver", "")).startswith("UniPC"):
-            return "later work: LongLive 2, its shots and its start frame"
         return None

@@ -24,6 +24,7 @@ from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import Session
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.retained import Retained
+from forcingkv.runtime.script import ENCODED
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.settings import Case
 
@@ -65,7 +66,7 @@ class Noise:
 def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: Runner) -> Iterator[Made]:
     decoder = TaehvDecoder(widths=WIDTHS, latent_channels=case.spec.latent_channels).eval()
     noise, start = Noise(file.tensor(case.noise)), start_of(file, case)
-    given = case.start_frames // case.spec.frames_per_chunk
+    given = case.given
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         export_bundle(
             case.spec,
@@ -76,6 +77,7 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
             decoder=decoder,
             target="torch" if runner == "torch" else "onnx",
             verify=False if runner == "onnxruntime" else None,
+            recache=bool(case.change and case.change.recache in ENCODED) if runner == "onnxruntime" else None,
         )
         with Session.open(Path(folder, "bundle"), backend=runner) as session, chosen_segments() as chosen:
             video = session.generate(
@@ -85,9 +87,9 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
                 noise=lambda chunk, step, shape: noise(chunk - given, step),
                 start=start,
             )
-            if case.change:
-                text = file.tensor(case.change.text)[None]
-                video.switch(text, recache=case.change.recache, at=given + case.change.chunk)
+            for change in case.changes:
+                text = file.tensor(change.text)[None]
+                video.switch(text, recache=change.recache, at=given + change.chunk)
             for chunk in video:
                 indices = chosen.pop() if chosen else None
                 if not chunk.given:
@@ -95,20 +97,21 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
 
 
 def _loop(file: GoldenFile, case: Case, weights: dict[str, Tensor]) -> Iterator[Made]:
-    if case.change:
+    if any(change.recache != "cut" for change in case.changes):
         raise GoldenError("the loop of the models switches no prompts: take --backend torch")
     plan = build_plan(case.spec, case.spec.geometry(), case.policy, case.headmap)
     model = WanModel(case.spec).eval().requires_grad_(False)
     orders = head_orders(case.spec, case.policy, case.headmap)
     model.load_state_dict(permute_heads(weights, case.spec, orders))
     noise, text = Noise(file.tensor(case.noise)), torch.from_numpy(file.tensor(case.text)[None])
-    start, given = start_of(file, case), case.start_frames // case.spec.frames_per_chunk
+    start, given = start_of(file, case), case.given
 
     def drawn(chunk: int, step: int) -> Tensor:
         return torch.from_numpy(noise(chunk - given, step).copy())
 
     begun = None if start is None else torch.from_numpy(start)
-    made = generate(model, plan, text, drawn, given + case.chunks, start=begun)
+    scenes = {given + one.chunk: torch.from_numpy(file.tensor(one.text)[None]) for one in case.changes}
+    made = generate(model, plan, text, drawn, given + case.chunks, start=begun, scenes=scenes)
     for chunk in itertools.islice(made, given, None):
         indices = None if chunk.indices is None else chunk.indices.tolist()
         yield Made(chunk.latents.numpy(), indices)

@@ -14,6 +14,7 @@ from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, TextEncoder
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.rules import everything_seen, forcing_kv
 from tests.golden.said import Said
+from tests.golden.shots import cuts_of, is_longlive_2, schedule_of_shots, start_frames_of, with_shots
 from tests.golden.switches import Change, change_of, words_of
 
 PATCH = 2
@@ -42,8 +43,13 @@ class Case:
     """That are generated."""
     start_frames: int = 0
     """Frames of the tensor `start` that the video begins with."""
-    change: Change | None = None
+    changes: tuple[Change, ...] = ()
     """Of its prompt on the way."""
+
+    @property
+    def given(self) -> int:
+        """Whole chunks that are given."""
+        return self.start_frames // self.spec.frames_per_chunk
 
 
 def case_of(file: GoldenFile, variant: str) -> Case:
@@ -53,6 +59,8 @@ def case_of(file: GoldenFile, variant: str) -> Case:
     said = Said(own, file.spec.get("policy") or {}, file.spec)
     said.get("policy", None)
     frames, chunks = said.number("frames_per_chunk", least=1), said.number("chunks", least=1)
+    if is_longlive_2(file):
+        return _of_shots(file, variant, _with_shots_of_file(file, own))
     spec = replace(_model(file, said, frames), schedule=_schedule(said), positions=_positions(said))
     change = change_of(words, said)
     start = said.get("start_frames", 0) and said.number("start_frames", least=1)
@@ -67,11 +75,32 @@ def case_of(file: GoldenFile, variant: str) -> Case:
     else:
         raise GoldenError(f"the policy {kind!r} is not known")
     noise = str(said.get("noise", "noise"))
-    case = Case(variant, spec, policy, headmap, noise, "text", chunks, start, change)
+    changes = () if change is None else (change,)
+    case = Case(variant, spec, policy, headmap, noise, "text", chunks, start, changes)
     _check_texts(file, said)
     if unread := said.unread():
         raise GoldenError(f"it has settings that are not known: {', '.join(unread)}")
     return case
+
+
+def _with_shots_of_file(file: GoldenFile, own: Mapping[str, Any]) -> Said:
+    """What a file with shots says: of a variant whether it has them, of the file where they begin."""
+    whole = {"shots_of_file" if name == "shots" else name: value for name, value in file.spec.items()}
+    return Said(own, whole)
+
+
+def _of_shots(file: GoldenFile, variant: str, said: Said) -> Case:
+    frames, chunks = said.number("frames_per_chunk", least=1), said.number("chunks", least=1)
+    model = replace(_model(file, said, frames), schedule=schedule_of_shots(file, variant, said))
+    spec, policy = with_shots(model, said)
+    start = start_frames_of(file, said, said.get("first_passes", None))
+    text, cuts = cuts_of(said)
+    for name in ("shots_of_file", "positions"):
+        said.get(name, None)
+    _check_texts(file, said, first="text0")
+    if unread := said.unread():
+        raise GoldenError(f"it has settings that are not known: {', '.join(unread)}")
+    return Case(variant, spec, policy, None, "noise", text, chunks, start, cuts)
 
 
 def _own(file: GoldenFile, variant: str) -> Mapping[str, Any]:
@@ -122,11 +151,11 @@ def _model(file: GoldenFile, said: Said, frames: int) -> ModelSpec:
     return spec
 
 
-def _check_texts(file: GoldenFile, said: Said) -> None:
+def _check_texts(file: GoldenFile, said: Said, first: str = "text") -> None:
     """A text has as many rows as its tokens are, and zeros after them: there is no mask."""
     counts = said.need("text_tokens")
     for number, tokens in enumerate(counts if isinstance(counts, list) else [counts]):
-        name = f"text{number + 1}" if number else "text"
+        name = f"text{number + (first == 'text')}" if number else first
         if file.tensor(name)[tokens:].any():
             raise GoldenError(f"its {name} has rows that are not 0 after its {tokens} tokens")
 

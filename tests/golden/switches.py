@@ -17,6 +17,9 @@ WORDS: tuple[tuple[str, Recache | None], ...] = (
 """What a variant's words begin with -> how its cache is made anew; None: its prompt is not switched."""
 
 
+CUT: Recache = "cut"
+
+
 @dataclass(frozen=True)
 class Change:
     """A change of the prompt."""

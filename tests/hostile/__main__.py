@@ -10,6 +10,7 @@ folder; those inputs are kept. The same seed gives the same inputs.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -40,7 +41,7 @@ OURS = (
 )
 OURS_WITH_TORCH = (
     *("forcingkv.analyze", "forcingkv.models.checkpoint", "forcingkv.models.text_encoder"),
-    *("forcingkv.models.decoders.wan_vae",),
+    *("forcingkv.models.decoders.wan_files",),
 )
 
 
@@ -75,6 +76,7 @@ def main() -> int:
         if not chosen:
             parser.error(f"no such format; there are {', '.join(one.name for one in known)}")
         _import(lean=all(one.lean for one in chosen))
+        gc.freeze()  # or every child would look at all that was imported for garbage, and copy its pages
         watch()
         if given.replay:
             return _replay(given.replay, {one.name: one for one in known}, seeds)

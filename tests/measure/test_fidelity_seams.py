@@ -94,7 +94,7 @@ FINDS = {
 """Planted fault -> the measure that must see it."""
 
 
-@pytest.mark.parametrize(("layout", "frames"), [(WAN, 45), (DEMO, 21)])
+@pytest.mark.parametrize(("layout", "frames"), [pytest.param(WAN, 45, marks=pytest.mark.long), (DEMO, 21)])
 def test_planted_seams_are_found_and_motion_inside_chunks_is_not(layout: ChunkLayout, frames: int) -> None:
     video = moving(frames, (1, 1))
     plain = measured(video, layout)

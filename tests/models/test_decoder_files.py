@@ -6,6 +6,7 @@ import builtins
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models import decoders
 from forcingkv.models.decoders import StreamingDecoder, load_decoder
-from forcingkv.models.decoders.wan_vae import WanVaeDecoder, load_wan_vae
-from tests.models.test_decoders import SMALL, State, small_vae
+from forcingkv.models.decoders.wan_files import load_wan_vae
+from forcingkv.models.decoders.wan_vae import WanVaeDecoder
+from tests.models.test_decoders import SMALL, SMALL22, State, small_taehv, small_vae
 
 
 def wan_name(name: str) -> str:
@@ -44,10 +46,22 @@ def wan_name(name: str) -> str:
     return name
 
 
-def as_folder(state: Mapping[str, Tensor], path: Path) -> Path:
+def wan22_name(name: str) -> str:
+    """A name of diffusers as `Wan2.2_VAE.pth` has it, of `SMALL22`: one block a stage down, two up."""
+    for pattern, place in (
+        (r"down_blocks\.(\d)\.downsampler", r"downsamples.\1.downsamples.1"),
+        (r"down_blocks\.(\d)\.resnets", r"downsamples.\1.downsamples"),
+        (r"up_blocks\.(\d)\.upsampler", r"upsamples.\1.upsamples.2"),
+        (r"up_blocks\.(\d)\.resnets", r"upsamples.\1.upsamples"),
+    ):
+        name = re.sub(pattern, place, name)
+    return wan_name(name)
+
+
+def as_folder(state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any] = SMALL) -> Path:
     folder = path / "vae"
     folder.mkdir()
-    content = {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.42.1", **SMALL}
+    content = {"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.42.1", **config}
     (folder / "config.json").write_text(json.dumps(content))
     save_file(dict(state), folder / "diffusion_pytorch_model.safetensors")
     return path
@@ -62,17 +76,33 @@ def as_wan_pth(state: Mapping[str, Tensor], path: Path) -> Path:
     return as_pth({wan_name(name): tensor for name, tensor in state.items()}, path)
 
 
+def as_wan22_pth(state: Mapping[str, Tensor], path: Path) -> Path:
+    return as_pth({wan22_name(name): tensor for name, tensor in state.items()}, path)
+
+
+def as_folder22(state: Mapping[str, Tensor], path: Path) -> Path:
+    """As Wan2.2-TI2V-5B-Diffusers has it."""
+    return as_folder(state, path, SMALL22 | {"clip_output": False})
+
+
 def as_pth(state: Mapping[str, Tensor], path: Path) -> Path:
     torch.save(dict(state), path / "weights.pth")
     return path / "weights.pth"
 
 
 def read_small_vae(path: Path) -> StreamingDecoder:
-    return load_wan_vae(path) if path.is_dir() else load_wan_vae(path, SMALL)
+    """The sizes of a single file follow from its tensors; mean and deviation of 4 channels nobody knows."""
+    known = {name: SMALL[name] for name in ("latents_mean", "latents_std")}
+    return load_wan_vae(path) if path.is_dir() else load_wan_vae(path, known)
 
 
 def taehv_state() -> State:
     """As in the published file, the encoder is there too."""
+    return dict(_drawn())
+
+
+@cache
+def _drawn() -> State:
     encoder = {"encoder.0.weight": torch.ones(64, 3, 3, 3), "encoder.0.bias": torch.zeros(64)}
     return {**encoder, **load_decoder("taehv", seed=1).state_dict()}
 
@@ -81,10 +111,17 @@ def read_taehv(path: Path) -> StreamingDecoder:
     return load_decoder("taehv", path)
 
 
+def tae22_state() -> State:
+    return {**taehv_state(), **small_taehv(2).state_dict()}
+
+
 LAYOUTS = {
     "diffusers folder": (small_vae, as_folder, read_small_vae),
     "diffusers file": (small_vae, as_safetensors, read_small_vae),
     "Wan2.1_VAE.pth": (small_vae, as_wan_pth, read_small_vae),
+    "diffusers folder of 2.2": (lambda: small_vae(SMALL22), as_folder22, read_small_vae),
+    "Wan2.2_VAE.pth": (lambda: small_vae(SMALL22), as_wan22_pth, read_small_vae),
+    "taew2_2.pth": (tae22_state, as_pth, read_taehv),
     "taew2_1.pth": (taehv_state, as_pth, read_taehv),
     "taew2_1.safetensors": (taehv_state, as_safetensors, read_taehv),
 }
@@ -167,7 +204,9 @@ def test_a_pickled_object_is_never_run(kind: str, tmp_path: Path) -> None:
     ("change", "named"),
     [
         ({"_class_name": "AutoencoderKL"}, "AutoencoderKL"),
-        ({"is_residual": True}, "is_residual"),
+        ({"is_residual": True}, r"missing decoder\.up_blocks\.0\.upsampler"),
+        ({"in_channels": 12}, "in_channels = 12"),
+        ({"patch_size": 2}, "out_channels = 3"),
         ({"latents_mean": [0.0]}, "latents_mean"),
         ({"dim_mult": None}, "config.json"),
         ({"unheard_of": 1}, "unheard_of"),

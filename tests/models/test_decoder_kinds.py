@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.models.decoders import load_decoder
+from forcingkv.models.decoders import decoder_for, load_decoder
+from forcingkv.models.decoders.latents import KNOWN, WAN21
 from forcingkv.models.decoders.names import kind_by_name
-from forcingkv.models.decoders.taehv import LATENTS_MEAN, LATENTS_STD
-from forcingkv.models.decoders.wan_vae import load_wan_vae
+from forcingkv.models.decoders.taehv import LightTaeDecoder, TaehvDecoder
+from forcingkv.models.decoders.wan_files import load_wan_vae
+from forcingkv.models.presets import load_spec
+from forcingkv.runtime.spec import Decoder
 from tests.conftest import Ran
 from tests.models.test_decoder_files import as_folder, as_pth, as_safetensors, taehv_state, wan_name
-from tests.models.test_decoders import SMALL, small_vae
+from tests.models.test_decoders import SMALL, SMALL22, small_taehv, small_vae
 
 
 @pytest.mark.parametrize("name", ["lighttaew2_1.safetensors", "decoder.pth"])
@@ -39,8 +43,17 @@ def test_lighttae_takes_latents_with_mean_and_deviation(name: str, tmp_path: Pat
 
 def test_mean_and_deviation_are_those_of_wan_s_vae() -> None:
     config = AutoencoderKLWan().config
-    assert list(LATENTS_MEAN) == config.latents_mean
-    assert list(LATENTS_STD) == config.latents_std
+    assert list(WAN21.mean) == config.latents_mean
+    assert list(WAN21.std) == config.latents_std
+    assert {channels: (len(one.mean), len(one.std)) for channels, one in KNOWN.items()} == {
+        16: (16, 16),
+        48: (48, 48),
+    }
+    for channels, scale in KNOWN.items():
+        light = load_decoder("lighttae", channels=channels)
+        assert isinstance(light, LightTaeDecoder)
+        assert torch.equal(light.mean.flatten(), torch.tensor(scale.mean))
+        assert torch.equal(light.std.flatten(), torch.tensor(scale.std))
 
 
 @pytest.mark.parametrize(
@@ -55,11 +68,12 @@ def test_mean_and_deviation_are_those_of_wan_s_vae() -> None:
         ("taehv", "Wan2.1_VAE.pth", "is the decoder wan-vae, by its name"),
         ("taehv", "taehv.pth", "is the tiny decoder of HunyuanVideo, by its published name"),
         ("taehv", "taecvx.pth", "is the tiny decoder of CogVideoX"),
-        ("lighttae", "lighttaew2_2.pth", "is LightTAE of another model than Wan 2.1"),
-        ("taehv", "taew2_2.pth", "is the tiny decoder of Wan 2.2"),
+        ("lighttae", "lighttaehy1_5.pth", "is LightTAE of another model than Wan 2.1 and 2.2"),
+        ("taehv", "lighttaew2_2.pth", "is the decoder lighttae, by its name"),
+        ("wan-vae", "taew2_2.pth", "is the decoder taehv, by its name"),
         ("wan-vae", "qwen_image_vae.pth", "is the VAE of Qwen-Image, which was trained for images"),
         ("wan-vae", "lightvaew2_1.pth", "is LightVAE, a Wan VAE with fewer channels"),
-        ("wan-vae", "Wan2.2_VAE.pth", "is the VAE of Wan 2.2"),
+        ("taehv", "Wan2.2_VAE.pth", "is the decoder wan-vae, by its name"),
     ],
 )
 def test_a_published_name_of_another_decoder_is_refused(
@@ -77,8 +91,12 @@ def test_names_that_say_what_they_are() -> None:
         "wan_2.1_vae.safetensors",
         "taew2_1.safetensors",
         "lighttaew2_1.pth",
+        "Wan2.2_VAE.pth",
+        "taew2_2.pth",
+        "lighttaew2_2.safetensors",
     ]
-    assert [kind_by_name(Path(name)) for name in names] == ["wan-vae", "wan-vae", "taehv", "lighttae"]
+    kinds = ["wan-vae", "wan-vae", "taehv", "lighttae", "wan-vae", "taehv", "lighttae"]
+    assert [kind_by_name(Path(name)) for name in names] == kinds
     assert kind_by_name(Path("vae/diffusion_pytorch_model.safetensors")) is None
 
 
@@ -169,10 +187,34 @@ def test_a_decoder_with_values_that_are_no_numbers_is_refused(tmp_path: Path) ->
         load_decoder("taehv", as_pth(state, tmp_path))
 
 
-def test_the_vae_of_wan_2_2_is_named_by_its_channels(tmp_path: Path) -> None:
-    state = {**small_vae().state_dict(), "post_quant_conv.weight": torch.zeros(48, 48, 1, 1, 1)}
-    with pytest.raises(InputError, match=r"It is the VAE of Wan 2.2, of 48 channels"):
-        load_decoder("wan-vae", as_safetensors(state, tmp_path))
+def test_a_decoder_of_wan_2_2_is_none_of_a_model_of_wan_2_1(tmp_path: Path) -> None:
+    tiny = as_pth(TaehvDecoder(widths=(8, 8, 8, 8), latent_channels=48, patch=2).state_dict(), tmp_path)
+    told = r"decodes 48 channels at strides 4 \(time\), 16 \(space\); expected 16 channels at strides 4"
+    with pytest.raises(InputError, match=told):
+        decoder_for(load_spec("self-forcing"), "taehv", tiny)
+    spec = replace(load_spec("self-forcing"), latent_channels=48, decoder=Decoder("wan-vae", 16, 4))
+    chosen, decoder = decoder_for(spec, "taehv", tiny)
+    assert chosen.decoder == Decoder("taehv", 16, 4)
+    assert isinstance(decoder, TaehvDecoder)
+    assert decoder.patch == 2
+    with pytest.raises(InputError, match=r"--vae Wan2\.2_VAE\.pth, --decoder taehv --vae taew2_2\.pth"):
+        decoder_for(spec, None, None)
+    assert isinstance(decoder_for(spec, "lighttae", None, random=True)[1], LightTaeDecoder)
+
+
+def test_latents_of_channels_that_nobody_published_need_a_config(tmp_path: Path) -> None:
+    vae, tiny = small_vae(SMALL22).state_dict(), small_taehv(2).state_dict()
+    told = r"has latents of 4 channels, of which mean and deviation are not known; expected 16 or 48"
+    for kind, state in (("wan-vae", vae), ("lighttae", tiny)):
+        with pytest.raises(InputError, match=told):
+            load_decoder(kind, as_safetensors(state, tmp_path))
+
+
+def test_a_folder_of_wan_s_with_both_vaes_is_asked_which(tmp_path: Path) -> None:
+    for name in ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth"):
+        as_pth(small_vae().state_dict(), tmp_path).rename(tmp_path / name)
+    with pytest.raises(InputError, match=r"holds Wan2.1_VAE.pth and Wan2.2_VAE.pth; expected the one"):
+        load_decoder("wan-vae", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["none.pth", "x" * 300, "madebyollin/taehv"])

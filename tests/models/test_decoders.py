@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from forcingkv.models import decoders
 from forcingkv.models.decoders import StreamingDecoder, load_decoder
+from forcingkv.models.decoders.latents import Scale
 from forcingkv.models.decoders.taehv import LightTaeDecoder, TaehvDecoder
 
 diffusers = pytest.importorskip("diffusers")
 
-from forcingkv.models.decoders import wan_vae  # noqa: E402
+from forcingkv.models.decoders import wan_files  # noqa: E402
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -30,6 +31,17 @@ SMALL = {
     "latents_mean": [0.1, -0.2, 0.3, 0.4],
     "latents_std": [1.0, 2.0, 0.5, 1.5],
 }
+SMALL22 = SMALL | {
+    "base_dim": 4,
+    "decoder_base_dim": 8,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+"""As `SMALL`, of Wan 2.2's kind."""
+CASES = ("wan-vae", "wan-vae of 2.2", "taehv", "taehv of 2.2", "lighttae")
 
 State = dict[str, Tensor]
 Step = Callable[[Tensor, Tensor, State], tuple[Tensor, State]]
@@ -44,22 +56,21 @@ def shaken(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def small_vae() -> Any:
+def small_vae(config: dict[str, Any] = SMALL) -> Any:
     torch.manual_seed(0)
-    return shaken(diffusers.AutoencoderKLWan(**SMALL))
+    return shaken(diffusers.AutoencoderKLWan(**config))
 
 
-def small_taehv() -> TaehvDecoder:
+def small_taehv(patch: int = 1) -> TaehvDecoder:
     torch.manual_seed(0)
-    decoder: TaehvDecoder = shaken(TaehvDecoder(widths=(16, 12, 8, 10), latent_channels=4))
+    decoder: TaehvDecoder = shaken(TaehvDecoder(widths=(16, 12, 8, 10), latent_channels=4, patch=patch))
     return decoder
 
 
 def small_lighttae() -> LightTaeDecoder:
     torch.manual_seed(0)
-    mean_std = SMALL["latents_mean"], SMALL["latents_std"]
-    widths = {"widths": (16, 12, 8, 10), "latent_channels": 4}
-    decoder: LightTaeDecoder = shaken(LightTaeDecoder(*mean_std, **widths))  # type: ignore[arg-type]
+    scale = Scale(tuple(SMALL["latents_mean"]), tuple(SMALL["latents_std"]))  # type: ignore[arg-type]
+    decoder: LightTaeDecoder = shaken(LightTaeDecoder(scale, widths=(16, 12, 8, 10), latent_channels=4))
     return decoder
 
 
@@ -67,13 +78,13 @@ def latents() -> Tensor:
     return torch.randn(1, 4, FRAMES, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def decode(step: Step, state: State, split: list[int]) -> Tensor:
+def decode(step: Step, state: State, split: list[int], stride: int) -> Tensor:
     """A video in calls of those sizes: (1, 3, 25, height, width)."""
     shapes = {name: tensor.shape for name, tensor in state.items()}
     parts = []
     for call, part in enumerate(latents().split(split, 2)):
         pixels, state = step(part, torch.tensor([float(call == 0)]), state)
-        assert pixels.shape == (1, 3, 4 * part.shape[2], 8 * HEIGHT, 8 * WIDTH)
+        assert pixels.shape == (1, 3, 4 * part.shape[2], stride * HEIGHT, stride * WIDTH)
         assert {name: tensor.shape for name, tensor in state.items()} == shapes
         parts.append(pixels)
     return torch.cat(parts, 2)[:, :, 3:]
@@ -106,20 +117,21 @@ def taehv_at_once(decoder: TaehvDecoder, given: Tensor) -> Tensor:
         grown = [part for frame in wide for part in conv(f"{start + 4}.conv", frame).chunk(growth)]
         frames = [conv(f"{start + 5}", frame) for frame in grown]
     video = torch.stack([conv("22", frame.relu()) for frame in frames], 1)
-    return video.clamp(0, 1)[None, :, 3:] * 2 - 1
+    shuffled = F.pixel_shuffle(video.transpose(0, 1), decoder.patch).transpose(0, 1)
+    return shuffled.clamp(0, 1)[None, :, 3:] * 2 - 1
 
 
-@pytest.fixture(scope="module", params=decoders.KINDS)
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[StreamingDecoder, Tensor]:
     """A decoder, and the video as something independent of it decodes it at once."""
-    if request.param == "taehv":
-        taehv = small_taehv()
+    if request.param.startswith("taehv"):
+        taehv = small_taehv(2 if request.param.endswith("2.2") else 1)
         return taehv, taehv_at_once(taehv, latents())
     if request.param == "lighttae":
         mean, std = (torch.tensor(SMALL[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
         light = small_lighttae()
         return light, taehv_at_once(light, latents() * std + mean)
-    vae = small_vae()
+    vae = small_vae(SMALL22 if request.param.endswith("2.2") else SMALL)
     return WanVaeDecoder(vae), vae_at_once(vae)
 
 
@@ -131,13 +143,13 @@ def test_calls_of_any_size_give_the_video_decoded_at_once(
     state = decoder.empty_state(HEIGHT, WIDTH)
     assert {n: tuple(t.shape) for n, t in state.items()} == decoder.state_shapes(HEIGHT, WIDTH)
     assert list(state) == [f"feature.{number}" for number in range(len(state))]
-    found = decode(decoder, state, split)
+    found = decode(decoder, state, split, decoder.spatial_stride)
     assert found.shape[2] == decoder.temporal_stride * (FRAMES - 1) + 1
     assert whole.std() > 0.1, "a video of one colour would show little"
     torch.testing.assert_close(found, whole, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_vae_of_the_real_width_streams_too() -> None:
     torch.manual_seed(0)
     vae = shaken(diffusers.AutoencoderKLWan())
@@ -156,7 +168,7 @@ def test_the_vae_of_the_real_width_streams_too() -> None:
 
 @pytest.mark.parametrize("kind", decoders.KINDS)
 def test_random_weights_follow_the_seed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wan_vae, "AutoencoderKLWan", lambda: diffusers.AutoencoderKLWan(**SMALL))
+    monkeypatch.setattr(wan_files, "AutoencoderKLWan", lambda: diffusers.AutoencoderKLWan(**SMALL))
     before = torch.random.get_rng_state()
     one, same, other = (load_decoder(kind, seed=seed).state_dict() for seed in (3, 3, 4))
     assert torch.equal(before, torch.random.get_rng_state())
@@ -164,15 +176,20 @@ def test_random_weights_follow_the_seed(kind: str, monkeypatch: pytest.MonkeyPat
     assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))
 
 
+@pytest.mark.parametrize(("channels", "stride"), [(16, 8), (48, 16)])
 @pytest.mark.parametrize("kind", decoders.KINDS)
-def test_the_real_sizes_are_those_of_wan(kind: str) -> None:
-    decoder = load_decoder(kind)
-    assert (decoder.latent_channels, decoder.temporal_stride, decoder.spatial_stride) == (16, 4, 8)
-    assert not decoder.training
-    assert not any(parameter.requires_grad for parameter in decoder.parameters())
-    state = decoder.empty_state(1, 2)
-    pixels, following = decoder(torch.zeros(1, 16, 1, 1, 2), torch.ones(1), state)
-    assert pixels.shape == (1, 3, 4, 8, 16)
+def test_the_real_sizes_are_those_of_wan(kind: str, channels: int, stride: int) -> None:
+    # The VAE of Wan 2.2 has 555 million weights in its decoder: its shapes alone show what is asked here.
+    on = torch.device("meta" if kind == "wan-vae" else "cpu")
+    with on:
+        decoder = load_decoder(kind, channels=channels)
+        assert (decoder.latent_channels, decoder.temporal_stride) == (channels, 4)
+        assert decoder.spatial_stride == stride
+        assert not decoder.training
+        assert not any(parameter.requires_grad for parameter in decoder.parameters())
+        state = decoder.empty_state(1, 2)
+        pixels, following = decoder(torch.zeros(1, channels, 1, 1, 2), torch.ones(1), state)
+    assert pixels.shape == (1, 3, 4, stride, 2 * stride)
     assert following.keys() == state.keys()
 
 
@@ -186,6 +203,6 @@ def test_a_decoder_runs_in_the_dtype_of_its_weights(case: tuple[StreamingDecoder
 
     state = half.empty_state(HEIGHT, WIDTH)
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
-    found = decode(step, state, [3, 3, 1])
+    found = decode(step, state, [3, 3, 1], half.spatial_stride)
     assert found.dtype == torch.bfloat16
     assert (found.float() - whole).abs().mean() < 0.02

@@ -84,7 +84,7 @@ def text_for(spec: ModelSpec) -> Tensor:
         pytest.param(tiny(), None, 1000.0, id="tiny, noise alone"),
         pytest.param(tiny(), None, 833.3333, id="tiny"),
         pytest.param(tiny(), None, 0.0, id="tiny, clean"),
-        pytest.param(two_layers(), "208x128", 833.3333, marks=pytest.mark.slow, id="two layers, 1.3B width"),
+        pytest.param(two_layers(), "208x128", 833.3333, marks=pytest.mark.long, id="two layers, 1.3B width"),
     ],
 )
 def test_a_chunk_without_cache_equals_diffusers(

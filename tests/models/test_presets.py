@@ -22,11 +22,16 @@ FRAME_WISE = {
     "one-forcing": ("JiaqiFeng/OneForcing", "checkpoints/one_forcing.pt", 1),
 }
 """Chunks of one frame: repository and file of the weights, and denoising passes of every later chunk."""
+OF_SCENES = {
+    "longlive2-5b": (999.0, 937.0, 833.0, 624.0),
+    "longlive2-5b-2step": (999.0, 833.0),
+}
+"""LongLive 2: timesteps of a chunk."""
 GEOMETRIES = {"480p": (60, 104, 1560), "720p": (90, 160, 3600), "1080p": (136, 240, 8160)}
 
 
 def test_the_presets_are_there() -> None:
-    assert shipped_names("forcingkv.models.presets") == sorted([*PRESETS, *FRAME_WISE, "demo"])
+    assert shipped_names("forcingkv.models.presets") == sorted([*PRESETS, *FRAME_WISE, *OF_SCENES, "demo"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -112,6 +117,21 @@ def test_frames_each_head_of_a_frame_wise_model_sees(preset: str) -> None:
     assert cached_frames(pruned, 5, "dynamic", 12) == [0, 1, *[2] * 3, *[2 + 2 / 6] * 7]
     assert pruned.choice is not None
     assert (pruned.choice.candidates, pruned.choice.kept) == (6, 2)
+
+
+@pytest.mark.parametrize(("preset", "timesteps"), OF_SCENES.items())
+def test_presets_of_longlive_2(preset: str, timesteps: tuple[float, ...]) -> None:
+    spec = load_spec(preset)
+    assert (spec.layers, spec.heads, spec.head_dim, spec.ffn_width) == (30, 24, 128, 14336)
+    assert (spec.latent_channels, spec.fps, spec.frames_of(1), spec.frames_of(2)) == (48, 24, 29, 61)
+    assert spec.schedule.of_chunk(0) == spec.schedule.later
+    assert spec.schedule.later.timesteps == timesteps
+    assert (spec.recache, spec.scene_frames, spec.scene_offset) == ("cut", 8, 8.0)
+    full = plan_of(preset, "704p", "full")
+    assert (full.frame_tokens, full.window_frames) == (880, 32)
+    assert [role.name for role in full.layers[0][0].roles] == ["sink", "scene"]
+    assert cached_frames(full, 5, "all") == [0, 8, 16, 24, 24, 24, 24, 24]
+    assert len(full.phases) == 4
 
 
 def test_the_counts_of_lingbot_world_2(tmp_path: Path) -> None:

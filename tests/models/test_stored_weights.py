@@ -28,7 +28,8 @@ def test_plain_fp8_is_cast_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     assert all(weights[name].dtype == torch.bfloat16 for name in STATE)
     assert all(torch.equal(weights[name].float(), eight[name].float()) for name in STATE)
     assert weights.taken == (f"c.safetensors: {len(STATE)} tensors in FP8, without scales",)
-    assert all(torch.equal(load_pt(eight, tmp_path)[name].float(), eight[name].float()) for name in MATRICES)
+    pickled = load_pt(eight, tmp_path)
+    assert all(torch.equal(pickled[name].float(), eight[name].float()) for name in MATRICES)
 
 
 def test_what_was_made_of_scaled_fp8_is_said(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from forcingkv.models.decoders import StreamingDecoder, load_decoder
 from forcingkv.models.decoders.strips import begin_frame, finish_strip, strip_shapes, strips_of
 from forcingkv.runtime.decode_strips import STRIP_PIXELS, Strips, choose_strips
 from forcingkv.runtime.spec import Geometry
-from tests.models.test_decoders import shaken, small_taehv, small_vae
+from tests.models.test_decoders import SMALL, SMALL22, shaken, small_taehv, small_vae
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -25,13 +26,14 @@ from forcingkv.models.decoders.wan_vae import WanVaeDecoder  # noqa: E402
 FRAMES = 3
 
 
-def geometry(height: int, width: int) -> Geometry:
-    return Geometry(8 * width, 8 * height, width, height, patch=1)
+def geometry(height: int, width: int, side: int = 8) -> Geometry:
+    return Geometry(side * width, side * height, width, height, patch=1)
 
 
 def in_strips(decoder: StreamingDecoder, strips: Strips, latents: Tensor) -> Tensor:
     """Pixels of a video, strip by strip, each with caches of its own: as a session decodes it."""
     height, width = latents.shape[-2:]
+    side = decoder.spatial_stride
     shapes = strip_shapes(decoder, strips, height, width)
     whole = {name: torch.zeros(shape) for name, shape in shapes.whole.items()}
     states = [{n: torch.zeros(s) for n, s in shapes.state.items()} for _ in range(strips.count)]
@@ -42,12 +44,12 @@ def in_strips(decoder: StreamingDecoder, strips: Strips, latents: Tensor) -> Ten
         assert features.shape == shapes.features
         features = F.pad(features, (0, 0, 0, 0, 0, 0, 0, strips.feature_rows - features.shape[0]))
         edges = {name: torch.zeros(shape) for name, shape in shapes.edges.items()}
-        made = torch.full((1, 3, 4, 8 * height, 8 * width), math.nan)
+        made = torch.full((1, 3, 4, side * height, side * width), math.nan)
         for number, part in enumerate(features.split(strips.rows)):
             top, carried = torch.tensor([float(number * strips.rows)]), states[number] | edges
-            pixels, following = finish_strip(decoder, strips, 8 * height, part, first, top, carried)
+            pixels, following = finish_strip(decoder, strips, side * height, part, first, top, carried)
             states[number], edges = ({n: following[n] for n in of} for of in (shapes.state, shapes.edges))
-            row, own, count = strips.places(number, 8 * height)
+            row, own, count = strips.places(number, side * height)
             made[..., row : row + count, :] = pixels[..., own : own + count, :]
         frames.append(made)
     return torch.cat(frames, 2)[:, :, 3:]
@@ -64,11 +66,14 @@ def at_once(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(5, 3), (12, 5), (17, 2)], ids=str)
-@pytest.mark.parametrize("count", [2, 3, 5, 8])
-def test_strips_of_any_number_give_the_pixels_of_whole_frames(size: tuple[int, int], count: int) -> None:
-    decoder = WanVaeDecoder(small_vae())
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("config", [SMALL, SMALL22], ids=["2.1", "2.2"])
+def test_strips_of_any_number_give_the_pixels_of_whole_frames(
+    size: tuple[int, int], count: int, config: dict[str, Any]
+) -> None:
+    decoder = WanVaeDecoder(small_vae(config))
     latents = torch.randn(1, 4, FRAMES, *size, generator=torch.Generator().manual_seed(count))
-    strips = strips_of(decoder, geometry(*size), count)
+    strips = strips_of(decoder, geometry(*size, decoder.spatial_stride), count)
     assert strips is not None
     found, expected = in_strips(decoder, strips, latents), at_once(decoder, latents)
     assert expected.std() > 0.1
@@ -121,17 +126,20 @@ def test_strips_that_cannot_be_are_refused(count: int) -> None:
         choose_strips(1920, 1088, lag=46, scale=4, count=count)
 
 
-def test_what_the_planner_counts_is_what_the_layers_have() -> None:
-    decoder, costs = load_decoder("wan-vae"), decoder_costs("wan-vae")
-    sizes, strips = costs.strips, strips_of(load_decoder("wan-vae"), geometry(136, 240))
+@pytest.mark.parametrize("channels", [16, 48])
+def test_what_the_planner_counts_is_what_the_layers_have(channels: int) -> None:
+    decoder, costs = load_decoder("wan-vae", channels=channels), decoder_costs("wan-vae", channels)
+    side = decoder.spatial_stride
+    height, width = 1088 // side, 1920 // side
+    sizes, of = costs.strips, geometry(height, width, side)
+    strips = strips_of(decoder, of)
     assert sizes
-    assert strips == costs.strips_of(geometry(136, 240))
-    assert strips is not None
-    shapes = strip_shapes(decoder, strips, 136, 240)
-    pixels = 136 * 240
+    assert strips
+    assert strips == costs.strips_of(of)
+    shapes, pixels = strip_shapes(decoder, strips, height, width), height * width
     assert sum(map(math.prod, shapes.whole.values())) == sizes.whole * pixels
     assert math.prod(shapes.features) == sizes.features * pixels
-    assert sum(map(math.prod, shapes.edges.values())) == sizes.edges * 240
+    assert sum(map(math.prod, shapes.edges.values())) == sizes.edges * width
     state = sum(map(math.prod, shapes.state.values()))
     assert state * 1088 == (costs.cached - sizes.whole) * pixels * strips.pixel_rows
-    assert strips_of(small_taehv(), geometry(136, 240)) is None
+    assert strips_of(small_taehv(), of) is None

@@ -104,6 +104,19 @@ def bits(tensor: Tensor) -> Tensor:
 
 def _interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set[int]()
+
+    def patched_once(function: Any) -> object:
+        """The language stays that of the interpreter: it would be found and replaced for every call."""
+        module = id(function.__globals__)
+        if module not in patched:
+            patch(function)
+            patched.add(module)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patched_once
 
 
 def _prune(tensors: list[Bits], dtype: torch.dtype, sizes: Sizes) -> list[Bits]:

@@ -47,7 +47,14 @@ class FakeProviders:
         monkeypatch.setattr(ort, "InferenceSession", self._start)
         monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", self._value)
 
-    def _start(self, graph: Any, options: Any, providers: Asked, enable_fallback: int) -> Any:
+    def _start(
+        self,
+        graph: Any,
+        options: Any,
+        providers: Asked,
+        enable_fallback: int,
+        disabled_optimizers: Any = None,
+    ) -> Any:
         assert not enable_fallback
         self.asked.append(providers)
         return FakeSession(self, self.started(graph, options, providers=[CPU]), providers)

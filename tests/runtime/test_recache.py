@@ -27,7 +27,7 @@ from forcingkv.runtime.positions import chunk_noise
 from forcingkv.runtime.spec import Schedule
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, random_model, roles, small_spec
-from tests.runtime.lanes import On
+from tests.runtime.lanes import ONNX, TORCH, On
 from tests.runtime.videos import BUNDLES, OTHER, PROMPT, assert_same, differ, video_of
 
 Bundles = Callable[[str], Path]
@@ -189,6 +189,9 @@ def test_without_recache_only_the_prompt_changes(on: On, bundles: Bundles, name:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "on", [ONNX, pytest.param(TORCH, marks=pytest.mark.long)], indirect=True, ids=lambda on: str(on.name)
+)
 def test_a_switch_late_in_a_long_video(on: On, bundles: Bundles) -> None:
     """Past frame 1,024, where public code ends; twice, and without taking more memory than early on."""
     with on.open(bundles("forcing-kv"), threads=1) as session:

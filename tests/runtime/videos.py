@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -40,6 +41,20 @@ def assert_same(found: Iterable[Chunk], wanted: Iterable[Chunk]) -> None:
 
 def differ(found: Chunk, wanted: Chunk) -> bool:
     return bool((found.latents != wanted.latents).any())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def state_in(folder: Path) -> tuple[Any, dict[str, bytes]]:
+    """What a saved state says but for how long a chunk took that was ready, and its files of tensors."""
+    said, tensors = json.loads((folder / "state.json").read_text()), files(folder)
+    del tensors["state.json"], said["digest"]
+    for ready in said.get("ready", ()):
+        del ready["timing"]
+    return said, tensors
 
 
 def python(script: str, *words: object, **variables: str) -> str:

@@ -19,10 +19,11 @@ from forcingkv.headmaps.headmap import MOST
 from forcingkv.runtime.kv.early import Early
 from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.roles import Recent, Role, Sink
+from forcingkv.runtime.kv.scenes import Scene
 from forcingkv.runtime.shipped import read_named, shipped_names
 from forcingkv.runtime.spec import Positions
 
-Role.KINDS.update({kind.name: kind for kind in (Sink, Retained, Recent, Early)})
+Role.KINDS.update({kind.name: kind for kind in (Sink, Retained, Recent, Early, Scene)})
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""

@@ -78,6 +78,14 @@ def export(
             help="Compare every graph with torch, in float32; default: only with --target onnx.",
         ),
     ] = None,
+    recache_graph: Annotated[
+        bool | None,
+        Option(
+            "--recache-graph/--no-recache-graph",
+            help="One more graph, with which ONNX Runtime switches prompts by keep-sink and empty-sink;"
+            " default: where that is the model's way.",
+        ),
+    ] = None,
     target: Annotated[
         str, Option(help="onnx; torch, in seconds, without graphs; tensorrt-rtx or tensorrt for engines too.")
     ] = "onnx",
@@ -137,6 +145,7 @@ def export(
                 sms=sm or (),
                 aot=aot,
                 verify=verify,
+                recache=recache_graph,
                 calibration=texts,
                 progress=status.update,
             )

@@ -86,8 +86,8 @@ def generate(
     recache: Annotated[
         str | None,
         Option(
-            help="How the caches are made anew when the prompt is switched: replay, keep-sink, empty-sink or"
-            " none; default: the model's."
+            help="How the caches are made anew when the prompt is switched: replay, keep-sink, empty-sink,"
+            " none, or cut (another scene); default: the model's."
         ),
     ] = None,
     no_recache: Annotated[bool, Option("--no-recache", help="The same as --recache none.")] = False,
@@ -250,8 +250,8 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
         chunks = asked.given.chunks(spec, noise, start, chunks, whole=asked.seconds is None)
         video = session.generate(text, seed=asked.seed or 0, chunks=chunks, noise=noise, start=start)
     say_given(video, asked.given)
-    recache = prompts.how(spec)
-    take_switches(session, video, [(*change, recache, prompts.fade) for change in switches], prompts.recache)
+    prompts.say_how(spec)
+    take_switches(session, video, [(*change, prompts.fade) for change in switches], prompts.recache)
     for change in video.switches:
         if video.chunks is not None and change.chunk >= video.chunks:
             say(f"note: the video ends with chunk {video.chunks - 1}, before {change}", error=True)

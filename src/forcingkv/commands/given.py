@@ -138,6 +138,10 @@ def say_given(video: Video, given: GivenOptions) -> None:
     """Say what of a video is not of its seed."""
     if video.noise:
         say(f"noise: {video.noise}", error=True)
+    if video.held:
+        frames = "frame" if video.held == 1 else "frames"
+        source = f" of {given.start_latents}" if given.start_latents else ""
+        say(f"begins with {video.held} given latent {frames}{source}, held in its first chunk", error=True)
     if video.given:
         source = f" of {given.start_latents}" if given.start_latents else ""
         say(f"begins with {video.given} given chunks{source}", error=True)

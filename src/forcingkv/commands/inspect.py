@@ -111,6 +111,8 @@ def _model(opened: Bundle) -> Iterator[str]:
     yield from _beside("graphs", f"compute in {manifest.compute}{linears}")
     if manifest.strips:
         yield from _beside("decoding", f"each frame {manifest.strips.described}")
+    if "recache" in manifest.graphs:
+        yield from _beside("switches", "of prompts by keep-sink, empty-sink and replay on ONNX Runtime")
     for sentence in manifest.taken or ():
         yield from _beside("weights", sentence)
     kernels = manifest.kernels

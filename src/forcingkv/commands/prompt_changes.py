@@ -41,23 +41,46 @@ class Prompts:
             return self.script.prompts[1:]
         return tuple(switch.partition(":")[2].strip() for switch in self.switches)
 
-    def how(self, spec: ModelSpec) -> Recache:
-        """How the cache is made anew at each switch, which is said where there are any."""
-        chosen = recache_of(spec, self.recache)
+    def say_how(self, spec: ModelSpec) -> None:
+        """Say how the cache is made anew at each switch, where there are any."""
         if self.after:
             by = "" if self.recache else f", the way of {spec.name}"
-            say(f"recache {chosen}{by}", error=True)
-        return chosen
+            say(f"recache {recache_of(spec, self.recache)}{by}", error=True)
 
-    def changes(self, spec: ModelSpec, chunks_for: Callable[[float], int]) -> list[tuple[int, TextInput]]:
-        """The changes of the prompt, in order: each the index of a chunk and its new prompt.
+    def changes(
+        self, spec: ModelSpec, chunks_for: Callable[[float], int]
+    ) -> list[tuple[int, TextInput, Recache]]:
+        """The changes of the prompt, in order: each the index of a chunk, its new prompt, and how the cache
+        is made anew.
 
         Of --switch with the first chunk that begins at that second or later, of a script at that latent
-        frame. `chunks_for` has the chunks of so many seconds. Raises InputError for a switch that is not of
-        that form, or whose prompt cannot be used, and for two with one chunk.
+        frame. `chunks_for` has the chunks of so many seconds. The first chunk of a scene that is cut to has
+        the model's prefix before its prompt (`ModelSpec.scene_prefix`).
+
+        Raises InputError for a switch that is not of that form, or whose prompt cannot be used, and for two
+        with one chunk.
         """
         told = self._of_script(spec) if self.script else self._of_switches(chunks_for)
-        return [(chunk, text_input(spec, prompt, self.embeds, random=self.random)) for chunk, prompt in told]
+        how, begun = recache_of(spec, self.recache), {chunk for chunk, _ in told}
+        prefix = spec.scene_prefix if how == "cut" else ""
+        made: list[tuple[int, TextInput, Recache]] = []
+        for chunk, prompt in told:
+            made.append((chunk, self._text(spec, prefix if chunk else "", prompt), how))
+            if prefix and chunk and chunk + 1 not in begun:
+                made.append((chunk + 1, self._text(spec, "", prompt), "none"))
+        return made
+
+    def _text(self, spec: ModelSpec, prefix: str, prompt: str) -> TextInput:
+        try:
+            return text_input(spec, prefix + prompt, self.embeds, random=self.random)
+        except InputError as error:
+            if not (prefix and self.embeds):
+                raise
+            hint = (
+                f"The first chunk of a scene has {prefix!r} before its prompt: encode that line too, or"
+                " switch with --recache replay or none."
+            )
+            raise InputError(error.what, where=error.where, expected=error.expected, hint=hint) from error
 
     def _of_script(self, spec: ModelSpec) -> list[tuple[int, str]]:
         assert self.script is not None
