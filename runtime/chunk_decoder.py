@@ -50,7 +50,7 @@ class ChunkDecoder:
     def held(self) -> dict[str, Tensor]:
         """The feature caches as they are now."""
         if self._strips:
-            return self._strips.held()
+            return self._strips.held(self.called)
         assert self._whole is not None
         return self._whole.held(self.called)
 
@@ -68,7 +68,7 @@ class ChunkDecoder:
             self._latents.write(latents[:, :, call * size : (call + 1) * size], self._lane.side)
             begins, rows = opening and call == 0, frames.rows(call * each, (call + 1) * each)
             if self._strips:
-                self._strips.decode(begins, rows)
+                self._strips.decode(begins, self.called, rows)
             else:
                 assert self._whole is not None
                 self._whole.decode(begins, self.called, rows, (call, place))

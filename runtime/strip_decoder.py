@@ -1,8 +1,9 @@
 """Decoding a latent frame strip by strip: memory, and the passes over it (`runtime/decode_strips.py`).
 
-Everything lies where it always does, so there is one pass for a frame and one for each strip, bound once.
-What a strip carries lies in a block of its own. Its next caches are made in memory that all strips share,
-and copied into the block: where a backend reads all of a cache before it writes, they are made there at once.
+What a strip carries lies in a block of its own. Its next caches are made in memory that all strips share, and
+copied into the block, so everything lies where it always does, and there is one pass for a frame and one for
+each strip, bound once. A backend that reads all of a cache before it writes any (`Lane.in_place`) makes them
+in the block at once. Where memory cannot be copied (`Lane.copies`) the blocks go round instead.
 """
 
 from __future__ import annotations
@@ -68,73 +69,91 @@ class StripRecords:
 
 
 class StripDecoder:
-    """Decodes a latent frame at a time."""
+    """Decodes a latent frame at a time. Strips are numbered from the top; `called` are the calls since the
+    video began."""
 
     def __init__(self, lane: Lane, manifest: Manifest, latents: Tensor) -> None:
         """`latents` is where a latent frame is written before it is decoded."""
         assert manifest.strips is not None
-        self._lane, self._strips = lane, manifest.strips
+        self._lane, self._strips, self._latents = lane, manifest.strips, latents
         whole, strip = (manifest.graphs[name] for name in ("decode", STRIP))
-        records, side = StripRecords(manifest.graphs), lane.side
-        self._whole = Block(lane, records.whole)
-        self._states = [Block(lane, records.state) for _ in range(self._strips.count)]
-        self._made = self._states[0].memory  # of one dtype all
-        if not lane.in_place:
-            largest = max(self._whole.memory.shape, self._states[0].memory.shape)
-            self._made = lane.tensor(largest, self._made.dtype, state=True)
+        self._records, side = StripRecords(manifest.graphs), lane.side
+        spare = 0 if lane.in_place or lane.copies else 1
+        self._whole = [Block(lane, self._records.whole) for _ in range(1 + spare)]
+        self._states = [Block(lane, self._records.state) for _ in range(self._strips.count + spare)]
+        self._made: Tensor | None = None
+        if not (lane.in_place or spare):
+            of_each = self._whole[0].memory, self._states[0].memory
+            largest = max(memory.shape for memory in of_each)
+            self._made = lane.tensor(largest, of_each[0].dtype, state=True)
             self._made.clear(side)
-        self._edges = [Block(lane, records.edges) for _ in range(2)]
+        self._edges = [Block(lane, self._records.edges) for _ in range(2)]
         made = whole.outputs[FEATURES]
-        rows, *rest = made.shape
-        features = lane.tensor((self._strips.feature_rows, *rest), made.dtype, state=True)
-        features.clear(side)  # below the frame they stay zeros
+        self._rows, *rest = made.shape
+        self._features = lane.tensor((self._strips.feature_rows, *rest), made.dtype, state=True)
+        self._features.clear(side)  # below the frame they stay zeros
         self._first = lane.tensor((1,), "float32")
+        self._tops = [lane.tensor((1,), "float32") for _ in range(self._strips.count)]
+        for number, top in enumerate(self._tops):
+            top.write(np.array([number * self._strips.rows], np.float32), side)
         shown = strip.outputs["frames"]
         self._shown = lane.tensor(shown.shape, shown.dtype)
-        following = self._following(records.whole, self._whole)
-        self._frame_pass = lane.bind(
-            "decode",
-            0,
-            {"latents": latents, FIRST: self._first, **self._whole.tensors},
-            {FEATURES: features.rows(0, rows), **following},
-        )
-        self._passes = [
-            self._strip_pass(number, features, records.state) for number in range(self._strips.count)
-        ]
+        self._passes: dict[tuple[int | None, int], Pass] = {}
 
-    def held(self) -> dict[str, Tensor]:
+    def held(self, called: int) -> dict[str, Tensor]:
         """The feature caches, in blocks."""
-        strips = {f"strip.{number}": block.memory for number, block in enumerate(self._states)}
-        return {"whole": self._whole.memory, **strips}
+        states = {f"strip.{n}": self._state(n, called).memory for n in range(self._strips.count)}
+        return {"whole": self._of_whole(called).memory, **states}
 
-    def decode(self, opening: bool, frames: Tensor) -> None:
+    def decode(self, opening: bool, called: int, frames: Tensor) -> None:
         """Make frames (frames, height, width, 3) of the latent frame that was written; `opening`: it is a
         video's first."""
-        side = self._lane.side
-        self._first.write(np.array([opening], np.float32), side)
-        self._run(self._frame_pass, self._whole)
-        self._edges[0].memory.clear(side)  # above the frame
-        for number, strip_pass in enumerate(self._passes):
-            self._run(strip_pass, self._states[number])
+        self._first.write(np.array([opening], np.float32), self._lane.side)
+        self._run(self._frame_pass(called), self._of_whole(called))
+        self._edges[0].memory.clear(self._lane.side)  # above the frame
+        for number in range(self._strips.count):
+            self._run(self._strip_pass(number, called), self._state(number, called))
             self._show(number, frames)
 
-    def _following(self, records: Mapping[str, TensorRecord], own: Block) -> dict[str, Tensor]:
-        return own.outputs() if self._lane.in_place else Block(self._lane, records, self._made).outputs()
+    def _of_whole(self, called: int) -> Block:
+        return self._whole[called % len(self._whole)]
 
-    def _strip_pass(self, number: int, features: Tensor, state: Mapping[str, TensorRecord]) -> Pass:
-        rows, own = self._strips.rows, self._states[number]
-        top = self._lane.tensor((1,), "float32")
-        top.write(np.array([number * rows], np.float32), self._lane.side)
-        above, below = self._edges[number % 2], self._edges[1 - number % 2]
-        inputs = {FEATURES: features.rows(number * rows, (number + 1) * rows), FIRST: self._first, TOP: top}
-        outputs = {"frames": self._shown} | self._following(state, own) | below.outputs()
-        return self._lane.bind(STRIP, 0, inputs | own.tensors | above.tensors, outputs)
+    def _state(self, number: int, called: int) -> Block:
+        """Where the caches of a strip lie. In a ring of one block more than there are strips each moves one
+        place at each call, to where those of the strip above were."""
+        moved = called if len(self._states) > self._strips.count else 0
+        return self._states[(number - moved) % len(self._states)]
+
+    def _following(self, following: Block, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+        """Where next caches are made: in the shared memory, or where they are to lie."""
+        return (following if self._made is None else Block(self._lane, records, self._made)).outputs()
+
+    def _frame_pass(self, called: int) -> Pass:
+        key = None, called % len(self._whole)
+        if key not in self._passes:
+            inputs = {"latents": self._latents, FIRST: self._first, **self._of_whole(called).tensors}
+            outputs = {FEATURES: self._features.rows(0, self._rows)}
+            outputs |= self._following(self._of_whole(called + 1), self._records.whole)
+            self._passes[key] = self._lane.bind("decode", 0, inputs, outputs)
+        return self._passes[key]
+
+    def _strip_pass(self, number: int, called: int) -> Pass:
+        rows, states = self._strips.rows, len(self._states)
+        key = number, called % states if states > self._strips.count else 0
+        if key not in self._passes:
+            above, below = self._edges[number % 2], self._edges[1 - number % 2]
+            features = self._features.rows(number * rows, (number + 1) * rows)
+            inputs = {FEATURES: features, FIRST: self._first, TOP: self._tops[number]}
+            inputs |= self._state(number, called).tensors | above.tensors
+            outputs = {"frames": self._shown} | below.outputs()
+            outputs |= self._following(self._state(number, called + 1), self._records.state)
+            self._passes[key] = self._lane.bind(STRIP, 0, inputs, outputs)
+        return self._passes[key]
 
     def _run(self, one: Pass, own: Block) -> None:
         one.run()
-        if not self._lane.in_place:
-            count = own.memory.shape[0]
-            own.memory.copy_from(self._made.rows(0, count), self._lane.side)
+        if self._made is not None:
+            own.memory.copy_from(self._made.rows(0, own.memory.shape[0]), self._lane.side)
 
     def _show(self, number: int, frames: Tensor) -> None:
         """Put the rows of a strip that are in the frame where they belong."""

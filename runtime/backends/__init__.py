@@ -144,7 +144,9 @@ class Tensor(Protocol):
         """Copy it to the host in that queue's order."""
 
     def copy_from(self, source: Any, queue: Queue) -> None:
-        """Take what another tensor of this lane holds, of the same dtype and size, in that queue's order."""
+        """Take what another tensor of this lane holds, of the same dtype and size, in that queue's order.
+
+        Of state only where `Lane.copies` says so."""
 
     def shared(self) -> Any:
         """Something with `__dlpack__` on the same memory, for frames that stay where they are."""
@@ -168,6 +170,7 @@ class Lane(Protocol):
         recaches: whether it binds `recache`: a switch of the prompt may encode newest frames anew.
         in_place: whether what a pass of decoding carries may be written where it is read: all of it is read
             before any is written.
+        copies: whether tensors of state take what others hold (`Tensor.copy_from`).
     """
 
     main: Queue
@@ -175,6 +178,7 @@ class Lane(Protocol):
     lookahead: int
     recaches: bool
     in_place: bool
+    copies: bool
     runs_on: str
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:

@@ -67,6 +67,7 @@ class TensorRTLane:
         self.lookahead, self._cuda_graphs = 1, cuda_graphs
         self.recaches = False  # no engine of that pass is built
         self.in_place = False  # an engine may write an output while it reads inputs
+        self.copies = True
         self.runs_on = "the GPU (TensorRT)" if gpu.number == 0 else f"the GPU {gpu.name} (TensorRT)"
         self._gpu, self._bundle, self._loaded = gpu, bundle, loaded
         self._closed, self._told = False, False

@@ -25,7 +25,9 @@ from tests.export.test_engine_builds import needs_rtx
 from tests.exported import shared_bundle
 from tests.models.test_decoders import small_taehv, small_vae
 from tests.runtime.engine_world import World
+from tests.runtime.lanes import OwnState
 from tests.runtime.test_footprint import CountingLane
+from tests.runtime.videos import open_with
 
 pytest.importorskip("diffusers")
 
@@ -115,6 +117,9 @@ def test_engines_run_the_strips_on_memory_of_their_own(
         for _ in range(2):
             found, _ = video_of(session)
             np.testing.assert_array_equal(found, expected)
+        decoder = session._memory().decoder._strips
+        assert decoder is not None
+        assert len(decoder._passes) == 3, "a frame's, and one a strip"
     assert world.left == {}
 
 
@@ -134,9 +139,9 @@ def test_engines_of_both_parts_are_built_and_counted(run: Callable[..., Ran]) ->
     assert "decode_strip" in run("inspect", str(folder)).out
 
 
-def test_a_session_takes_what_is_said(small_lane: Callable[[], CountingLane]) -> None:
+def test_a_session_takes_what_is_said() -> None:
     opened = Bundle.open(bundle_of(6))
-    lane, manifest = small_lane(), opened.manifest
+    lane, manifest = CountingLane({}), opened.manifest
     parts = footprint(manifest, opened.plan)
     latents = lane.tensor(manifest.graphs["decode"].inputs["latents"].shape, "float32")
     taken = lane.taken
@@ -144,22 +149,10 @@ def test_a_session_takes_what_is_said(small_lane: Callable[[], CountingLane]) ->
     shown = manifest.graphs[STRIP].outputs["frames"].shape
     numbers = 4 + 4 * 6  # the inputs `first`, and `top` of each strip
     assert lane.taken - taken == parts["decoder_caches"] + int(np.prod(shown)) + numbers
-    assert lane.bound == 7, "a frame's, and one a strip"
-    assert [*decoder.held()] == ["whole", *(f"strip.{number}" for number in range(6))]
+    assert [*decoder.held(0)] == ["whole", *(f"strip.{number}" for number in range(6))]
     on_torch = opened.computing_in("float32")
     in_place = footprint(on_torch.manifest, on_torch.plan)["decoder_caches"]
     assert in_place < parts["decoder_caches"], "nothing is made beside"
-
-
-@pytest.fixture
-def small_lane() -> Callable[[], CountingLane]:
-    class Lane(CountingLane):
-        bound = 0
-
-        def bind(self, *_: Any) -> Any:
-            self.bound += 1
-
-    return lambda: Lane({})
 
 
 def test_strips_that_do_not_cover_a_frame_are_refused() -> None:
@@ -208,3 +201,18 @@ def test_a_smaller_size_is_suggested_as_what_is_decoded_as_a_whole() -> None:
     found = bytes_of_other(strips, others, load_policy("window"), SIZE)
     assert found == pytest.approx(wanted, rel=0.1)
     assert sum(others.values()) < 0.9 * wanted
+
+
+def test_strips_in_memory_of_a_provider_s_own_device(tmp_path: Path) -> None:
+    """The way that the CUDA provider takes, on a CPU; a state goes from one to the other."""
+    own, _ = open_with(bundle_of(2), OwnState)
+    with own, Session.open(bundle_of(2), threads=1) as plain:
+        np.testing.assert_array_equal(video_of(own)[0], video_of(plain)[0])
+        decoder = own._memory().decoder._strips
+        assert decoder is not None
+        assert (decoder._made, len(decoder._states)) == (None, 3)
+        begun = own.generate("a b c", seed=3, chunks=CHUNKS)
+        next(begun)
+        begun.save(tmp_path / "state")
+        for one, other in zip(begun, plain.restore(tmp_path / "state"), strict=True):
+            np.testing.assert_array_equal(one.frames, other.frames)
