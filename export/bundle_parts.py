@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import onnx
 import torch
@@ -26,6 +27,7 @@ from forcingkv.export.graphs import (
     decode_graph,
     decode_strip_graph,
     empty,
+    encode_graph,
     prompt_graph,
     recache_graph,
     step_graph,
@@ -36,12 +38,15 @@ from forcingkv.export.verify import graph_difference, quantized_differences
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.decoders.strips import StripShapes, strip_shapes
+from forcingkv.models.encoders import StreamingEncoder
+from forcingkv.models.streaming import StreamingModule
 from forcingkv.models.wan import WanModel
 from forcingkv.prune.launcher import KERNELS, UNEVEN_KERNELS, kernel_sms
 from forcingkv.runtime.bundle import (
     GRAPHS,
     CalibrationRecord,
     GraphRecord,
+    as_records,
     tensor_records,
 )
 from forcingkv.runtime.decode_strips import Strips
@@ -49,18 +54,27 @@ from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph, shapes_of
 from forcingkv.runtime.graph_file import read_graph
 from forcingkv.runtime.graph_memory import weight_bytes
-from forcingkv.runtime.graph_records import DECODING_GRAPHS, STRIP, UNFOLDED, DecoderSizes, Layout
+from forcingkv.runtime.graph_records import (
+    DECODING_GRAPHS,
+    STRIP,
+    UNFOLDED,
+    DecoderSizes,
+    Layout,
+    encode_layouts,
+)
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import StoredTensor
 
-WEIGHTS, DECODER = "weights.safetensors", "decoder.safetensors"
+WEIGHTS, DECODER, ENCODER = "weights.safetensors", "decoder.safetensors", "encoder.safetensors"
 """Files that the graphs point into."""
 TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, in float32, that an export passes with."""
 
 ROUNDED_TOLERANCE = 2.0
 """Largest difference of x0 that an export in FP8 or int8 passes with; 1 is what rounding inputs changes."""
+
+M = TypeVar("M", bound=StreamingModule)
 
 
 class VerificationError(Exception):
@@ -80,6 +94,8 @@ class PartsWriter:
     graphs: bool
     """Whether graphs are traced."""
     progress: Callable[[str], None]
+    encoder: StreamingEncoder | None = None
+    """Of frames that are given."""
     strips: Strips | None = None
     """In which frames are decoded; None: as a whole."""
     records: dict[str, GraphRecord] = field(default_factory=dict)
@@ -102,11 +118,6 @@ class PartsWriter:
         return self.precision.linears(weight_shapes(self.plan.spec))
 
     @cached_property
-    def names(self) -> list[str]:
-        """The graphs, in the order in which they are made."""
-        return [*GRAPHS, *([STRIP] if self.strips else [])]
-
-    @cached_property
     def shapes(self) -> StripShapes | None:
         """The shapes of the decoder in strips."""
         if self.strips is None:
@@ -116,15 +127,23 @@ class PartsWriter:
         return strip_shapes(self.decoder, self.strips, geometry.latent_height, geometry.latent_width)
 
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
-        """Write the baked weights and those of the decoder."""
+        """Write the baked weights and those of the decoder and the encoder."""
         spec, path = self.plan.spec, self.folder / WEIGHTS
         self.stored[WEIGHTS] = bake_weights(weights, spec, orders, path, self.precision, self.progress)
-        if self.decoder:
+        for module, file in ((self.decoder, DECODER), (self.encoder, ENCODER)):
+            if module is None:
+                continue
             # Decoders are small, and bfloat16 shows in pixels: on a CPU they stay as they are.
             # torch computes in what it likes best, and the file is small: it gets what there is.
-            state, compute = self.decoder.state_dict(), self.precision.compute if self.graphs else "float32"
+            state, compute = module.state_dict(), self.precision.compute if self.graphs else "float32"
             planned: Planned = {name: (compute, tuple(tensor.shape)) for name, tensor in state.items()}
-            self.stored[DECODER] = store_tensors(planned, state.__getitem__, self.folder / DECODER)
+            self.stored[file] = store_tensors(planned, state.__getitem__, self.folder / file)
+
+    @property
+    def engine_names(self) -> list[str]:
+        """The graphs that engines are built of."""
+        more = {STRIP: self.strips is not None, "encode": self.encoder is not None}
+        return [*GRAPHS, *(name for name, there in more.items() if there)]
 
     def calibrate(self, texts: CalibrationTexts) -> None:
         """Find the scales of the inputs of linear layers in FP8."""
@@ -138,8 +157,13 @@ class PartsWriter:
         # `prompt` and `step` are of one model, and the parts of a decoder of one: each is loaded once.
         stored = self.stored.get(file or "", {}) if name not in ("prompt", STRIP) else {}
         held = sum(tensor.bytes for tensor in stored.values())
-        sizes = decoder_sizes(self.plan, self.decoder, self.precision.compute, self.strips)
-        self.records[name] = record_without_graph(name, self.plan, sizes, self.precision.compute, file, held)
+        compute = self.precision.compute
+        if name == "encode":
+            assert self.encoder is not None
+            self.records[name] = encoder_record(self.plan, self.encoder, compute, file, held)
+            return
+        sizes = decoder_sizes(self.plan, self.decoder, compute, self.strips)
+        self.records[name] = record_without_graph(name, self.plan, sizes, compute, file, held)
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
@@ -197,7 +221,7 @@ class PartsWriter:
         folder = self.folder / "engines"
         folder.mkdir()
         for sm in target.sms:
-            for name in self.names:
+            for name in self.engine_names:
                 self.progress(f"building the engine of {name} for sm_{sm}")
                 file = folder / f"{name}-{target.flavour.name}-sm{sm}.engine"
                 graph = self.folder / f"{name}.onnx"
@@ -220,7 +244,7 @@ class PartsWriter:
 
     def _weights_of(self, name: str) -> str | None:
         """The file that a graph's weights lie in."""
-        file = DECODER if name in DECODING_GRAPHS else WEIGHTS
+        file = DECODER if name in DECODING_GRAPHS else {"encode": ENCODER}.get(name, WEIGHTS)
         return file if file in self.stored else None
 
     def _compare(self, name: str, path: Path) -> None:
@@ -249,14 +273,13 @@ class PartsWriter:
 
         With a precision (fake tensors are on): with parameters of its dtypes and without contents.
         """
+        if name == "encode":
+            assert self.encoder is not None
+            return encode_graph(self.plan, _emptied(self.encoder, precision))
         if name in DECODING_GRAPHS:
             shapes = self.shapes
-            decoder, kind = self.decoder, precision.compute if precision else "float32"
-            if decoder and precision:
-                with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
-                    decoder = copy.deepcopy(decoder)
-                empty(decoder, lambda parameter: torch_dtype(kind))
-            pixels = kind == "float32"
+            pixels = (precision.compute if precision else "float32") == "float32"
+            decoder = _emptied(self.decoder, precision) if self.decoder else None
             if name == "decode":
                 return decode_graph(self.plan, decoder, pixels=pixels, strips=self.strips)
             assert decoder is not None
@@ -291,6 +314,26 @@ def decoder_sizes(
         return DecoderSizes(layouts(decoder.state_shapes(*size) if decoder else {}))
     found = strip_shapes(decoder, strips, *size)
     return DecoderSizes(layouts(found.whole), strips, layouts(found.state | found.edges), found.features)
+
+
+def _emptied(module: M, precision: Precision | None) -> M:
+    """A decoder or encoder with the contents that it has, or with a precision's dtype and without."""
+    if precision is None:
+        return module
+    with unset_fake_temporarily():  # real tensors cannot be copied while fake ones are on
+        module = copy.deepcopy(module)
+    empty(module, lambda parameter: torch_dtype(precision.compute))
+    return module
+
+
+def encoder_record(
+    plan: CachePlan, encoder: StreamingEncoder, compute: Dtype, weights: str | None, held: int
+) -> GraphRecord:
+    """What goes into `encode` and comes out, in a bundle for torch; `held` are the bytes of its weights."""
+    shapes = encoder.state_shapes(plan.geometry.latent_height, plan.geometry.latent_width)
+    carried = {cache: Layout(compute, shape) for cache, shape in shapes.items()}
+    ends = as_records(encode_layouts(plan, compute, carried))
+    return GraphRecord(None, weights, *ends, weight_bytes=held)
 
 
 def record_without_graph(

@@ -2,7 +2,7 @@
 
 `prompt` runs once a prompt, `step` once a pass, `decode` once a latent frame. Not every bundle has others:
 `decode_strip` runs once a strip of a latent frame where frames are decoded in strips, `recache` once a switch
-of the prompt that encodes newest frames anew.
+of the prompt that encodes newest frames anew, `encode` once a latent frame of given frames.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from forcingkv.models.decoders import StreamingDecoder, frames_of, to_frames
 from forcingkv.models.decoders.strips import StripShapes, begin_frame, finish_strip
+from forcingkv.models.encoders import StreamingEncoder, pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
 from forcingkv.models.kv import (
     Cache,
@@ -30,7 +31,15 @@ from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.bundle import next_name
 from forcingkv.runtime.decode_strips import Strips
-from forcingkv.runtime.graph_records import FEATURES, FIRST, TOP, TURN, encoded_lengths, latent_shape
+from forcingkv.runtime.graph_records import (
+    FEATURES,
+    FIRST,
+    GIVEN_FRAMES,
+    TOP,
+    TURN,
+    encoded_lengths,
+    latent_shape,
+)
 from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, told_name
 from forcingkv.runtime.kv.rebuild import Encoding, encodings, most_encoded, rows_names, seen_entries
 from forcingkv.runtime.kv.window import first_position, moved_by
@@ -274,6 +283,23 @@ def decode_strip_graph(
 
 def _shown(pixels: bool) -> tuple[str, ...]:
     return ("frames", "pixels") if pixels else ("frames",)
+
+
+def encode_graph(plan: CachePlan, encoder: StreamingEncoder) -> Graph:
+    """The graph `encode`: the pixel frames of one latent frame and feature caches -> its latents, and the
+    next caches. Frames are as large as the model computes them, before any are cropped."""
+    geometry, kind = plan.geometry, compute_dtype(encoder)
+    state = encoder.empty_state(geometry.latent_height, geometry.latent_width)
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        held = {name: inputs[name] for name in state}
+        pixels = pixels_of(inputs[GIVEN_FRAMES]).to(kind)
+        latents, following = encoder(pixels, inputs[FIRST].to(kind), held)
+        return (latents.float(), *(following[name] for name in state))
+
+    frames = torch.zeros(encoder.temporal_stride, geometry.height, geometry.width, 3, dtype=torch.uint8)
+    inputs = {GIVEN_FRAMES: frames, FIRST: torch.ones(1), **state}
+    return Graph(encoder, run, inputs, ("latents", *map(next_name, state)))
 
 
 def _cross_names(layers: int) -> list[str]:

@@ -18,6 +18,7 @@ from forcingkv.headmaps.folders import built_in
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.decoders.strips import strip_shapes
+from forcingkv.models.encoders import StreamingEncoder
 from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import require_memory
@@ -42,7 +43,10 @@ ENGINE_WEIGHTS = 1.1
 
 
 def check_memory_to_verify(
-    plan: CachePlan, decoder: StreamingDecoder | None = None, strips: Strips | None = None
+    plan: CachePlan,
+    decoder: StreamingDecoder | None = None,
+    strips: Strips | None = None,
+    encoder: StreamingEncoder | None = None,
 ) -> None:
     """Raise InputError unless a model fits into memory for verification, with what it needs by part.
 
@@ -57,13 +61,13 @@ def check_memory_to_verify(
         "caches": VERIFIED_CACHES * plan.kv_bytes(),
         "attention scores": 4 * spec.heads * plan.chunk_tokens * keys,
     }
-    if decoder:
-        grid = plan.geometry.latent_height, plan.geometry.latent_width
-        state = _numbers(decoder.state_shapes(*grid))
-        if strips:
-            shapes = strip_shapes(decoder, strips, *grid)
-            state = max(_numbers(shapes.whole), _numbers(shapes.state | shapes.edges))
-        parts["decoder caches"] = 4 * VERIFIED_STATES * state
+    grid = plan.geometry.latent_height, plan.geometry.latent_width
+    states = [_numbers(module.state_shapes(*grid)) for module in (decoder, encoder) if module]
+    if decoder and strips:
+        shapes = strip_shapes(decoder, strips, *grid)
+        states[0] = max(_numbers(shapes.whole), _numbers(shapes.state | shapes.edges))
+    if states:  # graphs are verified one after the other
+        parts["decoder caches"] = 4 * VERIFIED_STATES * max(states)
     require_memory(
         f"verifying {spec.name} at {plan.geometry.width}x{plan.geometry.height}",
         parts,

@@ -17,7 +17,7 @@ from forcingkv.export.graphs import Graph
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.bundle import CLEAN, next_name
 from forcingkv.runtime.faults import DeviceError
-from forcingkv.runtime.graph_records import EDGE, TOP, TURN
+from forcingkv.runtime.graph_records import EDGE, GIVEN_FRAMES, TOP, TURN
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.rebuild import encoding_shapes, rows_of
 
@@ -34,9 +34,10 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
     """Largest absolute difference of any output between the file in ONNX Runtime and torch, in every phase.
 
     Inputs are random but for those that the host computes (positions, times, noise levels), which are the
-    graph's examples: random ones would not be angles. In a decoder's caches the difference is relative to
-    their largest value where that is above 1: such features have no scale of their own. Infinite where a
-    denoising pass of the file gives other latents than the clean pass, or makes next caches.
+    graph's examples: random ones would not be angles. In the caches of a decoder or an encoder, and in the
+    latents that this makes of them, the difference is relative to their largest value where that is above 1:
+    such features have no scale of their own. Infinite where a denoising pass of the file gives other latents
+    than the clean pass, or makes next caches.
     """
     runnable = OnnxGraph(path, folded=not graph.passes)
     worst = 0.0
@@ -45,7 +46,8 @@ def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:
         found = {name: np.empty_like(array, order="C") for name, array in expected.items()}
         runnable.run(_given(graph, inputs), found)
         for name, array in expected.items():
-            worst = max(worst, _difference(array, found[name], scaled=name.startswith(FEATURES)))
+            scaled = name.startswith(FEATURES) or (GIVEN_FRAMES in graph.inputs and name == "latents")
+            worst = max(worst, _difference(array, found[name], scaled=scaled))
         if graph.clean_outputs and not _denoising_pass_is_equal(graph, runnable, inputs, found):
             return math.inf
     return worst
@@ -120,6 +122,8 @@ def _cases(graph: Graph, plan: CachePlan) -> Iterator[Arrays]:
             shape = varying.get(name, tuple(example.shape))
             if name in HOST_INPUTS:
                 inputs[name] = example.numpy()[: shape[0]]  # positions: those of as many tokens
+            elif example.dtype == torch.uint8:
+                inputs[name] = generator.integers(0, 256, shape, np.uint8)
             elif example.dtype == torch.int32:
                 inputs[name] = rows.get(name, np.arange(shape[0], dtype=np.int32))
             else:

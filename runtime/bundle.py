@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,11 +12,11 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, shown, to_data
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
 from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_file
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.headmaps.reading import parse_json, read_content
-from forcingkv.runtime.bundle_check import check_files, check_sizes, map_checked, read_checked
+from forcingkv.runtime.bundle_check import check_digest, check_files, check_sizes, map_checked, read_checked
 from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
 from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
@@ -26,7 +24,9 @@ from forcingkv.runtime.graph_check import check_graph
 from forcingkv.runtime.graph_records import (
     ALL_GRAPHS,
     STRIP,
+    Layout,
     check_records,
+    encode_layouts,
     sizes_of,
 )
 from forcingkv.runtime.graph_records import CLEAN as CLEAN
@@ -38,6 +38,7 @@ from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import Dtype, Linear, ModelSpec
 from forcingkv.runtime.tensor_records import GraphRecord as GraphRecord
 from forcingkv.runtime.tensor_records import TensorRecord as TensorRecord
+from forcingkv.runtime.tensor_records import as_records as as_records
 from forcingkv.runtime.tensor_records import tensor_records as tensor_records
 
 T = TypeVar("T")
@@ -219,6 +220,10 @@ class Bundle:
             name: GraphRecord(None, records[name].weights, *made, records[name].weight_bytes)
             for name, made in tensor_records(self.plan, compute, decoder).items()
         }
+        if encode := records.get("encode"):
+            held = {name: Layout(compute, record.shape) for name, record in encode.carried.items()}
+            ends = as_records(encode_layouts(self.plan, compute, held))
+            graphs["encode"] = GraphRecord(None, encode.weights, *ends, encode.weight_bytes)
         made = PlanRecord.of(self.plan, compute)
         manifest = replace(self.manifest, compute=compute, graphs=graphs, plan=made)
         bundle = Bundle(self.path, manifest, self.headmap)
@@ -307,21 +312,6 @@ class Bundle:
         return inside(self.path, file) if file else None
 
 
-def open_bundles(paths: Sequence[Path], expect: Sequence[str] = ()) -> list[Bundle]:
-    """Open several bundles, of the digests expected if any are: one for each, in their order.
-
-    Raises InputError as `Bundle.open`, and for fewer or more digests than bundles.
-    """
-    if expect and len(expect) != len(paths):
-        raise InputError(
-            f"is given {len(expect)} times, and there are {len(paths)} bundles",
-            where="--expect-digest",
-            expected="a digest for each bundle, in their order, or none",
-        )
-    digests: list[str | None] = [*expect] or [None] * len(paths)
-    return [Bundle.open(path, expect=digest) for path, digest in zip(paths, digests, strict=True)]
-
-
 def read_data(kind: type[T], path: Path) -> T:
     """The dataclass `kind` from a file of JSON. Raises InputError where it cannot be read or does not fit."""
     return from_data(kind, parse_json(read_content(path), str(path)), str(path))
@@ -332,22 +322,6 @@ def _manifest_content(folder: Path) -> bytes:
     if not path.is_file():
         raise no_bundle(folder)
     return read_content(path)
-
-
-def check_digest(folder: Path, digest: str, expect: str | None) -> None:
-    """Raise InputError for a bundle of another digest than expected; None: any will do."""
-    if expect is None:
-        return
-    if not re.fullmatch("[0-9a-f]{64}", expect.lower()):
-        expected = "the 64 digits of a SHA-256, as `forcingkv inspect` prints them"
-        raise InputError(f"is {shown(expect, 80)}", where="the expected digest", expected=expected)
-    if digest != expect.lower():
-        raise InputError(
-            f"has the digest {digest}",
-            where=str(folder),
-            expected=expect.lower(),
-            hint="It is another bundle, or was changed: fetch it again from where the digest is from.",
-        )
 
 
 def _read_manifest(folder: Path, content: bytes) -> Manifest:

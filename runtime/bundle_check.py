@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -163,3 +164,19 @@ def read_checked(folder: Path, name: str, files: Mapping[str, FileRecord]) -> by
     if hashlib.sha256(content).hexdigest() != files[name].sha256:
         raise _changed(path)
     return content
+
+
+def check_digest(folder: Path, digest: str, expect: str | None) -> None:
+    """Raise InputError for a bundle of another digest than expected; None: any will do."""
+    if expect is None:
+        return
+    if not re.fullmatch("[0-9a-f]{64}", expect.lower()):
+        expected = "the 64 digits of a SHA-256, as `forcingkv inspect` prints them"
+        raise InputError(f"is {shown(expect, 80)}", where="the expected digest", expected=expected)
+    if digest != expect.lower():
+        raise InputError(
+            f"has the digest {digest}",
+            where=str(folder),
+            expected=expect.lower(),
+            hint="It is another bundle, or was changed: fetch it again from where the digest is from.",
+        )

@@ -15,7 +15,15 @@ from typing import Any, TypeAlias
 from forcingkv.runtime.bundle import GRAPHS, Manifest, TensorRecord
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.graph_records import ALL_GRAPHS, DECODING_GRAPHS, FEATURES, STRIP, latent_shape
+from forcingkv.runtime.graph_records import (
+    ALL_GRAPHS,
+    FEATURES,
+    FIRST,
+    GIVEN_FRAMES,
+    STREAMING,
+    STRIP,
+    latent_shape,
+)
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.rebuild import encodings, most_encoded, rows_of
 from forcingkv.runtime.kv.roles import Role
@@ -39,14 +47,16 @@ def part_notes(
 
     weights, activations: from the builder's log of engines; of graphs on ONNX Runtime as export derived them
         (`export/activations.py`); of torch as they are stored, and as `torch_activations` estimates. Engines
-        of `prompt` and `step` run one after another in one block of activation memory, `decode` has its own;
+        of `prompt` and `step` run one after another in one block of activation memory, `decode` and `encode`
+        in another;
         ONNX Runtime gives it back after each graph. The keys and values of the current chunk are among them,
         a layer at a time.
     kv_...: a part for each role, from the cache plan: its buffers are as large as it ever needs. torch has
         one of each, and writes the chunk's own behind them.
     decoder_caches: the inputs that decoding carries from call to call, and where a frame is decoded in strips
         what is handed from one to the other.
-    frames: those of all calls of `decode` for a chunk.
+    encoder_caches: those that `encode` does, in bundles that have it.
+    frames: those of all calls of `decode` for a chunk, and of a call of `encode`.
     text: the inputs and outputs of `prompt`; the latter are inputs of `step`.
     latents: all else that goes into `step` and `decode`, and the next latents.
     recache: inputs of the pass that encodes newest frames anew at a switch of the prompt, and what that pass
@@ -67,6 +77,7 @@ def part_notes(
         "activations": "of a pass, and of decoding beside it",
         **{f"kv_{name}": note for name, note in roles.items()},
         "decoder_caches": "read and written in place" if joined else of_decoder,
+        "encoder_caches": buffers[2],
         "frames": "of a chunk, or of two if they overlap",
         "text": "of the prompt, with its keys and values",
         "latents": "with noise, positions and noise levels",
@@ -112,10 +123,10 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
     if engines:
         parts["weights"] = sum(engine.weight_bytes for engine in engines)
         needs = {engine.graph: engine.activation_bytes for engine in engines}
-        decoding = [needs.pop(graph, 0) for graph in DECODING_GRAPHS]
-        parts["activations"] = max(needs.values(), default=0) + max(decoding)
+        streaming = max(needs.pop(graph, 0) for graph in STREAMING)
+        parts["activations"] = max(needs.values(), default=0) + streaming
     else:
-        graphs = [manifest.graphs[name] for name in (*GRAPHS, STRIP) if name in manifest.graphs]
+        graphs = [manifest.graphs[name] for name in (*GRAPHS, STRIP, "encode") if name in manifest.graphs]
         weights = [graph.weight_bytes for graph in graphs]
         activations = [graph.activation_bytes for graph in graphs]
         if joined:
@@ -145,6 +156,10 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
     parts["latents"] = _bytes(step.inputs, step.inputs.keys() - counted, longest)
     parts["latents"] += _bytes(step.outputs, ["next_latents"])
     parts["latents"] += _bytes(decode.inputs, decode.inputs.keys() - decode.carried.keys())
+    if encode := manifest.graphs.get("encode"):
+        parts["encoder_caches"] = 2 * _bytes(encode.carried)
+        parts["frames"] += _bytes(encode.inputs, [GIVEN_FRAMES])
+        parts["latents"] += _bytes(encode.outputs, ["latents"]) + 2 * _bytes(encode.inputs, [FIRST])
     if not engines and has_recache(manifest, plan):
         taken = torch_activations(plan, manifest.compute, encoding=True)
         if "recache" in manifest.graphs:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GRAPHS = ("prompt", "step", "decode")
 """Graphs that every bundle has."""
-MORE_GRAPHS = ("decode_strip", "recache")
+MORE_GRAPHS = ("decode_strip", "recache", "encode")
 """Graphs that some bundles have too, in the order in which they are made."""
 ALL_GRAPHS = (*GRAPHS, *MORE_GRAPHS)
 UNFOLDED = ("recache",)
@@ -37,15 +37,20 @@ TURN = ("turn_cosines", "turn_sines")
 VARYING = "encoded_frames"
 """The dimension of `recache` that is how many frames it encodes."""
 FIRST = "first"
-"""Input of `decode` that is 1 in a video's first call and 0 in the others, of graphs with caches."""
+"""Input of graphs with feature caches that is 1 in a video's first call and 0 in the others."""
 STRIP = "decode_strip"
 """The graph that decodes a strip of a frame, of what `decode` makes of a whole one."""
 DECODING_GRAPHS = ("decode", STRIP)
-"""Those that make frames, which a lane runs in its side queue."""
+"""Those that make frames."""
 FEATURES, TOP = "features", "top"
 """What goes from `decode` to `decode_strip`, row by row; and which row of it a strip begins with."""
 EDGE = "edge."
 """How the inputs of `decode_strip` begin that the strip above gives, and not the call before."""
+GIVEN_FRAMES = "frames"
+"""The input of `encode` that is pixel frames."""
+STREAMING = (*DECODING_GRAPHS, "encode")
+"""Graphs that go through a video call by call, each with caches of its own; a lane runs them in its side
+queue."""
 MOST_CACHES = 1000
 """Inputs of a decoder; the VAE has 33."""
 MOST_ALONG = 1 << 24
@@ -199,6 +204,20 @@ def decode_layouts(
     return inputs | dict(carried), outputs
 
 
+def encode_layouts(
+    plan: CachePlan, compute: Dtype, carried: Mapping[str, Layout]
+) -> tuple[dict[str, Layout], dict[str, Layout]]:
+    """Inputs and outputs of `encode`, of an encoder that carries those feature caches."""
+    geometry, frames = plan.geometry, plan.spec.decoder.temporal_stride
+    inputs = {
+        GIVEN_FRAMES: Layout("uint8", (frames, geometry.height, geometry.width, 3)),
+        FIRST: Layout("float32", (1,)),
+    }
+    outputs = {"latents": Layout("float32", latent_shape(plan, 1))}
+    outputs |= {next_name(name): layout for name, layout in carried.items()}
+    return inputs | dict(carried), outputs
+
+
 def strip_layouts(
     plan: CachePlan, compute: Dtype, sizes: DecoderSizes, *, pixels: bool
 ) -> tuple[dict[str, Layout], dict[str, Layout]]:
@@ -229,6 +248,8 @@ def layouts(
         return prompt_layouts(plan, compute)
     if graph == "step":
         return step_layouts(plan, compute, skips_caches=record.skips_caches)
+    if graph == "encode":
+        return encode_layouts(plan, compute, _carried(record))
     if graph == "recache":
         return recache_layouts(plan, compute)
     of_decoder = strip_layouts if graph == STRIP else decode_layouts
@@ -272,8 +293,8 @@ def check_records(
     if (strips is not None) != (STRIP in graphs):
         what = "says nothing of the strips" if strips is None else "has no graph for the strips"
         raise InputError(f"{what} that frames are decoded in", where=where, expected=f"a graph {STRIP}")
-    for name in ("decode", STRIP):
-        if name in graphs and plan.spec.decoder.kind != "pixels":
+    for name in STREAMING:
+        if name in graphs and (name == "encode" or plan.spec.decoder.kind != "pixels"):
             _check_carried(graphs[name], compute, f"{where}: graphs.{name}")
     sizes = sizes_of(graphs, strips)
     if strips is not None:

@@ -24,7 +24,7 @@ from forcingkv.runtime.memory import available_bytes, device_free_bytes, what_li
 from forcingkv.runtime.spec import Geometry
 from forcingkv.runtime.strip_decoder import StripRecords, block_bytes
 
-SIZED_BY_TOKENS = ("activations", "decoder_caches", "frames", "latents")
+SIZED_BY_TOKENS = ("activations", "decoder_caches", "encoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""
 RESERVE = "cuda"
 """The part that stands for `DEVICE_RESERVE`."""

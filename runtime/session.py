@@ -14,7 +14,8 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.backends import Lane, LaneOptions, as_run, default_backend, open_backend
 from forcingkv.runtime.backends.ort_placement import Divided, Placement
-from forcingkv.runtime.bundle import Bundle, check_digest
+from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.bundle_check import check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
 from forcingkv.runtime.faults import InUseError, SessionError
 from forcingkv.runtime.given import GivenNoise, check_start

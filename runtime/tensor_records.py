@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE
-from forcingkv.runtime.graph_records import CLEAN, DecoderSizes, layouts_without_graphs, next_name
+from forcingkv.runtime.graph_records import CLEAN, DecoderSizes, Layout, layouts_without_graphs, next_name
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 
@@ -51,7 +52,16 @@ def tensor_records(
 
     `decoder`: its sizes; what it carries is taken to be of the dtype that is computed in.
     """
-    return {
-        graph: tuple({name: TensorRecord(*layout) for name, layout in of.items()} for of in layouts)  # type: ignore[misc]
-        for graph, layouts in layouts_without_graphs(plan, compute, decoder.computing_in(compute)).items()
-    }
+    made = layouts_without_graphs(plan, compute, decoder.computing_in(compute))
+    return {graph: as_records(layouts) for graph, layouts in made.items()}
+
+
+def as_records(
+    layouts: tuple[Mapping[str, Layout], Mapping[str, Layout]],
+) -> tuple[dict[str, TensorRecord], dict[str, TensorRecord]]:
+    """Inputs and outputs of a graph as a manifest has them."""
+    inputs, outputs = layouts
+    return (
+        {name: TensorRecord(*layout) for name, layout in inputs.items()},
+        {name: TensorRecord(*layout) for name, layout in outputs.items()},
+    )

@@ -108,7 +108,7 @@ def _seen_by(name: str, writer: bundle_parts.PartsWriter) -> object:
     plan = writer.plan
     if name == "prompt":
         return _fields(plan.spec, ANYWHERE | IN_PROMPTS)
-    if name == "step":
+    if name in ("step", "recache"):
         return _fields(plan.spec, ANYWHERE), plan.geometry, plan.policy, plan.layers
     return plan.spec.frames_per_chunk, plan.spec.latent_channels, plan.geometry
 

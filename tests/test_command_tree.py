@@ -105,7 +105,7 @@ CHANGED: dict[str, str] = {
     "export --lora": _SEVERAL,
     "export --no-preset-lora": _WITHOUT,
     "headmap convert --heads": "0 heads were taken for a number that was not given",
-    "export --no-recache-graph": _SWITCHES,
+    "export --encoder": "bundles that make latents of pictures and videos",
     "export --recache-graph": _SWITCHES,
     "generate --fade": _SWITCHES,
     "generate --no-recache": _SWITCHES,

@@ -311,3 +311,19 @@ def test_a_saved_video_goes_on(bundle: Path, tmp_path: Path, run: Callable[..., 
     complete = run(*going, "--seconds", 0.1)
     assert complete.code == 2
     assert "is complete" in complete.err
+
+
+def test_a_switch_in_the_way_of_a_model_of_longlives_kind(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """On ONNX Runtime, without naming it: newest frames are encoded anew."""
+    from tests.runtime.conftest import small_bundle
+
+    bundle = small_bundle("longlive")
+    given = ["generate", "--bundle", bundle, "--prompt", PROMPT, "--seed", SEED, "--seconds", 0.75]
+    ran = run(*given, "--switch", "0.3:d e", "--out", tmp_path / "a.rgb")
+    assert ran.code == 0, ran.err
+    assert "recache keep-sink, the way of small" in " ".join(ran.err.split())
+    with Session.open(bundle) as session:
+        video = session.generate(PROMPT, seed=SEED, chunks=4)
+        video.switch("d e", recache="keep-sink", at=2)
+        wanted = np.concatenate([chunk.frames for chunk in video])
+    assert (tmp_path / "a.rgb").read_bytes() == wanted.tobytes()

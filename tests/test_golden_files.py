@@ -156,7 +156,8 @@ def test_decoders_as_wide_as_they_are_published(data: Path, name: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders_by_the_graph_of_a_bundle(data: Path, name: str) -> None:
-    assert main([str(data / "golden" / f"{name}.safetensors"), "--backend", "onnxruntime"]) == 0
+    words = ["--variant", "decoded", "--backend", "onnxruntime"]
+    assert main([str(data / "golden" / f"{name}.safetensors"), *words]) == 0
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from forcingkv.measure.nominal import check_map, map_with_counts, nominal_map
 from forcingkv.measure.planner.session_memory import session_memory
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.backends import default_backend
-from forcingkv.runtime.bundle import open_bundles
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.memory import require_memory
+from forcingkv.runtime.open_bundles import open_bundles
 from forcingkv.runtime.spec import DecoderKind, ModelSpec
 
 ONNXRUNTIME, TORCH = "onnxruntime", "torch"

@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self, get_args
+from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.models.decoders.latents import WAN21, WAN22
 from forcingkv.models.decoders.names import check_name
 from forcingkv.models.decoders.rows import Rows
-from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed
+from forcingkv.models.streaming import StreamingModule, filled_with
 from forcingkv.runtime.spec import Decoder, DecoderKind, Geometry, ModelSpec
 
 KINDS: tuple[DecoderKind, ...] = get_args(DecoderKind)
 
 
-class StreamingDecoder(nn.Module, ABC):
-    """Turns latents into pixels, any number of latent frames a call.
-
-    The caches come in and go out; the module keeps nothing between calls, and one static graph serves the
-    first call and all later ones. A video decoded in one call or in many is the same video.
-    """
-
-    latent_channels: int
-    temporal_stride: int
-    """Pixel frames a latent frame."""
-    spatial_stride: int
-    """Pixels a latent pixel, in height and in width."""
-
-    @abstractmethod
-    def state_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape (batch 1) of every feature cache, for latents of that height and width."""
-
-    def empty_state(self, height: int, width: int) -> dict[str, Tensor]:
-        """The caches before a video's first call: zeros, of the dtype and on the device of the weights."""
-        weight = next(self.parameters())
-        shapes = self.state_shapes(height, width)
-        return {name: weight.new_zeros(shape, requires_grad=False) for name, shape in shapes.items()}
-
-    def fill(
-        self, files: TensorFiles, names: Mapping[str, str], what: str, optional: Shapes | None = None
-    ) -> Self:
-        """Take over the parameters that files hold, in float32. Arguments and errors as in `check_fit`."""
-        wanted = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
-        check_fit(files, names, wanted, what, optional)
-        stored = {name: files.read(names[name]) for name in wanted}
-        others = [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if not _readable(tensor)]
-        if others:
-            fault = f"does not hold {what} in floats: {listed(others)}"
-            raise InputError(fault, where=str(files.where), expected="float32, bfloat16 or float16")
-        state = {name: tensor.to(torch.float32, copy=True) for name, tensor in stored.items()}
-        spoilt = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
-        if spoilt:
-            fault = f"holds values that are no finite numbers: {listed(spoilt)}"
-            raise InputError(fault, where=str(files.where), hint="Fetch it again.")
-        self.load_state_dict({**dict(self.named_buffers()), **state}, assign=True)
-        return self
+class StreamingDecoder(StreamingModule):
+    """Turns latents into pixels, any number of latent frames a call."""
 
     def begin(
         self, latents: Tensor, first: Tensor, state: Mapping[str, Tensor]
@@ -113,10 +74,6 @@ class StreamingDecoder(nn.Module, ABC):
             next caches under the same names. The first temporal_stride - 1 pixel frames of a first call
             mean nothing and are the caller's to drop: a latent frame at the start is one pixel frame.
         """
-
-
-def _readable(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def frames_of(pixels: Tensor, geometry: Geometry) -> Tensor:
@@ -200,16 +157,8 @@ def stored_decoder(kind: str, state: Mapping[str, Tensor], where: str) -> Stream
 
             tiny = LightTaeDecoder if kind == "lighttae" else TaehvDecoder
             decoder = tiny(**sizes_of(found, where))
-    wanted = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
-    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
-        raise InputError(
-            f"is not a decoder {kind}: {wrong[0]} has the shape {found.get(wrong[0])}",
-            where=where,
-            expected=str(wanted.get(wrong[0])),
-            hint="Export the bundle again with this version of forcingkv.",
-        )
-    decoder.load_state_dict(state, assign=True)
-    return decoder.eval().requires_grad_(False)
+    filled_with(decoder, state, f"a decoder {kind}", where)
+    return decoder
 
 
 def decoder_for(

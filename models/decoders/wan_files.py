@@ -1,9 +1,8 @@
-"""Files of Wan's VAEs: which autoencoder they hold, and its decoder filled from them."""
+"""Files of Wan's VAEs: which autoencoder they hold, and its decoder or encoder filled from them."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,24 @@ from diffusers import AutoencoderKLWan
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.reading import read_json
-from forcingkv.models.decoders.latents import KNOWN, WAN21, WAN22, Scale, scale_of
+from forcingkv.models.decoders.latents import WAN21, WAN22, Scale, scale_of
 from forcingkv.models.decoders.names import check_tensors, is_decoder, without_prefix
 from forcingkv.models.decoders.wan_names import in_diffusers_names
+from forcingkv.models.decoders.wan_sizes import (
+    COLOURS,
+    MOST_BLOCKS,
+    MOST_SIZE,
+    sizes_of_encoder,
+    sizes_of_vae,
+)
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder
-from forcingkv.models.tensor_files import Shapes, open_tensors
+from forcingkv.models.encoders.wan_vae import WanVaeEncoder
+from forcingkv.models.tensor_files import Shapes, TensorFiles, open_tensors
 
-MOST_SIZE, MOST_BLOCKS = 1 << 14, 64
-"""Of a number in a configuration, and of layers or entries of a list."""
-COLOURS = 3
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 WAN_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 """In Wan's own folders."""
 NAME = AutoencoderKLWan.__name__
-_STAGE = re.compile(r"decoder\.up_blocks\.(\d{1,4})\.(?:resnets\.(\d{1,4})\.)?")
 
 PUBLISHED: Mapping[int, Mapping[str, Any]] = {
     len(WAN21.mean): {},  # what diffusers has where nothing is said
@@ -53,8 +56,22 @@ def random_wan_vae(channels: int) -> WanVaeDecoder:
     return WanVaeDecoder(AutoencoderKLWan(**PUBLISHED.get(channels, {})))
 
 
+def random_wan_encoder(channels: int) -> WanVaeEncoder:
+    """The encoder of `random_wan_vae`."""
+    return WanVaeEncoder(AutoencoderKLWan(**PUBLISHED.get(channels, {})))
+
+
 def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeDecoder:
-    """Read a VAE of Wan 2.1 or 2.2; the encoder in it is checked and left aside.
+    """Read the decoder of a VAE of Wan 2.1 or 2.2; the encoder in it is checked and left aside.
+
+    Arguments and errors as those of `load_wan_encoder`; the file may have no encoder.
+    """
+    vae, files, names, what, whole = _opened(path, config)
+    return WanVaeDecoder(vae).fill(files, names, what, whole)
+
+
+def load_wan_encoder(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeEncoder:
+    """Read the encoder of a VAE of Wan 2.1 or 2.2; the decoder in it is checked and left aside.
 
     Args:
         path: a diffusers folder, or one with the subfolder `vae`: config and weights. Or Wan's folder, with
@@ -66,6 +83,14 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
     Raises InputError where a file cannot be read, the config is not of a VAE of Wan's, the mean of its
     latents is not known, or a tensor is missing, unexpected or wrongly shaped.
     """
+    vae, files, names, what, whole = _opened(path, config)
+    return WanVaeEncoder(vae).fill(files, names, what, whole)
+
+
+def _opened(
+    path: Path, config: Mapping[str, Any] | None
+) -> tuple[AutoencoderKLWan, TensorFiles, dict[str, str], str, Shapes]:
+    """The autoencoder of a file without contents, and what `StreamingModule.fill` takes."""
     weights, described = _place(path)
     said = None if described is None else _read_config(described)
     files = open_tensors(weights, is_decoder)
@@ -74,14 +99,14 @@ def load_wan_vae(path: Path, config: Mapping[str, Any] | None = None) -> WanVaeD
     names = in_diffusers_names(names, str(weights))
     if said is None:
         shapes = {name: files.shapes[held] for name, held in names.items()}
-        sizes = sizes_of(shapes, str(weights))
+        sizes = sizes_of_vae(shapes, str(weights))
         given = dict(config or {})
         if not {"latents_mean", "latents_std"} <= given.keys():
             sizes |= _as_fields(scale_of(sizes["z_dim"], str(weights)))
         said = sizes | given
     vae = _empty(said, str(described or weights))
     whole = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    return WanVaeDecoder(vae).fill(files, names, "the Wan VAE (names as in diffusers)", whole)
+    return vae, files, names, "the Wan VAE (names as in diffusers)", whole
 
 
 def empty_wan_vae(shapes: Shapes, where: str) -> WanVaeDecoder:
@@ -89,18 +114,22 @@ def empty_wan_vae(shapes: Shapes, where: str) -> WanVaeDecoder:
 
     Raises InputError, naming their file `where`, where they are no VAE's.
     """
-    sizes = sizes_of(shapes, where)
+    return WanVaeDecoder(_stored(sizes_of_vae(shapes, where), where))
+
+
+def empty_wan_encoder(shapes: Shapes, where: str) -> WanVaeEncoder:
+    """An encoder without contents for tensors as `WanVaeEncoder` has them. Raises as `empty_wan_vae`."""
+    return WanVaeEncoder(_stored(sizes_of_encoder(shapes, where), where))
+
+
+def _stored(sizes: dict[str, Any], where: str) -> AutoencoderKLWan:
+    """Of a bundle, which has mean and deviation beside the weights."""
     channels = sizes["z_dim"]
-    return WanVaeDecoder(_empty(sizes | _as_fields(KNOWN.get(channels) or _plain(channels)), where))
+    return _empty(sizes | _as_fields(Scale((0.0,) * channels, (1.0,) * channels)), where)
 
 
 def _as_fields(scale: Scale) -> dict[str, Any]:
     return {"latents_mean": scale.mean, "latents_std": scale.std}
-
-
-def _plain(channels: int) -> Scale:
-    """To be filled with what a bundle has."""
-    return Scale((0.0,) * min(channels, MOST_SIZE), (1.0,) * min(channels, MOST_SIZE))
 
 
 def _place(path: Path) -> tuple[Path, Path | None]:
@@ -127,53 +156,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"describes {kind or 'no model'}", where=str(path), expected=NAME)
     # clip_output: whether diffusers bounds the pixels; frames are bounded here either way.
     return {name: v for name, v in content.items() if not name.startswith("_") and name != "clip_output"}
-
-
-def sizes_of(shapes: Shapes, where: str) -> dict[str, Any]:
-    """What an `AutoencoderKLWan` with tensors of those shapes, in its own names, is made with.
-
-    Whether all are there, and of the shapes that follow, is not checked. Raises InputError where they are of
-    no such model; `where` is their file.
-    """
-
-    def size(name: str, axis: int = 0) -> int:
-        shape = shapes.get(name, ())
-        if len(shape) <= axis or not 0 < shape[axis] <= MOST_SIZE:
-            what = f"is no Wan VAE: its {name} is {shape or 'missing'}"
-            raise InputError(what, where=where, expected=f"sizes from 1 to {MOST_SIZE}")
-        return shape[axis]
-
-    blocks = [match for match in map(_STAGE.match, shapes) if match]
-    stages = 1 + max((int(match[1]) for match in blocks), default=0)
-    layers = 1 + max((int(match[2] or 0) for match in blocks if int(match[1]) == 0), default=0)
-    if max(stages, layers) > MOST_BLOCKS:
-        what = f"has {stages} stages, {layers} blocks in the first"
-        raise InputError(what, where=where, expected=f"at most {MOST_BLOCKS}")
-    widths = [size(f"decoder.up_blocks.{stage}.resnets.0.conv1.weight") for stage in range(stages)]
-    width, made = widths[-1], size("decoder.conv_out.weight")
-    patch = math.isqrt(made // COLOURS)
-    if any(one % width for one in widths) or patch * patch * COLOURS != made or not patch:
-        what = f"is no Wan VAE: its stages have {widths} channels, and its last layer makes {made}"
-        expected = f"multiples of the last stage's, and {COLOURS} for each of a square of pixels"
-        raise InputError(what, where=where, expected=expected)
-    residual = any(name.startswith("decoder.up_blocks.0.upsampler.") for name in shapes)
-    upsampler = "upsampler" if residual else "upsamplers.0"
-    longer = [
-        f"decoder.up_blocks.{stage}.{upsampler}.time_conv.weight" in shapes for stage in range(stages - 1)
-    ]
-    encoder = "encoder.conv_in.weight"
-    return {
-        "base_dim": size(encoder) if encoder in shapes else width,
-        "decoder_base_dim": width,
-        "z_dim": size("post_quant_conv.weight"),
-        "dim_mult": [one // width for one in reversed(widths)],
-        "num_res_blocks": max(1, layers - 1),
-        "temperal_downsample": longer[::-1],
-        "is_residual": residual,
-        "in_channels": made,
-        "out_channels": made,
-        "patch_size": patch if patch > 1 else None,
-    }
 
 
 def _check_sizes(config: Mapping[str, Any], where: str) -> None:

@@ -164,7 +164,7 @@ class Lane(Protocol):
 
     Attributes:
         main: the queue of `prompt` and `step`.
-        side: the queue of decoding; the same as `main` where nothing runs at the same time.
+        side: the queue of decoding and encoding; the same as `main` where nothing runs at the same time.
         runs_on: what it runs on, in words for people.
         lookahead: how many chunks to begin before the frames of the one before are waited for.
         recaches: whether it binds `recache`: a switch of the prompt may encode newest frames anew.

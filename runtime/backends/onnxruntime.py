@@ -135,18 +135,15 @@ class OnnxGraph:
         options.add_session_config_entry(RECORD, "1")
         if not folded:
             options.add_session_config_entry("session.disable_prepacking", "1")
+            # It would compute what follows from weights now. And nodes that it makes of others it runs after
+            # those of the file: first all that need nothing but weights.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         graph, folder = graph_and_folder(path, weights, content)
         if folder is not None:
             options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(folder))
         try:
             # Without its own way out, which is to print on standard output and to take the CPU.
-            self._session = ort.InferenceSession(
-                graph,
-                options,
-                providers=chosen.asked,
-                enable_fallback=0,
-                disabled_optimizers=None if folded else ["ConstantFolding"],
-            )
+            self._session = ort.InferenceSession(graph, options, providers=chosen.asked, enable_fallback=0)
         except Exception as error:  # ONNX Runtime has a class of its own for each status
             raise _fault(f"loading {path.name}", error, chosen) from error
         _loaded.add(self)
@@ -243,6 +240,18 @@ class OnnxPass:
             raise _fault("a pass", error) from error
 
 
+class TrimmedPass:
+    """A pass that is seldom run: what the C library keeps of its memory is given back after it."""
+
+    def __init__(self, bound: OnnxPass) -> None:
+        self._bound = bound
+
+    def run(self) -> None:
+        """Raises as `OnnxPass.run`."""
+        self._bound.run()
+        trim()
+
+
 class OnnxLane:
     """The graphs, and memory of one session. All work is done at once, so its two queues are one.
 
@@ -285,7 +294,8 @@ class OnnxLane:
         self, graph: str, phase: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> Pass:
         # ONNX Runtime runs every node, whatever is asked for: an output without a place need not take memory.
-        return self._loaded()[graph].bind(inputs, outputs)
+        bound = self._loaded()[graph].bind(inputs, outputs)
+        return TrimmedPass(bound) if graph in UNFOLDED else bound
 
     def warm(self, passes: Callable[[], None]) -> None:
         """Nothing is slower at first."""

@@ -26,7 +26,7 @@ from forcingkv.runtime.bundle import GRAPHS, Bundle
 from forcingkv.runtime.engines import cuda_core
 from forcingkv.runtime.faults import DeviceError, GoingOnWarning
 from forcingkv.runtime.flavour import FlavourName
-from forcingkv.runtime.graph_records import DECODING_GRAPHS
+from forcingkv.runtime.graph_records import STREAMING
 from forcingkv.runtime.kv.buffers import CacheBuffers
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
@@ -60,7 +60,8 @@ class TensorRTLane:
     """Two streams, one for passes and one for decoding, with the contexts that run in each.
 
     `prompt` and `step` share one block of activation memory, since they run one after the other. Decoding
-    has its own, since it runs while the passes of the next chunk do (`lookahead`).
+    has its own, since it runs while the passes of the next chunk do (`lookahead`); `encode` runs in the same
+    queue, and shares that.
     """
 
     def __init__(self, gpu: Gpu, bundle: Bundle, loaded: Loaded, *, cuda_graphs: bool) -> None:
@@ -79,17 +80,18 @@ class TensorRTLane:
             main, side = CudaQueue(gpu), CudaQueue(gpu, DECODING)
             self.main: Queue = main
             self.side: Queue = side
-            decoding = [name for name in loaded.engines if name in DECODING_GRAPHS]
-            self._queues = {"prompt": main, "step": main, **dict.fromkeys(decoding, side)}
+            streaming = [graph for graph in STREAMING if graph in loaded.engines]
+            self._queues = {"prompt": main, "step": main, **dict.fromkeys(streaming, side)}
             self._memory = CudaMemory(gpu, main)
             block = self._block("prompt", "step")
-            self._blocks = {"prompt": block, "step": block}
-            self._blocks |= dict.fromkeys(decoding, self._block(*decoding))
+            beside = self._block(*streaming)
+            self._blocks = {"prompt": block, "step": block, **dict.fromkeys(streaming, beside)}
             # The shapes of inputs that vary by phase, for each phase, whatever others share its profile.
             self._varied: dict[tuple[str, int], Mapping[str, Shape]] = {("prompt", 0): {}}
             for number, phase in enumerate(bundle.plan.phases):
                 self._varied["step", number] = bundle.plan.phase_shapes(phase)
-            self._varied |= {(graph, 0): {} for graph in decoding}
+            for graph in streaming:
+                self._varied[graph, 0] = {}
             for graph, number in self._varied:
                 self._contexts[graph, number] = self._context(graph, number)
             self._unused.update(self._contexts)

@@ -14,7 +14,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.backends import LaneOptions, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, next_name
 from forcingkv.runtime.faults import DeviceError, SessionError
-from forcingkv.runtime.graph_records import DECODING_GRAPHS, FEATURES, FIRST, STRIP, TOP, TURN
+from forcingkv.runtime.graph_records import FEATURES, FIRST, GIVEN_FRAMES, STREAMING, STRIP, TOP, TURN
 from forcingkv.runtime.kv.plan import PARTS, CachePlan
 from forcingkv.runtime.spec import Dtype
 
@@ -25,6 +25,7 @@ except ImportError as error:
 
 from forcingkv.models.decoders import frames_of, to_frames
 from forcingkv.models.decoders.strips import begin_frame, finish_strip
+from forcingkv.models.encoders import pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
 from forcingkv.models.kv import Turn
 from forcingkv.models.torch_threads import in_this_thread, use_threads
@@ -104,8 +105,7 @@ class TorchLane:
     ) -> Pass:
         """`step` reads and writes keys and values where the cache that this lane made has them, as they lie
         in that phase; a clean pass leaves them as they lie after it (`JoinedCache.key`)."""
-        loaded = self._weights()
-        queue = self._queues.side if graph in DECODING_GRAPHS else self._queues.main
+        loaded, queue = self._weights(), self._queues.side if graph in STREAMING else self._queues.main
         given = {name: _own(tensor) for name, tensor in inputs.items()}
         taken = {name: _own(tensor) for name, tensor in outputs.items()}
         what = f"{graph} in phase {phase}"
@@ -120,6 +120,8 @@ class TorchLane:
         elif graph == "recache":
             assert self._cache is not None, "a session takes its cache first"
             made = _encoding_work(loaded, self._cache, phase, given)
+        elif graph == "encode":
+            made = _encode_work(loaded, given, taken)
         else:
             made = _decode_work(loaded, self._bundle, graph, given, taken)
         return TorchPass(queue, made, what, loaded.threads, captured)
@@ -267,6 +269,22 @@ def _decode_work(loaded: Loaded, bundle: Bundle, graph: str, given: Tensors, tak
             taken["frames"].copy_(to_frames(made[..., : geometry.shown[0]].float()))
         elif strips is None:
             taken["frames"].copy_(frames_of(made.float(), geometry))
+        for name in carried:
+            taken[next_name(name)].copy_(following[name])
+
+    return work
+
+
+def _encode_work(loaded: Loaded, given: Tensors, taken: Tensors) -> Work:
+    encoder, kind = loaded.encoder, loaded.decodes_in
+    assert encoder is not None, "its bundle has the graph"
+    carried = [name for name in given if name not in (GIVEN_FRAMES, FIRST)]
+
+    def work() -> None:
+        held = {name: given[name].to(kind) for name in carried}
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            made, following = encoder(pixels_of(given[GIVEN_FRAMES]).to(kind), given[FIRST].to(kind), held)
+        taken["latents"].copy_(made.float())
         for name in carried:
             taken[next_name(name)].copy_(following[name])
 

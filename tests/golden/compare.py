@@ -10,6 +10,7 @@ import numpy as np
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime.faults import SessionError
 from tests.golden.decoders import decoded
+from tests.golden.encoders import encoded
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.product import Made, Runner, run
 from tests.golden.settings import Case, case_of
@@ -65,7 +66,7 @@ def compare(file: GoldenFile, variant: str, runner: Runner) -> Compared:
     """Run a variant and compare it."""
     try:
         if file.of_decoder:
-            differences, tolerance = decoded(file, runner)
+            differences, tolerance = (decoded if variant == "decoded" else encoded)(file, variant, runner)
             worst = int(np.argmax(differences))
             return Compared(file.name, variant, differences[worst], worst, differences, tolerance=tolerance)
         case = case_of(file, variant)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ TOLERANCES = {"wan-vae": 5e-5, "taehv": 2e-5}
 Array = npt.NDArray[np.float32]
 
 
-def decoded(file: GoldenFile, runner: Runner) -> tuple[list[float], float]:
+def decoded(file: GoldenFile, variant: str, runner: Runner) -> tuple[list[float], float]:
     """The largest difference in each call, and the tolerance.
 
     Raises GoldenError for what is not understood.
     """
     decoder, kind = _load(file)
-    latents, reference = file.tensor("latents"), file.tensor("decoded")
+    latents, reference = file.tensor("latents"), file.tensor(variant)
     if kind == "taehv":  # (1, frames, channels, height, width)
         latents, reference = latents.swapaxes(1, 2), reference.swapaxes(1, 2) * 2 - 1
     counts = file.spec.get("frames_per_call")
@@ -54,19 +55,29 @@ def decoded(file: GoldenFile, runner: Runner) -> tuple[list[float], float]:
     return differences, TOLERANCES[kind]
 
 
-def _load(file: GoldenFile) -> tuple[StreamingDecoder, DecoderKind]:
-    """The decoder, read by the product from a file as it is published."""
+@contextmanager
+def published(file: GoldenFile) -> Iterator[tuple[Path, DecoderKind]]:
+    """A file as it is published, with the weights of a golden file, and what kind of decoder it is of."""
     weights = weights_of(file)
-    kind: DecoderKind = "taehv" if is_tiny(weights) else "wan-vae"
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         path = Path(folder, "decoder.safetensors")
         save_file({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}, path)
+        yield path, "taehv" if is_tiny(weights) else "wan-vae"
+
+
+def scale_of(file: GoldenFile) -> dict[str, list[float]]:
+    """What the loader of a VAE is told of its latents, in diffusers' names."""
+    return {f"latents_{part}": file.tensor(part).tolist() for part in ("mean", "std")}
+
+
+def _load(file: GoldenFile) -> tuple[StreamingDecoder, DecoderKind]:
+    """The decoder, read by the product from a file as it is published."""
+    with published(file) as (path, kind):
         if kind == "taehv":
             return load_decoder(kind, path), kind
         from forcingkv.models.decoders.wan_files import load_wan_vae  # imports diffusers, which takes seconds
 
-        given = {f"latents_{part}": file.tensor(part).tolist() for part in ("mean", "std")}
-        vae = load_wan_vae(path, given).eval().requires_grad_(False)
+        vae = load_wan_vae(path, scale_of(file)).eval().requires_grad_(False)
         vae.__dict__["bounded"] = lambda pixels: pixels  # the files have pixels as they were before
         return vae, kind
 
@@ -103,21 +114,21 @@ def _by_graph(decoder: StreamingDecoder, kind: DecoderKind, parts: Sequence[Arra
             spec, random_weights(spec), load_policy("full"), bundle, decoder=decoder, verify=False
         )
         record, graph = manifest.graphs["decode"], OnnxGraph(bundle / "decode.onnx", 1)
-        run = _stateful(graph, record)
+        run = stateful(graph, record, "latents")
         return [
             np.concatenate([run(frame)["pixels"] for frame in np.split(part, part.shape[2], 2)], 2)
             for part in parts
         ]
 
 
-def _stateful(graph: OnnxGraph, record: Any) -> Callable[[Array], dict[str, Array]]:
-    """Calls of a graph, each with what the one before it carries on."""
+def stateful(graph: OnnxGraph, record: Any, takes: str) -> Callable[[npt.NDArray[Any]], dict[str, Array]]:
+    """Calls of a graph with its input `takes`, each with what the one before it carries on."""
     state = {name: np.zeros(one.shape, np.float32) for name, one in record.carried.items()}
     first = [np.ones(1, np.float32)]
 
-    def call(latents: Array) -> dict[str, Array]:
+    def call(given: npt.NDArray[Any]) -> dict[str, Array]:
         found = {name: np.empty(one.shape, one.dtype) for name, one in record.outputs.items()}
-        graph.run({"latents": np.ascontiguousarray(latents), "first": first[0], **state}, found)
+        graph.run({takes: np.ascontiguousarray(given), "first": first[0], **state}, found)
         first[0] = np.zeros(1, np.float32)
         state.update({name: found[next_name(name)] for name in state})
         return found

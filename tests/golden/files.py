@@ -22,7 +22,7 @@ LATER = {
 }
 """What a policy's kind begins with, whatever its case, and what the product has not for it yet."""
 
-DECODED = ("decoded",)
+DECODED = ("decoded", "encoded", "encoded_first_frame")
 """Tensors of a decoder's file that are compared."""
 
 

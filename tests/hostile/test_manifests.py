@@ -13,7 +13,7 @@ import pytest
 
 from forcingkv.headmaps import InputError
 from forcingkv.runtime import Bundle, Session
-from forcingkv.runtime.bundle import open_bundles
+from forcingkv.runtime.open_bundles import open_bundles
 from tests.conftest import Ran
 from tests.hostile.bundles import refused, remade, write
 from tests.runtime.conftest import small_bundle

@@ -23,6 +23,7 @@ from forcingkv.runtime.graph_rules import RULES
 from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import random_model
 from tests.export.test_decode import CASES, spec_with
+from tests.export.test_encode import CONFIGS, encoding_bundle
 from tests.export.test_fp8_bundles import prompts, small
 from tests.export.test_int8 import int8_bundle
 from tests.exported import demo_bundle, shared_bundle
@@ -32,12 +33,14 @@ from tests.runtime.conftest import small_bundle
 def bundles() -> Iterator[Path]:
     """Those of other tests, which are made once: every policy, decoder and dtype for ONNX Runtime."""
     yield demo_bundle()
-    for name in ("full", "window", "forcing-kv", "dummy-forcing", "taehv", "large"):
+    for name in ("full", "window", "forcing-kv", "dummy-forcing", "taehv", "large", "longlive", "switching"):
         yield small_bundle(name)
     for kind in CASES:
         spec = spec_with(kind)
         weights, policy = random_model(spec).state_dict(), load_policy("window")
         yield shared_bundle(spec, weights, policy, decoder=CASES[kind][0]())
+    for kind in CONFIGS:
+        yield encoding_bundle(kind)
     spec, quantized, headmap = small()
     policy, texts = load_policy("forcing-kv"), prompts(spec, "a b", "b a d")
     yield shared_bundle(spec, quantized, policy, headmap=headmap, dtype="fp8", calibration=texts)

@@ -23,14 +23,24 @@ LARGE = {"heads": 4, "head_dim": 32, "width": 96, "height": 64, "text_width": 60
 FRAME_WISE = {"frames_per_chunk": 1, "attended_frames": 21}
 """21 phases under `full`: more than an engine has profiles."""
 
+SWITCHING: dict[str, object] = {"recache": "keep-sink", "attended_frames": 12}
+"""With the graph `recache`; `longlive` has positions that are relative to the window too."""
+RELATIVE: dict[str, object] = {"positions": "relative", "sink_frames": 3}
+
 UNVERIFIED = ("taehv", "large", "frame-wise")
 
 
 @cache
 def small_bundle(name: str, target: str = "onnx") -> Path:
-    """The bundle named after its policy; `taehv`, `large` and `frame-wise` are what is said above."""
-    changes = {"taehv": TAEHV, "large": LARGE, "frame-wise": FRAME_WISE}.get(name, {})
-    policy = load_policy({"taehv": "forcing-kv", "large": "window", "frame-wise": "full"}.get(name, name))
+    """The bundle named after its policy; `taehv`, `large`, `frame-wise`, `switching` and `longlive` are
+    what is said above."""
+    changes: dict[str, object] = {
+        **{"taehv": TAEHV, "large": LARGE, "frame-wise": FRAME_WISE}.get(name, {}),
+        **(SWITCHING if name in ("longlive", "switching") else {}),
+        **(RELATIVE if name == "longlive" else {}),
+    }
+    policies = {"taehv": "forcing-kv", "large": "window", "frame-wise": "full"}
+    policy = load_policy((policies | {"longlive": "window", "switching": "forcing-kv"}).get(name, name))
     # Two layers: the keys and values of the first one know nothing of the prompt.
     spec = small_spec(**({"layers": 1 if name == "large" else 2} | changes))
     headmap = headmap_of(spec, [[0], [1]][: spec.layers])

@@ -43,7 +43,7 @@ from forcingkv.commands.models import (
 )
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Bundle, Prompt, Session
-from forcingkv.runtime.bundle import open_bundles
+from forcingkv.runtime.open_bundles import open_bundles
 from forcingkv.runtime.prompts import PromptLine, read_prompts
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import TextInput, read_embeds

@@ -56,6 +56,13 @@ def export(
         int | None,
         Option(help="In how many strips wan-vae decodes a frame; default: by its size, 1 up to 480p."),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        Option(
+            help="Make latents of pictures and videos too, with this VAE, a file or a folder; `vae`: that of"
+            " --vae; `random`: random weights."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         Option(
@@ -107,6 +114,7 @@ def export(
     from forcingkv.headmaps.fields import to_data
     from forcingkv.measure.bench.cases import typical_layers
     from forcingkv.models.decoders import decoder_for
+    from forcingkv.models.encoders import encoder_for
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.kv.policies import load_policy
 
@@ -129,6 +137,7 @@ def export(
     texts = texts_for(spec, calibration, random_weights) if precision == "fp8" else None
     weights = weights_for(spec, checkpoint, key, lora, no_preset_lora, random_weights)
     spec, pixels = decoder_for(spec, decoder, vae, random=random_weights)
+    frames = encoder_for(spec, _encoder_file(encoder, vae)) if encoder else None
     try:
         with console.status("exporting") as status:
             manifest = export_bundle(
@@ -140,6 +149,7 @@ def export(
                 resolution=resolution,
                 decoder=pixels,
                 strips=decode_strips,
+                encoder=frames,
                 dtype=precision,
                 target=wanted,
                 sms=sm or (),
@@ -184,6 +194,20 @@ def export(
         )
     for warning in manifest.warnings:
         say(f"warning: {warning}", error=True)
+
+
+def _encoder_file(encoder: str, vae: Path | None) -> Path | None:
+    """The file of the VAE that `--encoder` names; None: random weights."""
+    if encoder == "random":
+        return None
+    if encoder != "vae":
+        return Path(encoder)
+    if vae is None:
+        expected = "--vae with it, a file of the VAE, or random"
+        raise InputError(
+            "means the file of --vae, which is not given", where="--encoder vae", expected=expected
+        )
+    return vae
 
 
 def texts_for(spec: ModelSpec, file: Path | None, random: bool) -> CalibrationTexts:
