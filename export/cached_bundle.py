@@ -23,7 +23,7 @@ import torch
 
 import forcingkv
 from forcingkv.export.bake import baked_bytes
-from forcingkv.export.bundle_parts import decoder_sizes, record_without_graph
+from forcingkv.export.bundle_parts import decoder_sizes, encoder_record, record_without_graph
 from forcingkv.export.bundle_writer import check_out, export_bundle
 from forcingkv.export.precision import precision_of
 from forcingkv.export.space import check_disk
@@ -36,6 +36,7 @@ from forcingkv.headmaps.writing import lock_of, new_token, unwritable_where
 from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.decoders.strips import strips_of
+from forcingkv.models.encoders import StreamingEncoder
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.bundle import GRAPHS, SCHEMA, Bundle, Manifest, PlanRecord
 from forcingkv.runtime.bundle_files import MANIFEST
@@ -66,6 +67,8 @@ class Recipe:
     decoder: StreamingDecoder | None
     stored: Dtype
     """What the weights are stored as, and torch computes in."""
+    encoder: StreamingEncoder | None = None
+    """None: the bundle makes no latents of pictures and videos."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +134,20 @@ def check_memory_to_run(recipe: Recipe, device: str | None) -> None:
     held["decode"] = sum(tensor.nbytes for tensor in decoder.state_dict().values()) if decoder else 0
     strips = strips_of(decoder, plan.geometry)
     sizes = decoder_sizes(plan, decoder, compute, strips)
+    graphs = {
+        name: record_without_graph(name, plan, sizes, compute, None, held.get(name, 0))
+        for name in (*GRAPHS, *([STRIP] if strips else []))
+    }
+    if encoder := recipe.encoder:
+        size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
+        graphs["encode"] = encoder_record(plan, encoder, compute, None, size)
     manifest = Manifest(
         schema="forcingkv.bundle/1",
         model=plan.spec,
         resolution=(plan.geometry.width, plan.geometry.height),
         policy=plan.policy,
         plan=PlanRecord.of(plan, compute),
-        graphs={
-            name: record_without_graph(name, plan, sizes, compute, None, held.get(name, 0))
-            for name in (*GRAPHS, *([STRIP] if strips else []))
-        },
+        graphs=graphs,
         files={},
         versions={},
         compute=compute,
@@ -165,7 +172,8 @@ def origin_of(recipe: Recipe, weights: Weights) -> str:
         "weights": _identity(weights),
         "taken": weights.taken,  # which of the models in a file
         "loras": [to_data(record) for record in weights.loras],
-        "decoder": _decoder_digest(recipe.decoder),
+        "decoder": _digest_of(recipe.decoder),
+        **({"encoder": _digest_of(recipe.encoder)} if recipe.encoder else {}),
         "stored": recipe.stored,
     }
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
@@ -190,8 +198,8 @@ def _identity(weights: Weights) -> str:
     raise ValueError("nothing says what these weights are: they have neither a digest nor a seed")
 
 
-def _decoder_digest(decoder: StreamingDecoder | None) -> str | None:
-    """SHA-256 of a decoder's tensors, whatever file they are from."""
+def _digest_of(decoder: StreamingDecoder | StreamingEncoder | None) -> str | None:
+    """SHA-256 of the tensors of a decoder or an encoder, whatever file they are from."""
     if decoder is None:
         return None
     found = hashlib.sha256()
@@ -300,6 +308,7 @@ def _baked(
         headmap=recipe.headmap,
         resolution=plan.geometry.name,
         decoder=recipe.decoder,
+        encoder=recipe.encoder,
         dtype=recipe.stored,
         target="torch",
         origin=unchanged,

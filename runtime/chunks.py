@@ -20,6 +20,7 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.chunk_decoder import ChunkDecoder, tensor_of
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.footprint import has_recache
+from forcingkv.runtime.frame_encoder import Encoder, encoder_of, has_encoder
 from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.rebuild import Encoding
 from forcingkv.runtime.kv.window import first_position, moved_by, scene_shift
@@ -27,6 +28,7 @@ from forcingkv.runtime.newest_frames import FramesEncoder
 from forcingkv.runtime.pass_levels import PassLevel, clean_level, denoising_levels, write_levels
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.results import Chunk, Timing
+from forcingkv.runtime.sources import first_pass
 from forcingkv.runtime.unipc import UniPC
 
 FramesOn: TypeAlias = Literal["host", "device"]
@@ -59,6 +61,7 @@ class ChunkMaker:
         lane: what it runs with.
         cache: the KV cache.
         decoder: decodes chunks.
+        encoder: makes latents of frames that are given; None: the bundle has none.
         schedule: the model's.
         scenes: how many cuts to another scene there were.
         given: how many chunks at the start of the video were given and not generated, which decides which
@@ -75,6 +78,10 @@ class ChunkMaker:
         self.cache = lane.cache(self._plan, bundle.manifest.compute)
         self._cross = {name: tensor_of(lane, r, state=True) for name, r in prompt.outputs.items()}
         self.decoder = ChunkDecoder(lane, bundle.manifest, self._spec)
+        graphs = bundle.manifest.graphs
+        self.encoder: Encoder | None = None
+        if has_encoder(graphs, self._plan):
+            self.encoder = encoder_of(lane, graphs, self._plan)
         self._text = {name: tensor_of(lane, record) for name, record in prompt.inputs.items()}
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
         self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
@@ -139,19 +146,30 @@ class ChunkMaker:
         self._text["text"].write(text, self.lane.main)
         self._prompt.run()
 
-    def begin(self, index: int, noise: NoiseSource) -> PendingChunk:
-        """Put the passes of a chunk into the queue."""
+    def begin(
+        self, index: int, noise: NoiseSource, source: Floats | None = None, strength: float = 1.0
+    ) -> PendingChunk:
+        """Put the passes of a chunk into the queue.
+
+        With a `source`, latents of the chunk's shape, it begins with these, noised to the first level that is
+        at most `strength`.
+        """
         queue, requested = self.lane.main, time.perf_counter()
         started = queue.mark()
         self._write_positions(index)
         # All noise at once: drawn between passes, each finds the processor's caches full of weights.
         levels = self.levels(index)
-        renewing = self._renewing_noise(noise, index, levels)
-        start = self._with_held(index, noise(index, 0, self.latent_shape))
-        self._latents[0].write(start, queue)
+        drawn, first = noise(index, 0, self.latent_shape), 0
+        if source is not None:
+            sigmas = self.schedule.of_chunk(index, self.given).sigmas
+            first = first_pass(sigmas[:-1], strength) or 0
+            drawn = np.float32(1 - sigmas[first]) * source + np.float32(sigmas[first]) * drawn
+        renewing = self._renewing_noise(noise, index, levels, first)
+        start = self._with_held(index, drawn)
+        self._latents[first % 2].write(start, queue)
         steps = []
-        between = self._between(index, 0, start)
-        for step, level in enumerate(levels):
+        between = self._between(index, first, start)
+        for step, level in list(enumerate(levels))[first:]:
             self._denoise(step, level, renewing)
             steps.append(self._latents[(step + 1) % 2].fetch(queue))
             if between and step + 1 < len(levels):

@@ -77,12 +77,18 @@ def part_notes(
         "activations": "of a pass, and of decoding beside it",
         **{f"kv_{name}": note for name, note in roles.items()},
         "decoder_caches": "read and written in place" if joined else of_decoder,
-        "encoder_caches": buffers[2],
         "frames": "of a chunk, or of two if they overlap",
         "text": "of the prompt, with its keys and values",
         "latents": "with noise, positions and noise levels",
-        **({"recache": "of encoding newest frames anew at a switch of prompts"} if plan else {}),
+        **(_OF_SOME if plan else {}),
     }
+
+
+_OF_SOME = {
+    "encoder_caches": "two buffers: read and written in turn",
+    "recache": "of encoding newest frames anew at a switch of prompts",
+}
+"""Notes on parts that some bundles have."""
 
 
 def engine_sets(manifest: Manifest) -> list[EngineSet]:

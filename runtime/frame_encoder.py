@@ -26,7 +26,13 @@ GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class Encoder(Protocol):
-    """Makes latents of the frames of one video, in as many calls as one likes."""
+    """Makes latents of the frames of one video, in as many calls as one likes.
+
+    Attributes:
+        begun: how many videos it began, so that each knows whether it is still its own.
+    """
+
+    begun: int
 
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
@@ -56,11 +62,12 @@ class FrameEncoder:
 
     Attributes:
         called: calls of the graph since the video began.
+        begun: videos that it began.
     """
 
     def __init__(self, lane: Lane, record: GraphRecord, plan: CachePlan) -> None:
         """Takes the memory that it needs on the lane. Raises MemoryShortError where there is not enough."""
-        self._lane, self._geometry, self.called = lane, plan.geometry, 0
+        self._lane, self._geometry, self.called, self.begun = lane, plan.geometry, 0, 0
         self._frames = tensor_of(lane, record.inputs[GIVEN_FRAMES])
         self._latents = tensor_of(lane, record.outputs["latents"])
         carried = record.carried.items()
@@ -75,6 +82,7 @@ class FrameEncoder:
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
         self.called = 0
+        self.begun += 1
         for tensor in self._caches[0].values():
             tensor.clear(self._lane.side)
 
@@ -109,11 +117,12 @@ class PixelEncoder:
 
     def __init__(self, plan: CachePlan) -> None:
         self._geometry, self._channels = plan.geometry, plan.spec.latent_channels
-        self._opening = True
+        self._opening, self.begun = True, 0
 
     def restart(self) -> None:
         """Begin a new video."""
         self._opening = True
+        self.begun += 1
 
     def encode(self, frames: Frames) -> Floats:
         """See `Encoder.encode`; each frame is one latent frame."""
@@ -124,6 +133,11 @@ class PixelEncoder:
             pixels = (pixels @ GREY)[..., None]
         latents: Floats = np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)[None]) / np.float32(127.5) - 1
         return latents
+
+
+def has_encoder(graphs: Mapping[str, GraphRecord], plan: CachePlan) -> bool:
+    """Whether a bundle of those graphs makes latents of frames."""
+    return plan.spec.decoder.kind == "pixels" or "encode" in graphs
 
 
 def encoder_of(lane: Lane, graphs: Mapping[str, GraphRecord], plan: CachePlan) -> Encoder:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Self
+
+import numpy as np
+import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
@@ -18,6 +21,7 @@ from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.bundle_check import check_digest
 from forcingkv.runtime.chunks import ChunkMaker, FramesOn, NoiseSource
 from forcingkv.runtime.faults import InUseError, SessionError
+from forcingkv.runtime.frame_encoder import Encoder, encoder_of
 from forcingkv.runtime.given import GivenNoise, check_start
 from forcingkv.runtime.pass_timer import PassTimer
 from forcingkv.runtime.positions import Floats
@@ -25,6 +29,7 @@ from forcingkv.runtime.preflight import check_memory, needed_memory
 from forcingkv.runtime.recaching import check_restored
 from forcingkv.runtime.script import PromptRecord, Script
 from forcingkv.runtime.snapshot import HELD, check_given, read_snapshot
+from forcingkv.runtime.sources import Source
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.streaming import NO_START, Start, Video
 from forcingkv.runtime.text import Prompt
@@ -180,6 +185,8 @@ class Session:
         chunks: float | None = None,
         noise: NoiseSource | GivenNoise | None = None,
         start: Floats | None = None,
+        source: Iterable[npt.NDArray[np.uint8]] | None = None,
+        strength: float = 0.7,
     ) -> Video:
         """Begin a video: an iterator that yields each chunk as soon as it is decoded.
 
@@ -195,10 +202,15 @@ class Session:
                 them: each is encoded in a clean pass, decoded and handed out (`Chunk.given`), and the first
                 generated chunk follows them. Fewer frames than a chunk has, for models whose schedule can
                 (`Schedule.by_frame`): they are held while the rest of the first chunk is made.
+            source: frames of another video, uint8 (height, width, 3) of the model's size, at its rate
+                (`runtime.clips`): each chunk begins with the latents of its frames, noised, and the video
+                ends with them. They are read as chunks are begun.
+            strength: of a source: chunks begin with the first of their passes whose noise level is at most
+                this. 1: what the source shows is lost.
 
         Raises:
-            InputError: the prompt, the seed, chunks, noise or start cannot be used. The video before goes on
-                then.
+            InputError: the prompt, the seed, chunks, noise, start or source cannot be used, or the bundle has
+                no encoder for it. The video before goes on then.
             InUseError: the session is in use by another thread, where the video goes on.
             RuntimeError: the session is closed.
             SessionError: as iterating over the video does.
@@ -208,13 +220,47 @@ class Session:
             given = NO_START
             if start is not None:
                 given = Start.of(check_start(start, self.plan), self.spec.frames_per_chunk)
-            video = Video(self, seed, chunks, noise, Script(record), given)
+            drawn = self._source(maker, source, strength, start)
+            video = Video(self, seed, chunks, noise, Script(record), given, drawn)
             self._user = video._token
             with video._ending_with_errors():
                 maker.restart()
                 given.begin(maker)
                 video._begin_text(maker, text)
         return video
+
+    def encode(self, frames: npt.NDArray[np.uint8]) -> Floats:
+        """The latents of a clip, for `generate(start=...)`.
+
+        Args:
+            frames: uint8 (1 + k * temporal_stride, height, width, 3) of the model's size, at its rate.
+
+        Returns float32 (1, channels, 1 + k, height, width).
+
+        A video that is drawn from a source ends with it: there is one encoder.
+
+        Raises InputError for other frames, and for a bundle without an encoder; and what `generate` raises.
+        """
+        with self._using() as maker:
+            encoder = self._encoder(maker)
+            encoder.restart()
+            return encoder.encode(frames)
+
+    def _encoder(self, maker: ChunkMaker) -> Encoder:
+        return maker.encoder or encoder_of(maker.lane, self.bundle.manifest.graphs, self.plan)
+
+    def _source(
+        self,
+        maker: ChunkMaker,
+        frames: Iterable[npt.NDArray[np.uint8]] | None,
+        strength: float,
+        start: Floats | None,
+    ) -> Source | None:
+        if frames is None:
+            return None
+        if start is not None:
+            raise InputError("use either start or source, not both", where="source")
+        return Source(frames, strength, self.spec, self._encoder(maker))
 
     def restore(
         self,

@@ -23,6 +23,7 @@ from forcingkv.runtime.recaching import check_recache, make_anew
 from forcingkv.runtime.results import Chunk
 from forcingkv.runtime.script import PromptRecord, Script, Switch, check_fade, recache_of
 from forcingkv.runtime.snapshot import write_snapshot
+from forcingkv.runtime.sources import Source
 from forcingkv.runtime.spec import Recache
 from forcingkv.runtime.text import Prompt
 
@@ -79,6 +80,7 @@ class Video:
         noise: NoiseSource | GivenNoise | None,
         script: Script,
         start: Start = NO_START,
+        source: Source | None = None,
     ) -> None:
         """For the session. It is asked for its memory each time: a video that has ended keeps none of it."""
         seed = operator.index(seed)  # numpy's whole numbers would not go into JSON
@@ -86,6 +88,7 @@ class Video:
             raise InputError(f"is {seed}", where="seed", expected="0 or more")
         self.seed, self.given, self._start = seed, start.chunks, start
         self.held = 0 if start.held is None else start.held.shape[2]
+        self._source = source
         self._given_noise = noise if isinstance(noise, GivenNoise) else None
         self.chunks = chunks
         self.index, self._script = 0, script
@@ -164,9 +167,13 @@ class Video:
                     self.chunks is None or self._begun < self.chunks
                 ):
                     self._switch_in_time(maker)
-                    self._pending.append(self._begin(maker, self._begun))
+                    begun = self._begin(maker, self._begun)
+                    if begun is None:
+                        self._chunks = self._begun
+                        break
+                    self._pending.append(begun)
                     self._begun += 1
-                if not self._ready:  # a switch finishes what was begun
+                if not self._ready and self._pending:  # a switch finishes what was begun
                     self._finish_one(maker)
             chunk = None if self._over else self._ready.popleft()
             self.index += chunk is not None
@@ -176,10 +183,15 @@ class Video:
             self._session._memory(self._token)
         return chunk
 
-    def _begin(self, maker: ChunkMaker, index: int) -> PendingChunk:
+    def _begin(self, maker: ChunkMaker, index: int) -> PendingChunk | None:
+        """Put the passes of a chunk into the queue; None: the frames that it would be drawn from have
+        ended."""
         if index < self.given:
             return maker.take(index, self._start.latents[index])
-        return maker.begin(index, self._noise)
+        if self._source is None:
+            return maker.begin(index, self._noise)
+        latents = self._source.latents(index)
+        return None if latents is None else maker.begin(index, self._noise, latents, self._source.strength)
 
     def _noise(self, chunk: int, step: int, shape: tuple[int, ...]) -> Floats:
         """The caller's own noise, that of a file, which begins with the first chunk that is generated, or the
@@ -296,6 +308,12 @@ class Video:
             with self._ending_with_errors():
                 while self._pending:
                     self._finish_one(maker)
+            if self._source is not None:
+                raise InputError(
+                    "a video that is drawn from another one cannot be saved",
+                    where="source",
+                    hint="Make it in one run; what was written stays.",
+                )
             if self._own_noise:
                 raise InputError(
                     "a video with a noise source of its own cannot be saved",

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from forcingkv.commands.console import progress_bar
 from forcingkv.measure.fidelity.motion import SAMPLED_FPS, measure_motion
 from forcingkv.measure.fidelity.seams import ChunkLayout, chunk_discontinuity, seam, seams
-from forcingkv.measure.fidelity.video_files import open_video
+from forcingkv.runtime.video_reader import open_video
 
 Frames = npt.NDArray[np.uint8]
 

@@ -35,6 +35,7 @@ _STRIPS = "new: a frame may be decoded in strips, which takes less memory"
 
 _SWITCHES = "prompts are switched as public code does it too: by which way is a word, not yes or no"
 
+_STARTS = "new: videos that begin with a picture or a clip, or are drawn from one"
 CHANGED: dict[str, str] = {
     "export --decode-strips": _STRIPS,
     "plan --decode-strips": _STRIPS,
@@ -107,7 +108,13 @@ CHANGED: dict[str, str] = {
     "headmap convert --heads": "0 heads were taken for a number that was not given",
     "export --encoder": "bundles that make latents of pictures and videos",
     "export --recache-graph": _SWITCHES,
+    "generate --encoder": _STARTS,
     "generate --fade": _SWITCHES,
+    "generate --fit": _STARTS,
+    "generate --image": _STARTS,
+    "generate --start": _STARTS,
+    "generate --strength": _STARTS,
+    "generate --video": _STARTS,
     "generate --no-recache": _SWITCHES,
     "generate --recache": _SWITCHES,
     "generate --script": _SWITCHES,

@@ -66,7 +66,9 @@ def test_latents_are_written_and_go_on(bundle: Path, tmp_path: Path, run: Callab
     assert (tmp_path / "b.rgb").read_bytes() == (tmp_path / "a.rgb").read_bytes()
     ran = run(*words(bundle, tmp_path / "c.rgb", "--start-latents", first, "--seconds", 0.3))
     assert ran.code == 2
-    assert "has 2 chunks, and the whole video has 2. Make it longer: --seconds" in " ".join(ran.err.split())
+    assert "begins the video with 2 chunks, and the whole has 2. Make it longer: --seconds" in " ".join(
+        ran.err.split()
+    )
 
 
 def test_noise_of_a_file_says_so_and_is_as_long_as_the_video(

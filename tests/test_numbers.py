@@ -59,6 +59,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "generate --script-line": (LESS, "0"),
     "generate --seconds": (LESS, "nan", "-inf", "0", "1e308"),
     "generate --seed": (LESS,),
+    "generate --strength": (*NO_FLOATS, "0", "1.5"),
     "generate --threads": (LESS, "0", HUGE, "4096"),
     "headmap convert --heads": (LESS, "0"),
     "headmap convert --threshold": ("nan",),

@@ -44,7 +44,7 @@ def _by_torch(file: GoldenFile, frames: Array) -> Array:
     stride = encoder.temporal_stride
     if (frames.shape[2] - 1) % stride:
         raise GoldenError(f"its clip has {frames.shape[2]} frames, which are no whole latent frames")
-    before = np.zeros_like(frames[:, :, : stride - 1])
+    before = np.zeros_like(frames[:, :, :1]).repeat(stride - 1, 2)
     calls = torch.from_numpy(np.concatenate([before, frames], 2)).split(stride, 2)
     side = encoder.spatial_stride
     state: Any = encoder.empty_state(frames.shape[3] // side, frames.shape[4] // side)

@@ -208,7 +208,7 @@ def pictures(folder: Path) -> object:
 
 def video(folder: Path, file: str) -> object:
     """The frames of a video."""
-    from forcingkv.measure.fidelity.video_files import open_video
+    from forcingkv.runtime.video_reader import open_video
 
     with open_video(Path(file)) as (rate, frames):
         return rate, [summed(frame) for frame in frames]

@@ -17,9 +17,9 @@ from forcingkv.measure.fidelity.seams import (
     seam,
     seam_ratios,
 )
-from forcingkv.measure.fidelity.video_files import open_video
 from forcingkv.measure.fidelity.video_measures import Values, measure_video
 from forcingkv.models.presets import load_spec
+from forcingkv.runtime.video_reader import open_video
 from studies.planted_seams import SEAMS, chunk_of
 from tests.measure.textures import Frames, moving
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from forcingkv.headmaps import InputError
-from forcingkv.measure.fidelity import video_files
-from forcingkv.measure.fidelity.video_files import open_video
+from forcingkv.runtime import video_reader
 from forcingkv.runtime.video import open_writer
+from forcingkv.runtime.video_reader import open_video
 
 NAMES = ("a.mp4", "a.m3u8", "a.mpd", "a.sdp", "a.ffconcat", "a.txt")
 
@@ -75,7 +75,7 @@ def test_pictures_too_large_for_any_screen_are_refused(tmp_path: Path) -> None:
 
 
 def test_videos_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_files, "MOST_VIDEO_FRAMES", 4)
+    monkeypatch.setattr(video_reader, "MOST_VIDEO_FRAMES", 4)
     assert frames_of(written(tmp_path / "a.mp4", 4)) == 4
     with pytest.raises(InputError, match="more than 4 frames"):
         frames_of(written(tmp_path / "b.mp4", 5))

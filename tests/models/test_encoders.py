@@ -60,7 +60,8 @@ def at_once(config: dict[str, Any]) -> Tensor:
 def encode(encoder: StreamingEncoder, frames: Tensor, split: list[int], before: float = 7.0) -> Tensor:
     """Latents, in calls of so many latent frames; `before` is what the frames before a video's first are."""
     dtype = next(encoder.parameters()).dtype
-    frames = torch.cat([torch.full_like(frames[:, :, :3], before), frames], 2).to(dtype)
+    unseen = torch.full_like(frames[:, :, :1], before).repeat(1, 1, 3, 1, 1)
+    frames = torch.cat([unseen, frames], 2).to(dtype)
     state, parts = encoder.empty_state(HEIGHT, WIDTH), []
     for call, part in enumerate(frames.split([4 * count for count in split], 2)):
         latents, following = encoder(part, torch.tensor([float(call == 0)], dtype=dtype), state)

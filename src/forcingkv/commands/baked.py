@@ -33,6 +33,7 @@ from forcingkv.runtime.text import encode_words, read_embeds
 
 if TYPE_CHECKING:
     from forcingkv.export.cached_bundle import CachedBundle
+    from forcingkv.models.encoders import StreamingEncoder
 
 POLICY = "forcing-kv"
 
@@ -62,6 +63,10 @@ class ModelOptions:
         str | None, Option(help="With --model: wan-vae, taehv or lighttae; default: the model's.")
     ] = None
     vae: Annotated[Path | None, Option(help="With --model: weights of the decoder.")] = None
+    encoder: Annotated[
+        Path | None,
+        Option(help="With --model, --image, --start or --video: the VAE that encodes; default: --vae's."),
+    ] = None
     layers: Layers = None
 
     def check(self, bundle: Path | None) -> None:
@@ -84,7 +89,12 @@ class ModelOptions:
 
 
 def bake_model(
-    options: ModelOptions, run: LaneOptions, embeds: Path | None, prompts: Iterable[str | None]
+    options: ModelOptions,
+    run: LaneOptions,
+    embeds: Path | None,
+    prompts: Iterable[str | None],
+    *,
+    encodes: bool = False,
 ) -> CachedBundle:
     """The bundle of a model, from the cache; what was chosen and done is said on standard error.
 
@@ -95,6 +105,7 @@ def bake_model(
         run: what is to run it.
         embeds: the text embeddings that were given.
         prompts: every prompt that will be asked for.
+        encodes: whether pictures or videos are to be encoded.
 
     Raises InputError for what does not fit, and as `cached_bundle` does.
     """
@@ -122,8 +133,9 @@ def bake_model(
     if options.layers:
         spec, policy, headmap = typical_layers(spec, policy, headmap, options.layers)
     spec, decoder = decoder_for(spec, options.decoder, options.vae, random=options.random_weights)
+    encoder = _encoder(options, spec) if encodes and spec.decoder.kind != "pixels" else None
     plan = build_plan(spec, spec.geometry(options.resolution), policy, headmap)
-    recipe = Recipe(plan, headmap, decoder, run.dtype or spec.dtype)
+    recipe = Recipe(plan, headmap, decoder, run.dtype or spec.dtype, encoder)
     check_memory_to_run(recipe, run.device)
     weights = weights_for(
         spec,
@@ -152,6 +164,20 @@ def bake_model(
     if len(sizes) > 1:
         _note(f"{path.parent} holds {len(sizes)} folders of {whole}: any may be removed, and is baked again")
     return cached
+
+
+def _encoder(options: ModelOptions, spec: ModelSpec) -> StreamingEncoder:
+    """What encodes pictures and videos. Raises InputError where no weights of a VAE are given."""
+    from forcingkv.models.encoders import encoder_for
+
+    path = options.encoder or (options.vae if spec.decoder.kind == "wan-vae" else None)
+    if path is None and not options.random_weights:
+        raise InputError(
+            "the weights of the encoder are not given",
+            where="--encoder",
+            expected=f"the VAE of {spec.name}'s latents, such as --encoder Wan2.1_VAE.pth",
+        )
+    return encoder_for(spec, path)
 
 
 def heads_to_bake(spec: ModelSpec, policy: Policy, given: HeadMap | None, *, random: bool) -> HeadMap | None:

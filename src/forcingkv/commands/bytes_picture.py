@@ -23,6 +23,7 @@ COLOURS = {
     "weights": SOFT,
     "activations": "#c2510c",
     "decoder_caches": "#2a7d4f",
+    "encoder_caches": "#6fae8a",
     "frames": "#8250df",
     "text": "#a98be8",
     "latents": "#cdbcf3",

@@ -135,9 +135,10 @@ def export(
     if calibration and precision != "fp8":
         raise InputError("is for fp8 only", where="--calibration", expected="--dtype fp8")
     texts = texts_for(spec, calibration, random_weights) if precision == "fp8" else None
+    encoded_by = _encoder_file(encoder, vae) if encoder else None
     weights = weights_for(spec, checkpoint, key, lora, no_preset_lora, random_weights)
     spec, pixels = decoder_for(spec, decoder, vae, random=random_weights)
-    frames = encoder_for(spec, _encoder_file(encoder, vae)) if encoder else None
+    frames = encoder_for(spec, encoded_by) if encoder else None
     try:
         with console.status("exporting") as status:
             manifest = export_bundle(

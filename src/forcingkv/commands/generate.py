@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +34,7 @@ from forcingkv.commands.models import (
     text_input,
 )
 from forcingkv.commands.prompt_changes import Prompts, told_prompts
+from forcingkv.commands.starts import StartOptions
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Timing, Video
@@ -53,6 +54,7 @@ BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
 
 @takes("model", ModelOptions)
 @takes("given", GivenOptions)
+@takes("begin", StartOptions)
 def generate(
     out: Annotated[
         str, Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
@@ -112,6 +114,7 @@ def generate(
         int | None, Option(min=0, help="Seed of the noise; default: 0, or that of --restore.")
     ] = None,
     given: GivenOptions,
+    begin: StartOptions,
     backend: BackendOrOwn = None,
     device: Device = None,
     dtype: ComputeDtype = None,
@@ -142,6 +145,7 @@ def generate(
     """
     model.check(bundle)
     given.check(out)
+    begin.check(_begins_otherwise(given, restore))
     # Makes nothing: a wrong place is refused before the bundle, which may be large, is read.
     open_writer(out, fps=fps or 1.0, enlarge=enlarge or 1, going_on=bool(restore))
     if save:
@@ -150,28 +154,31 @@ def generate(
     prompts = told_prompts(
         *(prompt, embeds, switch, script, script_line, recache, no_recache, fade), random=model.random_weights
     )
-    asked = Asked(prompts, seconds, restore, fps, seed, enlarge, given)
+    asked = Asked(prompts, seconds, restore, fps, seed, enlarge, given, begin)
     try:
         if bundle is None:
             run = LaneOptions(backend or "torch", threads, device, dtype, provider, cuda_graphs, compiled)
-            baked = bake_model(model, run, embeds, asked.baked_with)
+            baked = bake_model(model, run, embeds, asked.baked_with, encodes=begin.encodes)
             backend, written.digesting, written.baking = run.backend, baked.digesting, baked.baking
         began = time.perf_counter()
-        with Session.open(
-            baked.bundle if bundle is None else bundle,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            provider=provider,
-            threads=threads,
-            cuda_graphs=cuda_graphs,
-            compiled=compiled,
-            expect_digest=expect_digest,
-        ) as session:
+        with (
+            ExitStack() as clips,
+            Session.open(
+                baked.bundle if bundle is None else bundle,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+                provider=provider,
+                threads=threads,
+                cuda_graphs=cuda_graphs,
+                compiled=compiled,
+                expect_digest=expect_digest,
+            ) as session,
+        ):
             written.loading = time.perf_counter() - began
             if bundle is None:
                 say(f"runs on {session.runs_on}", error=True)
-            video, look = begin_video(session, asked)
+            video, look = begin_video(session, asked, clips)
             on = _runs_on(session, threads) | {"memory": session.footprint}
             for note in session.notes:
                 written.warn(note)
@@ -194,6 +201,11 @@ def generate(
         _report(written, out, look.fps, on, as_json=as_json)
 
 
+def _begins_otherwise(given: GivenOptions, restore: Path | None) -> str | None:
+    """The option that says already what a video begins with, if one does."""
+    return "--start-latents" if given.start_latents else "--restore" if restore else None
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the options say of a video. None: an option that was not given."""
@@ -205,6 +217,7 @@ class Asked:
     seed: int | None
     enlarge: int | None
     given: GivenOptions = field(default_factory=GivenOptions)
+    begin: StartOptions = field(default_factory=StartOptions)
 
     @property
     def baked_with(self) -> list[str | None]:
@@ -213,8 +226,9 @@ class Asked:
         return [*first, *self.prompts.after]
 
 
-def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
-    """Begin the video that the options ask for, or go on with the one that was saved.
+def begin_video(session: Session, asked: Asked, clips: ExitStack) -> tuple[Video, Look]:
+    """Begin the video that the options ask for, or go on with the one that was saved. A file that it is drawn
+    from stays open until the block of `clips` ends.
 
     Raises InputError for options that cannot be used, or contradict the saved state, and for a saved video
     of which nothing is left to make.
@@ -246,9 +260,26 @@ def begin_video(session: Session, asked: Asked) -> tuple[Video, Look]:
             raise InputError("the saved video is complete", where=where, hint=hint)
     else:
         text = text_input(spec, prompts.first, prompts.embeds, random=prompts.random)
-        chunks = length(asked.seconds or 5.0)
-        chunks = asked.given.chunks(spec, noise, start, chunks, whole=asked.seconds is None)
-        video = session.generate(text, seed=asked.seed or 0, chunks=chunks, noise=noise, start=start)
+        if start is None:
+            start = asked.begin.latents(session, look.fps)
+        source = asked.begin.source(session, look.fps, clips)
+        # A video that is drawn from another is as long as that.
+        chunks = length(asked.seconds or 5.0) if asked.seconds or not source else None
+        if asked.begin.start and asked.seconds is None and chunks is not None and start is not None:
+            chunks += start.shape[2] // spec.frames_per_chunk  # five seconds more than that shows
+        begun_by = asked.begin.start or asked.begin.image
+        chunks = asked.given.chunks(
+            spec, noise, start, chunks, whole=asked.seconds is None, begun_by=begun_by
+        )
+        video = session.generate(
+            text,
+            seed=asked.seed or 0,
+            chunks=chunks,
+            noise=noise,
+            start=start,
+            source=source,
+            strength=asked.begin.noise_level,
+        )
     say_given(video, asked.given)
     prompts.say_how(spec)
     take_switches(session, video, [(*change, prompts.fade) for change in switches], prompts.recache)

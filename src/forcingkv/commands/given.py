@@ -71,16 +71,19 @@ class GivenOptions:
         asked: int | None,
         *,
         whole: bool,
+        begun_by: Path | None = None,
     ) -> int | None:
-        """Chunks of the whole video: those asked for, or (`whole`) as many as there is noise for.
+        """Chunks of the whole video: those asked for, or (`whole`) as many as there is noise for. `begun_by`
+        is what the start is of, if not of a file of latents.
 
         Raises InputError where the start leaves none to be made.
         """
         begins_with = 0 if start is None else start.shape[2] // spec.frames_per_chunk
         chunks = begins_with + noise.chunks if noise and whole else asked
         if chunks is not None and chunks <= begins_with:
-            what = f"has {begins_with} chunks, and the whole video has {chunks}"
-            raise InputError(what, where=str(self.start_latents), hint="Make it longer: --seconds.")
+            what = f"begins the video with {begins_with} chunks, and the whole has {chunks}"
+            where = str(begun_by or self.start_latents)
+            raise InputError(what, where=where, hint="Make it longer: --seconds.")
         return chunks
 
 
@@ -144,7 +147,8 @@ def say_given(video: Video, given: GivenOptions) -> None:
         say(f"begins with {video.held} given latent {frames}{source}, held in its first chunk", error=True)
     if video.given:
         source = f" of {given.start_latents}" if given.start_latents else ""
-        say(f"begins with {video.given} given chunks{source}", error=True)
+        chunks = "chunk" if video.given == 1 else "chunks"
+        say(f"begins with {video.given} given {chunks}{source}", error=True)
 
 
 @contextmanager
