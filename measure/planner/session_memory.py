@@ -115,6 +115,7 @@ def session_memory(
         "CUDA's own context and what allocators round up: a reserve is kept for them",
         "the text encoder: prompts are encoded ahead, or it is loaded beside",
     ]
-    if decoder.activation_bytes is None:
+    of_strips = decoder.strips.strip_activation_bytes if strips and decoder.strips else None
+    if (of_strips if strips else decoder.activation_bytes) is None:
         unknown.append(f"activations of the decoder {spec.decoder.kind}: never built")
     return SessionMemory(parts, tuple(unknown))
