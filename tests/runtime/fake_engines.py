@@ -136,7 +136,9 @@ class FakeTensorRT:
     cuda: FakeCuda
     runners: Mapping[str, Runner]
     computes: bool = True
-    memory: Mapping[str, int] = field(default_factory=lambda: {"prompt": 300, "step": 5000, "decode": 700})
+    memory: Mapping[str, int] = field(
+        default_factory=lambda: {"prompt": 300, "step": 5000, "decode": 700, "decode_strip": 600}
+    )
     refuse_at: int | None = None
     says: str = "as the test wants it"
     refusable: int = 0
