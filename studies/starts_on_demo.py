@@ -3,9 +3,9 @@
     python studies/starts_on_demo.py [--clips 16] [--policies full,forcing-kv] [--seed 0]
 
 Real clips of digits that the model never saw. A video begins with the first frame, which stands still for a
-chunk, or with the first chunk of the clip, and goes on under the clip's own prompt or under that of another
-chunk, or with the first chunk of the clip, and goes on under the clip's own prompt or that of another
-clip. Prints as JSON, for each policy, start and prompt: whether the first frame shown is the given one, and the
+chunk, or with the first chunk of the clip, and goes on under the clip's own prompt or that of another clip.
+Prints as JSON, for each policy, start and prompt: whether the first frame shown is the given one, and the
+shares of digits in chunk 5 that are those of the start, and those of the prompt.
 """
 
 from __future__ import annotations
