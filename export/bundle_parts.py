@@ -25,6 +25,7 @@ from forcingkv.export.fp8 import CalibrationTexts, calibrate
 from forcingkv.export.graphs import (
     Graph,
     decode_graph,
+    decode_strip_graph,
     empty,
     encode_graph,
     prompt_graph,
@@ -36,6 +37,7 @@ from forcingkv.export.precision import Precision, torch_dtype
 from forcingkv.export.verify import graph_difference, quantized_differences
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.strips import StripShapes, strip_shapes
 from forcingkv.models.encoders import StreamingEncoder
 from forcingkv.models.streaming import StreamingModule
 from forcingkv.models.wan import WanModel
@@ -44,15 +46,22 @@ from forcingkv.runtime.bundle import (
     GRAPHS,
     CalibrationRecord,
     GraphRecord,
-    TensorRecord,
     as_records,
     tensor_records,
 )
+from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph, shapes_of
 from forcingkv.runtime.graph_file import read_graph
 from forcingkv.runtime.graph_memory import weight_bytes
-from forcingkv.runtime.graph_records import UNFOLDED, Layout, encode_layouts
+from forcingkv.runtime.graph_records import (
+    DECODING_GRAPHS,
+    STRIP,
+    UNFOLDED,
+    DecoderSizes,
+    Layout,
+    encode_layouts,
+)
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.tensors import StoredTensor
@@ -87,6 +96,8 @@ class PartsWriter:
     progress: Callable[[str], None]
     encoder: StreamingEncoder | None = None
     """Of frames that are given."""
+    strips: Strips | None = None
+    """In which frames are decoded; None: as a whole."""
     records: dict[str, GraphRecord] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
     engines: list[EngineRecord] = field(default_factory=list)
@@ -106,6 +117,15 @@ class PartsWriter:
         """The linear layers in FP8 or int8."""
         return self.precision.linears(weight_shapes(self.plan.spec))
 
+    @cached_property
+    def shapes(self) -> StripShapes | None:
+        """The shapes of the decoder in strips."""
+        if self.strips is None:
+            return None
+        assert self.decoder is not None
+        geometry = self.plan.geometry
+        return strip_shapes(self.decoder, self.strips, geometry.latent_height, geometry.latent_width)
+
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder and the encoder."""
         spec, path = self.plan.spec, self.folder / WEIGHTS
@@ -122,7 +142,8 @@ class PartsWriter:
     @property
     def engine_names(self) -> list[str]:
         """The graphs that engines are built of."""
-        return [*GRAPHS, *(["encode"] if self.encoder else [])]
+        more = {STRIP: self.strips is not None, "encode": self.encoder is not None}
+        return [*GRAPHS, *(name for name, there in more.items() if there)]
 
     def calibrate(self, texts: CalibrationTexts) -> None:
         """Find the scales of the inputs of linear layers in FP8."""
@@ -133,16 +154,16 @@ class PartsWriter:
     def describe(self, name: str) -> None:
         """Record what goes in and out where there is no graph."""
         file = self._weights_of(name)
-        # `prompt` and `step` are of one model, which is loaded once.
-        stored = self.stored.get(file or "", {}) if name != "prompt" else {}
+        # `prompt` and `step` are of one model, and the parts of a decoder of one: each is loaded once.
+        stored = self.stored.get(file or "", {}) if name not in ("prompt", STRIP) else {}
         held = sum(tensor.bytes for tensor in stored.values())
+        compute = self.precision.compute
         if name == "encode":
             assert self.encoder is not None
-            self.records[name] = encoder_record(self.plan, self.encoder, self.precision.compute, file, held)
+            self.records[name] = encoder_record(self.plan, self.encoder, compute, file, held)
             return
-        self.records[name] = record_without_graph(
-            name, self.plan, self.decoder, self.precision.compute, file, held
-        )
+        sizes = decoder_sizes(self.plan, self.decoder, compute, self.strips)
+        self.records[name] = record_without_graph(name, self.plan, sizes, compute, file, held)
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
@@ -223,7 +244,7 @@ class PartsWriter:
 
     def _weights_of(self, name: str) -> str | None:
         """The file that a graph's weights lie in."""
-        file = {"decode": DECODER, "encode": ENCODER}.get(name, WEIGHTS)
+        file = DECODER if name in DECODING_GRAPHS else {"encode": ENCODER}.get(name, WEIGHTS)
         return file if file in self.stored else None
 
     def _compare(self, name: str, path: Path) -> None:
@@ -255,10 +276,16 @@ class PartsWriter:
         if name == "encode":
             assert self.encoder is not None
             return encode_graph(self.plan, _emptied(self.encoder, precision))
-        if name == "decode":
-            kind = precision.compute if precision else "float32"
+        if name in DECODING_GRAPHS:
+            shapes = self.shapes
+            pixels = (precision.compute if precision else "float32") == "float32"
             decoder = _emptied(self.decoder, precision) if self.decoder else None
-            return decode_graph(self.plan, decoder, pixels=kind == "float32")
+            if name == "decode":
+                return decode_graph(self.plan, decoder, pixels=pixels, strips=self.strips)
+            assert decoder is not None
+            assert self.strips is not None
+            assert shapes is not None
+            return decode_strip_graph(self.plan, decoder, self.strips, shapes, pixels=pixels)
         model = self._traced(name, precision) if precision else self.model
         if name == "prompt":
             return prompt_graph(model)
@@ -272,6 +299,21 @@ class PartsWriter:
             model.keep_prompt_part()  # tracing takes time for each parameter, used or not
         empty(model, precision.computed_in)
         return model
+
+
+def decoder_sizes(
+    plan: CachePlan, decoder: StreamingDecoder | None, compute: Dtype, strips: Strips | None
+) -> DecoderSizes:
+    """What the graphs that decode take from their decoder, where it is in strips or is not."""
+    size = plan.geometry.latent_height, plan.geometry.latent_width
+
+    def layouts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layout]:
+        return {name: Layout(compute, shape) for name, shape in shapes.items()}
+
+    if decoder is None or strips is None:
+        return DecoderSizes(layouts(decoder.state_shapes(*size) if decoder else {}))
+    found = strip_shapes(decoder, strips, *size)
+    return DecoderSizes(layouts(found.whole), strips, layouts(found.state | found.edges), found.features)
 
 
 def _emptied(module: M, precision: Precision | None) -> M:
@@ -295,15 +337,7 @@ def encoder_record(
 
 
 def record_without_graph(
-    name: str,
-    plan: CachePlan,
-    decoder: StreamingDecoder | None,
-    compute: Dtype,
-    weights: str | None,
-    held: int,
+    name: str, plan: CachePlan, decoder: DecoderSizes, compute: Dtype, weights: str | None, held: int
 ) -> GraphRecord:
     """What goes into `name` and comes out, in a bundle for torch; `held` are the bytes of its weights."""
-    size = plan.geometry.latent_height, plan.geometry.latent_width
-    caches = decoder.state_shapes(*size) if decoder else {}
-    carried = {cache: TensorRecord(compute, shape) for cache, shape in caches.items()}
-    return GraphRecord(None, weights, *tensor_records(plan, compute, carried)[name], weight_bytes=held)
+    return GraphRecord(None, weights, *tensor_records(plan, compute, decoder)[name], weight_bytes=held)

@@ -30,6 +30,7 @@ from forcingkv.headmaps.folders import check_folder, new_folder
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.strips import strips_of
 from forcingkv.models.encoders import StreamingEncoder
 from forcingkv.models.heads import head_orders
 from forcingkv.models.torch_threads import use_threads
@@ -40,7 +41,7 @@ from forcingkv.runtime.bundle import (
 )
 from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST
 from forcingkv.runtime.context import without_encoder
-from forcingkv.runtime.graph_records import ALL_GRAPHS, check_records
+from forcingkv.runtime.graph_records import ALL_GRAPHS, STRIP, check_records
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.rebuild import encoding, encodings
@@ -70,6 +71,7 @@ def export_bundle(
     headmap: HeadMap | None = None,
     resolution: str | None = None,
     decoder: StreamingDecoder | None = None,
+    strips: int | None = None,
     encoder: StreamingEncoder | None = None,
     dtype: ExportDtype | None = None,
     target: Target = "onnx",
@@ -93,6 +95,7 @@ def export_bundle(
         resolution: "WxH" or a name; None for the model's default. Frames are cropped to even sides that do
             not divide into tokens (`ModelSpec.geometry`).
         decoder: what makes pixels of latents; needed unless the latents are pixels.
+        strips: in how many strips it decodes a frame (`runtime/decode_strips.py`); None: chosen by the size.
         encoder: what makes latents of pictures and videos; None: the bundle has no graph `encode`.
         dtype: what the weights are stored as, and what TensorRT computes in; `fp8` for the linear layers
             of the blocks, with bfloat16; `int8` for them, for ONNX Runtime, with the model's default. None:
@@ -135,6 +138,7 @@ def export_bundle(
         check_choice(plan)  # which graphs have to be able to make
     if (decoder is None) != (spec.decoder.kind == "pixels"):
         raise ValueError(f"the decoder of {spec.name} is {spec.decoder.kind}, and {decoder!r} was given")
+    in_strips = strips_of(decoder, plan.geometry, strips)
     if encoder and spec.decoder.kind == "pixels":
         raise ValueError(f"the latents of {spec.name} are pixels, and an encoder was given")
     if spec.context_first == "encoded" and encoder is None and spec.decoder.kind != "pixels":
@@ -143,7 +147,7 @@ def export_bundle(
     if verify and target == "torch":
         raise InputError("compares graphs with torch, and there are none", where="verify")
     if verify:
-        check_memory_to_verify(plan, decoder, encoder)
+        check_memory_to_verify(plan, decoder, in_strips, encoder)
     if calibration and precision.linear != "fp8":
         raise InputError("is for fp8 only", where="calibration", expected="dtype fp8")
     if precision.linear == "fp8" and not calibration:
@@ -155,20 +159,33 @@ def export_bundle(
         check_dtype(engines, precision.compute)
         check_plugin(plan, engines)
         check_profiles(plan, engines)
-    more = {"recache": _has_recache(plan, target, recache), "encode": encoder is not None}
+    more = {
+        STRIP: in_strips is not None,
+        "recache": _has_recache(plan, target, recache),
+        "encode": encoder is not None,
+    }
     names = [name for name in ALL_GRAPHS if more.get(name, True)]
     check_disk(out, baked_bytes(spec, precision), len(gpus))
     use_threads()
     with new_folder(out, BUNDLE, NAMES) as folder:
         bundle = PartsWriter(
-            folder, plan, decoder, precision, engines, verify, target != "torch", progress, encoder
+            folder,
+            plan,
+            decoder,
+            precision,
+            engines,
+            verify,
+            target != "torch",
+            progress,
+            encoder,
+            in_strips,
         )
         bundle.write_weights(weights, head_orders(spec, policy, headmap))
         if calibration:
             bundle.calibrate(calibration)
         for name in names:
             bundle.describe(name) if target == "torch" else bundle.write_graph(name)
-        check_records(bundle.records, plan, precision.compute, str(out))
+        check_records(bundle.records, plan, precision.compute, str(out), in_strips)
         if engines:
             bundle.write_engines(engines)
         if headmap:
@@ -201,6 +218,7 @@ def export_bundle(
             crop=plan.geometry.crop,
             origin=origin() if origin else None,
             linear=precision.linear,
+            strips=in_strips,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest

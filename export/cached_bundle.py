@@ -23,7 +23,7 @@ import torch
 
 import forcingkv
 from forcingkv.export.bake import baked_bytes
-from forcingkv.export.bundle_parts import encoder_record, record_without_graph
+from forcingkv.export.bundle_parts import decoder_sizes, encoder_record, record_without_graph
 from forcingkv.export.bundle_writer import check_out, export_bundle
 from forcingkv.export.precision import precision_of
 from forcingkv.export.space import check_disk
@@ -35,12 +35,14 @@ from forcingkv.headmaps.reading import read_json
 from forcingkv.headmaps.writing import lock_of, new_token, unwritable_where
 from forcingkv.models.checkpoint import Weights
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.strips import strips_of
 from forcingkv.models.encoders import StreamingEncoder
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.bundle import GRAPHS, SCHEMA, Bundle, Manifest, PlanRecord
 from forcingkv.runtime.bundle_files import MANIFEST
 from forcingkv.runtime.cache_folder import VARIABLE, cache_folder
 from forcingkv.runtime.footprint import readable
+from forcingkv.runtime.graph_records import STRIP
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.preflight import check_memory
 from forcingkv.runtime.spec import Dtype
@@ -130,8 +132,11 @@ def check_memory_to_run(recipe: Recipe, device: str | None) -> None:
     plan, decoder, compute = recipe.plan, recipe.decoder, recipe.stored
     held = {"step": baked_bytes(plan.spec, precision_of(compute, "torch"))}
     held["decode"] = sum(tensor.nbytes for tensor in decoder.state_dict().values()) if decoder else 0
+    strips = strips_of(decoder, plan.geometry)
+    sizes = decoder_sizes(plan, decoder, compute, strips)
     graphs = {
-        name: record_without_graph(name, plan, decoder, compute, None, held.get(name, 0)) for name in GRAPHS
+        name: record_without_graph(name, plan, sizes, compute, None, held.get(name, 0))
+        for name in (*GRAPHS, *([STRIP] if strips else []))
     }
     if encoder := recipe.encoder:
         size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
@@ -147,6 +152,7 @@ def check_memory_to_run(recipe: Recipe, device: str | None) -> None:
         versions={},
         compute=compute,
         crop=plan.geometry.crop,
+        strips=strips,
     )
     check_memory(Bundle(Path(plan.spec.name), manifest, recipe.headmap), LaneOptions("torch", device=device))
 

@@ -1,8 +1,8 @@
 """The graphs of a bundle in torch, with flat, named inputs and outputs.
 
-`prompt` runs once a prompt, `step` once a pass, `decode` once a chunk. Not every bundle has `recache`, which
-runs once a switch of the prompt that encodes newest frames anew, and `encode`, once a latent frame of given
-frames.
+`prompt` runs once a prompt, `step` once a pass, `decode` once a latent frame. Not every bundle has others:
+`decode_strip` runs once a strip of a latent frame where frames are decoded in strips, `recache` once a switch
+of the prompt that encodes newest frames anew, `encode` once a latent frame of given frames.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forcingkv.models.decoders import StreamingDecoder, frames_of
+from forcingkv.models.decoders import StreamingDecoder, frames_of, to_frames
+from forcingkv.models.decoders.strips import StripShapes, begin_frame, finish_strip
 from forcingkv.models.encoders import StreamingEncoder, pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
 from forcingkv.models.kv import (
@@ -29,7 +30,16 @@ from forcingkv.models.kv import (
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.bundle import next_name
-from forcingkv.runtime.graph_records import FIRST, GIVEN_FRAMES, TURN, encoded_lengths, latent_shape
+from forcingkv.runtime.decode_strips import Strips
+from forcingkv.runtime.graph_records import (
+    FEATURES,
+    FIRST,
+    GIVEN_FRAMES,
+    TOP,
+    TURN,
+    encoded_lengths,
+    latent_shape,
+)
 from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, told_name
 from forcingkv.runtime.kv.rebuild import Encoding, encodings, most_encoded, rows_names, seen_entries
 from forcingkv.runtime.kv.window import first_position, moved_by
@@ -199,13 +209,19 @@ def recache_graph(model: WanModel, plan: CachePlan) -> Graph:
     return Graph(model, run, inputs, outputs, dynamic, passes=tuple(verified))
 
 
-def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pixels: bool = True) -> Graph:
+def decode_graph(
+    plan: CachePlan,
+    decoder: StreamingDecoder | None = None,
+    *,
+    pixels: bool = True,
+    strips: Strips | None = None,
+) -> Graph:
     """The graph `decode`: of a chunk whose latents are pixels, or of one latent frame with a decoder.
 
     With a decoder: latents and feature caches -> frames, the pixels they are rounded from, and the next
     caches. A latent frame at a time, since a decoder's activations are many times its latents. `pixels` are
     for comparing with torch, none of them cropped. They take time and memory in every call, so graphs for
-    TensorRT have none.
+    TensorRT have none. With `strips` it makes the features that `decode_strip` makes frames of.
     """
     batch, channels, _, height, width = latent_shape(plan)
 
@@ -217,19 +233,56 @@ def decode_graph(plan: CachePlan, decoder: StreamingDecoder | None = None, *, pi
             {"latents": latents},
             ("frames",),
         )
+    kind = compute_dtype(decoder)
+    latents, first = torch.zeros(batch, channels, 1, height, width), torch.ones(1)
     state = decoder.empty_state(height, width)
+    if strips:
+        state = dict(list(state.items())[: decoder.begun])
+
+        def begin(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            held = {name: inputs[name] for name in state}
+            given = inputs["latents"].to(kind), inputs[FIRST].to(kind)
+            features, following = begin_frame(decoder, *given, held)
+            return (features, *(following[name] for name in state))
+
+        inputs = {"latents": latents, FIRST: first, **state}
+        return Graph(decoder, begin, inputs, (FEATURES, *map(next_name, state)))
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        held, kind = {name: inputs[name] for name in state}, compute_dtype(decoder)
-        made, following = decoder(inputs["latents"].to(kind), inputs["first"].to(kind), held)
+        held = {name: inputs[name] for name in state}
+        made, following = decoder(inputs["latents"].to(kind), inputs[FIRST].to(kind), held)
         made = made.float()
         frames = frames_of(made, plan.geometry)
         shown = (frames, made) if pixels else (frames,)
         return (*shown, *(following[name] for name in state))
 
-    inputs = {"latents": torch.zeros(batch, channels, 1, height, width), "first": torch.ones(1), **state}
-    shown = ("frames", "pixels") if pixels else ("frames",)
-    return Graph(decoder, run, inputs, (*shown, *map(next_name, state)))
+    inputs = {"latents": latents, FIRST: first, **state}
+    return Graph(decoder, run, inputs, (*_shown(pixels), *map(next_name, state)))
+
+
+def decode_strip_graph(
+    plan: CachePlan, decoder: StreamingDecoder, strips: Strips, shapes: StripShapes, *, pixels: bool = True
+) -> Graph:
+    """The graph `decode_strip`: features of a strip, its caches and edges -> its rows of frames, and the next
+    caches and edges. `shapes` are those of the decoder in these strips; `pixels` as in `decode_graph`."""
+    kind, geometry = compute_dtype(decoder), plan.geometry
+    carried = {n: torch.zeros(shape, dtype=kind) for n, shape in (shapes.state | shapes.edges).items()}
+
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        held = {name: inputs[name] for name in carried}
+        given = inputs[FEATURES], inputs[FIRST].to(kind), inputs[TOP]
+        made, following = finish_strip(decoder, strips, geometry.height, *given, held)
+        made = made.float()
+        shown = (to_frames(made[..., : geometry.shown[0]]), made)
+        return (*shown[: len(_shown(pixels))], *(following[name] for name in carried))
+
+    features = torch.zeros(strips.rows, *shapes.features[1:], dtype=kind)
+    inputs = {FEATURES: features, FIRST: torch.ones(1), TOP: torch.zeros(1), **carried}
+    return Graph(decoder, run, inputs, (*_shown(pixels), *map(next_name, carried)))
+
+
+def _shown(pixels: bool) -> tuple[str, ...]:
+    return ("frames", "pixels") if pixels else ("frames",)
 
 
 def encode_graph(plan: CachePlan, encoder: StreamingEncoder) -> Graph:

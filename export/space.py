@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from forcingkv.export.fp8 import calibration_plan
@@ -16,7 +17,9 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.folders import built_in
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.strips import strip_shapes
 from forcingkv.models.encoders import StreamingEncoder
+from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.spec import ModelSpec
@@ -42,11 +45,13 @@ ENGINE_WEIGHTS = 1.1
 def check_memory_to_verify(
     plan: CachePlan,
     decoder: StreamingDecoder | None = None,
+    strips: Strips | None = None,
     encoder: StreamingEncoder | None = None,
 ) -> None:
     """Raise InputError unless a model fits into memory for verification, with what it needs by part.
 
-    Attention scores are those of one layer, which ONNX Runtime writes out.
+    A decoder in strips is compared a strip at a time. Attention scores are those of one layer, which ONNX
+    Runtime writes out.
     """
     spec = plan.spec
     keys = plan.kv_bytes() / (4 * 2 * spec.layers * spec.dim)  # of a head, on average
@@ -57,11 +62,10 @@ def check_memory_to_verify(
         "attention scores": 4 * spec.heads * plan.chunk_tokens * keys,
     }
     grid = plan.geometry.latent_height, plan.geometry.latent_width
-    states = [
-        sum(math.prod(shape) for shape in module.state_shapes(*grid).values())
-        for module in (decoder, encoder)
-        if module
-    ]
+    states = [_numbers(module.state_shapes(*grid)) for module in (decoder, encoder) if module]
+    if decoder and strips:
+        shapes = strip_shapes(decoder, strips, *grid)
+        states[0] = max(_numbers(shapes.whole), _numbers(shapes.state | shapes.edges))
     if states:  # graphs are verified one after the other
         parts["decoder caches"] = 4 * VERIFIED_STATES * max(states)
     require_memory(
@@ -69,6 +73,10 @@ def check_memory_to_verify(
         parts,
         "Export with --no-verify, at a smaller resolution, or on a larger machine.",
     )
+
+
+def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def check_memory_to_calibrate(plan: CachePlan) -> None:

@@ -17,17 +17,17 @@ from forcingkv.export.graphs import Graph
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.bundle import CLEAN, next_name
 from forcingkv.runtime.faults import DeviceError
-from forcingkv.runtime.graph_records import GIVEN_FRAMES, TURN
+from forcingkv.runtime.graph_records import EDGE, GIVEN_FRAMES, TOP, TURN
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.rebuild import encoding_shapes, rows_of
 
 Arrays = dict[str, npt.NDArray[Any]]
 SEED = 0
-FEATURES = next_name("feature.")
-"""How the outputs begin that are a decoder's caches."""
+FEATURES = (next_name("feature."), next_name(EDGE), "features")
+"""How the outputs begin that are a decoder's caches, or go from one part of it to the other."""
 SMALL = 1e-4
 """Where rounding changes less than that, differences are in units of that."""
-HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines", *TURN}
+HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines", *TURN, TOP}
 
 
 def graph_difference(graph: Graph, path: Path, plan: CachePlan) -> float:

@@ -1,4 +1,5 @@
-"""What the tensors of a model are called: Wan's names, those of diffusers, and what is left around both."""
+"""What the tensors of a model are called: Wan's names, those of diffusers and of FastVideo, and what is left
+around them."""
 
 from __future__ import annotations
 
@@ -31,8 +32,14 @@ _WHOLE = {
     "condition_embedder.time_proj": "time_projection.1",
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
+    "patch_embedding.proj": "patch_embedding",
+    "condition_embedder.text_embedder.fc_in": "text_embedding.0",
+    "condition_embedder.text_embedder.fc_out": "text_embedding.2",
+    "condition_embedder.time_embedder.mlp.fc_in": "time_embedding.0",
+    "condition_embedder.time_embedder.mlp.fc_out": "time_embedding.2",
+    "condition_embedder.time_modulation.linear": "time_projection.1",
 }
-"""Module outside the blocks: diffusers -> Wan."""
+"""Module outside the blocks: diffusers -> Wan, then what FastVideo calls otherwise than diffusers -> Wan."""
 
 # What Wan calls norm3 stands before cross attention; diffusers counts it second. Wan's norm1 and
 # norm2 have no weights.
@@ -43,8 +50,13 @@ _BLOCK = {
     "ffn.net.2": "ffn.2",
     **{f"attn1.{other}": f"self_attn.{wan}" for other, wan in _ATTENTION.items()},
     **{f"attn2.{other}": f"cross_attn.{wan}" for other, wan in _ATTENTION.items()},
+    "self_attn_residual_norm.norm": "norm3",
+    "ffn.fc_in": "ffn.0",
+    "ffn.fc_out": "ffn.2",
+    **{other.removesuffix(".0"): f"self_attn.{wan}" for other, wan in _ATTENTION.items()},
+    "attn2.to_out": "cross_attn.o",
 }
-"""Module inside a block: diffusers -> Wan."""
+"""Module inside a block: diffusers -> Wan, then what FastVideo calls otherwise -> Wan."""
 
 _FUSED = {"self_attn": ("to_qkv", "qkv"), "cross_attn": ("to_kv", "kv")}
 """Attention -> the module that holds projections one above the other, and which those are."""
@@ -61,7 +73,7 @@ class Named(NamedTuple):
     wan: tuple[str, ...]
     """The model's tensors that it holds, by Wan name: one, or several that lie one above the other."""
     diffusers: bool
-    """Whether only diffusers calls it so."""
+    """Whether only diffusers or FastVideo calls it so."""
 
     @property
     def fused(self) -> bool:
@@ -95,7 +107,7 @@ def known_names(wanted: Collection[str]) -> dict[str, Named]:
 
 
 def _in_diffusers(wan: str) -> Iterable[str]:
-    """The names of diffusers that come to a Wan name."""
+    """The names of diffusers and of FastVideo that come to a Wan name."""
     match = _LEAF.match(wan)
     number, module, leaf = match.groups("") if match else ("", "", "")
     place = f"blocks.{number}." if number else ""

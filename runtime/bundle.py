@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from mmap import mmap
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, from_data, to_data
@@ -19,14 +18,16 @@ from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.headmaps.reading import parse_json, read_content
 from forcingkv.runtime.bundle_check import check_digest, check_files, check_sizes, map_checked, read_checked
 from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
+from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
 from forcingkv.runtime.graph_records import (
     ALL_GRAPHS,
+    STRIP,
     Layout,
     check_records,
     encode_layouts,
-    layouts_without_graphs,
+    sizes_of,
 )
 from forcingkv.runtime.graph_records import CLEAN as CLEAN
 from forcingkv.runtime.graph_records import GRAPHS as GRAPHS
@@ -35,43 +36,14 @@ from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import Dtype, Linear, ModelSpec
+from forcingkv.runtime.tensor_records import GraphRecord as GraphRecord
+from forcingkv.runtime.tensor_records import TensorRecord as TensorRecord
+from forcingkv.runtime.tensor_records import as_records as as_records
+from forcingkv.runtime.tensor_records import tensor_records as tensor_records
 
 T = TypeVar("T")
 
 SCHEMA = "forcingkv.bundle/1"
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """An input or output of a graph. A dimension that varies by phase has the name of its symbol."""
-
-    dtype: str
-    shape: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class GraphRecord:
-    """One graph: its ONNX file, and what goes in and comes out."""
-
-    file: str | None
-    """None in bundles without graphs, which torch runs."""
-    weights: str | None
-    inputs: dict[str, TensorRecord]
-    outputs: dict[str, TensorRecord]
-    weight_bytes: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
-    """What ONNX Runtime holds of the weights once the graph is loaded; None where engines run it."""
-    activation_bytes: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
-    """What ONNX Runtime needs at most for what is neither input nor output, in the phase that needs most."""
-
-    @property
-    def skips_caches(self) -> bool:
-        """Whether the graph is told which pass is the clean one, and makes next caches in no other."""
-        return CLEAN in self.inputs
-
-    @property
-    def carried(self) -> dict[str, TensorRecord]:
-        """The inputs that an output of each call replaces in the next one."""
-        return {name: record for name, record in self.inputs.items() if next_name(name) in self.outputs}
 
 
 @dataclass(frozen=True)
@@ -148,6 +120,14 @@ class Manifest:
 
     origin: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """SHA-256 of all that decided what it is, of a bundle in the cache (`export/cached_bundle.py`)."""
+    strips: Strips | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """In which a frame is decoded; None: as a whole."""
+
+    @property
+    def frames_record(self) -> TensorRecord | None:
+        """The output that is frames: of a whole latent frame, or of a strip of one."""
+        graph = self.graphs.get(STRIP) if self.strips else self.graphs["decode"]
+        return graph.outputs.get("frames") if graph else None
 
     @property
     def graph_names(self) -> list[str]:
@@ -225,7 +205,7 @@ class Bundle:
                 hint="Export the bundle again with this version of forcingkv.",
             )
         bundle._check_sizes()
-        check_records(manifest.graphs, bundle.plan, manifest.compute, where)
+        check_records(manifest.graphs, bundle.plan, manifest.compute, where, manifest.strips)
         if manifest.has_graphs:
             for graph in manifest.graph_names:
                 bundle.graph_content(graph)
@@ -235,8 +215,7 @@ class Bundle:
         """The bundle as torch runs it, in a dtype of its own choice (None: that of the export). It has the
         same digest, and no graphs."""
         compute, records = dtype or self.manifest.compute, self.manifest.graphs
-        carried = records["decode"].carried
-        decoder = {name: replace(record, dtype=compute) for name, record in carried.items()}
+        decoder = sizes_of(records, self.manifest.strips)
         graphs = {
             name: GraphRecord(None, records[name].weights, *made, records[name].weight_bytes)
             for name, made in tensor_records(self.plan, compute, decoder).items()
@@ -255,9 +234,10 @@ class Bundle:
         """Raise InputError unless the sizes that are computed and shown go together, in the graphs too."""
         geometry, manifest = self.plan.geometry, self.manifest
         width, height = manifest.frame_size
-        frames = manifest.graphs["decode"].outputs.get("frames")
+        frames = manifest.frames_record
         made = frames.shape[1:3] if frames else ()
-        if (geometry.width, geometry.height) != manifest.resolution or made != (height, width):
+        rows = manifest.strips.pixel_rows if manifest.strips else height
+        if (geometry.width, geometry.height) != manifest.resolution or made != (rows, width):
             raise InputError(
                 "its frames are not of the size that it says",
                 where=str(self.path / MANIFEST),
@@ -330,30 +310,6 @@ class Bundle:
         """The file that a graph's weights lie in, if it has any."""
         file = self.manifest.graphs[name].weights
         return inside(self.path, file) if file else None
-
-
-def tensor_records(
-    plan: CachePlan, compute: Dtype, carried: Mapping[str, TensorRecord]
-) -> dict[str, tuple[dict[str, TensorRecord], dict[str, TensorRecord]]]:
-    """Name of each graph -> inputs and outputs, of a bundle without graphs.
-
-    `carried` are the feature caches of the decoder.
-    """
-    return {
-        graph: as_records(layouts)
-        for graph, layouts in layouts_without_graphs(plan, compute, carried).items()
-    }
-
-
-def as_records(
-    layouts: tuple[Mapping[str, Layout], Mapping[str, Layout]],
-) -> tuple[dict[str, TensorRecord], dict[str, TensorRecord]]:
-    """Inputs and outputs of a graph as a manifest has them."""
-    inputs, outputs = layouts
-    return (
-        {name: TensorRecord(*layout) for name, layout in inputs.items()},
-        {name: TensorRecord(*layout) for name, layout in outputs.items()},
-    )
 
 
 def read_data(kind: type[T], path: Path) -> T:

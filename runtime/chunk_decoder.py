@@ -8,41 +8,38 @@ from weakref import WeakMethod, ref
 import numpy as np
 
 from forcingkv.runtime.backends import Lane, Pass, Tensor
-from forcingkv.runtime.bundle import GraphRecord, TensorRecord, next_name
+from forcingkv.runtime.bundle import GraphRecord, Manifest, TensorRecord, next_name
 from forcingkv.runtime.graph_records import FIRST
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.results import FramePlace
 from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.strip_decoder import StripDecoder
 
 
 class ChunkDecoder:
     """Runs the graph `decode` over the latent frames of each chunk, in as many calls as it takes.
 
-    The caches are double buffered, as in `CacheBuffers`. A graph with caches gives `temporal_stride`
-    frames a latent frame; of the video's first one only the last is a frame of the video. All frames of
-    a chunk come to lie in one tensor; there are as many of those as chunks may be on their way.
+    A graph with caches gives `temporal_stride` frames a latent frame; of the video's first one only the last
+    is a frame of the video. All frames of a chunk come to lie in one tensor; there are as many of those as
+    chunks may be on their way.
 
     Attributes:
         called: calls since the video began.
     """
 
-    def __init__(self, lane: Lane, record: GraphRecord, spec: ModelSpec) -> None:
+    def __init__(self, lane: Lane, manifest: Manifest, spec: ModelSpec) -> None:
         self._lane, self.called = lane, 0
+        record, shown = manifest.graphs["decode"], manifest.frames_record
+        assert shown is not None
         self._latents = tensor_of(lane, record.inputs["latents"])
-        size, shape = self._latents.shape[2], record.outputs["frames"].shape
-        self._calls, self._frames_of_call = spec.frames_per_chunk // size, shape[0]
-        whole = (self._calls * shape[0], *shape[1:])
+        size, (width, height) = self._latents.shape[2], manifest.frame_size
+        self._calls, self._frames_of_call = spec.frames_per_chunk // size, shown.shape[0]
+        whole = (self._calls * shown.shape[0], height, width, shown.shape[3])
         self._frames = [lane.tensor(whole, "uint8") for _ in range(1 + lane.lookahead)]
-        carried = record.carried.items()
-        self._caches = [{name: tensor_of(lane, r, state=True) for name, r in carried} for _ in range(2)]
-        self._first = {}
-        if carried:
-            for value in (False, True):
-                self._first[value] = lane.tensor((1,), "float32")
-                self._first[value].write(np.array([value], np.float32), lane.side)
         self._dropped = spec.decoder.temporal_stride - 1
-        self._passes: dict[tuple[bool, int, int, int], Pass] = {}
         self._places = [FramePlace() for _ in self._frames]
+        self._strips = StripDecoder(lane, manifest, self._latents) if manifest.strips else None
+        self._whole = None if self._strips else WholeDecoder(lane, record, self._latents)
 
     def restart(self) -> None:
         """Begin a new video: what came before is forgotten."""
@@ -52,7 +49,10 @@ class ChunkDecoder:
 
     def held(self) -> dict[str, Tensor]:
         """The feature caches as they are now."""
-        return self._caches[self.called % 2]
+        if self._strips:
+            return self._strips.held(self.called)
+        assert self._whole is not None
+        return self._whole.held(self.called)
 
     def decode(self, latents: Floats, chunk: int) -> Tensor:
         """Frames (frames, height, width, 3) of a chunk's latents (1, C, latent frames, h, w).
@@ -61,13 +61,18 @@ class ChunkDecoder:
         there are tensors for them.
         """
         size, opening = self._latents.shape[2], self.called == 0
-        place = chunk % len(self._frames)
+        place, each = chunk % len(self._frames), self._frames_of_call
+        frames = self._frames[place]
         self._places[place].written()
         for call in range(self._calls):
             self._latents.write(latents[:, :, call * size : (call + 1) * size], self._lane.side)
-            self._pass(opening and call == 0, call, place).run()
+            begins, rows = opening and call == 0, frames.rows(call * each, (call + 1) * each)
+            if self._strips:
+                self._strips.decode(begins, self.called, rows)
+            else:
+                assert self._whole is not None
+                self._whole.decode(begins, self.called, rows, (call, place))
             self.called += 1
-        frames = self._frames[place]
         return frames.rows(self._dropped if opening else 0, frames.shape[0])
 
     def freed_by(self, chunk: int) -> Callable[[object], None]:
@@ -83,19 +88,42 @@ class ChunkDecoder:
 
         return free
 
-    def _pass(self, opening: bool, call: int, place: int) -> Pass:
-        """Bound once, as those of `ChunkMaker`: addresses follow from the cache's side, call and place."""
-        side = self.called % 2
-        key = (opening, side, call, place)
+
+class WholeDecoder:
+    """Runs the graph `decode` where it makes frames: of a latent frame, or of a chunk of pixels as latents.
+
+    The caches are double buffered, as in `CacheBuffers`, but where a backend reads all of a cache before it
+    writes.
+    """
+
+    def __init__(self, lane: Lane, record: GraphRecord, latents: Tensor) -> None:
+        self._lane, self._latents = lane, latents
+        carried, sides = record.carried.items(), 1 if lane.in_place else 2
+        self._caches = [{name: tensor_of(lane, r, state=True) for name, r in carried} for _ in range(sides)]
+        self._first = {}
+        if carried:
+            for value in (False, True):
+                self._first[value] = lane.tensor((1,), "float32")
+                self._first[value].write(np.array([value], np.float32), lane.side)
+        self._passes: dict[tuple[bool, int, tuple[int, int]], Pass] = {}
+
+    def held(self, called: int) -> dict[str, Tensor]:
+        """The feature caches after so many calls."""
+        return self._caches[called % len(self._caches)]
+
+    def decode(self, opening: bool, called: int, frames: Tensor, place: tuple[int, int]) -> None:
+        """Make the frames of the latents that were written, the call after so many. A pass is bound once, as
+        those of `ChunkMaker`: its addresses follow from whether it is the first, the cache's side, and which
+        frames (`place`) it makes."""
+        key = (opening, called % len(self._caches), place)
         if key not in self._passes:
-            current, spare = self._caches[side], self._caches[1 - side]
-            rows = self._frames[place].rows(call * self._frames_of_call, (call + 1) * self._frames_of_call)
-            inputs, outputs = {"latents": self._latents}, {"frames": rows}
+            current, spare = self.held(called), self.held(called + 1)
+            inputs, outputs = {"latents": self._latents}, {"frames": frames}
             if current:
                 inputs |= {FIRST: self._first[opening], **current}
                 outputs |= {next_name(name): tensor for name, tensor in spare.items()}
             self._passes[key] = self._lane.bind("decode", 0, inputs, outputs)
-        return self._passes[key]
+        self._passes[key].run()
 
 
 def tensor_of(lane: Lane, record: TensorRecord, *, state: bool = False) -> Tensor:

@@ -79,10 +79,10 @@ class ChunkMaker:
         check_context(lane, bundle.manifest.graphs, self._plan)
         self.given = self.scenes = 0
         self.held: Floats | None = None
-        prompt, step, decode = (bundle.manifest.graphs[name] for name in ("prompt", "step", "decode"))
+        prompt, step = (bundle.manifest.graphs[name] for name in ("prompt", "step"))
         self.cache = lane.cache(self._plan, bundle.manifest.compute)
         self._cross = {name: tensor_of(lane, r, state=True) for name, r in prompt.outputs.items()}
-        self.decoder = ChunkDecoder(lane, decode, self._spec)
+        self.decoder = ChunkDecoder(lane, bundle.manifest, self._spec)
         graphs = bundle.manifest.graphs
         self.encoder: Encoder | None = None
         if has_encoder(graphs, self._plan):

@@ -15,11 +15,20 @@ from typing import Any, TypeAlias
 from forcingkv.runtime.bundle import GRAPHS, Manifest, TensorRecord
 from forcingkv.runtime.dtypes import DTYPES
 from forcingkv.runtime.engines import EngineRecord
-from forcingkv.runtime.graph_records import ALL_GRAPHS, FIRST, GIVEN_FRAMES, STREAMING, latent_shape
+from forcingkv.runtime.graph_records import (
+    ALL_GRAPHS,
+    FEATURES,
+    FIRST,
+    GIVEN_FRAMES,
+    STREAMING,
+    STRIP,
+    latent_shape,
+)
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.rebuild import encodings, most_encoded, rows_of
 from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.spec import ENCODED, Dtype
+from forcingkv.runtime.strip_decoder import StripRecords
 
 DEVICE_RESERVE = 700_000_000
 """Bytes that a process takes of a GPU besides what `footprint` counts, about: CUDA's context takes 300 to
@@ -28,8 +37,11 @@ EngineSet: TypeAlias = tuple[EngineRecord, ...]
 """The engines that one TensorRT runs on one kind of GPU, in the order of `ALL_GRAPHS`."""
 
 
-def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[str, str]:
-    """The parts of a session's memory, and why each has its size; `joined`: on the backend torch.
+def part_notes(
+    plan: CachePlan | None = None, *, joined: bool = False, strips: bool = False
+) -> dict[str, str]:
+    """The parts of a session's memory, and why each has its size; `joined`: on the backend torch; `strips`:
+    of a bundle that decodes frames in strips.
 
     Without a plan what is said of a role is what holds of it in most models.
 
@@ -41,7 +53,8 @@ def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[s
         a layer at a time.
     kv_...: a part for each role, from the cache plan: its buffers are as large as it ever needs. torch has
         one of each, and writes the chunk's own behind them.
-    decoder_caches: the inputs that `decode` carries from call to call.
+    decoder_caches: the inputs that decoding carries from call to call, and where a frame is decoded in strips
+        what is handed from one to the other.
     encoder_caches: those that `encode` does, in bundles that have it.
     frames: those of all calls of `decode` for a chunk, and of a call of `encode`.
     text: the inputs and outputs of `prompt`; the latter are inputs of `step`.
@@ -59,11 +72,12 @@ def part_notes(plan: CachePlan | None = None, *, joined: bool = False) -> dict[s
                 roles[role.name] = "two buffers: it is collected over the first chunks"
     if joined:
         roles = dict.fromkeys(roles, "read and written in place") | {"current": "of the chunk itself"}
+    of_decoder = "of each strip one buffer, and one that all share" if strips else buffers[2]
     return {
         "weights": "of all graphs: they stay loaded",
         "activations": "of a pass, and of decoding beside it",
         **{f"kv_{name}": note for name, note in roles.items()},
-        "decoder_caches": buffers[2],
+        "decoder_caches": "read and written in place" if joined else of_decoder,
         "frames": "of a chunk, or of two if they overlap",
         "text": "of the prompt, with its keys and values",
         "latents": "with noise, positions and noise levels",
@@ -119,7 +133,7 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
         streaming = max(needs.pop(graph, 0) for graph in STREAMING)
         parts["activations"] = max(needs.values(), default=0) + streaming
     else:
-        graphs = [manifest.graphs[name] for name in (*GRAPHS, "encode") if name in manifest.graphs]
+        graphs = [manifest.graphs[name] for name in (*GRAPHS, STRIP, "encode") if name in manifest.graphs]
         weights = [graph.weight_bytes for graph in graphs]
         activations = [graph.activation_bytes for graph in graphs]
         if joined:
@@ -129,9 +143,18 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
             parts["activations"] = max(size or 0 for size in activations)
     parts |= kv_parts(plan, manifest.compute, joined=joined)
     prompt, step, decode = (manifest.graphs[name] for name in GRAPHS)
-    calls = plan.spec.frames_per_chunk // decode.inputs["latents"].shape[2]
-    parts["decoder_caches"] = 2 * _bytes(decode.carried)
-    parts["frames"] = calls * (2 if engines else 1) * _bytes(decode.outputs, ["frames"])
+    calls, strips = plan.spec.frames_per_chunk // decode.inputs["latents"].shape[2], manifest.strips
+    parts["decoder_caches"] = (1 if joined else 2) * _bytes(decode.carried)
+    if strips:
+        parts["decoder_caches"] = StripRecords(manifest.graphs).nbytes(strips, in_place=joined)
+        features = decode.outputs[FEATURES]
+        parts["decoder_caches"] += _bytes({FEATURES: features}) // features.shape[0] * strips.feature_rows
+        shown = manifest.graphs[STRIP].outputs["frames"]
+        parts["frames"] = _bytes({"frames": shown})
+        decoded = shown.shape[0] * math.prod(manifest.frame_size) * shown.shape[3]
+    else:
+        parts["frames"], decoded = 0, _bytes(decode.outputs, ["frames"])
+    parts["frames"] += calls * (2 if engines else 1) * decoded
     parts["text"] = _bytes(prompt.inputs) + _bytes(prompt.outputs)
     counted = {entry.name for entry in plan.entries} | set(prompt.outputs)
     # The inputs that vary by phase are as long as in the phase where they are longest.

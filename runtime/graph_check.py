@@ -119,7 +119,7 @@ def check_graph(
     Args:
         content: the bytes.
         where: the file, for messages.
-        name: `prompt`, `step`, `decode`, `recache` or `encode`.
+        name: `prompt`, `step`, `decode`, ...
         record: what the manifest says of it, which follows from the plan (`graph_records.check_records`).
         plan: the bundle's plan.
         runs: whether ONNX Runtime is to run it; else engines made of it are run, and its sizes are theirs.

@@ -7,11 +7,13 @@ and goes out in one shape, and its size is in the manifest, from which memory is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
+from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan
 from forcingkv.runtime.kv.rebuild import encodings, rows_names, seen_entries
 from forcingkv.runtime.spec import Dtype
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 GRAPHS = ("prompt", "step", "decode")
 """Graphs that every bundle has."""
-MORE_GRAPHS = ("recache", "encode")
+MORE_GRAPHS = ("decode_strip", "recache", "encode")
 """Graphs that some bundles have too, in the order in which they are made."""
 ALL_GRAPHS = (*GRAPHS, *MORE_GRAPHS)
 UNFOLDED = ("recache",)
@@ -36,10 +38,19 @@ VARYING = "encoded_frames"
 """The dimension of `recache` that is how many frames it encodes."""
 FIRST = "first"
 """Input of graphs with feature caches that is 1 in a video's first call and 0 in the others."""
+STRIP = "decode_strip"
+"""The graph that decodes a strip of a frame, of what `decode` makes of a whole one."""
+DECODING_GRAPHS = ("decode", STRIP)
+"""Those that make frames."""
+FEATURES, TOP = "features", "top"
+"""What goes from `decode` to `decode_strip`, row by row; and which row of it a strip begins with."""
+EDGE = "edge."
+"""How the inputs of `decode_strip` begin that the strip above gives, and not the call before."""
 GIVEN_FRAMES = "frames"
 """The input of `encode` that is pixel frames."""
-STREAMING = ("decode", "encode")
-"""Graphs that go through a video call by call, each with caches of its own."""
+STREAMING = (*DECODING_GRAPHS, "encode")
+"""Graphs that go through a video call by call, each with caches of its own; a lane runs them in its side
+queue."""
 MOST_CACHES = 1000
 """Inputs of a decoder; the VAE has 33."""
 MOST_ALONG = 1 << 24
@@ -149,13 +160,36 @@ def _cached(plan: CachePlan, entry: CacheEntry, compute: Dtype, *, made: bool = 
     return Layout(entry.role.dtype(compute), (1, entry.group.heads, symbol, plan.spec.head_dim))
 
 
+@dataclass(frozen=True)
+class DecoderSizes:
+    """What the inputs and outputs of `decode` and `decode_strip` do not take from the plan."""
+
+    carried: Mapping[str, Layout]
+    """Feature caches of `decode`."""
+    strips: Strips | None = None
+    """None: a frame is decoded as a whole, and what follows is empty."""
+    strip: Mapping[str, Layout] = field(default_factory=dict)
+    """What `decode_strip` carries: feature caches of a strip, and edges."""
+    features: tuple[int, ...] = ()
+    """(rows, channels, frames, width): the shape of a frame's features."""
+
+    def computing_in(self, compute: Dtype) -> DecoderSizes:
+        """The same, of a decoder that computes in that dtype."""
+        carried, strip = (
+            {name: layout._replace(dtype=compute) for name, layout in of.items()}
+            for of in (self.carried, self.strip)
+        )
+        return replace(self, carried=carried, strip=strip)
+
+
 def decode_layouts(
-    plan: CachePlan, compute: Dtype, carried: Mapping[str, Layout], *, pixels: bool
+    plan: CachePlan, compute: Dtype, sizes: DecoderSizes, *, pixels: bool
 ) -> tuple[dict[str, Layout], dict[str, Layout]]:
-    """Inputs and outputs of `decode`, of a decoder that carries those feature caches.
+    """Inputs and outputs of `decode`, of a decoder of those sizes.
 
     `pixels` says whether it gives what frames are rounded from, for comparing graphs with torch.
     """
+    carried = sizes.carried
     spec, (width, height) = plan.spec, plan.geometry.shown
     if spec.decoder.kind == "pixels":
         frames = spec.frames_per_chunk
@@ -163,10 +197,9 @@ def decode_layouts(
         return {"latents": given}, {"frames": Layout("uint8", (frames, height, width, 3))}
     frames = spec.decoder.temporal_stride
     inputs = {"latents": Layout("float32", latent_shape(plan, 1)), FIRST: Layout("float32", (1,))}
-    outputs = {"frames": Layout("uint8", (frames, height, width, 3))}
-    if pixels:
-        whole = plan.geometry.height, plan.geometry.width
-        outputs["pixels"] = Layout("float32", (1, 3, frames, *whole))
+    outputs = {FEATURES: Layout(compute, sizes.features)}
+    if sizes.strips is None:
+        outputs = _frame_layouts(plan, height, plan.geometry.height, pixels=pixels)
     outputs |= {next_name(name): layout for name, layout in carried.items()}
     return inputs | dict(carried), outputs
 
@@ -185,46 +218,89 @@ def encode_layouts(
     return inputs | dict(carried), outputs
 
 
-def layouts(
-    plan: CachePlan, compute: Dtype, graph: str, record: GraphRecord
+def strip_layouts(
+    plan: CachePlan, compute: Dtype, sizes: DecoderSizes, *, pixels: bool
 ) -> tuple[dict[str, Layout], dict[str, Layout]]:
-    """Inputs and outputs of a graph; of what a decoder carries, as the record of `decode` has it."""
+    """Inputs and outputs of `decode_strip`."""
+    assert sizes.strips is not None
+    rows = sizes.strips.pixel_rows
+    number = Layout("float32", (1,))
+    features = Layout(compute, (sizes.strips.rows, *sizes.features[1:]))
+    outputs = _frame_layouts(plan, rows, rows, pixels=pixels)
+    outputs |= {next_name(name): layout for name, layout in sizes.strip.items()}
+    return {FEATURES: features, FIRST: number, TOP: number, **sizes.strip}, outputs
+
+
+def _frame_layouts(plan: CachePlan, shown: int, rows: int, *, pixels: bool) -> dict[str, Layout]:
+    """What a latent frame becomes: so many rows of its frames, and of the pixels they are rounded from."""
+    frames, geometry = plan.spec.decoder.temporal_stride, plan.geometry
+    made = {"frames": Layout("uint8", (frames, shown, geometry.shown[0], 3))}
+    if pixels:
+        made["pixels"] = Layout("float32", (1, 3, frames, rows, geometry.width))
+    return made
+
+
+def layouts(
+    plan: CachePlan, compute: Dtype, graph: str, record: GraphRecord, sizes: DecoderSizes
+) -> tuple[dict[str, Layout], dict[str, Layout]]:
+    """Inputs and outputs of a graph; `sizes` are the decoder's."""
     if graph == "prompt":
         return prompt_layouts(plan, compute)
     if graph == "step":
         return step_layouts(plan, compute, skips_caches=record.skips_caches)
     if graph == "encode":
-        return encode_layouts(plan, compute, dict(_carried(record)))
+        return encode_layouts(plan, compute, _carried(record))
     if graph == "recache":
         return recache_layouts(plan, compute)
-    pixels = compute == "float32" and record.file is not None
-    return decode_layouts(plan, compute, dict(_carried(record)), pixels=pixels)
+    of_decoder = strip_layouts if graph == STRIP else decode_layouts
+    return of_decoder(plan, compute, sizes, pixels=compute == "float32" and record.file is not None)
 
 
 def layouts_without_graphs(
-    plan: CachePlan, compute: Dtype, carried: Mapping[str, TensorRecord]
+    plan: CachePlan, compute: Dtype, sizes: DecoderSizes
 ) -> dict[str, tuple[dict[str, Layout], dict[str, Layout]]]:
-    """Inputs and outputs of all graphs, where there are none but torch's own functions.
-
-    `carried` are the feature caches of the decoder.
-    """
-    held = {name: Layout(record.dtype, record.shape) for name, record in carried.items()}
-    return {
+    """Inputs and outputs of all graphs, where there are none but torch's own functions; `sizes` are the
+    decoder's."""
+    found = {
         "prompt": prompt_layouts(plan, compute),
         "step": step_layouts(plan, compute, skips_caches=True),
-        "decode": decode_layouts(plan, compute, held, pixels=False),
+        "decode": decode_layouts(plan, compute, sizes, pixels=False),
     }
+    if sizes.strips:
+        found[STRIP] = strip_layouts(plan, compute, sizes, pixels=False)
+    return found
 
 
-def check_records(graphs: Mapping[str, GraphRecord], plan: CachePlan, compute: Dtype, where: str) -> None:
-    """Raise InputError unless the records of all graphs are those that follow from the plan."""
+def sizes_of(graphs: Mapping[str, GraphRecord], strips: Strips | None) -> DecoderSizes:
+    """The sizes of the decoder, as the records of its graphs have them."""
+    carried, strip = (_carried(graphs[name]) if name in graphs else {} for name in ("decode", STRIP))
+    features = graphs["decode"].outputs.get(FEATURES)
+    return DecoderSizes(carried, strips, strip, features.shape if features else ())
+
+
+def check_records(
+    graphs: Mapping[str, GraphRecord],
+    plan: CachePlan,
+    compute: Dtype,
+    where: str,
+    strips: Strips | None = None,
+) -> None:
+    """Raise InputError unless the records of all graphs are those that follow from the plan, and from the
+    strips in which frames are decoded."""
     others = sorted(set(graphs) - set(ALL_GRAPHS))
     if others:
         raise InputError(f"has a graph {shown(others[0])}", where=where, expected=", ".join(ALL_GRAPHS))
+    if (strips is not None) != (STRIP in graphs):
+        what = "says nothing of the strips" if strips is None else "has no graph for the strips"
+        raise InputError(f"{what} that frames are decoded in", where=where, expected=f"a graph {STRIP}")
+    for name in STREAMING:
+        if name in graphs and (name == "encode" or plan.spec.decoder.kind != "pixels"):
+            _check_carried(graphs[name], compute, f"{where}: graphs.{name}")
+    sizes = sizes_of(graphs, strips)
+    if strips is not None:
+        _check_strips(strips, sizes, plan, where)
     for name, record in graphs.items():
-        if name in STREAMING and (name == "encode" or plan.spec.decoder.kind != "pixels"):
-            _check_carried(record, compute, f"{where}: graphs.{name}")
-        wanted = layouts(plan, compute, name, record)
+        wanted = layouts(plan, compute, name, record, sizes)
         for kind, found, expected in zip(
             ("input", "output"), (record.inputs, record.outputs), wanted, strict=True
         ):
@@ -270,9 +346,29 @@ def _any_length(size: object) -> bool:
     return type(size) is int and 0 <= size <= MOST_ALONG
 
 
-def _carried(record: GraphRecord) -> Iterator[tuple[str, Layout]]:
-    for name, tensor in record.carried.items():
-        yield name, Layout(tensor.dtype, tensor.shape)
+def _carried(record: GraphRecord) -> dict[str, Layout]:
+    return {name: Layout(tensor.dtype, tensor.shape) for name, tensor in record.carried.items()}
+
+
+def _check_strips(strips: Strips, sizes: DecoderSizes, plan: CachePlan, where: str) -> None:
+    """Raise InputError unless strips are of the frame and cover it, and features are theirs."""
+    rows, shape = plan.geometry.height + strips.lag, sizes.features
+    covered = strips.count * strips.pixel_rows
+    fits = rows <= covered < rows + strips.count * strips.scale
+    whole = len(shape) == 4 and all(type(size) is int and 0 < size <= MOST_ALONG for size in shape)
+    if (
+        plan.spec.decoder.kind == "pixels"
+        or not fits
+        or not whole
+        or shape[0] * strips.scale != plan.geometry.height
+    ):
+        raise InputError(
+            f"has {strips.count} strips of {strips.pixel_rows} rows, {strips.lag} rows late, of features"
+            f" {shown(list(shape))}",
+            where=where,
+            expected=f"strips that cover the {plan.geometry.height} rows of a frame",
+            hint="Export the bundle again with this version of forcingkv.",
+        )
 
 
 def _check_carried(record: GraphRecord, compute: Dtype, where: str) -> None:

@@ -11,14 +11,18 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap, ModelIdentity, uniform
 from forcingkv.runtime.backends import BACKENDS, LaneOptions
 from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.decode_strips import choose_strips
 from forcingkv.runtime.devices import cuda_number
 from forcingkv.runtime.engines import EngineRecord, device_sm, find_engine
 from forcingkv.runtime.flavour import FLAVOURS, choose, trt
 from forcingkv.runtime.footprint import DEVICE_RESERVE, footprint, kv_parts, readable
+from forcingkv.runtime.graph_records import STRIP
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
 from forcingkv.runtime.kv.rebuild import encodings, most_encoded
 from forcingkv.runtime.memory import available_bytes, device_free_bytes, what_limits
+from forcingkv.runtime.spec import Geometry
+from forcingkv.runtime.strip_decoder import StripRecords, block_bytes
 
 SIZED_BY_TOKENS = ("activations", "decoder_caches", "encoder_caches", "frames", "latents")
 """Parts that grow with the pixels of a frame."""
@@ -177,6 +181,23 @@ def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
     return parts | {RESERVE: DEVICE_RESERVE} if flavour else parts
 
 
+def _as_a_whole(bundle: Bundle, sizes: Mapping[str, int], other: Geometry, ratio: float) -> dict[str, int]:
+    """What decoding takes at another size, at which frames are decoded as a whole, though the bundle's are
+    not; nothing where that is not so."""
+    manifest, strips = bundle.manifest, bundle.manifest.strips
+    if strips is None or choose_strips(other.width, other.height, strips.lag, strips.scale):
+        return {}
+    records, rows = StripRecords(manifest.graphs), bundle.plan.geometry.height / strips.pixel_rows
+    caches = block_bytes(records.whole) + rows * block_bytes(records.state)
+    engines = [engine.activation_bytes for engine in manifest.engines if engine.graph == STRIP]
+    strip = max([manifest.graphs[STRIP].activation_bytes or 0, *engines])
+    made = {
+        "decoder_caches": round(caches * ratio * (2 if manifest.has_graphs else 1)),
+        "activations": max(sizes.get("activations", 0), round(strip * rows * ratio)),
+    }
+    return {name: size for name, size in made.items() if name in sizes}
+
+
 def _weights_twice(bundle: Bundle, options: LaneOptions) -> int:
     """Bytes of the weights that a device of ONNX Runtime's holds once more for the graph `recache`; a CPU
     reads them where the file is."""
@@ -210,6 +231,7 @@ def bytes_of_other(bundle: Bundle, parts: Mapping[str, int], policy: Policy, res
     other = max(plans, key=CachePlan.kv_bytes)
     ratio = other.frame_tokens / bundle.plan.frame_tokens
     sizes = {name: round(size * ratio) if name in SIZED_BY_TOKENS else size for name, size in parts.items()}
+    sizes |= _as_a_whole(bundle, sizes, other.geometry, ratio)
     if "recache" in sizes:
         frames = most_encoded(other) if encodings(other) else 0
         sizes["recache"] = round(parts["recache"] * ratio * frames / most_encoded(bundle.plan))

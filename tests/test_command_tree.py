@@ -31,10 +31,14 @@ _PASSES = "new: the clean pass is recorded too, and what is scored of a recordin
 
 _DOCTOR = "new: what a machine can run, and what is wrong with it"
 
+_STRIPS = "new: a frame may be decoded in strips, which takes less memory"
+
 _SWITCHES = "prompts are switched as public code does it too: by which way is a word, not yes or no"
 
 _STARTS = "new: videos that begin with a picture or a clip, or are drawn from one"
 CHANGED: dict[str, str] = {
+    "export --decode-strips": _STRIPS,
+    "plan --decode-strips": _STRIPS,
     "doctor": _DOCTOR,
     "doctor --bundle": _DOCTOR,
     "doctor --json": _DOCTOR,

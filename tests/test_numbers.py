@@ -48,6 +48,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "evaluate --seeds": (LESS, "0", HUGE),
     "evaluate --threads": (LESS, "0", HUGE, "4096"),
     "evaluate --top": (LESS, "0"),
+    "export --decode-strips": (LESS, "0", HUGE),
     "export --layers": (LESS, "0", HUGE),
     "export --sm": (LESS, "0", HUGE),
     "generate --enlarge": (LESS, "0", "2000", HUGE, "9" * 30),
@@ -62,6 +63,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "generate --threads": (LESS, "0", HUGE, "4096"),
     "headmap convert --heads": (LESS, "0"),
     "headmap convert --threshold": ("nan",),
+    "plan --decode-strips": (LESS, "0", HUGE),
     "plan --seconds": (*NO_FLOATS, "0"),
 }
 """Every option that takes a number, and values of it that are refused."""

@@ -103,6 +103,11 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     ends = f"{one['lowest']:.0%} and {one['highest']:.0%}"
     yield f"Low-high: with {ends}, the least and the most that any published FPS under full needs."
     yield uncertainty()
+    if strips := report["decode_strips"]:
+        yield (
+            f"Decoding ({report['decoder']}) goes over each frame in {strips['count']} strips of"
+            f" {strips['rows'] * strips['scale']} rows."
+        )
     if report["decode_basis"]:
         yield f"Decoding ({report['decoder']}) is {report['decode_basis']}."
     elif report["decoder"] != "pixels":

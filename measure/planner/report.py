@@ -12,6 +12,7 @@ from forcingkv.measure.planner.gpus import Gpu, gpu_names, load_gpu
 from forcingkv.measure.planner.published import basis, efficiencies
 from forcingkv.measure.planner.session_memory import RESERVE_BYTES, session_memory
 from forcingkv.measure.planner.speed import VideoWork, predict, video_work
+from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.preflight import Fit, resolution_name, what_fits
@@ -28,6 +29,7 @@ def plan_report(
     dtype: Dtype = "bfloat16",
     known: Heads | None = None,
     strict: bool = True,
+    decode_strips: int | None = None,
 ) -> dict[str, Any]:
     """Memory, speed and what fits, for each policy on each GPU: plain data, bytes and seconds.
 
@@ -38,13 +40,16 @@ def plan_report(
         dtype: of weights, activations, keys and values.
         known: heads for policies that have their labels; for others, or None, see `plan_for`.
         strict: whether a policy that cannot be planned is an error; otherwise it is left out and reported.
+        decode_strips: in how many strips frames are decoded; None: as export chooses it.
 
-    Raises InputError where the heads that are given fit no policy, or a policy does not fit the model.
+    Raises InputError where the heads that are given fit no policy, a policy does not fit the model, or there
+    cannot be so many strips.
     """
     if known:
         check_map(spec, policies, known[0])
     geometry = spec.geometry(resolution)
     chunks = spec.chunks_for(seconds)
+    strips = decoder_costs(spec.decoder.kind, spec.latent_channels).strips_of(geometry, decode_strips)
     full = video_work(plan_for(spec, geometry, load_policy("full"))[0], chunks, dtype)
     planned, left_out = [], {}
     for policy in policies:
@@ -55,7 +60,8 @@ def plan_report(
                 raise
             left_out[policy.name] = str(error)
             continue
-        memory, video = session_memory(plan, dtype), video_work(plan, chunks, dtype)
+        memory = session_memory(plan, dtype, decode_strips)
+        video = video_work(plan, chunks, dtype)
         on = []
         for gpu in gpus:
             missing = memory.missing(gpu.memory_bytes)
@@ -68,8 +74,8 @@ def plan_report(
                     "efficiency_basis": basis(gpu),
                     "fits": not missing,
                     "missing_bytes": missing,
-                    "what_fits": _instead(plan, gpu, known, dtype) if missing else [],
-                    **_speed(gpu, plan, video, full),
+                    "what_fits": _instead(plan, gpu, known, dtype, decode_strips) if missing else [],
+                    **_speed(gpu, plan, video, full, strips),
                 }
             )
         planned.append(
@@ -94,6 +100,7 @@ def plan_report(
         "frame_tokens": geometry.frame_tokens,
         "dtype": dtype,
         "decoder": spec.decoder.kind,
+        "decode_strips": vars(strips) if strips else None,
         "decode_basis": f"scaled by pixels and {decoding.bound} from {decoding.source}" if decoding else None,
         "seconds": seconds,
         "chunks": chunks,
@@ -107,12 +114,14 @@ def plan_report(
     }
 
 
-def _speed(gpu: Gpu, plan: CachePlan, video: VideoWork, full: VideoWork) -> dict[str, Any]:
+def _speed(
+    gpu: Gpu, plan: CachePlan, video: VideoWork, full: VideoWork, strips: Strips | None
+) -> dict[str, Any]:
     constant = efficiencies()[gpu.family]
     found, unpruned = (predict(one, gpu, constant["value"]) for one in (video, full))
     least, most = (predict(video, gpu, constant[end]) for end in ("lowest", "highest"))
     decoding = decoder_costs(plan.spec.decoder.kind, plan.spec.latent_channels).published
-    decode = decoding.seconds_on(gpu, plan.geometry, video.frames) if decoding else None
+    decode = decoding.seconds_on(gpu, plan.geometry, video.frames, strips) if decoding else None
 
     def with_decode(predicted: dict[str, Any]) -> float | None:
         # One after the other: beside each other on one GPU they would share what bounds them.
@@ -127,7 +136,9 @@ def _speed(gpu: Gpu, plan: CachePlan, video: VideoWork, full: VideoWork) -> dict
     }
 
 
-def _instead(plan: CachePlan, gpu: Gpu, known: Heads | None, dtype: Dtype) -> list[dict[str, Any]]:
+def _instead(
+    plan: CachePlan, gpu: Gpu, known: Heads | None, dtype: Dtype, decode_strips: int | None
+) -> list[dict[str, Any]]:
     """What fits where a policy at a resolution does not, the nearest first.
 
     First what fits on the same GPU (`preflight.what_fits`), then the same policy and resolution on other
@@ -138,7 +149,7 @@ def _instead(plan: CachePlan, gpu: Gpu, known: Heads | None, dtype: Dtype) -> li
         other, _ = plan_for(plan.spec, plan.spec.geometry(resolution), policy, known)
         return session_memory(other, dtype).total
 
-    needed = session_memory(plan, dtype)
+    needed = session_memory(plan, dtype, decode_strips)
     larger = sorted((load_gpu(key) for key in gpu_names()), key=lambda one: one.memory_bytes)
     found = [(gpu, fit) for fit in what_fits(plan, gpu.memory_bytes - RESERVE_BYTES, bytes_of)]
     same = Fit(plan.policy.name, resolution_name(plan), needed.total)

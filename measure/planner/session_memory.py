@@ -77,23 +77,35 @@ def engine_activations(plan: CachePlan, dtype: Dtype) -> int:
     return size * max(forward, seen + 5 * tokens * spec.dim) + wide
 
 
-def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> SessionMemory:
-    """What a session with engines holds, by part: `runtime.footprint.PARTS`, decoding's activations apart."""
+def session_memory(
+    plan: CachePlan, dtype: Dtype = "bfloat16", decode_strips: int | None = None
+) -> SessionMemory:
+    """What a session with engines holds, by part: `runtime.footprint.part_notes`, decoding's activations
+    apart. `decode_strips`: in how many strips frames are decoded; None: as export chooses it.
+
+    Raises InputError for a number of strips that cannot be.
+    """
     spec, size, geometry = plan.spec, DTYPES[dtype].bytes, plan.geometry
     decoder = decoder_costs(spec.decoder.kind, spec.latent_channels)
     pixels = geometry.latent_height * geometry.latent_width
     wide = DTYPES["float32"].bytes
     chunk = spec.latent_channels * spec.frames_per_chunk * pixels
     frames = spec.frames_per_chunk * spec.decoder.temporal_stride * math.prod(geometry.shown) * 3
+    caches, activations = 2 * size * decoder.cached * pixels, (decoder.activation_bytes or 0) * pixels
+    strips = decoder.strips_of(geometry, decode_strips)
+    if strips and decoder.strips:
+        caches = decoder.strips.cache_bytes(strips, geometry, decoder.cached, size)
+        activations = decoder.strips.activation_bytes(strips, geometry)
+        frames += spec.decoder.temporal_stride * strips.pixel_rows * geometry.shown[0] * 3 // 2
     prompt = spec.layers * 2 * spec.text_length * spec.dim * size
     parts = {
         "weights": size * (parameters(spec) + decoder.parameters),
         "activations": engine_activations(plan, dtype),
-        "decode_activations": (decoder.activation_bytes or 0) * pixels,
+        "decode_activations": activations,
         **kv_parts(plan, dtype),
-        # Two buffers: read and written in turn.
-        "decoder_caches": 2 * size * decoder.cached * pixels,
-        # uint8, those of a chunk and of the one before it.
+        # Two buffers, read and written in turn; of strips one each, and one that all share.
+        "decoder_caches": caches,
+        # uint8, those of a chunk and of the one before it, and those of a strip.
         "frames": 2 * frames,
         "text": prompt + wide * spec.text_length * spec.text_width,
         # Latents, noise, next latents, those being decoded; cosines and sines.
@@ -103,6 +115,7 @@ def session_memory(plan: CachePlan, dtype: Dtype = "bfloat16") -> SessionMemory:
         "CUDA's own context and what allocators round up: a reserve is kept for them",
         "the text encoder: prompts are encoded ahead, or it is loaded beside",
     ]
-    if decoder.activation_bytes is None:
+    of_strips = decoder.strips.strip_activation_bytes if strips and decoder.strips else None
+    if (of_strips if strips else decoder.activation_bytes) is None:
         unknown.append(f"activations of the decoder {spec.decoder.kind}: never built")
     return SessionMemory(parts, tuple(unknown))

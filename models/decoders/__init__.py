@@ -16,6 +16,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.models.decoders.latents import WAN21, WAN22
 from forcingkv.models.decoders.names import check_name
+from forcingkv.models.decoders.rows import Rows
 from forcingkv.models.streaming import StreamingModule, filled_with
 from forcingkv.runtime.spec import Decoder, DecoderKind, Geometry, ModelSpec
 
@@ -24,6 +25,38 @@ KINDS: tuple[DecoderKind, ...] = get_args(DecoderKind)
 
 class StreamingDecoder(StreamingModule):
     """Turns latents into pixels, any number of latent frames a call."""
+
+    def begin(
+        self, latents: Tensor, first: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of a decoder that sees whole frames; the rest (`finish`) sees neighbouring rows alone.
+
+        Arguments as those of `forward`; of the caches the first `begun`. Returns features (1, channels,
+        frames, rows, width) and its next caches.
+        """
+        raise NotImplementedError
+
+    def finish(
+        self, features: Tensor, first: Tensor, state: Mapping[str, Tensor], rows: Rows
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rest of the decoder, on the rows of the features that there are.
+
+        Args:
+            features: of `begin`, the rows that `rows` is of.
+            first: as in `forward`.
+            state: the caches that `begin` does not have, of those rows.
+            rows: which rows they are. It is changed: afterwards `rows.lag` are the rows of pixels by which
+                the result is late, and `StripRows.following` is what the next strip needs.
+
+        Returns:
+            As `forward`, of as many rows as there are.
+        """
+        raise NotImplementedError
+
+    @property
+    def begun(self) -> int:
+        """Caches of `begin`; 0 for decoders that are not in two parts."""
+        return 0
 
     @abstractmethod
     def forward(

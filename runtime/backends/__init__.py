@@ -143,6 +143,11 @@ class Tensor(Protocol):
     def fetch(self, queue: Queue) -> Fetch:
         """Copy it to the host in that queue's order."""
 
+    def copy_from(self, source: Any, queue: Queue) -> None:
+        """Take what another tensor of this lane holds, of the same dtype and size, in that queue's order.
+
+        Of state only where `Lane.copies` says so."""
+
     def shared(self) -> Any:
         """Something with `__dlpack__` on the same memory, for frames that stay where they are."""
 
@@ -159,16 +164,21 @@ class Lane(Protocol):
 
     Attributes:
         main: the queue of `prompt` and `step`.
-        side: the queue of `decode` and `encode`; the same as `main` where nothing runs at the same time.
+        side: the queue of decoding and encoding; the same as `main` where nothing runs at the same time.
         runs_on: what it runs on, in words for people.
         lookahead: how many chunks to begin before the frames of the one before are waited for.
         recaches: whether it binds `recache`: a switch of the prompt may encode newest frames anew.
+        in_place: whether what a pass of decoding carries may be written where it is read: all of it is read
+            before any is written.
+        copies: whether tensors of state take what others hold (`Tensor.copy_from`).
     """
 
     main: Queue
     side: Queue
     lookahead: int
     recaches: bool
+    in_place: bool
+    copies: bool
     runs_on: str
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
@@ -191,8 +201,7 @@ class Lane(Protocol):
         """A pass over those tensors.
 
         Args:
-            graph: `prompt`, `step` or `decode`; `recache` where the lane has it, `encode` where the bundle
-                has.
+            graph: one of the bundle's; `recache` where the lane has it.
             phase: index of the cache's phase, whose static shapes the tensors have; 0 for graphs that have
                 only one; of `recache` that after it (`KvCache.phase_after`): the one before it is the cache's
                 when it is bound.

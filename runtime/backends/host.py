@@ -71,5 +71,8 @@ class HostTensor:
     def fetch(self, queue: Queue) -> Fetched:
         return Fetched(self._array.copy())
 
+    def copy_from(self, source: HostTensor, queue: Queue) -> None:
+        self._array[...] = source._array
+
     def shared(self) -> Array:
         return self._array

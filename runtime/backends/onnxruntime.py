@@ -270,6 +270,8 @@ class OnnxLane:
         self.side: Queue = self.main
         self.lookahead = 0
         self.recaches = "recache" in graphs
+        self.in_place = False  # an output may be written before an input of other nodes is read
+        self.copies = chosen.provider.state == "cpu"
 
     @property
     def placement(self) -> dict[str, Placement]:

@@ -35,20 +35,28 @@ def viewer_of(session: Any) -> Viewer:
 
 
 class StateTensor:
-    """The start of an OrtValue: memory on the provider's device, which the host seldom touches.
+    """A part of an OrtValue: memory on the provider's device, which the host seldom touches.
 
     Only what the tensor has is copied, once, between the host and the device. Clearing copies zeros there:
-    Python has nothing that fills memory of a device, and copying from device to device came after 1.24. It
-    is done once a video.
+    Python has nothing that fills memory of a device. It is done once a video, and of edges of strips, which
+    are small, once a latent frame.
     """
 
     def __init__(
-        self, value: Any, device: str, number: int, shape: tuple[int, ...], dtype: str, viewer: Viewer | None
+        self,
+        value: Any,
+        device: str,
+        number: int,
+        shape: tuple[int, ...],
+        dtype: str,
+        viewer: Viewer | None,
+        offset: int = 0,
     ) -> None:
-        self._value, self._viewer = value, viewer
+        """The part from `offset` on, in bytes."""
+        self._value, self._viewer, self._offset = value, viewer, offset
         self.device, self.number, self.shape, self.dtype = device, number, shape, dtype
         self.nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        self.address = value.data_ptr()
+        self.address = value.data_ptr() + offset
 
     @classmethod
     def make(
@@ -68,10 +76,15 @@ class StateTensor:
         return cls(value, device, number, shape, dtype, viewer)
 
     def first(self, shape: tuple[int, ...]) -> StateTensor:
-        return StateTensor(self._value, self.device, self.number, shape, self.dtype, self._viewer)
+        return self._part(shape, self._offset)
 
     def rows(self, start: int, stop: int) -> StateTensor:
-        raise DeviceError("state is not read by rows")
+        offset = start * (self.nbytes // max(1, self.shape[0]))
+        return self._part((stop - start, *self.shape[1:]), self._offset + offset)
+
+    def _part(self, shape: tuple[int, ...], offset: int) -> StateTensor:
+        value, viewer = self._value, self._viewer
+        return StateTensor(value, self.device, self.number, shape, self.dtype, viewer, offset)
 
     def write(self, array: Array, queue: Queue) -> None:
         if self.nbytes:
@@ -86,12 +99,16 @@ class StateTensor:
         # On the device "cpu" it is the memory itself, and no copy.
         return Fetched(np.array(self._own().numpy()).reshape(self.shape))
 
+    def copy_from(self, source: StateTensor, queue: Queue) -> None:
+        # `copy_tensors` of newer versions knows the devices of plugins alone.
+        raise DeviceError("ONNX Runtime copies nothing from a device to itself")
+
     def shared(self) -> Any:
         return self._own()
 
     def _own(self) -> Any:
         """An OrtValue of what this tensor has, and no more."""
-        if math.prod(self.shape) == math.prod(self._value.shape()):
+        if not self._offset and math.prod(self.shape) == math.prod(self._value.shape()):
             return self._value
         if self._viewer is None:
             raise DeviceError("a part of an OrtValue is reached through a loaded graph, and there is none")

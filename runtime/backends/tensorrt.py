@@ -59,14 +59,16 @@ def open_lane(bundle: Bundle, options: LaneOptions) -> TensorRTLane:
 class TensorRTLane:
     """Two streams, one for passes and one for decoding, with the contexts that run in each.
 
-    `prompt` and `step` share one block of activation memory, since they run one after the other. `decode`
-    has its own, since it runs while the passes of the next chunk do (`lookahead`); `encode` runs in the queue
-    of `decode`, and shares that.
+    `prompt` and `step` share one block of activation memory, since they run one after the other. Decoding
+    has its own, since it runs while the passes of the next chunk do (`lookahead`); `encode` runs in the same
+    queue, and shares that.
     """
 
     def __init__(self, gpu: Gpu, bundle: Bundle, loaded: Loaded, *, cuda_graphs: bool) -> None:
         self.lookahead, self._cuda_graphs = 1, cuda_graphs
         self.recaches = False  # no engine of that pass is built
+        self.in_place = False  # an engine may write an output while it reads inputs
+        self.copies = True
         self.runs_on = "the GPU (TensorRT)" if gpu.number == 0 else f"the GPU {gpu.name} (TensorRT)"
         self._gpu, self._bundle, self._loaded = gpu, bundle, loaded
         self._closed, self._told = False, False

@@ -14,7 +14,7 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.runtime.backends import LaneOptions, Pass, Queue, Tensor
 from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, next_name
 from forcingkv.runtime.faults import DeviceError, SessionError
-from forcingkv.runtime.graph_records import FIRST, GIVEN_FRAMES, STREAMING, TURN
+from forcingkv.runtime.graph_records import FEATURES, FIRST, GIVEN_FRAMES, STREAMING, STRIP, TOP, TURN
 from forcingkv.runtime.kv.plan import PARTS, CachePlan
 from forcingkv.runtime.spec import Dtype
 
@@ -23,7 +23,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "models") from error
 
-from forcingkv.models.decoders import frames_of
+from forcingkv.models.decoders import frames_of, to_frames
+from forcingkv.models.decoders.strips import begin_frame, finish_strip
 from forcingkv.models.encoders import pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
 from forcingkv.models.kv import Turn
@@ -87,7 +88,7 @@ class TorchLane:
         self.main: Queue = self._queues.main
         self.side: Queue = self._queues.side
         self.lookahead = int(self._queues.beside)
-        self.recaches = True
+        self.recaches = self.in_place = self.copies = True
         self.runs_on = f"{describe(loaded.device, loaded.threads)}, in {name_of(loaded.compute)} (torch)"
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
@@ -122,7 +123,7 @@ class TorchLane:
         elif graph == "encode":
             made = _encode_work(loaded, given, taken)
         else:
-            made = _decode_work(loaded, self._bundle.plan, given, taken)
+            made = _decode_work(loaded, self._bundle, graph, given, taken)
         return TorchPass(queue, made, what, loaded.threads, captured)
 
     def _comes_again(self, taken: Tensors) -> bool:
@@ -239,22 +240,35 @@ def _encoding_work(loaded: Loaded, cache: JoinedCache, after: int, given: Tensor
     return work
 
 
-def _decode_work(loaded: Loaded, plan: CachePlan, given: Tensors, taken: Tensors) -> Work:
+def _decode_work(loaded: Loaded, bundle: Bundle, graph: str, given: Tensors, taken: Tensors) -> Work:
+    """A pass of decoding. All that it carries is read before any is written."""
     decoder, kind = loaded.decoder, loaded.decodes_in
+    geometry, strips = bundle.plan.geometry, bundle.manifest.strips
 
     def pixels() -> None:
-        taken["frames"].copy_(frames_of(given["latents"], plan.geometry))
+        taken["frames"].copy_(frames_of(given["latents"], geometry))
 
     if decoder is None:
         return pixels
-    carried = [name for name in given if name not in ("latents", FIRST)]
+    carried = [name for name in given if next_name(name) in taken]
 
     def work() -> None:
         held = {name: given[name].to(kind) for name in carried}
+        first = given[FIRST].to(kind)
         # cuDNN would take float32 for TF32 unless it is told.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            made, following = decoder(given["latents"].to(kind), given[FIRST].to(kind), held)
-        taken["frames"].copy_(frames_of(made.float(), plan.geometry))
+            if strips is None:
+                made, following = decoder(given["latents"].to(kind), first, held)
+            elif graph == STRIP:
+                features, top = given[FEATURES].to(kind), given[TOP]
+                made, following = finish_strip(decoder, strips, geometry.height, features, first, top, held)
+            else:
+                features, following = begin_frame(decoder, given["latents"].to(kind), first, held)
+                taken[FEATURES].copy_(features)
+        if graph == STRIP:
+            taken["frames"].copy_(to_frames(made[..., : geometry.shown[0]].float()))
+        elif strips is None:
+            taken["frames"].copy_(frames_of(made.float(), geometry))
         for name in carried:
             taken[next_name(name)].copy_(following[name])
 

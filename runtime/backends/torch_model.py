@@ -6,7 +6,7 @@ and stays in the dtype that it is stored in: what a layer computes in is made of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from forcingkv.headmaps.errors import InputError, MissingExtraError
 from forcingkv.models.baked_names import EXACT, is_matrix, scale_name
 from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.strips import strip_shapes, strips_of
 from forcingkv.models.encoders import StreamingEncoder, stored_encoder
-from forcingkv.models.streaming import StreamingModule
 from forcingkv.models.wan import Block, WanModel
 from forcingkv.runtime.backends.torch_device import faults, multiplies_in, torch_dtype, wait_for
 from forcingkv.runtime.bundle import Bundle
+from forcingkv.runtime.graph_records import DECODING_GRAPHS
 from forcingkv.runtime.spec import ModelSpec
 
 try:
@@ -76,13 +77,15 @@ def load(bundle: Bundle, device: torch.device, *, threads: int | None, compiled:
         if spec.decoder.kind != "pixels":
             path = _file_of(bundle, "decode")
             decoder = _decoder(spec, path, device, decodes_in)
-            _check_carried(bundle, "decode", decoder, path)
+            _check_decoder(bundle, decoder, path)
         encoder = None
         if "encode" in manifest.graphs:
             path = _file_of(bundle, "encode")
             encoder = stored_encoder(_read(path, device, decodes_in), str(path))
             _last_channels(encoder, device)
-            _check_carried(bundle, "encode", encoder, path)
+            geometry = bundle.plan.geometry
+            made = encoder.state_shapes(geometry.latent_height, geometry.latent_width)
+            _check_carried(bundle, ["encode"], made, path)
     # What was copied and turned is in a queue that those of lanes do not wait for.
     wait_for(device)
     return Loaded(model, decoder, device, compute, decodes_in, threads, encoder)
@@ -99,12 +102,31 @@ def _file_of(bundle: Bundle, graph: str) -> Path:
     return path
 
 
-def _check_carried(bundle: Bundle, graph: str, module: StreamingModule, path: Path) -> None:
-    """Raise InputError unless a decoder or encoder carries from call to call what the manifest says."""
-    geometry = bundle.plan.geometry
-    made = module.state_shapes(geometry.latent_height, geometry.latent_width)
-    found = {name: record.shape for name, record in bundle.manifest.graphs[graph].carried.items()}
-    if wrong := sorted(name for name in made | found if made.get(name) != found.get(name)):
+def _check_decoder(bundle: Bundle, decoder: StreamingDecoder, path: Path) -> None:
+    """Raise InputError unless a decoder decodes frames in the strips, and carries from call to call, what the
+    manifest says."""
+    geometry, manifest = bundle.plan.geometry, bundle.manifest
+    size = geometry.latent_height, geometry.latent_width
+    if manifest.strips is None:
+        _check_carried(bundle, ["decode"], decoder.state_shapes(*size), path)
+        return
+    if strips_of(decoder, geometry, manifest.strips.count) != manifest.strips:
+        what = f"does not decode in {manifest.strips.count} strips of {manifest.strips.rows} rows"
+        hint = "Export the bundle again with this version of forcingkv."
+        raise InputError(what, where=str(path), expected="as the manifest says", hint=hint)
+    shapes = strip_shapes(decoder, manifest.strips, *size)
+    _check_carried(bundle, DECODING_GRAPHS, {**shapes.whole, **shapes.state, **shapes.edges}, path)
+
+
+def _check_carried(
+    bundle: Bundle, graphs: Sequence[str], made: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """Raise InputError unless what graphs carry from call to call has the shapes `made`, as the manifest
+    says."""
+    found: dict[str, tuple[int, ...]] = {}
+    for graph in graphs:
+        found |= {name: record.shape for name, record in bundle.manifest.graphs[graph].carried.items()}
+    if wrong := sorted(name for name in {**made, **found} if made.get(name) != found.get(name)):
         raise InputError(
             f"carries {wrong[0]} of the shape {made.get(wrong[0])} from call to call",
             where=str(path),

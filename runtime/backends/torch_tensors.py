@@ -75,6 +75,11 @@ class TorchTensor:
         assert isinstance(mark, StreamMark)
         return TorchFetch(pinned, mark)
 
+    def copy_from(self, source: TorchTensor, queue: Queue) -> None:
+        """Raises DeviceError where the device fails."""
+        with faults("copying memory"), queue_of(queue).work():
+            self.tensor.copy_(source.tensor)
+
     def shared(self) -> torch.Tensor:
         """torch's own tensor, which keeps its memory after the session is closed. Whoever reads it must have
         waited for what was to be written."""

@@ -26,6 +26,8 @@ class CountingLane:
 
     main = side = None
     lookahead = 1
+    in_place = False
+    copies = True
 
     def __init__(self) -> None:
         self.state_bytes = 0

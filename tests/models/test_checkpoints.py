@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,30 @@ def prefixed(state: State, prefix: str) -> State:
 def in_diffusers(state: State) -> State:
     converted: State = convert_wan_transformer_to_diffusers(dict(state))
     return converted
+
+
+IN_FASTVIDEO = (
+    (r"patch_embedding\.", "patch_embedding.proj."),
+    (r"text_embedder\.linear_1\.", "text_embedder.fc_in."),
+    (r"text_embedder\.linear_2\.", "text_embedder.fc_out."),
+    (r"time_embedder\.linear_1\.", "time_embedder.mlp.fc_in."),
+    (r"time_embedder\.linear_2\.", "time_embedder.mlp.fc_out."),
+    (r"\.time_proj\.", ".time_modulation.linear."),
+    (r"\.attn1\.to_out\.0\.", ".to_out."),
+    (r"\.attn1\.", "."),
+    (r"\.attn2\.to_out\.0\.", ".attn2.to_out."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.fc_in."),
+    (r"\.ffn\.net\.2\.", ".ffn.fc_out."),
+    (r"\.norm2\.", ".self_attn_residual_norm.norm."),
+)
+"""What FastVideo's models call otherwise than diffusers (its `param_names_mapping` of Wan)."""
+
+
+def in_fastvideo(state: State) -> State:
+    named = in_diffusers(state)
+    for pattern, other in IN_FASTVIDEO:
+        named = {re.sub(pattern, other, name): tensor for name, tensor in named.items()}
+    return named
 
 
 def fsdp(state: State) -> State:

@@ -16,7 +16,7 @@ from forcingkv.headmaps import InputError
 from forcingkv.models.checkpoint import Weights, load_weights
 from forcingkv.runtime.spec import PublicWeights
 from tests.conftest import random_model, small_spec
-from tests.models.test_checkpoints import assert_same, in_diffusers, prefixed, sharded
+from tests.models.test_checkpoints import assert_same, in_diffusers, in_fastvideo, prefixed, sharded
 
 State = dict[str, Tensor]
 SPEC = small_spec()
@@ -52,6 +52,14 @@ PREFIXES = [
     "blocks.",
     "head.",
 ]
+
+
+def test_names_of_fastvideo_are_read(tmp_path: Path) -> None:
+    named = in_fastvideo(STATE)
+    assert "blocks.1.to_out.weight" in named
+    assert "blocks.1.self_attn_residual_norm.norm.weight" in named
+    assert_same(load_flat(named, tmp_path), STATE)
+    assert_same(load_flat(prefixed(named, "model."), tmp_path), STATE)
 
 
 @pytest.mark.parametrize("naming", [dict, in_diffusers], ids=["wan", "diffusers"])

@@ -12,7 +12,7 @@ import pytest
 
 from forcingkv.runtime.backends import Lane, LaneOptions
 from forcingkv.runtime.backends.tensorrt import open_lane
-from forcingkv.runtime.bundle import GRAPHS, Bundle
+from forcingkv.runtime.bundle import Bundle
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.kv.profiles import profiles_of
 from tests.runtime.fake_cuda import FakeCuda
@@ -75,7 +75,7 @@ def _opened(folder: Path) -> tuple[Bundle, dict[str, Runner]]:
             seconds=1.0,
             peak_bytes=1,
         )
-        for graph in GRAPHS
+        for graph in opened.manifest.graph_names
     )
     graphs = {name: untold(record) for name, record in opened.manifest.graphs.items()}
     manifest = replace(opened.manifest, engines=engines, graphs=graphs)

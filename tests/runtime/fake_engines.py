@@ -25,7 +25,7 @@ from forcingkv.prune import launchers
 from forcingkv.prune.launcher import KernelLauncher
 from forcingkv.runtime import devices, preflight
 from forcingkv.runtime.backends import tensorrt_contexts, tensorrt_engines
-from forcingkv.runtime.bundle import CLEAN, GRAPHS, Bundle, GraphRecord
+from forcingkv.runtime.bundle import CLEAN, Bundle, GraphRecord
 from forcingkv.runtime.flavour import Told
 from forcingkv.runtime.kv.profiles import profiles_of
 from tests.runtime.fake_cuda import FakeCuda
@@ -108,7 +108,7 @@ def untold(record: GraphRecord) -> GraphRecord:
 
 def runners_of(bundle: Bundle) -> dict[str, Runner]:
     """The graphs of a bundle; to be made once, since loading takes time."""
-    return {graph: Runner(bundle, graph) for graph in GRAPHS}
+    return {graph: Runner(bundle, graph) for graph in bundle.manifest.graph_names}
 
 
 @dataclass
@@ -136,7 +136,9 @@ class FakeTensorRT:
     cuda: FakeCuda
     runners: Mapping[str, Runner]
     computes: bool = True
-    memory: Mapping[str, int] = field(default_factory=lambda: {"prompt": 300, "step": 5000, "decode": 700})
+    memory: Mapping[str, int] = field(
+        default_factory=lambda: {"prompt": 300, "step": 5000, "decode": 700, "decode_strip": 600}
+    )
     refuse_at: int | None = None
     says: str = "as the test wants it"
     refusable: int = 0

@@ -16,7 +16,6 @@ from forcingkv.runtime import Bundle, MemoryShortError, Session
 from forcingkv.runtime.backends import LaneOptions, Pass, Tensor
 from forcingkv.runtime.backends.onnxruntime import OnnxGraph, OnnxLane
 from forcingkv.runtime.backends.ort_state import StateTensor
-from forcingkv.runtime.bundle import GRAPHS
 
 
 class Plain:
@@ -63,6 +62,10 @@ class Full:
 
 class OwnState(OnnxLane):
     """Keeps its state in ONNX Runtime's memory, as where the CUDA provider runs."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.copies = False
 
     def tensor(self, shape: tuple[int, ...], dtype: str, *, state: bool = False) -> Tensor:
         if state:
@@ -112,7 +115,7 @@ class On:
 
 
 def _onnx_lane(bundle: Bundle, kind: type) -> Any:
-    graphs = {name: OnnxGraph(bundle.graph(name), 1) for name in GRAPHS}
+    graphs = {name: OnnxGraph(bundle.graph(name), 1) for name in bundle.manifest.graph_names}
     return changed(OnnxLane, kind)(graphs)
 
 

@@ -83,6 +83,7 @@ def test_every_part_as_counted_by_hand(bundle: Bundle) -> None:
         "kv_retained": 2 * 24 * 2 * token,
         "kv_recent": 2 * 24 * 6 * token,
         "kv_early": 0,
+        "kv_scene": 0,
         "decoder_caches": 0,
         "frames": 2 * 3 * 8 * 12 * 3,  # of a chunk, and of the one before
         "text": 5 * 10 * 4 + 2 * 3 * 5 * token,
@@ -149,7 +150,7 @@ def test_the_decoder_takes_what_is_said(bundle: Bundle) -> None:
     parts = footprint(manifest, bundle.plan)
     latents = np.empty(decode.inputs["latents"].shape, np.float32).nbytes
     lane = CountingLane({})
-    ChunkDecoder(lane, whole, bundle.manifest.model)
+    ChunkDecoder(lane, manifest, bundle.manifest.model)
     first = 2 * 4  # one for each of its values
     assert lane.taken == parts["decoder_caches"] + parts["frames"] + latents + first
 

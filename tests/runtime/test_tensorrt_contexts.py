@@ -63,7 +63,8 @@ def test_each_captured_pass_has_a_context_of_its_own_on_the_same_memory(world: W
             video_of(session, CHUNKS)
         maker = session._maker
         assert maker is not None
-        passes = len(maker._passes) + len(maker.decoder._passes) + 1
+        assert maker.decoder._whole is not None
+        passes = len(maker._passes) + len(maker.decoder._whole._passes) + 1
         assert world.cuda.live["context"] == passes
         assert len(world.tensorrt.users) == 2, "all on the activation memory of their stream"
     assert world.left == {}

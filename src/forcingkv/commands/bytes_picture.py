@@ -15,7 +15,6 @@ from forcingkv.plotting import INK, SOFT, figure, png, style
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.footprint import engine_sets, footprint, grouped_by_need, part_notes, readable
-from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.roles import Role
 
 BLUES, PALEST = ("#0a3d66", "#0b6fb8", "#58a6dd"), "#b9d9f0"
@@ -54,7 +53,7 @@ def write_bytes_picture(bundle: Bundle, path: Path) -> None:
         engines = group[0] if group else ()
         sizes = footprint(manifest, bundle.plan, engines)
         title = memory_title(group, sizes)
-        panels.append((title[0].upper() + title[1:], _memory(bundle.plan, engines, sizes)))
+        panels.append((title[0].upper() + title[1:], _memory(bundle, engines, sizes)))
     roles = bundle.plan.kv_bytes_by_role(manifest.compute)
     notes = {"current": "within activations, a layer at a time"}
     attended = [(role, size, _blue(role), notes.get(role, "")) for role, size in roles.items() if size]
@@ -65,8 +64,8 @@ def write_bytes_picture(bundle: Bundle, path: Path) -> None:
     write_bytes(path, _drawn(headline, panels, REMARKS[-1] if groups[0] else ""))
 
 
-def _memory(plan: CachePlan, engines: Sequence[EngineRecord], sizes: Mapping[str, int]) -> list[_Part]:
-    notes = part_notes(plan)
+def _memory(opened: Bundle, engines: Sequence[EngineRecord], sizes: Mapping[str, int]) -> list[_Part]:
+    notes = part_notes(opened.plan, strips=opened.manifest.strips is not None)
     if engines:
         heaviest = sorted(engines, key=lambda engine: -engine.weight_bytes)
         notes["weights"] = ", ".join(f"{one.graph} {readable(one.weight_bytes)}" for one in heaviest)

@@ -52,6 +52,10 @@ def export(
     policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
     decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
     vae: Annotated[Path | None, Option(help="Weights of the decoder: a file or a folder.")] = None,
+    decode_strips: Annotated[
+        int | None,
+        Option(help="In how many strips wan-vae decodes a frame; default: by its size, 1 up to 480p."),
+    ] = None,
     encoder: Annotated[
         str | None,
         Option(
@@ -145,6 +149,7 @@ def export(
                 headmap=given,
                 resolution=resolution,
                 decoder=pixels,
+                strips=decode_strips,
                 encoder=frames,
                 dtype=precision,
                 target=wanted,
@@ -170,6 +175,8 @@ def export(
     if manifest.crop:
         computed, shown = ("{}x{}".format(*size) for size in (manifest.resolution, manifest.crop))
         say(f"computed at {computed}; the last columns and rows are cut off: frames are {shown}")
+    if manifest.strips:
+        say(f"{spec.decoder.kind} decodes a frame {manifest.strips.described}")
     if record := manifest.calibration:
         width, height = record.resolution
         of = f"{len(record.prompts)} {record.texts}" if record.prompts else "random embeddings: no real texts"

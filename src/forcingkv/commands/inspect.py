@@ -109,6 +109,8 @@ def _model(opened: Bundle) -> Iterator[str]:
     products = manifest.multiplies_in
     linears = "" if products == manifest.compute else f", linear layers of the blocks in {products}"
     yield from _beside("graphs", f"compute in {manifest.compute}{linears}")
+    if manifest.strips:
+        yield from _beside("decoding", f"each frame {manifest.strips.described}")
     if "recache" in manifest.graphs:
         yield from _beside("switches", "of prompts by keep-sink, empty-sink and replay on ONNX Runtime")
     for sentence in manifest.taken or ():
@@ -175,7 +177,9 @@ def _memory(opened: Bundle, group: Sequence[EngineSet]) -> Iterator[str]:
     """What a session holds: of sets that need the same, or without engines."""
     parts = footprint(opened.manifest, opened.plan, group[0] if group else ())
     yield from wrapped("", memory_title(group, parts))
-    yield from _shares(parts, part_notes(opened.plan, joined=not opened.manifest.has_graphs))
+    manifest = opened.manifest
+    notes = part_notes(opened.plan, joined=not manifest.has_graphs, strips=manifest.strips is not None)
+    yield from _shares(parts, notes)
     for remark in REMARKS if group else ():
         yield from wrapped("  ", remark)
 

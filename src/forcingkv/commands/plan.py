@@ -40,6 +40,9 @@ def plan(
     seconds: Annotated[float, Option(help="Length of the video.")] = 30.0,
     dtype: Annotated[str, Option(help="bfloat16 or float16.")] = "bfloat16",
     decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
+    decode_strips: Annotated[
+        int | None, Option(help="In how many strips wan-vae decodes a frame; default: as export chooses it.")
+    ] = None,
     published: Annotated[
         bool, Option("--published", help="Show published figures beside predictions instead.")
     ] = False,
@@ -81,6 +84,7 @@ def plan(
         dtype=_dtype(dtype),
         known=known,
         strict=bool(policy),
+        decode_strips=decode_strips,
     )
     emit(report) if as_json else say(*plan_lines(report))
 
