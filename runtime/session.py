@@ -28,7 +28,8 @@ from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.preflight import check_memory, needed_memory
 from forcingkv.runtime.recaching import check_restored
 from forcingkv.runtime.script import PromptRecord, Script
-from forcingkv.runtime.snapshot import HELD, check_given, read_snapshot
+from forcingkv.runtime.snapshot import HELD, read_snapshot
+from forcingkv.runtime.snapshot_check import check_given
 from forcingkv.runtime.sources import Source
 from forcingkv.runtime.spec import Dtype
 from forcingkv.runtime.streaming import NO_START, Start, Video

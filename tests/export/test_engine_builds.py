@@ -176,8 +176,8 @@ def test_a_block_costs_at_most_a_third_of_the_layers_of_a_naive_one(
 
     The number depends on which groups and roles there are, not on any size. Graphs are parsed, not built.
     """
-    for module in (bundle_parts, bundle_writer):
-        monkeypatch.setattr(module, "GRAPHS", ("step",))
+    monkeypatch.setattr(bundle_parts, "GRAPHS", ("step",))
+    monkeypatch.setattr(bundle_writer, "ALL_GRAPHS", ("step",))
     monkeypatch.setattr(bundle_writer, "check_records", lambda *_: None)  # of a bundle, which this is not
     monkeypatch.setattr(bundle_parts, "build_engine", builds_nothing)
     monkeypatch.setattr(kernel_compiler, "compile_kernels", lambda *_, **__: [])
@@ -223,8 +223,8 @@ def test_an_engine_of_a_frame_wise_model_has_few_profiles(
     policy: str, phases: int, profiles: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine cannot be loaded without a GPU; in its file names of tensors end in the profile's number."""
-    for module in (bundle_parts, bundle_writer):
-        monkeypatch.setattr(module, "GRAPHS", ("step",))
+    monkeypatch.setattr(bundle_parts, "GRAPHS", ("step",))
+    monkeypatch.setattr(bundle_writer, "ALL_GRAPHS", ("step",))
     monkeypatch.setattr(bundle_writer, "check_records", lambda *_: None)  # of a bundle, which this is not
     spec = small_spec(layers=1, heads=4, head_dim=16, frames_per_chunk=1, attended_frames=21)
     weights = random_model(spec).state_dict()
