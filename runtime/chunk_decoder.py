@@ -71,7 +71,7 @@ class ChunkDecoder:
                 self._strips.decode(begins, self.called, rows)
             else:
                 assert self._whole is not None
-                self._whole.decode(begins, self.called, rows, (call, place))
+                self._whole.bound(begins, self.called, rows, (call, place)).run()
             self.called += 1
         return frames.rows(self._dropped if opening else 0, frames.shape[0])
 
@@ -111,10 +111,10 @@ class WholeDecoder:
         """The feature caches after so many calls."""
         return self._caches[called % len(self._caches)]
 
-    def decode(self, opening: bool, called: int, frames: Tensor, place: tuple[int, int]) -> None:
-        """Make the frames of the latents that were written, the call after so many. A pass is bound once, as
-        those of `ChunkMaker`: its addresses follow from whether it is the first, the cache's side, and which
-        frames (`place`) it makes."""
+    def bound(self, opening: bool, called: int, frames: Tensor, place: tuple[int, int]) -> Pass:
+        """The pass that makes the frames of the latents that were written, the call after so many. It is
+        bound once, as those of `ChunkMaker`: its addresses follow from whether it is the first, the cache's
+        side, and which frames (`place`) it makes."""
         key = (opening, called % len(self._caches), place)
         if key not in self._passes:
             current, spare = self.held(called), self.held(called + 1)
@@ -123,7 +123,7 @@ class WholeDecoder:
                 inputs |= {FIRST: self._first[opening], **current}
                 outputs |= {next_name(name): tensor for name, tensor in spare.items()}
             self._passes[key] = self._lane.bind("decode", 0, inputs, outputs)
-        self._passes[key].run()
+        return self._passes[key]
 
 
 def tensor_of(lane: Lane, record: TensorRecord, *, state: bool = False) -> Tensor:
