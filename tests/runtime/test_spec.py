@@ -205,7 +205,8 @@ def test_a_spec_that_makes_no_model_is_refused(changes: dict[str, int], message:
 def test_every_preset_can_be_read(name: str) -> None:
     spec = load_spec(name)
     assert spec.name == name
-    assert spec.geometry().frame_tokens % 6 == 0
+    # Segments of the shipped policies need not divide a frame (docs/decisions/0024): LongLive 2 has 880 tokens.
+    assert spec.geometry().frame_tokens >= 6
 
 
 def test_policies_stand_the_plainest_first() -> None:
