@@ -205,7 +205,7 @@ def test_a_spec_that_makes_no_model_is_refused(changes: dict[str, int], message:
 def test_every_preset_can_be_read(name: str) -> None:
     spec = load_spec(name)
     assert spec.name == name
-    # Segments of the shipped policies need not divide a frame (docs/decisions/0024): LongLive 2 has 880 tokens.
+    # Segments need not divide a frame (docs/decisions/0024): LongLive 2 has 880 tokens.
     assert spec.geometry().frame_tokens >= 6
 
 
