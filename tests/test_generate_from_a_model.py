@@ -153,6 +153,7 @@ def test_both_neither_and_what_belongs_to_the_other_are_refused(tmp_path: Path, 
         "resolution": "480p",
         "decoder": "taehv",
         "vae": Path("vae.pth"),
+        "encoder": Path("vae.pth"),
         "layers": 2,
     }
     assert options.keys() == ModelOptions.__dataclass_fields__.keys() - {"model"}
