@@ -34,18 +34,17 @@ from forcingkv.commands.models import (
     text_input,
 )
 from forcingkv.commands.prompt_changes import Prompts, told_prompts
+from forcingkv.commands.runs_on import runs_on
 from forcingkv.commands.starts import StartOptions
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import MemoryShortError, Session, Timing, Video
 from forcingkv.runtime.backends import LaneOptions
-from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
 from forcingkv.runtime.given import LatentsWriter
 from forcingkv.runtime.memory import peak_bytes
 from forcingkv.runtime.script import MOST_FADED
 from forcingkv.runtime.snapshot import check_states
-from forcingkv.runtime.threads import chosen_threads
 from forcingkv.runtime.video import open_writer
 
 BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
@@ -179,7 +178,7 @@ def generate(
             if bundle is None:
                 say(f"runs on {session.runs_on}", error=True)
             video, look = begin_video(session, asked, clips)
-            on = _runs_on(session, threads) | {"memory": session.footprint}
+            on = runs_on(session, threads) | {"memory": session.footprint}
             for note in session.notes:
                 written.warn(note)
             if out == "-":
@@ -349,22 +348,6 @@ def _save(video: Video, folder: Path, look: Look, first: int, frames: Frames, wr
         video.save(folder, notes=notes)
     except (InputError, MemoryShortError) as error:
         written.warn(f"the state was not saved before chunk {video.index}, and the video goes on: {error}")
-
-
-def _runs_on(session: Session, threads: int | None) -> dict[str, object]:
-    """What a session runs on; for ONNX Runtime where the nodes of its graphs run; for the CPU how many
-    threads were chosen, and why. What a provider runs, and what it leaves to the CPU's, is said."""
-    facts: dict[str, object] = {"runs_on": session.runs_on}
-    if placement := session.placement:
-        facts["placement"] = {graph: one.as_json() for graph, one in placement.items()}
-    if any(one.asked != PROVIDERS["cpu"].name for one in placement.values()):
-        say(f"runs on {session.runs_on}", error=True)
-        for graph, one in placement.items():
-            say(f"{graph}: {one}", error=True)
-    if session.runs_on.startswith("the CPU"):
-        chosen = chosen_threads(threads)
-        facts |= {"threads": chosen.number, "threads_because": chosen.because}
-    return facts
 
 
 def _report(written: Written, out: str, rate: float, on: dict[str, object], *, as_json: bool) -> None:
