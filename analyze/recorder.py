@@ -18,7 +18,8 @@ from torch import Tensor
 from forcingkv.analyze.recording import COLUMNS, Passes, passes_of, told_step
 from forcingkv.headmaps import InputError
 from forcingkv.models.generate import generate, seeded_noise
-from forcingkv.models.kv import Cache, GroupCache
+from forcingkv.models.kv import Cache
+from forcingkv.models.kv_roles import GroupCache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime.given import GivenNoise
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup

@@ -18,15 +18,8 @@ from forcingkv.models.decoders import StreamingDecoder, frames_of, to_frames
 from forcingkv.models.decoders.strips import StripShapes, begin_frame, finish_strip
 from forcingkv.models.encoders import StreamingEncoder, pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
-from forcingkv.models.kv import (
-    Cache,
-    Turn,
-    advance,
-    attend_cache,
-    cached_dtype,
-    encode_group,
-    heads_of,
-)
+from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype, encode_group, heads_of
+from forcingkv.models.kv_roles import Turn
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.bundle import next_name

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from forcingkv.models.kv import Turn, advance, empty_cache, turn_of, turned
+from forcingkv.models.kv import advance, empty_cache, turn_of
+from forcingkv.models.kv_roles import Turn, turned
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import KeysValues, rotate
 from forcingkv.runtime import positions

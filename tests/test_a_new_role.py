@@ -25,7 +25,7 @@ from forcingkv.analyze.recorder import record_sample
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.fields import from_data
-from forcingkv.models import kv
+from forcingkv.models import kv, kv_roles
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.bundle import Manifest
@@ -56,7 +56,7 @@ MODULE = "tests.strided_of_the_page"
 def add_the_role() -> None:
     """Run the two blocks of Python, each in what its file imports."""
     module = sys.modules[MODULE] = ModuleType(MODULE)
-    for home, word in ((roles, "class Strided(Role)"), (kv, "class TorchStrided(TorchRole)")):
+    for home, word in ((roles, "class Strided(Role)"), (kv_roles, "class TorchStrided(TorchRole)")):
         vars(module).update({name: value for name, value in vars(home).items() if not name.startswith("__")})
         # As in those files: annotations are text until a field is read.
         source = compile(
@@ -70,7 +70,7 @@ def strided() -> Iterator[None]:
     """The role is there for the tests of this file alone."""
     add_the_role()
     yield
-    del roles.Role.KINDS["strided"], kv.HALVES["strided"], sys.modules[MODULE]
+    del roles.Role.KINDS["strided"], kv_roles.HALVES["strided"], sys.modules[MODULE]
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_role_that_is_read_otherwise_lies_apart_on_torch(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
 ) -> None:
     """Cached in half the bytes, or at twice the value and halved as it is read."""
-    kind, half = roles.Role.KINDS["strided"], kv.HALVES["strided"]
+    kind, half = roles.Role.KINDS["strided"], kv_roles.HALVES["strided"]
     with Session.open(bundle, backend="torch") as session:
         plain, without = list(session.generate(PROMPT, seed=7, chunks=6)), session._memory().cache.nbytes
 
@@ -197,13 +197,13 @@ def test_a_role_that_is_read_otherwise_lies_apart_on_torch(
         def read(self, role: object, held: kv.KeysValues, like: torch.Tensor) -> kv.KeysValues:
             return kv.KeysValues(*(part.to(like) * (1 if dtype else 0.5) for part in held))
 
-        def advance(self, role: object, done: kv.CleanPass) -> kv.KeysValues:
+        def advance(self, role: object, done: kv_roles.CleanPass) -> kv.KeysValues:
             grown = kv.KeysValues(*(part * (1 if dtype else 2) for part in done.new))
             cached = replace(done, new=kv.KeysValues(*(p.to(kv.cached_dtype(role, p.dtype)) for p in grown)))
             made: kv.KeysValues = super().advance(role, cached)
             return made
 
-    monkeypatch.setitem(kv.HALVES, "strided", Apart())
+    monkeypatch.setitem(kv_roles.HALVES, "strided", Apart())
     monkeypatch.setattr(kind, "read_as_cached", False)
     if dtype:
         monkeypatch.setattr(kind, "dtype", lambda self, compute: dtype)
@@ -231,19 +231,19 @@ def _unchecked(bundle: Path) -> Bundle:
 
 
 def test_a_half_that_reads_otherwise_than_the_role_says_is_refused() -> None:
-    class Reading(kv.TorchRole):
+    class Reading(kv_roles.TorchRole):
         of = roles.Sink
 
         def read(self, role: object, held: kv.KeysValues, like: torch.Tensor) -> kv.KeysValues:
             return held
 
-        def advance(self, role: object, done: kv.CleanPass) -> kv.KeysValues:
+        def advance(self, role: object, done: kv_roles.CleanPass) -> kv.KeysValues:
             return done.new
 
-    before = dict(kv.HALVES)
+    before = dict(kv_roles.HALVES)
     with pytest.raises(TypeError, match="sink says read_as_cached = True, and Reading reads it otherwise"):
-        kv.torch_half(Reading)
-    assert before == kv.HALVES
+        kv_roles.torch_half(Reading)
+    assert before == kv_roles.HALVES
 
 
 def test_a_saved_video_goes_on_to_the_bit(bundle: Path, tmp_path: Path) -> None:
@@ -282,10 +282,10 @@ def test_the_manifest_says_it(bundle: Path) -> None:
 
 
 def test_a_torch_half_that_does_not_say_how_it_advances_is_refused() -> None:
-    class Unfinished(kv.TorchRole):
+    class Unfinished(kv_roles.TorchRole):
         of = roles.Sink
 
-    before = dict(kv.HALVES)
+    before = dict(kv_roles.HALVES)
     with pytest.raises(TypeError, match="advance"):
-        kv.torch_half(Unfinished)
-    assert before == kv.HALVES
+        kv_roles.torch_half(Unfinished)
+    assert before == kv_roles.HALVES

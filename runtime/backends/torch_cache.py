@@ -14,17 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from forcingkv.models.kv import (
-    HALVES,
-    CleanPass,
-    GroupCache,
-    Turn,
-    advance_group,
-    cached_dtype,
-    choice_of,
-    encode_group,
-    heads_of,
-)
+from forcingkv.models.kv import advance_group, cached_dtype, choice_of, encode_group, heads_of
+from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Turn
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.backends.torch_device import name_of, torch_dtype

@@ -27,7 +27,7 @@ from forcingkv.models.decoders import frames_of, to_frames
 from forcingkv.models.decoders.strips import begin_frame, finish_strip
 from forcingkv.models.encoders import pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
-from forcingkv.models.kv import Turn
+from forcingkv.models.kv_roles import Turn
 from forcingkv.models.torch_threads import in_this_thread, use_threads
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.backends.torch_cache import JoinedCache

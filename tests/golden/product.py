@@ -19,7 +19,7 @@ from forcingkv.export import export_bundle
 from forcingkv.models.decoders.taehv import TaehvDecoder
 from forcingkv.models.generate import generate
 from forcingkv.models.heads import head_orders, permute_heads
-from forcingkv.models.kv import HALVES, CleanPass, TorchRole
+from forcingkv.models.kv_roles import HALVES, CleanPass, TorchRole
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import Session
 from forcingkv.runtime.kv.plan import build_plan

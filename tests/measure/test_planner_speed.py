@@ -29,7 +29,7 @@ from forcingkv.measure.planner.speed import (
     turn_bytes,
     video_work,
 )
-from forcingkv.models.kv import Turn, turned
+from forcingkv.models.kv_roles import Turn, turned
 from forcingkv.models.presets import load_spec
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime.cost import pass_flops

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from forcingkv.models.generate import generate, seeded_noise
-from forcingkv.models.kv import Cache, advance, choose_ahead, empty_cache
+from forcingkv.models.kv import Cache, advance, empty_cache
+from forcingkv.models.kv_roles import choose_ahead
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy

@@ -27,7 +27,7 @@ from torch import Tensor
 from forcingkv.export.bake import baked_model
 from forcingkv.export.bundle_parts import WEIGHTS
 from forcingkv.export.graphs import Graph, decode_graph, prompt_graph, step_graph
-from forcingkv.models import kv
+from forcingkv.models import kv_roles
 from forcingkv.prune.launcher import KernelLauncher
 from forcingkv.prune.plugin import DynamicPrune, DynamicPruneFollow, launch
 from forcingkv.runtime import Session
@@ -70,8 +70,8 @@ class StandIn:
         if check.gpu:
             patch.setitem(sys.modules, "cuda.core", core())
             loaded = launcher(check, "float32", self.bundle.plan.spec.head_dim)
-            patch.setattr(kv, "prune_score", partial(_score, loaded))
-            patch.setattr(kv, "prune_follow", partial(_follow, loaded))
+            patch.setattr(kv_roles, "prune_score", partial(_score, loaded))
+            patch.setattr(kv_roles, "prune_follow", partial(_follow, loaded))
 
     def session(self, **options: Any) -> Session:
         """A session on the engines."""
