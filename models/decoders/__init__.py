@@ -34,7 +34,7 @@ class StreamingDecoder(StreamingModule):
         Arguments as those of `forward`; of the caches the first `begun`. Returns features (1, channels,
         frames, rows, width) and its next caches.
         """
-        raise NotImplementedError
+        raise NotImplementedError("only decoders in two parts have it (`begun`)")
 
     def finish(
         self, features: Tensor, first: Tensor, state: Mapping[str, Tensor], rows: Rows
@@ -51,7 +51,7 @@ class StreamingDecoder(StreamingModule):
         Returns:
             As `forward`, of as many rows as there are.
         """
-        raise NotImplementedError
+        raise NotImplementedError("only decoders in two parts have it (`begun`)")
 
     @property
     def begun(self) -> int:

@@ -1,8 +1,8 @@
 """Roles: what a cached token is to a head. A policy gives each group of heads an ordered list of them.
 
 A role is one class here and one in `models/kv_roles.py`. This one knows all that can be said without looking
-at keys; the other one how keys and values follow from a pass. Everything else asks them: nothing knows a role by
-its name. `docs/extending.md` shows how a role is added.
+at keys; the other one how keys and values follow from a pass. Everything else asks them: nothing knows a role
+by its name. `docs/extending.md` shows how a role is added.
 """
 
 from __future__ import annotations
