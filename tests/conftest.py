@@ -44,11 +44,13 @@ LONG = {
     *(
         "test_activations.py",
         "test_bake.py",
+        "test_decode_strips.py",
         "test_cubins.py",
         "test_engine_builds.py",
         "test_fp8_bundles.py",
     ),
     *("test_ablation_driver.py", "test_model_commands.py", "test_sizes.py", "test_triton_kernels.py"),
+    *("test_any_machine.py", "test_campaign.py", "test_recache_graph.py"),
 }
 """Files with a test of seven seconds or more."""
 
