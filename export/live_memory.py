@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.decoders.strips import begin_frame, finish_strip, strip_shapes
 from forcingkv.models.encoders import StreamingEncoder
-from forcingkv.models.streaming import StreamingModule
+from forcingkv.models.streaming import InPlace, StreamingModule
 from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.graph_records import STRIP
 from forcingkv.runtime.spec import Geometry
@@ -119,7 +119,7 @@ def _most(module: StreamingModule, call: Callable[..., Any], *given: Any) -> int
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     weights = {f"module.{name}": torch.empty_like(t, device="meta") for name, t in tensors.items()}
     memory = LiveMemory()
-    memory.own((weights, given))
+    memory.own((weights, [dict(one) if isinstance(one, InPlace) else one for one in given]))
     with torch.no_grad(), memory:
         torch.func.functional_call(_Called(module, call), weights, given)
     return memory.most
@@ -129,8 +129,9 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _all_empty(shapes: Shapes) -> dict[str, Tensor]:
-    return {name: _empty(*shape) for name, shape in shapes.items()}
+def _all_empty(shapes: Shapes) -> InPlace:
+    """Caches as sessions hold them."""
+    return InPlace({name: _empty(*shape) for name, shape in shapes.items()})
 
 
 def _tensors(tree: Any) -> list[Tensor]:

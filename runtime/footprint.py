@@ -191,7 +191,7 @@ def has_recache(manifest: Manifest, plan: CachePlan) -> bool:
 
 
 def encoder_bytes(plan: CachePlan) -> int:
-    """Bytes of the inputs of a pass that encodes newest frames (`newest_frames.FramesEncoder`)."""
+    """Bytes of the inputs of a pass that encodes newest frames (`newest_frames.RecachePass`)."""
     spec, frames, wide = plan.spec, most_encoded(plan), DTYPES["float32"].bytes
     numbers = math.prod(latent_shape(plan, frames)) + frames * plan.frame_tokens * spec.head_dim
     numbers += spec.time_width + (2 * spec.head_dim if plan.relative else 0)
