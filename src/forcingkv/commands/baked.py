@@ -66,8 +66,8 @@ class ModelOptions:
     encoder: Annotated[
         Path | None,
         Option(
-            help="With --model: the VAE that encodes --image, --start, --video, or (krea-14b-served) the first"
-            " frame again; default: --vae's."
+            help="With --model: the VAE that encodes --image, --start, --video, or (krea-14b-served) the"
+            " first frame again; default: --vae's."
         ),
     ] = None
     layers: Layers = None
