@@ -1,4 +1,4 @@
-"""What trainings of the demo models share: attention of teacher forcing, optimizers, stages, checkpoints, curve.
+"""What trainings of the demo models share: attention of teacher forcing, optimizers, stages, checkpoints.
 
 The objective: every clip is given twice, as clean chunks, which only build context, and as noisy chunks, each
 of which sees the clean chunks before it and itself. One pass trains several chunks of a clip, each at its own
@@ -40,7 +40,7 @@ Part: TypeAlias = Callable[[np.random.Generator], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How long a stage of training is, and its learning rate, which runs linearly from `rate` to `rate_end`."""
+    """How long a stage of training is, and its learning rate, running linearly from `rate` to `rate_end`."""
 
     steps: int
     rate: float

@@ -3,14 +3,15 @@
     python studies/occluded_bed.py --out runs/occluded-bed [--policies studies/newest.toml,full,forcing-kv]
         [--checkpoint FILE] [--headmap FILE] [--each 4] [--seed 0] [--backend torch]
 
-Real clips of held-out scans, both digits of which go away: `--each` clips for every number of chunks that they
-are away, 1 to 8, and for digits that are in the first frame or come late. A video begins with the clip up to the
-first chunk without digits, and goes on by itself until they are back. Every policy gets the same clips and seeds.
+Real clips of held-out scans, both digits of which go away: `--each` clips for every number of chunks that
+they are away, 1 to 8, and for digits that are in the first frame or come late. A video begins with the clip
+up to the first chunk without digits, and goes on by itself until they are back. Every policy gets the same
+clips and seeds.
 
 OUT/returns.jsonl has a line for each clip and policy: what is right of the digit of each half. A run goes on
-where another stopped. Printed as JSON: for each policy, chunks away, entry, and kind of place where digits go, how
-many are right, with Wilson's interval of 95%. `seen_in_window`: whether under `full` the chunk in which they are
-made whole still sees them whole.
+where another stopped. Printed as JSON: for each policy, chunks away, entry, and kind of place where digits
+go, how many are right, with Wilson's interval of 95%. `seen_in_window`: whether under `full` the chunk in
+which they come back still sees them whole.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import polars as pl
 from scipy.stats import binomtest
 
 from forcingkv.export import export_bundle
+from forcingkv.export.precision import Target
 from forcingkv.headmaps import InputError, read_headmap
 from forcingkv.headmaps.fields import to_data
 from forcingkv.models.checkpoint import load_weights
@@ -127,7 +129,8 @@ def run(out: Path, policies: Sequence[str], clips: Sequence[Asked], given: argpa
         left = [asked for asked in clips if asked.name not in done]
         if not left:
             continue
-        bundle, target = out / "bundles" / policy.name, "torch" if given.backend == "torch" else "onnx"
+        bundle = out / "bundles" / policy.name
+        target: Target = "torch" if given.backend == "torch" else "onnx"
         export_bundle(spec, weights, policy, bundle, headmap=headmap, target=target, verify=False)
         with Session.open(bundle, backend=given.backend) as session, path.open("a", encoding="utf-8") as file:
             for asked in left:

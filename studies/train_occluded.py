@@ -1,13 +1,13 @@
 """Train demo-occluded, from the demo model's weights: digits that come back are to be those that went away.
 
-    python studies/train_occluded.py --out runs/occluded       # goes on from runs/occluded/last.pt, if it is there
-    python studies/train_occluded.py --log models/demo_occluded/training.csv --curve models/demo_occluded/curve.png
+    python studies/train_occluded.py --out runs/occluded  # goes on from last.pt in there, if there is one
+    python studies/train_occluded.py --log models/demo_occluded/training.csv --curve curve.png
 
 Of each clip all chunks build context, limited to the model's window, and four are trained: the chunk in which
-digits come back at two noise levels, high ones, since what memory is needed for is decided there; the next one,
-in which they are seen whole; and another. Pixels of a digit that comes back count more than others. Clips in
-which digits are away longer than the window are trained only until they would come back: what cannot be known
-is not learned, and no reason is given to hand a digit on from chunk to chunk while nobody sees it.
+digits come back at two noise levels, high ones, since that is where memory decides; the next one, in which
+they are seen whole; and another. Pixels of a digit that comes back count more than others. Clips in which
+digits are away longer than the window are trained only until they would come back: what cannot be known is
+not learned, and no reason is given to hand a digit on from chunk to chunk while nobody sees it.
 What it shares with the demo's training, the objective among it: `studies/flow_training.py`.
 """
 
@@ -16,9 +16,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ from studies.flow_training import (
 SEED = 20261130
 SAVE_EVERY = 100
 TRAINED = 4
-"""Chunks of each clip that are trained; the first two are one in which digits come back, where there is one."""
+"""Chunks of each clip that are trained: first, twice, one in which digits come back, where there is one."""
 BACK_WEIGHT = 4.0
 """What a pixel of a digit that comes back counts; others count 1."""
 
@@ -66,12 +65,12 @@ def timelines(late: int, away: Sequence[int]) -> tuple[Timeline, ...]:
 
 
 STAGES = (
-    Stage(chunks=5, batch=6, steps=300, rate=1.5e-3, rate_end=1.5e-3, timelines=timelines(0, [1])),
-    Stage(chunks=7, batch=5, steps=400, rate=1.5e-3, rate_end=1.2e-3, timelines=timelines(0, [1, 2, 3])),
+    Stage(chunks=5, batch=6, steps=200, rate=1.5e-3, rate_end=1.5e-3, timelines=timelines(0, [1])),
+    Stage(chunks=7, batch=5, steps=200, rate=1.5e-3, rate_end=1.2e-3, timelines=timelines(0, [1, 2, 3])),
     Stage(
         chunks=9,
         batch=5,
-        steps=900,
+        steps=600,
         rate=1.2e-3,
         rate_end=2e-5,
         timelines=timelines(0, [1, 2, 3, 4, 4, 5, 7]) + timelines(1, [1, 2]) + timelines(2, [1, 8]),
@@ -83,27 +82,35 @@ def trained_chunks(rng: np.random.Generator, timeline: Timeline, chunks: int) ->
     """Indices of the chunks of a clip that are trained: see `TRAINED`."""
     back = timeline.returns_within(chunks - 1)
     first = [int(rng.choice(back))] * 2 if back else []
-    chosen = first + [first[0] + 1] if first else []
+    chosen = [*first, first[0] + 1] if first else []
     others = [index for index in range(chunks) if index not in chosen]
     return chosen + [int(index) for index in rng.choice(others, TRAINED - len(chosen), replace=False)]
 
 
-def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> dict[str, Any]:
-    """Tensors of one training step, and which chunks are trained (`trained`)."""
+class Batch(NamedTuple):
+    """What one step trains."""
+
+    tensors: dict[str, Tensor]
+    trained: list[int]
+    """Indices of the chunks."""
+
+
+def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> Batch:
+    """Clips of one timeline: all chunks but the last as context, then those that are trained, noisy."""
     timeline = stage.timelines[rng.integers(len(stage.timelines))]
     clips = [make_clip(rng, timeline, stage.chunks, "train") for _ in range(stage.batch)]
     trained = trained_chunks(rng, timeline, stage.chunks)
-    back = np.isin(trained, [index + more for index in timeline.returns_within(stage.chunks) for more in (0, 1)])
+    returns = timeline.returns_within(stage.chunks)
+    back = np.isin(trained, [*returns, *(index + 1 for index in returns)])
     chosen = [index * CHUNK + frame for index in trained for frame in range(CHUNK)]
     every = np.stack([clip.frames for clip in clips])[:, None]
-    clean, context = every[:, :, chosen], every[:, :, : (stage.chunks - 1) * CHUNK]
-    centre = np.where(np.isin(trained, [0, *timeline.returns_within(stage.chunks)]), 1.5, 0.7)
-    shape = stage.batch, TRAINED
-    sigmas = 1 / (1 + np.exp(-(rng.standard_normal(shape) * 1.3 + centre)))
+    clean, before = every[:, :, chosen], every[:, :, : (stage.chunks - 1) * CHUNK]
+    centre = np.where(np.isin(trained, [0, *returns]), 1.5, 0.7)
+    sigmas = 1 / (1 + np.exp(-(rng.standard_normal((stage.batch, TRAINED)) * 1.3 + centre)))
     level = np.repeat(sigmas, CHUNK, 1)[:, None, :, None, None]
     noise = rng.standard_normal(clean.shape)
-    blur = rng.uniform(0, CONTEXT_NOISE, (stage.batch, 1, context.shape[2], 1, 1))
-    context = (1 - blur) * context + blur * rng.standard_normal(context.shape)
+    blur = rng.uniform(0, CONTEXT_NOISE, (stage.batch, 1, before.shape[2], 1, 1))
+    context = (1 - blur) * before + blur * rng.standard_normal(before.shape)
     times = np.concatenate([np.zeros((stage.batch, stage.chunks - 1)), 1000 * sigmas], 1)
     shown = np.stack([clip.shown for clip in clips])[:, None, chosen]
     data = {
@@ -113,23 +120,25 @@ def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> dict[
         "time": positions.time_features(spec, times),
         "text": np.concatenate([encode_words(spec, clip.prompt) for clip in clips]),
     }
-    return {name: torch.from_numpy(np.asarray(a, np.float32)) for name, a in data.items()} | {"trained": trained}
+    return Batch({name: torch.from_numpy(np.asarray(a, np.float32)) for name, a in data.items()}, trained)
 
 
-def loss_of(model: WanModel, stage: Stage, batch: dict[str, Any]) -> Tensor:
+def loss_of(model: WanModel, stage: Stage, batch: Batch) -> Tensor:
     """Each trained chunk's share of the loss, (TRAINED,): weighted mean squared error of the flow."""
-    spec, trained = model.spec, batch["trained"]
+    spec, (data, trained) = model.spec, batch
     size = spec.geometry().frame_tokens * CHUNK
     tables = positions.rotary(spec, spec.geometry(), 0, stage.chunks * CHUNK)
-    tokens = [index * size + token for index in [*range(stage.chunks - 1), *trained] for token in range(size)]
+    given = [*range(stage.chunks - 1), *trained]
+    tokens = [index * size + token for index in given for token in range(size)]
     cosines, sines = (torch.from_numpy(table[tokens]) for table in tables)
     attend = TeacherForcing(stage.chunks - 1, trained, spec.chunks_to_fill)
-    prompt = model.prompt(batch["text"])
-    flow, _ = model(batch["latents"], batch["time"], (cosines, sines), prompt, attend)
-    error = (flow[:, :, -TRAINED * CHUNK :] - batch["flow"]).square()
-    weights = 1 + (BACK_WEIGHT - 1) * batch["digits"]
-    shares = torch.unflatten(error * weights, 2, (TRAINED, CHUNK)).sum((0, 1, 3, 4, 5))
-    return shares / weights.sum()
+    prompt = model.prompt(data["text"])
+    flow, _ = model(data["latents"], data["time"], (cosines, sines), prompt, attend)
+    error = (flow[:, :, -TRAINED * CHUNK :] - data["flow"]).square()
+    weights = 1 + (BACK_WEIGHT - 1) * data["digits"]
+    shares: Tensor = torch.unflatten(error * weights, 2, (TRAINED, CHUNK)).sum((0, 1, 3, 4, 5))
+    mean: Tensor = shares / weights.sum()
+    return mean
 
 
 def begin(spec: ModelSpec) -> WanModel:
@@ -138,7 +147,7 @@ def begin(spec: ModelSpec) -> WanModel:
     demo = load_spec("demo")
     model = WanModel(spec)
     model.load_state_dict(dict(load_weights(demo)))
-    table = model.text_embedding[0].weight.data
+    table = model.get_parameter("text_embedding.0.weight").data
     old, words = len(demo.text.vocabulary), len(spec.text.vocabulary)
     places = table[:, old : old + spec.text_length].clone()
     torch.nn.init.xavier_uniform_(table)

@@ -1,9 +1,10 @@
 """Clips of two handwritten digits that go away, behind a bar or beyond a side of the frame, and come back.
 
-One digit in each half of the frame, of the same scans as the demo's. Both go away and come back together. Which
-digit comes back, from where and at which place can be told from what was seen before it left, and from nothing
-else: while it is away its half shows only how many chunks are left to wait, a mark for each, and the prompt
-says how long it is away and behind what, not which digit, where or by which way.
+One digit in each half of the frame, of the same scans as the demo's. Both go away and come back together.
+Which digit comes back, from where and at which place can be told from what was seen before it left, and from
+nothing else: while it is away its half shows only how many chunks are left to wait, a mark for each, and the
+prompt says how long it is away and behind what, not which digit, where or by which way. A bar is always in
+view, so it says by which way, but not where.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ CHUNK = 3
 SPEED = 4
 """Pixels a frame: a token's side, so that a digit that moves covers whole tokens."""
 LEAVING = ((24, 20, 16), (12, 8, 4))
-"""Pixels by which a digit is inside the line it goes away behind, frame by frame of two chunks. From 16 on it is
-seen whole."""
+"""Pixels by which a digit is inside the line it goes away behind, frame by frame of two chunks. From 16 on it
+is seen whole."""
 COMING = ((4, 8, 12), (16, 20, 24))
 BAR = 8
 """Pixels of a bar's thickness."""
@@ -44,14 +45,14 @@ EXITS: tuple[tuple[tuple[Kind, str], ...], ...] = tuple(
 )
 """Ways to go away, of the left and of the right half: never through the middle of the frame."""
 PLACES = {0: (0, 4, 8), 1: (0, 8, 16)}
-"""Where a digit is along the line that it goes away behind, in pixels: by the axis it moves along, 0 for up and
-down."""
+"""Where a digit is along the line that it goes away behind, in pixels: by the axis it moves along, 0 for up
+and down."""
 MARKS = tuple(
     (HEIGHT // 2 - SPEED + row * SPEED + 1, HALF // 2 - 2 * SPEED + column * SPEED + 1)
     for row in range(2)
     for column in range(4)
 )
-"""Top left corners of the marks, squares of two pixels in the middle of a half, one for each chunk to wait."""
+"""Top left corners of the marks, squares in the middle of a half, one for each chunk that is left to wait."""
 MARK = 2
 
 
@@ -105,7 +106,7 @@ class Mover:
     """0: the left half of the frame, 1: the right one."""
 
     def corner(self, inside: int) -> tuple[int, int]:
-        """Top left corner (row, column) within the half, where it is that many pixels inside; may lie outside."""
+        """Top left corner (row, column) within the half, of the digit that many pixels inside."""
         room = (HEIGHT, HALF)
         axis = _axis(self.direction)
         bar = BAR if self.kind == "bar" else 0
@@ -145,7 +146,7 @@ class Clip:
 
 
 def prompt_of(left: Kind, right: Kind, timeline: Timeline) -> str:
-    """What the text says of a clip: behind what the digits of both halves go, for how long, and when they come."""
+    """What the text says of a clip: where each half's digit goes, for how long, and when it first comes."""
     return f"{left} and {right} away {timeline.away} late {timeline.late}"
 
 

@@ -31,8 +31,8 @@ class Return:
 
 
 def given_chunks(clip: Clip) -> int:
-    """Chunks of a clip that a video to be judged begins with: all until digits are away, and the first of these,
-    whose marks say for how long."""
+    """Chunks of a clip that a video to be judged begins with: all until digits are away, and the first of
+    these, whose marks say for how long."""
     return clip.timeline.leaves + 1
 
 
@@ -42,7 +42,7 @@ def judged_chunk(clip: Clip) -> int:
 
 
 def judge_returns(chunk: Frames, clip: Clip) -> tuple[Return, Return]:
-    """Judge the digits of both halves in frames (CHUNK, HEIGHT, WIDTH) in [-1, 1] of the chunk `judged_chunk`.
+    """Judge both halves' digits in frames (CHUNK, HEIGHT, WIDTH) in [-1, 1] of the chunk `judged_chunk`.
 
     The clip is real and has that chunk. Where a half shows no ink, nothing is right.
     """
