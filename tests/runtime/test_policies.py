@@ -87,7 +87,7 @@ def test_a_policy_may_say_when_heads_are_split(tmp_path: Path) -> None:
         (
             'role = "sink"',
             'role = "sunk"',
-            r"has the role 'sunk'; expected one of sink, opening, retained",
+            r"has the role 'sunk'; expected one of sink, retained",
         ),
         (
             '{ role = "sink", frames = 1 }',

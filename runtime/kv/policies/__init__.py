@@ -23,7 +23,7 @@ from forcingkv.runtime.kv.scenes import Scene
 from forcingkv.runtime.shipped import read_named, shipped_names
 from forcingkv.runtime.spec import MOST_FRAMES, Positions
 
-Role.KINDS.update({kind.name: kind for kind in (Sink, Opening, Retained, Recent, Early, Scene)})
+Role.KINDS.update({kind.name: kind for kind in (Sink, Retained, Recent, Early, Opening, Scene)})
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
