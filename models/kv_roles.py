@@ -120,8 +120,8 @@ class _TorchSink(TorchRole):
         return self._collected(role, done)
 
     def _collected(self, role: Sink, done: CleanPass) -> KeysValues:
-        """What is held, and what is taken of the chunk. In a graph this is empty once the sink is full, and the
-        session keeps the sink that it has."""
+        """What is held, and what is taken of the chunk. In a graph this is empty once the sink is full, and
+        the session keeps the sink that it has."""
         held, rows = done.held[role.name], done.told(role)
         taken = KeysValues(*(part.index_select(2, rows) for part in done.new))
         if role.filled_by(done.plan.spec) <= 1:
@@ -201,7 +201,7 @@ class _TorchEarly(TorchRole):
 class _TorchOpening(_TorchSink):
     of = Opening
 
-    def advance(self, role: Opening, done: CleanPass) -> KeysValues:
+    def advance(self, role: Sink, done: CleanPass) -> KeysValues:
         after = done.tokens_after(role)
         held = done.held[role.name]
         if done.rows is None and after in (0, held.keys.shape[2]):

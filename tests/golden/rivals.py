@@ -36,9 +36,7 @@ def krea(spec: ModelSpec, said: Said) -> tuple[ModelSpec, Policy]:
         groups[label] = of_some_frames(Sink(sink), Early(), Recent(own.number("newest_frames")))
         _all_read(own, label)
     seen = max(ar_start * spec.frames_per_chunk, *(map(_frames, groups.values())))
-    spec = replace(
-        spec, ar_start=ar_start, sink_frames=sink, attended_frames=seen + spec.frames_per_chunk
-    )
+    spec = replace(spec, ar_start=ar_start, sink_frames=sink, attended_frames=seen + spec.frames_per_chunk)
     return spec, Policy("golden", "as Forcing-KV's release for Krea", groups)
 
 

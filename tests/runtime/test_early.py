@@ -1,4 +1,4 @@
-"""The roles `early` and `opening`: what heads see until they are split; segments of several frames that leave."""
+"""What heads see until they are split (`early`, `opening`); and segments of several frames that leave."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_it_does_not_rest_before_the_split(policy: Policy) -> None:
 
 
 def rival(name: str, ar_start: int = 1, **changes: object) -> CachePlan:
-    """A shipped policy whose heads see alike until they are split, each of its groups in a layer of 3 heads."""
+    """A shipped policy whose heads see alike until they are split; each of its groups has one of 3 heads."""
     spec, chosen = of_layers(ar_start=ar_start, **changes), load_policy(name)
     return build_plan(spec, spec.geometry(), chosen, map_for(chosen))
 
@@ -127,7 +127,7 @@ def test_the_whole_history_until_the_split(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dummy-forcing", "dummy-forcing-6", "forcing-kv-krea"])
 def test_memory_is_taken_for_what_there_ever_is(name: str) -> None:
-    """To the byte what sessions hold, on graphs and in place; and no more frames than come before the split."""
+    """What sessions hold, on graphs and in place; and no more frames than there are before the split."""
     plan = rival(name)
     group = plan.layers[0][0]
     early = next(role for role in group.roles if role.name == "early")
@@ -170,7 +170,7 @@ dummy = [{ role = "sink", frames = 3 }, { role = "early", frames = 1 }]
 
 
 def made_alike(on: On, plan: CachePlan, headmap: HeadMap) -> float:
-    """The largest difference between a session's latents of 7 chunks and those of the loop."""
+    """The largest difference of a session's latents of 7 chunks from those of the loop."""
     spec, policy = plan.spec, plan.policy
     weights = random_model(spec).state_dict()
     model = WanModel(spec).eval()

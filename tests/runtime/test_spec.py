@@ -214,7 +214,9 @@ def test_policies_stand_the_plainest_first() -> None:
         *("full", "window", "dummy-forcing", "dummy-forcing-6"),
         *("forcing-kv", "forcing-kv-krea", "forcing-kv-krea-sink"),
     ]
-    with pytest.raises(InputError, match="one of dummy-forcing, dummy-forcing-6, .*, full, window, or a file"):
+    with pytest.raises(
+        InputError, match=r"one of dummy-forcing, dummy-forcing-6, .*, full, window, or a file"
+    ):
         load_policy("../full")
 
 
