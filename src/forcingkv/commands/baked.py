@@ -65,7 +65,10 @@ class ModelOptions:
     vae: Annotated[Path | None, Option(help="With --model: weights of the decoder.")] = None
     encoder: Annotated[
         Path | None,
-        Option(help="With --model, --image, --start or --video: the VAE that encodes; default: --vae's."),
+        Option(
+            help="With --model: the VAE that encodes --image, --start, --video, or (krea-14b-served) the"
+            " first frame again; default: --vae's."
+        ),
     ] = None
     layers: Layers = None
 
