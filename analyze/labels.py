@@ -78,20 +78,29 @@ def context_mass(recorded: Recorded, scored: Scored) -> Array:
     return np.stack([found.share(mask).mean((0, 1)) for mask in (sink, neighbour)])
 
 
-def label_dummies(mass: Array, scores: Array, model: ModelIdentity, statistics: Statistics) -> HeadMap:
-    """The classes of Dummy Forcing (csguoh/DummyForcing), found offline instead of anew for each video.
+def dummy_classes(mass: Array, dummies: int) -> npt.NDArray[np.int64]:
+    """The class of each head by Dummy Forcing's rule, as an index into `DUMMY_CLASSES`: (layers, heads).
 
     As in its released code, the mass of each head on the first frame and on the frames between it and the
-    current chunk (see `context_mass`) is divided by its sum over all heads of the model. The half of the
-    heads whose larger share is smallest are dummies. Of the others, those with the larger share on the first
-    frame are sink heads, the rest neighbour heads. Scores (layers, heads) and statistics go into the map.
+    current chunk (2, layers, heads) is divided by its sum over all heads of the model. The `dummies` heads
+    whose larger share is smallest are dummies. Of the others, those with the larger share on the first frame
+    are sink heads, the rest neighbour heads.
     """
     flat = mass.reshape(2, -1)
     shares = flat / np.maximum(flat.sum(1, keepdims=True), 1e-12)
-    dummies = shares.shape[1] // 2
     found = np.where(shares[0] >= shares[1], 0, 1)
     found[np.argsort(shares.max(0), kind="stable")[:dummies]] = 2
-    rows = found.reshape(model.layers, model.heads)
+    return found.reshape(mass.shape[1:])
+
+
+def label_dummies(mass: Array, scores: Array, model: ModelIdentity, statistics: Statistics) -> HeadMap:
+    """The classes of Dummy Forcing (csguoh/DummyForcing), found offline instead of anew for each video.
+
+    By `dummy_classes`, half of all heads dummies as in its released settings. Mass is that of `context_mass`;
+    scores (layers, heads) and statistics go into the map.
+    """
+    dummies = mass[0].size // 2
+    rows = dummy_classes(mass, dummies)
     return HeadMap(
         model=model,
         labels=tuple(tuple(DUMMY_CLASSES[index] for index in row) for row in rows.tolist()),

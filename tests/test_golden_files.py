@@ -17,12 +17,15 @@ from tests.golden_made import golden_file
 CHEAP = {
     "forcing_kv_settings": "transition3",
     "start_latents": "one_step_first4_one_forcing",
+    "krea_released": "sink1",
+    "dummy_released": "neighbour3_ar_start2",
     "longlive2": "relative_shots",
     "longlive2_start_frame": "two_steps",
 }
 """A variant of a file that is run in every test run: together they take about two seconds."""
 FILES = (
     *("forcing_kv_settings", "framewise_forcing_kv", "first_chunk_schedule", "start_latents"),
+    *("krea_released", "dummy_released"),
     *("longlive2", "longlive2_start_frame", "longlive_infinity", "longlive_switch", "switch_keep_sink"),
 )
 

@@ -12,6 +12,7 @@ from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.schedule import ChunkSteps, FirstCounts, Schedule
 from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, TextEncoder
 from tests.golden.files import GoldenError, GoldenFile
+from tests.golden.rivals import DUMMY, KREA, dummy, krea
 from tests.golden.rules import everything_seen, forcing_kv
 from tests.golden.said import Said
 from tests.golden.shots import cuts_of, is_longlive_2, schedule_of_shots, start_frames_of, with_shots
@@ -66,12 +67,17 @@ def case_of(file: GoldenFile, variant: str) -> Case:
     start = said.get("start_frames", 0) and said.number("start_frames", least=1)
     kind = str(said.get("kind", "full"))
     static_heads = said.get("static_heads", None)
-    if kind.startswith("forcing-kv") and static_heads is not None:
+    headmap: HeadMap | None = None
+    if kind == DUMMY:
+        spec, policy, headmap = dummy(spec, said)
+    elif kind == KREA:
+        spec, policy = krea(spec, said)
+        headmap = headmap_of(spec, static_heads)
+    elif kind.startswith("forcing-kv") and static_heads is not None:
         spec, policy = forcing_kv(spec, said)
         headmap = headmap_of(spec, static_heads)
     elif kind == "full":
         spec, policy = everything_seen(spec, said, start + chunks * frames)
-        headmap = None
     else:
         raise GoldenError(f"the policy {kind!r} is not known")
     noise = str(said.get("noise", "noise"))
