@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Turn
+from forcingkv.models import kv_ema as kv_ema  # its role's half
+from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime import positions
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
@@ -68,6 +69,7 @@ def advance(
     rows: Mapping[str, Tensor] | None = None,
     turn: Turn | None = None,
     cuts: Cuts = (),
+    rotary: Rotary | None = None,
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
 
@@ -79,6 +81,7 @@ def advance(
         rows: what a graph is told of the chunk, as `CachePlan.rows` has it. None: what the roles say.
         turn: by what keys move with the window. None: by nothing.
         cuts: the chunks with which scenes begin, but the first.
+        rotary: the tables that the chunk's keys were rotated by; not every role asks for them.
 
     Returns:
         The next cache, and the indices of the retained segments where they were chosen: (kept,), or
@@ -100,6 +103,7 @@ def advance(
                     chosen,
                     turn=turn,
                     cuts=cuts,
+                    rotary=rotary,
                 )
             )
             for of in zip(groups, cache[layer], strict=True)

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from forcingkv.models.kv import advance_group, cached_dtype, choice_of, encode_group, heads_of
-from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Turn
+from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.backends.torch_device import name_of, torch_dtype
@@ -186,10 +186,17 @@ class JoinedCache(KvCache):
         return {next_name(entry.name): self._view(entry, self.key[1]) for entry in self.plan.entries}
 
     def attend(
-        self, phase: int, following: int | None, turn: Turn | None, *, each_chunk: Callable[[], bool]
+        self,
+        phase: int,
+        following: int | None,
+        turn: Turn | None,
+        rotary: Rotary,
+        *,
+        each_chunk: Callable[[], bool],
     ) -> Attend:
         """How a pass in a phase attends. A clean pass goes on to the phase `following`; None: it is none.
-        `turn` moves keys with the window, where positions are relative to it.
+        `turn` moves keys with the window, where positions are relative to it; by `rotary` the pass's own are
+        rotated.
 
         `each_chunk` says, when the pass runs, whether it runs anew for each chunk. Where it does not (it is
         being captured) no role is told which chunk it is, as in a graph.
@@ -203,7 +210,7 @@ class JoinedCache(KvCache):
                 if layer == 0:
                     chosen.clear()
                 chunk = self.passes if each_chunk() else None
-                self._advance(layer, current, (phase, following), chosen, chunk, turn)
+                self._advance(layer, current, (phase, following), chosen, chunk, turn, rotary)
             return out[0] if len(out) == 1 else torch.cat(out, 1)
 
         return attend
@@ -216,6 +223,7 @@ class JoinedCache(KvCache):
         chosen: list[torch.Tensor],
         chunk: int | None,
         turn: Turn | None,
+        rotary: Rotary,
     ) -> None:
         # Whether something is chosen, and which rows are taken, is the same for all chunks of these phases.
         choice = None if self.hollow else choice_of(self.plan, self.passes)
@@ -235,6 +243,7 @@ class JoinedCache(KvCache):
                 rows,
                 one.layouts[phases[1]],
                 turn=turn,
+                rotary=rotary,
             )
             one.take(advance_group(done), phases[1])
 

@@ -159,7 +159,7 @@ class CachePlan:
 
     def rows(self, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         """Inputs of the step graph (`told_name`) -> the tokens that are taken of a chunk, or kept; equal in a
-        phase of a video without cuts.
+        phase of a video without cuts, unless `told_by_chunk`.
 
         For the sink: all tokens of its frames in the first chunk, none in the others. So the output that
         makes the sink is empty once it is made, and nothing copies it, though every pass makes all outputs.
@@ -171,6 +171,18 @@ class CachePlan:
             for kind, rows in role.told(self, group, chunk, cuts).items()
         }
         return dict(sorted(told.items()))
+
+    @cached_property
+    def told_by_chunk(self) -> bool:
+        """Whether `rows` differ between chunks of a phase."""
+        return any(role.told_by_chunk for _, role in self._takers)
+
+    @cached_property
+    def told_lengths(self) -> dict[str, int | None]:
+        """Of each of `rows` how long it is in every phase; None: it varies."""
+        by_phase = [self.rows(phase.first_chunk) for phase in self.phases]
+        lengths = {name: {len(rows[name]) for rows in by_phase} for name in by_phase[0]}
+        return {name: found.pop() if len(found) == 1 else None for name, found in lengths.items()}
 
     @cached_property
     def _takers(self) -> tuple[tuple[HeadGroup, Role], ...]:

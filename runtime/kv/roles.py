@@ -58,6 +58,8 @@ class Role(Tagged, ABC):
     """2: read and written in turn. 1: no pass that reads it writes it. See `buffer_tokens`."""
     takes_rows: ClassVar[bool] = False
     """Whether the step graph has an input that says which tokens of the chunk it takes (see `rows`)."""
+    told_by_chunk: ClassVar[bool] = False
+    """Whether what graphs are told (`told`) differs from chunk to chunk of a phase; its lengths never do."""
     chooses: ClassVar[bool] = False
     """Whether it keeps what a `Choice` says."""
     moves: ClassVar[bool] = True
@@ -94,7 +96,8 @@ class Role(Tagged, ABC):
     def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         """What graphs are told of the chunk, by the name of its kind: which of the chunk's tokens it takes
         (`rows`), and what a role's own torch half asks for. Names are always the same, lengths within a
-        phase, and all of it without cuts."""
+        phase, and all of it without cuts, where the role is not `told_by_chunk`. What has the same length in
+        every phase has it in graphs too (`CachePlan.told_lengths`)."""
         return {ROWS: self.rows(plan, group, chunk)} if self.takes_rows else {}
 
     def rests_from(self, plan: CachePlan, group: HeadGroup) -> int:

@@ -16,8 +16,6 @@ FORMAT = 2
 LATER = {
     "forcing-kv, as released for Krea": "the policy that Forcing-KV's release has for Krea",
     "dummy-forcing": "Dummy Forcing as it is released",
-    "MemRoPE": "roles that average keys of frames (MemRoPE)",
-    "Reward Forcing": "a sink that is updated by what leaves the window (Reward Forcing)",
     "pyramid forcing": "the roles of Pyramid Forcing",
 }
 """What a policy's kind begins with, whatever its case, and what the product has not for it yet."""

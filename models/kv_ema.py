@@ -1,0 +1,61 @@
+"""The torch half of the role `ema` (`runtime.kv.ema`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from forcingkv.models.kv_positions import frames_at, frames_beside, rotated, rotated_back
+from forcingkv.models.kv_roles import CleanPass, TorchRole, torch_half
+from forcingkv.models.wan import KeysValues
+from forcingkv.runtime.kv.ema import KEPT, MIXES, STARTS, STAYS, UPDATE, Ema
+from forcingkv.runtime.kv.leaving import LEAVES, recent_of
+
+
+def leaving(done: CleanPass, rows: Tensor) -> KeysValues:
+    """Keys before rotation and values of the frames that leave the recent ones, as many as a chunk has:
+    float32. `rows` is what is told of them (`LEAVES`)."""
+    recent = recent_of(done.group)
+    pairs = zip(done.held[recent.name], done.new, strict=True)
+    keys, values = (torch.cat(pair, 2).index_select(2, rows) for pair in pairs)
+    first, frames = -(recent.frames or 0), done.plan.spec.frames_per_chunk
+    return KeysValues(rotated_back(keys, frames_beside(done, range(first, first + frames))), values.float())
+
+
+@torch_half
+class _TorchEma(TorchRole):
+    of = Ema
+
+    def read(self, role: Ema, held: KeysValues, like: Tensor) -> KeysValues:
+        return KeysValues(*(part.to(like) for part in held))
+
+    def advance(self, role: Ema, done: CleanPass) -> KeysValues:
+        plan, group = done.plan, done.group
+        size, held = role.steady_tokens(plan, group), done.held[role.name]
+        known = None if done.chunk is None else role.update(plan, group, done.chunk)
+        kept = done.told(role, KEPT)
+        if known == STAYS:
+            full = [torch.cat([part, part.new_zeros(*part.shape[:2], size, part.shape[3])], 2) for part in held]
+            mixed = [part[:, :, :size] for part in full]
+        else:
+            new, told = self._new(role, done), done.told(role, UPDATE).amax()
+            rates = torch.tensor(role.rates, device=kept.device).repeat_interleave(plan.frame_tokens)
+            share = (told == STARTS).float() + (told == MIXES).float() * rates[:, None]
+            places = torch.arange(size, device=kept.device)
+            # While there are fewer averages than there will be, what is mixed of the others is not kept.
+            full = [torch.cat(pair, 2).index_select(2, places) for pair in zip(held, new, strict=True)]
+            mixed = [(1 - share) * old + share * one for old, one in zip(full, new, strict=True)]
+        pairs = zip(mixed, done.new, strict=True)
+        return KeysValues(*(torch.cat([old, own.float()], 2).index_select(2, kept) for old, own in pairs))
+
+    @staticmethod
+    def _new(role: Ema, done: CleanPass) -> KeysValues:
+        """What comes into each average: keys rotated to its place, and values."""
+        plan = done.plan
+        new, count = leaving(done, done.told(role, LEAVES)), len(role.rates)
+        first = role.first_frame(plan, done.group)
+        tables = frames_at(done, range(first, first + count))
+        if role.of == "frames":
+            each = count * plan.frame_tokens
+            new = KeysValues(*(part.mean(2, keepdim=True).expand(-1, -1, each, -1) for part in new))
+        return KeysValues(rotated(new.keys, tables), new.values)
