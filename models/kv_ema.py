@@ -38,9 +38,11 @@ class _TorchEma(TorchRole):
             full = [torch.cat([part, part.new_zeros(*part.shape[:2], size, part.shape[3])], 2) for part in held]
             mixed = [part[:, :, :size] for part in full]
         else:
-            new, told = self._new(role, done), done.told(role, UPDATE).amax()
+            new, told = self._new(role, done), done.told(role, UPDATE).float()
             rates = torch.tensor(role.rates, device=kept.device).repeat_interleave(plan.frame_tokens)
-            share = (told == STARTS).float() + (told == MIXES).float() * rates[:, None]
+            # 0 where it stays, 1 where it starts, the rate where it is mixed: without a comparison, of which
+            # graphs have few.
+            share = told * (MIXES - told) + told * (told - STARTS) / MIXES * rates[:, None]
             places = torch.arange(size, device=kept.device)
             # While there are fewer averages than there will be, what is mixed of the others is not kept.
             full = [torch.cat(pair, 2).index_select(2, places) for pair in zip(held, new, strict=True)]
@@ -56,6 +58,7 @@ class _TorchEma(TorchRole):
         first = role.first_frame(plan, done.group)
         tables = frames_at(done, range(first, first + count))
         if role.of == "frames":
-            each = count * plan.frame_tokens
-            new = KeysValues(*(part.mean(2, keepdim=True).expand(-1, -1, each, -1) for part in new))
+            each, share = count * plan.frame_tokens, 1 / plan.chunk_tokens
+            sums = (part.sum(2, keepdim=True) for part in new)
+            new = KeysValues(*((one * share).expand(-1, -1, each, -1) for one in sums))
         return KeysValues(rotated(new.keys, tables), new.values)

@@ -1,0 +1,102 @@
+"""Sessions of policies with moving averages: against torch, counted, saved and restored, switched."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
+from forcingkv.models.generate import generate, seeded_noise
+from forcingkv.models.heads import head_orders, permute_heads
+from forcingkv.models.wan import WanModel
+from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.text import encode_words
+from tests.conftest import random_model, small_spec
+from tests.exported import shared_bundle
+from tests.runtime.lanes import On
+from tests.runtime.videos import OTHER, PROMPT, assert_same, differ, video_of
+
+SPEC = small_spec(layers=2, attended_frames=12)
+OF_LABEL = {"memrope": "memrope", "reward": "reward-forcing"}
+POLICY = Policy(
+    "both",
+    "each in its own heads",
+    {label: load_policy(name).groups["all"] for label, name in OF_LABEL.items()},
+    positions="relative",
+)
+LABELS = (("memrope", "reward", "memrope"), ("reward", "reward", "memrope"))
+MAP = HeadMap(ModelIdentity(SPEC.name, 2, 3), LABELS, Rule("given"))
+CHUNKS = 10
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    """Verified: its graphs are compared with torch in every phase."""
+    return shared_bundle(SPEC, random_model(SPEC).state_dict(), POLICY, headmap=MAP)
+
+
+def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> None:
+    model, text = WanModel(SPEC), torch.from_numpy(encode_words(SPEC, PROMPT))
+    orders = head_orders(SPEC, POLICY, MAP)
+    model.load_state_dict(permute_heads(random_model(SPEC).state_dict(), SPEC, orders))
+    with on.open(bundle) as session:
+        made = video_of(session, CHUNKS)
+        again = video_of(session, CHUNKS)
+        plan = session.plan
+    assert plan.window_frames == 12
+    for chunk, known in zip(made, generate(model, plan, text, seeded_noise(plan, 7), CHUNKS), strict=True):
+        np.testing.assert_allclose(chunk.latents, known.latents.numpy(), atol=2e-5, rtol=0)
+    assert_same(again, made)  # what the last chunk was told is told anew
+
+
+def test_it_goes_on_to_the_bit_when_restored(bundle: Path, on: On, tmp_path: Path) -> None:
+    with on.open(bundle) as session:
+        whole = video_of(session, 8)
+        for saved_after in (2, 4, 6):
+            video = session.generate(PROMPT, seed=7, chunks=8)
+            list(islice(video, saved_after))
+            video.save(tmp_path / str(saved_after))
+        for saved_after in (2, 4, 6):
+            assert_same(session.restore(tmp_path / str(saved_after)), whole[saved_after:])
+
+
+def test_bytes_are_counted(bundle: Path, on: On) -> None:
+    """An average takes as much as a frame in float32; on torch what is read of it lies beside it."""
+    with on.open(bundle) as session:
+        list(islice(session.generate(PROMPT, seed=7, chunks=1), 1))
+        parts = footprint(session.bundle.manifest, session.plan)
+        assert session._memory().cache.nbytes == sum(n for name, n in parts.items() if name[:3] == "kv_")
+    frame = 2 * 4 * SPEC.head_dim * session.plan.frame_tokens  # of a head
+    assert parts["kv_ema"] == 2 * frame * (3 * 2 + 3 * 3)
+
+
+def test_after_a_switch_averages_start_anew(bundle: Path, on: On) -> None:
+    with on.open(bundle) as session:
+        plain = video_of(session, 8)
+        video = session.generate(PROMPT, seed=7, chunks=8)
+        first = list(islice(video, 6))
+        why = {"torch": "caches something else than keys and values"}.get(on.name, "has no graph")
+        with pytest.raises(InputError, match=why):
+            video.switch(OTHER, recache="keep-sink")
+        video.switch(OTHER, recache="replay")
+        rest = list(video)
+    assert_same(first, plain[:6])
+    assert all(map(differ, rest, plain[6:]))
+    assert all(np.isfinite(chunk.latents).all() for chunk in rest)
+
+
+def test_a_cache_says_in_a_plan_what_it_holds() -> None:
+    plan = build_plan(SPEC, SPEC.geometry(), POLICY, MAP)
+    group = next(group for group in plan.groups if group.label == "memrope")
+    lengths = [[n // plan.frame_tokens for label, _, n in plan.phase(c).tokens if label == "memrope"] for c in range(6)]
+    assert lengths == [[0, 0, 0], [3, 0, 0], [3, 2, 1], *[[3, 2, 4]] * 3]
+    told = [plan.rows(chunk) for chunk in range(6)]
+    assert [rows["ema_update.memrope"].tolist() for rows in told] == [[0], [0], [0], [1], [2], [2]]
+    assert [rows["ema_update.reward"].tolist() for rows in told] == [[0], [0], [2], [2], [2], [2]]
+    assert [s.frame for role in group.roles for s in role.spans(plan, group, 5, None)] == [0, 1, 2, 3, 4, 11, 12, 13, 14]
