@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forcingkv.models import kv_ema as kv_ema  # its role's half
+from forcingkv.models import kv_ema as kv_ema  # the halves of roles register themselves
+from forcingkv.models import kv_history as kv_history
 from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime import positions
@@ -50,7 +51,7 @@ def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
         out = []
         for group, held in zip(plan.layers[layer], cache[layer], strict=True):
             own = heads_of(current, group)
-            read = [HALVES[r.name].read(r, held[r.name], own.keys) for r in group.roles]
+            read = [read_role(plan, group, role, held[role.name], own.keys) for role in group.roles]
             keys = torch.cat([*(kv.keys for kv in read), own.keys], 2)
             values = torch.cat([*(kv.values for kv in read), own.values], 2)
             mine = queries[:, group.start : group.stop]
@@ -58,6 +59,13 @@ def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
     return attend
+
+
+def read_role(plan: CachePlan, group: HeadGroup, role: Role, held: KeysValues, like: Tensor) -> KeysValues:
+    """What a group attends to of a role, in the dtype of `like`, of what is cached."""
+    if hidden := role.hidden_tokens(plan, group):
+        held = KeysValues(*(part[:, :, hidden:] for part in held))
+    return HALVES[role.name].read(role, held, like)
 
 
 def advance(

@@ -8,8 +8,8 @@ from torch import Tensor
 from forcingkv.models.kv_positions import frames_at, frames_beside, rotated, rotated_back
 from forcingkv.models.kv_roles import CleanPass, TorchRole, torch_half
 from forcingkv.models.wan import KeysValues
-from forcingkv.runtime.kv.ema import KEPT, MIXES, STARTS, STAYS, UPDATE, Ema
-from forcingkv.runtime.kv.leaving import LEAVES, recent_of
+from forcingkv.runtime.kv.ema import MIXES, STARTS, STAYS, UPDATE, Ema
+from forcingkv.runtime.kv.leaving import KEPT, LEAVES, recent_of
 
 
 def leaving(done: CleanPass, rows: Tensor) -> KeysValues:

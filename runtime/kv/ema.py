@@ -14,16 +14,15 @@ import numpy as np
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import check_bounds
-from forcingkv.runtime.kv.leaving import LEAVES, check_recent, first_full, leaving_rows
+from forcingkv.runtime.kv.leaving import KEPT, LEAVES, check_recent, first_full, leaving_rows
 from forcingkv.runtime.kv.roles import Chosen, Cuts, Role, Rows, Span, whole_frames
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
 
-KEPT, UPDATE = "kept", "update"
-"""Kinds of what graphs are told: which tokens the next chunk sees, of the averages with the chunk's behind
-them; and what becomes of the averages, one of the next three."""
+UPDATE = "update"
+"""Kind of what graphs are told: what becomes of the averages, one of the next three."""
 STAYS, STARTS, MIXES = 0, 1, 2
 MOST_AVERAGES = 64
 
@@ -84,6 +83,8 @@ class Ema(Role):
         return whole_frames(plan, self.first_frame(plan, group), self.tokens(plan, group, chunk))
 
     def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
+        """What leaves (`LEAVES`), what becomes of the averages (`UPDATE`), and which tokens the next chunk
+        sees (`KEPT`), of the averages with the chunk's behind them."""
         held, after = (self.tokens(plan, group, count) for count in (chunk, chunk + 1))
         # The frames that come in lie in the chunk behind those of the sink.
         begin = plan.frame_tokens * self.first_frame(plan, group) + held - chunk * plan.chunk_tokens

@@ -14,6 +14,9 @@ from forcingkv.runtime.spec import ModelSpec
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
 
+KEPT = "kept"
+"""Kind of what graphs are told: which tokens the next chunk finds, of those that a role's torch half puts one
+behind the other."""
 LEAVES = "leaves"
 """Kind of what graphs are told: tokens of the frames that leave, as many as a chunk has; in the recent frames
 as they are cached, with the chunk's tokens behind them."""
@@ -43,10 +46,13 @@ def first_full(plan: CachePlan, group: HeadGroup) -> int:
 
 
 def leaving_rows(plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
-    """What is told as `LEAVES`. Before `first_full` nobody takes what these tokens make: the chunk's own."""
-    held = recent_of(group).tokens(plan, group, chunk)
-    first = 0 if chunk >= first_full(plan, group) else held
-    return np.arange(first, first + plan.chunk_tokens, dtype=np.int32)
+    """What is told as `LEAVES`: the chunk's worth of frames up to the first that stays recent. Of those that
+    are not there, early in a video, the oldest that is: nobody takes what is made of it."""
+    size, recent = plan.spec.frames_per_chunk, recent_of(group).frames or 0
+    first = chunk * size - recent - first_recent(plan, group, chunk)
+    frames = np.maximum(np.arange(first, first + size, dtype=np.int32), 0)
+    tokens = np.arange(plan.frame_tokens, dtype=np.int32)
+    return (frames[:, None] * np.int32(plan.frame_tokens) + tokens).reshape(-1)
 
 
 def check_recent(name: str, spec: ModelSpec, roles: Sequence[Role], where: str) -> None:

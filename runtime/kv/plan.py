@@ -234,13 +234,16 @@ class CachePlan:
         roles = [(group, role) for group in of_label.values() for role in group.roles]
         steady = [role.steady_tokens(self, group) for group, role in roles]
         phases: list[Phase] = []
-        chunk, lengths = 0, None
+        chunk, lengths, before = 0, None, None
         rests = max((role.rests_from(self, group) for group, role in roles), default=0)
         while lengths != steady or chunk <= rests:
             lengths = [role.tokens(self, group, chunk) for group, role in roles]
             tokens = tuple((g.label, role.name, n) for (g, role), n in zip(roles, lengths, strict=True))
-            if not phases or phases[-1].tokens != tokens:
+            # What a pass makes is as long in all of a phase, though a length may grow in some chunks only.
+            made = [role.next_tokens(self, group, chunk) for group, role in roles if role.told_by_chunk]
+            if (tokens, made) != before:
                 phases.append(Phase(chunk, tokens))
+            before = tokens, made
             chunk += 1
             if chunk > MOST_CHUNKS:
                 moving = [r.name for (_, r), n, most in zip(roles, lengths, steady, strict=True) if n != most]
@@ -257,7 +260,7 @@ class CachePlan:
     def kv_bytes_by_role(self, dtype: Dtype = "float32", chunk: int | None = None) -> dict[str, int]:
         """`kv_bytes`, split by role; the current chunk is the role `current`."""
         at = self.phases[-1].first_chunk if chunk is None else chunk
-        total = self._bytes_by_role(lambda group, role: role.tokens(self, group, at), dtype)
+        total = self._bytes_by_role(lambda group, role: role.seen_tokens(self, group, at), dtype)
         total["current"] = self.chunk_tokens * self.spec.heads * self.spec.layers * self._token_bytes(dtype)
         return total
 
@@ -273,7 +276,7 @@ class CachePlan:
         total = self.kv_bytes_by_role(compute)
         for group, layers in self.kinds:
             for role in group.roles:
-                if role.apart(compute):
+                if role.apart(compute, role.hidden_tokens(self, group)):
                     count = layers * group.heads * role.steady_tokens(self, group)
                     total[role.name] += count * self._token_bytes(compute)
         return total

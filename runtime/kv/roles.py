@@ -70,7 +70,7 @@ class Role(Tagged, ABC):
 
     @abstractmethod
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
-        """Cached tokens that the chunk sees."""
+        """Tokens that are cached when the chunk comes. It sees them, all but `hidden_tokens`."""
 
     @abstractmethod
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
@@ -79,6 +79,14 @@ class Role(Tagged, ABC):
     @abstractmethod
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         """Which frames the tokens that the chunk sees are of, in the order in which they are cached."""
+
+    def hidden_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        """How many of the first cached tokens are for later chunks: attention does not read them."""
+        return 0
+
+    def seen_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        """Cached tokens that attention reads in the chunk."""
+        return max(0, self.tokens(plan, group, chunk) - self.hidden_tokens(plan, group))
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         """Tokens that a pass of the chunk writes: what the next chunk sees, unless a role says otherwise."""
@@ -139,9 +147,10 @@ class Role(Tagged, ABC):
         """What its keys and values are cached in, in graphs that compute in `compute`."""
         return compute
 
-    def apart(self, compute: Dtype) -> bool:
-        """Whether it is cached as something else than what is attended to."""
-        return not self.read_as_cached or self.dtype(compute) != compute
+    def apart(self, compute: Dtype, hidden: int = 0) -> bool:
+        """Whether it is cached as something else than what is attended to; `hidden` are its tokens that are
+        not (`hidden_tokens`)."""
+        return not self.read_as_cached or self.dtype(compute) != compute or hidden > 0
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         """The role in a layer of a model, beside the others of its group; None where it holds nothing."""

@@ -1,4 +1,4 @@
-"""Sessions of policies with moving averages: against torch, counted, saved and restored, switched."""
+"""Sessions whose heads remember by averages and by a thinned history: against torch, counted, saved, switched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.wan import WanModel
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.merged import Merged
 from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.kv.roles import Recent, Sink
+from forcingkv.runtime.kv.strided import Strided
 from forcingkv.runtime.text import encode_words
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
@@ -23,14 +26,15 @@ from tests.runtime.lanes import On
 from tests.runtime.videos import OTHER, PROMPT, assert_same, differ, video_of
 
 SPEC = small_spec(layers=2, attended_frames=12)
-OF_LABEL = {"memrope": "memrope", "reward": "reward-forcing"}
-POLICY = Policy(
-    "both",
-    "each in its own heads",
-    {label: load_policy(name).groups["all"] for label, name in OF_LABEL.items()},
-    positions="relative",
-)
-LABELS = (("memrope", "reward", "memrope"), ("reward", "reward", "memrope"))
+GROUPS = {
+    "memrope": load_policy("memrope").groups["all"],
+    "reward": load_policy("reward-forcing").groups["all"],
+    "anchor": (Sink(3), Strided(every=6, frames=2), Recent(1)),
+    "wave": (Sink(1), Strided(every=6, frames=2, cyclic=True), Recent(1)),
+    "veil": (Sink(3), Merged(frames=4, patch=2, blocks=2), Recent(1)),
+}
+POLICY = Policy("all of them", "each in its own heads", GROUPS, positions="relative")
+LABELS = (("memrope", "reward", "veil"), ("anchor", "wave", "memrope"))
 MAP = HeadMap(ModelIdentity(SPEC.name, 2, 3), LABELS, Rule("given"))
 CHUNKS = 10
 
@@ -49,7 +53,7 @@ def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> Non
         made = video_of(session, CHUNKS)
         again = video_of(session, CHUNKS)
         plan = session.plan
-    assert plan.window_frames == 12
+    assert plan.window_frames == 3 + 1 + 12 + 3, "that of anchor heads"
     for chunk, known in zip(made, generate(model, plan, text, seeded_noise(plan, 7), CHUNKS), strict=True):
         np.testing.assert_allclose(chunk.latents, known.latents.numpy(), atol=2e-5, rtol=0)
     assert_same(again, made)  # what the last chunk was told is told anew
@@ -73,10 +77,18 @@ def test_bytes_are_counted(bundle: Path, on: On) -> None:
         parts = footprint(session.bundle.manifest, session.plan)
         assert session._memory().cache.nbytes == sum(n for name, n in parts.items() if name[:3] == "kv_")
     frame = 2 * 4 * SPEC.head_dim * session.plan.frame_tokens  # of a head
-    assert parts["kv_ema"] == 2 * frame * (3 * 2 + 3 * 3)
+    assert parts["kv_ema"] == 2 * frame * (2 * 2 + 3)
+    if on.name == "torch":  # what attention reads of it lies beside it, and what it does not read only once
+        assert parts["kv_strided"] == frame * (2 + (4 + 2))
+        assert parts["kv_merged"] == frame // 4 * (3 + 2)
+    else:
+        assert parts["kv_strided"] == 2 * frame * (2 + 4)
+        assert parts["kv_merged"] == 2 * frame // 4 * 3
+    seen = session.plan.kv_bytes_by_role()
+    assert (seen["strided"], seen["merged"]) == (frame * 4, frame // 4 * 2)
 
 
-def test_after_a_switch_averages_start_anew(bundle: Path, on: On) -> None:
+def test_a_switch_makes_them_anew(bundle: Path, on: On) -> None:
     with on.open(bundle) as session:
         plain = video_of(session, 8)
         video = session.generate(PROMPT, seed=7, chunks=8)
@@ -91,7 +103,7 @@ def test_after_a_switch_averages_start_anew(bundle: Path, on: On) -> None:
     assert all(np.isfinite(chunk.latents).all() for chunk in rest)
 
 
-def test_a_cache_says_in_a_plan_what_it_holds() -> None:
+def test_a_plan_says_when_averages_start() -> None:
     plan = build_plan(SPEC, SPEC.geometry(), POLICY, MAP)
     group = next(group for group in plan.groups if group.label == "memrope")
     lengths = [[n // plan.frame_tokens for label, _, n in plan.phase(c).tokens if label == "memrope"] for c in range(6)]
