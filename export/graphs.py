@@ -134,9 +134,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         outputs.append("retained_indices")
         by_layer[plan.choice.layer].append("retained_indices")
     dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role.name}_tokens") for entry in plan.entries}
-    dynamic |= {
-        name: (0, name.replace(".", "_")) for name, length in plan.told_lengths.items() if not length
-    }
+    dynamic |= {name: (0, name.replace(".", "_")) for name, length in plan.told_lengths.items() if not length}
     clean = tuple(tuple(names) for names in by_layer if names)
     return Graph(model, run, inputs, tuple(outputs), dynamic, clean)
 

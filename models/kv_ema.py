@@ -35,7 +35,9 @@ class _TorchEma(TorchRole):
         known = None if done.chunk is None else role.update(plan, group, done.chunk)
         kept = done.told(role, KEPT)
         if known == STAYS:
-            full = [torch.cat([part, part.new_zeros(*part.shape[:2], size, part.shape[3])], 2) for part in held]
+            full = [
+                torch.cat([part, part.new_zeros(*part.shape[:2], size, part.shape[3])], 2) for part in held
+            ]
             mixed = [part[:, :, :size] for part in full]
         else:
             new, told = self._new(role, done), done.told(role, UPDATE).float()

@@ -71,7 +71,7 @@ class _TorchMerged(TorchRole):
 
 
 def _pooled(role: Merged, done: CleanPass, left: Tensor) -> Tensor:
-    """Of each of the frames that leave its share of a block: (batch, heads, frames * block_tokens, head_dim)."""
+    """Of each of the frames that leave its share of a block: (batch, heads, frames * block_tokens, width)."""
     plan, patch = done.plan, role.patch
     share, total = 1 / (role.frames * patch**2), None
     for place in range(patch**2):

@@ -71,6 +71,7 @@ def _of_time(done: CleanPass, frames: Sequence[int]) -> list[tuple[Tensor, Tenso
     found = []
     for count in frames:
         cosines, sines = positions.turn(done.plan.spec, count)
-        tables = np.ascontiguousarray(cosines[1::2]), np.ascontiguousarray(sines[1::2])
-        found.append(tuple(torch.from_numpy(one).to(done.new.keys.device) for one in tables))
+        device, odd = done.new.keys.device, slice(1, None, 2)
+        tables = [torch.from_numpy(np.ascontiguousarray(one[odd])).to(device) for one in (cosines, sines)]
+        found.append((tables[0], tables[1]))
     return found

@@ -67,9 +67,7 @@ OPERATORS: dict[tuple[str, str], tuple[str, ...]] = {
     ("", "LayerNormalization"): _NORM,
     ("", "QuantizeLinear"): ("axis", "output_dtype"),
     ("", "RMSNormalization"): _NORM,
-    **dict.fromkeys(
-        [("", name) for name in ("ReduceL2", "ReduceSum")], ("keepdims", "noop_with_empty_axes")
-    ),
+    **dict.fromkeys([("", name) for name in ("ReduceL2", "ReduceSum")], ("keepdims", "noop_with_empty_axes")),
     **dict.fromkeys([("", name) for name in ("ReduceMax", "ReduceMin")], ("keepdims",)),
     ("", "Reshape"): ("allowzero",),
     ("", "Resize"): (

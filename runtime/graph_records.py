@@ -115,7 +115,8 @@ def step_layouts(
         inputs[entry.name] = _cached(plan, entry, compute)
         outputs[next_name(entry.name)] = _cached(plan, entry, compute, made=True)
     inputs |= {
-        name: Layout("int32", (length or name.replace(".", "_"),)) for name, length in plan.told_lengths.items()
+        name: Layout("int32", (length or name.replace(".", "_"),))
+        for name, length in plan.told_lengths.items()
     }
     if plan.choice:
         outputs["retained_indices"] = Layout("int64", (ANY,))

@@ -1,4 +1,4 @@
-"""Which frames leave the recent ones of a group in a clean pass: what roles are made of that remember them."""
+"""Which frames leave the recent ones of a group in a clean pass: what roles that remember are made of."""
 
 from __future__ import annotations
 

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
 
 ADDED = "added"
-"""Kind of what graphs are told: 1 or 0, in rows. Row i for the block that ends with the i-th of the frames that
-leave, the last row for the block that is not whole yet; columns for what there was of that block, and for
-each of the frames that leave."""
+"""Kind of what graphs are told: 1 or 0, in rows. Row i for the block that ends with the i-th of the frames
+that leave, the last row for the block that is not whole yet; columns for what there was of that block, and
+for each of the frames that leave."""
 
 
 @dataclass(frozen=True)
 class Merged(Role):
-    """Blocks of frames that have left the recent ones, each token the mean of a patch in all of the block's frames.
+    """Blocks of frames that have left the recent ones: each token the mean of a patch in all frames of a block.
 
     Blocks begin at multiples of `frames`, and those that reach into the sink are left out. Keys are averaged
     as they are before rotation, and stand in the middle of what they are of, rounded down: of 4 frames and
@@ -120,10 +120,11 @@ class Merged(Role):
         following = np.array([held, *(places[block] for block in new)], np.int32)
         each = self.block_tokens(plan)
         kept = following[:, None] * np.int32(each) + np.arange(each, dtype=np.int32)
-        return {KEPT: kept.reshape(-1), LEAVES: leaving_rows(plan, group, chunk), ADDED: added.reshape(-1)}
+        leaves = leaving_rows(plan, group, chunk)
+        return {KEPT: kept.reshape(-1).astype(np.int32), LEAVES: leaves, ADDED: added.reshape(-1)}
 
     def reach(self, plan: CachePlan, group: HeadGroup) -> int:
-        # The newest whole block ends up to a block less a frame before the recent frames; its place is middle.
+        # The newest whole block ends up to a block less a frame before the recent frames.
         return (recent_of(group).frames or 0) + self.frames * (self.blocks + 1) - 1 - self.middle
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Strided(Role):
     """Every k-th frame of the video that has left the recent ones and is not in the sink: the newest of them.
 
-    Frames 0, k, 2k, ...; or, `cyclic`, those that lie whole multiples of k before the chunk's first frame. The
-    frames that other chunks see in their turn are cached then too, and not attended to.
+    Frames 0, k, 2k, ...; or, `cyclic`, those that lie whole multiples of k before the chunk's first frame.
+    The frames that other chunks see in their turn are cached then too, and not attended to.
     """
 
     every: int
@@ -72,8 +72,8 @@ class Strided(Role):
         return [Span(frame, plan.frame_tokens) for frame in self.seen_frames(plan, group, chunk)]
 
     def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
-        """Which tokens the next chunk finds (`KEPT`), of those that are cached with the recent frames' and the
-        chunk's behind them."""
+        """Which tokens the next chunk finds (`KEPT`), of those that are cached with the recent frames' and
+        the chunk's behind them."""
         held = self._cached(plan, group, chunk)
         oldest = first_recent(plan, group, chunk)
         size, recent = plan.spec.frames_per_chunk, recent_of(group)

@@ -13,6 +13,7 @@ from forcingkv.runtime.schedule import ChunkSteps, FirstCounts, Schedule
 from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, TextEncoder
 from tests.golden.averages import MEMROPE, REWARD_FORCING, memrope, reward_forcing
 from tests.golden.files import GoldenError, GoldenFile
+from tests.golden.pyramid import PYRAMID, pyramid
 from tests.golden.rules import everything_seen, forcing_kv
 from tests.golden.said import Said
 from tests.golden.shots import cuts_of, is_longlive_2, schedule_of_shots, start_frames_of, with_shots
@@ -76,6 +77,8 @@ def case_of(file: GoldenFile, variant: str) -> Case:
     elif kind.casefold().startswith((MEMROPE, REWARD_FORCING)):
         rule = memrope if kind.casefold().startswith(MEMROPE) else reward_forcing
         (spec, policy), headmap = rule(spec, said), None
+    elif kind.casefold().startswith(PYRAMID):
+        spec, policy, headmap = pyramid(spec, said)
     else:
         raise GoldenError(f"the policy {kind!r} is not known")
     noise = str(said.get("noise", "noise"))

@@ -86,7 +86,9 @@ def blocks_by_rule(role: Merged, sink: int, recent: int, chunk: int, size: int) 
 def test_merged_blocks_are_means_of_keys_before_rotation(
     role: Merged, sink: int, recent: int, size: int, kind: Positions
 ) -> None:
-    plan = plan_of(*([Sink(sink)] if sink else []), role, Recent(recent), positions=kind, frames_per_chunk=size)
+    plan = plan_of(
+        *([Sink(sink)] if sink else []), role, Recent(recent), positions=kind, frames_per_chunk=size
+    )
     group, (rows, columns) = plan.layers[0][0], plan.geometry.grid
     patches = rows // role.patch, role.patch, columns // role.patch, role.patch
     corner = torch.arange(rows * columns).reshape(rows, columns)[:: role.patch, :: role.patch].reshape(-1)

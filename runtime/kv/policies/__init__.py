@@ -26,9 +26,7 @@ from forcingkv.runtime.kv.strided import Strided
 from forcingkv.runtime.shipped import read_named, shipped_names
 from forcingkv.runtime.spec import Positions
 
-Role.KINDS.update(
-    {kind.name: kind for kind in (Sink, Retained, Recent, Early, Scene, Ema, Strided, Merged)}
-)
+Role.KINDS.update({kind.name: kind for kind in (Sink, Retained, Recent, Early, Scene, Ema, Strided, Merged)})
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
