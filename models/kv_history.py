@@ -38,7 +38,7 @@ class _TorchMerged(TorchRole):
         for held, own, left in zip(
             done.held[role.name], done.new, leaving(done, done.told(role, LEAVES)), strict=True
         ):
-            # What there is of a block comes first; before the first clean pass nothing is, and it is not added.
+            # What there is of a block comes first. Before the first clean pass nothing is: it is not added.
             begun = torch.cat([held, own], 2).index_select(2, places).float()
             parts = torch.cat([begun, _pooled(role, done, left)], 2)
             shape = parts.shape

@@ -7,8 +7,8 @@ token (docs/method.md, "Averages"; docs/decisions/0053).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Ema(Role):
 
     rates: tuple[float, ...]
     """Share of the new in each average: MemRoPE's long one 0.01, its short one 0.1. One frame's worth of
-    tokens for each."""
+    tokens for each. Of tokens one rate is that of as many averages as a chunk has frames."""
     of: Of = "frames"
     starts: Starts = "leaving"
 
@@ -59,6 +59,14 @@ class Ema(Role):
         if not 1 <= len(self.rates) <= MOST_AVERAGES:
             what = f"the role {self.name} has {len(self.rates)} rates"
             raise InputError(what, where="rates", expected=f"1 to {MOST_AVERAGES}, one for each average")
+
+    def count(self, spec: ModelSpec) -> int:
+        """How many averages there are in a model."""
+        alike = self.of == "tokens" and len(self.rates) == 1
+        return spec.frames_per_chunk if alike else len(self.rates)
+
+    def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
+        return replace(self, rates=self.rates * (self.count(spec) // len(self.rates)))
 
     def first_frame(self, plan: CachePlan, group: HeadGroup) -> int:
         """The frame of the video whose place the first average has: the one after the sink's."""
@@ -96,11 +104,11 @@ class Ema(Role):
         }
 
     def opening_frames(self, spec: ModelSpec) -> int:
-        return len(self.rates)
+        return self.count(spec)
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         # Nobody keeps all that went into an average: after a switch it starts anew.
-        first = len(self.rates) if self.starts == "first" else 0
+        first = self.count(spec) if self.starts == "first" else 0
         return -(-first // spec.frames_per_chunk), 1
 
     def dtype(self, compute: Dtype) -> Dtype:
@@ -116,10 +124,13 @@ class Ema(Role):
                 expected=f"at most {spec.attended_frames - spec.frames_per_chunk}: {spec.name} attends to"
                 f" {spec.attended_frames}, those of the chunk among them",
             )
-        if self.of == "tokens" and len(self.rates) != spec.frames_per_chunk:
+        if self.count(spec) > MOST_AVERAGES:
+            what = f"there are {self.count(spec)} averages, one for each frame of a chunk"
+            raise InputError(what, where=where, expected=f"at most {MOST_AVERAGES}")
+        if self.of == "tokens" and self.count(spec) != spec.frames_per_chunk:
             raise InputError(
                 f"{len(self.rates)} averages are made token by token of the {spec.frames_per_chunk} frames"
                 " that leave at a time",
                 where=where,
-                expected=f"{spec.frames_per_chunk} rates, one for each frame of a chunk",
+                expected=f"1 rate for all of them, or {spec.frames_per_chunk}, one for each frame of a chunk",
             )

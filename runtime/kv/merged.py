@@ -6,6 +6,7 @@ docs/decisions/0053).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -29,6 +30,7 @@ from forcingkv.runtime.spec import MOST_FRAMES, Geometry, ModelSpec
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
 
+MOST_IN_A_CHUNK = 64
 ADDED = "added"
 """Kind of what graphs are told: 1 or 0, in rows. Row i for the block that ends with the i-th of the frames
 that leave, the last row for the block that is not whole yet; columns for what there was of that block, and
@@ -37,12 +39,13 @@ for each of the frames that leave."""
 
 @dataclass(frozen=True)
 class Merged(Role):
-    """Blocks of frames that have left the recent ones: each token the mean of a patch in all frames of a block.
+    """Blocks of frames that have left the recent ones: each token the mean of a patch in all frames of one.
 
     Blocks begin at multiples of `frames`, and those that reach into the sink are left out. Keys are averaged
     as they are before rotation, and stand in the middle of what they are of, rounded down: of 4 frames and
-    2 x 2 tokens in the second frame, at the upper left token. A block is seen once it is whole; what there is
-    of it before is cached as a sum, and not attended to.
+    2 x 2 tokens in the second frame, at the upper left token. Where the side of a frame is no whole number of
+    patches, tokens at its edge count for those that are missing. A block is seen once it is whole; what there
+    is of it before is cached as a sum, and not attended to.
     """
 
     frames: int
@@ -69,13 +72,14 @@ class Merged(Role):
 
     def block_tokens(self, plan: CachePlan) -> int:
         """Tokens of a block."""
-        return plan.frame_tokens // self.patch**2
+        return math.prod(-(-side // self.patch) for side in plan.geometry.grid)
 
     def patch_rows(self, plan: CachePlan, row: int, column: int) -> Rows:
-        """The tokens of a frame that lie in that place of their patch."""
+        """Of each patch the token of a frame that lies in that place of it."""
         rows, columns = plan.geometry.grid
-        tokens = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
-        return tokens[row :: self.patch, column :: self.patch].reshape(-1)
+        down = np.minimum(np.arange(row, row + rows, self.patch), rows - 1)
+        right = np.minimum(np.arange(column, column + columns, self.patch), columns - 1)
+        return (down[:, None] * columns + right).reshape(-1).astype(np.int32)
 
     def seen_blocks(self, plan: CachePlan, group: HeadGroup, chunk: int) -> list[int]:
         """First frames of the blocks that the chunk sees."""
@@ -132,12 +136,9 @@ class Merged(Role):
 
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
         check_recent(self.name, spec, roles, where)
-        rows, columns = geometry.grid
-        if rows % self.patch or columns % self.patch:
+        if spec.frames_per_chunk > MOST_IN_A_CHUNK:
             raise InputError(
-                f"patches of {self.patch} x {self.patch} tokens are merged, and a frame of {geometry.width}x"
-                f"{geometry.height} has {rows} x {columns} tokens",
+                f"a chunk has {spec.frames_per_chunk} frames, each of which may end a block",
                 where=where,
-                expected="whole patches",
-                hint="Take another resolution, or another patch.",
+                expected=f"at most {MOST_IN_A_CHUNK} where frames are merged",
             )

@@ -54,8 +54,9 @@ def averages(plan: CachePlan, role: Ema, raw: list[torch.Tensor], chunk: int) ->
         (Ema((0.3, 0.2, 0.1), of="tokens", starts="first"), Recent(3)),
         (Sink(1), Ema((0.5,), starts="first"), Recent(1)),
         (Sink(1), Ema((0.5, 0.25, 0.1), of="tokens"), Recent(5)),
+        (Ema((0.3,), of="tokens", starts="first"), Recent(4)),
     ],
-    ids=["memrope", "reward forcing", "one, from a frame", "by tokens, from what leaves"],
+    ids=["memrope", "reward forcing", "one, from a frame", "by tokens, from what leaves", "one rate for all"],
 )
 def test_averages_are_those_of_keys_before_rotation(roles: tuple[Role, ...], kind: Positions) -> None:
     plan = plan_of(*roles, positions=kind)

@@ -81,6 +81,7 @@ def blocks_by_rule(role: Merged, sink: int, recent: int, chunk: int, size: int) 
         (Merged(2, 1, 3), 0, 2, 3),
         (Merged(1, 2, 2), 1, 4, 3),
         (Merged(5, 2, 2), 2, 1, 2),
+        (Merged(4, 4, 2), 0, 1, 3),
     ],
 )
 def test_merged_blocks_are_means_of_keys_before_rotation(
@@ -90,20 +91,26 @@ def test_merged_blocks_are_means_of_keys_before_rotation(
         *([Sink(sink)] if sink else []), role, Recent(recent), positions=kind, frames_per_chunk=size
     )
     group, (rows, columns) = plan.layers[0][0], plan.geometry.grid
-    patches = rows // role.patch, role.patch, columns // role.patch, role.patch
-    corner = torch.arange(rows * columns).reshape(rows, columns)[:: role.patch, :: role.patch].reshape(-1)
+    # Tokens at the edge stand for those that a patch has not.
+    whole = [-(-side // role.patch) * role.patch for side in (rows, columns)]
+    places = torch.arange(rows * columns).reshape(rows, columns)
+    places = places[[min(n, rows - 1) for n in range(whole[0])]]
+    places = places[:, [min(n, columns - 1) for n in range(whole[1])]]
+    patches = whole[0] // role.patch, role.patch, whole[1] // role.patch, role.patch
+    at = (role.patch - 1) // 2
+    corner = places[at :: role.patch, at :: role.patch].reshape(-1)
     most = 0
     for chunk, cache, raw, _ in advanced(plan, CHUNKS):
         held = cache[0][0][role.name]
         assert held.keys.shape[2] == role.tokens(plan, group, chunk)
         seen = read_role(plan, group, role, held, held.keys)
         blocks = blocks_by_rule(role, sink, recent, chunk, size)
-        each = plan.frame_tokens // role.patch**2
+        each = len(corner)
         assert seen.keys.shape[2] == len(blocks) * each
         own = first_position(plan, chunk, chunk)
         for n, first in enumerate(blocks):
-            whole = torch.stack(raw[first : first + role.frames]).unflatten(3, patches)
-            mean = whole.mean((0, 4, 6)).flatten(2, 3)
+            block = torch.stack(raw[first : first + role.frames])[:, :, :, places.reshape(-1)]
+            mean = block.unflatten(3, patches).mean((0, 4, 6)).flatten(2, 3)
             middle = first + (role.frames - 1) // 2
             # A frame whose upper left token of each patch is the mean, rotated as that frame is.
             frame = torch.zeros_like(raw[0])
@@ -135,12 +142,17 @@ def test_lengths_that_grow_in_some_chunks_only_have_phases_of_their_own() -> Non
     [
         ((Sink(1), Strided(3, 2)), "frames that leave the recent ones, and there are none"),
         ((Sink(1), Merged(4, 2, 4)), "frames that leave the recent ones, and there are none"),
-        ((Merged(4, 3, 4), Recent(1)), "has 4 x 6 tokens; expected whole patches"),
     ],
 )
 def test_what_does_not_fit_is_refused(roles: tuple[Role, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_of(*roles)
+
+
+def test_sums_of_very_long_chunks_are_refused() -> None:
+    """What is told of each of its frames grows with the square of their number."""
+    with pytest.raises(InputError, match="a chunk has 65 frames, each of which may end a block"):
+        plan_of(Merged(4, 2, 1), Recent(1), frames_per_chunk=65, attended_frames=130)
 
 
 def test_a_reach_past_any_video_is_refused() -> None:

@@ -61,7 +61,7 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
     assert load_policy("window").groups == {"all": roles(3, 6)}
     long, short = 0.01, 0.1
     assert load_policy("memrope").groups == {"all": (Sink(3), Ema((long, short)), Recent(4))}
-    token_by_token = Ema((0.001,) * 3, of="tokens", starts="first")
+    token_by_token = Ema((0.001,), of="tokens", starts="first")
     assert load_policy("reward-forcing").groups == {"all": (token_by_token, Recent(3))}
     assert load_policy("pyramid").groups == {
         "wave": (Sink(1), Strided(6, 4, cyclic=True), Recent(1)),
