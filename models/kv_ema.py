@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from forcingkv.models.kv_constants import constant
 from forcingkv.models.kv_positions import frames_at, frames_beside, rotated, rotated_back
 from forcingkv.models.kv_roles import CleanPass, TorchRole, torch_half
 from forcingkv.models.wan import KeysValues
-from forcingkv.runtime.kv.ema import MIXES, STARTS, STAYS, UPDATE, Ema
+from forcingkv.runtime.kv.ema import MIXES, STARTS, UPDATE, Ema
 from forcingkv.runtime.kv.leaving import KEPT, LEAVES, recent_of
+from forcingkv.runtime.positions import Floats
 
 
 def leaving(done: CleanPass, rows: Tensor) -> KeysValues:
@@ -32,23 +35,19 @@ class _TorchEma(TorchRole):
     def advance(self, role: Ema, done: CleanPass) -> KeysValues:
         plan, group = done.plan, done.group
         size, held = role.steady_tokens(plan, group), done.held[role.name]
-        known = None if done.chunk is None else role.update(plan, group, done.chunk)
-        kept = done.told(role, KEPT)
-        if known == STAYS:
-            full = [
-                torch.cat([part, part.new_zeros(*part.shape[:2], size, part.shape[3])], 2) for part in held
-            ]
-            mixed = [part[:, :, :size] for part in full]
-        else:
-            new, told = self._new(role, done), done.told(role, UPDATE).float()
-            rates = torch.tensor(role.rates, device=kept.device).repeat_interleave(plan.frame_tokens)
-            # 0 where it stays, 1 where it starts, the rate where it is mixed: without a comparison, of which
-            # graphs have few.
-            share = told * (MIXES - told) + told * (told - STARTS) / MIXES * rates[:, None]
-            places = torch.arange(size, device=kept.device)
-            # While there are fewer averages than there will be, what is mixed of the others is not kept.
-            full = [torch.cat(pair, 2).index_select(2, places) for pair in zip(held, new, strict=True)]
-            mixed = [(1 - share) * old + share * one for old, one in zip(full, new, strict=True)]
+        kept, new, told = done.told(role, KEPT), self._new(role, done), done.told(role, UPDATE).float()
+
+        def rates() -> Floats:
+            return np.repeat(np.array(role.rates, np.float32), plan.frame_tokens)[:, None]
+
+        by_token = constant(("rates", role.rates, plan.frame_tokens), kept.device, rates)
+        # 0 where it stays, 1 where it starts, the rate where it is mixed: without a comparison, of which
+        # graphs have few.
+        share = told * (MIXES - told) + told * (told - STARTS) / MIXES * by_token
+        places = torch.arange(size, device=kept.device)
+        # While there are fewer averages than there will be, what is mixed of the others is not kept.
+        full = [torch.cat(pair, 2).index_select(2, places) for pair in zip(held, new, strict=True)]
+        mixed = [(1 - share) * old + share * one for old, one in zip(full, new, strict=True)]
         pairs = zip(mixed, done.new, strict=True)
         return KeysValues(*(torch.cat([old, own.float()], 2).index_select(2, kept) for old, own in pairs))
 

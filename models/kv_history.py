@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from forcingkv.models.kv_constants import constant
 from forcingkv.models.kv_ema import leaving
 from forcingkv.models.kv_positions import Tables, frames_beside, rotated
 from forcingkv.models.kv_roles import CleanPass, TorchRole, Turn, torch_half, turned
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.kv.leaving import KEPT, LEAVES, recent_of
 from forcingkv.runtime.kv.merged import ADDED, Merged
+from forcingkv.runtime.kv.roles import Rows
 from forcingkv.runtime.kv.strided import Strided
 
 
@@ -58,9 +61,8 @@ class _TorchMerged(TorchRole):
         plan = done.plan
         first = 1 - (recent_of(done.group).frames or 0) - role.frames + role.middle
         tables = frames_beside(done, range(first, first + plan.spec.frames_per_chunk))
-        at = torch.from_numpy(role.patch_rows(plan, (role.patch - 1) // 2, (role.patch - 1) // 2))
-        size = plan.frame_tokens
-        rows = torch.cat([at + n * size for n in range(plan.spec.frames_per_chunk)]).to(tables.cosines.device)
+        corner = (role.patch - 1) // 2
+        rows = _rows_of_frames(role, done, corner, corner)
         return Tables(*(table.index_select(0, rows) for table in tables))
 
     def moved(self, role: Merged, made: KeysValues, turn: Turn, done: CleanPass) -> KeysValues:
@@ -72,13 +74,21 @@ class _TorchMerged(TorchRole):
 
 def _pooled(role: Merged, done: CleanPass, left: Tensor) -> Tensor:
     """Of each of the frames that leave its share of a block: (batch, heads, frames * block_tokens, width)."""
-    plan, patch = done.plan, role.patch
-    share, total = 1 / (role.frames * patch**2), None
-    for place in range(patch**2):
-        tokens = torch.from_numpy(role.patch_rows(plan, *divmod(place, patch)))
-        frames = range(plan.spec.frames_per_chunk)
-        rows = torch.cat([tokens + n * plan.frame_tokens for n in frames]).to(left.device)
-        part = left.index_select(2, rows)
-        total = part if total is None else total + part
-    assert total is not None
-    return total * share
+    places = [divmod(place, role.patch) for place in range(role.patch**2)]
+    total = left.index_select(2, _rows_of_frames(role, done, *places[0]))
+    for place in places[1:]:
+        total = total + left.index_select(2, _rows_of_frames(role, done, *place))
+    return total * (1 / (role.frames * len(places)))
+
+
+def _rows_of_frames(role: Merged, done: CleanPass, row: int, column: int) -> Tensor:
+    """In each of a chunk's worth of frames the tokens that lie in that place of their patch."""
+    plan, frames = done.plan, done.plan.spec.frames_per_chunk
+
+    def make() -> Rows:
+        tokens = role.patch_rows(plan, row, column)
+        offsets = np.arange(frames, dtype=np.int32) * np.int32(plan.frame_tokens)
+        return (offsets[:, None] + tokens).reshape(-1)
+
+    key = "patch", row, column, role.patch, plan.geometry.grid, frames
+    return constant(key, done.new.keys.device, make)

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forcingkv.models.kv_constants import constant
 from forcingkv.models.kv_roles import CleanPass
 from forcingkv.runtime import positions
+from forcingkv.runtime.positions import Floats
 
 
 class Tables(NamedTuple):
@@ -68,10 +70,13 @@ def _one_frame(done: CleanPass) -> Tables:
 
 def _of_time(done: CleanPass, frames: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """What turns by so many frames in time: (head_dim / 2,) each, of rows and columns 1 and 0."""
-    found = []
-    for count in frames:
-        cosines, sines = positions.turn(done.plan.spec, count)
-        device, odd = done.new.keys.device, slice(1, None, 2)
-        tables = [torch.from_numpy(np.ascontiguousarray(one[odd])).to(device) for one in (cosines, sines)]
-        found.append((tables[0], tables[1]))
-    return found
+    spec, device = done.plan.spec, done.new.keys.device
+    of_spec = spec.head_dim, spec.rotary_pairs, spec.rope_theta
+
+    def table(count: int, part: int) -> Tensor:
+        def make() -> Floats:
+            return np.ascontiguousarray(positions.turn(spec, count)[part][1::2])
+
+        return constant(("turn", count, part, of_spec), device, make)
+
+    return [(table(count, 0), table(count, 1)) for count in frames]

@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from forcingkv.headmaps import InputError
+from forcingkv.models import kv_constants
+from forcingkv.models.kv import advance, turn_of
+from forcingkv.models.wan import KeysValues
+from forcingkv.runtime import positions
 from forcingkv.runtime.kv.ema import Ema
+from forcingkv.runtime.kv.merged import Merged
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.roles import Recent, Role, Sink
+from forcingkv.runtime.kv.strided import Strided
 from forcingkv.runtime.kv.window import first_position
 from forcingkv.runtime.spec import Positions
 from tests.conftest import small_spec
@@ -107,3 +113,21 @@ def test_what_does_not_fit_is_refused(roles: tuple[Role, ...], message: str) -> 
 def test_rates_are_shares(rates: tuple[float, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Ema(rates)
+
+
+def test_nothing_comes_from_the_host_in_a_second_clean_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that is captured as a CUDA graph can copy nothing: all is on the device since the first."""
+    plan = plan_of(Sink(3), Ema((0.01, 0.1)), Merged(4, 2, 2), Strided(6, 2), Recent(4))
+    *_, (chunk, cache, _, _) = advanced(plan, 9)
+    shape = 1, plan.spec.heads, plan.chunk_tokens, plan.spec.head_dim
+    new = [KeysValues(torch.ones(shape), torch.ones(shape))]
+    rows = {name: torch.from_numpy(told) for name, told in plan.rows(chunk).items()}
+    tables = map(torch.from_numpy, positions.rotary(plan.spec, plan.geometry, 9, 3))
+    given = {"rows": rows, "rotary": tuple(tables), "turn": turn_of(plan, chunk, torch.device("cpu"))}
+    monkeypatch.setattr(kv_constants, "_KEPT", {})
+    known, _ = advance(plan, cache, new, chunk=None, **given)  # type: ignore[arg-type]
+    for name in ("from_numpy", "tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, None)
+    again, _ = advance(plan, cache, new, chunk=None, **given)  # type: ignore[arg-type]
+    for name, held in known[0][0].items():
+        assert torch.equal(held.keys, again[0][0][name].keys)
