@@ -34,7 +34,7 @@ GEOMETRIES = {"480p": (60, 104, 1560), "720p": (90, 160, 3600), "1080p": (136, 2
 
 def test_the_presets_are_there() -> None:
     assert shipped_names("forcingkv.models.presets") == sorted(
-        [*PRESETS, *FRAME_WISE, *OF_SCENES, *RECOMPUTED, "demo"]
+        [*PRESETS, *FRAME_WISE, *OF_SCENES, *RECOMPUTED, "demo", "demo-occluded"]
     )
 
 
