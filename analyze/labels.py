@@ -20,13 +20,13 @@ from forcingkv.analyze.scoring import Scored
 from forcingkv.analyze.storage import Recorded
 from forcingkv.headmaps import DYNAMIC, STATIC, Budget, HeadMap, InputError, ModelIdentity, Rule, Statistics
 from forcingkv.runtime.cost import chunk_flops
+from forcingkv.runtime.kv.classes import dummy_classes, labels_of
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 ALPHA = 0.8
 """The published threshold (`docs/method.md`, "Head profile")."""
-DUMMY_CLASSES = ("sink", "neighbour", "dummy")
 DUMMY_SINK_FRAMES = 1
 MIXTURE_POINTS = 20_000
 """Observations, drawn at random, that a mixture is fitted to at most."""
@@ -78,21 +78,6 @@ def context_mass(recorded: Recorded, scored: Scored) -> Array:
     return np.stack([found.share(mask).mean((0, 1)) for mask in (sink, neighbour)])
 
 
-def dummy_classes(mass: Array, dummies: int) -> npt.NDArray[np.int64]:
-    """The class of each head by Dummy Forcing's rule, as an index into `DUMMY_CLASSES`: (layers, heads).
-
-    As in its released code, the mass of each head on the first frame and on the frames between it and the
-    current chunk (2, layers, heads) is divided by its sum over all heads of the model. The `dummies` heads
-    whose larger share is smallest are dummies. Of the others, those with the larger share on the first frame
-    are sink heads, the rest neighbour heads.
-    """
-    flat = mass.reshape(2, -1)
-    shares = flat / np.maximum(flat.sum(1, keepdims=True), 1e-12)
-    found = np.where(shares[0] >= shares[1], 0, 1)
-    found[np.argsort(shares.max(0), kind="stable")[:dummies]] = 2
-    return found.reshape(mass.shape[1:])
-
-
 def label_dummies(mass: Array, scores: Array, model: ModelIdentity, statistics: Statistics) -> HeadMap:
     """The classes of Dummy Forcing (csguoh/DummyForcing), found offline instead of anew for each video.
 
@@ -103,7 +88,7 @@ def label_dummies(mass: Array, scores: Array, model: ModelIdentity, statistics: 
     rows = dummy_classes(mass, dummies)
     return HeadMap(
         model=model,
-        labels=tuple(tuple(DUMMY_CLASSES[index] for index in row) for row in rows.tolist()),
+        labels=labels_of(rows),
         rule=Rule("dummy", sink_frames=DUMMY_SINK_FRAMES, dummy_heads=dummies),
         scores=rounded_rows(scores),
         statistics=statistics,

@@ -6,7 +6,7 @@ lane has the queues of its device, memory of its own and the weights that its si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeAlias
 
@@ -42,7 +42,7 @@ from forcingkv.runtime.backends.torch_device import (
     name_of,
 )
 from forcingkv.runtime.backends.torch_graphs import Captured, graph_pool
-from forcingkv.runtime.backends.torch_model import Loaded, load
+from forcingkv.runtime.backends.torch_model import Loaded, load, with_heads
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
 
 Work = Callable[[], None]
@@ -144,6 +144,10 @@ class TorchLane:
 
     def sibling(self) -> TorchLane:
         return type(self)(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
+
+    def regrouped(self, bundle: Bundle, orders: Sequence[Sequence[int]]) -> TorchLane:
+        """A lane for the same model whose heads lie in another order (`torch_model.with_heads`)."""
+        return type(self)(bundle, with_heads(self._weights(), orders), cuda_graphs=self._cuda_graphs)
 
     def close(self) -> None:
         """Memory goes with what holds it: the weights with the last lane on them. What torch keeps of it for

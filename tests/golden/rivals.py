@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from forcingkv.analyze.labels import DUMMY_CLASSES, dummy_classes
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
+from forcingkv.runtime.kv.classes import DUMMY_CLASSES, dummy_classes
 from forcingkv.runtime.kv.early import Early, Opening
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.roles import Recent, Role, Sink
