@@ -58,6 +58,8 @@ class Role(Tagged, ABC):
     """2: read and written in turn. 1: no pass that reads it writes it. See `buffer_tokens`."""
     takes_rows: ClassVar[bool] = False
     """Whether the step graph has an input that says which tokens of the chunk it takes (see `rows`)."""
+    told_by_chunk: ClassVar[bool] = False
+    """Whether what graphs are told (`told`) differs from chunk to chunk of a phase; its lengths never do."""
     chooses: ClassVar[bool] = False
     """Whether it keeps what a `Choice` says."""
     moves: ClassVar[bool] = True
@@ -68,7 +70,7 @@ class Role(Tagged, ABC):
 
     @abstractmethod
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
-        """Cached tokens that the chunk sees."""
+        """Tokens that are cached when the chunk comes. It sees them, all but `hidden_tokens`."""
 
     @abstractmethod
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
@@ -77,6 +79,14 @@ class Role(Tagged, ABC):
     @abstractmethod
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         """Which frames the tokens that the chunk sees are of, in the order in which they are cached."""
+
+    def hidden_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        """How many of the first cached tokens are for later chunks: attention does not read them."""
+        return 0
+
+    def seen_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        """Cached tokens that attention reads in the chunk."""
+        return max(0, self.tokens(plan, group, chunk) - self.hidden_tokens(plan, group))
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         """Tokens that a pass of the chunk writes: what the next chunk sees, unless a role says otherwise."""
@@ -94,7 +104,8 @@ class Role(Tagged, ABC):
     def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         """What graphs are told of the chunk, by the name of its kind: which of the chunk's tokens it takes
         (`rows`), and what a role's own torch half asks for. Names are always the same, lengths within a
-        phase, and all of it without cuts."""
+        phase, and all of it without cuts, where the role is not `told_by_chunk`. What has the same length in
+        every phase has it in graphs too (`CachePlan.told_lengths`)."""
         return {ROWS: self.rows(plan, group, chunk)} if self.takes_rows else {}
 
     def rests_from(self, plan: CachePlan, group: HeadGroup) -> int:
@@ -110,7 +121,7 @@ class Role(Tagged, ABC):
         return passes % self.buffers
 
     def opening_frames(self, spec: ModelSpec) -> int:
-        """Frames at the video's start that it keeps for ever, and that no other role of the group holds."""
+        """Frames at the video's start that are its own: no other role of the group ever holds them."""
         return 0
 
     def reach(self, plan: CachePlan, group: HeadGroup) -> int:
@@ -136,9 +147,10 @@ class Role(Tagged, ABC):
         """What its keys and values are cached in, in graphs that compute in `compute`."""
         return compute
 
-    def apart(self, compute: Dtype) -> bool:
-        """Whether it is cached as something else than what is attended to."""
-        return not self.read_as_cached or self.dtype(compute) != compute
+    def apart(self, compute: Dtype, hidden: int = 0) -> bool:
+        """Whether it is cached as something else than what is attended to; `hidden` are its tokens that are
+        not (`hidden_tokens`)."""
+        return not self.read_as_cached or self.dtype(compute) != compute or hidden > 0
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         """The role in a layer of a model, beside the others of its group; None where it holds nothing."""
@@ -209,13 +221,21 @@ class Sink(WholeFrames):
         filled_by, taken = self.filled_by(plan.spec), super().told(plan, group, chunk)
         if filled_by <= 1:
             return taken
-        stay = self.tokens(plan, group, chunk) if chunk < filled_by else 0
-        return taken | {HELD: np.arange(stay, dtype=np.int32)}
+        return taken | {HELD: self.held_rows(plan, group, chunk)}
+
+    def held_rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
+        """Of its own tokens those that stay of it in a graph, while it is collected over several chunks."""
+        stay = self.tokens(plan, group, chunk) if chunk < self.filled_by(plan.spec) else 0
+        return np.arange(stay, dtype=np.int32)
+
+    def most_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        """The most tokens that it ever has."""
+        return self.steady_tokens(plan, group)
 
     def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
         # While it is collected, a second one has what all chunks but the last gave: keys of a head lie side
         # by side, so nothing can be put behind them in place.
-        whole, before = self.steady_tokens(plan, group), (self.filled_by(plan.spec) - 1) * plan.chunk_tokens
+        whole, before = self.most_tokens(plan, group), (self.filled_by(plan.spec) - 1) * plan.chunk_tokens
         return (whole, before) if before > 0 else (whole,)
 
     def buffer_read(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
@@ -260,15 +280,7 @@ class Recent(WholeFrames):
         return whole_frames(plan, chunk * plan.spec.frames_per_chunk - tokens // plan.frame_tokens, tokens)
 
     def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
-        # What is kept for ever takes whole chunks: which tokens are left is no slice that every chunk has.
-        if group.opening_frames(plan.spec) <= plan.spec.frames_per_chunk:
-            return {}
-        return {ROWS: self.rows(plan, group, chunk)}
-
-    def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
-        opening = group.opening_frames(plan.spec) - chunk * plan.spec.frames_per_chunk
-        first = min(max(opening, 0) * plan.frame_tokens, plan.chunk_tokens)
-        return np.arange(first, plan.chunk_tokens, dtype=np.int32)
+        return left_of_chunk(plan, group, chunk)
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return 0, -(-self._count // spec.frames_per_chunk)
@@ -291,6 +303,19 @@ class Recent(WholeFrames):
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
         if self.frames_of(spec, roles) < 0:
             raise _too_long(spec, sum(role.opening_frames(spec) for role in roles), where)
+
+
+def left_of_chunk(plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+    """What a role is told that holds other frames than the video's first ones: those tokens of the chunk that
+    are left for it. Empty where a graph sees it by what is held: by a sink of no more than a chunk, that
+    stays."""
+    spec, size = plan.spec, plan.frame_tokens
+    stay = sum(role.steady_tokens(plan, group) for role in group.roles if role.opening_frames(spec))
+    opening = group.opening_frames(spec)
+    if opening <= spec.frames_per_chunk and stay == opening * size:
+        return {}
+    first = min(max(opening - chunk * spec.frames_per_chunk, 0) * size, plan.chunk_tokens)
+    return {ROWS: np.arange(first, plan.chunk_tokens, dtype=np.int32)}
 
 
 def whole_frames(plan: CachePlan, first: int, tokens: int) -> list[Span]:

@@ -77,7 +77,7 @@ def _session(file: GoldenFile, case: Case, weights: dict[str, Tensor], runner: R
             decoder=decoder,
             target="torch" if runner == "torch" else "onnx",
             verify=False if runner == "onnxruntime" else None,
-            recache=bool(case.change and case.change.recache in ENCODED) if runner == "onnxruntime" else None,
+            recache=any(one.recache in ENCODED for one in case.changes) if runner == "onnxruntime" else None,
         )
         with Session.open(Path(folder, "bundle"), backend=runner) as session, chosen_segments() as chosen:
             video = session.generate(

@@ -34,7 +34,7 @@ GEOMETRIES = {"480p": (60, 104, 1560), "720p": (90, 160, 3600), "1080p": (136, 2
 
 def test_the_presets_are_there() -> None:
     assert shipped_names("forcingkv.models.presets") == sorted(
-        [*PRESETS, *FRAME_WISE, *OF_SCENES, *RECOMPUTED, "demo"]
+        [*PRESETS, *FRAME_WISE, *OF_SCENES, *RECOMPUTED, "demo", "demo-occluded"]
     )
 
 
@@ -203,15 +203,22 @@ def test_frames_each_head_sees(preset: str, resolution: str) -> None:
     assert cached_frames(plan_of(preset, resolution, "window"), 5, "all") == [0, 3, 6, 9, 9, 9, 9, 9]
 
     dummy = plan_of(preset, resolution, "dummy-forcing")
-    assert cached_frames(dummy, 5, "sink") == [0, 1, 1, 1, 1, 1, 1, 1]
-    assert cached_frames(dummy, 5, "neighbour") == [0, 1, 1, 1, 1, 1, 1, 1]
-    assert cached_frames(dummy, 5, "dummy") == [0] * 8
+    before = [0, 3, 4] if late else [0, 3]  # all heads see the first frame and the newest three
+    for label, after in (("sink", 1), ("neighbour", 3), ("dummy", 1)):
+        assert cached_frames(dummy, 5, label) == [*before, *[after] * (8 - len(before))]
+
+    krea = plan_of(preset, resolution, "forcing-kv-krea")
+    history = [0, 3, 6] if late else [0, 3]  # all of it
+    for label, after in (("static", 1), ("dynamic", 3)):
+        assert cached_frames(krea, 0, label) == [*history, *[after] * (8 - len(history))]
 
 
 @pytest.mark.parametrize("policy", policy_names())
 def test_bytes_grow_with_the_tokens(policy: str) -> None:
     sizes = {name: plan_of("krea-14b", name, policy).kv_bytes("bfloat16") for name in GEOMETRIES}
-    assert len({sizes[name] / tokens for name, (_, _, tokens) in GEOMETRIES.items()}) == 1
+    each = [sizes[name] / tokens for name, (_, _, tokens) in GEOMETRIES.items()]
+    # Patches that are merged stand over the edge of 45 rows.
+    assert max(each) == pytest.approx(min(each), rel=1e-3 if policy == "pyramid" else 0)
     if policy == "full":
         assert [round(size / 2**30) for size in sizes.values()] == [25, 58, 131]
 

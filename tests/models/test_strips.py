@@ -20,7 +20,7 @@ from tests.models.test_decoders import SMALL, SMALL22, shaken, small_taehv, smal
 
 diffusers = pytest.importorskip("diffusers")
 
-from forcingkv.models.decoders import wan_vae  # noqa: E402
+from forcingkv.models.decoders import wan_layers  # noqa: E402
 from forcingkv.models.decoders.wan_vae import WanVaeDecoder  # noqa: E402
 
 FRAMES = 3
@@ -111,8 +111,8 @@ def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch) -> Non
     decoder = WanVaeDecoder(small_vae())
     latents = torch.randn(1, 4, 2, 6, 5)
     whole = at_once(decoder, latents)
-    monkeypatch.setattr(wan_vae, "MOST_SCORES", 500)  # a frame has 900
-    monkeypatch.setattr(wan_vae, "PART_SCORES", 200)  # in parts of 6 queries
+    monkeypatch.setattr(wan_layers, "MOST_SCORES", 500)  # a frame has 900
+    monkeypatch.setattr(wan_layers, "PART_SCORES", 200)  # in parts of 6 queries
     torch.testing.assert_close(at_once(decoder, latents), whole, atol=1e-6, rtol=0)
 
 
