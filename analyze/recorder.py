@@ -18,7 +18,7 @@ from torch import Tensor
 from forcingkv.analyze.recording import COLUMNS, Passes, passes_of, told_step
 from forcingkv.headmaps import InputError
 from forcingkv.models.generate import generate, seeded_noise
-from forcingkv.models.kv import Cache
+from forcingkv.models.kv import Cache, read_role
 from forcingkv.models.kv_roles import GroupCache
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime.given import GivenNoise
@@ -254,7 +254,11 @@ class Recorder:
         """The keys a group meets, and for each slot its role and latent frame."""
         plan = self.plan
         seen = [
-            (role.name, held[role.name].keys[0], role.spans(plan, group, chunk, self._chosen))
+            (
+                role.name,
+                read_role(plan, group, role, held[role.name], current).keys[0],
+                role.spans(plan, group, chunk, self._chosen),
+            )
             for role in group.roles
         ]
         seen.append(

@@ -89,7 +89,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         # Every output is there in every phase; the session takes those the phase calls for.
         rows = {name: inputs[name] for name in plan.rows(0)}
         turn = Turn(*(inputs[name] for name in TURN)) if plan.relative else None
-        following, indices = advance(plan, cache, new, chunk=None, rows=rows, turn=turn)
+        following, indices = advance(plan, cache, new, chunk=None, rows=rows, turn=turn, rotary=rotary)
         x0 = latents - sigma * flow
         following_latents = next_latents(
             spec.schedule.renoise, latents, flow, sigma, sigma_next, inputs.get("noise")
@@ -124,7 +124,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
             for e in plan.entries
         },
         # In the steady phase no token goes to the sink; the tracer wants a length of at least 2.
-        **{name: torch.arange(2, dtype=torch.int32) for name in plan.rows(0)},
+        **{name: torch.arange(length or 2, dtype=torch.int32) for name, length in plan.told_lengths.items()},
     }
     outputs = ["next_latents", "x0", *(next_name(entry.name) for entry in plan.entries)]
     by_layer: list[list[str]] = [[] for _ in plan.layers]
@@ -134,7 +134,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         outputs.append("retained_indices")
         by_layer[plan.choice.layer].append("retained_indices")
     dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role.name}_tokens") for entry in plan.entries}
-    dynamic |= {name: (0, name.replace(".", "_")) for name in plan.rows(0)}
+    dynamic |= {name: (0, name.replace(".", "_")) for name, length in plan.told_lengths.items() if not length}
     clean = tuple(tuple(names) for names in by_layer if names)
     return Graph(model, run, inputs, tuple(outputs), dynamic, clean)
 

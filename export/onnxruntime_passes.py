@@ -57,13 +57,16 @@ def attend_in_blocks(graph: ir.Graph, lengths: Mapping[str, int]) -> None:
 
 
 def _most_tokens(keys: ir.Value, lengths: Mapping[str, int]) -> int:
-    """The most keys (batch, heads, tokens, head_dim), or queries; joined ones are counted by part."""
+    """The most keys (batch, heads, tokens, head_dim), or queries; joined ones are counted by part, and those
+    that some are cut off as if they were whole."""
     size = shape_of(keys)[2]
     if isinstance(size, int):
         return size
     if size.value is not None and size.value in lengths:
         return lengths[size.value]
     node = keys.producer()
+    if node is not None and node.op_type == "Slice":
+        return _most_tokens(input_of(node, 0), lengths)
     if node is None or node.op_type != "Concat":
         raise ValueError(f"the length of {keys.name} is not known: {size}")
     return sum(_most_tokens(part, lengths) for part in node.inputs if part is not None)

@@ -141,7 +141,7 @@ def _phases(graph: Graph, plan: CachePlan) -> Iterator[tuple[dict[str, tuple[int
             yield encoding_shapes(plan, one), dict(rows_of(plan, one))
         return
     for phase in plan.phases[::-1] if graph.dynamic else plan.phases[-1:]:
-        yield plan.phase_shapes(phase), {}
+        yield plan.phase_shapes(phase), plan.rows(phase.first_chunk)
 
 
 def _torch(graph: Graph, inputs: Arrays) -> Arrays:

@@ -140,7 +140,7 @@ def generate(
         seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
         _, new = run(latents, [schedule.context_timestep], rotary, seen)
         turn = turn_of(plan, chunk, text.device)
-        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn, cuts=begun)
+        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn, cuts=begun, rotary=rotary)
         yield GeneratedChunk(chunk, latents, indices)
 
 

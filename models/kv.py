@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Turn
+from forcingkv.models import kv_ema as kv_ema  # the halves of roles register themselves
+from forcingkv.models import kv_history as kv_history
+from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime import positions
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
@@ -49,7 +51,7 @@ def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
         out = []
         for group, held in zip(plan.layers[layer], cache[layer], strict=True):
             own = heads_of(current, group)
-            read = [HALVES[r.name].read(r, held[r.name], own.keys) for r in group.roles]
+            read = [read_role(plan, group, role, held[role.name], own.keys) for role in group.roles]
             keys = torch.cat([*(kv.keys for kv in read), own.keys], 2)
             values = torch.cat([*(kv.values for kv in read), own.values], 2)
             mine = queries[:, group.start : group.stop]
@@ -57,6 +59,13 @@ def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
     return attend
+
+
+def read_role(plan: CachePlan, group: HeadGroup, role: Role, held: KeysValues, like: Tensor) -> KeysValues:
+    """What a group attends to of a role, in the dtype of `like`, of what is cached."""
+    if hidden := role.hidden_tokens(plan, group):
+        held = KeysValues(*(part[:, :, hidden:] for part in held))
+    return HALVES[role.name].read(role, held, like)
 
 
 def advance(
@@ -68,6 +77,7 @@ def advance(
     rows: Mapping[str, Tensor] | None = None,
     turn: Turn | None = None,
     cuts: Cuts = (),
+    rotary: Rotary | None = None,
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
 
@@ -79,6 +89,7 @@ def advance(
         rows: what a graph is told of the chunk, as `CachePlan.rows` has it. None: what the roles say.
         turn: by what keys move with the window. None: by nothing.
         cuts: the chunks with which scenes begin, but the first.
+        rotary: the tables that the chunk's keys were rotated by; not every role asks for them.
 
     Returns:
         The next cache, and the indices of the retained segments where they were chosen: (kept,), or
@@ -100,6 +111,7 @@ def advance(
                     chosen,
                     turn=turn,
                     cuts=cuts,
+                    rotary=rotary,
                 )
             )
             for of in zip(groups, cache[layer], strict=True)

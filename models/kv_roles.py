@@ -25,6 +25,10 @@ GroupCache: TypeAlias = dict[str, KeysValues]
 """Name of a role -> its keys and values, for the roles the group caches."""
 
 
+Rotary: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines of the tokens of a chunk: float32 (tokens, head_dim / 2) (`positions.rotary`)."""
+
+
 class Turn(NamedTuple):
     """What moves keys with the window (`positions.turn`): float32 (head_dim,) each."""
 
@@ -55,6 +59,8 @@ class CleanPass:
     """By what keys move with the window after this pass; None: they stay as they are."""
     cuts: Cuts = field(default=(), kw_only=True)
     """The passes with which scenes begin, where the chunk is known."""
+    rotary: Rotary | None = field(default=None, kw_only=True)
+    """What the chunk's keys were rotated by."""
 
     def told(self, role: Role, kind: str = ROWS) -> Tensor:
         """What a role is told of the chunk (`Role.told`): (tokens,). Of the kind `ROWS` which of the chunk's

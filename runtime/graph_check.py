@@ -67,8 +67,8 @@ OPERATORS: dict[tuple[str, str], tuple[str, ...]] = {
     ("", "LayerNormalization"): _NORM,
     ("", "QuantizeLinear"): ("axis", "output_dtype"),
     ("", "RMSNormalization"): _NORM,
-    ("", "ReduceL2"): ("keepdims", "noop_with_empty_axes"),
-    **dict.fromkeys([("", name) for name in ("ReduceMax", "ReduceMin", "ReduceSum")], ("keepdims",)),
+    **dict.fromkeys([("", name) for name in ("ReduceL2", "ReduceSum")], ("keepdims", "noop_with_empty_axes")),
+    **dict.fromkeys([("", name) for name in ("ReduceMax", "ReduceMin")], ("keepdims",)),
     ("", "Reshape"): ("allowzero",),
     ("", "Resize"): (
         *("antialias", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside"),

@@ -114,7 +114,10 @@ def step_layouts(
     for entry in plan.entries:
         inputs[entry.name] = _cached(plan, entry, compute)
         outputs[next_name(entry.name)] = _cached(plan, entry, compute, made=True)
-    inputs |= {name: Layout("int32", (name.replace(".", "_"),)) for name in plan.rows(0)}
+    inputs |= {
+        name: Layout("int32", (length or name.replace(".", "_"),))
+        for name, length in plan.told_lengths.items()
+    }
     if plan.choice:
         outputs["retained_indices"] = Layout("int64", (ANY,))
     if skips_caches:

@@ -1,6 +1,6 @@
 """A role that the product does not ship, added as docs/extending.md says, by the code that stands there.
 
-`strided` keeps every k-th frame of the video, at most n of them, beside sink and transition frame. It goes
+`spaced` keeps every k-th frame of the video, at most n of them, beside sink and transition frame. It goes
 the whole way of a role: plan, torch, footprint, recorder, export, session, saved state, switch of the prompt.
 """
 
@@ -48,15 +48,15 @@ def block(language: str, word: str) -> str:
     return textwrap.dedent(next(text for text in blocks if word in text))
 
 
-POLICY = block("toml", "strided")
-MODULE = "tests.strided_of_the_page"
+POLICY = block("toml", "spaced")
+MODULE = "tests.spaced_of_the_page"
 """Where the classes of the page live: fields of dataclasses are looked up in their module."""
 
 
 def add_the_role() -> None:
     """Run the two blocks of Python, each in what its file imports."""
     module = sys.modules[MODULE] = ModuleType(MODULE)
-    for home, word in ((roles, "class Strided(Role)"), (kv_roles, "class TorchStrided(TorchRole)")):
+    for home, word in ((roles, "class Spaced(Role)"), (kv_roles, "class TorchSpaced(TorchRole)")):
         vars(module).update({name: value for name, value in vars(home).items() if not name.startswith("__")})
         # As in those files: annotations are text until a field is read.
         source = compile(
@@ -66,16 +66,16 @@ def add_the_role() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def strided() -> Iterator[None]:
+def spaced() -> Iterator[None]:
     """The role is there for the tests of this file alone."""
     add_the_role()
     yield
-    del roles.Role.KINDS["strided"], kv_roles.HALVES["strided"], sys.modules[MODULE]
+    del roles.Role.KINDS["spaced"], kv_roles.HALVES["spaced"], sys.modules[MODULE]
 
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Policy:
-    file = tmp_path / "strided.toml"
+    file = tmp_path / "spaced.toml"
     file.write_text(POLICY)
     return load_policy(str(file))
 
@@ -91,11 +91,11 @@ def plan(policy: Policy) -> CachePlan:
 
 
 @pytest.fixture(scope="module")
-def bundle(strided: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("strided")
-    (folder / "strided.toml").write_text(POLICY)
+def bundle(spaced: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("spaced")
+    (folder / "spaced.toml").write_text(POLICY)
     spec = spec_of_two_layers()
-    policy = load_policy(str(folder / "strided.toml"))
+    policy = load_policy(str(folder / "spaced.toml"))
     # Verified: every graph is compared with torch in every phase.
     export_bundle(spec, random_model(spec).state_dict(), policy, folder / "bundle")
     return folder / "bundle"
@@ -133,7 +133,7 @@ def test_bytes_are_counted(plan: CachePlan, bundle: Path) -> None:
     opened = Bundle.open(bundle)
     parts = footprint(opened.manifest, opened.plan)
     one = 4 * 2 * plan.spec.dim * plan.frame_tokens * plan.spec.layers  # a frame's keys and values
-    assert (parts["kv_sink"], parts["kv_strided"], parts["kv_recent"]) == (one, 2 * 2 * one, 2 * one)
+    assert (parts["kv_sink"], parts["kv_spaced"], parts["kv_recent"]) == (one, 2 * 2 * one, 2 * one)
     with Session.open(opened) as session:
         assert session.pass_timer(9).cache_bytes == 7 * one
 
@@ -145,8 +145,8 @@ def test_the_recorder_names_its_frames(plan: CachePlan) -> None:
     last = rows.filter(rows["chunk"] == 4).row(0, named=True)
     assert list(zip(last["role"], last["key_frame"], strict=True)) == [
         ("sink", 0),
-        ("strided", 6),
-        ("strided", 9),
+        ("spaced", 6),
+        ("spaced", 9),
         ("recent", 11),
         *(("current", n) for n in (12, 13, 14)),
     ]
@@ -189,7 +189,7 @@ def test_a_role_that_is_read_otherwise_lies_apart_on_torch(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
 ) -> None:
     """Cached in half the bytes, or at twice the value and halved as it is read."""
-    kind, half = roles.Role.KINDS["strided"], kv_roles.HALVES["strided"]
+    kind, half = roles.Role.KINDS["spaced"], kv_roles.HALVES["spaced"]
     with Session.open(bundle, backend="torch") as session:
         plain, without = list(session.generate(PROMPT, seed=7, chunks=6)), session._memory().cache.nbytes
 
@@ -203,7 +203,7 @@ def test_a_role_that_is_read_otherwise_lies_apart_on_torch(
             made: kv.KeysValues = super().advance(role, cached)
             return made
 
-    monkeypatch.setitem(kv_roles.HALVES, "strided", Apart())
+    monkeypatch.setitem(kv_roles.HALVES, "spaced", Apart())
     monkeypatch.setattr(kind, "read_as_cached", False)
     if dtype:
         monkeypatch.setattr(kind, "dtype", lambda self, compute: dtype)
@@ -278,7 +278,7 @@ def test_a_switch_rebuilds_the_frames_it_holds(plan: CachePlan, bundle: Path) ->
 
 def test_the_manifest_says_it(bundle: Path) -> None:
     data = json.loads((bundle / "manifest.json").read_text())
-    assert {"role": "strided", "every": 3, "frames": 2} in data["policy"]["groups"]["all"]
+    assert {"role": "spaced", "every": 3, "frames": 2} in data["policy"]["groups"]["all"]
 
 
 def test_a_torch_half_that_does_not_say_how_it_advances_is_refused() -> None:

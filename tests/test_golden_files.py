@@ -21,12 +21,15 @@ CHEAP = {
     "dummy_released": "neighbour3_ar_start2",
     "longlive2": "relative_shots",
     "longlive2_start_frame": "two_steps",
+    "memrope": "fast",
+    "reward_forcing": "fast",
 }
 """A variant of a file that is run in every test run: together they take about two seconds."""
 FILES = (
     *("forcing_kv_settings", "framewise_forcing_kv", "first_chunk_schedule", "start_latents"),
     *("krea_released", "dummy_released"),
     *("longlive2", "longlive2_start_frame", "longlive_infinity", "longlive_switch", "switch_keep_sink"),
+    *("memrope", "reward_forcing"),
 )
 
 DECODERS = ("wan21_vae", "wan22_vae", "taew2_2")
@@ -98,15 +101,15 @@ def test_what_is_not_understood_is_named_and_nothing_is_run(
     assert told in line
 
 
-def test_files_of_later_work_are_passed_over_by_what_they_say(
+def test_files_that_other_tests_have_are_passed_over_by_what_they_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    golden_file(tmp_path / "a.safetensors", policy={"kind": "MemRoPE"})
-    golden_file(tmp_path / "b.safetensors", format=None)
+    golden_file(tmp_path / "a.safetensors", format=None)
+    golden_file(tmp_path / "b.safetensors", policy={"kind": "Pyramid Forcing"})
     assert main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("a: passed over: later work: roles that average keys")
-    assert lines[1].startswith("b: passed over: the older format")
+    assert lines[0].startswith("a: passed over: the older format")
+    assert lines[1].startswith("b: passed over: other rules: each query frame reads a history of its own")
 
 
 def test_what_is_no_golden_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from forcingkv.models.kv import advance_group, cached_dtype, choice_of, encode_group, heads_of
-from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Turn
+from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.backends.torch_device import name_of, torch_dtype
@@ -32,15 +32,18 @@ class Layout(NamedTuple):
 
     roles: Mapping[str, slice]
     current: slice
+    cached: Mapping[str, int]
+    """How many tokens are cached of each role: those that are attended to, and hidden ones."""
 
 
 def layout_of(plan: CachePlan, group: HeadGroup, chunk: int) -> Layout:
     """Where the tokens lie that the chunk of that index sees."""
     places, end = {}, 0
     for role in group.roles:
-        begin, end = end, end + role.tokens(plan, group, chunk)
+        begin, end = end, end + role.seen_tokens(plan, group, chunk)
         places[role.name] = slice(begin, end)
-    return Layout(places, slice(end, end + plan.chunk_tokens))
+    cached = {role.name: role.tokens(plan, group, chunk) for role in group.roles}
+    return Layout(places, slice(end, end + plan.chunk_tokens), cached)
 
 
 def _hollow(plan: CachePlan, group: HeadGroup) -> Layout:
@@ -49,7 +52,8 @@ def _hollow(plan: CachePlan, group: HeadGroup) -> Layout:
     for role in group.roles:
         begin, end = end, end + (role.steady_tokens(plan, group) if role.opening_frames(plan.spec) else 0)
         places[role.name] = slice(begin, end)
-    return Layout(places, slice(end, end + plan.chunk_tokens))
+    cached = {name: place.stop - place.start for name, place in places.items()}
+    return Layout(places, slice(end, end + plan.chunk_tokens), cached)
 
 
 def joined_tokens(plan: CachePlan, group: HeadGroup) -> int:
@@ -70,12 +74,14 @@ class JoinedGroup:
     Each pass puts what is read of them into its place in `all`."""
     layouts: tuple[Layout, ...]
     """Of each phase; the last is that of a hollow cache."""
+    hidden: Mapping[str, int]
+    """Of each role how many tokens are not attended to, in front of the others."""
 
     def part(self, role: Role, phase: int) -> KeysValues:
         """What is cached of a role in a phase: views."""
         place = self.layouts[phase].roles[role.name]
         if role.name in self.apart:
-            return _tokens(self.apart[role.name], slice(0, place.stop - place.start))
+            return _tokens(self.apart[role.name], slice(0, self.layouts[phase].cached[role.name]))
         return _tokens(self.all, place)
 
     def cached(self, phase: int) -> GroupCache:
@@ -87,7 +93,8 @@ class JoinedGroup:
         own, layout = heads_of(current, self.group), self.layouts[phase]
         for role in self.group.roles:
             if role.name in self.apart:
-                read = HALVES[role.name].read(role, self.part(role, phase), own.keys)
+                shown = _tokens(self.part(role, phase), slice(self.hidden[role.name], None))
+                read = HALVES[role.name].read(role, shown, own.keys)
                 _put(_tokens(self.all, layout.roles[role.name]), read)
         _put(_tokens(self.all, layout.current), own)
         seen = _tokens(self.all, slice(0, layout.current.stop))
@@ -192,10 +199,17 @@ class JoinedCache(KvCache):
         return {next_name(entry.name): self._view(entry, self.key[1]) for entry in self.plan.entries}
 
     def attend(
-        self, phase: int, following: int | None, turn: Turn | None, *, each_chunk: Callable[[], bool]
+        self,
+        phase: int,
+        following: int | None,
+        turn: Turn | None,
+        rotary: Rotary,
+        *,
+        each_chunk: Callable[[], bool],
     ) -> Attend:
         """How a pass in a phase attends. A clean pass goes on to the phase `following`; None: it is none.
-        `turn` moves keys with the window, where positions are relative to it.
+        `turn` moves keys with the window, where positions are relative to it; by `rotary` the pass's own are
+        rotated.
 
         `each_chunk` says, when the pass runs, whether it runs anew for each chunk. Where it does not (it is
         being captured) no role is told which chunk it is, as in a graph.
@@ -212,7 +226,7 @@ class JoinedCache(KvCache):
                 if layer == 0:
                     chosen.clear()
                 chunk = self.passes if each_chunk() else None
-                self._advance(layer, current, (phase, following), chosen, chunk, turn)
+                self._advance(layer, current, (phase, following), chosen, chunk, turn, rotary)
             return out[0] if len(out) == 1 else torch.cat(out, 1)
 
         return attend
@@ -225,6 +239,7 @@ class JoinedCache(KvCache):
         chosen: list[torch.Tensor],
         chunk: int | None,
         turn: Turn | None,
+        rotary: Rotary,
     ) -> None:
         # Whether something is chosen, and which rows are taken, is the same for all chunks of these phases.
         choice = None if self.hollow else choice_of(self.plan, self.passes)
@@ -244,6 +259,7 @@ class JoinedCache(KvCache):
                 rows,
                 one.layouts[phases[1]],
                 turn=turn,
+                rotary=rotary,
             )
             one.take(advance_group(done), phases[1])
 
@@ -264,9 +280,7 @@ class _Advance(CleanPass):
     """Where tokens lie that the next chunk sees."""
 
     def tokens_after(self, role: Role) -> int:
-        place = self.following.roles[role.name]
-        tokens: int = place.stop - place.start
-        return tokens
+        return self.following.cached[role.name]
 
     def told(self, role: Role, kind: str = ROWS) -> torch.Tensor:
         rows = self.on_device[told_name(self.group, role, kind)]
@@ -282,10 +296,11 @@ def _make(plan: CachePlan, group: HeadGroup, compute: torch.dtype, device: torch
     apart = {
         role.name: pair(role.steady_tokens(plan, group), cached_dtype(role, compute))
         for role in group.roles
-        if role.apart(name_of(compute))
+        if role.apart(name_of(compute), role.hidden_tokens(plan, group))
     }
+    hidden = {role.name: role.hidden_tokens(plan, group) for role in group.roles}
     layouts = (*(layout_of(plan, group, phase.first_chunk) for phase in plan.phases), _hollow(plan, group))
-    return JoinedGroup(group, pair(joined_tokens(plan, group), compute), apart, layouts)
+    return JoinedGroup(group, pair(joined_tokens(plan, group), compute), apart, layouts, hidden)
 
 
 def _tokens(kv: KeysValues, part: slice) -> KeysValues:

@@ -216,8 +216,8 @@ def _step_work(
         return captured is None or not captured.capturing
 
     turn = Turn(*(given[name] for name in TURN)) if cache.plan.relative else None
-    attend = cache.attend(phase, cache.key[1] if is_clean else None, turn, each_chunk=each_chunk)
     rotary, noise = (given["cosines"], given["sines"]), given.get("noise")
+    attend = cache.attend(phase, cache.key[1] if is_clean else None, turn, rotary, each_chunk=each_chunk)
     latents = given["latents"]
     sigma, sigma_next = (level_of_frames(given[name]) for name in ("sigma", "sigma_next"))
     renoise = spec.schedule.renoise

@@ -39,8 +39,8 @@ class KvCache(ABC):
             for name, tokens in plan.rows(begin).items():
                 held[name] = lane.tensor(tokens.shape, "int32")
                 held[name].write(tokens, lane.main)
-        self._told_of_scenes: dict[tuple[int, str], Rows] = {}
-        """What was written of a phase since, where a scene told otherwise."""
+        self._told_since: dict[tuple[int, str], Rows] = {}
+        """What was written of a phase since, where a scene or a chunk told otherwise."""
 
     @property
     @abstractmethod
@@ -62,16 +62,16 @@ class KvCache(ABC):
             self.cuts = (*self.cuts, self.passes)
 
     def tell(self) -> None:
-        """Say which tokens stay after the next clean pass, where that depends on scenes: before it is put
-        into the queue."""
-        if not self.cuts and not self._told_of_scenes:
+        """Say what the next clean pass is told, where that depends on scenes or on the chunk: before it is
+        put into the queue."""
+        if not (self.cuts or self._told_since or self.plan.told_by_chunk):
             return
         phase = self._phase_at(self.passes)
-        usual, now = (self.plan.rows(self.passes, cuts) for cuts in ((), self.cuts))
+        first, now = self.plan.rows(self._begins[phase]), self.plan.rows(self.passes, self.cuts)
         for name, rows in now.items():
-            if not np.array_equal(rows, self._told_of_scenes.get((phase, name), usual[name])):
+            if not np.array_equal(rows, self._told_since.get((phase, name), first[name])):
                 self._rows[phase][name].write(rows, self._queue)
-                self._told_of_scenes[phase, name] = rows
+                self._told_since[phase, name] = rows
 
     def cleaned(self) -> None:
         """A clean pass was put into the queue: the cache is what it makes."""

@@ -159,7 +159,7 @@ class CachePlan:
 
     def rows(self, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         """Inputs of the step graph (`told_name`) -> the tokens that are taken of a chunk, or kept; equal in a
-        phase of a video without cuts.
+        phase of a video without cuts, unless `told_by_chunk`.
 
         For the sink: all tokens of its frames in the first chunk, none in the others. So the output that
         makes the sink is empty once it is made, and nothing copies it, though every pass makes all outputs.
@@ -171,6 +171,18 @@ class CachePlan:
             for kind, rows in role.told(self, group, chunk, cuts).items()
         }
         return dict(sorted(told.items()))
+
+    @cached_property
+    def told_by_chunk(self) -> bool:
+        """Whether `rows` differ between chunks of a phase."""
+        return any(role.told_by_chunk for _, role in self._takers)
+
+    @cached_property
+    def told_lengths(self) -> dict[str, int | None]:
+        """Of each of `rows` how long it is in every phase; None: it varies."""
+        by_phase = [self.rows(phase.first_chunk) for phase in self.phases]
+        lengths = {name: {len(rows[name]) for rows in by_phase} for name in by_phase[0]}
+        return {name: found.pop() if len(found) == 1 else None for name, found in lengths.items()}
 
     @cached_property
     def _takers(self) -> tuple[tuple[HeadGroup, Role], ...]:
@@ -222,13 +234,16 @@ class CachePlan:
         roles = [(group, role) for group in of_label.values() for role in group.roles]
         steady = [role.steady_tokens(self, group) for group, role in roles]
         phases: list[Phase] = []
-        chunk, lengths = 0, None
+        chunk, lengths, before = 0, None, None
         rests = max((role.rests_from(self, group) for group, role in roles), default=0)
         while lengths != steady or chunk <= rests:
             lengths = [role.tokens(self, group, chunk) for group, role in roles]
             tokens = tuple((g.label, role.name, n) for (g, role), n in zip(roles, lengths, strict=True))
-            if not phases or phases[-1].tokens != tokens:
+            # What a pass makes is as long in all of a phase, though a length may grow in some chunks only.
+            made = [role.next_tokens(self, group, chunk) for group, role in roles if role.told_by_chunk]
+            if (tokens, made) != before:
                 phases.append(Phase(chunk, tokens))
+            before = tokens, made
             chunk += 1
             if chunk > MOST_CHUNKS:
                 moving = [r.name for (_, r), n, most in zip(roles, lengths, steady, strict=True) if n != most]
@@ -245,7 +260,7 @@ class CachePlan:
     def kv_bytes_by_role(self, dtype: Dtype = "float32", chunk: int | None = None) -> dict[str, int]:
         """`kv_bytes`, split by role; the current chunk is the role `current`."""
         at = self.phases[-1].first_chunk if chunk is None else chunk
-        total = self._bytes_by_role(lambda group, role: role.tokens(self, group, at), dtype)
+        total = self._bytes_by_role(lambda group, role: role.seen_tokens(self, group, at), dtype)
         total["current"] = self._current_bytes(dtype)
         return total
 
@@ -260,11 +275,13 @@ class CachePlan:
         (`Role.apart`).
         """
         fullest = {group: self._fullest_chunk(group) for group, _ in self.kinds}
-        total = self._bytes_by_role(lambda group, role: role.tokens(self, group, fullest[group]), compute)
+        total = self._bytes_by_role(
+            lambda group, role: role.seen_tokens(self, group, fullest[group]), compute
+        )
         total["current"] = self._current_bytes(compute)
         for group, layers in self.kinds:
             for role in group.roles:
-                if role.apart(compute):
+                if role.apart(compute, role.hidden_tokens(self, group)):
                     count = layers * group.heads * role.steady_tokens(self, group)
                     total[role.name] += count * self._token_bytes(compute)
         return total
@@ -280,7 +297,9 @@ class CachePlan:
     def _fullest_chunk(self, group: HeadGroup) -> int:
         """The last of the chunks in which the group sees most."""
         chunks = (phase.first_chunk for phase in self.phases)
-        return max(chunks, key=lambda chunk: (sum(r.tokens(self, group, chunk) for r in group.roles), chunk))
+        return max(
+            chunks, key=lambda chunk: (sum(r.seen_tokens(self, group, chunk) for r in group.roles), chunk)
+        )
 
     def _current_bytes(self, dtype: Dtype) -> int:
         return self.chunk_tokens * self.spec.heads * self.spec.layers * self._token_bytes(dtype)

@@ -58,6 +58,8 @@ class Role(Tagged, ABC):
     """2: read and written in turn. 1: no pass that reads it writes it. See `buffer_tokens`."""
     takes_rows: ClassVar[bool] = False
     """Whether the step graph has an input that says which tokens of the chunk it takes (see `rows`)."""
+    told_by_chunk: ClassVar[bool] = False
+    """Whether what graphs are told (`told`) differs from chunk to chunk of a phase; its lengths never do."""
     chooses: ClassVar[bool] = False
     """Whether it keeps what a `Choice` says."""
     moves: ClassVar[bool] = True
@@ -68,7 +70,7 @@ class Role(Tagged, ABC):
 
     @abstractmethod
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
-        """Cached tokens that the chunk sees."""
+        """Tokens that are cached when the chunk comes. It sees them, all but `hidden_tokens`."""
 
     @abstractmethod
     def steady_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
@@ -77,6 +79,14 @@ class Role(Tagged, ABC):
     @abstractmethod
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         """Which frames the tokens that the chunk sees are of, in the order in which they are cached."""
+
+    def hidden_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        """How many of the first cached tokens are for later chunks: attention does not read them."""
+        return 0
+
+    def seen_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
+        """Cached tokens that attention reads in the chunk."""
+        return max(0, self.tokens(plan, group, chunk) - self.hidden_tokens(plan, group))
 
     def next_tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         """Tokens that a pass of the chunk writes: what the next chunk sees, unless a role says otherwise."""
@@ -94,7 +104,8 @@ class Role(Tagged, ABC):
     def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         """What graphs are told of the chunk, by the name of its kind: which of the chunk's tokens it takes
         (`rows`), and what a role's own torch half asks for. Names are always the same, lengths within a
-        phase, and all of it without cuts."""
+        phase, and all of it without cuts, where the role is not `told_by_chunk`. What has the same length in
+        every phase has it in graphs too (`CachePlan.told_lengths`)."""
         return {ROWS: self.rows(plan, group, chunk)} if self.takes_rows else {}
 
     def rests_from(self, plan: CachePlan, group: HeadGroup) -> int:
@@ -136,9 +147,10 @@ class Role(Tagged, ABC):
         """What its keys and values are cached in, in graphs that compute in `compute`."""
         return compute
 
-    def apart(self, compute: Dtype) -> bool:
-        """Whether it is cached as something else than what is attended to."""
-        return not self.read_as_cached or self.dtype(compute) != compute
+    def apart(self, compute: Dtype, hidden: int = 0) -> bool:
+        """Whether it is cached as something else than what is attended to; `hidden` are its tokens that are
+        not (`hidden_tokens`)."""
+        return not self.read_as_cached or self.dtype(compute) != compute or hidden > 0
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         """The role in a layer of a model, beside the others of its group; None where it holds nothing."""

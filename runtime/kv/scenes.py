@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime.kv.roles import Cuts, Recent, Role, Rows
+from forcingkv.runtime.kv.roles import Cuts, Recent, Role, Rows, Sink
 
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
@@ -85,7 +85,7 @@ def with_scenes(spec: ModelSpec, roles: Sequence[Role]) -> tuple[Role, ...]:
     Not beside other roles than the sink, which take what leaves the recent frames, nor where these are no
     more than a scene's.
     """
-    others = [role for role in roles if not role.opening_frames(spec)]
+    others = [role for role in roles if not isinstance(role, Sink)]
     if len(others) != 1 or type(others[0]) is not Recent or not spec.scene_frames:
         return tuple(roles)
     recent = others[0]

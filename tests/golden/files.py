@@ -13,12 +13,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 FORMAT = 2
-LATER = {
-    "MemRoPE": "roles that average keys of frames (MemRoPE)",
-    "Reward Forcing": "a sink that is updated by what leaves the window (Reward Forcing)",
-    "pyramid forcing": "the roles of Pyramid Forcing",
+OTHER_RULES = {
+    "pyramid forcing": "each query frame reads a history of its own, and its keys at times of its own, sink"
+    " frames of chunk 0 among them; tests/runtime/test_pyramid.py compares which frames are read",
 }
-"""What a policy's kind begins with, whatever its case, and what the product has not for it yet."""
+"""What a policy's kind begins with whose latents come of rules that no role can follow."""
 
 RULE = "rule"
 """A variant of its own: what the class rule of Dummy Forcing makes of scores."""
@@ -122,7 +121,7 @@ class GoldenFile:
             raise GoldenError(f"its format is {self.spec['format']!r}, and only {FORMAT} is known")
         if self.of_decoder:
             return None
-        for begins, missing in LATER.items():
+        for begins, why in OTHER_RULES.items():
             if self.kind.casefold().startswith(begins.casefold()):
-                return f"later work: {missing}"
+                return f"other rules: {why}"
         return None

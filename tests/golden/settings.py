@@ -11,7 +11,9 @@ from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.schedule import ChunkSteps, FirstCounts, Schedule
 from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, TextEncoder
+from tests.golden.averages import MEMROPE, REWARD_FORCING, memrope, reward_forcing
 from tests.golden.files import GoldenError, GoldenFile
+from tests.golden.pyramid import PYRAMID, pyramid
 from tests.golden.rivals import DUMMY, KREA, dummy, krea
 from tests.golden.rules import everything_seen, forcing_kv
 from tests.golden.said import Said
@@ -78,6 +80,11 @@ def case_of(file: GoldenFile, variant: str) -> Case:
         headmap = headmap_of(spec, static_heads)
     elif kind == "full":
         spec, policy = everything_seen(spec, said, start + chunks * frames)
+    elif kind.casefold().startswith((MEMROPE, REWARD_FORCING)):
+        rule = memrope if kind.casefold().startswith(MEMROPE) else reward_forcing
+        spec, policy = rule(spec, said)
+    elif kind.casefold().startswith(PYRAMID):
+        spec, policy, headmap = pyramid(spec, said)
     else:
         raise GoldenError(f"the policy {kind!r} is not known")
     noise = str(said.get("noise", "noise"))

@@ -216,7 +216,9 @@ def test_frames_each_head_sees(preset: str, resolution: str) -> None:
 @pytest.mark.parametrize("policy", policy_names())
 def test_bytes_grow_with_the_tokens(policy: str) -> None:
     sizes = {name: plan_of("krea-14b", name, policy).kv_bytes("bfloat16") for name in GEOMETRIES}
-    assert len({sizes[name] / tokens for name, (_, _, tokens) in GEOMETRIES.items()}) == 1
+    each = [sizes[name] / tokens for name, (_, _, tokens) in GEOMETRIES.items()]
+    # Patches that are merged stand over the edge of 45 rows.
+    assert max(each) == pytest.approx(min(each), rel=1e-3 if policy == "pyramid" else 0)
     if policy == "full":
         assert [round(size / 2**30) for size in sizes.values()] == [25, 58, 131]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,6 @@ import torch
 
 from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.models.generate import GeneratedChunk, generate, seeded_noise
-from forcingkv.models.kv import Cache, advance, empty_cache, turn_of
-from forcingkv.models.wan import KeysValues, rotate
-from forcingkv.runtime import positions
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.kv.window import first_position
@@ -21,6 +17,7 @@ from forcingkv.runtime.spec import Positions
 from tests.conftest import random_model, roles, small_spec
 from tests.golden.compare import compare
 from tests.golden.files import GoldenFile
+from tests.models.caches import advanced, rotated
 
 POLICIES = ["full", "window", "forcing-kv", "dummy-forcing", "forcing-kv-krea-sink"]
 
@@ -34,31 +31,6 @@ def plan_of(policy: Policy, positions: Positions, **changes: object) -> CachePla
     row = ("static", "dynamic", "dynamic") if "static" in policy.groups else ("sink", "neighbour", "dummy")
     headmap = HeadMap(ModelIdentity(spec.name, 2, 3), (row, row), Rule("given"))
     return build_plan(spec, spec.geometry(), policy, headmap if policy.needs_headmap else None)
-
-
-def rotated(raw: torch.Tensor, plan: CachePlan, position: int) -> torch.Tensor:
-    """Keys of a frame that stands at a position."""
-    tables = positions.rotary(plan.spec, plan.geometry, position, 1)
-    return rotate(raw, *map(torch.from_numpy, tables))
-
-
-def advanced(
-    plan: CachePlan, chunks: int
-) -> Iterator[tuple[int, Cache, list[torch.Tensor], list[list[int]]]]:
-    """(chunk that comes next, cache, keys of all frames before rotation, segments chosen so far)."""
-    torch.manual_seed(0)
-    spec, size = plan.spec, plan.frame_tokens
-    cache, raw, chosen = empty_cache(plan, torch.zeros(())), [], []
-    for chunk in range(chunks):
-        new = torch.randn(spec.frames_per_chunk, 1, spec.heads, size, spec.head_dim)
-        raw += [*new]
-        first = first_position(plan, chunk, chunk)
-        keys = torch.cat([rotated(x, plan, first + n) for n, x in enumerate(new)], 2)
-        layer = KeysValues(keys, torch.cat([*new], 2))
-        turn = turn_of(plan, chunk, torch.device("cpu"))
-        cache, indices = advance(plan, cache, [layer] * spec.layers, chunk=chunk, turn=turn)
-        chosen.append([] if indices is None else indices.tolist())
-        yield chunk + 1, cache, raw, chosen
 
 
 @pytest.mark.parametrize(

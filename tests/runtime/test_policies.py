@@ -11,10 +11,13 @@ import pytest
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.runtime.kv.early import Early, Opening
+from forcingkv.runtime.kv.ema import Ema
+from forcingkv.runtime.kv.merged import Merged
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import ALL, Policy, load_policy, policy_names
 from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.roles import Recent, Sink
+from forcingkv.runtime.kv.strided import Strided
 from tests.conftest import roles, small_spec
 
 POLICY = """
@@ -67,6 +70,15 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
         assert load_policy(name).groups == {"static": static, "dynamic": dynamic}
     assert load_policy("full").groups == {"all": roles(None, None)}
     assert load_policy("window").groups == {"all": roles(3, 6)}
+    long, short = 0.01, 0.1
+    assert load_policy("memrope").groups == {"all": (Sink(3), Ema((long, short)), Recent(4))}
+    token_by_token = Ema((0.001,), of="tokens", starts="first")
+    assert load_policy("reward-forcing").groups == {"all": (token_by_token, Recent(3))}
+    assert load_policy("pyramid").groups == {
+        "wave": (Sink(1), Strided(6, 4, cyclic=True), Recent(1)),
+        "anchor": (Sink(3), Strided(6, 4), Recent(1)),
+        "veil": (Sink(3), Merged(4, 2, 4), Recent(1)),
+    }
 
 
 def test_a_policy_may_say_when_heads_are_split(tmp_path: Path) -> None:

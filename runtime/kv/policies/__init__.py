@@ -17,13 +17,18 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
 from forcingkv.headmaps.headmap import MOST
 from forcingkv.runtime.kv.early import Early, Opening
+from forcingkv.runtime.kv.ema import Ema
+from forcingkv.runtime.kv.merged import Merged
 from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.roles import Recent, Role, Sink
 from forcingkv.runtime.kv.scenes import Scene
+from forcingkv.runtime.kv.strided import Strided
 from forcingkv.runtime.shipped import read_named, shipped_names
 from forcingkv.runtime.spec import MOST_FRAMES, Positions
 
-Role.KINDS.update({kind.name: kind for kind in (Sink, Retained, Recent, Early, Opening, Scene)})
+Role.KINDS.update(
+    {kind.name: kind for kind in (Sink, Retained, Recent, Early, Opening, Scene, Ema, Strided, Merged)}
+)
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
