@@ -13,6 +13,7 @@ from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.models.presets import load_spec
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from tests.conftest import random_model
 from tests.exported import shared_bundle
 from tests.runtime.test_remembered import GROUPS, MAP, POLICY, SPEC
@@ -47,6 +48,21 @@ def test_an_engine_with_all_of_them_builds(positions: str, tmp_path: Path) -> No
     kinds = {name.rsplit(".", 2)[1]: one.dtype for name, one in inputs.items() if name.startswith("cache.")}
     assert kinds == dict.fromkeys(kinds, "bfloat16") | {"ema": "float32"}
     assert {inputs[f"ema_update.{label}"].shape for label in ("memrope", "reward")} == {(1,)}
+
+
+@needs_rtx
+@pytest.mark.long
+def test_an_engine_of_pyramid_builds_with_phases_that_share(tmp_path: Path) -> None:
+    spec, policy = replace(load_spec("demo"), layers=1), load_policy("pyramid")
+    labels = (("wave", "anchor", "veil", "wave"),)
+    headmap = HeadMap(ModelIdentity(spec.name, 1, spec.heads), labels, Rule("given"))
+    weights = random_model(spec).state_dict()
+    export_bundle(
+        spec, weights, policy, tmp_path / "bundle", headmap=headmap, target="tensorrt-rtx", sms=(89,)
+    )
+    engines = Bundle.open(tmp_path / "bundle").manifest.engines
+    step = next(engine for engine in engines if engine.graph == "step")
+    assert (step.phases, step.sharing) == (10, "0, 1, 2, 3-8, 9")
 
 
 def test_a_graph_that_encodes_newest_frames_is_refused(tmp_path: Path) -> None:
