@@ -20,13 +20,13 @@ from forcingkv.analyze.scoring import Scored
 from forcingkv.analyze.storage import Recorded
 from forcingkv.headmaps import DYNAMIC, STATIC, Budget, HeadMap, InputError, ModelIdentity, Rule, Statistics
 from forcingkv.runtime.cost import chunk_flops
+from forcingkv.runtime.kv.classes import dummy_classes, labels_of
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.spec import ModelSpec
 
 ALPHA = 0.8
 """The published threshold (`docs/method.md`, "Head profile")."""
-DUMMY_CLASSES = ("sink", "neighbour", "dummy")
 DUMMY_SINK_FRAMES = 1
 MIXTURE_POINTS = 20_000
 """Observations, drawn at random, that a mixture is fitted to at most."""
@@ -81,20 +81,14 @@ def context_mass(recorded: Recorded, scored: Scored) -> Array:
 def label_dummies(mass: Array, scores: Array, model: ModelIdentity, statistics: Statistics) -> HeadMap:
     """The classes of Dummy Forcing (csguoh/DummyForcing), found offline instead of anew for each video.
 
-    As in its released code, the mass of each head on the first frame and on the frames between it and the
-    current chunk (see `context_mass`) is divided by its sum over all heads of the model. The half of the
-    heads whose larger share is smallest are dummies. Of the others, those with the larger share on the first
-    frame are sink heads, the rest neighbour heads. Scores (layers, heads) and statistics go into the map.
+    By `dummy_classes`, half of all heads dummies as in its released settings. Mass is that of `context_mass`;
+    scores (layers, heads) and statistics go into the map.
     """
-    flat = mass.reshape(2, -1)
-    shares = flat / np.maximum(flat.sum(1, keepdims=True), 1e-12)
-    dummies = shares.shape[1] // 2
-    found = np.where(shares[0] >= shares[1], 0, 1)
-    found[np.argsort(shares.max(0), kind="stable")[:dummies]] = 2
-    rows = found.reshape(model.layers, model.heads)
+    dummies = mass[0].size // 2
+    rows = dummy_classes(mass, dummies)
     return HeadMap(
         model=model,
-        labels=tuple(tuple(DUMMY_CLASSES[index] for index in row) for row in rows.tolist()),
+        labels=labels_of(rows),
         rule=Rule("dummy", sink_frames=DUMMY_SINK_FRAMES, dummy_heads=dummies),
         scores=rounded_rows(scores),
         statistics=statistics,

@@ -32,6 +32,7 @@ from forcingkv.export.graphs import (
     recache_graph,
     step_graph,
 )
+from forcingkv.export.live_memory import streaming_bytes
 from forcingkv.export.onnx_writer import value_records, write_onnx
 from forcingkv.export.precision import Precision, torch_dtype
 from forcingkv.export.verify import graph_difference, quantized_differences
@@ -126,6 +127,11 @@ class PartsWriter:
         geometry = self.plan.geometry
         return strip_shapes(self.decoder, self.strips, geometry.latent_height, geometry.latent_width)
 
+    @cached_property
+    def torch_bytes(self) -> dict[str, int]:
+        """What torch holds while it decodes and encodes, by graph."""
+        return streaming_bytes(self.plan.geometry, self.decoder, self.encoder, self.strips)
+
     def write_weights(self, weights: Mapping[str, Tensor], orders: Sequence[Sequence[int]]) -> None:
         """Write the baked weights and those of the decoder and the encoder."""
         spec, path = self.plan.spec, self.folder / WEIGHTS
@@ -160,10 +166,11 @@ class PartsWriter:
         compute = self.precision.compute
         if name == "encode":
             assert self.encoder is not None
-            self.records[name] = encoder_record(self.plan, self.encoder, compute, file, held)
-            return
-        sizes = decoder_sizes(self.plan, self.decoder, compute, self.strips)
-        self.records[name] = record_without_graph(name, self.plan, sizes, compute, file, held)
+            record = encoder_record(self.plan, self.encoder, compute, file, held)
+        else:
+            sizes = decoder_sizes(self.plan, self.decoder, compute, self.strips)
+            record = record_without_graph(name, self.plan, sizes, compute, file, held)
+        self.records[name] = replace(record, torch_bytes=self.torch_bytes.get(name))
 
     def write_graph(self, name: str) -> None:
         """Trace, write and verify a graph."""
@@ -175,6 +182,7 @@ class PartsWriter:
             weights=self._weights_of(name),
             inputs=value_records(traced.graph.input),
             outputs=value_records(traced.graph.output),
+            torch_bytes=self.torch_bytes.get(name),
         )
         if precision.compute == "float32":  # ONNX Runtime runs the graph
             folded = name not in UNFOLDED

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ import forcingkv
 from forcingkv.export.bake import baked_bytes
 from forcingkv.export.bundle_parts import decoder_sizes, encoder_record, record_without_graph
 from forcingkv.export.bundle_writer import check_out, export_bundle
+from forcingkv.export.live_memory import streaming_bytes
 from forcingkv.export.precision import precision_of
 from forcingkv.export.space import check_disk
 from forcingkv.headmaps.errors import InputError
@@ -141,6 +142,8 @@ def check_memory_to_run(recipe: Recipe, device: str | None) -> None:
     if encoder := recipe.encoder:
         size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
         graphs["encode"] = encoder_record(plan, encoder, compute, None, size)
+    for name, needed in streaming_bytes(plan.geometry, decoder, recipe.encoder, strips).items():
+        graphs[name] = replace(graphs[name], torch_bytes=needed)
     manifest = Manifest(
         schema="forcingkv.bundle/1",
         model=plan.spec,

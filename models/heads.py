@@ -46,4 +46,4 @@ def permute_tensor(name: str, tensor: Tensor, spec: ModelSpec, orders: Sequence[
     order = torch.tensor(orders[int(match["layer"])])
     index = order.repeat_interleave(spec.head_dim) * spec.head_dim
     index += torch.arange(spec.head_dim).repeat(spec.heads)
-    return tensor.index_select(_AXES[match["part"]], index)
+    return tensor.index_select(_AXES[match["part"]], index.to(tensor.device))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from forcingkv.models.wan import KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
-from forcingkv.runtime.kv.early import Early
+from forcingkv.runtime.kv.early import Early, Opening
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.retained import Choice, Retained
 from forcingkv.runtime.kv.roles import HELD, ROWS, Cuts, Recent, Role, Sink
@@ -123,8 +123,12 @@ class _TorchSink(TorchRole):
         held = done.held[role.name]
         if done.rows is None and held.keys.shape[2] == role.steady_tokens(done.plan, done.group):
             return held
-        # In a graph this is empty once the sink is full, and the session keeps the sink that it has.
-        rows = done.told(role)
+        return self._collected(role, done)
+
+    def _collected(self, role: Sink, done: CleanPass) -> KeysValues:
+        """What is held, and what is taken of the chunk. In a graph this is empty once the sink is full, and
+        the session keeps the sink that it has."""
+        held, rows = done.held[role.name], done.told(role)
         taken = KeysValues(*(part.index_select(2, rows) for part in done.new))
         if role.filled_by(done.plan.spec) <= 1:
             return taken
@@ -141,8 +145,7 @@ class _TorchRecent(TorchRole):
     def advance(self, role: Recent, done: CleanPass) -> KeysValues:
         plan, new = done.plan, done.new
         kept = role.steady_tokens(plan, done.group)
-        opening = [other for other in done.group.roles if other.opening_frames(plan.spec)]
-        opening_tokens = sum(other.steady_tokens(plan, done.group) for other in opening)
+        opening_tokens = plan.frame_tokens * done.group.opening_frames(plan.spec)
         newest = slice(-kept, None)
         if kept <= plan.chunk_tokens - opening_tokens:
             # The chunk's own frames are enough, even of the first chunk, which gives some to the sink.
@@ -151,19 +154,19 @@ class _TorchRecent(TorchRole):
         return _tokens(KeysValues(*(torch.cat(pair, 2) for pair in pairs)), newest)
 
 
-def _without_sink(recent: Recent, done: CleanPass) -> KeysValues:
-    """Keys and values of the chunk that go to no sink."""
+def _without_sink(role: Role, done: CleanPass) -> KeysValues:
+    """Keys and values of the chunk that go to no sink; `role` is told which, where anybody is."""
     plan, new = done.plan, done.new
-    opening = [role for role in done.group.roles if role.opening_frames(plan.spec)]
-    if ROWS in recent.told(plan, done.group, 0):
-        rows = done.told(recent)
+    opening = [other for other in done.group.roles if other.opening_frames(plan.spec)]
+    if ROWS in role.told(plan, done.group, 0):
+        rows = done.told(role)
         return KeysValues(*(part.index_select(2, rows) for part in new))
     if not opening:
         return new
     # Frames of the first chunk go to the sink. It is the first chunk if the sink is still empty; in any other
     # this slice begins at 0. So one graph serves all chunks, without a branch.
-    whole = sum(role.steady_tokens(plan, done.group) for role in opening)
-    filled = sum(done.held[role.name].keys.shape[2] for role in opening)
+    whole = sum(other.steady_tokens(plan, done.group) for other in opening)
+    filled = sum(done.held[other.name].keys.shape[2] for other in opening)
     return _tokens(new, slice(whole - filled, None))
 
 
@@ -191,11 +194,25 @@ class _TorchEarly(TorchRole):
     def advance(self, role: Early, done: CleanPass) -> KeysValues:
         if done.tokens_after(role) == 0:
             return _tokens(done.new, slice(0, 0))
-        recent = next(one for one in done.group.roles if isinstance(one, Recent))
-        kept = recent.steady_tokens(done.plan, done.group)
-        parts = done.held[role.name], done.held[recent.name], _without_sink(recent, done)
+        recent = [one for one in done.group.roles if isinstance(one, Recent)]
+        kept = sum(one.steady_tokens(done.plan, done.group) for one in recent)
+        held = [done.held[one.name] for one in (role, *recent)]
+        parts = *held, _without_sink(next(iter(recent), role), done)
         joined = KeysValues(*(torch.cat(pair, 2) for pair in zip(*parts, strict=True)))
-        return _tokens(joined, slice(-kept - done.plan.frame_tokens * (role.frames or 0), -kept))
+        early = done.plan.frame_tokens * (role.frames or 0)
+        return _tokens(joined, slice(-kept - early, -kept or None))
+
+
+@torch_half
+class _TorchOpening(_TorchSink):
+    of = Opening
+
+    def advance(self, role: Sink, done: CleanPass) -> KeysValues:
+        after = done.tokens_after(role)
+        held = done.held[role.name]
+        if done.rows is None and after in (0, held.keys.shape[2]):
+            return _tokens(held, slice(0, after))
+        return self._collected(role, done)
 
 
 @torch_half

@@ -13,6 +13,19 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.models.tensor_files import Shapes, TensorFiles, check_fit, listed
 
 
+class InPlace(dict[str, Tensor]):
+    """Caches whose next contents take their place as soon as they are read, so that no second set is held.
+
+    What a call gives under their names are then the same tensors.
+    """
+
+
+def kept(state: Mapping[str, Tensor], name: str, part: Tensor) -> Tensor:
+    """The next content of a cache that was read: a part of a larger tensor, in memory of its own, since a
+    view would keep all of it. Graphs have no copy."""
+    return state[name].copy_(part) if isinstance(state, InPlace) else part.clone()
+
+
 class StreamingModule(nn.Module, ABC):
     """Goes through a video in any number of calls.
 

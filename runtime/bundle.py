@@ -217,13 +217,13 @@ class Bundle:
         compute, records = dtype or self.manifest.compute, self.manifest.graphs
         decoder = sizes_of(records, self.manifest.strips)
         graphs = {
-            name: GraphRecord(None, records[name].weights, *made, records[name].weight_bytes)
+            name: replace(records[name].for_torch, inputs=made[0], outputs=made[1])
             for name, made in tensor_records(self.plan, compute, decoder).items()
         }
         if encode := records.get("encode"):
             held = {name: Layout(compute, record.shape) for name, record in encode.carried.items()}
             ends = as_records(encode_layouts(self.plan, compute, held))
-            graphs["encode"] = GraphRecord(None, encode.weights, *ends, encode.weight_bytes)
+            graphs["encode"] = replace(encode.for_torch, inputs=ends[0], outputs=ends[1])
         made = PlanRecord.of(self.plan, compute)
         manifest = replace(self.manifest, compute=compute, graphs=graphs, plan=made)
         bundle = Bundle(self.path, manifest, self.headmap)

@@ -101,7 +101,7 @@ def check_sizes(manifest: Manifest, where: str) -> None:
 def _sizes(manifest: Manifest) -> Iterator[tuple[str, float, int, int]]:
     """What each number is of, the number, and the least and most it may be."""
     for name, graph in manifest.graphs.items():
-        for field in ("weight_bytes", "activation_bytes"):
+        for field in ("weight_bytes", "activation_bytes", "torch_bytes"):
             yield f"{field} of {shown(name)}", getattr(graph, field) or 0, 0, MOST_SIZE
     for engine in manifest.engines:
         for field in ("weight_bytes", "activation_bytes", "scratch_bytes", "peak_bytes", "seconds"):

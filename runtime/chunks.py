@@ -25,7 +25,7 @@ from forcingkv.runtime.frame_encoder import Encoder, encoder_of, has_encoder
 from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.rebuild import Encoding, context_encoding
 from forcingkv.runtime.kv.window import first_position, moved_by, scene_shift
-from forcingkv.runtime.newest_frames import FramesEncoder
+from forcingkv.runtime.newest_frames import RecachePass
 from forcingkv.runtime.pass_levels import PassLevel, clean_level, denoising_levels, write_levels
 from forcingkv.runtime.positions import Floats
 from forcingkv.runtime.results import Chunk, Timing
@@ -92,9 +92,9 @@ class ChunkMaker:
         self._text = {name: tensor_of(lane, record) for name, record in prompt.inputs.items()}
         self._prompt = lane.bind("prompt", 0, self._text, self._cross)
         self._passes: dict[tuple[int, int, PassLevel, int], Pass] = {}
-        self._encoder: FramesEncoder | None = None
+        self._encoder: RecachePass | None = None
         if lane.recaches and has_recache(bundle.manifest, self._plan):
-            self._encoder = FramesEncoder(lane, self._plan, self.cache, self._cross)
+            self._encoder = RecachePass(lane, self._plan, self.cache, self._cross)
         self._unsettled: Timing | None = None
         self._rotary = {name: tensor_of(lane, step.inputs[name]) for name in ("cosines", "sines")}
         self._turn = {name: tensor_of(lane, step.inputs[name]) for name in TURN if self._plan.relative}
@@ -268,9 +268,9 @@ class ChunkMaker:
         self._clean(steps, self.lane.main.mark())
 
     def encode(self, encoding: Encoding, latents: Floats) -> None:
-        """Make the cache anew in one pass over newest frames, under the prompt as it is: `FramesEncoder`."""
+        """Make the cache anew in one pass over newest frames, under the prompt as it is: `RecachePass`."""
         if self._encoder is None:  # on torch: few videos of such a model need one
-            self._encoder = FramesEncoder(self.lane, self._plan, self.cache, self._cross)
+            self._encoder = RecachePass(self.lane, self._plan, self.cache, self._cross)
         self._encoder.run(encoding, latents)
 
     def state(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ rounds up are said nowhere before an engine is loaded. `DEVICE_RESERVE` stands f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -46,11 +46,11 @@ def part_notes(
     Without a plan what is said of a role is what holds of it in most models.
 
     weights, activations: from the builder's log of engines; of graphs on ONNX Runtime as export derived them
-        (`export/activations.py`); of torch as they are stored, and as `torch_activations` estimates. Engines
-        of `prompt` and `step` run one after another in one block of activation memory, `decode` and `encode`
-        in another;
-        ONNX Runtime gives it back after each graph. The keys and values of the current chunk are among them,
-        a layer at a time.
+        (`export/activations.py`); of torch as they are stored, and as `torch_activations` estimates and
+        export found of decoding and encoding (`export/live_memory.py`). Engines of `prompt` and `step` run
+        one after another in one block of activation memory, `decode` and `encode` in another; ONNX Runtime
+        gives it back after each graph. The keys and values of the current chunk are among them, a layer at a
+        time.
     kv_...: a part for each role, from the cache plan: its buffers are as large as it ever needs. torch has
         one of each, and writes the chunk's own behind them.
     decoder_caches: the inputs that decoding carries from call to call, and where a frame is decoded in strips
@@ -119,11 +119,18 @@ def named(sets: Iterable[EngineSet]) -> str:
     return "; ".join(f"{made} for {', '.join(of)}" for made, of in sms.items())
 
 
-def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecord] = ()) -> dict[str, int]:
+def footprint(
+    manifest: Manifest,
+    plan: CachePlan,
+    engines: Sequence[EngineRecord] = (),
+    *,
+    on_cpu: bool = True,
+) -> dict[str, int]:
     """Bytes of memory that a session on those engines holds, by part (see `part_notes`).
 
-    Without engines it is a session on ONNX Runtime, and without graphs one on torch. Of graphs that ONNX
-    Runtime does not run `weights` and `activations` are not known then, and left out.
+    Without engines it is a session on ONNX Runtime, and without graphs one on torch; `on_cpu` says where that
+    one runs. Of graphs that ONNX Runtime does not run `weights` and `activations` are not known then, and
+    left out.
     """
     parts: dict[str, int] = {}
     joined = not manifest.has_graphs
@@ -137,7 +144,7 @@ def footprint(manifest: Manifest, plan: CachePlan, engines: Sequence[EngineRecor
         weights = [graph.weight_bytes for graph in graphs]
         activations = [graph.activation_bytes for graph in graphs]
         if joined:
-            activations = [torch_activations(plan, manifest.compute)]
+            activations = [torch_activations(plan, manifest.compute), *_torch_streaming(manifest, on_cpu)]
         if None not in weights and None not in activations:
             parts["weights"] = sum(size or 0 for size in weights)
             parts["activations"] = max(size or 0 for size in activations)
@@ -184,7 +191,7 @@ def has_recache(manifest: Manifest, plan: CachePlan) -> bool:
 
 
 def encoder_bytes(plan: CachePlan) -> int:
-    """Bytes of the inputs of a pass that encodes newest frames (`newest_frames.FramesEncoder`)."""
+    """Bytes of the inputs of a pass that encodes newest frames (`newest_frames.RecachePass`)."""
     spec, frames, wide = plan.spec, most_encoded(plan), DTYPES["float32"].bytes
     numbers = math.prod(latent_shape(plan, frames)) + frames * plan.frame_tokens * spec.head_dim
     numbers += spec.time_width + (2 * spec.head_dim if plan.relative else 0)
@@ -215,6 +222,15 @@ def torch_activations(plan: CachePlan, compute: Dtype, *, encoding: bool = False
         seen = tokens + plan.frame_tokens * max(group.opening_frames(spec) for group in plan.groups)
     layer = tokens * (size * (2 * spec.ffn_width + 3 * spec.dim) + 2 * wide * spec.dim)
     return layer + 2 * size * spec.dim * seen
+
+
+def _torch_streaming(manifest: Manifest, on_cpu: bool) -> Iterator[int]:
+    """What torch needs beside all else in a call of each graph that decodes or encodes. On a CPU it computes
+    those in float32 whatever the model computes in, from copies of the caches."""
+    wide, size = DTYPES["float32"].bytes, DTYPES[manifest.compute].bytes
+    for graph in (manifest.graphs[name] for name in STREAMING if name in manifest.graphs):
+        copied = _bytes(graph.carried) * wide // size if on_cpu and size < wide else 0
+        yield (graph.torch_bytes or 0) * (wide if on_cpu else size) // wide + copied
 
 
 def readable(size: int) -> str:

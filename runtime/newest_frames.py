@@ -20,8 +20,8 @@ from forcingkv.runtime.kv.rebuild import (
 from forcingkv.runtime.positions import Floats
 
 
-class FramesEncoder:
-    """Encodes newest frames. Its memory is for as many as are ever encoded; fewer lie at its start."""
+class RecachePass:
+    """Encodes newest frames anew. Its memory is for as many as are ever encoded; fewer lie at its start."""
 
     def __init__(self, lane: Lane, plan: CachePlan, cache: KvCache, cross: dict[str, Tensor]) -> None:
         """`cross` are the prompt's keys and values."""

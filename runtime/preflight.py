@@ -175,7 +175,8 @@ def needed_memory(bundle: Bundle, options: LaneOptions) -> dict[str, int]:
         built, graphs = bundle.manifest.engines, bundle.manifest.engine_graphs
         if sm is not None:  # else opening the backend says so
             engines = [find_engine(built, graph, flavour, trt.__version__, sm, where) for graph in graphs]
-    parts = footprint(bundle.manifest, bundle.plan, engines)
+    on_cpu = options.backend != "torch" or options.device in (None, "cpu")
+    parts = footprint(bundle.manifest, bundle.plan, engines, on_cpu=on_cpu)
     if twice := _weights_twice(bundle, options):
         parts["weights"] = parts.get("weights", 0) + twice
     return parts | {RESERVE: DEVICE_RESERVE} if flavour else parts
@@ -190,7 +191,9 @@ def _as_a_whole(bundle: Bundle, sizes: Mapping[str, int], other: Geometry, ratio
     records, rows = StripRecords(manifest.graphs), bundle.plan.geometry.height / strips.pixel_rows
     caches = block_bytes(records.whole) + rows * block_bytes(records.state)
     engines = [engine.activation_bytes for engine in manifest.engines if engine.graph == STRIP]
-    strip = max([manifest.graphs[STRIP].activation_bytes or 0, *engines])
+    graph = manifest.graphs[STRIP]
+    own = graph.activation_bytes if manifest.has_graphs else graph.torch_bytes
+    strip = max([own or 0, *engines])
     made = {
         "decoder_caches": round(caches * ratio * (2 if manifest.has_graphs else 1)),
         "activations": max(sizes.get("activations", 0), round(strip * rows * ratio)),

@@ -150,6 +150,26 @@ class Session:
         session.notes = self.notes
         return session
 
+    def classified(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int,
+        noise: NoiseSource | GivenNoise | None = None,
+        start: Floats | None = None,
+    ) -> Self:
+        """A session for one video, to whose `generate` the same is to be given again: its heads are grouped
+        by what they attend to in the first chunks, which are made here too (Dummy Forcing; torch alone).
+
+        What was found is its `bundle.headmap`. While both are open, self-attention's weights are there twice.
+        Raises InputError where classes cannot be found so, and what `generate` and `sibling` raise.
+        """
+        one_of(("torch",), self._options.backend, "backend that finds classes of heads")
+        from forcingkv.runtime.backends.torch_classes import classified  # torch is there, and not elsewhere
+
+        bundle, lane = classified(self, self._options, self._memory(), prompt, seed, noise, start)
+        return type(self)(bundle, self._options, lane, self._frames)
+
     def __enter__(self) -> Self:
         return self
 

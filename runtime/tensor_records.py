@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE
@@ -33,11 +33,19 @@ class GraphRecord:
     """What ONNX Runtime holds of the weights once the graph is loaded; None where engines run it."""
     activation_bytes: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What ONNX Runtime needs at most for what is neither input nor output, in the phase that needs most."""
+    torch_bytes: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """What torch holds at most in a call of decoding or encoding beside weights and inputs, in float32; None
+    of other graphs, and in bundles made before it was recorded."""
 
     @property
     def skips_caches(self) -> bool:
         """Whether the graph is told which pass is the clean one, and makes next caches in no other."""
         return CLEAN in self.inputs
+
+    @property
+    def for_torch(self) -> GraphRecord:
+        """The record in a bundle without graphs."""
+        return replace(self, file=None, activation_bytes=None)
 
     @property
     def carried(self) -> dict[str, TensorRecord]:

@@ -1,6 +1,6 @@
 """A session that decodes frames whole against one that decodes them in strips: seconds, memory, frames.
 
-    python studies/decoding_in_strips.py [--resolution 480p] [--backend onnxruntime] [--strips 1,4] [--rounds 2]
+    python studies/decoding_in_strips.py [--resolution 480p] [--strips 1,4] [--rounds 2]
 
 One layer of a public model with random weights and the real VAE decoder; chunks of one latent frame. Each
 session runs in a process of its own, so that its peak of memory can be told, and they take turns. Prints as

@@ -35,7 +35,10 @@ from forcingkv.runtime.spec import ModelSpec
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".pytest_cache" / "made"
-PACKAGES = ("numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "triton")
+PACKAGES = (
+    *("numpy", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx"),
+    "triton",
+)
 UNUSED_SECONDS = 3600
 """What was made from other sources goes once nobody has asked for it for so long."""
 

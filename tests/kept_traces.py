@@ -2,8 +2,8 @@
 
 Tracing takes most of an export and looks at no contents of weights, so what comes of it is known by what the
 graph is made of. Each is traced once for all workers (`exported.made_once`); what the exporter does with it
-it does each time. Traced anew are graphs of decoders, what a test asks for with `traced_anew`, and all where
-something of the product that takes part is replaced, or a class of the plan is none of the product's.
+it does each time. Traced anew are what a test asks for with `traced_anew`, and all where something of the
+product that takes part is replaced, or a class of the plan, the decoder or the encoder is a test's own.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import FunctionType
 
 import onnx
 import onnx_ir as ir
 import pytest
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from forcingkv.export import bundle_parts, onnx_writer
@@ -33,6 +34,10 @@ TRACERS = ("forcingkv.export.onnx_writer", "forcingkv.export.bundle_parts")
 """What traces them, with its own functions; other things that these import work on what was traced."""
 PATCHED = {(TRACERS[0], "_traced"), (TRACERS[1], "PartsWriter", "_trace")}
 """Here."""
+MAKES_MODULES = {("forcingkv.models.decoders.wan_vae", "AutoencoderKLWan")}
+"""What modules are made by that are not given: a graph depends on the modules."""
+LAYERS = ("forcingkv.", "torch.", "diffusers.")
+"""Where classes of modules are from."""
 ANYWHERE = frozenset({"name", "fps", "decoder", "text", "source", "resolutions", "dtype"})
 """Fields of a spec that no graph of the transformer depends on."""
 IN_PROMPTS = frozenset(
@@ -69,7 +74,7 @@ def traces_are_kept() -> Iterator[None]:
     ) -> onnx.ModelProto:
         now, origin = _pieces(), (name, precision.compute, _seen_by(name, writer))
         replaced = any(now.get(key) is not piece for key, piece in product.items())
-        keeps = not replaced and writer.decoder is None and _is_the_products(origin)
+        keeps = not replaced and _is_the_products(origin)
         _origin[:] = [origin] if keeps else []
         try:
             return write(writer, name, path, precision)
@@ -110,7 +115,39 @@ def _seen_by(name: str, writer: bundle_parts.PartsWriter) -> object:
         return _fields(plan.spec, ANYWHERE | IN_PROMPTS)
     if name in ("step", "recache"):
         return _fields(plan.spec, ANYWHERE), plan.geometry, plan.policy, plan.layers
+    if name == "encode":
+        assert writer.encoder is not None
+        return plan.geometry, *_layers(writer.encoder)
+    if writer.decoder is not None:
+        return plan.geometry, writer.strips, *_layers(writer.decoder)
     return plan.spec.frames_per_chunk, plan.spec.latent_channels, plan.geometry
+
+
+def _layers(module: nn.Module) -> tuple[object, ...]:
+    """What a module is made of but for contents; with a test's own class among it that class, which
+    `_is_the_products` does not know."""
+    kinds = {type(part) for part in module.modules()}
+    if foreign := [kind for kind in kinds if not kind.__module__.startswith(LAYERS)]:
+        return (Foreign(foreign[0]),)
+    parts = [
+        (name, type(part).__module__, repr(part), {k: v for k, v in vars(part).items() if _is_plain(v)})
+        for name, part in module.named_modules()
+    ]
+    tensors = {name: (str(t.dtype), tuple(t.shape)) for name, t in module.state_dict().items()}
+    return parts, tensors
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A class that is not the product's."""
+
+    kind: type
 
 
 def _fields(spec: ModelSpec, but: frozenset[str]) -> dict[str, object]:
@@ -131,7 +168,7 @@ def _pieces() -> Pieces:
             if isinstance(value, type) and home == place:
                 methods = {k: v for k, v in vars(value).items() if isinstance(v, FunctionType | property)}
                 found |= {(place, name, key): method for key, method in methods.items()}
-    return {place: value for place, value in found.items() if place not in PATCHED}
+    return {place: value for place, value in found.items() if place not in PATCHED | MAKES_MODULES}
 
 
 def _is_the_products(value: object) -> bool:

@@ -66,6 +66,7 @@ CHANGED: dict[str, str] = {
     "generate --random-weights": _BAKED,
     "generate --resolution": _BAKED,
     "generate --vae": _BAKED,
+    "generate --classes": "new: Dummy Forcing as it is released finds classes of heads in each video",
     "generate --device": _WHERE,
     "generate --dtype": _WHERE,
     "generate --provider": _WHERE,

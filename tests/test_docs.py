@@ -19,7 +19,7 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "examples" / "README.md",
-    ROOT / "models" / "demo" / "README.md",
+    *sorted((ROOT / "models").glob("demo*/README.md")),
 ]
 HISTORY = {ROOT / "CHANGELOG.md", ROOT / "docs" / "log.md"}
 """Pages that say what was true at a date: scripts and options named there may be gone since."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,6 +166,18 @@ def test_both_neither_and_what_belongs_to_the_other_are_refused(tmp_path: Path, 
     ModelOptions(lora=[]).check(tmp_path)
 
 
+def test_classes_may_be_found_in_the_video(tmp_path: Path, run: Run) -> None:
+    """No map ships for the policy, and none is needed; the same again makes the same video."""
+    online = ("--policy", "dummy-forcing", "--classes", "online")
+    videos = []
+    for name in ("a", "b"):
+        ran = run(*words(tmp_path / f"{name}.rgb", "--seconds", 0.9, *online))
+        assert ran.code == 0, ran.err
+        assert re.search(r"classes of this video: \d+ sink, \d+ neighbour, 12 dummy\n", ran.err), ran.err
+        videos.append((tmp_path / f"{name}.rgb").read_bytes())
+    assert videos[0] == videos[1]
+
+
 REFUSED = {
     "a device that is not there": (["--device", "xpu"], "finds no device xpu here"),
     "no device": (["--device", "tpu"], "there is no device 'tpu'"),
@@ -174,6 +187,9 @@ REFUSED = {
     "CUDA graphs": (["--cuda-graphs"], "CUDA graphs"),
     "layers of real weights": (["--layers", "2"], "expected --random-weights beside it"),
     "a map of other labels": (["--policy", "dummy-forcing"], "needs a head map, and none ships with demo"),
+    "classes of a policy without": (["--classes", "online"], "has the groups static dynamic"),
+    "classes of no kind": (["--classes", "best"], "there is no way to classes of heads 'best'"),
+    "classes and a state": (["--classes", "online", "--save", "a"], "Leave out --save, or --classes online"),
     "a prompt": (["--prompt", "a zebra"], "does not know the word 'zebra'"),
     "a prompt to come": (["--switch", "0.2:a zebra"], "does not know the word 'zebra'"),
     "a resolution": (["--resolution", "9p"], "9p"),

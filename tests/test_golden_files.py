@@ -17,6 +17,8 @@ from tests.golden_made import golden_file
 CHEAP = {
     "forcing_kv_settings": "transition3",
     "start_latents": "one_step_first4_one_forcing",
+    "krea_released": "sink1",
+    "dummy_released": "neighbour3_ar_start2",
     "longlive2": "relative_shots",
     "longlive2_start_frame": "two_steps",
     "memrope": "fast",
@@ -25,6 +27,7 @@ CHEAP = {
 """A variant of a file that is run in every test run: together they take about two seconds."""
 FILES = (
     *("forcing_kv_settings", "framewise_forcing_kv", "first_chunk_schedule", "start_latents"),
+    *("krea_released", "dummy_released"),
     *("longlive2", "longlive2_start_frame", "longlive_infinity", "longlive_switch", "switch_keep_sink"),
     *("memrope", "reward_forcing"),
 )
@@ -98,17 +101,15 @@ def test_what_is_not_understood_is_named_and_nothing_is_run(
     assert told in line
 
 
-def test_files_of_later_work_are_passed_over_by_what_they_say(
+def test_files_that_other_tests_have_are_passed_over_by_what_they_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    golden_file(tmp_path / "a.safetensors", policy={"kind": "dummy-forcing, as released"})
-    golden_file(tmp_path / "b.safetensors", format=None)
-    golden_file(tmp_path / "c.safetensors", policy={"kind": "Pyramid Forcing"})
+    golden_file(tmp_path / "a.safetensors", format=None)
+    golden_file(tmp_path / "b.safetensors", policy={"kind": "Pyramid Forcing"})
     assert main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("a: passed over: later work: Dummy Forcing")
-    assert lines[1].startswith("b: passed over: the older format")
-    assert lines[2].startswith("c: passed over: other rules: each query frame reads a history of its own")
+    assert lines[0].startswith("a: passed over: the older format")
+    assert lines[1].startswith("b: passed over: other rules: each query frame reads a history of its own")
 
 
 def test_what_is_no_golden_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

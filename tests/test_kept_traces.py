@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
+from torch import nn
 
 from forcingkv.export import bundle_parts, graphs, onnx_writer
 from forcingkv.export.precision import Precision, precision_of
 from forcingkv.models import wan
+from forcingkv.models.decoders import StreamingDecoder
+from forcingkv.models.decoders.taehv import TaehvDecoder
+from forcingkv.models.decoders.wan_vae import WanVaeDecoder
+from forcingkv.models.encoders.wan_vae import WanVaeEncoder
 from forcingkv.models.wan import WanModel
+from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.kv.roles import Recent
 from forcingkv.runtime.spec import ModelSpec, Schedule
 from tests import exported, kept_traces
 from tests.conftest import small_spec
+from tests.models.test_decoders import SMALL, SMALL22, small_lighttae, small_taehv, small_vae
 
 FLOAT = precision_of("float32", "onnx")
 Writer = Callable[..., str]
@@ -47,9 +56,13 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Writer:
         policy: Policy,
         precision: Precision = FLOAT,
         resolution: str | None = None,
+        decoder: StreamingDecoder | None = None,
+        **more: Any,
     ) -> str:
         plan = build_plan(spec, spec.geometry(resolution), policy)
-        writer = bundle_parts.PartsWriter(tmp_path, plan, None, precision, None, False, True, print)
+        writer = bundle_parts.PartsWriter(
+            tmp_path, plan, decoder, precision, None, False, True, print, **more
+        )
         return str(writer._trace(name, tmp_path / f"{name}.onnx", precision))
 
     return asked
@@ -86,6 +99,46 @@ def test_another_graph_is_traced(trace: Writer) -> None:
     names = [trace(*words) for words in asked]
     assert len(set(names)) == len(asked), "each by itself"
     assert [trace(*words) for words in asked] == names, "and all are kept"
+
+
+def test_decoders_and_encoders_are_known_by_their_layers(trace: Writer) -> None:
+    words, strips = (small_spec(), load_policy("window"), FLOAT, None), Strips(2, 4, 1, 8)
+    first, same, other = (WanVaeDecoder(small_vae(config)) for config in (SMALL, SMALL, SMALL22))
+    encoder, of_another = (WanVaeEncoder(small_vae(config)) for config in (SMALL, SMALL22))
+    with torch.no_grad():
+        for tensor in (same.decoder.conv_in.weight, same.mean):
+            tensor.add_(1)
+    known = trace("step", *words)
+    assert {trace("step", *words, one, encoder=encoder, strips=strips) for one in (first, other)} == {known}
+    decode = trace("decode", *words, first)
+    assert trace("decode", *words, same, encoder=encoder) == decode
+    asked: list[tuple[str, StreamingDecoder, dict[str, object]]] = [
+        ("decode", first, {}),
+        ("decode", other, {}),
+        ("decode", small_taehv(), {}),
+        ("decode", TaehvDecoder((8, 6, 4, 4), 4), {}),
+        ("decode", small_lighttae(), {}),
+        ("decode", first, {"strips": strips}),
+        ("decode", first, {"strips": replace(strips, count=3)}),
+        ("decode_strip", first, {"strips": strips}),
+        ("encode", first, {"encoder": encoder}),
+        ("encode", first, {"encoder": of_another}),
+    ]
+    names = [trace(name, *words, decoder, **more) for name, decoder, more in asked]
+    assert len(set(names)) == len(asked), "each by itself"
+    assert trace("encode", *words, encoder=WanVaeEncoder(small_vae(SMALL))) == names[-2]
+    first.patch = 2
+    assert trace("decode", *words, first) != decode
+
+
+def test_layers_of_tests_are_not_known(trace: Writer) -> None:
+    class Mine(nn.ReLU):
+        """As a test may define a layer, with any code."""
+
+    words, decoder = (small_spec(), load_policy("window"), FLOAT, None), small_taehv()
+    decoder.decoder[2] = Mine()
+    assert trace("decode", *words, decoder) != trace("decode", *words, decoder)
+    assert trace("step", *words, decoder) == trace("step", *words, decoder)
 
 
 def test_where_something_else_takes_part_nothing_is_kept(

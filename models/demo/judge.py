@@ -46,7 +46,7 @@ def _classifier() -> Pipeline:
     rng, crops, classes = np.random.default_rng(SEED), [], []
     for _ in range(TRAINING_CLIPS):
         clip = make_clip(rng, 1, "train")
-        for half, mover in zip(_halves(clip.frames), clip.movers, strict=True):
+        for half, mover in zip(halves(clip.frames), clip.movers, strict=True):
             crop = _crop(half[0])
             if crop is not None:
                 crops.append(crop.ravel())
@@ -59,7 +59,7 @@ def read(frames: Frames) -> tuple[int | None, int | None]:
 
     None where no frame of that half shows any ink.
     """
-    left, right = map(_majority, _halves(frames))
+    left, right = map(read_half, halves(frames))
     return left, right
 
 
@@ -71,7 +71,7 @@ def verdict(frames: Frames, wanted: Moves, frames_per_chunk: int, chunk: int) ->
     have bounced).
     """
     later = frames[chunk * frames_per_chunk : (chunk + 1) * frames_per_chunk]
-    started, moving = ([*map(_direction, _halves(part))] for part in (frames[:frames_per_chunk], later))
+    started, moving = ([*map(direction_of, halves(part))] for part in (frames[:frames_per_chunk], later))
     digits = [seen == digit for seen, (digit, _) in zip(read(later), wanted, strict=True)]
     directions = [
         first == way and now is not None and _axis(now) == _axis(way)
@@ -111,11 +111,13 @@ def _axis(way: str) -> int:
     return int(DIRECTIONS[way][0] == 0)
 
 
-def _halves(frames: Frames) -> tuple[Frames, Frames]:
+def halves(frames: Frames) -> tuple[Frames, Frames]:
+    """The left and the right half of frames (n, HEIGHT, WIDTH)."""
     return frames[:, :, :HALF], frames[:, :, HALF:]
 
 
-def _majority(half: Frames) -> int | None:
+def read_half(half: Frames) -> int | None:
+    """The digit that most frames of a half (n, HEIGHT, HALF) show; None where none shows any ink."""
     seen = [crop.ravel() for crop in map(_crop, half) if crop is not None]
     if not seen:
         return None
@@ -138,7 +140,8 @@ def _crop(half: Frames) -> npt.NDArray[np.float32] | None:
     return crop
 
 
-def _centre(half: Frames) -> npt.NDArray[np.float64] | None:
+def centre_of(half: Frames) -> npt.NDArray[np.float64] | None:
+    """Row and column of the ink's centre in one frame of a half; None where there is no ink."""
     ink = np.clip(half - INK, 0, None).astype(np.float64)
     total = ink.sum()
     if total <= 0:
@@ -147,9 +150,9 @@ def _centre(half: Frames) -> npt.NDArray[np.float64] | None:
     return np.array([(ink * rows).sum() / total, (ink * columns).sum() / total])
 
 
-def _direction(half: Frames) -> str | None:
+def direction_of(half: Frames) -> str | None:
     """The main direction of the ink's centre, from the first frame of a half to the last."""
-    seen = [centre for centre in map(_centre, half) if centre is not None]
+    seen = [centre for centre in map(centre_of, half) if centre is not None]
     if len(seen) < 2:
         return None
     moved = seen[-1] - seen[0]

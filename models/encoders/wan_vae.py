@@ -22,8 +22,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forcingkv.models.decoders.wan_vae import PAST, _attend, _Call, _normed, _pointwise
+from forcingkv.models.decoders.wan_layers import PAST, Call, attend, normed, pointwise
 from forcingkv.models.encoders import StreamingEncoder
+from forcingkv.models.streaming import kept
 
 HELD = 1
 """Frames that a temporal downsampling looks back."""
@@ -69,10 +70,10 @@ class WanVaeEncoder(StreamingEncoder):
             x = call.layer(layer, x)
         x = call.residual(encoder.mid_block.resnets[0], x)
         for attention, block in zip(encoder.mid_block.attentions, encoder.mid_block.resnets[1:], strict=True):
-            x = call.residual(block, _attend(attention, x))
-        x = call.conv(encoder.conv_out, encoder.nonlinearity(_normed(encoder.norm_out, x)))
+            x = call.residual(block, attend(attention, x))
+        x = call.conv(encoder.conv_out, encoder.nonlinearity(normed(encoder.norm_out, x)))
         # Mean and logarithm of the variance of what latents are drawn from; the mean is taken.
-        latents = _pointwise(self.quant_conv, x)[:, : self.latent_channels]
+        latents = pointwise(self.quant_conv, x)[:, : self.latent_channels]
         return (latents - self.mean) / self.std, call.following
 
     def _causal_convs(self) -> Iterator[tuple[nn.Conv3d, int, int]]:
@@ -107,7 +108,7 @@ def _downsamplers(stage: Any) -> tuple[Any, ...]:
     return () if stage.downsampler is None else (stage.downsampler,)
 
 
-class _EncodingCall(_Call):
+class _EncodingCall(Call):
     """What one call carries through the layers: x is (1, channels, frames, height, width) throughout."""
 
     def __init__(self, first: Tensor, state: Mapping[str, Tensor], blank: int) -> None:
@@ -118,7 +119,7 @@ class _EncodingCall(_Call):
         if isinstance(layer, WanResample):
             return self.downsample(layer, x)
         if isinstance(layer, WanAttentionBlock):
-            return _attend(layer, x)
+            return attend(layer, x)
         if not isinstance(layer, WanResidualDownBlock):
             return self.residual(layer, x)
         entering = self.seen(x)
@@ -142,14 +143,13 @@ class _EncodingCall(_Call):
         """One frame of each two and of the one before them; a video's first goes on as it is."""
         name = f"feature.{len(self.following)}"
         frames = torch.cat([self.state[name], x], 2)
-        # A copy: a view would keep all frames. Graphs have none.
-        self.following[name] = frames[:, :, -HELD:].clone()
+        self.following[name] = kept(self.state, name, frames[:, :, -HELD:])
         halved = F.conv3d(frames, time_conv.weight, time_conv.bias, stride=time_conv.stride)
         opening, self.blank = self.blank, self.blank // 2
-        kept = torch.where(
+        as_it_is = torch.where(
             self.first > 0.5, x[:, :, opening : opening + 1], halved[:, :, self.blank : self.blank + 1]
         )
-        parts = (halved[:, :, : self.blank], kept, halved[:, :, self.blank + 1 :])
+        parts = (halved[:, :, : self.blank], as_it_is, halved[:, :, self.blank + 1 :])
         return torch.cat([part for part in parts if part.shape[2]], 2)
 
 

@@ -16,9 +16,12 @@ def load_spec(model: str) -> ModelSpec:
 
 
 def shipped_file(model: str, name: str) -> Path | None:
-    """A file that ships with a model, such as its weights: in `models/MODEL/`. None where it does not."""
-    models = Path(str(resources.files("forcingkv.models")))
-    if model not in {folder.name for folder in models.iterdir()}:  # a stranger's name may lead anywhere
+    """A file that ships with a model, such as its weights: in the package `models/MODEL/`, with "_" for "-".
+
+    None where it does not.
+    """
+    models, folder = Path(str(resources.files("forcingkv.models"))), model.replace("-", "_")
+    if folder not in {one.name for one in models.iterdir()}:  # a stranger's name may lead anywhere
         return None
-    path = models / model / name
+    path = models / folder / name
     return path if path.is_file() else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional as F
@@ -145,6 +145,10 @@ class JoinedGroup:
         return any(part.untyped_storage().data_ptr() == begins for part in own)
 
 
+Watch: TypeAlias = Callable[[int, int, JoinedGroup, torch.Tensor, int], None]
+"""(clean passes before, layer, head group, queries of all heads, phase)."""
+
+
 class JoinedCache(KvCache):
     """The cache of a session, in place: there are no two sides."""
 
@@ -152,6 +156,8 @@ class JoinedCache(KvCache):
         """Take the memory; `dtype` is what the session computes in."""
         super().__init__(plan, lane)
         compute = torch_dtype(dtype)
+        self.watch: Watch | None = None
+        """Sees what each head group attends to in clean passes; None: nobody does."""
         self._groups = [[_make(plan, group, compute, device) for group in groups] for groups in plan.layers]
 
     @property
@@ -214,6 +220,9 @@ class JoinedCache(KvCache):
             row = self._groups[layer]
             out = [one.attend(queries, current, phase) for one in row]
             if following is not None:
+                if self.watch:
+                    for one in row:
+                        self.watch(self.passes, layer, one, queries, phase)
                 if layer == 0:
                     chosen.clear()
                 chunk = self.passes if each_chunk() else None

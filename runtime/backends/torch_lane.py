@@ -6,7 +6,7 @@ lane has the queues of its device, memory of its own and the weights that its si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeAlias
 
@@ -28,6 +28,7 @@ from forcingkv.models.decoders.strips import begin_frame, finish_strip
 from forcingkv.models.encoders import pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
 from forcingkv.models.kv_roles import Turn
+from forcingkv.models.streaming import InPlace
 from forcingkv.models.torch_threads import in_this_thread, use_threads
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime.backends.torch_cache import JoinedCache
@@ -41,7 +42,7 @@ from forcingkv.runtime.backends.torch_device import (
     name_of,
 )
 from forcingkv.runtime.backends.torch_graphs import Captured, graph_pool
-from forcingkv.runtime.backends.torch_model import Loaded, load
+from forcingkv.runtime.backends.torch_model import Loaded, load, with_heads
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
 
 Work = Callable[[], None]
@@ -144,6 +145,10 @@ class TorchLane:
     def sibling(self) -> TorchLane:
         return type(self)(self._bundle, self._weights(), cuda_graphs=self._cuda_graphs)
 
+    def regrouped(self, bundle: Bundle, orders: Sequence[Sequence[int]]) -> TorchLane:
+        """A lane for the same model whose heads lie in another order (`torch_model.with_heads`)."""
+        return type(self)(bundle, with_heads(self._weights(), orders), cuda_graphs=self._cuda_graphs)
+
     def close(self) -> None:
         """Memory goes with what holds it: the weights with the last lane on them. What torch keeps of it for
         itself it is asked to give back."""
@@ -241,7 +246,7 @@ def _encoding_work(loaded: Loaded, cache: JoinedCache, after: int, given: Tensor
 
 
 def _decode_work(loaded: Loaded, bundle: Bundle, graph: str, given: Tensors, taken: Tensors) -> Work:
-    """A pass of decoding. All that it carries is read before any is written."""
+    """A pass of decoding, in which each layer's caches are replaced once that layer has read them."""
     decoder, kind = loaded.decoder, loaded.decodes_in
     geometry, strips = bundle.plan.geometry, bundle.manifest.strips
 
@@ -253,7 +258,7 @@ def _decode_work(loaded: Loaded, bundle: Bundle, graph: str, given: Tensors, tak
     carried = [name for name in given if next_name(name) in taken]
 
     def work() -> None:
-        held = {name: given[name].to(kind) for name in carried}
+        held = InPlace({name: given[name].to(kind) for name in carried})
         first = given[FIRST].to(kind)
         # cuDNN would take float32 for TF32 unless it is told.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -270,7 +275,7 @@ def _decode_work(loaded: Loaded, bundle: Bundle, graph: str, given: Tensors, tak
         elif strips is None:
             taken["frames"].copy_(frames_of(made.float(), geometry))
         for name in carried:
-            taken[next_name(name)].copy_(following[name])
+            _put(taken[next_name(name)], following[name])
 
     return work
 
@@ -281,14 +286,20 @@ def _encode_work(loaded: Loaded, given: Tensors, taken: Tensors) -> Work:
     carried = [name for name in given if name not in (GIVEN_FRAMES, FIRST)]
 
     def work() -> None:
-        held = {name: given[name].to(kind) for name in carried}
+        held = InPlace({name: given[name].to(kind) for name in carried})
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             made, following = encoder(pixels_of(given[GIVEN_FRAMES]).to(kind), given[FIRST].to(kind), held)
         taken["latents"].copy_(made.float())
         for name in carried:
-            taken[next_name(name)].copy_(following[name])
+            _put(taken[next_name(name)], following[name])
 
     return work
+
+
+def _put(there: torch.Tensor, made: torch.Tensor) -> None:
+    """Copy what was made to where it is wanted, unless it was made there."""
+    if made.data_ptr() != there.data_ptr():
+        there.copy_(made)
 
 
 def _own(tensor: Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ and stays in the dtype that it is stored in: what a layer computes in is made of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from forcingkv.models.checkpoint import weight_shapes
 from forcingkv.models.decoders import StreamingDecoder
 from forcingkv.models.decoders.strips import strip_shapes, strips_of
 from forcingkv.models.encoders import StreamingEncoder, stored_encoder
+from forcingkv.models.heads import permute_heads
 from forcingkv.models.wan import Block, WanModel
 from forcingkv.runtime.backends.torch_device import faults, multiplies_in, torch_dtype, wait_for
 from forcingkv.runtime.bundle import Bundle
@@ -91,6 +92,15 @@ def load(bundle: Bundle, device: torch.device, *, threads: int | None, compiled:
     return Loaded(model, decoder, device, compute, decodes_in, threads, encoder)
 
 
+def with_heads(loaded: Loaded, orders: Sequence[Sequence[int]]) -> Loaded:
+    """The same weights with the heads of each layer in another order: those of self-attention are copied, all
+    others are shared. `orders` has for each layer the present place of the head at each new place."""
+    old = loaded.model
+    model = _empty(old.spec, multiplies_in(loaded.device, loaded.compute))
+    model.load_state_dict(permute_heads(old.state_dict(), old.spec, orders), assign=True)
+    return replace(loaded, model=model.eval().requires_grad_(False))
+
+
 def _file_of(bundle: Bundle, graph: str) -> Path:
     path = bundle.weights(graph)
     if path is None:
@@ -146,9 +156,7 @@ def compile_blocks(model: WanModel) -> None:
 
 def _model(spec: ModelSpec, path: Path, device: torch.device, compute: torch.dtype) -> WanModel:
     shapes, products = weight_shapes(spec), multiplies_in(device, compute)
-    with torch.device("meta"):
-        model = WanModel(spec)
-    _store_linears(model, products)
+    model = _empty(spec, products)
     linears = {name for name, module in model.named_modules() if isinstance(module, StoredLinear)}
     stored = _Stored(path, device)
     stored.check({name: _as_stored(name, shape) for name, shape in shapes.items()}, spec.name)
@@ -165,6 +173,14 @@ def _model(spec: ModelSpec, path: Path, device: torch.device, compute: torch.dty
 
     model.load_state_dict({name: placed(name) for name in shapes}, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _empty(spec: ModelSpec, products: torch.dtype) -> WanModel:
+    """A model without weights yet, whose linear layers multiply in a dtype of their own."""
+    with torch.device("meta"):
+        model = WanModel(spec)
+    _store_linears(model, products)
+    return model
 
 
 def _store_linears(module: nn.Module, products: torch.dtype) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from forcingkv.headmaps.errors import InputError
@@ -41,7 +41,7 @@ class HeadGroup:
         return self.start + self.heads
 
     def opening_frames(self, spec: ModelSpec) -> int:
-        """Frames at the video's start that a role keeps for ever: no other role holds them."""
+        """Frames at the video's start that are a role's own: no other role holds them."""
         return sum(role.opening_frames(spec) for role in self.roles)
 
 
@@ -262,7 +262,7 @@ class CachePlan:
         """`kv_bytes`, split by role; the current chunk is the role `current`."""
         at = self.phases[-1].first_chunk if chunk is None else chunk
         total = self._bytes_by_role(lambda group, role: role.seen_tokens(self, group, at), dtype)
-        total["current"] = self.chunk_tokens * self.spec.heads * self.spec.layers * self._token_bytes(dtype)
+        total["current"] = self._current_bytes(dtype)
         return total
 
     def buffer_bytes_by_role(self, dtype: Dtype) -> dict[str, int]:
@@ -272,9 +272,14 @@ class CachePlan:
     def joined_bytes_by_role(self, compute: Dtype) -> dict[str, int]:
         """Bytes of a session's memory for keys and values on torch, by role; the chunk's own is `current`.
 
-        As attention reads them in the last phase, and what is cached apart from that (`Role.apart`).
+        As attention reads them in the phase in which a group sees most, and what is cached apart from that
+        (`Role.apart`).
         """
-        total = self.kv_bytes_by_role(compute)
+        fullest = {group: self._fullest_chunk(group) for group, _ in self.kinds}
+        total = self._bytes_by_role(
+            lambda group, role: role.seen_tokens(self, group, fullest[group]), compute
+        )
+        total["current"] = self._current_bytes(compute)
         for group, layers in self.kinds:
             for role in group.roles:
                 if role.apart(compute, role.hidden_tokens(self, group)):
@@ -290,6 +295,16 @@ class CachePlan:
                 total[role.name] += size * tokens(group, role)
         return total
 
+    def _fullest_chunk(self, group: HeadGroup) -> int:
+        """The last of the chunks in which the group sees most."""
+        chunks = (phase.first_chunk for phase in self.phases)
+        return max(
+            chunks, key=lambda chunk: (sum(r.seen_tokens(self, group, chunk) for r in group.roles), chunk)
+        )
+
+    def _current_bytes(self, dtype: Dtype) -> int:
+        return self.chunk_tokens * self.spec.heads * self.spec.layers * self._token_bytes(dtype)
+
     def _token_bytes(self, dtype: Dtype) -> int:
         """Of a token's key and value in one head."""
         return len(PARTS) * self.spec.head_dim * DTYPES[dtype].bytes
@@ -298,7 +313,12 @@ class CachePlan:
 def build_plan(
     spec: ModelSpec, geometry: Geometry, policy: Policy, headmap: HeadMap | None = None
 ) -> CachePlan:
-    """Apply a policy. Raises InputError where head map, segments or frames do not fit the model."""
+    """Apply a policy. Raises InputError where head map, segments or frames do not fit the model.
+
+    The plan's spec has the policy's `ar_start`, where it has one.
+    """
+    if policy.ar_start is not None:
+        spec = replace(spec, ar_start=policy.ar_start)
     if policy.needs_headmap:
         if headmap is None:
             raise InputError(

@@ -121,7 +121,7 @@ class Role(Tagged, ABC):
         return passes % self.buffers
 
     def opening_frames(self, spec: ModelSpec) -> int:
-        """Frames at the video's start that it keeps for ever, and that no other role of the group holds."""
+        """Frames at the video's start that are its own: no other role of the group ever holds them."""
         return 0
 
     def reach(self, plan: CachePlan, group: HeadGroup) -> int:
@@ -221,13 +221,21 @@ class Sink(WholeFrames):
         filled_by, taken = self.filled_by(plan.spec), super().told(plan, group, chunk)
         if filled_by <= 1:
             return taken
-        stay = self.tokens(plan, group, chunk) if chunk < filled_by else 0
-        return taken | {HELD: np.arange(stay, dtype=np.int32)}
+        return taken | {HELD: self.held_rows(plan, group, chunk)}
+
+    def held_rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
+        """Of its own tokens those that stay of it in a graph, while it is collected over several chunks."""
+        stay = self.tokens(plan, group, chunk) if chunk < self.filled_by(plan.spec) else 0
+        return np.arange(stay, dtype=np.int32)
+
+    def most_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
+        """The most tokens that it ever has."""
+        return self.steady_tokens(plan, group)
 
     def buffer_tokens(self, plan: CachePlan, group: HeadGroup) -> tuple[int, ...]:
         # While it is collected, a second one has what all chunks but the last gave: keys of a head lie side
         # by side, so nothing can be put behind them in place.
-        whole, before = self.steady_tokens(plan, group), (self.filled_by(plan.spec) - 1) * plan.chunk_tokens
+        whole, before = self.most_tokens(plan, group), (self.filled_by(plan.spec) - 1) * plan.chunk_tokens
         return (whole, before) if before > 0 else (whole,)
 
     def buffer_read(self, plan: CachePlan, group: HeadGroup, passes: int) -> int:
@@ -272,15 +280,7 @@ class Recent(WholeFrames):
         return whole_frames(plan, chunk * plan.spec.frames_per_chunk - tokens // plan.frame_tokens, tokens)
 
     def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
-        # What is kept for ever takes whole chunks: which tokens are left is no slice that every chunk has.
-        if group.opening_frames(plan.spec) <= plan.spec.frames_per_chunk:
-            return {}
-        return {ROWS: self.rows(plan, group, chunk)}
-
-    def rows(self, plan: CachePlan, group: HeadGroup, chunk: int) -> Rows:
-        opening = group.opening_frames(plan.spec) - chunk * plan.spec.frames_per_chunk
-        first = min(max(opening, 0) * plan.frame_tokens, plan.chunk_tokens)
-        return np.arange(first, plan.chunk_tokens, dtype=np.int32)
+        return left_of_chunk(plan, group, chunk)
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
         return 0, -(-self._count // spec.frames_per_chunk)
@@ -303,6 +303,19 @@ class Recent(WholeFrames):
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
         if self.frames_of(spec, roles) < 0:
             raise _too_long(spec, sum(role.opening_frames(spec) for role in roles), where)
+
+
+def left_of_chunk(plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Rows]:
+    """What a role is told that holds other frames than the video's first ones: those tokens of the chunk that
+    are left for it. Empty where a graph sees it by what is held: by a sink of no more than a chunk, that
+    stays."""
+    spec, size = plan.spec, plan.frame_tokens
+    stay = sum(role.steady_tokens(plan, group) for role in group.roles if role.opening_frames(spec))
+    opening = group.opening_frames(spec)
+    if opening <= spec.frames_per_chunk and stay == opening * size:
+        return {}
+    first = min(max(opening - chunk * spec.frames_per_chunk, 0) * size, plan.chunk_tokens)
+    return {ROWS: np.arange(first, plan.chunk_tokens, dtype=np.int32)}
 
 
 def whole_frames(plan: CachePlan, first: int, tokens: int) -> list[Span]:

@@ -114,9 +114,13 @@ def test_what_is_recorded_is_what_attention_did(policy: str) -> None:
 def key_frames(plan: CachePlan, chunk: int, indices: Tensor | None) -> dict[str, list[int]]:
     """For each role the latent frame of every token, as docs/method.md says it."""
     size, first = plan.frame_tokens, 3 * chunk
+    opening = [token // size for token in range(3 * size)]
     segments = [] if indices is None else indices.tolist()
     return {
-        "sink": [token // size for token in range(3 * size)],
+        "sink": opening,
+        # Under dummy-forcing, in chunk 1 alone: frame 0; of the sink heads frames 1 and 2, of dummies 1.
+        "opening": opening,
+        "early": opening[size:],
         # candidates of the clean pass of the chunk before: its transition frame, its frames 0 and 1
         "retained": [
             frame

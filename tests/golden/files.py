@@ -13,17 +13,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 FORMAT = 2
-LATER = {
-    "forcing-kv, as released for Krea": "the policy that Forcing-KV's release has for Krea",
-    "dummy-forcing": "Dummy Forcing as it is released",
-}
-"""What a policy's kind begins with, whatever its case, and what the product has not for it yet."""
 OTHER_RULES = {
     "pyramid forcing": "each query frame reads a history of its own, and its keys at times of its own, sink"
     " frames of chunk 0 among them; tests/runtime/test_pyramid.py compares which frames are read",
 }
 """What a policy's kind begins with whose latents come of rules that no role can follow."""
 
+RULE = "rule"
+"""A variant of its own: what the class rule of Dummy Forcing makes of scores."""
 DECODED = ("decoded", "encoded", "encoded_first_frame")
 """Tensors of a decoder's file that are compared."""
 
@@ -95,6 +92,8 @@ class GoldenFile:
             return {"": {}}
         if not isinstance(variants, Mapping) or not variants:
             raise GoldenError("its spec has no variants")
+        if f"{RULE}.scores" in self.names:
+            variants = {**variants, RULE: {}}
         unsaid = sorted(
             name.removesuffix(".latents")
             for name in self.names
@@ -109,6 +108,11 @@ class GoldenFile:
         return f"{variant}.{what}" if variant else what
 
     @property
+    def kind(self) -> str:
+        """What it says of its policy."""
+        return str((self.spec.get("policy") or {}).get("kind", ""))
+
+    @property
     def later(self) -> str | None:
         """What the product has not that the file is about, or why another test has it; None: it is run."""
         if "format" not in self.spec:
@@ -117,9 +121,7 @@ class GoldenFile:
             raise GoldenError(f"its format is {self.spec['format']!r}, and only {FORMAT} is known")
         if self.of_decoder:
             return None
-        kind = str((self.spec.get("policy") or {}).get("kind", "")).casefold()
-        for why, kinds in (("later work", LATER), ("other rules", OTHER_RULES)):
-            for begins, missing in kinds.items():
-                if kind.startswith(begins.casefold()):
-                    return f"{why}: {missing}"
+        for begins, why in OTHER_RULES.items():
+            if self.kind.casefold().startswith(begins.casefold()):
+                return f"other rules: {why}"
         return None

@@ -44,9 +44,9 @@ def forcing_kv(spec: ModelSpec, said: Said) -> tuple[ModelSpec, Policy]:
     retained = _retained(spec, said)
     whole = max(static, transition)
     groups = {
-        "static": _roles(Sink(sink), Early(whole - static), Recent(static)),
-        "dynamic": _roles(Sink(sink), retained, Early(whole - transition), Recent(transition)),
-        "unsplit": _roles(Sink(sink), Recent(whole)),
+        "static": of_some_frames(Sink(sink), Early(whole - static), Recent(static)),
+        "dynamic": of_some_frames(Sink(sink), retained, Early(whole - transition), Recent(transition)),
+        "unsplit": of_some_frames(Sink(sink), Recent(whole)),
     }
     layers = tuple(said.need("unsplit_layers"))
     policy = Policy(
@@ -54,16 +54,16 @@ def forcing_kv(spec: ModelSpec, said: Said) -> tuple[ModelSpec, Policy]:
     )
     said.get("window", None), said.get("window_frames", None)  # these heads never look so far back
     attended = sink + whole + spec.frames_per_chunk
-    ar_start = _last_before_split(spec, said)
+    ar_start = last_before_split(spec, said)
     return replace(spec, ar_start=ar_start, sink_frames=sink, attended_frames=attended), policy
 
 
-def _roles(*roles: Role | None) -> tuple[Role, ...]:
+def of_some_frames(*roles: Role | None) -> tuple[Role, ...]:
     """Without those of no frames: they hold nothing."""
     return tuple(role for role in roles if role is not None and getattr(role, "frames", None) != 0)
 
 
-def _last_before_split(spec: ModelSpec, said: Said) -> int:
+def last_before_split(spec: ModelSpec, said: Said) -> int:
     """The last chunk in which heads are alike. The release splits after the clean pass of a chunk that begins
     among the three frames from 3 * ar_start on."""
     ar_start, size = said.get("ar_start", None), CHUNK_OF_THE_RELEASE

@@ -12,7 +12,7 @@ T = TypeVar("T")
 DESCRIBES = {
     *("format", "reference", "note", "notes", "seeds", "summary", "passes", "variants", "kind"),
     *("indices", "scores", "flow", "noise_use", "recache", "start", "released_sizes"),
-    *("window_counts", "slots"),
+    *("window_counts", "slots", "rule"),
 }
 """Fields that describe a file for people, or that are read apart."""
 DESCRIBES_BY_BEGINNING = ("rounding_", "smallest_gap_", "largest_difference")

@@ -14,6 +14,7 @@ from forcingkv.runtime.spec import Decoder, ModelSpec, Positions, TextEncoder
 from tests.golden.averages import MEMROPE, REWARD_FORCING, memrope, reward_forcing
 from tests.golden.files import GoldenError, GoldenFile
 from tests.golden.pyramid import PYRAMID, pyramid
+from tests.golden.rivals import DUMMY, KREA, dummy, krea
 from tests.golden.rules import everything_seen, forcing_kv
 from tests.golden.said import Said
 from tests.golden.shots import cuts_of, is_longlive_2, schedule_of_shots, start_frames_of, with_shots
@@ -68,15 +69,20 @@ def case_of(file: GoldenFile, variant: str) -> Case:
     start = said.get("start_frames", 0) and said.number("start_frames", least=1)
     kind = str(said.get("kind", "full"))
     static_heads = said.get("static_heads", None)
-    if kind.startswith("forcing-kv") and static_heads is not None:
+    headmap: HeadMap | None = None
+    if kind == DUMMY:
+        spec, policy, headmap = dummy(spec, said)
+    elif kind == KREA:
+        spec, policy = krea(spec, said)
+        headmap = headmap_of(spec, static_heads)
+    elif kind.startswith("forcing-kv") and static_heads is not None:
         spec, policy = forcing_kv(spec, said)
         headmap = headmap_of(spec, static_heads)
     elif kind == "full":
         spec, policy = everything_seen(spec, said, start + chunks * frames)
-        headmap = None
     elif kind.casefold().startswith((MEMROPE, REWARD_FORCING)):
         rule = memrope if kind.casefold().startswith(MEMROPE) else reward_forcing
-        (spec, policy), headmap = rule(spec, said), None
+        spec, policy = rule(spec, said)
     elif kind.casefold().startswith(PYRAMID):
         spec, policy, headmap = pyramid(spec, said)
     else:

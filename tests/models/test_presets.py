@@ -34,7 +34,7 @@ GEOMETRIES = {"480p": (60, 104, 1560), "720p": (90, 160, 3600), "1080p": (136, 2
 
 def test_the_presets_are_there() -> None:
     assert shipped_names("forcingkv.models.presets") == sorted(
-        [*PRESETS, *FRAME_WISE, *OF_SCENES, *RECOMPUTED, "demo"]
+        [*PRESETS, *FRAME_WISE, *OF_SCENES, *RECOMPUTED, "demo", "demo-occluded"]
     )
 
 
@@ -203,9 +203,14 @@ def test_frames_each_head_sees(preset: str, resolution: str) -> None:
     assert cached_frames(plan_of(preset, resolution, "window"), 5, "all") == [0, 3, 6, 9, 9, 9, 9, 9]
 
     dummy = plan_of(preset, resolution, "dummy-forcing")
-    assert cached_frames(dummy, 5, "sink") == [0, 1, 1, 1, 1, 1, 1, 1]
-    assert cached_frames(dummy, 5, "neighbour") == [0, 1, 1, 1, 1, 1, 1, 1]
-    assert cached_frames(dummy, 5, "dummy") == [0] * 8
+    before = [0, 3, 4] if late else [0, 3]  # all heads see the first frame and the newest three
+    for label, after in (("sink", 1), ("neighbour", 3), ("dummy", 1)):
+        assert cached_frames(dummy, 5, label) == [*before, *[after] * (8 - len(before))]
+
+    krea = plan_of(preset, resolution, "forcing-kv-krea")
+    history = [0, 3, 6] if late else [0, 3]  # all of it
+    for label, after in (("static", 1), ("dynamic", 3)):
+        assert cached_frames(krea, 0, label) == [*history, *[after] * (8 - len(history))]
 
 
 @pytest.mark.parametrize("policy", policy_names())

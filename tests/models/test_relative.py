@@ -19,7 +19,10 @@ from tests.golden.compare import compare
 from tests.golden.files import GoldenFile
 from tests.models.caches import advanced, rotated
 
-POLICIES = ["full", "window", "forcing-kv", "dummy-forcing"]
+POLICIES = ["full", "window", "forcing-kv", "dummy-forcing", "forcing-kv-krea-sink"]
+
+WINDOWS = {"full": 5, "window": 4, "forcing-kv": 2, "dummy-forcing": 2, "forcing-kv-krea-sink": 2}
+"""The chunks in the first window of each."""
 
 
 def plan_of(policy: Policy, positions: Positions, **changes: object) -> CachePlan:
@@ -73,7 +76,7 @@ def test_within_the_first_window_the_video_is_that_of_absolute_positions(name: s
     relative, absolute = (plan_of(load_policy(name), kind) for kind in ("relative", "absolute"))
     one, other = (video(plan, 7) for plan in (relative, absolute))
     inside = [chunk for chunk in range(7) if 3 * chunk + 3 <= relative.window_frames]
-    assert inside == list(range({"full": 5, "window": 4, "forcing-kv": 2, "dummy-forcing": 1}[name]))
+    assert inside == list(range(WINDOWS[name]))
     for chunk, (mine, theirs) in enumerate(zip(one, other, strict=True)):
         difference = float((mine.latents - theirs.latents).norm() / theirs.latents.norm())
         if chunk in inside:

@@ -83,6 +83,7 @@ def test_every_part_as_counted_by_hand(bundle: Bundle) -> None:
         "kv_retained": 2 * 24 * 2 * token,
         "kv_recent": 2 * 24 * 6 * token,
         "kv_early": 0,
+        "kv_opening": 0,
         "kv_scene": 0,
         "kv_ema": 0,
         "kv_strided": 0,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.runtime.kv.early import Early, Opening
 from forcingkv.runtime.kv.ema import Ema
 from forcingkv.runtime.kv.merged import Merged
-from forcingkv.runtime.kv.policies import Policy, load_policy, policy_names
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import ALL, Policy, load_policy, policy_names
 from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.roles import Recent, Sink
 from forcingkv.runtime.kv.strided import Strided
-from tests.conftest import roles
+from tests.conftest import roles, small_spec
 
 POLICY = """
 name = "tried"
@@ -54,9 +57,17 @@ def test_a_policy_survives_a_manifest(name: str) -> None:
 
 
 def test_the_shipped_policies_are_those_of_the_methods() -> None:
-    forcing, dummy = load_policy("forcing-kv"), load_policy("dummy-forcing")
+    forcing = load_policy("forcing-kv")
     assert forcing.groups == {"static": roles(1, 1), "dynamic": roles(1, 1, Retained(6, 0.33, 1))}
-    assert dummy.groups == {"sink": roles(1, 0), "neighbour": roles(0, 1), "dummy": ()}
+    for name, newest in (("dummy-forcing", 3), ("dummy-forcing-6", 6)):
+        assert load_policy(name).groups == {
+            "sink": (Sink(1), Early(newest)),
+            "neighbour": (Opening(1), Recent(newest)),
+            "dummy": (Opening(1), Early(newest - 1), Recent(1)),
+        }
+    for name, sink in (("forcing-kv-krea", ()), ("forcing-kv-krea-sink", (Sink(1),))):
+        static, dynamic = ((*sink, Early(None), Recent(newest)) for newest in (1, 3))
+        assert load_policy(name).groups == {"static": static, "dynamic": dynamic}
     assert load_policy("full").groups == {"all": roles(None, None)}
     assert load_policy("window").groups == {"all": roles(3, 6)}
     long, short = 0.01, 0.1
@@ -68,6 +79,18 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
         "anchor": (Sink(3), Strided(6, 4), Recent(1)),
         "veil": (Sink(3), Merged(4, 2, 4), Recent(1)),
     }
+
+
+def test_a_policy_may_say_when_heads_are_split(tmp_path: Path) -> None:
+    """It goes before the model; a manifest of a policy that does not say it is as it was."""
+    late = read(tmp_path, POLICY.replace("[groups]", "ar_start = 4\n[groups]"))
+    spec = small_spec(layers=2)
+    plan = build_plan(spec, spec.geometry(), replace(late, groups={ALL: late.groups["dynamic"]}))
+    assert (spec.ar_start, plan.spec.ar_start) == (1, 4)
+    assert [chunk for chunk in range(9) if plan.chooses(chunk)][:1] == [5]
+    assert "ar_start" not in to_data(read(tmp_path))
+    with pytest.raises(InputError, match=r"policy tried: ar_start is -1; expected 0 to 10000"):
+        read(tmp_path, POLICY.replace("[groups]", "ar_start = -1\n[groups]"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 from forcingkv.runtime import Chunk, Session
 from tests.runtime.lanes import ONNX
 
-POLICIES = ("full", "window", "dummy-forcing", "forcing-kv")
+POLICIES = ("full", "window", "dummy-forcing", "forcing-kv", "forcing-kv-krea")
 BUNDLES = (*POLICIES, "taehv")
 """Those of `conftest.export_small` that all must hold for."""
 PROMPT, OTHER = "a b c", "d e"

@@ -10,14 +10,15 @@ import pytest
 
 from forcingkv.models.presets import load_spec
 from studies import train_demo as training
-from studies.train_demo import STAGES, Stage, Trainer, loss_function, make_batch, place
+from studies.flow_training import Trainer, place
+from studies.train_demo import STAGES, Stage, loss_function, make_batch
 from tests.conftest import random_model
 
 
 def test_the_curriculum_covers_every_step_once() -> None:
     steps = sum(stage.steps for stage in STAGES)
-    assert place(steps) is None
-    at = [place(step) for step in (0, STAGES[0].steps, steps - 1)]
+    assert place(STAGES, steps) is None
+    at = [place(STAGES, step) for step in (0, STAGES[0].steps, steps - 1)]
     assert [stage and stage[0] for stage in at] == [STAGES[0], STAGES[1], STAGES[-1]]
 
 
@@ -38,7 +39,10 @@ def test_a_training_loss_is_that_of_each_chunk_alone(chunks: int) -> None:
 
 def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps at once, and two, then two from the checkpoint, give the same weights and log."""
-    stages = (Stage(1, 1, 1, 1e-3, 1e-3), Stage(2, 1, 3, 1e-3, 1e-4, singles=2))
+    stages = (
+        Stage(chunks=1, batch=1, steps=1, rate=1e-3, rate_end=1e-3),
+        Stage(chunks=2, batch=1, steps=3, rate=1e-3, rate_end=1e-4, singles=2),
+    )
     monkeypatch.setattr(training, "STAGES", stages)
     monkeypatch.setattr(training, "load_spec", lambda name: replace(load_spec(name), layers=1))
     monkeypatch.setattr(training, "SAVE_EVERY", 2)

@@ -16,7 +16,7 @@ from typing import Any
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
 from forcingkv.headmaps.headmap import MOST
-from forcingkv.runtime.kv.early import Early
+from forcingkv.runtime.kv.early import Early, Opening
 from forcingkv.runtime.kv.ema import Ema
 from forcingkv.runtime.kv.merged import Merged
 from forcingkv.runtime.kv.retained import Retained
@@ -24,9 +24,11 @@ from forcingkv.runtime.kv.roles import Recent, Role, Sink
 from forcingkv.runtime.kv.scenes import Scene
 from forcingkv.runtime.kv.strided import Strided
 from forcingkv.runtime.shipped import read_named, shipped_names
-from forcingkv.runtime.spec import Positions
+from forcingkv.runtime.spec import MOST_FRAMES, Positions
 
-Role.KINDS.update({kind.name: kind for kind in (Sink, Retained, Recent, Early, Scene, Ema, Strided, Merged)})
+Role.KINDS.update(
+    {kind.name: kind for kind in (Sink, Retained, Recent, Early, Opening, Scene, Ema, Strided, Merged)}
+)
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
@@ -57,9 +59,12 @@ class Policy:
     unsplit: Unsplit | None = None
     positions: Positions | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """What positions are counted from; None: as the model says (`ModelSpec.positions`)."""
+    ar_start: int | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Last chunk index before heads are split; None: as the model says (`ModelSpec.ar_start`)."""
 
     def __post_init__(self) -> None:
         where = f"policy {self.name}"
+        check_bounds(self, {"ar_start": (0, MOST_FRAMES)}, where)
         if len(self.groups) > MOST_GROUPS:
             what = f"has {len(self.groups)} groups"
             raise InputError(what, where=where, expected=f"at most {MOST_GROUPS}")

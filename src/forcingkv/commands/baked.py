@@ -65,7 +65,10 @@ class ModelOptions:
     vae: Annotated[Path | None, Option(help="With --model: weights of the decoder.")] = None
     encoder: Annotated[
         Path | None,
-        Option(help="With --model, --image, --start or --video: the VAE that encodes; default: --vae's."),
+        Option(
+            help="With --model: the VAE that encodes --image, --start, --video, or (krea-14b-served) the"
+            " first frame again; default: --vae's."
+        ),
     ] = None
     layers: Layers = None
 
@@ -95,6 +98,7 @@ def bake_model(
     prompts: Iterable[str | None],
     *,
     encodes: bool = False,
+    online: bool = False,
 ) -> CachedBundle:
     """The bundle of a model, from the cache; what was chosen and done is said on standard error.
 
@@ -106,6 +110,7 @@ def bake_model(
         embeds: the text embeddings that were given.
         prompts: every prompt that will be asked for.
         encodes: whether pictures or videos are to be encoded.
+        online: whether labels will be found in the video, so that any map will do until then.
 
     Raises InputError for what does not fit, and as `cached_bundle` does.
     """
@@ -122,6 +127,7 @@ def bake_model(
     from forcingkv.measure.bench.cases import typical_layers
     from forcingkv.models.decoders import decoder_for
     from forcingkv.models.presets import load_spec
+    from forcingkv.runtime.backends.torch_classes import check_classes
     from forcingkv.runtime.backends.torch_lane import device_for
 
     device_for(run)
@@ -129,13 +135,15 @@ def bake_model(
     _check_prompts(spec, embeds, prompts, random=options.random_weights)
     spec.geometry(options.resolution)
     given = read_headmap(options.headmap) if options.headmap else None
-    headmap = heads_to_bake(spec, policy, given, random=options.random_weights)
+    headmap = heads_to_bake(spec, policy, given, random=options.random_weights, online=online)
     if options.layers:
         spec, policy, headmap = typical_layers(spec, policy, headmap, options.layers)
     spec, decoder = decoder_for(spec, options.decoder, options.vae, random=options.random_weights)
     encodes = encodes or spec.context_first == "encoded"
     encoder = _encoder(options, spec) if encodes and spec.decoder.kind != "pixels" else None
     plan = build_plan(spec, spec.geometry(options.resolution), policy, headmap)
+    if online:
+        check_classes(plan, run)
     recipe = Recipe(plan, headmap, decoder, run.dtype or spec.dtype, encoder)
     check_memory_to_run(recipe, run.device)
     weights = weights_for(
@@ -181,7 +189,9 @@ def _encoder(options: ModelOptions, spec: ModelSpec) -> StreamingEncoder:
     return encoder_for(spec, path)
 
 
-def heads_to_bake(spec: ModelSpec, policy: Policy, given: HeadMap | None, *, random: bool) -> HeadMap | None:
+def heads_to_bake(
+    spec: ModelSpec, policy: Policy, given: HeadMap | None, *, random: bool, online: bool = False
+) -> HeadMap | None:
     """The head map to bake in, and a word on which it is. Raises InputError where there is none."""
     if not policy.needs_headmap:
         if given:
@@ -189,6 +199,8 @@ def heads_to_bake(spec: ModelSpec, policy: Policy, given: HeadMap | None, *, ran
         return None
     if given:
         return given
+    if online:
+        return nominal_map(spec, policy)
     if random:  # which head has which label means nothing then
         headmap = nominal_map(spec, policy)
         assert headmap is not None

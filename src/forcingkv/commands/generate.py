@@ -17,6 +17,7 @@ import typer
 from typer import Option
 
 from forcingkv.commands.baked import ModelOptions, bake_model
+from forcingkv.commands.classes import Classes, classified, found_online
 from forcingkv.commands.console import AsJson, emit, progress_bar, say
 from forcingkv.commands.given import GivenOptions, latents_file, say_given
 from forcingkv.commands.going_on import Look, agreed, check_prompt, look_of, take_switches, writer_for
@@ -122,6 +123,7 @@ def generate(
     compiled: Compiled = False,
     threads: Threads = None,
     expect_digest: ExpectDigest = None,
+    classes: Classes = "map",
     enlarge: Annotated[
         int | None,
         Option(min=1, help="Repeat each pixel this many times; default: 1, or that of --restore."),
@@ -145,6 +147,7 @@ def generate(
     model.check(bundle)
     given.check(out)
     begin.check(_begins_otherwise(given, restore))
+    online = found_online(classes, restore=restore, save=save, video=begin.video)
     # Makes nothing: a wrong place is refused before the bundle, which may be large, is read.
     open_writer(out, fps=fps or 1.0, enlarge=enlarge or 1, going_on=bool(restore))
     if save:
@@ -157,14 +160,14 @@ def generate(
     try:
         if bundle is None:
             run = LaneOptions(backend or "torch", threads, device, dtype, provider, cuda_graphs, compiled)
-            baked = bake_model(model, run, embeds, asked.baked_with, encodes=begin.encodes)
+            baked = bake_model(model, run, embeds, asked.baked_with, encodes=begin.encodes, online=online)
             backend, written.digesting, written.baking = run.backend, baked.digesting, baked.baking
         began = time.perf_counter()
         with (
             ExitStack() as clips,
             Session.open(
                 baked.bundle if bundle is None else bundle,
-                backend=backend,
+                backend=backend or ("torch" if online else None),
                 device=device,
                 dtype=dtype,
                 provider=provider,
@@ -177,6 +180,8 @@ def generate(
             written.loading = time.perf_counter() - began
             if bundle is None:
                 say(f"runs on {session.runs_on}", error=True)
+            if online:
+                session = clips.enter_context(classified(session, asked))
             video, look = begin_video(session, asked, clips)
             on = runs_on(session, threads) | {"memory": session.footprint}
             for note in session.notes:
