@@ -64,8 +64,8 @@ class Stage(Rates):
     dropped: float = 0.0
     """Share of trained chunks that see only some of the frames before them: see `seen_frames`."""
     waiting: float = 0.0
-    """Share of the other trained chunks that are drawn among those in which digits are waited for. Where it is
-    not 0, these are trained at high noise levels: whether the wait goes on or ends is decided there."""
+    """Share of the other trained chunks that are drawn among those in which digits are waited for. Where it
+    is not 0, these are trained at high noise levels: whether the wait goes on or ends is decided there."""
 
 
 def timelines(late: int, away: Sequence[int]) -> tuple[Timeline, ...]:
