@@ -60,6 +60,13 @@ class Ema(Role):
             what = f"the role {self.name} has {len(self.rates)} rates"
             raise InputError(what, where="rates", expected=f"1 to {MOST_AVERAGES}, one for each average")
 
+    def in_words(self, spec: ModelSpec) -> str:
+        shares = " and ".join(f"{rate:g}" for rate in dict.fromkeys(self.rates))
+        what = f"{len(self.rates)} moving average{'s'[: len(self.rates) > 1]} of what leaves the recent frames"
+        how = {"frames": "of whole frames", "tokens": "token by token"}[self.of]
+        begins = {"first": "the video's first frames at first", "leaving": "the first that leave at first"}
+        return f"{what}, {how}, new ones by a share of {shares} ({begins[self.starts]})"
+
     def count(self, spec: ModelSpec) -> int:
         """How many averages there are in a model."""
         alike = self.of == "tokens" and len(self.rates) == 1
