@@ -105,11 +105,12 @@ def _policy(one: Planned, full: CachePlan, about: About | None, dtype: Dtype) ->
         "held_bytes": sum(plan.buffer_bytes_by_role(dtype).values()),
         "attention_flops": work,
         "attention_share": work / pass_work(full, dtype=dtype)["attention"].flops,
-        "groups": [_group(plan, kind) for kind in head_kinds(plan)],
+        "groups": [_group(kind) for kind in head_kinds(plan)],
     }
 
 
-def _group(plan: CachePlan, kind: HeadKind) -> Report:
+def _group(kind: HeadKind) -> Report:
+    plan = kind.plan
     starts = [phase.first_chunk for phase in plan.phases]
     roles = []
     for role in kind.group.roles:
@@ -158,7 +159,9 @@ _COLUMNS = (
 
 
 def _needs(report: Report, one: Report) -> list[str]:
-    heads = f"a head map: {', '.join(one['labels'])} (here {one['heads']})" if one["labels"] else "no head map"
+    heads = (
+        f"a head map: {', '.join(one['labels'])} (here {one['heads']})" if one["labels"] else "no head map"
+    )
     positions = _positions(report, one)
     return [heads, *([f"positions {positions}"] if positions else [])]
 
@@ -205,8 +208,9 @@ def policy_lines(report: Report) -> Iterator[str]:
 
 def _group_lines(report: Report, group: Report) -> Iterator[str]:
     layers = f"{group['layers']} layer{'s'[: group['layers'] > 1]}"
+    heads = f"{group['heads']} head{'s'[: group['heads'] > 1]} in {layers}" if group["heads"] else "no head"
     own = report["frames_per_chunk"]
-    yield f"{group['label']}: {group['heads']} heads in {layers}, {_number(group['frames_at_rest'])} frames at rest"
+    yield f"{group['label']}: {heads}; {_number(group['frames_at_rest'])} frames at rest"
     for role in group["roles"]:
         yield from wrapped(f"  {role['role']:<9}", role["words"])
     yield from wrapped("  current  ", f"the chunk's own {counted(own)}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
+from forcingkv.measure.nominal import map_with_counts
+from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, build_plan
 from forcingkv.runtime.kv.roles import Chosen
 
 CHUNKS = (1, 2, 3, 5, 8)
@@ -29,9 +30,11 @@ class Seen:
 class HeadKind:
     """Heads of a label that see the same, in all layers."""
 
+    plan: CachePlan
     group: HeadGroup
     """One of their groups."""
     heads: int
+    """0: no head of the model has the label."""
     layers: int
     """In how many layers they are."""
 
@@ -49,16 +52,25 @@ class Row:
 
 
 def head_kinds(plan: CachePlan) -> list[HeadKind]:
-    """The kinds of heads of a plan, in the order of the policy's groups."""
+    """The kinds of heads of a plan, and of a policy's labels that no head has, in the order of its groups."""
+    found, order = _kinds(plan), list(plan.policy.groups)
+    missing = set(order) - {kind.group.label for kind in found}
+    if missing:
+        # What heads of these labels would see: of a map in which all labels have as many.
+        even = map_with_counts(plan.spec, order, dict.fromkeys(order, 1))
+        others = _kinds(build_plan(plan.spec, plan.geometry, plan.policy, even))
+        found += [replace(kind, heads=0, layers=0) for kind in others if kind.group.label in missing]
+    return sorted(found, key=lambda kind: order.index(kind.group.label))
+
+
+def _kinds(plan: CachePlan) -> list[HeadKind]:
     of: dict[object, list[tuple[HeadGroup, int]]] = {}
     for group, layers in plan.kinds:
         of.setdefault((group.label, group.roles), []).append((group, layers))
-    found = [
-        HeadKind(same[0][0], sum(g.heads * layers for g, layers in same), sum(layers for _, layers in same))
+    return [
+        HeadKind(plan, same[0][0], sum(g.heads * layers for g, layers in same), sum(n for _, n in same))
         for same in of.values()
     ]
-    order = list(plan.policy.groups)
-    return sorted(found, key=lambda kind: order.index(kind.group.label))
 
 
 def example_choice(plan: CachePlan) -> Chosen:
@@ -74,9 +86,9 @@ def chunks_shown(plan: CachePlan) -> list[int]:
     return [*CHUNKS, *([rest] if CHUNKS[-1] < rest <= MOST_CHUNKS else [])]
 
 
-def timeline(plan: CachePlan, kind: HeadKind, chunks: Sequence[int]) -> list[Row]:
+def timeline(kind: HeadKind, chunks: Sequence[int]) -> list[Row]:
     """What heads of a kind see in each of the chunks (`Role.spans`)."""
-    return [_row(plan, kind.group, chunk) for chunk in chunks]
+    return [_row(kind.plan, kind.group, chunk) for chunk in chunks]
 
 
 def _row(plan: CachePlan, group: HeadGroup, chunk: int) -> Row:

@@ -38,7 +38,9 @@ def pass_flops(plan: CachePlan, chunk: int | None = None) -> PassFlops:
     """Operations of one pass of a chunk; None: of a chunk of the last phase."""
     at = plan.phases[-1].first_chunk if chunk is None else chunk
     keys = sum(
-        layers * group.heads * (plan.chunk_tokens + sum(role.seen_tokens(plan, group, at) for role in group.roles))
+        layers
+        * group.heads
+        * (plan.chunk_tokens + sum(role.seen_tokens(plan, group, at) for role in group.roles))
         for group, layers in plan.kinds
     )
     return _pass_flops(plan, plan.chunk_tokens, keys)

@@ -62,10 +62,11 @@ class Ema(Role):
 
     def in_words(self, spec: ModelSpec) -> str:
         shares = " and ".join(f"{rate:g}" for rate in dict.fromkeys(self.rates))
-        what = f"{len(self.rates)} moving average{'s'[: len(self.rates) > 1]} of what leaves the recent frames"
-        how = {"frames": "of whole frames", "tokens": "token by token"}[self.of]
-        begins = {"first": "the video's first frames at first", "leaving": "the first that leave at first"}
-        return f"{what}, {how}, new ones by a share of {shares} ({begins[self.starts]})"
+        what = (
+            f"{len(self.rates)} moving average{'s'[: len(self.rates) > 1]} of what leaves the recent frames"
+        )
+        how = {"frames": "", "tokens": ", token by token"}[self.of]
+        return f"{what}{how}, {shares} of the new at a time; in the places of the first frames without a sink"
 
     def count(self, spec: ModelSpec) -> int:
         """How many averages there are in a model."""

@@ -66,9 +66,8 @@ class Merged(Role):
             raise InputError(what, where=f"the role {self.name}", expected=f"at most {MOST_FRAMES}")
 
     def in_words(self, spec: ModelSpec) -> str:
-        patch = f"{self.patch} x {self.patch} tokens"
-        of = f"{self.frames} frames that left the recent ones"
-        return f"the newest {counted(self.blocks, 'block')} of {of}, {patch} averaged with those of all frames"
+        mean = f"each the mean over its frames and over {self.patch} x {self.patch} tokens, in its middle's place"
+        return f"the newest {counted(self.blocks, 'block')} of {self.frames} frames that left, {mean}"
 
     @property
     def middle(self) -> int:

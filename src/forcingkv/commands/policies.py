@@ -49,7 +49,7 @@ def policies(
     planned, left_out = plans_of(spec, geometry, list(chosen.values()), known, strict=name is not None)
     about = {policy.name: load_about(given) for given, policy in chosen.items()}
     if picture is not None:
-        from forcingkv.commands.policy_picture import write_policy_picture, write_policies_picture
+        from forcingkv.commands.policy_picture import write_policies_picture, write_policy_picture
 
         if name is None:
             write_policies_picture([one.plan for one in planned], picture)
