@@ -71,8 +71,8 @@ def policy_report(
 ) -> Report:
     """Plain data on policies of a model: bytes and operations at rest, and what each kind of heads sees.
 
-    `attended_bytes` are keys and values that a pass reads, its own chunk's among them; `held_bytes` the memory
-    that engines take for what is cached, written and read in turn.
+    `attended_bytes` are keys and values that a pass reads, its own chunk's among them; `held_bytes` the
+    memory that engines take for what is cached, written and read in turn.
     """
     full = plan_for(spec, geometry, load_policy("full"))[0]
     return {
@@ -112,7 +112,7 @@ def _policy(one: Planned, full: CachePlan, about: About | None, dtype: Dtype) ->
 def _group(kind: HeadKind) -> Report:
     plan = kind.plan
     starts = [phase.first_chunk for phase in plan.phases]
-    roles = []
+    roles: list[Report] = []
     for role in kind.group.roles:
         seen = [role.seen_tokens(plan, kind.group, chunk) for chunk in starts]
         frames = [tokens / plan.frame_tokens for tokens in seen]

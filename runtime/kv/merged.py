@@ -66,7 +66,8 @@ class Merged(Role):
             raise InputError(what, where=f"the role {self.name}", expected=f"at most {MOST_FRAMES}")
 
     def in_words(self, spec: ModelSpec) -> str:
-        mean = f"each the mean over its frames and over {self.patch} x {self.patch} tokens, in its middle's place"
+        patch = f"{self.patch} x {self.patch} tokens"
+        mean = f"each the mean over its frames and over {patch}, in its middle's place"
         return f"the newest {counted(self.blocks, 'block')} of {self.frames} frames that left, {mean}"
 
     @property

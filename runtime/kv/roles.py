@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 import numpy as np
@@ -155,7 +155,7 @@ class Role(Tagged, ABC):
     def in_words(self, spec: ModelSpec) -> str:
         """What of the video it is, of a role that was fitted to the model. Unless a role says it better: its
         parameters."""
-        return ", ".join(f"{one.name} {getattr(self, one.name)}" for one in fields(self))
+        return ", ".join(f"{name} {value}" for name, value in vars(self).items())
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         """The role in a layer of a model, beside the others of its group; None where it holds nothing."""

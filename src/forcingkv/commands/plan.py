@@ -96,7 +96,7 @@ def _refuse_others(context: typer.Context) -> None:
 
 
 def known_heads(spec: ModelSpec, headmap: Path | None, heads: str | None) -> tuple[HeadMap, str] | None:
-    """The map of --headmap or of --heads, and how many heads have each label in words; None: neither is given.
+    """The map of --headmap or --heads, and how many heads have each label in words; None: neither given.
 
     Raises InputError where both are, or where the counts are not those of the model's heads.
     """

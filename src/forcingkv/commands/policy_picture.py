@@ -1,7 +1,7 @@
 """Pictures of what heads see: frames of the video from left to right, coloured by the role they have.
 
-All is read off the plan (`measure.timeline`): a role that is new needs nothing here. Colours can be told apart
-by those who see red and green alike (after Okabe and Ito), and each frame has its role's first letters.
+All is read off the plan (`measure.timeline`): a role that is new needs nothing here. Colours can be told
+apart by those who see red and green alike (after Okabe and Ito), and frames have their role's first letters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from forcingkv.runtime.kv.roles import Role
 
 COLOURS = (
     *("#4c9fd6", "#e8743b", "#1fa37c", "#a5dccb", "#b4d9f2"),
-    *("#7fbf3f", "#cf87b3", "#f0b13c", "#f3e55c", "#8c7bd1", "#b0a08a"),
+    *("#7fbf3f", "#cf87b3", "#f0b13c", "#8559b8", "#8f8a2a", "#b0a08a"),
 )
 """Of roles, in the order in which they are known (`Role.KINDS`)."""
 OWN, GONE, EDGE = "#5b6470", "#edeff2", "#ffffff"
@@ -64,7 +64,7 @@ class _Frames(NamedTuple):
 
     left: float
     width: float
-    count: int
+    total: int
 
 
 def write_policy_picture(plan: CachePlan, path: Path) -> None:
@@ -218,7 +218,7 @@ def _numbers(axes: Axes, y: float, frames: _Frames, chunk: int) -> None:
     """The index of the first frame of each chunk, as far apart as they can be read."""
     step = chunk * max(1, math.ceil(0.22 / (chunk * frames.width)))
     _write(axes, frames.left - 0.08, y, "frame", ha="right", color=SOFT, fontsize=7.5)
-    for frame in range(0, frames.count, step):
+    for frame in range(0, frames.total, step):
         x = frames.left + (frame + 0.5) * frames.width
         _write(axes, x, y, str(frame), ha="center", color=SOFT, fontsize=7.5)
 
