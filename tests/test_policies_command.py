@@ -47,7 +47,7 @@ def test_it_lists_all_that_ship_with_the_plans_bytes(model: str, run: Run) -> No
 
 
 def test_shares_follow_the_frames_that_heads_see(run: Run) -> None:
-    """Of 21 frames under full: 12 under window; what 141 static and 219 dynamic heads see under forcing-kv."""
+    """Of 21 frames under full: 12 under window; what 141 static and 219 dynamic heads see in forcing-kv."""
     found = {one["policy"]: one for one in report(run)["policies"]}
     assert found["window"]["attention_share"] == pytest.approx(12 / 21)
     assert found["forcing-kv"]["attention_share"] == pytest.approx((141 * 5 + 219 * 6) / 360 / 21)

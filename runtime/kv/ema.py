@@ -66,7 +66,9 @@ class Ema(Role):
             f"{len(self.rates)} moving average{'s'[: len(self.rates) > 1]} of what leaves the recent frames"
         )
         how = {"frames": "", "tokens": ", token by token"}[self.of]
-        return f"{what}{how}, {shares} of the new at a time; in the places of the first frames without a sink"
+        return (
+            f"{what}{how}, {shares} of the new at a time; in the places of the first frames that no sink has"
+        )
 
     def count(self, spec: ModelSpec) -> int:
         """How many averages there are in a model."""
