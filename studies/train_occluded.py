@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--curve", type=Path, help="PNG to write")
     given = parser.parse_args()
     if given.log and given.curve:
-        draw_curve(given.log, given.curve, "back", "chunk in which digits come back")
+        draw_curve(given.log, given.curve, "back", "digits come back", 0.003)
     elif given.out:
         train(given.out)
     else:
