@@ -19,18 +19,17 @@ from tests.models.caches import advanced, rotated
 CHUNKS = 15
 
 
-def plan_of(*roles: Role, positions: Positions = "relative", **changes: object) -> CachePlan:
-    spec = small_spec(**{"layers": 1, "positions": positions, "attended_frames": 20, **changes})
+def plan_of(
+    *roles: Role, positions: Positions = "relative", attended_frames: int = 20, **changes: object
+) -> CachePlan:
+    spec = small_spec(layers=1, positions=positions, attended_frames=attended_frames, **changes)
     return build_plan(spec, spec.geometry(), Policy("bank", "", {"all": roles}))
 
 
 def alike(one: torch.Tensor, other: torch.Tensor, pairs_of_time: int) -> float:
     """The mean cosine over heads and tokens of keys before rotation, but for the numbers that time turns."""
-    total = 0.0
-    for mine, theirs in zip(one.flatten(0, 2), other.flatten(0, 2), strict=True):
-        a, b = (key[2 * pairs_of_time :].double() for key in (mine, theirs))
-        total += float((a @ b) / (a.norm() * b.norm()))
-    return total / (one.shape[1] * one.shape[2])
+    a, b = (keys[..., 2 * pairs_of_time :].double() for keys in (one, other))
+    return float(((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean())
 
 
 def bank_by_rule(
