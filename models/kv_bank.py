@@ -20,20 +20,21 @@ ABSENT = 1e6
 
 
 def likeness(keys: Tensor, pairs_of_time: int) -> Tensor:
-    """How alike frames are: the mean cosine of keys in the same place, of all heads: float32 (frames, frames).
+    """How alike frames are: the mean cosine of keys in the same place, over all heads.
 
-    Keys are (heads, frames, tokens, head_dim), rotated. The numbers that turn with time do not count: the rest
-    is rotated alike in every frame, so the cosine is that of keys before rotation.
+    Keys are (heads, frames, tokens, head_dim), rotated; the result is float32 (frames, frames). The numbers
+    that turn with time do not count: the rest is rotated alike in every frame, so the cosine is that of keys
+    before rotation.
     """
     units = F.normalize(keys[..., 2 * pairs_of_time :].float(), dim=-1)
-    heads, frames, tokens, _ = units.shape
+    heads, _, tokens, _ = units.shape
     rows = units.transpose(0, 1).flatten(1)
     return rows @ rows.transpose(0, 1) * (1 / (heads * tokens))
 
 
 def least_alike(alike: Tensor, there: Tensor, kept: int) -> Tensor:
-    """Indices of the frames that are kept, rising: (kept,) int64. One after the other that frame goes which is
-    most like all that are left, itself among them; of several the first.
+    """Indices of the frames that are kept, rising: (kept,) int64. One after the other that frame goes which
+    is most like all that are left, itself among them; of several the first.
 
     `alike` is (frames, frames); `there` float32 (frames,), 1 for each frame that is there, or else 0.
     Comparisons and no argmax: which of equal ones that takes is said for torch, not for every backend.

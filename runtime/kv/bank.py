@@ -1,6 +1,7 @@
 """The role `bank`: a few frames of the whole video, chosen so that they resemble each other least.
 
-MemFlow keeps such a bank, and chooses by the prompt (docs/method.md, "A bank of frames"; docs/decisions/0055).
+MemFlow keeps such a bank, and chooses by the prompt (docs/method.md, "A bank of frames";
+docs/decisions/0055).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 MOST_AT_A_TIME = 16
 POOL = "pool"
-"""Kind of what graphs are told: tokens of the frames that are chosen from, the bank's first; in what is cached
-of the bank and of the recent frames, with the chunk's behind them."""
+"""Kind of what graphs are told: tokens of the frames that are chosen from, the bank's first; in what is
+cached of the bank and of the recent frames, with the chunk's behind them."""
 THERE = "there"
 """Kind of what graphs are told: how many of these frames are there. Those behind them only fill it up."""
 PLACES = "places"
@@ -37,8 +38,8 @@ class Bank(Role):
     """Frames of the whole video, the least redundant of those that came by.
 
     Frames 0, k, 2k, ... come to the bank as they leave the recent ones; those of the sink do not. Once there
-    are more than it has room for, the frame goes whose keys are most like those of all others there (ties: the
-    oldest), until they fit. Each layer's group of heads chooses for itself.
+    are more than it has room for, the frame goes whose keys are most like those of all others there (ties:
+    the oldest), until they fit. Each layer's group of heads chooses for itself.
     """
 
     frames: int
@@ -53,7 +54,8 @@ class Bank(Role):
         most = MOST_FRAMES
         check_bounds(self, {"frames": (1, most), "every": (1, most)}, f"the role {self.name}")
         if self.every * self.frames > most:
-            what = f"{self.frames} of every {self.every} frames are there after {self.every * self.frames} frames"
+            reach = self.every * self.frames
+            what = f"{self.frames} of every {self.every} frames are there after {reach} frames"
             raise InputError(what, where=f"the role {self.name}", expected=f"at most {most}")
 
     def at_a_time(self, spec: ModelSpec) -> int:

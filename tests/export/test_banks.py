@@ -45,11 +45,18 @@ def test_an_engine_with_a_bank_builds(positions: Positions, tmp_path: Path) -> N
     manifest = Bundle.open(tmp_path / "bundle").manifest
     step = next(engine for engine in manifest.engines if engine.graph == "step")
     assert step.sm == 89
-    assert {manifest.graphs["step"].inputs[f"bank_there.{label}"].shape for label in ("near", "far")} == {(1,)}
+    assert {manifest.graphs["step"].inputs[f"bank_there.{label}"].shape for label in ("near", "far")} == {
+        (1,)
+    }
 
 
 def test_a_graph_that_encodes_newest_frames_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no pass over newest frames makes the role bank"):
         export_bundle(
-            SPEC, random_model(SPEC).state_dict(), policy_of("relative"), tmp_path / "b", headmap=MAP, recache=True
+            SPEC,
+            random_model(SPEC).state_dict(),
+            policy_of("relative"),
+            tmp_path / "b",
+            headmap=MAP,
+            recache=True,
         )

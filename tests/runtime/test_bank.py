@@ -26,7 +26,9 @@ from tests.runtime.lanes import On
 from tests.runtime.videos import OTHER, PROMPT, assert_same, differ, video_of
 
 SPEC = small_spec(layers=2, attended_frames=12)
-MAP = HeadMap(ModelIdentity(SPEC.name, 2, 3), (("near", "far", "near"), ("far", "far", "near")), Rule("given"))
+MAP = HeadMap(
+    ModelIdentity(SPEC.name, 2, 3), (("near", "far", "near"), ("far", "far", "near")), Rule("given")
+)
 CHUNKS = 10
 
 
@@ -48,7 +50,9 @@ def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> Non
         again = video_of(session, CHUNKS)
         plan = session.plan
     model, text = WanModel(SPEC), torch.from_numpy(encode_words(SPEC, PROMPT))
-    model.load_state_dict(permute_heads(random_model(SPEC).state_dict(), SPEC, head_orders(SPEC, plan.policy, MAP)))
+    model.load_state_dict(
+        permute_heads(random_model(SPEC).state_dict(), SPEC, head_orders(SPEC, plan.policy, MAP))
+    )
     for chunk, known in zip(made, generate(model, plan, text, seeded_noise(plan, 7), CHUNKS), strict=True):
         np.testing.assert_allclose(chunk.latents, known.latents.numpy(), atol=2e-5, rtol=0)
     assert_same(again, made)
@@ -80,7 +84,7 @@ def test_a_switch_fills_it_anew_or_leaves_it(bundle: Path, on: On) -> None:
         plain = video_of(session, 8)
         video = session.generate(PROMPT, seed=7, chunks=8)
         first = list(islice(video, 6))
-        with pytest.raises(InputError, match="makes the role bank of the policy banks|has no graph"):
+        with pytest.raises(InputError, match=r"makes the role bank of the policy banks|has no graph"):
             video.switch(OTHER, recache="keep-sink")
         video.switch(OTHER, recache="replay")
         rest = list(video)
