@@ -32,6 +32,8 @@ from forcingkv.runtime.graph_records import (
     TURN,
     encoded_lengths,
     latent_shape,
+    symbol_of,
+    tokens_symbol,
 )
 from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, told_name
 from forcingkv.runtime.kv.rebuild import Encoding, encodings, most_encoded, rows_names, seen_entries
@@ -133,8 +135,8 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
     if plan.choice:
         outputs.append("retained_indices")
         by_layer[plan.choice.layer].append("retained_indices")
-    dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role.name}_tokens") for entry in plan.entries}
-    dynamic |= {name: (0, name.replace(".", "_")) for name, length in plan.told_lengths.items() if not length}
+    dynamic = {entry.name: (2, tokens_symbol(entry)) for entry in plan.entries}
+    dynamic |= {name: (0, symbol_of(name)) for name, length in plan.told_lengths.items() if not length}
     clean = tuple(tuple(names) for names in by_layer if names)
     return Graph(model, run, inputs, tuple(outputs), dynamic, clean)
 
@@ -189,12 +191,12 @@ def recache_graph(model: WanModel, plan: CachePlan) -> Graph:
         **{e.name: torch.zeros(max(plan.buffer_shapes(e)), dtype=cached_dtype(e.role, kind)) for e in seen},
         **{name: torch.arange(2, dtype=torch.int32) for name in rows_names(plan)},
     }
-    dynamic = {entry.name: (2, f"{entry.group.label}_{entry.role.name}_tokens") for entry in seen}
-    dynamic |= {name: (0, name.replace(".", "_")) for name in rows_names(plan)}
-    frames_symbol, tokens_symbol = encoded_lengths(plan)
+    dynamic = {entry.name: (2, tokens_symbol(entry)) for entry in seen}
+    dynamic |= {name: (0, symbol_of(name)) for name in rows_names(plan)}
+    frames_symbol, encoded_symbol = encoded_lengths(plan)
     if isinstance(frames_symbol, str):
         dynamic["latents"] = 2, frames_symbol
-        dynamic |= {name: (0, str(tokens_symbol)) for name in ("cosines", "sines")}
+        dynamic |= {name: (0, str(encoded_symbol)) for name in ("cosines", "sines")}
     outputs = tuple(next_name(entry.name) for entry in plan.entries)
     by_frames = sorted(encodings(plan), key=lambda one: -one.frames)
     most = [next((o for o in by_frames if o.keeps_sink is kept), None) for kept in (True, False)]

@@ -79,6 +79,18 @@ def next_name(name: str) -> str:
     return f"next.{name}"
 
 
+def symbol_of(name: str) -> str:
+    """Symbol of the length that varies of an input: its name, as far as symbols have its characters. Labels
+    of heads may have any."""
+    symbol = re.sub(r"\W", "_", name)
+    return symbol if symbol.isidentifier() else f"_{symbol}"
+
+
+def tokens_symbol(entry: CacheEntry) -> str:
+    """Symbol of how many tokens of a role are cached."""
+    return symbol_of(f"{entry.group.label}_{entry.role.name}_tokens")
+
+
 def cross_layouts(plan: CachePlan, compute: Dtype) -> dict[str, Layout]:
     """The prompt's keys and values: outputs of `prompt`, inputs of `step`."""
     spec = plan.spec
@@ -115,8 +127,7 @@ def step_layouts(
         inputs[entry.name] = _cached(plan, entry, compute)
         outputs[next_name(entry.name)] = _cached(plan, entry, compute, made=True)
     inputs |= {
-        name: Layout("int32", (length or name.replace(".", "_"),))
-        for name, length in plan.told_lengths.items()
+        name: Layout("int32", (length or symbol_of(name),)) for name, length in plan.told_lengths.items()
     }
     if plan.choice:
         outputs["retained_indices"] = Layout("int64", (ANY,))
@@ -152,14 +163,14 @@ def recache_layouts(plan: CachePlan, compute: Dtype) -> tuple[dict[str, Layout],
     inputs |= cross_layouts(plan, compute)
     for entry in seen_entries(plan):
         inputs[entry.name] = _cached(plan, entry, compute)
-    inputs |= {name: Layout("int32", (name.replace(".", "_"),)) for name in rows_names(plan)}
+    inputs |= {name: Layout("int32", (symbol_of(name),)) for name in rows_names(plan)}
     outputs = {next_name(e.name): _cached(plan, e, compute, made=True) for e in plan.entries}
     return inputs, outputs
 
 
 def _cached(plan: CachePlan, entry: CacheEntry, compute: Dtype, *, made: bool = False) -> Layout:
     """A cached tensor as passes read it, or as one makes it."""
-    symbol = ANY if made else f"{entry.group.label}_{entry.role.name}_tokens"
+    symbol = ANY if made else tokens_symbol(entry)
     return Layout(entry.role.dtype(compute), (1, entry.group.heads, symbol, plan.spec.head_dim))
 
 

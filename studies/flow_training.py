@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from forcingkv.headmaps.writing import new_file, write_bytes
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.plotting import figure, png
+from forcingkv.runtime.spec import ModelSpec
 
 WARM_UP = 100
 EMA = 0.995
@@ -51,22 +52,35 @@ S = TypeVar("S", bound=Rates)
 
 
 class TeacherForcing:
-    """Attention over [clean chunks, noisy chunks]: a chunk sees itself and the clean ones before it."""
+    """Attention over [clean chunks, noisy chunks]: a chunk sees clean frames before it and itself.
 
-    def __init__(self, clean: int, noisy: Sequence[int], window: int) -> None:
-        """`clean` chunks of context from the first on; `noisy`: index in the video of each noisy chunk;
-        `window`: chunks that a chunk attends to at most, itself among them."""
-        self.clean, self.noisy, self.window = clean, noisy, window
+    What the last layer makes of clean chunks nobody reads, so it is not computed.
+    """
+
+    def __init__(self, spec: ModelSpec, clean: int, seen: Sequence[Sequence[int]]) -> None:
+        """`clean` chunks of context, from the first on; `seen`: for each noisy chunk, the frames among them
+        that it sees. Clean chunks see as much as the model attends to."""
+        self.clean, self.size, self.last = clean, spec.frames_per_chunk, spec.layers - 1
+        self.seen = [*(frames_before(spec, index) for index in range(clean)), *seen]
 
     def __call__(self, layer: int, queries: Tensor, current: KeysValues) -> Tensor:
-        size = queries.shape[2] // (self.clean + len(self.noisy))
+        frames = [x.split(x.shape[2] // (len(self.seen) * self.size), 2) for x in (queries, *current)]
         out = []
-        for part, index in enumerate([*range(self.clean), *self.noisy]):
-            before = slice(max(0, index - self.window + 1) * size, index * size)
-            own = slice(part * size, (part + 1) * size)
-            keys, values = (torch.cat([x[:, :, before], x[:, :, own]], 2) for x in current)
-            out.append(F.scaled_dot_product_attention(queries[:, :, own], keys, values))
+        for part, before in enumerate(self.seen):
+            if part < self.clean and layer == self.last:
+                out += [torch.zeros_like(frame) for frame in frames[0][: self.size]]
+                continue
+            own = range(part * self.size, (part + 1) * self.size)
+            q = torch.cat([frames[0][frame] for frame in own], 2)
+            k, v = (torch.cat([x[frame] for frame in (*before, *own)], 2) for x in frames[1:])
+            out.append(F.scaled_dot_product_attention(q, k, v))
         return torch.cat(out, 2)
+
+
+def frames_before(spec: ModelSpec, chunk: int) -> range:
+    """The frames before a chunk that the model attends to under the policy `full`."""
+    end = chunk * spec.frames_per_chunk
+    return range(max(0, end + spec.frames_per_chunk - spec.attended_frames), end)
 
 
 def optimizers(model: WanModel) -> list[torch.optim.Optimizer]:

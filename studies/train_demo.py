@@ -36,6 +36,7 @@ from studies.flow_training import (
     TeacherForcing,
     Trainer,
     draw_curve,
+    frames_before,
     train_stages,
 )
 
@@ -105,8 +106,8 @@ def loss_function(model: WanModel, stage: Stage, *, compiled: bool = True) -> Lo
     weights = torch.ones(stage.chunks)
     weights[0] = FIRST_CHUNK_WEIGHT
     weights = (weights / weights.sum()).to(torch.float32)
-    clean = stage.chunks if copies == 2 else 0
-    attend = TeacherForcing(clean, range(stage.chunks), spec.chunks_to_fill)
+    seen = [frames_before(spec, index) for index in range(stage.chunks)]
+    attend = TeacherForcing(spec, stage.chunks if copies == 2 else 0, seen)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         prompt = model.prompt(batch["text"])

@@ -38,6 +38,7 @@ from studies.flow_training import (
     TeacherForcing,
     Trainer,
     draw_curve,
+    frames_before,
     train_stages,
 )
 
@@ -47,6 +48,8 @@ TRAINED = 4
 """Chunks of each clip that are trained: first, twice, one in which digits come back, where there is one."""
 BACK_WEIGHT = 4.0
 """What a pixel of a digit that comes back counts; others count 1."""
+KEPT = 0.1, 0.9
+"""Least and most share of frames that are kept where some are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class Stage(Rates):
     batch: int
     timelines: tuple[Timeline, ...]
     """Of which each step takes one."""
+    dropped: float = 0.0
+    """Share of trained chunks that see only some of the frames before them: see `seen_frames`."""
 
 
 def timelines(late: int, away: Sequence[int]) -> tuple[Timeline, ...]:
@@ -66,13 +71,22 @@ def timelines(late: int, away: Sequence[int]) -> tuple[Timeline, ...]:
 
 STAGES = (
     Stage(chunks=5, batch=6, steps=200, rate=1.5e-3, rate_end=1.5e-3, timelines=timelines(0, [1])),
-    Stage(chunks=7, batch=5, steps=200, rate=1.5e-3, rate_end=1.2e-3, timelines=timelines(0, [1, 2, 3])),
+    Stage(
+        chunks=7,
+        batch=5,
+        steps=250,
+        rate=1.5e-3,
+        rate_end=1.2e-3,
+        dropped=0.6,
+        timelines=timelines(0, [1, 2, 3]),
+    ),
     Stage(
         chunks=9,
         batch=5,
-        steps=600,
+        steps=400,
         rate=1.2e-3,
         rate_end=2e-5,
+        dropped=0.6,
         timelines=timelines(0, [1, 2, 3, 4, 4, 5, 7]) + timelines(1, [1, 2]) + timelines(2, [1, 8]),
     ),
 )
@@ -87,12 +101,27 @@ def trained_chunks(rng: np.random.Generator, timeline: Timeline, chunks: int) ->
     return chosen + [int(index) for index in rng.choice(others, TRAINED - len(chosen), replace=False)]
 
 
+def seen_frames(spec: ModelSpec, rng: np.random.Generator, chunk: int, dropped: float) -> list[int]:
+    """The frames before a chunk that it sees: all that the model attends to, or some, the newest among them.
+
+    Else digits that come back are copied from the one frame that shows them in the same place, and a view of
+    them in any other frame is of no use.
+    """
+    frames = list(frames_before(spec, chunk))
+    if rng.random() >= dropped:
+        return frames
+    kept = rng.random(len(frames)) < rng.uniform(*KEPT)
+    return [frame for frame, keep in zip(frames, kept, strict=True) if keep or frame == frames[-1]]
+
+
 class Batch(NamedTuple):
     """What one step trains."""
 
     tensors: dict[str, Tensor]
     trained: list[int]
     """Indices of the chunks."""
+    seen: list[list[int]]
+    """Frames that each of them sees before it."""
 
 
 def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> Batch:
@@ -100,6 +129,7 @@ def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> Batch
     timeline = stage.timelines[rng.integers(len(stage.timelines))]
     clips = [make_clip(rng, timeline, stage.chunks, "train") for _ in range(stage.batch)]
     trained = trained_chunks(rng, timeline, stage.chunks)
+    seen = [seen_frames(spec, rng, index, stage.dropped) for index in trained]
     returns = timeline.returns_within(stage.chunks)
     back = np.isin(trained, [*returns, *(index + 1 for index in returns)])
     chosen = [index * CHUNK + frame for index in trained for frame in range(CHUNK)]
@@ -120,18 +150,20 @@ def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> Batch
         "time": positions.time_features(spec, times),
         "text": np.concatenate([encode_words(spec, clip.prompt) for clip in clips]),
     }
-    return Batch({name: torch.from_numpy(np.asarray(a, np.float32)) for name, a in data.items()}, trained)
+    return Batch(
+        {name: torch.from_numpy(np.asarray(a, np.float32)) for name, a in data.items()}, trained, seen
+    )
 
 
 def loss_of(model: WanModel, stage: Stage, batch: Batch) -> Tensor:
     """Each trained chunk's share of the loss, (TRAINED,): weighted mean squared error of the flow."""
-    spec, (data, trained) = model.spec, batch
+    spec, (data, trained, seen) = model.spec, batch
     size = spec.geometry().frame_tokens * CHUNK
     tables = positions.rotary(spec, spec.geometry(), 0, stage.chunks * CHUNK)
     given = [*range(stage.chunks - 1), *trained]
     tokens = [index * size + token for index in given for token in range(size)]
     cosines, sines = (torch.from_numpy(table[tokens]) for table in tables)
-    attend = TeacherForcing(stage.chunks - 1, trained, spec.chunks_to_fill)
+    attend = TeacherForcing(spec, stage.chunks - 1, seen)
     prompt = model.prompt(data["text"])
     flow, _ = model(data["latents"], data["time"], (cosines, sines), prompt, attend)
     error = (flow[:, :, -TRAINED * CHUNK :] - data["flow"]).square()

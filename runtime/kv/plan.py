@@ -173,9 +173,10 @@ class CachePlan:
         return dict(sorted(told.items()))
 
     @cached_property
-    def told_by_chunk(self) -> bool:
-        """Whether `rows` differ between chunks of a phase."""
-        return any(role.told_by_chunk for _, role in self._takers)
+    def told_by_chunk(self) -> frozenset[str]:
+        """Names of those `rows` that differ between chunks of a phase."""
+        takers = [(group, role) for group, role in self._takers if role.told_by_chunk]
+        return frozenset(told_name(*of, kind) for of in takers for kind in of[1].told(self, of[0], 0))
 
     @cached_property
     def told_lengths(self) -> dict[str, int | None]:

@@ -34,7 +34,7 @@ def profiles_of(plan: CachePlan) -> tuple[Profile, ...]:
     which a video stays, has its own; of the others, which a video sees once, those share one that follow one
     another, have the same inputs empty and as many tokens taken (`CachePlan.rows`): a tensor without tokens
     takes other ways through TensorRT, and of a sink that is being collected TensorRT-RTX 1.7 builds static
-    shapes only.
+    shapes only. Of roles that are told anew in each chunk it builds lengths that vary.
     """
     return grouped(plan, _starts(_kinds(plan)))
 
@@ -52,7 +52,8 @@ def _kinds(plan: CachePlan) -> list[Hashable]:
     kinds: list[Hashable] = []
     for phase in plan.phases:
         empty = frozenset(name for name, shape in plan.phase_shapes(phase).items() if 0 in shape)
-        kinds.append((empty, tuple(len(rows) for rows in plan.rows(phase.first_chunk).values())))
+        rows = plan.rows(phase.first_chunk).items()
+        kinds.append((empty, tuple(len(taken) for name, taken in rows if name not in plan.told_by_chunk)))
     return kinds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def video_of(session: Session, seed: int = 3) -> Video:
     return np.concatenate([c.frames for c in chunks]), np.concatenate([c.latents for c in chunks], 2)
 
 
+@cache
 def video(folder: Path, backend: str) -> Video:
+    """Made once: nothing changes it."""
     with Session.open(folder, backend=backend, threads=1) as session:
         return video_of(session)
 

@@ -15,6 +15,7 @@ import pytest
 
 from forcingkv.export import EngineError, bundle_parts, bundle_writer, engine_builder, export_bundle
 from forcingkv.export.engine_builder import EngineTarget, build_engine, run_child
+from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.checkpoint import random_weights
 from forcingkv.models.presets import load_spec
@@ -68,6 +69,22 @@ def rebuilt(bundle: Path, graph: str, sm: int, out: Path, *, plugins: bool = Tru
     target = EngineTarget(RTX, (sm,))
     build_engine(opened.graph(graph), graph, plan, target, sm, out / "again.engine")
     return hashlib.sha256((out / "again.engine").read_bytes()).hexdigest()
+
+
+@needs_rtx
+@pytest.mark.long
+@pytest.mark.parametrize("policy", ["dummy-forcing", "dummy-forcing-6", "forcing-kv-krea"])
+def test_what_heads_see_before_the_split_is_built(policy: str) -> None:
+    """A profile for each phase: of the opening chunk, of those before the split, of those after it."""
+    spec, chosen = small_spec(layers=1, heads=4, head_dim=16), load_policy(policy)
+    row = tuple(list(chosen.groups)[head % len(chosen.groups)] for head in range(spec.heads))
+    headmap = HeadMap(ModelIdentity(spec.name, 1, spec.heads), (row,), Rule("given"))
+    weights = random_model(spec).state_dict()
+    bundle = shared_bundle(spec, weights, chosen, headmap=headmap, target="tensorrt-rtx", sms=(89,))
+    manifest = Bundle.open(bundle).manifest
+    step = next(engine for engine in manifest.engines if engine.graph == "step")
+    assert step.phases == len(manifest.plan.phases) == (4 if policy.endswith("6") else 3)
+    assert not step.needs_plugin
 
 
 @needs_rtx

@@ -19,8 +19,19 @@ from tests.hostile.mutations import dumped, spoil_bytes, spoil_json, spoil_tenso
 from tests.runtime.conftest import small_bundle
 
 
-def test_150_inputs_are_refused_or_read(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.hostile", "--lean", "--quiet", "--inputs", "150", "--seed", "1"]
+@pytest.mark.parametrize("inputs", [60, pytest.param(150, marks=pytest.mark.long)])
+def test_inputs_are_refused_or_read(inputs: int, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.hostile",
+        "--lean",
+        "--quiet",
+        "--inputs",
+        str(inputs),
+        "--seed",
+        "1",
+    ]
     command += ["--bundle", str(small_bundle("forcing-kv")), "--out", str(tmp_path)]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
@@ -28,8 +39,8 @@ def test_150_inputs_are_refused_or_read(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     counts = list(map(int, re.findall(r"\d+", re.findall(r"^all .*$", done.stdout, re.MULTILINE)[0])[:9]))
-    assert counts[0] == sum(counts[1:4]) == 150
-    assert counts[1] > 75, "most are refused"
+    assert counts[0] == sum(counts[1:4]) == inputs
+    assert counts[1] > inputs / 2, "most are refused"
     assert min(counts[2:4]) > 0, "some are read"
 
 

@@ -22,8 +22,9 @@ from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 from tests.conftest import headmap_of, random_model, small_spec
 from tests.exported import shared_bundle
+from tests.runtime.conftest import small_bundle
 from tests.runtime.lanes import On
-from tests.runtime.videos import PROMPT, video_of
+from tests.runtime.videos import PROMPT, assert_same, video_of
 
 POLICY = """
 name = "as before"
@@ -180,6 +181,17 @@ def made_alike(on: On, plan: CachePlan, headmap: HeadMap) -> float:
     with on.open(shared_bundle(spec, weights, policy, headmap=headmap)) as session:
         made = video_of(session, 7)
     return max(float(np.abs(a.latents - b.numpy()).max()) for a, b in zip(made, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["dummy-forcing", "forcing-kv-krea"])
+def test_a_video_saved_about_the_split_goes_on_to_the_bit(tmp_path: Path, on: On, name: str) -> None:
+    with on.open(small_bundle(name)) as session:
+        whole = video_of(session, 5)
+        for made in (1, 2, 3):  # heads are split after chunk 1
+            video = session.generate(PROMPT, seed=7, chunks=5)
+            assert_same([next(video) for _ in range(made)], whole[:made])
+            video.save(tmp_path / str(made))
+            assert_same(session.restore(tmp_path / str(made)), whole[made:])
 
 
 @pytest.mark.parametrize("ar_start", [1, pytest.param(3, marks=pytest.mark.long)])

@@ -83,6 +83,16 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
     }
 
 
+def test_the_policy_that_was_dummy_forcing_before_is_still_read(tmp_path: Path) -> None:
+    """A file of its own, or a bundle's manifest: under its name, with its groups."""
+    groups = (
+        'sink = [{ role = "sink", frames = 1 }]\nneighbour = [{ role = "recent", frames = 1 }]\ndummy = []'
+    )
+    old = read(tmp_path, f'name = "dummy-forcing"\nsummary = ""\n[groups]\n{groups}\n')
+    assert old.groups == {"sink": (Sink(1),), "neighbour": (Recent(1),), "dummy": ()}
+    assert from_data(Policy, to_data(old), "manifest") == old != load_policy("dummy-forcing")
+
+
 def test_a_policy_may_say_when_heads_are_split(tmp_path: Path) -> None:
     """It goes before the model; a manifest of a policy that does not say it is as it was."""
     late = read(tmp_path, POLICY.replace("[groups]", "ar_start = 4\n[groups]"))

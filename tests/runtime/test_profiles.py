@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forcingkv.headmaps import InputError
+from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.headmaps.fields import from_data, to_data
 from forcingkv.runtime.engines import EngineRecord
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
@@ -78,6 +78,15 @@ def test_phases_that_share_a_profile_for_want_of_others_are_named() -> None:
     assert of_unlike_phases(framewise(policy(1, 12))) is None
     assert phases_of(framewise(policy(6, 12)))[:2] == [[0], [1]]
     assert of_unlike_phases(framewise(policy(6, 12))) is not None
+
+
+def test_lengths_of_what_is_told_in_each_chunk_may_vary_within_a_profile() -> None:
+    spec, pyramid = small_spec(frames_per_chunk=3), load_policy("pyramid")
+    row = ("wave", "anchor", "veil")
+    headmap = HeadMap(ModelIdentity(spec.name, spec.layers, 3), (row,) * spec.layers, Rule("given"))
+    plan = build_plan(spec, spec.geometry(), pyramid, headmap)
+    assert phases_of(plan) == [[0], [1], [2], [3, 4, 5, 6, 7, 8], [9]]
+    assert of_unlike_phases(plan) is None
 
 
 @given(st.integers(0, 12), st.integers(0, 20))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from forcingkv.analyze.recorder import record_sample
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
@@ -28,13 +29,13 @@ from tests.runtime.videos import OTHER, PROMPT, assert_same, differ, video_of
 SPEC = small_spec(layers=2, attended_frames=12)
 GROUPS = {
     "memrope": load_policy("memrope").groups["all"],
-    "reward": load_policy("reward-forcing").groups["all"],
+    "reward-forcing": load_policy("reward-forcing").groups["all"],
     "anchor": (Sink(3), Strided(every=6, frames=2), Recent(1)),
     "wave": (Sink(1), Strided(every=6, frames=2, cyclic=True), Recent(1)),
     "veil": (Sink(3), Merged(frames=4, patch=2, blocks=2), Recent(1)),
 }
 POLICY = Policy("all of them", "each in its own heads", GROUPS, positions="relative")
-LABELS = (("memrope", "reward", "veil"), ("anchor", "wave", "memrope"))
+LABELS = (("memrope", "reward-forcing", "veil"), ("anchor", "wave", "memrope"))
 MAP = HeadMap(ModelIdentity(SPEC.name, 2, 3), LABELS, Rule("given"))
 CHUNKS = 10
 
@@ -113,7 +114,7 @@ def test_a_plan_says_when_averages_start() -> None:
     assert lengths == [[0, 0, 0], [3, 0, 0], [3, 2, 1], *[[3, 2, 4]] * 3]
     told = [plan.rows(chunk) for chunk in range(6)]
     assert [rows["ema_update.memrope"].tolist() for rows in told] == [[0], [0], [0], [1], [2], [2]]
-    assert [rows["ema_update.reward"].tolist() for rows in told] == [[0], [0], [2], [2], [2], [2]]
+    assert [rows["ema_update.reward-forcing"].tolist() for rows in told] == [[0], [0], [2], [2], [2], [2]]
     assert [s.frame for role in group.roles for s in role.spans(plan, group, 5, None)] == [
         0,
         1,
@@ -125,3 +126,21 @@ def test_a_plan_says_when_averages_start() -> None:
         13,
         14,
     ]
+
+
+def test_the_recorder_names_the_frames_that_are_seen() -> None:
+    """Of averages the frames whose places they have, of blocks those that they stand at."""
+    plan = build_plan(SPEC, SPEC.geometry(), POLICY, MAP)
+    model = WanModel(SPEC)
+    orders = head_orders(SPEC, POLICY, MAP)
+    model.load_state_dict(permute_heads(random_model(SPEC).state_dict(), SPEC, orders))
+    text = torch.from_numpy(encode_words(SPEC, PROMPT))
+    rows = record_sample(model, plan, text, 1, 0, 9)
+    seen = {}
+    for row in rows.filter(rows["chunk"] == 8).iter_rows(named=True):
+        frames = zip(row["role"], row["key_frame"], strict=True)
+        seen[row["layer"], row["head"]] = [frame for role, frame in frames if role != "current"]
+        assert sum(row["mass"]) == pytest.approx(1, abs=1e-5)
+    memrope = [0, 1, 2, 3, 4, 20, 21, 22, 23]
+    assert [seen[0, head] for head in range(3)] == [memrope, [0, 1, 2, 21, 22, 23], [0, 1, 2, 13, 17, 23]]
+    assert [seen[1, head] for head in range(3)] == [memrope, [0, 1, 2, 12, 18, 23], [0, 12, 18, 23]]

@@ -17,7 +17,7 @@ from forcingkv.runtime import positions
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from studies import train_occluded as training
-from studies.flow_training import TeacherForcing, place
+from studies.flow_training import TeacherForcing, frames_before, place
 from studies.train_occluded import (
     BACK_WEIGHT,
     STAGES,
@@ -26,6 +26,7 @@ from studies.train_occluded import (
     begin,
     loss_of,
     make_batch,
+    seen_frames,
     trained_chunks,
 )
 from tests.conftest import random_model
@@ -41,6 +42,18 @@ def test_what_is_trained_of_a_clip() -> None:
         assert trained[3] in {0, 1, 2, 3, 6}
     never = trained_chunks(np.random.default_rng(0), Timeline(0, 7), 9)
     assert len(set(never)) == TRAINED
+
+
+def test_what_a_trained_chunk_sees() -> None:
+    spec, rng = load_spec("demo-occluded"), np.random.default_rng(0)
+    assert seen_frames(spec, rng, 8, 0.0) == [*range(6, 24)]
+    assert seen_frames(spec, rng, 2, 0.0) == [*range(6)]
+    assert seen_frames(spec, rng, 0, 1.0) == []
+    some = [seen_frames(spec, rng, 8, 1.0) for _ in range(400)]
+    assert all(frames == sorted({*frames, 23}) and frames[0] >= 6 for frames in some)
+    assert np.mean([len(frames) - 1 for frames in some]) == pytest.approx(17 / 2, rel=0.1)
+    dropping = [len(seen_frames(spec, rng, 8, 0.6)) < 18 for _ in range(400)]
+    assert np.mean(dropping) == pytest.approx(0.6, abs=0.08)
 
 
 def test_no_stage_trains_a_return_that_the_window_does_not_show() -> None:
@@ -76,7 +89,7 @@ def test_a_chunk_is_trained_as_it_is_generated() -> None:
         time(*[0.0] * (chunks - 1), *times),
         rotary(*range(chunks - 1), *trained),
         prompt,
-        TeacherForcing(chunks - 1, trained, spec.chunks_to_fill),
+        TeacherForcing(spec, chunks - 1, [frames_before(spec, index) for index in trained]),
     )
     flows = together[:, :, -TRAINED * CHUNK :].split(CHUNK, 2)
     plan = build_plan(spec, spec.geometry(), load_policy("full"))
@@ -101,7 +114,7 @@ def test_the_loss_counts_digits_that_come_back_more() -> None:
     model.head.head.weight.zero_()
     model.head.head.bias.zero_()
     batch = make_batch(spec, np.random.default_rng(0), SHORT)
-    data, trained = batch
+    data, trained, _ = batch
     weights = 1 + (BACK_WEIGHT - 1) * data["digits"]
     assert trained[:3] == [3, 3, 4]
     back = data["digits"].unflatten(2, (TRAINED, CHUNK)).sum((0, 1, 3, 4, 5))
