@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from forcingkv.analyze.recorder import record_sample
 from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
@@ -91,6 +92,13 @@ def test_a_switch_fills_it_anew_or_leaves_it(bundle: Path, on: On) -> None:
     assert_same(first, plain[:6])
     assert all(map(differ, rest, plain[6:]))
     assert all(np.isfinite(chunk.latents).all() for chunk in rest)
+
+
+def test_attention_cannot_be_recorded_by_frames_that_are_not_known() -> None:
+    model, plan = random_model(SPEC), build_plan(SPEC, SPEC.geometry(), policy_of("absolute"), MAP)
+    text = torch.from_numpy(encode_words(SPEC, PROMPT))
+    with pytest.raises(InputError, match=r"which frames the role bank holds for chunk 2 depends on keys"):
+        record_sample(model, plan, text, 1, 0, 4)
 
 
 def test_the_shipped_policy_fills_its_bank_by_known_numbers() -> None:
