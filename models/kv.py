@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forcingkv.models import kv_ema as kv_ema  # the halves of roles register themselves
+from forcingkv.models import kv_bank as kv_bank  # the halves of roles register themselves
+from forcingkv.models import kv_ema as kv_ema
 from forcingkv.models import kv_history as kv_history
 from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues

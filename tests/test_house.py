@@ -11,7 +11,7 @@ from pathlib import Path
 import forcingkv
 
 PACKAGE = Path(forcingkv.__file__).parent
-ROLES = {"sink", "recent", "retained", "early", "ema", "strided", "merged"}
+ROLES = {"sink", "recent", "retained", "early", "ema", "strided", "merged", "bank"}
 AT_HOME = ("runtime/kv/", "models/kv.py", "models/kv_roles.py")
 """Where each role is a class, which may know its own name."""
 READERS: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ import pytest
 
 from forcingkv.headmaps import InputError
 from forcingkv.headmaps.fields import from_data, to_data
+from forcingkv.runtime.kv.bank import Bank
 from forcingkv.runtime.kv.early import Early, Opening
 from forcingkv.runtime.kv.ema import Ema
 from forcingkv.runtime.kv.merged import Merged
@@ -74,6 +75,7 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
     assert load_policy("memrope").groups == {"all": (Sink(3), Ema((long, short)), Recent(4))}
     token_by_token = Ema((0.001,), of="tokens", starts="first")
     assert load_policy("reward-forcing").groups == {"all": (token_by_token, Recent(3))}
+    assert load_policy("memflow").groups == {"all": (Sink(3), Bank(3, every=9), Recent(6))}
     assert load_policy("pyramid").groups == {
         "wave": (Sink(1), Strided(6, 4, cyclic=True), Recent(1)),
         "anchor": (Sink(3), Strided(6, 4), Recent(1)),

@@ -16,6 +16,7 @@ from typing import Any
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds, from_data
 from forcingkv.headmaps.headmap import MOST
+from forcingkv.runtime.kv.bank import Bank
 from forcingkv.runtime.kv.early import Early, Opening
 from forcingkv.runtime.kv.ema import Ema
 from forcingkv.runtime.kv.merged import Merged
@@ -27,7 +28,7 @@ from forcingkv.runtime.shipped import read_table, shipped_names
 from forcingkv.runtime.spec import MOST_FRAMES, Positions
 
 Role.KINDS.update(
-    {kind.name: kind for kind in (Sink, Retained, Recent, Early, Opening, Scene, Ema, Strided, Merged)}
+    {kind.name: kind for kind in (Sink, Retained, Recent, Early, Opening, Scene, Ema, Strided, Merged, Bank)}
 )
 
 ALL = "all"
