@@ -58,6 +58,10 @@ class Bank(Role):
             what = f"{self.frames} of every {self.every} frames are there after {reach} frames"
             raise InputError(what, where=f"the role {self.name}", expected=f"at most {most}")
 
+    def in_words(self, spec: ModelSpec) -> str:
+        which = f"one in {self.every} of the frames that left" if self.every > 1 else "the frames that left"
+        return f"{self.frames} of {which}, those least like each other, of the whole video"
+
     def at_a_time(self, spec: ModelSpec) -> int:
         """The most frames that come to the bank in one clean pass."""
         return -(-spec.frames_per_chunk // self.every)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from forcingkv.commands.policy_picture import COLOURS, colour, letters
+from forcingkv.headmaps.headmap import ModelIdentity, uniform
 from forcingkv.measure.nominal import plan_for
 from forcingkv.measure.timeline import chunks_shown, example_choice, head_kinds, timeline
 from forcingkv.models.presets import load_spec
@@ -67,8 +68,10 @@ def test_heads_are_all_of_the_models_and_labels_all_of_the_policys() -> None:
     static, dynamic = head_kinds(plan)
     assert (static.heads, dynamic.heads) == (134 + 7, 226 - 7), "layer 0 is not split"
     assert (static.layers, dynamic.layers) == (30, 29)
-    # No map of self-forcing is published for this one: it is planned with the label that takes most.
-    kinds = {kind.group.label: kind for kind in head_kinds(plan_of("forcing-kv-krea"))}
+    # A label that no head has is shown all the same.
+    krea, identity = plan_of("forcing-kv-krea"), ModelIdentity("self-forcing", 30, 12)
+    krea = build_plan(krea.spec, krea.geometry, krea.policy, uniform(identity, "dynamic"))
+    kinds = {kind.group.label: kind for kind in head_kinds(krea)}
     assert {label: kind.heads for label, kind in kinds.items()} == {"static": 0, "dynamic": 360}
     assert timeline(kinds["static"], [8])[0].frames == 4
 
