@@ -157,7 +157,11 @@ def in_words(headmap: HeadMap) -> str:
 @cache
 def _published() -> dict[str, dict[str, dict[str, Any]]]:
     """Policy -> model -> what is published; `nominal.toml` says what the fields mean."""
-    return parse_toml((resources.files(__package__) / "nominal.toml").read_bytes(), "nominal.toml")
+    said = parse_toml((resources.files(__package__) / "nominal.toml").read_bytes(), "nominal.toml")
+    return {
+        policy: said[models["labels_of"]] if "labels_of" in models else models
+        for policy, models in said.items()
+    }
 
 
 @cache

@@ -38,7 +38,9 @@ def pass_flops(plan: CachePlan, chunk: int | None = None) -> PassFlops:
     """Operations of one pass of a chunk; None: of a chunk of the last phase."""
     at = plan.phases[-1].first_chunk if chunk is None else chunk
     keys = sum(
-        layers * group.heads * (plan.chunk_tokens + sum(plan.tokens(group, role, at) for role in group.roles))
+        layers
+        * group.heads
+        * (plan.chunk_tokens + sum(role.seen_tokens(plan, group, at) for role in group.roles))
         for group, layers in plan.kinds
     )
     return _pass_flops(plan, plan.chunk_tokens, keys)
@@ -51,7 +53,7 @@ def encoding_flops(plan: CachePlan, one: Encoding) -> int:
     keys = 0
     for group, layers in plan.kinds:
         stay = (role for role in group.roles if role.encoded_rows(plan, group, one) is None)
-        seen = tokens + sum(plan.tokens(group, role, one.passes) for role in stay)
+        seen = tokens + sum(role.seen_tokens(plan, group, one.passes) for role in stay)
         keys += layers * group.heads * seen
     return _pass_flops(plan, tokens, keys).total
 

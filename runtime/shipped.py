@@ -34,7 +34,15 @@ def read_named(kind: type[T], what: str, name: str, package: str) -> T:
 
     Raises InputError naming the names there are, or the field that is wrong.
     """
-    return from_data(kind, _read(what, name, package, ()), f"{what} {name}")
+    return from_data(kind, read_table(what, name, package), f"{what} {name}")
+
+
+def read_table(what: str, name: str, package: str) -> dict[str, Any]:
+    """The table of a shipped name or of a path ending in .toml, laid over that of its base, where it has one.
+
+    Raises InputError naming the names there are.
+    """
+    return _read(what, name, package, ())
 
 
 def _read(what: str, name: str, package: str, above: tuple[str, ...]) -> dict[str, Any]:

@@ -204,10 +204,10 @@ def train_stages(
             trainer.save(out)
 
 
-def draw_curve(log: Path, out: Path, second: str, name: str) -> None:
+def draw_curve(log: Path, out: Path, second: str, name: str, least: float) -> None:
     """Draw the training curve: from columns step, chunks, loss and `second` of a log (CSV), into a PNG.
 
-    `name` is what the second curve is called.
+    `name` is what the second curve is called, `least` the smallest loss shown.
     """
     rows = pl.read_csv(log).with_columns(pl.col("loss", second).rolling_mean(WINDOW, min_samples=1))
     curve = figure(8, 3.6)
@@ -218,6 +218,6 @@ def draw_curve(log: Path, out: Path, second: str, name: str) -> None:
         start = int(rows.filter(chunks=chunks)["step"][0])
         axes.axvline(start, color="grey", linewidth=0.6)
         axes.annotate(f" {chunks} chunk{'s' * (chunks > 1)}", (start, 0.45 / 1.3**number), color="grey")
-    axes.set(xlabel="step", ylabel="flow matching loss", ylim=(0.03, 0.6), yscale="log")
+    axes.set(xlabel="step", ylabel="flow matching loss", ylim=(least, 0.6), yscale="log")
     axes.legend()
     write_bytes(out, png(curve))

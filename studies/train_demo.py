@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--curve", type=Path, help="PNG to write")
     given = parser.parse_args()
     if given.log and given.curve:
-        draw_curve(given.log, given.curve, "first", "first chunk")
+        draw_curve(given.log, given.curve, "first", "first chunk", 0.03)
     elif given.out:
         train(given.out)
     else:

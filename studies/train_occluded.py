@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +63,9 @@ class Stage(Rates):
     """Of which each step takes one."""
     dropped: float = 0.0
     """Share of trained chunks that see only some of the frames before them: see `seen_frames`."""
+    waiting: float = 0.0
+    """Share of the other trained chunks that are drawn among those in which digits are waited for. Where it
+    is not 0, these are trained at high noise levels: whether the wait goes on or ends is decided there."""
 
 
 def timelines(late: int, away: Sequence[int]) -> tuple[Timeline, ...]:
@@ -74,11 +78,21 @@ STAGES = (
     Stage(
         chunks=7,
         batch=5,
-        steps=250,
+        steps=100,
         rate=1.5e-3,
-        rate_end=1.2e-3,
+        rate_end=1.38e-3,
         dropped=0.6,
         timelines=timelines(0, [1, 2, 3]),
+    ),
+    Stage(
+        chunks=7,
+        batch=5,
+        steps=100,
+        rate=1.38e-3,
+        rate_end=1.26e-3,
+        dropped=0.6,
+        waiting=0.6,
+        timelines=timelines(0, [1, 2, 3, 3]),
     ),
     Stage(
         chunks=9,
@@ -87,18 +101,27 @@ STAGES = (
         rate=1.2e-3,
         rate_end=2e-5,
         dropped=0.6,
+        waiting=0.6,
         timelines=timelines(0, [1, 2, 3, 4, 4, 5, 7]) + timelines(1, [1, 2]) + timelines(2, [1, 8]),
     ),
 )
 
 
-def trained_chunks(rng: np.random.Generator, timeline: Timeline, chunks: int) -> list[int]:
-    """Indices of the chunks of a clip that are trained: see `TRAINED`."""
+def trained_chunks(rng: np.random.Generator, stage: Stage, timeline: Timeline) -> list[int]:
+    """Indices of the chunks of a clip that are trained: see `TRAINED` and `Stage.waiting`."""
+    chunks = stage.chunks
     back = timeline.returns_within(chunks - 1)
     first = [int(rng.choice(back))] * 2 if back else []
     chosen = [*first, first[0] + 1] if first else []
     others = [index for index in range(chunks) if index not in chosen]
+    if stage.waiting and back and rng.random() < stage.waiting:
+        others = waiting_chunks(timeline, chunks)
     return chosen + [int(index) for index in rng.choice(others, TRAINED - len(chosen), replace=False)]
+
+
+def waiting_chunks(timeline: Timeline, chunks: int) -> list[int]:
+    """The chunks of a clip of that length in which digits are waited for."""
+    return [index for index, (_, marks) in enumerate(islice(timeline.chunks(), chunks)) if marks]
 
 
 def seen_frames(spec: ModelSpec, rng: np.random.Generator, chunk: int, dropped: float) -> list[int]:
@@ -128,14 +151,15 @@ def make_batch(spec: ModelSpec, rng: np.random.Generator, stage: Stage) -> Batch
     """Clips of one timeline: all chunks but the last as context, then those that are trained, noisy."""
     timeline = stage.timelines[rng.integers(len(stage.timelines))]
     clips = [make_clip(rng, timeline, stage.chunks, "train") for _ in range(stage.batch)]
-    trained = trained_chunks(rng, timeline, stage.chunks)
+    trained = trained_chunks(rng, stage, timeline)
     seen = [seen_frames(spec, rng, index, stage.dropped) for index in trained]
     returns = timeline.returns_within(stage.chunks)
     back = np.isin(trained, [*returns, *(index + 1 for index in returns)])
     chosen = [index * CHUNK + frame for index in trained for frame in range(CHUNK)]
     every = np.stack([clip.frames for clip in clips])[:, None]
     clean, before = every[:, :, chosen], every[:, :, : (stage.chunks - 1) * CHUNK]
-    centre = np.where(np.isin(trained, [0, *returns]), 1.5, 0.7)
+    waits = waiting_chunks(timeline, stage.chunks) if stage.waiting else []
+    centre = np.where(np.isin(trained, [0, *returns, *waits]), 1.5, 0.7)
     sigmas = 1 / (1 + np.exp(-(rng.standard_normal((stage.batch, TRAINED)) * 1.3 + centre)))
     level = np.repeat(sigmas, CHUNK, 1)[:, None, :, None, None]
     noise = rng.standard_normal(clean.shape)
@@ -214,7 +238,7 @@ def main() -> None:
     parser.add_argument("--curve", type=Path, help="PNG to write")
     given = parser.parse_args()
     if given.log and given.curve:
-        draw_curve(given.log, given.curve, "back", "chunk in which digits come back")
+        draw_curve(given.log, given.curve, "back", "digits come back", 0.003)
     elif given.out:
         train(given.out)
     else:

@@ -36,7 +36,17 @@ _STRIPS = "new: a frame may be decoded in strips, which takes less memory"
 _SWITCHES = "prompts are switched as public code does it too: by which way is a word, not yes or no"
 
 _STARTS = "new: videos that begin with a picture or a clip, or are drawn from one"
+
+_POLICIES = "new: what the policies show heads, what that takes, and where they come from"
 CHANGED: dict[str, str] = {
+    "policies": _POLICIES,
+    "policies --headmap": _POLICIES,
+    "policies --heads": _POLICIES,
+    "policies --json": _POLICIES,
+    "policies --model": _POLICIES,
+    "policies --picture": _POLICIES,
+    "policies --resolution": _POLICIES,
+    "policies name": _POLICIES,
     "export --decode-strips": _STRIPS,
     "plan --decode-strips": _STRIPS,
     "doctor": _DOCTOR,

@@ -61,6 +61,9 @@ def test_the_demo_makes_a_video_without_a_bundle(cache: Path, tmp_path: Path, ru
     assert result["seconds_to_bake"] > 0
     assert result["seconds_to_digest"] > 0
     assert result["seconds_to_load"] > 0
+    parts = result["seconds_by_part"]
+    assert list(parts) == ["denoise", "clean", "decode"]
+    assert 0 < sum(parts.values()) <= result["seconds_to_begin"] + sum(result["seconds_by_chunk"])
     assert result["peak_bytes"] > sum(result["memory"].values())
     with Session.open(folder) as session:
         assert session.bundle.headmap is not None

@@ -87,13 +87,13 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
     held = following = joined = turned = 0
     for group, layers in plan.kinds:
         numbers = layers * len(PARTS) * group.heads * spec.head_dim  # of a token
-        cached = sum(plan.tokens(group, role, at) for role in group.roles)
-        held += numbers * cached
+        seen = sum(role.seen_tokens(plan, group, at) for role in group.roles)
+        held += numbers * seen
         # The next cache as the graph gives it (`CacheBuffers`): segments whether the next chunk sees them or
         # not, the sink in the first chunk alone.
         following += numbers * sum(role.next_tokens(plan, group, at) for role in group.roles)
         # Read and written where the cache's keys and values are laid before those of the chunk.
-        joined += 2 * numbers * (cached + tokens) if cached else 0
+        joined += 2 * numbers * (seen + tokens) if seen else 0
         if plan.relative:
             moving = sum(role.next_tokens(plan, group, at) for role in group.roles if role.moves)
             turned += layers * group.heads * spec.head_dim * moving

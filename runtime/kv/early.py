@@ -18,6 +18,7 @@ from forcingkv.runtime.kv.roles import (
     Sink,
     Span,
     WholeFrames,
+    counted,
     left_of_chunk,
     whole_frames,
 )
@@ -38,6 +39,9 @@ class Early(WholeFrames):
     """
 
     name: ClassVar[str] = "early"
+
+    def in_words(self, spec: ModelSpec) -> str:
+        return f"the {counted(self._count)} before the recent ones, up to chunk {spec.ar_start}; then none"
 
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         if chunk > plan.spec.ar_start:
@@ -118,6 +122,9 @@ class Opening(Sink):
     """
 
     name: ClassVar[str] = "opening"
+
+    def in_words(self, spec: ModelSpec) -> str:
+        return f"the video's first {counted(self._count)}, up to chunk {spec.ar_start}; then none"
 
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         return super().tokens(plan, group, chunk) if chunk <= plan.spec.ar_start else 0

@@ -60,6 +60,16 @@ class Ema(Role):
             what = f"the role {self.name} has {len(self.rates)} rates"
             raise InputError(what, where="rates", expected=f"1 to {MOST_AVERAGES}, one for each average")
 
+    def in_words(self, spec: ModelSpec) -> str:
+        shares = " and ".join(f"{rate:g}" for rate in dict.fromkeys(self.rates))
+        what = (
+            f"{len(self.rates)} moving average{'s'[: len(self.rates) > 1]} of what leaves the recent frames"
+        )
+        how = {"frames": "", "tokens": ", token by token"}[self.of]
+        return (
+            f"{what}{how}, {shares} of the new at a time; in the places of the first frames that no sink has"
+        )
+
     def count(self, spec: ModelSpec) -> int:
         """How many averages there are in a model."""
         alike = self.of == "tokens" and len(self.rates) == 1

@@ -24,7 +24,7 @@ from forcingkv.runtime.kv.leaving import (
     leaving_rows,
     recent_of,
 )
-from forcingkv.runtime.kv.roles import Chosen, Cuts, Role, Rows, Span
+from forcingkv.runtime.kv.roles import Chosen, Cuts, Role, Rows, Span, counted
 from forcingkv.runtime.spec import MOST_FRAMES, Geometry, ModelSpec
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ class Merged(Role):
         if self.frames * self.blocks > MOST_FRAMES:
             what = f"{self.blocks} blocks of {self.frames} frames are {self.frames * self.blocks} frames"
             raise InputError(what, where=f"the role {self.name}", expected=f"at most {MOST_FRAMES}")
+
+    def in_words(self, spec: ModelSpec) -> str:
+        patch = f"{self.patch} x {self.patch} tokens"
+        mean = f"each the mean over its frames and over {patch}, in its middle's place"
+        return f"the newest {counted(self.blocks, 'block')} of {self.frames} frames that left, {mean}"
 
     @property
     def middle(self) -> int:

@@ -41,6 +41,13 @@ Choose = Literal["least-similar", "uniform", "random"]
 """Which candidate segments are kept: those least similar to the same place one frame later; evenly spaced
 ones, the same at every chunk; or ones drawn anew at every chunk."""
 
+CHOSEN: dict[Choose, str] = {
+    "least-similar": "those least like the frame after them",
+    "uniform": "evenly spaced",
+    "random": "drawn anew for each chunk",
+}
+"""In words."""
+
 
 @dataclass(frozen=True)
 class Retained(Role):
@@ -72,6 +79,11 @@ class Retained(Role):
             "seed": (0, (1 << 63) - 1),
         }
         check_bounds(self, bounds, "the role retained")
+
+    def in_words(self, spec: ModelSpec) -> str:
+        there, kept = self.segments * spec.frames_per_chunk, self.kept(spec.frames_per_chunk)
+        each = "" if self.shared else ", chosen in each layer"
+        return f"{kept} of the {there} segments of the frames that left last, {CHOSEN[self.choose]}{each}"
 
     def choice(self, plan: CachePlan, layer: int) -> Choice:
         """What is chosen in a plan whose first layer with this role is `layer`."""

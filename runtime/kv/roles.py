@@ -152,6 +152,11 @@ class Role(Tagged, ABC):
         not (`hidden_tokens`)."""
         return not self.read_as_cached or self.dtype(compute) != compute or hidden > 0
 
+    def in_words(self, spec: ModelSpec) -> str:
+        """What of the video it is, of a role that was fitted to the model. Unless a role says it better: its
+        parameters."""
+        return ", ".join(f"{name} {value}" for name, value in vars(self).items())
+
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         """The role in a layer of a model, beside the others of its group; None where it holds nothing."""
         return self
@@ -195,6 +200,9 @@ class Sink(WholeFrames):
     buffers: ClassVar[int] = 1  # the first clean pass writes it and reads none of it; no later one writes it
     takes_rows: ClassVar[bool] = True
     moves: ClassVar[bool] = False
+
+    def in_words(self, spec: ModelSpec) -> str:
+        return f"the video's first {counted(self._count)}, for ever"
 
     def filled_by(self, spec: ModelSpec) -> int:
         """The first chunks that it is collected over."""
@@ -271,6 +279,9 @@ class Recent(WholeFrames):
 
     name: ClassVar[str] = "recent"
 
+    def in_words(self, spec: ModelSpec) -> str:
+        return f"the newest {counted(self._count)}"
+
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
         past = chunk * plan.spec.frames_per_chunk
         return plan.frame_tokens * min(self._count, past - min(group.opening_frames(plan.spec), past))
@@ -316,6 +327,11 @@ def left_of_chunk(plan: CachePlan, group: HeadGroup, chunk: int) -> dict[str, Ro
         return {}
     first = min(max(opening - chunk * spec.frames_per_chunk, 0) * size, plan.chunk_tokens)
     return {ROWS: np.arange(first, plan.chunk_tokens, dtype=np.int32)}
+
+
+def counted(number: int, what: str = "frame") -> str:
+    """Such as "frame" or "3 frames", behind an article."""
+    return what if number == 1 else f"{number} {what}s"
 
 
 def whole_frames(plan: CachePlan, first: int, tokens: int) -> list[Span]:

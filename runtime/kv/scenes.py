@@ -33,6 +33,11 @@ class Scene(Recent):
 
     name: ClassVar[str] = "scene"
 
+    def in_words(self, spec: ModelSpec) -> str:
+        return (
+            f"{super().in_words(spec)}, the first {spec.scene_frames} of the scene among them while it lasts"
+        )
+
     def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         """What stays of a clean pass (`KEPT`). Where positions are relative to the window, what stays in its
         place is told as its complement, -1 - i: it does not move with the window."""

@@ -47,6 +47,13 @@ class Strided(Role):
             what = f"{self.frames} of every {self.every} frames reach over {self.every * self.frames} frames"
             raise InputError(what, where=f"the role {self.name}", expected=f"at most {most}")
 
+    def in_words(self, spec: ModelSpec) -> str:
+        which = (
+            f"whole multiples of {self.every} before the chunk" if self.cyclic else f"0, {self.every}, ..."
+        )
+        newest = f"the newest {self.frames}"
+        return f"one in {self.every} of the frames that left ({which}), {newest}"
+
     def seen_frames(self, plan: CachePlan, group: HeadGroup, chunk: int, ahead: int = 0) -> list[int]:
         """The frames that the chunk sees; of those that are there then, those that the chunk sees that comes
         `ahead` later."""

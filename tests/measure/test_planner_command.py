@@ -31,7 +31,7 @@ def test_krea_at_1080p_does_not_fit_and_what_does_is_said(run: Callable[..., Ran
     # Keys and values of 18 frames in 40 layers of width 5120, twice, take most of it.
     assert policy["memory"]["parts"]["kv_recent"] == 2 * 18 * 8160 * 40 * 5120 * 2 * 2
     fits = on["what_fits"]
-    assert (fits[0]["policy"], fits[0]["resolution"], fits[0]["gpu"]) == ("window", "1080p", "h200")
+    assert (fits[0]["policy"], fits[0]["resolution"], fits[0]["gpu"]) == ("pyramid", "1080p", "h200")
     assert {fit["resolution"] for fit in fits} == {"1080p", "720p", "480p"}
     order = ["1080p", "720p", "480p"]
     places = [order.index(fit["resolution"]) for fit in fits if fit["gpu"] == "h200"]
@@ -44,7 +44,7 @@ def test_people_read_the_same(run: Callable[..., Ran]) -> None:
     missing = json.loads(run(*KREA, "--json").out)["policies"][0]["gpus"][0]["missing_bytes"]
     text = " ".join(ran.out.split())
     assert f"full does not fit on h200: {missing / 1e9:.0f} GB ({missing:,} bytes) are missing." in text
-    assert "What fits: window at 1080p on h200" in text
+    assert "What fits: pyramid at 1080p on h200" in text
     assert max(map(len, ran.out.splitlines())) <= 80
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcingkv.commands.console import default_prompts
+from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.demo.data import DIRECTIONS, HALF, HEIGHT, SIDE, WIDTH
 from forcingkv.models.demo.judge import halves
 from forcingkv.models.demo_occluded.data import (
@@ -27,7 +28,7 @@ from forcingkv.models.demo_occluded.data import (
     render,
 )
 from forcingkv.models.demo_occluded.judge import FAR, given_chunks, judge_returns, judged_chunk, without_bar
-from forcingkv.models.presets import load_spec
+from forcingkv.models.presets import load_spec, shipped_file
 from forcingkv.runtime.text import encode_words
 
 TIMELINES = st.builds(Timeline, st.integers(0, 3), st.integers(1, MOST_AWAY))
@@ -177,3 +178,15 @@ def test_shipped_prompts_are_known_words_and_the_first_ones_see_a_return_early()
         assert prompt_of(left, right, timeline) == prompt  # type: ignore[arg-type]
         assert encode_words(spec, prompt).any()
         assert number >= 16 or timeline.returns < spec.chunks_to_fill
+
+
+WEIGHTS = shipped_file("demo-occluded", "weights.safetensors")
+
+
+@pytest.mark.skipif(WEIGHTS is None, reason="the weights of demo-occluded are still being trained")
+def test_the_shipped_weights_are_small_and_fit_the_spec() -> None:
+    assert WEIGHTS is not None
+    assert WEIGHTS.stat().st_size <= 8e6
+    spec = load_spec("demo-occluded")
+    assert spec.geometry().frame_tokens == 96
+    assert 1e6 <= sum(tensor.numel() for tensor in load_weights(spec).values()) <= 2e6

@@ -36,11 +36,13 @@ SHORT = Stage(chunks=5, batch=1, steps=2, rate=1e-4, rate_end=1e-4, timelines=(T
 
 def test_what_is_trained_of_a_clip() -> None:
     for seed in range(20):
-        trained = trained_chunks(np.random.default_rng(seed), Timeline(0, 2), 7)
+        trained = trained_chunks(np.random.default_rng(seed), replace(SHORT, chunks=7), Timeline(0, 2))
         assert trained[:3] == [4, 4, 5]
         assert len(trained) == TRAINED
         assert trained[3] in {0, 1, 2, 3, 6}
-    never = trained_chunks(np.random.default_rng(0), Timeline(0, 7), 9)
+        waiting = replace(SHORT, chunks=7, waiting=1.0)
+        assert trained_chunks(np.random.default_rng(seed), waiting, Timeline(0, 2))[3] in {2, 3}
+    never = trained_chunks(np.random.default_rng(0), replace(SHORT, chunks=9), Timeline(0, 7))
     assert len(set(never)) == TRAINED
 
 

@@ -2,7 +2,7 @@
 
 A policy names groups of heads by their label in the head map, and lists for each the roles of cached tokens
 that it sees beside the current chunk, in the order in which attention sees them. The group name `all` stands
-for every head and needs no head map.
+for every head and needs no head map. A table `[about]` says where a policy comes from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds
+from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, check_bounds, from_data
 from forcingkv.headmaps.headmap import MOST
 from forcingkv.runtime.kv.bank import Bank
 from forcingkv.runtime.kv.early import Early, Opening
@@ -24,7 +24,7 @@ from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.roles import Recent, Role, Sink
 from forcingkv.runtime.kv.scenes import Scene
 from forcingkv.runtime.kv.strided import Strided
-from forcingkv.runtime.shipped import read_named, shipped_names
+from forcingkv.runtime.shipped import read_table, shipped_names
 from forcingkv.runtime.spec import MOST_FRAMES, Positions
 
 Role.KINDS.update(
@@ -33,6 +33,8 @@ Role.KINDS.update(
 
 ALL = "all"
 """The group of every head, in policies that need no head map."""
+ABOUT = "about"
+"""The table of a policy's file that is for people alone."""
 MOST_GROUPS = 16
 """Groups of heads; those that ship have three at most."""
 
@@ -48,6 +50,18 @@ class Unsplit:
         check_bounds(self, {"layers": (0, MOST)}, "unsplit")
         if len(self.layers) > MOST:
             raise InputError(f"has {len(self.layers)} layers", where="unsplit", expected=f"at most {MOST}")
+
+
+@dataclass(frozen=True)
+class About:
+    """Where a policy comes from and what it is good for: the table `[about]` of its file. Neither bundles nor
+    sessions know it."""
+
+    source: str
+    """The paper, and the public code with its commit."""
+    use: str
+    differs: tuple[str, ...] = ()
+    """What is not as in the source: a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,19 @@ def policy_names() -> list[str]:
 
 def load_policy(name: str) -> Policy:
     """The policy of that name, or of a TOML file. Raises InputError naming the fault."""
-    return read_named(Policy, "policy", name, __name__)
+    return _read(name)[0]
+
+
+def load_about(name: str) -> About | None:
+    """What the file of a policy says of where it comes from. Raises InputError naming the fault."""
+    return _read(name)[1]
+
+
+def _read(name: str) -> tuple[Policy, About | None]:
+    where, data = f"policy {name}", read_table("policy", name, __name__)
+    about = data.pop(ABOUT, None)
+    told = None if about is None else from_data(About, about, f"{where}: {ABOUT}")
+    return from_data(Policy, data, where), told
 
 
 def _in_new_form(data: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from forcingkv.commands import (
     headmap,
     inspect,
     plan,
+    policies,
 )
 
 __all__ = ["app"]
@@ -42,3 +43,4 @@ app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
+app.command("policies")(policies.policies)

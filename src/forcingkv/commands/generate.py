@@ -7,18 +7,17 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from typer import Option
 
 from forcingkv.commands.baked import ModelOptions, bake_model
 from forcingkv.commands.classes import Classes, classified, found_online
-from forcingkv.commands.console import AsJson, emit, progress_bar, say
+from forcingkv.commands.console import AsJson, progress_bar, say
 from forcingkv.commands.given import GivenOptions, latents_file, say_given
 from forcingkv.commands.going_on import Look, agreed, check_prompt, look_of, take_switches, writer_for
 from forcingkv.commands.grouped import takes
@@ -38,12 +37,11 @@ from forcingkv.commands.prompt_changes import Prompts, told_prompts
 from forcingkv.commands.runs_on import runs_on
 from forcingkv.commands.starts import StartOptions
 from forcingkv.commands.stopping import exit_code
+from forcingkv.commands.written import Written, report
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import MemoryShortError, Session, Timing, Video
+from forcingkv.runtime import MemoryShortError, Session, Video
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.frames import Frames, FrameWriter, ReaderGoneError, digest_of
-from forcingkv.runtime.given import LatentsWriter
-from forcingkv.runtime.memory import peak_bytes
 from forcingkv.runtime.script import MOST_FADED
 from forcingkv.runtime.snapshot import check_states
 from forcingkv.runtime.video import open_writer
@@ -182,7 +180,9 @@ def generate(
                 say(f"runs on {session.runs_on}", error=True)
             if online:
                 session = clips.enter_context(classified(session, asked))
+            began = time.perf_counter()
             video, look = begin_video(session, asked, clips)
+            written.beginning = time.perf_counter() - began
             on = runs_on(session, threads) | {"memory": session.footprint}
             for note in session.notes:
                 written.warn(note)
@@ -202,7 +202,7 @@ def generate(
     except ReaderGoneError as error:
         raise typer.Exit(BROKEN_PIPE) from error
     with redirect_stdout(sys.stderr if out == "-" else sys.stdout):
-        _report(written, out, look.fps, on, as_json=as_json)
+        report(written, out, look.fps, on, as_json=as_json)
 
 
 def _begins_otherwise(given: GivenOptions, restore: Path | None) -> str | None:
@@ -293,34 +293,6 @@ def begin_video(session: Session, asked: Asked, clips: ExitStack) -> tuple[Video
     return video, look
 
 
-@dataclass
-class Written:
-    """What has come of a video so far."""
-
-    kept: int = 0
-    """Frames that were there, and stay."""
-    frames: int = 0
-    """Frames that were made."""
-    waited: list[float] = field(default_factory=list)
-    """Seconds that each chunk was waited for."""
-    timings: list[Timing] = field(default_factory=list)
-    """Seconds of the passes of each chunk."""
-    warnings: list[str] = field(default_factory=list)
-    digesting: float | None = None
-    """Seconds for the digest of a model's weights; None: a bundle was given."""
-    baking: float | None = None
-    """Seconds to bake a model; None: nothing was."""
-    loading: float = 0.0
-    """Seconds to open the session."""
-    latents: LatentsWriter | None = None
-    """Where the latents go, if they are written."""
-
-    def warn(self, text: str) -> None:
-        """Say something on standard error, and in the report."""
-        self.warnings.append(text)
-        say(f"warning: {text}", error=True)
-
-
 def _write(video: Video, writer: FrameWriter, written: Written) -> Iterator[Frames]:
     """Write each chunk, show progress, and count what is written; between chunks the caller may act.
 
@@ -353,40 +325,3 @@ def _save(video: Video, folder: Path, look: Look, first: int, frames: Frames, wr
         video.save(folder, notes=notes)
     except (InputError, MemoryShortError) as error:
         written.warn(f"the state was not saved before chunk {video.index}, and the video goes on: {error}")
-
-
-def _report(written: Written, out: str, rate: float, on: dict[str, object], *, as_json: bool) -> None:
-    passes = [timing.denoise + timing.clean for timing in written.timings]
-    result = {
-        **on,
-        "out": out,
-        "frames": written.frames,
-        "kept_frames": written.kept,
-        "chunks": len(written.waited),
-        "fps": rate,
-        "seconds_per_chunk": float(np.median(written.waited)),
-        "frames_per_second": written.frames / sum(written.waited),
-        "frames_per_second_without_decoding": written.frames / sum(passes),
-        "seconds_to_digest": written.digesting,
-        "seconds_to_bake": written.baking,
-        "seconds_to_load": written.loading,
-        "seconds_by_chunk": written.waited,
-        "peak_bytes": _peak_bytes(),
-        "warnings": written.warnings,
-    }
-    if as_json:
-        emit(result)
-        return
-    after = f" after the {written.kept} that were there" if written.kept else ""
-    say(
-        f"{out}: {written.frames} frames in {result['chunks']} chunks{after},"
-        f" {result['frames_per_second']:.1f} frames a second"
-        f" ({result['frames_per_second_without_decoding']:.1f} without decoding)"
-    )
-
-
-def _peak_bytes() -> int | None:
-    """The most memory that this process has held; None where the system does not say."""
-    with suppress(RuntimeError):
-        return peak_bytes()
-    return None

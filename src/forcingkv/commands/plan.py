@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from forcingkv.commands.console import AsJson, emit, listed, parse_pairs, say
-from forcingkv.headmaps import read_headmap
+from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.spec import DecoderKind, Dtype, ModelSpec
@@ -60,21 +60,14 @@ def plan(
         return
     if model is None:
         raise InputError("is not given", where="--model", expected="a preset, a spec file, or --published")
-    from forcingkv.measure.nominal import in_words, spread
     from forcingkv.measure.planner.gpus import gpu_names, load_gpu
     from forcingkv.measure.planner.plan_tables import plan_lines
     from forcingkv.measure.planner.report import plan_report
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.kv.policies import load_policy, policy_names
 
-    if headmap and heads:
-        raise InputError("use either --headmap or --heads, not both")
-    spec, known = _with_decoder(load_spec(model), decoder), None
-    if headmap:
-        given = read_headmap(headmap)
-        known = given, in_words(given)
-    elif heads:
-        known = spread(spec, parse_counts(heads))
+    spec = _with_decoder(load_spec(model), decoder)
+    known = known_heads(spec, headmap, heads)
     report = plan_report(
         spec,
         [load_policy(name) for name in listed(policy) or policy_names()],
@@ -100,6 +93,21 @@ def _refuse_others(context: typer.Context) -> None:
     if others:
         told = f"{', '.join(others)} cannot be used with --published"
         raise InputError(told, expected="nothing beside it but --json")
+
+
+def known_heads(spec: ModelSpec, headmap: Path | None, heads: str | None) -> tuple[HeadMap, str] | None:
+    """The map of --headmap or --heads, and how many heads have each label in words; None: neither given.
+
+    Raises InputError where both are, or where the counts are not those of the model's heads.
+    """
+    from forcingkv.measure.nominal import in_words, spread
+
+    if headmap and heads:
+        raise InputError("use either --headmap or --heads, not both")
+    if headmap:
+        given = read_headmap(headmap)
+        return given, in_words(given)
+    return spread(spec, parse_counts(heads)) if heads else None
 
 
 def parse_counts(text: str) -> dict[str, int]:
