@@ -73,7 +73,7 @@ def test_a_video_under_memflow_is_that_of_torch() -> None:
     spec = small_spec(layers=2)
     model = random_model(spec)
     bundle = shared_bundle(spec, model.state_dict(), load_policy("memflow"), verify=False)
-    with Session(Bundle.open(bundle)) as session:
+    with Session.open(bundle) as session:
         made, plan = video_of(session, 18), session.plan
     text = torch.from_numpy(encode_words(spec, PROMPT))
     for chunk, known in zip(made, generate(model, plan, text, seeded_noise(plan, 7), 18), strict=True):
