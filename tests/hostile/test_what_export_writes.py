@@ -28,6 +28,8 @@ from tests.export.test_fp8_bundles import prompts, small
 from tests.export.test_int8 import int8_bundle
 from tests.exported import demo_bundle, shared_bundle
 from tests.runtime.conftest import small_bundle
+from tests.runtime.test_bank import POSITIONS, banking_bundle
+from tests.runtime.test_remembered import remembering_bundle
 
 
 def bundles() -> Iterator[Path]:
@@ -45,6 +47,9 @@ def bundles() -> Iterator[Path]:
     policy, texts = load_policy("forcing-kv"), prompts(spec, "a b", "b a d")
     yield shared_bundle(spec, quantized, policy, headmap=headmap, dtype="fp8", calibration=texts)
     yield int8_bundle()
+    yield remembering_bundle()
+    for positions in POSITIONS:
+        yield banking_bundle(positions)
 
 
 def nodes_of(bundle: Path) -> Iterator[Node]:

@@ -170,7 +170,7 @@ NOT_WARPED_SO = {
 
 
 @pytest.mark.parametrize(
-    "preset", [name for name in shipped_names("forcingkv.models.presets") if name != "demo"]
+    "preset", [name for name in shipped_names("forcingkv.models.presets") if not name.startswith("demo")]
 )
 def test_steps_of_the_presets(preset: str) -> None:
     schedule = load_spec(preset).schedule

@@ -31,6 +31,7 @@ MAP = HeadMap(
     ModelIdentity(SPEC.name, 2, 3), (("near", "far", "near"), ("far", "far", "near")), Rule("given")
 )
 CHUNKS = 10
+POSITIONS: tuple[Positions, ...] = ("relative", "absolute")
 
 
 def policy_of(positions: Positions) -> Policy:
@@ -38,11 +39,15 @@ def policy_of(positions: Positions) -> Policy:
     return Policy("banks", "two of them", groups, positions=positions)
 
 
-@pytest.fixture(scope="module", params=["relative", "absolute"])
-def bundle(request: pytest.FixtureRequest) -> Path:
+def banking_bundle(positions: Positions) -> Path:
     """Whole videos are compared below; every phase is in tests/export/test_banks.py."""
-    policy = policy_of(request.param)
+    policy = policy_of(positions)
     return shared_bundle(SPEC, random_model(SPEC).state_dict(), policy, headmap=MAP, verify=False)
+
+
+@pytest.fixture(scope="module", params=POSITIONS)
+def bundle(request: pytest.FixtureRequest) -> Path:
+    return banking_bundle(request.param)
 
 
 def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> None:

@@ -40,10 +40,14 @@ MAP = HeadMap(ModelIdentity(SPEC.name, 2, 3), LABELS, Rule("given"))
 CHUNKS = 10
 
 
-@pytest.fixture(scope="module")
-def bundle() -> Path:
+def remembering_bundle() -> Path:
     """Whole videos are compared below; every phase is in tests/export/test_remembered.py."""
     return shared_bundle(SPEC, random_model(SPEC).state_dict(), POLICY, headmap=MAP, verify=False)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    return remembering_bundle()
 
 
 def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> None:
