@@ -80,8 +80,7 @@ def next_name(name: str) -> str:
 
 
 def symbol_of(name: str) -> str:
-    """Symbol of the length that varies of an input: its name, as far as symbols have its characters. Labels
-    of heads may have any."""
+    """Symbol of an input's length that varies: its name in characters that symbols have; labels have any."""
     symbol = re.sub(r"\W", "_", name)
     return symbol if symbol.isidentifier() else f"_{symbol}"
 

@@ -8,6 +8,7 @@ moving average.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
@@ -221,3 +222,23 @@ def draw_curve(log: Path, out: Path, second: str, name: str, least: float) -> No
     axes.set(xlabel="step", ylabel="flow matching loss", ylim=(least, 0.6), yscale="log")
     axes.legend()
     write_bytes(out, png(curve))
+
+
+def train_or_draw(
+    doc: str | None, train: Callable[[Path], None], second: str, name: str, least: float
+) -> None:
+    """The command line of a training, `doc` its description: it trains, or draws the curve of a log.
+
+    `second`, `name` and `least` as in `draw_curve`.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of checkpoints and log.csv")
+    parser.add_argument("--log", type=Path, help="log of a training, to draw --curve of")
+    parser.add_argument("--curve", type=Path, help="PNG to write")
+    given = parser.parse_args()
+    if given.log and given.curve:
+        draw_curve(given.log, given.curve, second, name, least)
+    elif given.out:
+        train(given.out)
+    else:
+        parser.error("give --out, or --log and --curve")

@@ -12,7 +12,6 @@ What it shares with other trainings, the objective among it: `studies/flow_train
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,8 +34,8 @@ from studies.flow_training import (
     Rates,
     TeacherForcing,
     Trainer,
-    draw_curve,
     frames_before,
+    train_or_draw,
     train_stages,
 )
 
@@ -167,22 +166,5 @@ def train(out: Path) -> None:
     train_stages(out, trainer, STAGES, parts_of, "chunks,loss,first", row, SAVE_EVERY)
 
 
-def main() -> None:
-    """Train, or draw the curve of a log."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="folder of checkpoints and log.csv")
-    parser.add_argument("--log", type=Path, help="log of a training, to draw --curve of")
-    parser.add_argument("--curve", type=Path, help="PNG to write")
-    given = parser.parse_args()
-    if given.log and given.curve:
-        draw_curve(given.log, given.curve, "first", "first chunk", 0.03)
-    elif given.out:
-        train(given.out)
-    else:
-        parser.error("give --out, or --log and --curve")
-
-
 if __name__ == "__main__":
-    main()
+    train_or_draw(__doc__, train, "first", "first chunk", 0.03)

@@ -13,7 +13,6 @@ What it shares with the demo's training, the objective among it: `studies/flow_t
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -38,8 +37,8 @@ from studies.flow_training import (
     Rates,
     TeacherForcing,
     Trainer,
-    draw_curve,
     frames_before,
+    train_or_draw,
     train_stages,
 )
 
@@ -228,22 +227,5 @@ def train(out: Path) -> None:
     train_stages(out, trainer, STAGES, parts_of, "chunks,loss,back", row, SAVE_EVERY)
 
 
-def main() -> None:
-    """Train, or draw the curve of a log."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="folder of checkpoints and log.csv")
-    parser.add_argument("--log", type=Path, help="log of a training, to draw --curve of")
-    parser.add_argument("--curve", type=Path, help="PNG to write")
-    given = parser.parse_args()
-    if given.log and given.curve:
-        draw_curve(given.log, given.curve, "back", "digits come back", 0.003)
-    elif given.out:
-        train(given.out)
-    else:
-        parser.error("give --out, or --log and --curve")
-
-
 if __name__ == "__main__":
-    main()
+    train_or_draw(__doc__, train, "back", "digits come back", 0.003)
