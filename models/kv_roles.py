@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forcingkv.models.kv_codes import CodedKeysValues, as_cached, by_parts, in_numbers
 from forcingkv.models.wan import KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
 from forcingkv.runtime.kv.early import Early, Opening
@@ -22,7 +23,7 @@ from forcingkv.runtime.kv.roles import HELD, ROWS, Cuts, Recent, Role, Sink
 from forcingkv.runtime.kv.scenes import KEPT, Scene
 
 GroupCache: TypeAlias = dict[str, KeysValues]
-"""Name of a role -> its keys and values, for the roles the group caches."""
+"""Name of a role -> its keys and values, for the roles the group caches; in fewer bits `CodedKeysValues`."""
 
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]
@@ -43,8 +44,8 @@ class CleanPass:
     plan: CachePlan
     layer: int
     group: HeadGroup
-    held: GroupCache
-    """The cache that the pass read."""
+    held: Mapping[str, KeysValues]
+    """The cache that the pass read, as `GroupCache` has it."""
     new: KeysValues
     """Keys and values of the chunk, of the group's heads."""
     rows: Mapping[str, Tensor] | None
@@ -88,6 +89,12 @@ class TorchRole(ABC):
     @abstractmethod
     def advance(self, role: Any, done: CleanPass) -> KeysValues:
         """What is cached of the role after a clean pass, the window where it was."""
+
+    def advance_coded(self, role: Any, done: CleanPass) -> KeysValues:
+        """`advance` of a role in fewer bits. Unless it says otherwise it puts tokens together, and does so
+        alike with codes and with scales."""
+        codes, scales = (self.advance(role, one) for one in by_parts(role.dtype, done))
+        return CodedKeysValues(*codes, *scales)
 
     def move(self, role: Any, made: KeysValues, turn: Turn) -> KeysValues:
         """What is cached of a role that `moves` once the window has moved."""
@@ -224,7 +231,7 @@ class _TorchRetained(TorchRole):
         if choice is None:
             return done.held[role.name]
         transition, new = done.held[Recent.name], done.new
-        one_frame = Recent(frames=1) in done.group.roles
+        one_frame = any(type(one) is Recent and one.frames == 1 for one in done.group.roles)
         if not one_frame:
             transition, new = _leaving(done)
         elif choice.kept > choice.candidates - choice.split.segments:
@@ -246,6 +253,12 @@ class _TorchRetained(TorchRole):
             kept = prune_follow(*transition, *new, indices, *split)
         done.chosen.append(indices)
         return KeysValues(*kept)
+
+    def advance_coded(self, role: Retained, done: CleanPass) -> KeysValues:
+        # Chosen anew by keys as the pass made them.
+        if done.choice is None:
+            return done.held[role.name]
+        return as_cached(role.dtype, self.advance(role, in_numbers(done)))
 
 
 def _leaving(done: CleanPass) -> tuple[KeysValues, KeysValues]:

@@ -38,6 +38,7 @@ class Strided(Role):
     cyclic: bool = False
 
     name: ClassVar[str] = "strided"
+    why_exact: ClassVar[str] = ""
     told_by_chunk: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
