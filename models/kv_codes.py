@@ -95,23 +95,23 @@ def decoded(codes: Tensor, scales: Tensor, coding: Coding, dtype: torch.dtype) -
     return whole * _of_channels(scales.to(dtype), whole.shape[-1])
 
 
-BINADES = range(-5, 9)
-"""Powers of 2 from which on the steps between numbers of float8_e4m3fn double; before them they are 2 ** -9."""
 PLACES = 126
-"""Numbers above 0 that it has."""
+"""Numbers above 0 that float8_e4m3fn has. The first 8 places are 2 ** -9 apart; then, at every 8th, they are
+twice as far apart."""
 
 
 def _places_of(steps: Tensor) -> Tensor:
     """For each number the place, among those of float8_e4m3fn, of the one that it is rounded to (half to
-    even): 0 for 0, and below 0 for those that are. In sums of comparisons: graphs have no operator for it."""
-    size = torch.maximum(steps, -steps)
-    binade, step = torch.zeros_like(size), torch.full_like(size, 2.0**-9)
-    for power in BINADES:
-        reached = 1 - (torch.full_like(size, 2.0**power) > size).float()
-        binade, step = binade + reached, step + reached * 2.0 ** (power - 4)
-    # A number that is rounded up to the next binade has the place of its first.
-    place = 8 * binade + (size / step).round()
-    return place - 2 * place * (torch.zeros_like(steps) > steps).float()
+    even): 0 for 0, and below 0 for those that are. Graphs have no operator for it."""
+    left = torch.maximum(steps, -steps) * 2.0**6
+    eighths = torch.zeros_like(left)
+    for power in (8, 4, 2, 1):  # halved until it is below 2: exactly
+        reached = left > float(np.nextafter(np.float32(2.0**power), np.float32(0)))
+        left = torch.where(reached, left * 2.0**-power, left)
+        eighths = torch.where(reached, eighths + 8 * power, eighths)
+    # What is rounded up to the next eighth binade has the place of its first number.
+    place = eighths + (left * 8).round()
+    return torch.where(steps > 0, place, -place)
 
 
 def _at_places(codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,7 +147,9 @@ def by_parts(dtype: FewerBits, done: CleanPass) -> list[CleanPass]:
     """A clean pass as two, for a role that puts tokens together and does not look at them: in the one keys
     and values are codes of that dtype, in the other they are the scales. What is cached in it already goes on
     as it is."""
-    new = as_cached(dtype, done.new)
+    if dtype not in done.coded:
+        done.coded[dtype] = as_cached(dtype, done.new)
+    new = done.coded[dtype]
     return [replace(done, held=_HeldAs(done, dtype, part), new=part(new)) for part in (codes_of, scales_of)]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from forcingkv.models.kv_codes import CodedKeysValues, as_cached, by_parts, in_numbers
 from forcingkv.models.wan import KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
+from forcingkv.runtime.kv.codes import FewerBits
 from forcingkv.runtime.kv.early import Early, Opening
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.retained import Choice, Retained
@@ -62,6 +63,8 @@ class CleanPass:
     """The passes with which scenes begin, where the chunk is known."""
     rotary: Rotary | None = field(default=None, kw_only=True)
     """What the chunk's keys were rotated by."""
+    coded: dict[FewerBits, KeysValues] = field(default_factory=dict, kw_only=True)
+    """Keys and values of the chunk in fewer bits: made once for all roles."""
 
     def told(self, role: Role, kind: str = ROWS) -> Tensor:
         """What a role is told of the chunk (`Role.told`): (tokens,). Of the kind `ROWS` which of the chunk's

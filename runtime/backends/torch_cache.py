@@ -4,8 +4,8 @@ Every pass writes its own keys and values behind the cached ones, and attention 
 joined. The clean pass goes on in place, layer by layer, as soon as a layer has attended: no buffer is there
 twice. Where a role lies depends on the phase (`Layout`); what it holds is asked of its halves, as everywhere.
 
-Of a group with a role in fewer bits all is cached apart, and what attention reads is put together anew for each
-pass, in one memory that all such groups use one after the other.
+Of a group with a role in fewer bits all is cached apart, and what attention reads is put together anew for
+each pass, in one memory that all such groups use one after the other.
 """
 
 from __future__ import annotations

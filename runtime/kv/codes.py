@@ -32,7 +32,7 @@ class Coding:
     most: float
     """What the largest number of a group is scaled to."""
     group: int | None = None
-    """Channels of a head that have a scale together. None, or where a head is no whole groups: all of them."""
+    """Channels of a head that have a scale together. None, or where a head is not whole groups: all."""
     in_a_byte: int = 1
     """Codes in each int8."""
     floats: bool = False
@@ -48,8 +48,8 @@ CODINGS: dict[FewerBits, Coding] = {
     "int4": Coding(7, group=32, in_a_byte=2),
     "fp8": Coding(448, floats=True),
 }
-"""int8: -127 to 127. int4: -7 to 7; of a key's two halves the codes of each pair of channels lie in one byte,
-16 times the one and the other added. fp8: the numbers that float8_e4m3fn has, each by its place among them."""
+"""int8: -127 to 127. int4: -7 to 7; a byte has the codes of two channels, one of each half of a key: 16 times
+the first, and the second added. fp8: the numbers that float8_e4m3fn has, each by its place among them."""
 
 
 def parts_of(role: Role) -> tuple[str, ...]:
@@ -78,13 +78,13 @@ def check_codes(role: Role, where: str) -> None:
 
 
 def check_positions(plan: CachePlan) -> None:
-    """Raise InputError where keys in fewer bits would be turned with the window, and rounded anew each time."""
+    """Raise InputError where keys in fewer bits would be turned with the window, and rounded each time."""
     for group in plan.groups:
         for role in group.roles:
             if plan.relative and role.moves and role.dtype is not None:
                 raise InputError(
-                    f"the role {role.name} has the dtype {role.dtype}, and positions are relative to the window:"
-                    " every clean pass turns its keys, and would round them anew",
+                    f"the role {role.name} has the dtype {role.dtype}, and positions are relative to the"
+                    " window: every clean pass turns its keys, and would round them anew",
                     where=f"policy {plan.policy.name}: groups.{group.label}",
-                    expected="positions = 'absolute', or no dtype there; a sink's keys stay, and may have one",
+                    expected="positions = 'absolute', or no dtype there; a sink may have one: its keys stay",
                 )

@@ -26,15 +26,10 @@ from tests.runtime.lanes import On
 from tests.runtime.videos import OTHER, PROMPT, assert_same, differ, video_of
 
 SPEC = small_spec(layers=2, head_dim=8, attended_frames=12)
-MAP = HeadMap(ModelIdentity(SPEC.name, 2, 3), (("old", "far", "old"), ("far", "kept", "old")), Rule("given"))
+MAP = HeadMap(ModelIdentity(SPEC.name, 2, 3), (("old",) * 3, ("far", "kept", "far")), Rule("given"))
 GROUPS: dict[str, tuple[Role, ...]] = {
-    "old": (Sink(1, dtype="int4"), Strided(1, 4, dtype="int4"), Recent(2)),
-    "far": (
-        Sink(2),
-        Bank(2, 2, dtype="int8"),
-        Strided(2, 2, cyclic=True, dtype="int8"),
-        Recent(2, dtype="int8"),
-    ),
+    "old": (Sink(1, dtype="int4"), Strided(2, 2, cyclic=True, dtype="int4"), Recent(2)),
+    "far": (Sink(2), Bank(2, 2, dtype="int8"), Recent(2, dtype="int8")),
     "kept": (Sink(1, dtype="int8"), Retained(3, 0.5, 1, dtype="fp8"), Recent(1, dtype="fp8")),
 }
 """Every role that may be in fewer bits; behind exact frames, and behind frames of the same bits."""
@@ -64,7 +59,7 @@ def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> Non
         np.abs(chunk.latents - known.latents.numpy()).max()
         for chunk, known in zip(made, generate(model, plan, text, seeded_noise(plan, 7), CHUNKS), strict=True)
     ]
-    assert max(worst) < 1e-4
+    assert max(worst) < 1e-3  # 4e-6 here; where a code is rounded the other way on another machine, more
     assert_same(again, made)
 
 
