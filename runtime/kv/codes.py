@@ -67,6 +67,11 @@ def part_layout(role: Role, part: str, spec: ModelSpec, compute: Dtype) -> tuple
     return "int8", width // coding.in_a_byte
 
 
+def in_words(role: Role, spec: ModelSpec) -> str:
+    """What a role is of the video (`Role.in_words`), and what it is cached in, if in fewer bits."""
+    return role.in_words(spec) + (f", in {role.dtype}" if role.dtype is not None else "")
+
+
 def check_codes(role: Role, where: str) -> None:
     """Raise InputError where a role cannot be cached in fewer bits."""
     if role.dtype is not None and role.why_exact:
