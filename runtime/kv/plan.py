@@ -137,6 +137,11 @@ class CachePlan:
         return chunk
 
     @cached_property
+    def reads_queries(self) -> bool:
+        """Whether any role keeps what the queries of clean passes say."""
+        return any(role.reads_queries for group in self.groups for role in group.roles)
+
+    @cached_property
     def groups(self) -> tuple[HeadGroup, ...]:
         """The head groups of all layers."""
         return tuple(group for groups in self.layers for group in groups)

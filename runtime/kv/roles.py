@@ -80,6 +80,15 @@ class Role(Tagged, ABC):
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         """Which frames the tokens that the chunk sees are of, in the order in which they are cached."""
 
+    def example_spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
+        """`spans`, or, where keys alone say which they are, such as they might be: for pictures."""
+        return self.spans(plan, group, chunk, chosen)
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether what it keeps depends on the queries of clean passes."""
+        return False
+
     def hidden_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
         """How many of the first cached tokens are for later chunks: attention does not read them."""
         return 0

@@ -24,11 +24,15 @@ from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.roles import Recent, Role, Sink
 from forcingkv.runtime.kv.scenes import Scene
 from forcingkv.runtime.kv.strided import Strided
+from forcingkv.runtime.kv.tokens import Tokens
 from forcingkv.runtime.shipped import read_table, shipped_names
 from forcingkv.runtime.spec import MOST_FRAMES, Positions
 
 Role.KINDS.update(
-    {kind.name: kind for kind in (Sink, Retained, Recent, Early, Opening, Scene, Ema, Strided, Merged, Bank)}
+    {
+        kind.name: kind
+        for kind in (Sink, Retained, Recent, Early, Opening, Scene, Ema, Strided, Merged, Bank, Tokens)
+    }
 )
 
 ALL = "all"
