@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from forcingkv.models.kv_choice import best, taken
 from forcingkv.models.kv_constants import constant
 from forcingkv.models.kv_roles import CleanPass, TorchRole, Turn, torch_half, turned
+from forcingkv.models.kv_statistics import lasting_worth, worth_in_time
 from forcingkv.models.wan import KeysValues
 from forcingkv.runtime import positions
 from forcingkv.runtime.kv.leaving import KEPT, LEAVES, recent_of
@@ -65,6 +66,8 @@ class _TorchTokens(TorchRole):
     @staticmethod
     def _worth(role: Tokens, done: CleanPass, left: Tensor, leaving: Tensor) -> Tensor:
         """What is known of tokens only as they leave: float32 (batch, heads, tokens)."""
+        if role.reads_statistics:
+            return lasting_worth(done, left)
         after = leaving.index_select(2, done.told(role, FOLLOWS))
         return -(F.normalize(left.float(), dim=-1) * F.normalize(after.float(), dim=-1)).sum(-1)
 
@@ -72,7 +75,7 @@ class _TorchTokens(TorchRole):
     def _scores(role: Tokens, done: CleanPass, keys: Tensor, worth: Tensor | None) -> Tensor:
         """Of all that is chosen from: float32 (batch, heads, tokens)."""
         if worth is not None:
-            return worth
+            return worth + worth_in_time(done, keys) if role.reads_statistics else worth
         if done.queries is None:
             raise ValueError(f"the role {role.name} scores by queries, and the clean pass gave none")
         mean = done.queries.float().sum(2, keepdim=True) * (1 / done.plan.chunk_tokens)

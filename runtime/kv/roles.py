@@ -89,6 +89,11 @@ class Role(Tagged, ABC):
         """Whether what it keeps depends on the queries of clean passes."""
         return False
 
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether what it keeps depends on statistics of the model's queries (`CachePlan.statistics`)."""
+        return False
+
     def hidden_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
         """How many of the first cached tokens are for later chunks: attention does not read them."""
         return 0

@@ -30,10 +30,11 @@ from forcingkv.runtime.spec import MOST_FRAMES, Geometry, ModelSpec
 if TYPE_CHECKING:
     from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
 
-Score = Literal["queries", "similarity"]
+Score = Literal["queries", "similarity", "statistics"]
 SCORES: dict[Score, str] = {
     "queries": "those that the newest queries point to most",
     "similarity": "those least like the frame after them",
+    "statistics": "those that queries to come will point to most, by statistics of the model's queries",
 }
 """What a token is kept for, in words."""
 THERE = "there"
@@ -77,8 +78,12 @@ class Tokens(Role):
         return self.score == "queries"
 
     @property
+    def reads_statistics(self) -> bool:
+        return self.score == "statistics"
+
+    @property
     def remembers(self) -> bool:
-        """Whether a token's worth follows from what is there when it leaves, and not later: it is cached."""
+        """Whether a token's worth follows, in part, from what is known only as it leaves: it is cached."""
         return self.score != "queries"
 
     def budget(self, plan: CachePlan) -> int:

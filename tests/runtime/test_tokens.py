@@ -23,6 +23,7 @@ from forcingkv.runtime.spec import Positions
 from forcingkv.runtime.text import encode_words
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
+from tests.models.query_statistics import made_up
 from tests.runtime.lanes import On
 from tests.runtime.videos import OTHER, PROMPT, assert_same, differ, video_of
 
@@ -31,11 +32,13 @@ MAP = HeadMap(
     ModelIdentity(SPEC.name, 2, 3), (("near", "far", "near"), ("far", "far", "near")), Rule("given")
 )
 CHUNKS = 10
+STATISTICS = made_up(SPEC)
 POSITIONS: tuple[Positions, ...] = ("relative", "absolute")
 
 
 def policy_of(positions: Positions) -> Policy:
-    near = Tokens(0.5, "similarity"), Recent(1)
+    """One of heads together, one of each by itself; and all scores."""
+    near = Tokens(0.5, "similarity" if positions == "relative" else "statistics"), Recent(1)
     far = Sink(3), Tokens(2, "queries", together=positions == "relative"), Recent(2)
     return Policy("budgets", "two of them", {"near": near, "far": far}, positions=positions)
 
@@ -43,7 +46,8 @@ def policy_of(positions: Positions) -> Policy:
 def budget_bundle(positions: Positions) -> Path:
     """Whole videos are compared below; every phase is in tests/export/test_tokens.py."""
     policy = policy_of(positions)
-    return shared_bundle(SPEC, random_model(SPEC).state_dict(), policy, headmap=MAP, verify=False)
+    weights = random_model(SPEC).state_dict()
+    return shared_bundle(SPEC, weights, policy, headmap=MAP, statistics=STATISTICS, verify=False)
 
 
 @pytest.fixture(scope="module", params=POSITIONS)
@@ -107,7 +111,7 @@ def test_a_switch_fills_it_anew(bundle: Path, on: On) -> None:
 
 
 def test_attention_cannot_be_recorded_by_frames_that_are_not_known() -> None:
-    model, plan = random_model(SPEC), build_plan(SPEC, SPEC.geometry(), policy_of("absolute"), MAP)
+    model, plan = random_model(SPEC), build_plan(SPEC, SPEC.geometry(), policy_of("relative"), MAP)
     text = torch.from_numpy(encode_words(SPEC, PROMPT))
     with pytest.raises(InputError, match=r"which tokens the role tokens holds for chunk 1 depends on keys"):
         record_sample(model, plan, text, 1, 0, 4)
