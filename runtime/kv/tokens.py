@@ -23,7 +23,7 @@ from forcingkv.runtime.kv.leaving import (
     leaving_rows,
     recent_of,
 )
-from forcingkv.runtime.kv.roles import Chosen, Cuts, Role, Rows, Span, counted
+from forcingkv.runtime.kv.roles import Chosen, Cuts, Role, Rows, Span
 from forcingkv.runtime.kv.window import first_position
 from forcingkv.runtime.spec import MOST_FRAMES, Geometry, ModelSpec
 
@@ -67,11 +67,9 @@ class Tokens(Role):
         check_bounds(self, {"frames": (0, MOST_FRAMES)}, f"the role {self.name}")
 
     def in_words(self, spec: ModelSpec) -> str:
-        number = int(self.frames) if self.frames == int(self.frames) else self.frames
-        room = counted(number) if isinstance(number, int) and number > 1 else f"{number} of a frame"
-        room = "one frame" if number == 1 else room
+        room = "a frame has" if self.frames == 1 else f"{self.frames:g} frames have"
         whose = "the same in all heads of a layer" if self.together else "in each head"
-        return f"{room}'s worth of the tokens that left, {SCORES[self.score]}, {whose}"
+        return f"as many tokens as {room}, of frames that left: {SCORES[self.score]}, {whose}"
 
     @property
     def reads_queries(self) -> bool:

@@ -116,7 +116,7 @@ class ByRule(NamedTuple):
     ("role", "sink", "recent", "size"),
     [
         (Tokens(2, "queries", together=True), 3, 1, 3),
-        (Tokens(0.5, "queries"), 0, 4, 3),
+        (Tokens(0.5, "queries"), 4, 4, 3),
         (Tokens(3, "similarity"), 1, 2, 3),
         (Tokens(0.25, "similarity", together=True), 0, 2, 1),
         (Tokens(1.5, "statistics"), 3, 1, 3),

@@ -138,8 +138,13 @@ class Policy:
 
 
 def policy_names() -> list[str]:
-    """Names that `load_policy` knows, the plainest first."""
-    return sorted(shipped_names(__name__), key=lambda name: (load_policy(name).needs_headmap, name))
+    """Names that `load_policy` knows, the plainest first: without a head map, and of few roles."""
+
+    def plainness(name: str) -> tuple[bool, int, str]:
+        policy = load_policy(name)
+        return policy.needs_headmap, 0 if policy.needs_headmap else len(policy.groups[ALL]), name
+
+    return sorted(shipped_names(__name__), key=plainness)
 
 
 def load_policy(name: str) -> Policy:
