@@ -12,7 +12,7 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.context import FirstFrame, attend_alone, cache_of_context, context_rotary
-from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
+from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, noting, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.given import GivenNoise
@@ -138,9 +138,13 @@ def generate(
             yield GeneratedChunk(chunk, latents, None)
             continue
         seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
+        queries: list[Tensor] = []
+        seen = noting(seen, queries) if plan.reads_queries else seen
         _, new = run(latents, [schedule.context_timestep], rotary, seen)
         turn = turn_of(plan, chunk, text.device)
-        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn, cuts=begun, rotary=rotary)
+        cache, indices = advance(
+            plan, cache, new, chunk=chunk, turn=turn, cuts=begun, rotary=rotary, queries=queries
+        )
         yield GeneratedChunk(chunk, latents, indices)
 
 
