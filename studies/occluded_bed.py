@@ -1,7 +1,7 @@
 """The test bed in which memory matters: does the digit that comes back look like the one that went away?
 
     python studies/occluded_bed.py --out runs/occluded-bed [--policies studies/newest.toml,full,forcing-kv]
-        [--checkpoint FILE] [--headmap FILE] [--each 4] [--seed 0] [--backend torch]
+        [--checkpoint FILE] [--headmap FILE] [--each 4] [--seed 0] [--backend torch] [--context clean|last]
 
 Real clips of held-out scans, both digits of which go away: `--each` clips for every number of chunks that
 they are away, 1 to 8, and for digits that are in the first frame or come late. A video begins with the clip
@@ -12,6 +12,9 @@ OUT/returns.jsonl has a line for each clip and policy: what is right of the digi
 where another stopped. Printed as JSON: for each policy, chunks away, entry, and kind of place where digits
 go, how many are right, with Wilson's interval of 95%. `seen_in_window`: whether under `full` the chunk in
 which they come back still sees them whole.
+
+With `--context last` the last denoising pass fills the cache, and policies are called so: "full, last pass".
+studies/last_pass_on_demo.py compares both, clip by clip.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ JUDGED = ("digit", "place", "direction")
 ENTRIES = {"first frame": (0, 0), "late": (1, MOST_LATE)}
 """How digits come for the first time: the fewest and most chunks before that."""
 KEYS = ("policy", "away", "entry", "kind")
+LAST = ", last pass"
+"""Behind the name of a policy whose cache is filled by the last denoising pass."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ def run(out: Path, policies: Sequence[str], clips: Sequence[Asked], given: argpa
 
     Raises InputError where that has lines of other weights, head map, policy or seed of the same name.
     """
-    spec, path = load_spec(MODEL), out / RETURNS
+    spec, path = load_spec(MODEL).filled_by(given.context), out / RETURNS
+    last = spec.schedule.context == "last"
     out.mkdir(parents=True, exist_ok=True)
     before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     weights = load_weights(spec, given.checkpoint)
@@ -120,21 +126,23 @@ def run(out: Path, policies: Sequence[str], clips: Sequence[Asked], given: argpa
         headmap = read_headmap(given.headmap) if policy.needs_headmap else None
         made_of = {"weights": weights.digest, "policy": to_data(policy), "seed": given.seed}
         made_of |= {"headmap": headmap.digest if headmap else None, "backend": given.backend}
+        made_of |= {"context": "last"} if last else {}
+        called = policy.name + (LAST if last else "")
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-        there = [line for line in map(json.loads, before) if line["policy"] == policy.name]
+        there = [line for line in map(json.loads, before) if line["policy"] == called]
         if any(line["made_of"] != digest for line in there):
-            what = f"has videos of {policy.name} with other weights, head map, policy, seed or backend"
+            what = f"has videos of {called} with other weights, head map, policy, seed or backend"
             raise InputError(what, where=str(path), hint="Give another folder with --out.")
         done = {line["clip"] for line in there}
         left = [asked for asked in clips if asked.name not in done]
         if not left:
             continue
-        bundle = out / "bundles" / policy.name
+        bundle = out / "bundles" / called
         target: Target = "torch" if given.backend == "torch" else "onnx"
         export_bundle(spec, weights, policy, bundle, headmap=headmap, target=target, verify=False)
         with Session.open(bundle, backend=given.backend) as session, path.open("a", encoding="utf-8") as file:
             for asked in left:
-                line = {"policy": policy.name, "made_of": digest} | judged(session, asked)
+                line = {"policy": called, "made_of": digest} | judged(session, asked)
                 file.write(json.dumps(line) + "\n")
                 file.flush()
 
@@ -173,6 +181,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=("torch", "onnxruntime"), default="torch")
+    parser.add_argument("--context", choices=("clean", "last"))
     given = parser.parse_args()
     run(given.out, given.policies.split(","), bed_clips(given.each, given.seed), given)
     for row in rows(given.out / RETURNS):
