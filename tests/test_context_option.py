@@ -49,6 +49,20 @@ def test_a_model_file_says_it_and_an_option_overrides_it(narrow: Path) -> None:
     assert load_spec("krea-14b-served").fills_cache == "recompute"
 
 
+def test_diagdistill_is_a_model_file(tmp_path: Path) -> None:
+    """As docs/public-models.md has it: 4, 3, then 2 passes, all ending at one noise level."""
+    page = (Path(__file__).parents[1] / "docs" / "public-models.md").read_text(encoding="utf-8")
+    path = tmp_path / "diagdistill.toml"
+    path.write_text(page.split("**DiagDistill**")[1].split("```toml\n")[1].split("```")[0])
+    spec = load_spec(str(path))
+    steps = [spec.schedule.of_chunk(chunk) for chunk in range(4)]
+    assert [len(one) for one in steps] == [4, 3, 2, 2]
+    assert {round(one.sigmas[-2], 4) for one in steps} == {0.3571}
+    plan = build_plan(spec, spec.geometry(), load_policy("full"))
+    assert chunk_flops(plan, 0) == 4 * pass_flops(plan, 0).total
+    assert video_work(plan, 4).phases[0].passes == 4
+
+
 def test_export_and_inspect_say_it(run: Run, narrow: Path, tmp_path: Path) -> None:
     words = ("export", "--model", narrow, "--random-weights", "--policy", "full", "--target", "torch")
     made = run(*words, "--out", tmp_path / "last")

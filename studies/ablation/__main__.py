@@ -36,11 +36,12 @@ from studies.ablation.variant_scores import VariantRow, VariantScores, measure_v
 from studies.ablation.variant_tables import csv_text, markdown_table
 from studies.ablation.variant_videos import VariantVideos
 from studies.ablation.variants import PROFILED, REFERENCE, Variant, WantedMap, control_map, read_variants
+from studies.pages import page_with
 
 MODEL = "demo"
 FIRST_SEED = 1000
 """Heads are measured with the seeds from 0."""
-BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
+MARK = "ablations"
 
 
 def maps_of(analysis: Analysis, stats: Path, unsplit: tuple[int, ...], wanted: WantedMap) -> HeadMap:
@@ -100,14 +101,6 @@ def run(given: argparse.Namespace) -> list[VariantRow]:
     return rows_of(measured, samples)
 
 
-def page_with(page: str, table: str) -> str:
-    """The page with that table between its marks; they are added at its end where it has none."""
-    if BEGIN not in page or END not in page:
-        page += f"\n{BEGIN}\n{END}\n"
-    before, rest = page.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{table}{END}{rest.split(END, 1)[1]}"
-
-
 def main() -> None:
     """Read the options, run, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -129,7 +122,7 @@ def main() -> None:
     )
     page = given.out / "ablations.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    write_text(page, page_with(text, about + markdown_table(rows)))
+    write_text(page, page_with(text, MARK, about + markdown_table(rows)))
     write_text(given.out / "ablations.csv", csv_text(rows))
     write_bytes(given.out / "pictures" / "ablations.png", pareto_picture(rows))
     write_bytes(given.out / "pictures" / "ablation-differences.png", difference_picture(rows))
