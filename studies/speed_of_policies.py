@@ -33,9 +33,9 @@ from forcingkv.runtime import Bundle
 from forcingkv.runtime.cost import chunk_flops
 from forcingkv.runtime.kv.policies import policy_names
 from forcingkv.runtime.schedule import FilledBy
-from studies.pages import page_with
+from studies.ablation.__main__ import page_with
 
-MARK = "speed of policies"
+MARKS = "<!-- speed of policies: begin -->", "<!-- speed of policies: end -->"
 CONTEXTS: tuple[FilledBy, ...] = get_args(FilledBy)
 COLUMNS = ("policy", "context", "passes", "s a chunk", "ratio to `full`", "limit", "share")
 
@@ -119,7 +119,7 @@ def main() -> None:
     print(made, end="")
     if given.page:
         text = given.page.read_text(encoding="utf-8")
-        write_text(given.page, page_with(text, MARK, f"{about}\n\n{made}"))
+        write_text(given.page, page_with(text, f"{about}\n\n{made}", MARKS))
 
 
 def _about(given: argparse.Namespace, case: BenchCase, rounds: int) -> str:

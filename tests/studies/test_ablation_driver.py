@@ -9,7 +9,6 @@ import pytest
 
 from studies.ablation import __main__ as driver
 from studies.ablation.variant_videos import VariantVideos
-from studies.pages import marks
 
 
 @pytest.mark.long
@@ -18,9 +17,8 @@ def test_a_run_writes_everything_and_goes_on_from_what_is_there(
 ) -> None:
     out = tmp_path / "docs"
     out.mkdir()
-    begin, end = marks(driver.MARK)
     page = out / "ablations.md"
-    page.write_text(f"# Before\n\n{begin}\nan old table\n{end}\n\nAfter\n")
+    page.write_text(f"# Before\n\n{driver.BEGIN}\nan old table\n{driver.END}\n\nAfter\n")
     words = "ablations.py --prompts 2 --samples 1 --chunks 3 --only forcing-kv"
     words += f" --out {out} --folder {tmp_path}/done"
     monkeypatch.setattr("sys.argv", words.split())
@@ -31,7 +29,7 @@ def test_a_run_writes_everything_and_goes_on_from_what_is_there(
     assert [row["videos"] for row in rows] == ["2", "2"]
     text = page.read_text()
     assert text.startswith("# Before\n")
-    assert text.endswith(f"{end}\n\nAfter\n")
+    assert text.endswith(f"{driver.END}\n\nAfter\n")
     assert "an old table" not in text
     command = "`python -m studies.ablation --prompts 2 --chunks 3 --samples 1 --only forcing-kv`"
     assert command in text

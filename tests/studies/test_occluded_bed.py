@@ -22,6 +22,7 @@ def options(**other: object) -> argparse.Namespace:
         "seed": 0,
         "backend": "torch",
         "context": None,
+        "waits": "given",
     }
     return argparse.Namespace(**(given | other))
 

@@ -13,7 +13,6 @@ from forcingkv.measure.bench.turns import BenchCase, BenchTurns, Turn
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.cost import pass_flops
 from studies import speed_of_policies as study
-from studies.pages import marks, page_with
 from tests.runtime.conftest import bundles
 
 __all__ = ["bundles"]
@@ -64,14 +63,8 @@ def test_every_shipped_policy_can_be_timed(
     monkeypatch.setattr("sys.argv", words.split())
     study.main()
     table = capsys.readouterr().out
-    begin, end = marks(study.MARK)
+    begin, end = study.MARKS
     written = page.read_text()
     assert written.startswith(f"# Before\n\n{begin}\n`python studies/speed_of_policies.py --model")
     assert written.endswith(f"\n\n{table}{end}\n")
     assert table.count("| clean | 5 |") == table.count("| last | 4 |") == len(study.policy_names())
-
-
-def test_a_table_goes_between_its_marks() -> None:
-    page = page_with("a\n", "one", "x\n")
-    assert page == "a\n\n<!-- one: begin -->\nx\n<!-- one: end -->\n"
-    assert page_with(page + "b\n", "one", "y\n") == page.replace("x", "y") + "b\n"
