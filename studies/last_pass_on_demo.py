@@ -1,14 +1,15 @@
 """What the clean pass is worth on the demo model: its videos with it, and with the keys of the last pass.
 
     python studies/last_pass_on_demo.py --out runs/last-pass [--prompts 64] [--chunks 12] [--ends 250,500]
-        [--policies full,forcing-kv] [--headmap FILE] [--seed 0] [--backend torch]
+        [--policies full,forcing-kv] [--headmap FILE] [--seed 0] [--backend torch] [--page docs/ablations.md]
     python studies/last_pass_on_demo.py --returns runs/occluded-bed/returns.jsonl
 
 The same prompts and seeds through each policy, with `context` clean and last. `--ends`: the passes of the
 model's schedule are made down to these timesteps; at the last of them the cached keys of `last` are made, and
 public models end at 625 or above. OUT/videos.jsonl has a line for each video; a run goes on where another
-stopped. Printed as Markdown: for each end, policy and measure the means, and last minus clean, pair by pair,
-with the interval of 95% over prompts. PSNR and SSIM are to `full` with its clean pass, of equal seeds.
+stopped. Printed as Markdown, and written into a page between its marks if one is given: for each end, policy
+and measure the means, and last minus clean, pair by pair, with the interval of 95% over prompts. PSNR is to
+`full` with its clean pass, of equal seeds.
 
 With `--returns` the same of digits that come back, of a file that studies/occluded_bed.py wrote under both.
 """
@@ -31,6 +32,7 @@ from forcingkv.commands.console import default_prompts, progress_bar
 from forcingkv.export import export_bundle
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
 from forcingkv.headmaps.fields import to_data
+from forcingkv.headmaps.writing import write_text
 from forcingkv.measure.fidelity.evaluation import (
     Estimate,
     VideoRow,
@@ -46,6 +48,7 @@ from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.schedule import FilledBy
 from forcingkv.runtime.spec import ModelSpec
+from studies.ablation.__main__ import page_with
 from studies.occluded_bed import JUDGED, LAST
 
 MODEL = "demo"
@@ -53,6 +56,20 @@ MAP = Path(__file__).parents[1] / "headmaps" / "maps" / "demo.json"
 VIDEOS = "videos.jsonl"
 CONTEXTS: tuple[FilledBy, ...] = get_args(FilledBy)
 REFERENCE = "full, clean"
+MARKS = "<!-- the clean pass: begin -->", "<!-- the clean pass: end -->"
+MEASURES = (
+    "psnr",
+    "digits_read",
+    "direction_right",
+    "motion",
+    "chunk_discontinuity",
+    "seam_motion",
+    "seam_residual",
+    "sharpness_drift",
+    "contrast_drift",
+    "histogram_drift",
+)
+"""Those of `METRICS` that are shown: lightness is all that the demo's frames have."""
 
 
 def ending_at(spec: ModelSpec, end: float) -> ModelSpec:
@@ -154,11 +171,16 @@ def compared(rows: Sequence[VideoRow]) -> Iterator[dict[str, Any]]:
             continue
         clean, last = (by_session[end, f"{policy}, {one}"] for one in CONTEXTS)
         prompts = [row["prompt"] for row in clean]
-        for metric in METRICS:
+        for metric in MEASURES:
             before, after = ([row.get(metric) for row in of] for of in (clean, last))
             if any(value is not None for value in after):
-                said = {"end": end, "policy": policy, "measure": metric}
+                said = {"end": f"{end:g}", "policy": policy, "measure": _titled(metric)}
                 yield said | _paired(before, after, prompts)
+
+
+def _titled(metric: str) -> str:
+    title, unit = METRICS[metric]
+    return f"{title}, {unit}" if unit else title
 
 
 def returns(path: Path) -> Iterator[dict[str, Any]]:
@@ -226,10 +248,19 @@ def main() -> None:
     parser.add_argument("--headmap", type=Path, default=MAP)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=("torch", "onnxruntime"), default="torch")
+    parser.add_argument("--page", type=Path)
     given = parser.parse_args()
     if (given.out is None) == (given.returns is None):
         parser.error("use either --out or --returns")
-    print(table([*(compared(run(given)) if given.out else returns(given.returns))]), end="")
+    made = table([*(compared(run(given)) if given.out else returns(given.returns))])
+    print(made, end="")
+    if given.page:
+        about = (
+            f"`python studies/last_pass_on_demo.py`, {given.prompts} prompts, {given.chunks} chunks a video,"
+            f" {given.backend}."
+        )
+        text = given.page.read_text(encoding="utf-8")
+        write_text(given.page, page_with(text, f"{about}\n\n{made}", MARKS))
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ def test_videos_are_measured_once_each_and_compared_in_pairs(tmp_path: Path) -> 
     assert study.run(asked(tmp_path)) == rows
     assert path.read_text() == before
     compared = {row["measure"]: row for row in study.compared(rows)}
-    assert compared["psnr"]["clean"].mean is None, "it is the reference"
-    assert 5 < compared["psnr"]["last"].mean < 60, "another video"
-    for name in ("motion", "chunk_discontinuity", "sharpness_drift"):
+    assert compared["PSNR, dB"]["clean"].mean is None, "it is the reference"
+    assert 5 < compared["PSNR, dB"]["last"].mean < 60, "another video"
+    for name in ("motion, px", "chunk discontinuity", "sharpness drift, log2"):
         row = compared[name]
         assert row["difference"].mean == pytest.approx(row["last"].mean - row["clean"].mean)
     text = study.table([*compared.values()])
