@@ -2,6 +2,7 @@
 
     python studies/occluded_bed.py --out runs/occluded-bed [--policies studies/newest.toml,full,forcing-kv]
         [--checkpoint FILE] [--headmap FILE] [--each 4] [--seed 0] [--backend torch] [--waits given]
+        [--context clean|last]
 
 Real clips of held-out scans, both digits of which go away: `--each` clips for every number of chunks that
 they are away, 1 to 8, and for digits that are in the first frame or come late. A video begins with the clip
@@ -13,6 +14,10 @@ OUT/returns.jsonl has a line for each clip and policy: what is right of the digi
 where another stopped. Printed as JSON: for each policy, chunks away, entry, and kind of place where digits
 go, how many are right, with Wilson's interval of 95%. `seen_in_window`: whether under `full` the chunk in
 which they come back still sees them whole.
+
+With `--context last` the last denoising pass fills the cache, of given chunks too (`cache_as_made`), and
+policies are called so: "full, last pass".
+studies/last_pass_on_demo.py compares both, clip by clip.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,8 +46,9 @@ from forcingkv.models.demo.judge import grey
 from forcingkv.models.demo_occluded.data import CHUNK, MOST_AWAY, MOST_LATE, Clip, Timeline, make_clip
 from forcingkv.models.demo_occluded.judge import Waits, given_chunks, judge_returns, judged_chunk
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime import Session
+from forcingkv.runtime import Session, Video
 from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.positions import Floats, chunk_noise
 
 MODEL = "demo-occluded"
 MAP = Path(__file__).parents[1] / "headmaps" / "maps" / f"{MODEL}.json"
@@ -51,6 +57,8 @@ JUDGED = ("digit", "place", "direction")
 ENTRIES = {"first frame": (0, 0), "late": (1, MOST_LATE)}
 """How digits come for the first time: the fewest and most chunks before that."""
 KEYS = ("policy", "away", "entry", "kind")
+LAST = ", last pass"
+"""Behind the name of a policy whose cache is filled by the last denoising pass."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,30 @@ def go_on(session: Session, asked: Asked, waits: Waits = "given") -> npt.NDArray
     clip = asked.clip
     start = session.encode(np.repeat(given_frames(clip, waits)[..., None], 3, -1))
     video = session.generate(clip.prompt, seed=asked.seed, chunks=judged_chunk(clip) + 1, start=start)
-    return np.concatenate([chunk.frames for chunk in video])
+    shown = [chunk.frames for chunk in islice(video, video.given)]
+    if session.spec.schedule.context == "last":
+        cache_as_made(session, video, start)
+    return np.concatenate([*shown, *(chunk.frames for chunk in video)])
+
+
+def cache_as_made(session: Session, video: Video, start: Floats) -> None:
+    """Let the cache hold given chunks as if the model had made them: what its last pass makes of them,
+    noised.
+
+    A session encodes what is given at timestep 0, whichever pass fills the cache. Then nearly all that is
+    seen of the digits would be the same under both.
+    """
+    last = len(session.spec.schedule.later) - 1
+
+    def noise(chunk: int, step: int, shape: tuple[int, ...]) -> Floats:
+        return chunk_noise(video.seed, chunk, step, shape)
+
+    with session._using(video._token) as maker:
+        maker.cache.restart()
+        given, maker.given = maker.given, 0
+        for index, latents in enumerate(np.split(start, given, 2)):
+            maker.replay(index, latents, noise, last)
+        maker.given = given
 
 
 def judged(session: Session, asked: Asked, waits: Waits) -> dict[str, Any]:
@@ -116,7 +147,8 @@ def run(out: Path, policies: Sequence[str], clips: Sequence[Asked], given: argpa
 
     Raises InputError where that has lines of other weights, head map, policy, seed or waits of the same name.
     """
-    spec, path = load_spec(MODEL), out / RETURNS
+    spec, path = load_spec(MODEL).filled_by(given.context), out / RETURNS
+    last = spec.schedule.context == "last"
     out.mkdir(parents=True, exist_ok=True)
     before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     weights = load_weights(spec, given.checkpoint)
@@ -130,21 +162,23 @@ def run(out: Path, policies: Sequence[str], clips: Sequence[Asked], given: argpa
             "waits": given.waits,
         }
         made_of |= {"headmap": headmap.digest if headmap else None, "backend": given.backend}
+        made_of |= {"context": "last"} if last else {}
+        called = policy.name + (LAST if last else "")
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-        there = [line for line in map(json.loads, before) if line["policy"] == policy.name]
+        there = [line for line in map(json.loads, before) if line["policy"] == called]
         if any(line["made_of"] != digest for line in there):
-            what = f"has videos of {policy.name} with other weights, head map, policy, seed, waits or backend"
+            what = f"has videos of {called} with other weights, head map, policy, seed, waits or backend"
             raise InputError(what, where=str(path), hint="Give another folder with --out.")
         done = {line["clip"] for line in there}
         left = [asked for asked in clips if asked.name not in done]
         if not left:
             continue
-        bundle = out / "bundles" / policy.name
+        bundle = out / "bundles" / called
         target: Target = "torch" if given.backend == "torch" else "onnx"
         export_bundle(spec, weights, policy, bundle, headmap=headmap, target=target, verify=False)
         with Session.open(bundle, backend=given.backend) as session, path.open("a", encoding="utf-8") as file:
             for asked in left:
-                line = {"policy": policy.name, "made_of": digest} | judged(session, asked, given.waits)
+                line = {"policy": called, "made_of": digest} | judged(session, asked, given.waits)
                 file.write(json.dumps(line) + "\n")
                 file.flush()
 
@@ -184,6 +218,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=("torch", "onnxruntime"), default="torch")
     parser.add_argument("--waits", choices=get_args(Waits), default="given")
+    parser.add_argument("--context", choices=("clean", "last"))
     given = parser.parse_args()
     run(given.out, given.policies.split(","), bed_clips(given.each, given.seed), given)
     for row in rows(given.out / RETURNS):

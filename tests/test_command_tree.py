@@ -38,7 +38,9 @@ _SWITCHES = "prompts are switched as public code does it too: by which way is a 
 _STARTS = "new: videos that begin with a picture or a clip, or are drawn from one"
 
 _POLICIES = "new: what the policies show heads, what that takes, and where they come from"
+_CONTEXT = "new: the pass that fills the cache is a choice"
 CHANGED: dict[str, str] = {
+    **dict.fromkeys((f"{name} --context" for name in ("export", "generate", "plan", "bench")), _CONTEXT),
     "policies": _POLICIES,
     "policies --headmap": _POLICIES,
     "policies --heads": _POLICIES,

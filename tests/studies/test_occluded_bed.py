@@ -21,6 +21,7 @@ def options(**other: object) -> argparse.Namespace:
         "headmap": None,
         "seed": 0,
         "backend": "torch",
+        "context": None,
         "waits": "given",
     }
     return argparse.Namespace(**(given | other))

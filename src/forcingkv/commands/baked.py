@@ -11,6 +11,7 @@ from typer import Option
 
 from forcingkv.commands.console import need, progress_bar, say
 from forcingkv.commands.models import (
+    CacheFilledBy,
     Checkpoint,
     Key,
     Layers,
@@ -20,6 +21,7 @@ from forcingkv.commands.models import (
     Resolution,
     check_layers,
     weights_for,
+    with_context,
 )
 from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -63,6 +65,7 @@ class ModelOptions:
         Option(help="With --model: statistics of its queries, for policies that score tokens by them."),
     ] = None
     policy: Annotated[str | None, Option(help=f"With --model: cache policy; default: {POLICY}.")] = None
+    context: CacheFilledBy = None
     resolution: Resolution = None
     decoder: Annotated[
         str | None, Option(help="With --model: wan-vae, taehv or lighttae; default: the model's.")
@@ -136,7 +139,8 @@ def bake_model(
     from forcingkv.runtime.backends.torch_lane import device_for
 
     device_for(run)
-    spec, policy = load_spec(options.model), load_policy(options.policy or POLICY)
+    spec = with_context(load_spec(options.model), options.context)
+    policy = load_policy(options.policy or POLICY)
     _check_prompts(spec, embeds, prompts, random=options.random_weights)
     spec.geometry(options.resolution)
     given = read_headmap(options.headmap) if options.headmap else None

@@ -11,6 +11,7 @@ from typer import Option
 from forcingkv.commands.baked import heads_to_bake, random_statistics, statistics_to_bake
 from forcingkv.commands.console import console, default_prompts, emit, need, say
 from forcingkv.commands.models import (
+    CacheFilledBy,
     Checkpoint,
     Key,
     Layers,
@@ -22,6 +23,7 @@ from forcingkv.commands.models import (
     check_layers,
     text_inputs,
     weights_for,
+    with_context,
 )
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -54,6 +56,7 @@ def export(
     layers: Layers = None,
     resolution: Resolution = None,
     policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
+    context: CacheFilledBy = None,
     decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
     vae: Annotated[Path | None, Option(help="Weights of the decoder: a file or a folder.")] = None,
     decode_strips: Annotated[
@@ -123,7 +126,7 @@ def export(
     from forcingkv.runtime.kv.policies import load_policy
 
     wanted = one_of(Target, target, "target")
-    spec, chosen = load_spec(model), load_policy(policy)
+    spec, chosen = with_context(load_spec(model), context), load_policy(policy)
     given = read_headmap(headmap) if headmap else None
     of_queries = statistics_to_bake(chosen, statistics)
     if given and not chosen.needs_headmap:
@@ -182,6 +185,8 @@ def export(
     if manifest.crop:
         computed, shown = ("{}x{}".format(*size) for size in (manifest.resolution, manifest.crop))
         say(f"computed at {computed}; the last columns and rows are cut off: frames are {shown}")
+    if spec.schedule.context == "last":
+        say("the last denoising pass of a chunk fills the cache: there is no clean pass")
     if manifest.strips:
         say(f"{spec.decoder.kind} decodes a frame {manifest.strips.described}")
     if record := manifest.calibration:
