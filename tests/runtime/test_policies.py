@@ -95,12 +95,10 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
 
 def test_a_sink_may_have_a_share_of_the_window(tmp_path: Path) -> None:
     """Rounded down, of what a model attends to; a manifest of a sink without one is as it was."""
-    text = POLICY.replace(
-        'frames = 1 },\n    { role = "retained', 'share = 0.5 },\n    { role = "retained', 1
-    )
+    text = POLICY.replace("frames = 1", "share = 0.5", 1)
     (sink, *_) = read(tmp_path, text).groups["dynamic"]
     assert sink == Sink(share=0.5)
-    for attended, frames in ((21, 10), (12, 6), (1, 0)):
+    for attended, frames in ((21, 10), (12, 6), (3, 1)):
         assert sink.opening_frames(small_spec(attended_frames=attended)) == frames
     assert sink.fitted(small_spec(attended_frames=21), 0, ()) == Sink(10)
     assert "share" not in to_data(Sink(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,18 @@ import torch
 
 from forcingkv.headmaps import InputError
 from forcingkv.models.presets import load_spec
-from forcingkv.models.query_statistics import read_statistics
+from forcingkv.models.query_statistics import measure_statistics, read_statistics
+from forcingkv.runtime import Bundle
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.kv.statistics import PARTS, QueryStatistics
 from forcingkv.runtime.tensors import new_tensors
-from tests.conftest import small_spec
+from forcingkv.runtime.text import encode_words
+from tests.conftest import Ran, random_model, small_spec
 from tests.models.query_statistics import made_up
+from tests.runtime.videos import PROMPT
+
+Run = Callable[..., Ran]
 
 SPEC = small_spec()
 RELEASED = Path(__file__).parents[3] / "shared" / "data" / "statistics"
@@ -91,3 +99,73 @@ def test_those_that_triattention_released_are_of_every_model_of_that_size() -> N
         assert 0.5 < float((mean / found.size).mean()) < 0.7
     with pytest.raises(InputError, match=r"30 layers of 12 heads with 64 rotary pairs; expected 40 layers"):
         found.check_model(load_spec("krea-14b"))
+
+
+def test_what_is_measured_is_what_queries_are_before_rotation(tmp_path: Path) -> None:
+    """Of two layers of a small model, against queries that a hook sees before they are rotated."""
+    spec = small_spec(layers=2)
+    model, text = random_model(spec), torch.from_numpy(encode_words(spec, PROMPT))
+    plan = build_plan(spec, spec.geometry(), load_policy("full"))
+    seen: list[list[torch.Tensor]] = [[], []]
+
+    def hook(layer: int) -> Callable[..., None]:
+        def keep(module: torch.nn.Module, args: object, out: torch.Tensor) -> None:
+            heads = out.unflatten(-1, (spec.heads, spec.head_dim // 2, 2))
+            seen[layer].append(torch.view_as_complex(heads.double().contiguous())[0])
+
+        return keep
+
+    handles = [
+        block.self_attn.norm_q.register_forward_hook(hook(n))  # type: ignore[union-attr, operator]
+        for n, block in enumerate(model.blocks)
+    ]
+    done: list[int] = []
+    found = measure_statistics(model, plan, [text, text], 3, 5, done.append)
+    for handle in handles:
+        handle.remove()
+    assert done == [1, 2, 3, 4, 5, 6]
+    for layer, parts in enumerate(seen):
+        queries = torch.cat(parts)  # of all passes of both videos
+        mean, size = queries.mean(0), queries.abs().mean(0)
+        np.testing.assert_allclose(found.real[layer], mean.real.numpy(), atol=1e-5)
+        np.testing.assert_allclose(found.imaginary[layer], mean.imag.numpy(), atol=1e-5)
+        np.testing.assert_allclose(found.size[layer], size.numpy(), rtol=1e-5)
+    found.check_model(spec)
+    assert found.source == "2 videos of 3 chunks by small, seeds from 5"
+    found.write(tmp_path / "queries.safetensors")
+    assert read_statistics(tmp_path / "queries.safetensors").digest == found.digest
+
+
+def test_a_policy_that_scores_by_statistics_is_refused_without(run: Run, tmp_path: Path) -> None:
+    words = "--model", "demo", "--policy", "triattention", "--target", "torch", "--out", tmp_path / "b"
+    ran = run("export", *words)
+    assert ran.code == 2
+    assert "scores tokens by statistics of the model's queries" in ran.err
+    assert "expected --statistics FILE" in ran.err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.long
+def test_the_way_from_measuring_to_a_video(run: Run, tmp_path: Path) -> None:
+    file, bundle = tmp_path / "queries.safetensors", tmp_path / "bundle"
+    measured = run("analyze", "queries", "--model", "demo", "--samples", 1, "--chunks", 1, "--out", file)
+    assert measured.code == 0, measured.err
+    assert "1 videos of 1 chunks by demo, seeds from 0" in measured.out
+    words = "export", "--model", "demo", "--target", "torch", "--statistics", file, "--out"
+    ran = run(*words, bundle, "--policy", "triattention")
+    assert ran.code == 0, ran.err
+    assert "note: statistics of queries: 1 videos of 1 chunks by demo" in ran.err
+    assert Bundle.open(bundle).statistics is not None
+    video = run("generate", "--bundle", bundle, "--prompt", "a 3 moving left and a 7 moving up",
+                "--seconds", 0.5, "--out", tmp_path / "video.mp4")  # fmt: skip
+    assert video.code == 0, video.err
+    useless = run(*words, tmp_path / "full", "--policy", "full")
+    assert "the policy full scores by no statistics of queries, and uses none" in useless.err
+
+
+@pytest.mark.long
+def test_with_random_weights_statistics_are_random_too(run: Run, tmp_path: Path) -> None:
+    words = "--model", "demo", "--policy", "triattention", "--target", "torch", "--out", tmp_path / "b"
+    ran = run("export", *words, "--random-weights", "--layers", 2)
+    assert ran.code == 0, ran.err
+    assert "no statistics of queries are given: random numbers, as the weights are" in ran.err
