@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.roles import Recent
 from forcingkv.runtime.kv.tokens import Tokens
 from forcingkv.runtime.spec import Positions
-from tests.conftest import random_model
+from tests.conftest import Ran, random_model
 from tests.exported import shared_bundle
 from tests.models.query_statistics import made_up
 from tests.runtime.test_tokens import MAP, POSITIONS, SPEC, budget_bundle, policy_of
@@ -62,13 +63,16 @@ def test_an_engine_with_tokens_by_a_score_builds(positions: Positions, tmp_path:
     assert "tokens_there.near" in manifest.graphs["step"].inputs
 
 
-def test_a_bundle_has_the_statistics_that_it_was_exported_with(tmp_path: Path) -> None:
+def test_a_bundle_has_the_statistics_that_it_was_exported_with(
+    tmp_path: Path, run: Callable[..., Ran]
+) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(budget_bundle("absolute"), folder)
     bundle = Bundle.open(folder)
     assert bundle.statistics is not None
     assert bundle.manifest.statistics == bundle.statistics.digest == MADE_UP.digest
     assert STATISTICS in bundle.manifest.files
+    assert f"statistics of queries {MADE_UP.digest[:12]}" in run("inspect", folder).out
     np.testing.assert_array_equal(bundle.statistics.real, MADE_UP.real)
     # Others in their place, with a digest of the file that is right: they are not what scores were made of.
     made_up(SPEC, seed=5).write(folder / STATISTICS)
