@@ -18,7 +18,7 @@ from forcingkv.models.decoders import StreamingDecoder, frames_of, to_frames
 from forcingkv.models.decoders.strips import StripShapes, begin_frame, finish_strip
 from forcingkv.models.encoders import StreamingEncoder, pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
-from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype, encode_group, heads_of
+from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype, encode_group, heads_of, noting
 from forcingkv.models.kv_roles import Turn
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
@@ -85,13 +85,17 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         rotary = inputs["cosines"], inputs["sines"]
         latents = inputs["latents"]
         sigma, sigma_next = (level_of_frames(inputs[name]) for name in ("sigma", "sigma_next"))
+        queries: list[Tensor] = []
         attend = attend_cache(plan, cache)
+        attend = noting(attend, queries) if plan.reads_queries else attend
         flow, new = model(latents.to(kind), inputs["time"].to(kind), rotary, prompt, attend)
         flow = flow.to(latents)
         # Every output is there in every phase; the session takes those the phase calls for.
         rows = {name: inputs[name] for name in plan.rows(0)}
         turn = Turn(*(inputs[name] for name in TURN)) if plan.relative else None
-        following, indices = advance(plan, cache, new, chunk=None, rows=rows, turn=turn, rotary=rotary)
+        following, indices = advance(
+            plan, cache, new, chunk=None, rows=rows, turn=turn, rotary=rotary, queries=queries
+        )
         x0 = latents - sigma * flow
         following_latents = next_latents(
             spec.schedule.renoise, latents, flow, sigma, sigma_next, inputs.get("noise")

@@ -87,7 +87,7 @@ def chunks_shown(plan: CachePlan) -> list[int]:
 
 
 def timeline(kind: HeadKind, chunks: Sequence[int]) -> list[Row]:
-    """What heads of a kind see in each of the chunks (`Role.spans`)."""
+    """What heads of a kind see in each of the chunks (`Role.example_spans`)."""
     return [_row(kind.plan, kind.group, chunk) for chunk in chunks]
 
 
@@ -96,7 +96,7 @@ def _row(plan: CachePlan, group: HeadGroup, chunk: int) -> Row:
     seen = [
         Seen(role.name, span.frame, span.offset / size, (span.offset + span.tokens) / size)
         for role in group.roles
-        for span in role.spans(plan, group, chunk, chosen)
+        for span in role.example_spans(plan, group, chunk, chosen)
     ]
     tokens = plan.chunk_tokens + sum(role.seen_tokens(plan, group, chunk) for role in group.roles)
     first = chunk * plan.spec.frames_per_chunk

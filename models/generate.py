@@ -12,7 +12,7 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.context import FirstFrame, attend_alone, cache_of_context, context_rotary
-from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
+from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, noting, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.given import GivenNoise
@@ -100,6 +100,11 @@ def generate(
         flow, new = model(latents.to(text), time, rotary, prompt, attend)
         return flow.to(latents), new
 
+    def noted(attend: Attend) -> tuple[Attend, list[Tensor]]:
+        """With the list that takes a pass's queries, where roles choose by those of the one that fills."""
+        queries: list[Tensor] = []
+        return (noting(attend, queries) if plan.reads_queries else attend), queries
+
     newest: Tensor | None = None
     for chunk in range(chunks):
         begun = cuts[: bisect_right(cuts, chunk)]
@@ -118,9 +123,9 @@ def generate(
         steps = schedule.of_chunk(chunk, len(given))
         unipc = schedule.solver == "unipc"
         solver = UniPC(steps.sigmas, latents.cpu().double().numpy()) if unipc else None
-        new: list[KeysValues] = []
+        new, queries = list[KeysValues](), list[Tensor]()
         for step, timestep in enumerate(() if is_given else steps.timesteps):
-            seen = watch(chunk, step, cache, attend) if watch else attend
+            seen, queries = noted(watch(chunk, step, cache, attend) if watch else attend)
             timesteps = [0.0] * count + [timestep] * (frames - count) if count else [timestep]
             flow, new = run(latents, timesteps, rotary, seen)
             fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
@@ -139,10 +144,12 @@ def generate(
             yield GeneratedChunk(chunk, latents, None)
             continue
         if is_given or schedule.clean_passes:
-            seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
+            seen, queries = noted(watch(chunk, CLEAN_PASS, cache, attend) if watch else attend)
             _, new = run(latents, [schedule.context_timestep], rotary, seen)
         turn = turn_of(plan, chunk, text.device)
-        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn, cuts=begun, rotary=rotary)
+        cache, indices = advance(
+            plan, cache, new, chunk=chunk, turn=turn, cuts=begun, rotary=rotary, queries=queries
+        )
         yield GeneratedChunk(chunk, latents, indices)
 
 

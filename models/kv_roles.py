@@ -61,6 +61,8 @@ class CleanPass:
     """The passes with which scenes begin, where the chunk is known."""
     rotary: Rotary | None = field(default=None, kw_only=True)
     """What the chunk's keys were rotated by."""
+    queries: Tensor | None = field(default=None, kw_only=True)
+    """Queries of the pass, of the group's heads: (batch, heads, tokens, head_dim), where they are read."""
 
     def told(self, role: Role, kind: str = ROWS) -> Tensor:
         """What a role is told of the chunk (`Role.told`): (tokens,). Of the kind `ROWS` which of the chunk's

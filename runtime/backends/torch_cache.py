@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch.nn import functional as F
 
-from forcingkv.models.kv import advance_group, cached_dtype, choice_of, encode_group, heads_of
+from forcingkv.models.kv import advance_group, cached_dtype, choice_of, encode_group, heads_of, queries_of
 from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime.backends import Lane, Tensor
@@ -226,7 +226,7 @@ class JoinedCache(KvCache):
                 if layer == 0:
                     chosen.clear()
                 chunk = self.passes if each_chunk() else None
-                self._advance(layer, current, (phase, following), chosen, chunk, turn, rotary)
+                self._advance(layer, current, queries, (phase, following), chosen, chunk, turn, rotary)
             return out[0] if len(out) == 1 else torch.cat(out, 1)
 
         return attend
@@ -235,6 +235,7 @@ class JoinedCache(KvCache):
         self,
         layer: int,
         current: KeysValues,
+        queries: torch.Tensor,
         phases: tuple[int, int],
         chosen: list[torch.Tensor],
         chunk: int | None,
@@ -260,6 +261,7 @@ class JoinedCache(KvCache):
                 one.layouts[phases[1]],
                 turn=turn,
                 rotary=rotary,
+                queries=queries_of(queries, one.group),
             )
             one.take(advance_group(done), phases[1])
 

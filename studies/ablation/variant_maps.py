@@ -1,9 +1,11 @@
-"""The head map that each variant is run with: of recorded statistics, or a control that looks at none."""
+"""What each variant is run with: a head map, of recorded statistics or a control; statistics of queries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples
 from forcingkv.analyze.analysis import labels_of_rule
@@ -11,8 +13,13 @@ from forcingkv.analyze.labels import decide
 from forcingkv.commands.models import text_inputs
 from forcingkv.headmaps import HeadMap
 from forcingkv.measure.nominal import nominal_map
-from forcingkv.models.checkpoint import Weights
+from forcingkv.models.checkpoint import Weights, build_model
+from forcingkv.models.query_statistics import measure_statistics
+from forcingkv.runtime.kv.plan import build_plan
+from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.kv.statistics import QueryStatistics, needs_statistics
 from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.text import encode_words
 from studies.ablation.variants import Variant, control_map
 
 
@@ -21,6 +28,10 @@ class VariantMaps:
     """Head maps of one model."""
 
     spec: ModelSpec
+    weights: Weights
+    prompts: tuple[str, ...]
+    """That heads are measured on."""
+    chunks: int
     stats: Path
     analysis: Analysis
 
@@ -31,7 +42,7 @@ class VariantMaps:
         """Measure heads as `forcingkv analyze heads` does, a sample a prompt; what `stats` has is kept."""
         job = Job(spec, weights, text_inputs(spec, prompts, None), chunks=chunks, threads=threads)
         record_samples(job, stats, samples=len(prompts))
-        return cls(spec, stats, analyze_statistics(stats))
+        return cls(spec, weights, tuple(prompts), chunks, stats, analyze_statistics(stats))
 
     def of(self, variant: Variant) -> HeadMap:
         """The map that a variant wants."""
@@ -45,6 +56,19 @@ class VariantMaps:
             decision = decide(self.analysis.observations, "threshold", alpha=wanted.value or 0.0)
             return labels_of_rule(decision, self.analysis.observations, self.analysis.headmap.model)
         return control_map(wanted, self._controlled(variant), unsplit)
+
+    def statistics_of(self, variant: Variant) -> QueryStatistics | None:
+        """Statistics of the model's queries, for a variant that scores by them: measured once, on the same
+        prompts as heads."""
+        if not needs_statistics(variant.policy):
+            return None
+        file = self.stats / "queries.safetensors"
+        if not file.is_file():
+            plan = build_plan(self.spec, self.spec.geometry(), load_policy("full"))
+            texts = [torch.from_numpy(encode_words(self.spec, prompt)) for prompt in self.prompts]
+            model = build_model(self.spec, self.weights)
+            measure_statistics(model, plan, texts, self.chunks, 0).write(file)
+        return QueryStatistics.read(file)
 
     def _controlled(self, variant: Variant) -> HeadMap:
         """The map whose labels a control deals out anew."""

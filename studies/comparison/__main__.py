@@ -48,11 +48,12 @@ def run(bed: Bed, given: argparse.Namespace) -> list[VariantRow]:
     for number, variant in enumerate(variants, 1):
         started = time.perf_counter()
         headmap = maps.of(variant)
-        videos = made.videos(variant, headmap)
+        statistics = maps.statistics_of(variant)
+        videos = made.videos(variant, headmap, statistics)
         references = references or videos
         found = [bed.measure(*one) for one in zip(range(len(videos)), videos, references, strict=True)]
         values = {name: [one[name] for one in found] for name in found[0]}
-        measured.append(VariantScores(variant, made.plan(variant, headmap).kv_bytes(), values))
+        measured.append(VariantScores(variant, made.plan(variant, headmap, statistics).kv_bytes(), values))
         draw = f", draw {variant.draw}" if variant.draw else ""
         seconds = time.perf_counter() - started
         print(f"{number}/{len(variants)} {variant.name}{draw}: {seconds:.1f} s", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ digits come back, and go on by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,15 +53,15 @@ class Bed:
     """Prompts that heads are measured on, none of the samples'."""
 
 
-def demo_bed(prompts: int) -> Bed:
+def demo_bed(prompts: int, first_seed: int = FIRST_SEED) -> Bed:
     """The bed of `demo`: that many prompts that are none of those that ship."""
-    known, drawn, rng = set(default_prompts("demo")), list[str](), np.random.default_rng(FIRST_SEED)
+    known, drawn, rng = set(default_prompts("demo")), list[str](), np.random.default_rng(first_seed)
     while len(drawn) < prompts:
         prompt = make_clip(rng, 1, "held-out").prompt
         if prompt not in known:
             known.add(prompt)
             drawn.append(prompt)
-    samples = tuple(Sample(prompt, FIRST_SEED + number, CHUNKS) for number, prompt in enumerate(drawn))
+    samples = tuple(Sample(prompt, first_seed + number, CHUNKS) for number, prompt in enumerate(drawn))
     layout, fps = _layout_and_rate("demo")
 
     def measure(number: int, video: Video, full: Video) -> Values:
@@ -73,10 +73,10 @@ def demo_bed(prompts: int) -> Bed:
     return Bed("demo", samples, tuple(drawn), measure, "digits", tuple(default_prompts("demo")))
 
 
-def occluded_bed(clips: int) -> Bed:
+def occluded_bed(clips: int, seed: int = 0, most_away: int = MOST_AWAY) -> Bed:
     """The bed of `demo-occluded`: that many clips, as many of every length of absence and entry."""
-    each = clips // (2 * MOST_AWAY)
-    asked = bed_clips(each, 0)
+    each = clips // (2 * most_away)
+    asked = [one for one in bed_clips(each, seed) if one.clip.timeline.away <= most_away]
     samples = tuple(
         Sample(one.clip.prompt, one.seed, judged_chunk(one.clip) + 1 + GOES_ON, given_frames(one.clip))
         for one in asked
@@ -119,4 +119,4 @@ def _layout_and_rate(model: str) -> tuple[ChunkLayout, float]:
     return ChunkLayout.of(spec), spec.fps
 
 
-BEDS: dict[str, Callable[[int], Bed]] = {"demo": demo_bed, "demo-occluded": occluded_bed}
+BEDS: Mapping[str, Callable[[int], Bed]] = {"demo": demo_bed, "demo-occluded": occluded_bed}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from forcingkv.commands.baked import heads_to_bake
+from forcingkv.commands.baked import heads_to_bake, random_statistics, statistics_to_bake
 from forcingkv.commands.console import console, default_prompts, emit, need, say
 from forcingkv.commands.models import (
     CacheFilledBy,
@@ -44,6 +44,10 @@ def export(
     model: Model,
     out: Annotated[Path, Option(help="Folder of the bundle.")],
     headmap: Annotated[Path | None, Option(help="Head map to bake in.")] = None,
+    statistics: Annotated[
+        Path | None,
+        Option(help="Statistics of the model's queries (analyze queries), for policies that score by them."),
+    ] = None,
     checkpoint: Checkpoint = None,
     key: Key = None,
     lora: Loras = None,
@@ -124,6 +128,7 @@ def export(
     wanted = one_of(Target, target, "target")
     spec, chosen = with_context(load_spec(model), context), load_policy(policy)
     given = read_headmap(headmap) if headmap else None
+    of_queries = statistics_to_bake(chosen, statistics)
     if given and not chosen.needs_headmap:
         say(f"note: the policy {chosen.name} treats all heads alike, and uses no head map", error=True)
     check_layers(layers, random_weights)
@@ -131,6 +136,7 @@ def export(
         given = heads_to_bake(spec, chosen, None, random=True)
     if layers:
         spec, chosen, given = typical_layers(spec, chosen, given if chosen.needs_headmap else None, layers)
+    of_queries = of_queries or (random_statistics(spec, chosen) if random_weights else None)
     precision = one_of(ExportDtype, dtype, "dtype") if dtype else None
     if kept := check_out(out):
         names = ", ".join(kept[:5]) + (f" and {len(kept) - 5} more" if len(kept) > 5 else "")
@@ -150,6 +156,7 @@ def export(
                 chosen,
                 out,
                 headmap=given,
+                statistics=of_queries,
                 resolution=resolution,
                 decoder=pixels,
                 strips=decode_strips,
