@@ -45,8 +45,8 @@ SCHEDULES = {
 }
 
 
-REMEMBERING = ("memrope", "reward-forcing", "memflow")
-"""Policies whose roles take keys as they leave: those of last passes then."""
+REMEMBERING = ("memrope", "reward-forcing", "memflow", "deep-forcing")
+"""Policies whose roles take keys as they leave, or score by queries: those of last passes then."""
 
 
 def last_of(path: Path, schedule: Schedule = TWO) -> Bundle:
