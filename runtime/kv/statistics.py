@@ -20,6 +20,7 @@ import numpy.typing as npt
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.headmap import MOST
+from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import new_tensors, read_arrays, read_header
 
@@ -157,8 +158,8 @@ def told_of(metadata: Mapping[str, Any]) -> tuple[str | None, str]:
     words = [source] if isinstance(source, str) else []
     inner = metadata.get("metadata", metadata)
     try:
-        inner = json.loads(inner) if isinstance(inner, str) else inner
-    except ValueError:
+        inner = parse_json(inner, "metadata of statistics") if isinstance(inner, str) else inner
+    except InputError:
         inner = {}
     if isinstance(inner, Mapping):
         words += [
