@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forcingkv.headmaps.errors import InputError
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.kv import Cache
 from forcingkv.models.kv_positions import Tables, rotated_back
+from forcingkv.models.tensor_files import content_of_torch
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.kv.plan import CachePlan
-from forcingkv.runtime.kv.statistics import PARTS, QueryStatistics, told_of
+from forcingkv.runtime.kv.statistics import QueryStatistics, told_of
 from forcingkv.runtime.kv.window import first_position
 
 TORCH_FILES = (".pt", ".pth")
@@ -31,14 +30,7 @@ def read_statistics(path: Path) -> QueryStatistics:
     """
     if path.suffix not in TORCH_FILES:
         return QueryStatistics.read(path)
-    where = str(path)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=where) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        expected = f"what torch saved of the tensors {', '.join(PARTS)}"
-        raise InputError("is no file of tensors", where=where, expected=expected) from error
+    found = content_of_torch(path)
     table: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
     arrays = {
         str(name): part.detach().numpy()
@@ -47,7 +39,7 @@ def read_statistics(path: Path) -> QueryStatistics:
     }
     said = table.get("metadata")
     model, source = told_of(said if isinstance(said, Mapping) else {})
-    return QueryStatistics.of(arrays, model, source, where)
+    return QueryStatistics.of(arrays, model, source, str(path))
 
 
 def measure_statistics(
