@@ -199,14 +199,15 @@ def test_a_role_that_is_read_otherwise_lies_apart_on_torch(
 
         def advance(self, role: object, done: kv_roles.CleanPass) -> kv.KeysValues:
             grown = kv.KeysValues(*(part * (1 if dtype else 2) for part in done.new))
-            cached = replace(done, new=kv.KeysValues(*(p.to(kv.cached_dtype(role, p.dtype)) for p in grown)))
+            (cached_in, _), _ = kv.part_layouts(done.plan.spec, role, grown.keys.dtype)  # type: ignore[arg-type]
+            cached = replace(done, new=kv.KeysValues(*(part.to(cached_in) for part in grown)))
             made: kv.KeysValues = super().advance(role, cached)
             return made
 
     monkeypatch.setitem(kv_roles.HALVES, "spaced", Apart())
     monkeypatch.setattr(kind, "read_as_cached", False)
     if dtype:
-        monkeypatch.setattr(kind, "dtype", lambda self, compute: dtype)
+        monkeypatch.setattr(kind, "exact_dtype", lambda self, compute: dtype)
     opened = Bundle.open(bundle) if not dtype else None
     shown = opened or _unchecked(bundle)
     with Session.open(shown, backend="torch") as session:
