@@ -69,7 +69,6 @@ def inferred(model: onnx.ModelProto, given: Mapping[str, Shape]) -> onnx.ModelPr
     """The graph for those shapes of the inputs that vary, with the type and shape of what it computes."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
-    sized.graph.value_info.extend(_turned_segments(model))
     for value in sized.graph.input:
         if value.name in given:
             kind = value.type.tensor_type.elem_type
@@ -86,30 +85,32 @@ def inferred(model: onnx.ModelProto, given: Mapping[str, Shape]) -> onnx.ModelPr
             seen = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, sizes_of)
             sized.graph.value_info.append(seen)
     _fold_lengths(sized)
+    sized.graph.value_info.extend(_segments(sized))
     return onnx.shape_inference.infer_shapes(sized, strict_mode=True, data_prop=True)
 
 
-def _turned_segments(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
-    """Retained keys that nodes of the graph read, of which onnx knows neither type nor shape.
+def _segments(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
+    """Retained keys and values that nodes of the graph read, of which onnx knows neither type nor shape.
 
-    They move with the window, where positions are relative to it; their values are outputs of the same kind.
+    Keys move with the window, where positions are relative to it; both become codes, where they are cached in
+    fewer bits. They are as wide as the chunk's keys.
     """
-    outputs = {value.name: value.type.tensor_type for value in model.graph.output}
+    outputs = {value.name for value in model.graph.output}
     kept: dict[str, int] = {}
+    known: dict[str, tuple[int, Shape]] = {}
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
         sizes = {attribute.name: attribute.i for attribute in node.attribute}
         if "kept" in sizes:
             kept[node.output[-1]] = sizes["kept"]
-        if len(node.output) > 1 and node.output[0] not in outputs:
-            values = outputs[node.output[1]]
-            chosen = kept.get(node.output[-1]) or kept[node.input[4]]
-            tokens = chosen * (sizes.get("segment_tokens") or sizes["frame_tokens"] // sizes["segments"])
-            batch, heads, _, width = (size.dim_value for size in values.shape.dim)
-            yield helper.make_tensor_value_info(
-                node.output[0], values.elem_type, (batch, heads, tokens, width)
-            )
+        for name in node.output[: 2 if len(node.output) > 1 else 0]:
+            if name not in outputs:
+                known = known or known_tensors(onnx.shape_inference.infer_shapes(model, data_prop=True))
+                chosen = kept.get(node.output[-1]) or kept[node.input[4]]
+                tokens = chosen * (sizes.get("segment_tokens") or sizes["frame_tokens"] // sizes["segments"])
+                kind, (batch, heads, _, width) = known[node.input[2]]
+                yield helper.make_tensor_value_info(name, kind, (batch, heads, tokens, width))
 
 
 def _fold_lengths(model: onnx.ModelProto) -> None:

@@ -7,7 +7,7 @@ of the prompt that encodes newest frames anew, `encode` once a latent frame of g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,16 @@ from forcingkv.models.decoders import StreamingDecoder, frames_of, to_frames
 from forcingkv.models.decoders.strips import StripShapes, begin_frame, finish_strip
 from forcingkv.models.encoders import StreamingEncoder, pixels_of
 from forcingkv.models.generate import level_of_frames, next_latents
-from forcingkv.models.kv import Cache, advance, attend_cache, cached_dtype, encode_group, heads_of, noting
+from forcingkv.models.kv import (
+    Cache,
+    advance,
+    attend_cache,
+    cached_parts,
+    encode_group,
+    heads_of,
+    noting,
+    part_layouts,
+)
 from forcingkv.models.kv_roles import Turn
 from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime import positions
@@ -35,8 +44,10 @@ from forcingkv.runtime.graph_records import (
     symbol_of,
     tokens_symbol,
 )
-from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, told_name
+from forcingkv.runtime.kv.codes import parts_of
+from forcingkv.runtime.kv.plan import CacheEntry, CachePlan, told_name
 from forcingkv.runtime.kv.rebuild import Encoding, encodings, most_encoded, rows_names, seen_entries
+from forcingkv.runtime.kv.roles import Role
 from forcingkv.runtime.kv.window import first_position, moved_by
 
 
@@ -125,10 +136,7 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         **({name: torch.from_numpy(table) for name, table in turn} if plan.relative else {}),
         # One tensor each: the tracer would take one object given twice for one input.
         **{name: torch.zeros(cross, dtype=kind) for name in _cross_names(spec.layers)},
-        **{
-            e.name: torch.zeros(max(plan.buffer_shapes(e)), dtype=cached_dtype(e.role, kind))
-            for e in plan.entries
-        },
+        **_largest(plan, plan.entries, kind),
         # In the steady phase no token goes to the sink; the tracer wants a length of at least 2.
         **{name: torch.arange(length or 2, dtype=torch.int32) for name, length in plan.told_lengths.items()},
     }
@@ -164,16 +172,21 @@ def recache_graph(model: WanModel, plan: CachePlan) -> Graph:
         def attend(layer: int, queries: Tensor, current: KeysValues) -> Tensor:
             out = []
             for group in plan.layers[layer]:
-                held = {
-                    role.name: KeysValues(*(inputs[name] for name in names))
+                names = {
+                    role: [CacheEntry(layer, group, role, part).name for part in parts_of(role)]
                     for role in group.roles
-                    if (names := [CacheEntry(layer, group, role, part).name for part in PARTS])[0] in inputs
+                }
+                held = {
+                    role.name: cached_parts([inputs[name] for name in of])
+                    for role, of in names.items()
+                    if of[0] in inputs
                 }
                 rows = {role.name: inputs[told_name(group, role)] for role in group.roles}
                 attended, taken = encode_group(group, queries, heads_of(current, group), held, rows, turn)
                 out.append(attended)
                 for role in group.roles:
-                    made.extend(part.to(cached_dtype(role, kind)) for part in taken[role.name])
+                    dtypes = (dtype for dtype, _ in part_layouts(spec, role, kind))
+                    made.extend(map(Tensor.to, taken[role.name], dtypes))
             return out[0] if len(out) == 1 else torch.cat(out, 1)
 
         rotary = inputs["cosines"], inputs["sines"]
@@ -192,7 +205,7 @@ def recache_graph(model: WanModel, plan: CachePlan) -> Graph:
         "sines": sines,
         **({name: torch.from_numpy(table) for name, table in turn} if plan.relative else {}),
         **{name: torch.zeros(cross_shape, dtype=kind) for name in _cross_names(spec.layers)},
-        **{e.name: torch.zeros(max(plan.buffer_shapes(e)), dtype=cached_dtype(e.role, kind)) for e in seen},
+        **_largest(plan, seen, kind),
         **{name: torch.arange(2, dtype=torch.int32) for name in rows_names(plan)},
     }
     dynamic = {entry.name: (2, tokens_symbol(entry)) for entry in seen}
@@ -310,12 +323,21 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+def _largest(plan: CachePlan, entries: Sequence[CacheEntry], kind: torch.dtype) -> dict[str, Tensor]:
+    """Cached tensors as long as they ever are, in a model that computes in `kind`."""
+    name = str(kind).removeprefix("torch.")
+    dtypes = {e.name: getattr(torch, e.dtype(plan.spec, name)) for e in entries}  # type: ignore[arg-type]
+    return {e.name: torch.zeros(max(plan.buffer_shapes(e)), dtype=dtypes[e.name]) for e in entries}
+
+
 def _unflatten_cache(plan: CachePlan, tensors: list[Tensor]) -> Cache:
     """Tensors in the order of `plan.entries` as a cache."""
-    pairs = zip(tensors[::2], tensors[1::2], strict=True)
-    return [
-        [{role.name: KeysValues(*next(pairs)) for role in g.roles} for g in groups] for groups in plan.layers
-    ]
+    left = iter(tensors)
+
+    def held(role: Role) -> KeysValues:
+        return cached_parts([next(left) for _ in parts_of(role)])
+
+    return [[{role.name: held(role) for role in g.roles} for g in groups] for groups in plan.layers]
 
 
 def empty(module: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:

@@ -132,7 +132,7 @@ def value_records(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorReco
 def _traced(make: Callable[[], Graph]) -> tuple[Graph, ir.Model]:
     """Make a graph and trace it; behind its inputs come its parameters, whose contents nothing looks at."""
     graph, program = _trace(make)
-    _initializers_to_inputs(program.model.graph)
+    _initializers_to_inputs(program.model.graph, graph.model.state_dict() if graph.model else ())
     with _quiet(), _uncollected():
         program.optimize()
     return graph, program.model
@@ -190,9 +190,10 @@ def _bare(name: str | None) -> str:
     return (name or "").removeprefix(_WRAPPED)
 
 
-def _initializers_to_inputs(graph: ir.Graph) -> None:
-    """Make the parameters inputs, so that optimizing takes none of them for a constant."""
-    parameters = [value for name, value in graph.initializers.items() if name.startswith(_WRAPPED)]
+def _initializers_to_inputs(graph: ir.Graph, names: Collection[str]) -> None:
+    """Make the parameters of those names inputs, so that optimizing takes none of them for a constant. What a
+    layer makes anew is one, though it has the layer's name."""
+    parameters = [value for name, value in graph.initializers.items() if _bare(name) in names]
     for value in parameters:
         assert value.name is not None
         graph.initializers.pop(value.name)

@@ -27,6 +27,10 @@ FEATURES = (next_name("feature."), next_name(EDGE), "features")
 """How the outputs begin that are a decoder's caches, or go from one part of it to the other."""
 SMALL = 1e-4
 """Where rounding changes less than that, differences are in units of that."""
+LARGEST_CODE = 119
+"""Of keys and values in fewer bits: what all of them have (`runtime.kv.codes`)."""
+OTHER_CODES = 1e-3
+"""Share of them that may be rounded the other way."""
 HOST_INPUTS = {"sigma", "sigma_next", "time", "cosines", "sines", *TURN, TOP}
 
 
@@ -124,6 +128,8 @@ def _cases(graph: Graph, plan: CachePlan) -> Iterator[Arrays]:
                 inputs[name] = example.numpy()[: shape[0]]  # positions: those of as many tokens
             elif example.dtype == torch.uint8:
                 inputs[name] = generator.integers(0, 256, shape, np.uint8)
+            elif example.dtype == torch.int8:
+                inputs[name] = generator.integers(-LARGEST_CODE, LARGEST_CODE, shape, np.int8, endpoint=True)
             elif example.dtype == torch.int32:
                 inputs[name] = rows.get(name, np.arange(shape[0], dtype=np.int32))
             else:
@@ -161,4 +167,8 @@ def _difference(expected: npt.NDArray[Any], found: npt.NDArray[Any], *, scaled: 
     if expected.dtype == np.uint8:
         # A pixel between two levels may be rounded either way; what it is rounded from is compared too.
         return max(difference - 1, 0.0)
+    if expected.dtype == np.int8:
+        # So may what lies between two codes, of which there are many. The rest is far off, or right.
+        others = np.count_nonzero(expected != found) - max(1, expected.size * OTHER_CODES)
+        return max(others / max(1, expected.size), 0.0)
     return difference / max(1.0, float(np.abs(expected).max(initial=0.0))) if scaled else difference

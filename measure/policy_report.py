@@ -12,6 +12,7 @@ from forcingkv.measure.planner.speed import pass_work
 from forcingkv.measure.tables import wrapped
 from forcingkv.measure.timeline import HeadKind, head_kinds
 from forcingkv.runtime.footprint import readable
+from forcingkv.runtime.kv.codes import in_words as role_in_words
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.policies import About, Policy, load_policy
 from forcingkv.runtime.kv.roles import counted
@@ -118,7 +119,7 @@ def _group(kind: HeadKind) -> Report:
     for role in kind.group.roles:
         seen = [role.seen_tokens(plan, kind.group, chunk) for chunk in starts]
         frames = [tokens / plan.frame_tokens for tokens in seen]
-        roles.append({"role": role.name, "words": role.in_words(plan.spec), "frames": frames})
+        roles.append({"role": role.name, "words": role_in_words(role, plan.spec), "frames": frames})
     return {
         "label": kind.group.label,
         "heads": kind.heads,

@@ -16,14 +16,16 @@ from forcingkv.models import kv_bank as kv_bank  # the halves of roles register 
 from forcingkv.models import kv_ema as kv_ema
 from forcingkv.models import kv_history as kv_history
 from forcingkv.models import kv_tokens as kv_tokens
+from forcingkv.models.kv_codes import CodedKeysValues, as_attended, as_cached, in_numbers
 from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime import positions
+from forcingkv.runtime.kv.codes import PARTS, part_layout, parts_of
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup
 from forcingkv.runtime.kv.retained import Choice
 from forcingkv.runtime.kv.roles import Cuts, Role
 from forcingkv.runtime.kv.window import moved_by
-from forcingkv.runtime.spec import Dtype
+from forcingkv.runtime.spec import Dtype, ModelSpec
 
 Cache: TypeAlias = Sequence[Sequence[GroupCache]]
 """[layer][group of that layer]."""
@@ -32,18 +34,27 @@ Cache: TypeAlias = Sequence[Sequence[GroupCache]]
 def empty_cache(plan: CachePlan, like: Tensor, batch: int = 1) -> Cache:
     """The cache before the first chunk: all roles of length 0, on the device of `like`, for its dtype."""
 
-    def entry(group: HeadGroup, role: Role) -> KeysValues:
-        shape, dtype = (batch, group.heads, 0, plan.spec.head_dim), cached_dtype(role, like.dtype)
-        return KeysValues(like.new_empty(shape, dtype=dtype), like.new_empty(shape, dtype=dtype))
+    def made(group: HeadGroup, role: Role) -> KeysValues:
+        parts = [
+            like.new_empty((batch, group.heads, 0, width), dtype=dtype)
+            for dtype, width in part_layouts(plan.spec, role, like.dtype)
+        ]
+        return cached_parts(parts)
 
-    return [[{role.name: entry(g, role) for role in g.roles} for g in groups] for groups in plan.layers]
+    return [[{role.name: made(g, role) for role in g.roles} for g in groups] for groups in plan.layers]
 
 
-def cached_dtype(role: Role, compute: torch.dtype) -> torch.dtype:
-    """What a role caches keys and values in, in a model that computes in `compute`."""
+def part_layouts(spec: ModelSpec, role: Role, compute: torch.dtype) -> list[tuple[torch.dtype, int]]:
+    """(dtype, numbers of a token in a head) of each tensor that a role caches, in a model that computes in
+    `compute`."""
     name: Dtype = str(compute).removeprefix("torch.")  # type: ignore[assignment]
-    dtype: torch.dtype = getattr(torch, role.dtype(name))
-    return dtype
+    layouts = (part_layout(role, part, spec, name) for part in parts_of(role))
+    return [(getattr(torch, dtype), width) for dtype, width in layouts]
+
+
+def cached_parts(tensors: Sequence[Tensor]) -> KeysValues:
+    """The tensors of a role, in the order in which the plan has them, as its keys and values."""
+    return KeysValues(*tensors) if len(tensors) == len(PARTS) else CodedKeysValues(*tensors)
 
 
 def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
@@ -75,9 +86,16 @@ def noting(attend: Attend, queries: list[Tensor]) -> Attend:
 
 def read_role(plan: CachePlan, group: HeadGroup, role: Role, held: KeysValues, like: Tensor) -> KeysValues:
     """What a group attends to of a role, in the dtype of `like`, of what is cached."""
+    # Numbers are made of codes before any are cut off: exporting asks for a length of tokens by name.
+    whole = as_attended(role.dtype, held, like)
     if hidden := role.hidden_tokens(plan, group):
-        held = KeysValues(*(part[:, :, hidden:] for part in held))
-    return HALVES[role.name].read(role, held, like)
+        whole = KeysValues(*(part[:, :, hidden:] for part in whole))
+    return HALVES[role.name].read(role, whole, like)
+
+
+def read_whole(role: Role, held: KeysValues, like: Tensor) -> KeysValues:
+    """The same where none of what is cached is hidden."""
+    return HALVES[role.name].read(role, as_attended(role.dtype, held, like), like)
 
 
 def advance(
@@ -148,13 +166,20 @@ def advance_group(done: CleanPass) -> GroupCache:
     roles = done.group.roles
     # What is chosen comes last, the order of nodes in the graphs of bundles so far.
     last = sorted(roles, key=lambda role: role.chooses)
-    made = {role.name: HALVES[role.name].advance(role, done) for role in last}
+    made = {role.name: _made(role, done) for role in last}
     if done.turn is not None:
         # Last: what is compared lies in one window. All that stays turns by the same angle.
         for role in roles:
             if role.moves:
                 made[role.name] = HALVES[role.name].moved(role, made[role.name], done.turn, done)
     return {role.name: made[role.name] for role in roles}
+
+
+def _made(role: Role, done: CleanPass) -> KeysValues:
+    half = HALVES[role.name]
+    if role.dtype is not None:
+        return half.advance_coded(role, done)
+    return half.advance(role, in_numbers(done) if done.group.coded else done)
 
 
 def encode_group(
@@ -177,7 +202,7 @@ def encode_group(
         turn: moves keys to where the next chunk sees them. None: they stay.
     """
     by_name = {role.name: role for role in group.roles}
-    seen = [*(HALVES[name].read(by_name[name], kv, own.keys) for name, kv in held.items()), own]
+    seen = [*(read_whole(by_name[name], kv, own.keys) for name, kv in held.items()), own]
     keys, values = (torch.cat(parts, 2) for parts in zip(*seen, strict=True))
     attended = F.scaled_dot_product_attention(queries[:, group.start : group.stop], keys, values)
     made = {}
@@ -185,6 +210,7 @@ def encode_group(
         made[name] = KeysValues(*(part.index_select(2, taken) for part in own))
         if turn is not None and by_name[name].moves:
             made[name] = HALVES[name].move(by_name[name], made[name], turn)
+        made[name] = as_cached(by_name[name].dtype, made[name])
     return attended, made
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forcingkv.models.kv_codes import CodedKeysValues, by_parts, in_numbers
 from forcingkv.models.kv_constants import constant
 from forcingkv.models.kv_roles import CleanPass, TorchRole, Turn, torch_half, turned
 from forcingkv.models.wan import KeysValues
@@ -58,18 +59,35 @@ class _TorchBank(TorchRole):
     of = Bank
 
     def advance(self, role: Bank, done: CleanPass) -> KeysValues:
-        plan, kept = done.plan, done.told(role, KEPT)
-        room, size = role.frames + role.at_a_time(plan.spec), plan.frame_tokens
+        return self._kept(role, done, self._left(role, done))
+
+    def advance_coded(self, role: Bank, done: CleanPass) -> KeysValues:
+        assert role.dtype is not None
+        left = self._left(role, in_numbers(done))
+        codes, scales = (self._kept(role, one, left) for one in by_parts(role.dtype, done))
+        return CodedKeysValues(*codes, *scales)
+
+    @staticmethod
+    def _pool(role: Bank, done: CleanPass) -> KeysValues:
+        """The frames that are chosen from: (batch, heads, frames, frame tokens, numbers of a token)."""
+        room, size = role.frames + role.at_a_time(done.plan.spec), done.plan.frame_tokens
         recent = done.held[recent_of(done.group).name]
         parts = zip(done.held[role.name], recent, done.new, strict=True)
         joined = (torch.cat(part, 2).index_select(2, done.told(role, POOL)) for part in parts)
-        pool = KeysValues(*(torch.unflatten(part, 2, (room, size)) for part in joined))
-        alike = likeness(pool.keys[0], plan.spec.rotary_pairs[0])
-        places = torch.arange(room, device=kept.device).float()
-        left = least_alike(alike, (done.told(role, THERE).float() > places).float(), role.frames)
-        keys, values = (part.index_select(2, left) for part in pool)
-        if plan.relative:
+        return KeysValues(*(torch.unflatten(part, 2, (room, size)) for part in joined))
+
+    def _left(self, role: Bank, done: CleanPass) -> Tensor:
+        """Which of them are kept."""
+        spec, pool = done.plan.spec, self._pool(role, done)
+        alike = likeness(pool.keys[0], spec.rotary_pairs[0])
+        places = torch.arange(len(alike), device=alike.device).float()
+        return least_alike(alike, (done.told(role, THERE).float() > places).float(), role.frames)
+
+    def _kept(self, role: Bank, done: CleanPass, left: Tensor) -> KeysValues:
+        keys, values = (part.index_select(2, left) for part in self._pool(role, done))
+        if done.plan.relative:
             keys = turned(keys, self._turns(role, done, left))
+        kept = done.told(role, KEPT)
         return KeysValues(*(part.flatten(2, 3).index_select(2, kept) for part in (keys, values)))
 
     @staticmethod

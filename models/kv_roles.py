@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forcingkv.models.kv_codes import CodedKeysValues, as_cached, by_parts, in_numbers
 from forcingkv.models.wan import KeysValues
 from forcingkv.prune.reference import prune_follow, prune_score
+from forcingkv.runtime.kv.codes import FewerBits
 from forcingkv.runtime.kv.early import Early, Opening
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.retained import Choice, Retained
@@ -22,7 +24,7 @@ from forcingkv.runtime.kv.roles import HELD, ROWS, Cuts, Recent, Role, Sink
 from forcingkv.runtime.kv.scenes import KEPT, Scene
 
 GroupCache: TypeAlias = dict[str, KeysValues]
-"""Name of a role -> its keys and values, for the roles the group caches."""
+"""Name of a role -> its keys and values, for the roles the group caches; in fewer bits `CodedKeysValues`."""
 
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]
@@ -43,8 +45,8 @@ class CleanPass:
     plan: CachePlan
     layer: int
     group: HeadGroup
-    held: GroupCache
-    """The cache that the pass read."""
+    held: Mapping[str, KeysValues]
+    """The cache that the pass read, as `GroupCache` has it."""
     new: KeysValues
     """Keys and values of the chunk, of the group's heads."""
     rows: Mapping[str, Tensor] | None
@@ -63,6 +65,8 @@ class CleanPass:
     """What the chunk's keys were rotated by."""
     queries: Tensor | None = field(default=None, kw_only=True)
     """Queries of the pass, of the group's heads: (batch, heads, tokens, head_dim), where they are read."""
+    coded: dict[FewerBits, KeysValues] = field(default_factory=dict, kw_only=True)
+    """Keys and values of the chunk in fewer bits: made once for all roles."""
 
     def told(self, role: Role, kind: str = ROWS) -> Tensor:
         """What a role is told of the chunk (`Role.told`): (tokens,). Of the kind `ROWS` which of the chunk's
@@ -90,6 +94,12 @@ class TorchRole(ABC):
     @abstractmethod
     def advance(self, role: Any, done: CleanPass) -> KeysValues:
         """What is cached of the role after a clean pass, the window where it was."""
+
+    def advance_coded(self, role: Any, done: CleanPass) -> KeysValues:
+        """`advance` of a role in fewer bits. Unless it says otherwise it puts tokens together, and does so
+        alike with codes and with scales."""
+        codes, scales = (self.advance(role, one) for one in by_parts(role.dtype, done))
+        return CodedKeysValues(*codes, *scales)
 
     def move(self, role: Any, made: KeysValues, turn: Turn) -> KeysValues:
         """What is cached of a role that `moves` once the window has moved."""
@@ -226,7 +236,7 @@ class _TorchRetained(TorchRole):
         if choice is None:
             return done.held[role.name]
         transition, new = done.held[Recent.name], done.new
-        one_frame = Recent(frames=1) in done.group.roles
+        one_frame = any(type(one) is Recent and one.frames == 1 for one in done.group.roles)
         if not one_frame:
             transition, new = _leaving(done)
         elif choice.kept > choice.candidates - choice.split.segments:
@@ -248,6 +258,12 @@ class _TorchRetained(TorchRole):
             kept = prune_follow(*transition, *new, indices, *split)
         done.chosen.append(indices)
         return KeysValues(*kept)
+
+    def advance_coded(self, role: Retained, done: CleanPass) -> KeysValues:
+        # Chosen anew by keys as the pass made them.
+        if done.choice is None:
+            return done.held[role.name]
+        return as_cached(role.dtype, self.advance(role, in_numbers(done)))
 
 
 def _leaving(done: CleanPass) -> tuple[KeysValues, KeysValues]:

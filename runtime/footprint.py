@@ -24,6 +24,7 @@ from forcingkv.runtime.graph_records import (
     STRIP,
     latent_shape,
 )
+from forcingkv.runtime.kv.joined import DECODED
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.rebuild import encodings, most_encoded, rows_of
 from forcingkv.runtime.kv.roles import Role
@@ -72,6 +73,8 @@ def part_notes(
                 roles[role.name] = "two buffers: it is collected over the first chunks"
     if joined:
         roles = dict.fromkeys(roles, "read and written in place") | {"current": "of the chunk itself"}
+    if joined and plan and any(group.coded for group in plan.groups):
+        roles[DECODED] = "of all roles as they are attended to, a layer at a time"
     of_decoder = "of each strip one buffer, and one that all share" if strips else buffers[2]
     return {
         "weights": "of all graphs: they stay loaded",

@@ -169,8 +169,8 @@ def recache_layouts(plan: CachePlan, compute: Dtype) -> tuple[dict[str, Layout],
 
 def _cached(plan: CachePlan, entry: CacheEntry, compute: Dtype, *, made: bool = False) -> Layout:
     """A cached tensor as passes read it, or as one makes it."""
-    symbol = ANY if made else tokens_symbol(entry)
-    return Layout(entry.role.dtype(compute), (1, entry.group.heads, symbol, plan.spec.head_dim))
+    shape = 1, entry.group.heads, ANY if made else tokens_symbol(entry), entry.width(plan.spec)
+    return Layout(entry.dtype(plan.spec, compute), shape)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What the clean pass is worth on the demo model: its videos with it, and with the keys of the last pass.
 
-    python studies/last_pass_on_demo.py --out runs/last-pass [--prompts 64] [--chunks 12] [--ends 250,500]
+    python -m studies.last_pass_on_demo --out runs/last-pass [--prompts 64] [--chunks 12] [--ends 250,500]
         [--policies full,forcing-kv] [--headmap FILE] [--seed 0] [--backend torch] [--page docs/ablations.md]
-    python studies/last_pass_on_demo.py --returns runs/occluded-bed/returns.jsonl
+    python -m studies.last_pass_on_demo --returns runs/occluded-bed/returns.jsonl
 
 The same prompts and seeds through each policy, with `context` clean and last. `--ends`: the passes of the
 model's schedule are made down to these timesteps; at the last of them the cached keys of `last` are made, and
@@ -256,7 +256,7 @@ def main() -> None:
     print(made, end="")
     if given.page:
         about = (
-            f"`python studies/last_pass_on_demo.py`, {given.prompts} prompts, {given.chunks} chunks a video,"
+            f"`python -m studies.last_pass_on_demo`, {given.prompts} prompts, {given.chunks} chunks a video,"
             f" {given.backend}."
         )
         text = given.page.read_text(encoding="utf-8")

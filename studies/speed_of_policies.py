@@ -1,6 +1,6 @@
 """How fast every shipped policy is, with a clean pass and without, beside what arithmetic alone would give.
 
-    python studies/speed_of_policies.py [--model self-forcing] [--layers 2] [--resolution 480p] [--rounds 3]
+    python -m studies.speed_of_policies [--model self-forcing] [--layers 2] [--resolution 480p] [--rounds 3]
         [--policies full,window,...] [--backend onnxruntime] [--threads N] [--page docs/benchmarks.md]
 
 Typical layers with random weights, as `forcingkv bench` has them; policies take turns, round by round. In a
@@ -37,6 +37,7 @@ from studies.ablation.__main__ import page_with
 
 MARKS = "<!-- speed of policies: begin -->", "<!-- speed of policies: end -->"
 CONTEXTS: tuple[FilledBy, ...] = get_args(FilledBy)
+HEADING = "## Every policy, with its clean pass and without"
 COLUMNS = ("policy", "context", "passes", "s a chunk", "ratio to `full`", "limit", "share")
 
 
@@ -124,11 +125,13 @@ def main() -> None:
 
 def _about(given: argparse.Namespace, case: BenchCase, rounds: int) -> str:
     where = machine(given.threads)
-    command = shlex.join(["python", "studies/speed_of_policies.py", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "studies.speed_of_policies", *sys.argv[1:]])
+    threads = f"{where['threads']} thread{'s'[: where['threads'] > 1]} of {where['processor']}"
     return (
-        f"`{command}`: {given.model}, {given.layers} layers at {case.bundle.plan.geometry.described},"
-        f" {case.backend} in {case.dtype}, {where['threads']} thread{'s'[: where['threads'] > 1]} of"
-        f" {where['processor']}, {rounds} rounds."
+        f"{HEADING}\n\n`{command}`: {given.model}, {given.layers} layers at"
+        f" {case.bundle.plan.geometry.described}, {case.backend} in {case.dtype}, {threads}, {rounds} rounds."
+        " A chunk with `context` last has no clean pass; ratios are to `full` with it, and the limit is that"
+        " of operations."
     )
 
 

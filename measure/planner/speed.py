@@ -71,7 +71,8 @@ linear: projections and feed-forward: weights, inputs and outputs of each produc
 attention: self-attention: queries, keys, values, result.
 cross: attention to the prompt.
 elementwise: norms, rotation, modulation, gates, activation: no operations counted, bytes alone.
-cache: keys and values joined to be attended to, and the next caches, with what moves them with the window.
+cache: keys and values joined to be attended to, codes read for it, and the next caches, with what moves them
+    with the window.
 """
 
 
@@ -84,14 +85,19 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
     spec, size, tokens = plan.spec, DTYPES[dtype].bytes, plan.chunk_tokens
     at = plan.phases[-1].first_chunk if chunk is None else chunk
     flops, stream = pass_flops(plan, at), tokens * spec.dim * size
-    held = following = joined = turned = 0
+    held = coded = following = joined = turned = 0
     for group, layers in plan.kinds:
         numbers = layers * len(PARTS) * group.heads * spec.head_dim  # of a token
         seen = sum(role.seen_tokens(plan, group, at) for role in group.roles)
         held += numbers * seen
         # The next cache as the graph gives it (`CacheBuffers`): segments whether the next chunk sees them or
         # not, the sink in the first chunk alone.
-        following += numbers * sum(role.next_tokens(plan, group, at) for role in group.roles)
+        for role in group.roles:
+            following += size * numbers * role.next_tokens(plan, group, at)
+            if role.dtype is not None:
+                spared = size * numbers - layers * group.heads * plan.token_bytes(role, dtype)
+                following -= spared * role.next_tokens(plan, group, at)
+                coded += (size * numbers - spared) * role.seen_tokens(plan, group, at)
         # Read and written where the cache's keys and values are laid before those of the chunk.
         joined += 2 * numbers * (seen + tokens) if seen else 0
         if plan.relative:
@@ -104,7 +110,7 @@ def pass_work(plan: CachePlan, chunk: int | None = None, dtype: Dtype = "bfloat1
         "attention": Work(flops.attention, spec.layers * 4 * stream + size * held),
         "cross": Work(flops.cross, spec.layers * (2 * stream + prompt)),
         "elementwise": Work(0, spec.layers * elementwise_bytes(plan, dtype)),
-        "cache": Work(0, size * (joined + 2 * following) + turned * turn_bytes(size)),
+        "cache": Work(0, size * joined + coded + 2 * following + turned * turn_bytes(size)),
     }
 
 

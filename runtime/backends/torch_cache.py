@@ -3,6 +3,9 @@
 Every pass writes its own keys and values behind the cached ones, and attention reads one tensor: nothing is
 joined. The clean pass goes on in place, layer by layer, as soon as a layer has attended: no buffer is there
 twice. Where a role lies depends on the phase (`Layout`); what it holds is asked of its halves, as everywhere.
+
+Of a group with a role in fewer bits all is cached apart, and what attention reads is put together anew for
+each pass, in one memory that all such groups use one after the other.
 """
 
 from __future__ import annotations
@@ -14,15 +17,26 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch.nn import functional as F
 
-from forcingkv.models.kv import advance_group, cached_dtype, choice_of, encode_group, heads_of, queries_of
-from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
+from forcingkv.models.kv import (
+    advance_group,
+    cached_parts,
+    choice_of,
+    encode_group,
+    heads_of,
+    part_layouts,
+    queries_of,
+    read_whole,
+)
+from forcingkv.models.kv_roles import CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues
 from forcingkv.runtime.backends import Lane, Tensor
 from forcingkv.runtime.backends.torch_device import name_of, torch_dtype
 from forcingkv.runtime.backends.torch_tensors import TorchTensor
 from forcingkv.runtime.graph_records import next_name
 from forcingkv.runtime.kv.buffers import KvCache
-from forcingkv.runtime.kv.plan import PARTS, CacheEntry, CachePlan, HeadGroup, told_name
+from forcingkv.runtime.kv.codes import parts_of
+from forcingkv.runtime.kv.joined import apart_tokens
+from forcingkv.runtime.kv.plan import CacheEntry, CachePlan, HeadGroup, told_name
 from forcingkv.runtime.kv.roles import ROWS, Role
 from forcingkv.runtime.spec import Dtype
 
@@ -68,10 +82,11 @@ class JoinedGroup:
 
     group: HeadGroup
     all: KeysValues
-    """(1, heads, `joined_tokens`, head_dim) in the dtype that is attended in."""
+    """(1, heads, `joined_tokens`, head_dim) in the dtype that is attended in. Of a coded group what it holds
+    is overwritten when the next group attends."""
     apart: Mapping[str, KeysValues]
-    """Roles that are cached as something else than what is attended to: their tokens as they are cached.
-    Each pass puts what is read of them into its place in `all`."""
+    """Roles that are cached in a memory of their own (`Role.apart_in`): their tokens as they are cached. Each
+    pass puts what is read of them into its place in `all`."""
     layouts: tuple[Layout, ...]
     """Of each phase; the last is that of a hollow cache."""
     hidden: Mapping[str, int]
@@ -94,7 +109,7 @@ class JoinedGroup:
         for role in self.group.roles:
             if role.name in self.apart:
                 shown = _tokens(self.part(role, phase), slice(self.hidden[role.name], None))
-                read = HALVES[role.name].read(role, shown, own.keys)
+                read = read_whole(role, shown, own.keys)
                 _put(_tokens(self.all, layout.roles[role.name]), read)
         _put(_tokens(self.all, layout.current), own)
         seen = _tokens(self.all, slice(0, layout.current.stop))
@@ -158,11 +173,19 @@ class JoinedCache(KvCache):
         compute = torch_dtype(dtype)
         self.watch: Watch | None = None
         """Sees what each head group attends to in clean passes; None: nobody does."""
-        self._groups = [[_make(plan, group, compute, device) for group in groups] for groups in plan.layers]
+        coded = [group for group in plan.groups if group.coded]
+        most = max((group.heads * joined_tokens(plan, group) for group in coded), default=0)
+        self._decoded = _empty([(compute, plan.spec.head_dim)] * 2, 1, most, device) if coded else None
+        self._groups = [
+            [_make(plan, group, compute, device, self._decoded) for group in groups] for groups in plan.layers
+        ]
 
     @property
     def nbytes(self) -> int:
-        tensors = [kv for row in self._groups for one in row for kv in (one.all, *one.apart.values())]
+        groups = [one for row in self._groups for one in row]
+        tensors = [kv for one in groups for kv in one.apart.values()]
+        tensors += [one.all for one in groups if not one.group.coded]
+        tensors += [self._decoded] if self._decoded else []
         return sum(part.numel() * part.element_size() for kv in tensors for part in kv)
 
     @property
@@ -218,11 +241,12 @@ class JoinedCache(KvCache):
 
         def attend(layer: int, queries: torch.Tensor, current: KeysValues) -> torch.Tensor:
             row = self._groups[layer]
-            out = [one.attend(queries, current, phase) for one in row]
+            out = []
+            for one in row:
+                out.append(one.attend(queries, current, phase))
+                if following is not None and self.watch:
+                    self.watch(self.passes, layer, one, queries, phase)
             if following is not None:
-                if self.watch:
-                    for one in row:
-                        self.watch(self.passes, layer, one, queries, phase)
                 if layer == 0:
                     chosen.clear()
                 chunk = self.passes if each_chunk() else None
@@ -269,7 +293,7 @@ class JoinedCache(KvCache):
         row = self._groups[entry.layer]
         one = next(one for one in row if one.group is entry.group)
         kv = one.part(entry.role, phase)
-        return TorchTensor(kv[PARTS.index(entry.part)])
+        return TorchTensor(kv[parts_of(entry.role).index(entry.part)])
 
 
 @dataclass(frozen=True)
@@ -290,23 +314,41 @@ class _Advance(CleanPass):
         return rows.tensor
 
 
-def _make(plan: CachePlan, group: HeadGroup, compute: torch.dtype, device: torch.device) -> JoinedGroup:
-    def pair(tokens: int, dtype: torch.dtype) -> KeysValues:
-        shape = 1, group.heads, tokens, plan.spec.head_dim
-        return KeysValues(*(TorchTensor.make(shape, name_of(dtype), device).tensor for _ in PARTS))
-
+def _make(
+    plan: CachePlan, group: HeadGroup, compute: torch.dtype, device: torch.device, decoded: KeysValues | None
+) -> JoinedGroup:
+    heads, tokens = group.heads, joined_tokens(plan, group)
     apart = {
-        role.name: pair(role.steady_tokens(plan, group), cached_dtype(role, compute))
+        role.name: _empty(
+            part_layouts(plan.spec, role, compute), heads, apart_tokens(plan, group, role), device
+        )
         for role in group.roles
-        if role.apart(name_of(compute), role.hidden_tokens(plan, group))
+        if role.apart_in(plan, group, name_of(compute))
     }
+    if group.coded:
+        assert decoded is not None
+        shape = 1, heads, tokens, plan.spec.head_dim
+        joined = KeysValues(*(part[:, :, : heads * tokens].view(shape) for part in decoded))
+    else:
+        joined = _empty([(compute, plan.spec.head_dim)] * 2, heads, tokens, device)
     hidden = {role.name: role.hidden_tokens(plan, group) for role in group.roles}
     layouts = (*(layout_of(plan, group, phase.first_chunk) for phase in plan.phases), _hollow(plan, group))
-    return JoinedGroup(group, pair(joined_tokens(plan, group), compute), apart, layouts, hidden)
+    return JoinedGroup(group, joined, apart, layouts, hidden)
+
+
+def _empty(
+    layouts: Sequence[tuple[torch.dtype, int]], heads: int, tokens: int, device: torch.device
+) -> KeysValues:
+    """Memory for so many tokens, one tensor for each (dtype, numbers of a token in a head)."""
+    tensors = [
+        TorchTensor.make((1, heads, tokens, width), str(dtype).removeprefix("torch."), device).tensor
+        for dtype, width in layouts
+    ]
+    return cached_parts(tensors)
 
 
 def _tokens(kv: KeysValues, part: slice) -> KeysValues:
-    return KeysValues(kv.keys[:, :, part], kv.values[:, :, part])
+    return cached_parts([one[:, :, part] for one in kv])
 
 
 def _put(target: KeysValues, source: Sequence[torch.Tensor]) -> None:

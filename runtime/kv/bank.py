@@ -48,6 +48,7 @@ class Bank(Role):
     """k, in frames of the video."""
 
     name: ClassVar[str] = "bank"
+    why_exact: ClassVar[str] = ""
     told_by_chunk: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -126,7 +126,7 @@ class CacheBuffers(KvCache):
         super().__init__(plan, lane)
         self._buffers: dict[str, list[Tensor]] = {}
         for entry in plan.entries:
-            cached = entry.role.dtype(dtype)
+            cached = entry.dtype(plan.spec, dtype)
             sizes = [(math.prod(shape),) for shape in plan.buffer_shapes(entry)]
             self._buffers[entry.name] = [lane.tensor(size, cached, state=True) for size in sizes]
         self._told = {*rows_names(plan)}
@@ -163,7 +163,7 @@ class CacheBuffers(KvCache):
         if not self.hollow:
             return self.plan.next_shape(entry, self.passes)
         tokens = entry.role.tokens_of_hollow(self.plan, entry.group, self.passes)
-        return 1, entry.group.heads, tokens, self.plan.spec.head_dim
+        return self.plan.shape_of(entry, tokens)
 
     def _opens(self, entry: CacheEntry) -> bool:
         """Whether a tensor is of what a hollow cache holds."""
@@ -184,7 +184,7 @@ class CacheBuffers(KvCache):
         made = {}
         for e in self.plan.entries:
             taken = rows.get(told_name(e.group, e.role))
-            shape = 1, e.group.heads, 0 if taken is None else len(taken), self.plan.spec.head_dim
+            shape = self.plan.shape_of(e, 0 if taken is None else len(taken))
             made[next_name(e.name)] = self._buffer(e, encoding.passes).first(shape)
         return made
 

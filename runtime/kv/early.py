@@ -39,6 +39,7 @@ class Early(WholeFrames):
     """
 
     name: ClassVar[str] = "early"
+    why_exact: ClassVar[str] = ""
 
     def in_words(self, spec: ModelSpec) -> str:
         return f"the {counted(self._count)} before the recent ones, up to chunk {spec.ar_start}; then none"

@@ -50,6 +50,9 @@ class Ema(Role):
     starts: Starts = "leaving"
 
     name: ClassVar[str] = "ema"
+    why_exact: ClassVar[str] = (
+        "an average goes on from what is cached, and to a small rate it would stand still"
+    )
     moves: ClassVar[bool] = False
     told_by_chunk: ClassVar[bool] = True
     read_as_cached: ClassVar[bool] = False
@@ -121,7 +124,7 @@ class Ema(Role):
         first = self.count(spec) if self.starts == "first" else 0
         return -(-first // spec.frames_per_chunk), 1
 
-    def dtype(self, compute: Dtype) -> Dtype:
+    def exact_dtype(self, compute: Dtype) -> Dtype:
         return "float32"
 
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:

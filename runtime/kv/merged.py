@@ -56,6 +56,7 @@ class Merged(Role):
     """The most that a chunk sees: the newest."""
 
     name: ClassVar[str] = "merged"
+    why_exact: ClassVar[str] = "a block is summed up in the cache, frame by frame"
     told_by_chunk: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

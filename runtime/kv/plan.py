@@ -14,6 +14,9 @@ from functools import cached_property
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.runtime.dtypes import DTYPES
+from forcingkv.runtime.kv.codes import PARTS as PARTS
+from forcingkv.runtime.kv.codes import check_codes, check_positions, part_layout, parts_of
+from forcingkv.runtime.kv.joined import joined_bytes
 from forcingkv.runtime.kv.policies import ALL, Policy
 from forcingkv.runtime.kv.retained import Choice, Retained
 from forcingkv.runtime.kv.roles import ROWS, Cuts, Recent, Role, Rows
@@ -22,7 +25,6 @@ from forcingkv.runtime.kv.statistics import QueryStatistics
 from forcingkv.runtime.kv.window import window_frames
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
-PARTS = ("keys", "values")
 MOST_CHUNKS = 2 * MOST_FRAMES
 """Chunks after which every role has come to rest."""
 
@@ -45,10 +47,16 @@ class HeadGroup:
         """Frames at the video's start that are a role's own: no other role holds them."""
         return sum(role.opening_frames(spec) for role in self.roles)
 
+    @property
+    def coded(self) -> bool:
+        """Whether a role of it is cached in fewer bits."""
+        return any(role.dtype is not None for role in self.roles)
+
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One cached tensor (batch, heads, tokens, head_dim): keys or values of a role of a group."""
+    """One cached tensor (batch, heads, tokens, numbers of a token): keys or values of a role of a group, or
+    scales of theirs (`runtime.kv.codes`)."""
 
     layer: int
     group: HeadGroup
@@ -59,6 +67,14 @@ class CacheEntry:
     def name(self) -> str:
         """Its name as an input of the step graph; the output that replaces it is `next.` + name."""
         return f"cache.{self.layer}.{self.group.label}.{self.role.name}.{self.part}"
+
+    def dtype(self, spec: ModelSpec, compute: Dtype) -> str:
+        """Of a model that computes in `compute`."""
+        return part_layout(self.role, self.part, spec, compute)[0]
+
+    def width(self, spec: ModelSpec) -> int:
+        """Numbers of a token in a head."""
+        return part_layout(self.role, self.part, spec, spec.dtype)[1]
 
 
 def told_name(group: HeadGroup, role: Role, kind: str = ROWS) -> str:
@@ -164,7 +180,7 @@ class CachePlan:
             for layer, groups in enumerate(self.layers)
             for group in groups
             for role in group.roles
-            for part in PARTS
+            for part in parts_of(role)
         )
 
     def rows(self, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
@@ -211,19 +227,20 @@ class CachePlan:
         return role.tokens(self, group, chunk)
 
     def entry_shape(self, entry: CacheEntry, chunk: int) -> tuple[int, int, int, int]:
-        """(batch 1, heads, tokens, head_dim) of a cached tensor as the chunk of that index sees it."""
-        return self._shape(entry, entry.role.tokens(self, entry.group, chunk))
+        """(batch 1, heads, tokens, width) of a cached tensor as the chunk of that index sees it."""
+        return self.shape_of(entry, entry.role.tokens(self, entry.group, chunk))
 
     def next_shape(self, entry: CacheEntry, chunk: int) -> tuple[int, int, int, int]:
         """Shape of the output that replaces a cached tensor, as a pass of that chunk gives it."""
-        return self._shape(entry, entry.role.next_tokens(self, entry.group, chunk))
+        return self.shape_of(entry, entry.role.next_tokens(self, entry.group, chunk))
 
     def buffer_shapes(self, entry: CacheEntry) -> list[tuple[int, int, int, int]]:
         """The largest shape of a cached tensor in each of its buffers."""
-        return [self._shape(entry, tokens) for tokens in entry.role.buffer_tokens(self, entry.group)]
+        return [self.shape_of(entry, tokens) for tokens in entry.role.buffer_tokens(self, entry.group)]
 
-    def _shape(self, entry: CacheEntry, tokens: int) -> tuple[int, int, int, int]:
-        return 1, entry.group.heads, tokens, self.spec.head_dim
+    def shape_of(self, entry: CacheEntry, tokens: int) -> tuple[int, int, int, int]:
+        """The shape of a cached tensor of so many tokens."""
+        return 1, entry.group.heads, tokens, entry.width(self.spec)
 
     def phase_shapes(self, phase: Phase) -> dict[str, tuple[int, ...]]:
         """The shape of every input of the step graph that varies by phase."""
@@ -280,44 +297,28 @@ class CachePlan:
         return self._bytes_by_role(lambda group, role: sum(role.buffer_tokens(self, group)), dtype)
 
     def joined_bytes_by_role(self, compute: Dtype) -> dict[str, int]:
-        """Bytes of a session's memory for keys and values on torch, by role; the chunk's own is `current`.
-
-        As attention reads them in the phase in which a group sees most, and what is cached apart from that
-        (`Role.apart`).
-        """
-        fullest = {group: self._fullest_chunk(group) for group, _ in self.kinds}
-        total = self._bytes_by_role(
-            lambda group, role: role.seen_tokens(self, group, fullest[group]), compute
-        )
-        total["current"] = self._current_bytes(compute)
-        for group, layers in self.kinds:
-            for role in group.roles:
-                if role.apart(compute, role.hidden_tokens(self, group)):
-                    count = layers * group.heads * role.steady_tokens(self, group)
-                    total[role.name] += count * self._token_bytes(compute)
-        return total
+        """Bytes of a session's memory for keys and values on torch, by role (`runtime.kv.joined`)."""
+        return joined_bytes(self, compute)
 
     def _bytes_by_role(self, tokens: Callable[[HeadGroup, Role], int], compute: Dtype) -> dict[str, int]:
         total = dict.fromkeys(Role.KINDS, 0)
         for group, layers in self.kinds:
             for role in group.roles:
-                size = layers * group.heads * self._token_bytes(role.dtype(compute))
+                size = layers * group.heads * self.token_bytes(role, compute)
                 total[role.name] += size * tokens(group, role)
         return total
 
-    def _fullest_chunk(self, group: HeadGroup) -> int:
-        """The last of the chunks in which the group sees most."""
-        chunks = (phase.first_chunk for phase in self.phases)
-        return max(
-            chunks, key=lambda chunk: (sum(r.seen_tokens(self, group, chunk) for r in group.roles), chunk)
-        )
-
     def _current_bytes(self, dtype: Dtype) -> int:
-        return self.chunk_tokens * self.spec.heads * self.spec.layers * self._token_bytes(dtype)
+        return self.chunk_tokens * self.spec.heads * self.spec.layers * self.wide_bytes(dtype)
 
-    def _token_bytes(self, dtype: Dtype) -> int:
-        """Of a token's key and value in one head."""
-        return len(PARTS) * self.spec.head_dim * DTYPES[dtype].bytes
+    def token_bytes(self, role: Role, compute: Dtype) -> int:
+        """Of a token of a role in one head, as it is cached."""
+        layouts = [part_layout(role, part, self.spec, compute) for part in parts_of(role)]
+        return sum(DTYPES[dtype].bytes * width for dtype, width in layouts)
+
+    def wide_bytes(self, compute: Dtype) -> int:
+        """Of a token's key and value in one head, as attention reads them."""
+        return len(PARTS) * self.spec.head_dim * DTYPES[compute].bytes
 
 
 def build_plan(
@@ -343,11 +344,14 @@ def build_plan(
         headmap.check_model(spec.layers, spec.heads, set(policy.groups))
     for label, roles in policy.groups.items():
         for role in roles:
-            role.check(spec, geometry, roles, f"policy {policy.name}: groups.{label}")
+            where = f"policy {policy.name}: groups.{label}"
+            check_codes(role, where)
+            role.check(spec, geometry, roles, where)
     layers = tuple(_groups(spec, policy, headmap, layer) for layer in range(spec.layers))
     if statistics:
         statistics.check_model(spec)
     plan = CachePlan(spec, geometry, policy, layers, statistics, head_orders(spec, policy, headmap))
+    check_positions(plan)
     if plan.recomputes:
         _check_recomputed(plan)
     return plan
@@ -366,7 +370,7 @@ def _check_recomputed(plan: CachePlan) -> None:
     if all(group.roles == (Recent(frames),) for group in plan.groups) and plan.relative:
         return
     newest = f"the newest {frames} latent frame{'s'[: frames > 1]}"
-    what = f"shows heads something else than {newest}, or has other positions"
+    what = f"shows heads something else than {newest}, caches them in fewer bits, or has other positions"
     raise InputError(
         what,
         where=f"policy {name}",

@@ -69,6 +69,7 @@ class Retained(Role):
     """What `random` draws from, with the index of the chunk."""
 
     name: ClassVar[str] = "retained"
+    why_exact: ClassVar[str] = ""
     chooses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import LEFT_OUT_IF_NONE, Tagged, check_bounds
+from forcingkv.runtime.kv.codes import FewerBits
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
 if TYPE_CHECKING:
@@ -45,11 +46,15 @@ class Span:
     """Tokens of the frame before them."""
 
 
+@dataclass(frozen=True)
 class Role(Tagged, ABC):
     """One kind of cached tokens of a group of heads. Its fields are its parameters in policy files.
 
     `chunk` is the index of a chunk; lengths are in tokens of one head.
     """
+
+    dtype: FewerBits | None = field(default=None, kw_only=True, metadata=LEFT_OUT_IF_NONE)
+    """Fewer bits than the model computes in, which its keys and values are cached in (`runtime.kv.codes`)."""
 
     TAG: ClassVar[str] = "role"
     KINDS: ClassVar[dict[str, type[Role]]] = {}
@@ -67,6 +72,8 @@ class Role(Tagged, ABC):
     video's first frames for ever."""
     read_as_cached: ClassVar[bool] = True
     """False: its torch half has a `read` of its own, which makes what is attended to of what is cached."""
+    why_exact: ClassVar[str] = "what it makes of codes was never tried"
+    """Why it cannot be cached in fewer bits; empty: it can."""
 
     @abstractmethod
     def tokens(self, plan: CachePlan, group: HeadGroup, chunk: int) -> int:
@@ -157,19 +164,22 @@ class Role(Tagged, ABC):
             hint="Switch with recache replay or none.",
         )
 
-    def dtype(self, compute: Dtype) -> Dtype:
-        """What its keys and values are cached in, in graphs that compute in `compute`."""
+    def exact_dtype(self, compute: Dtype) -> Dtype:
+        """What its keys and values are cached in where it has no `dtype`, in graphs that compute in
+        `compute`."""
         return compute
 
-    def apart(self, compute: Dtype, hidden: int = 0) -> bool:
-        """Whether it is cached as something else than what is attended to; `hidden` are its tokens that are
-        not (`hidden_tokens`)."""
-        return not self.read_as_cached or self.dtype(compute) != compute or hidden > 0
+    def apart_in(self, plan: CachePlan, group: HeadGroup, compute: Dtype) -> bool:
+        """Whether it is cached in a memory of its own on torch, beside what is attended to: where that is
+        something else, or has not all of its tokens, or is put together anew for each pass."""
+        alike = self.read_as_cached and self.exact_dtype(compute) == compute
+        return group.coded or not alike or self.hidden_tokens(plan, group) > 0
 
     def in_words(self, spec: ModelSpec) -> str:
         """What of the video it is, of a role that was fitted to the model. Unless a role says it better: its
         parameters."""
-        return ", ".join(f"{name} {value}" for name, value in vars(self).items())
+        told = {name: value for name, value in vars(self).items() if name != "dtype"}
+        return ", ".join(f"{name} {value}" for name, value in told.items())
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         """The role in a layer of a model, beside the others of its group; None where it holds nothing."""
@@ -218,6 +228,7 @@ class Sink(WholeFrames):
     buffers: ClassVar[int] = 1  # the first clean pass writes it and reads none of it; no later one writes it
     takes_rows: ClassVar[bool] = True
     moves: ClassVar[bool] = False
+    why_exact: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -305,6 +316,7 @@ class Recent(WholeFrames):
     """
 
     name: ClassVar[str] = "recent"
+    why_exact: ClassVar[str] = ""
 
     def in_words(self, spec: ModelSpec) -> str:
         return f"the newest {counted(self._count)}"

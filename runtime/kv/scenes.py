@@ -94,7 +94,7 @@ def with_scenes(spec: ModelSpec, roles: Sequence[Role]) -> tuple[Role, ...]:
     if len(others) != 1 or type(others[0]) is not Recent or not spec.scene_frames:
         return tuple(roles)
     recent = others[0]
-    scene = Scene(recent.frames) if (recent.frames or 0) > spec.scene_frames else recent
+    scene = Scene(recent.frames, dtype=recent.dtype) if (recent.frames or 0) > spec.scene_frames else recent
     return tuple(scene if role is recent else role for role in roles)
 
 

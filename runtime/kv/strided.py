@@ -16,7 +16,7 @@ import numpy as np
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import check_bounds
 from forcingkv.runtime.kv.leaving import KEPT, check_recent, first_recent, recent_of
-from forcingkv.runtime.kv.roles import Chosen, Cuts, Role, Rows, Span
+from forcingkv.runtime.kv.roles import Chosen, Cuts, Role, Rows, Span, counted
 from forcingkv.runtime.spec import MOST_FRAMES, Geometry, ModelSpec
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Strided(Role):
     cyclic: bool = False
 
     name: ClassVar[str] = "strided"
+    why_exact: ClassVar[str] = ""
     told_by_chunk: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -48,6 +49,8 @@ class Strided(Role):
             raise InputError(what, where=f"the role {self.name}", expected=f"at most {most}")
 
     def in_words(self, spec: ModelSpec) -> str:
+        if self.every == 1:
+            return f"the {counted(self.frames)} before the recent ones"
         which = (
             f"whole multiples of {self.every} before the chunk" if self.cyclic else f"0, {self.every}, ..."
         )

@@ -39,7 +39,9 @@ def test_typical_layers_cost_what_split_layers_of_the_model_cost(model: str, pol
     part = build_plan(*_geometry_in(*typical_layers(spec, chosen, headmap, 3)))
     found = [sum(part.tokens(g, r, 99) * g.heads for g in groups for r in g.roles) for groups in part.layers]
     assert sum(found) / 3 == pytest.approx(sum(keys) / len(keys), rel=0.05)
-    assert (part.choice.layer if part.choice else None) == (0 if policy == "forcing-kv" else None)
+    assert (part.choice.layer if part.choice else None) == (
+        0 if policy in ("forcing-kv", "forcing-kv-int8") else None
+    )
 
 
 def _geometry_in(spec, policy, headmap):  # type: ignore[no-untyped-def]

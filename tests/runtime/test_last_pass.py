@@ -29,6 +29,7 @@ from forcingkv.runtime.spec import Recache
 from forcingkv.runtime.text import encode_words
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
+from tests.runtime.engine_world import World
 from tests.runtime.lanes import ONNX, TORCH, On
 from tests.runtime.test_schedule import FALLING, FOUR, in_torch, relative, with_schedule
 from tests.runtime.videos import OTHER, POLICIES, PROMPT, assert_same, video_of
@@ -44,8 +45,8 @@ SCHEDULES = {
 }
 
 
-REMEMBERING = ("memrope", "reward-forcing", "memflow")
-"""Policies whose roles take keys as they leave: those of last passes then."""
+REMEMBERING = ("memrope", "reward-forcing", "memflow", "deep-forcing")
+"""Policies whose roles take keys as they leave, or score by queries: those of last passes then."""
 
 
 def last_of(path: Path, schedule: Schedule = TWO) -> Bundle:
@@ -211,6 +212,27 @@ def test_a_saved_state_goes_on_to_the_bit(on: On, bundles: Bundles, tmp_path: Pa
             video.save(tmp_path / str(at))
             wanted = list(video)
             assert_same(session.restore(tmp_path / str(at)), wanted)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_engines_make_the_same_video_in_as_many_passes(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool
+) -> None:
+    """They make all outputs in every pass; those of the last one are taken. (Engines are stood in.)"""
+    world = World(bundles("forcing-kv"), monkeypatch)
+    with ONNX.open(last_of(bundles("forcing-kv"))) as session:
+        wanted = video_of(session)
+    opened = with_schedule(world.bundle, TWO)
+    how: dict[str, Any] = {"backend": "tensorrt-rtx", "preflight": False, "cuda_graphs": cuda_graphs}
+    with Session.open(opened, warm=False, **how) as session:
+        assert_same(video_of(session), wanted)
+        if not cuda_graphs:
+            assert sum(graph == "step" for graph, *_ in world.tensorrt.executed) == 2 * len(wanted)
+    assert world.left == {}
+    world.reset()
+    with Session.open(opened, **how) as session:  # warmed
+        assert_same(video_of(session), wanted)
+    assert world.left == {}
 
 
 def given(session: Session, made: list[Chunk]) -> np.ndarray:

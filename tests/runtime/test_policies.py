@@ -71,6 +71,10 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
         static, dynamic = ((*sink, Early(None), Recent(newest)) for newest in (1, 3))
         assert load_policy(name).groups == {"static": static, "dynamic": dynamic}
     assert load_policy("full").groups == {"all": roles(None, None)}
+    older = Strided(1, 15, dtype="int4")
+    assert load_policy("full-int4").groups == {"all": (Sink(dtype="int8"), older, Recent(3))}
+    for label, fewer in load_policy("forcing-kv-int8").groups.items():
+        assert fewer == tuple(replace(role, dtype="int8") for role in forcing.groups[label])
     assert load_policy("window").groups == {"all": roles(3, 6)}
     long, short = 0.01, 0.1
     assert load_policy("memrope").groups == {"all": (Sink(3), Ema((long, short)), Recent(4))}
@@ -145,6 +149,8 @@ def test_a_policy_may_say_when_heads_are_split(tmp_path: Path) -> None:
         ),
         ("frames = 1 }", "frames = 1, size = 2 }", r"dynamic\[0\]: unknown field 'size'"),
         ("score_layer = 1", 'choose = "best"', r"choose is 'best'; expected 'least-similar' or 'uniform'"),
+        ("score_layer = 1", 'dtype = "int2"', r"dtype is 'int2'; expected 'int8' or 'int4' or 'fp8'"),
+        ("score_layer = 1", "dtype = 8", r"dtype is 8; expected 'int8' or 'int4' or 'fp8'"),
         ("score_layer = 1", "shared = 1", r"shared is 1; expected a value of type bool"),
         ("score_layer = 1", "seed = -1", r"seed is -1; expected 0 to 9223372036854775807"),
         ("0.33", "1.2", r"ratio is 1.2; expected 0 to 1"),

@@ -65,6 +65,8 @@ def test_every_shipped_policy_can_be_timed(
     table = capsys.readouterr().out
     begin, end = study.MARKS
     written = page.read_text()
-    assert written.startswith(f"# Before\n\n{begin}\n`python studies/speed_of_policies.py --model")
+    assert written.startswith(
+        f"# Before\n\n{begin}\n{study.HEADING}\n\n`python -m studies.speed_of_policies --model"
+    )
     assert written.endswith(f"\n\n{table}{end}\n")
     assert table.count("| clean | 5 |") == table.count("| last | 4 |") == len(study.policy_names())

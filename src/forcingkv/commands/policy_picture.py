@@ -19,6 +19,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.writing import write_bytes
 from forcingkv.measure.timeline import HeadKind, Row, chunks_shown, head_kinds, timeline
 from forcingkv.plotting import INK, SOFT, figure, png, style
+from forcingkv.runtime.kv.codes import in_words
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.roles import Role
 
@@ -75,7 +76,7 @@ def write_policy_picture(plan: CachePlan, path: Path) -> None:
     chunks, panels = chunks_shown(plan), []
     for kind in head_kinds(plan):
         rows = [(f"chunk {row.chunk}", row) for row in timeline(kind, chunks)]
-        words = "; ".join(f"{role.name}: {role.in_words(plan.spec)}" for role in kind.group.roles)
+        words = "; ".join(f"{role.name}: {in_words(role, plan.spec)}" for role in kind.group.roles)
         panels.append(
             _Panel(_title(plan, kind), textwrap.wrap(words or "nothing but the chunk", REMARKS), rows)
         )

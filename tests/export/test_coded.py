@@ -1,0 +1,44 @@
+"""Roles in fewer bits: graphs in every phase, and real engines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from forcingkv.export import export_bundle
+from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
+from forcingkv.models.presets import load_spec
+from forcingkv.runtime import Bundle
+from forcingkv.runtime.kv.policies import Policy
+from tests.conftest import random_model
+from tests.exported import shared_bundle
+from tests.runtime.test_coded import GROUPS, MAP, SPEC
+
+needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
+POLICY = Policy("coded", "all of them", GROUPS)
+
+
+@pytest.mark.long
+def test_graphs_are_those_of_torch_in_every_phase() -> None:
+    shared_bundle(SPEC, random_model(SPEC).state_dict(), POLICY, headmap=MAP)  # verified
+
+
+@needs_rtx
+@pytest.mark.long
+def test_an_engine_with_roles_in_fewer_bits_builds(tmp_path: Path) -> None:
+    """For sm_89, at the size of the demo model."""
+    spec = replace(load_spec("demo"), layers=2)
+    labels = (("old",) * 4, ("far", "kept", "far", "kept"))
+    headmap = HeadMap(ModelIdentity(spec.name, 2, spec.heads), labels, Rule("given"))
+    weights, out = random_model(spec).state_dict(), tmp_path / "bundle"
+    export_bundle(spec, weights, POLICY, out, headmap=headmap, target="tensorrt-rtx", sms=(89,))
+    manifest = Bundle.open(out).manifest
+    step = next(engine for engine in manifest.engines if engine.graph == "step")
+    inputs = manifest.graphs["step"].inputs
+    assert step.sm == 89
+    codes, scales = (inputs[f"cache.0.old.strided.{part}"] for part in ("keys", "key_scales"))
+    assert (codes.dtype, codes.shape[1::2]) == ("int8", (4, spec.head_dim // 2))
+    assert (scales.dtype, scales.shape[1::2]) == (manifest.compute, (4, 1))
