@@ -83,7 +83,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
 def test_what_comes_back_is_known_with_memory_and_not_with_the_newest_frame_alone(
     tmp_path: Path, clips: int
 ) -> None:
-    """The instrument at its ends. A guess has digit and place right in one of sixty returns."""
+    """The instrument at its ends. A guess has digit and place right in one of thirty returns."""
     asked = [one for one in bed.bed_clips(4, 0) if one.clip.timeline.away == 2][:clips]
     bed.run(tmp_path, [NEWEST, "full"], asked, options(checkpoint=None))
     for row in bed.rows(tmp_path / bed.RETURNS):
