@@ -84,6 +84,16 @@ def passes_of(spec: ModelSpec, chunk: int, wanted: Passes) -> tuple[Pass, ...]:
     return (*denoising, *((clean,) if wanted != "denoise" else ()))
 
 
+def check_passes(spec: ModelSpec, wanted: Passes) -> None:
+    """Raise InputError for passes that a model does not make: the clean one, where it has none."""
+    if wanted != "denoise" and not spec.schedule.clean_passes:
+        raise InputError(
+            f"are {wanted}, and {spec.name} has no clean pass: its last denoising pass fills the cache",
+            where="passes",
+            expected="denoise",
+        )
+
+
 def check_length(spec: ModelSpec, chunks: int) -> None:
     """Raise InputError for videos of so few chunks that none is scored."""
     if chunks <= spec.ar_start + 1:

@@ -18,7 +18,7 @@ import torch
 
 from forcingkv.analyze.analysis import Analysis, Labelling, analyze_statistics
 from forcingkv.analyze.recorder import record_sample
-from forcingkv.analyze.recording import SCHEMA, Passes, RecordedDtype, Recording, check_length
+from forcingkv.analyze.recording import SCHEMA, Passes, RecordedDtype, Recording, check_length, check_passes
 from forcingkv.analyze.results import analyzed_alone, check_places, write_analysis
 from forcingkv.analyze.space import check_memory_to_record
 from forcingkv.analyze.storage import Storage, check_same
@@ -87,6 +87,7 @@ class Job:
         spec, chunks = self.spec, self.length
         plan = self.plan()
         check_length(spec, chunks)
+        check_passes(spec, self.passes)
         return Recording(
             schema=SCHEMA,
             model=ModelIdentity(spec.name, spec.layers, spec.heads, self.weights.digest),

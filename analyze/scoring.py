@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
-from forcingkv.analyze.recording import Pass, Passes, Recording, check_length, passes_of
+from forcingkv.analyze.recording import Pass, Passes, Recording, check_length, check_passes, passes_of
 from forcingkv.headmaps import InputError, Statistics
 from forcingkv.runtime.spec import ModelSpec
 
@@ -109,6 +109,7 @@ class Scoring:
         history that a head could attend to.
         """
         check_length(spec, chunks)
+        check_passes(spec, recorded)
         frames, recent = spec.frames_per_chunk, self.recent(spec)
         if recent <= frames:
             raise InputError(

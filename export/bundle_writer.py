@@ -39,16 +39,17 @@ from forcingkv.runtime.bundle import (
     Manifest,
     PlanRecord,
 )
-from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST
+from forcingkv.runtime.bundle_files import BUNDLE, HEADMAP, MANIFEST, STATISTICS
 from forcingkv.runtime.context import without_encoder
 from forcingkv.runtime.graph_records import ALL_GRAPHS, STRIP, check_records
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.rebuild import encoding, encodings
+from forcingkv.runtime.kv.statistics import QueryStatistics, required_statistics
 from forcingkv.runtime.spec import ENCODED, ModelSpec
 
 NAMES = (
-    *(MANIFEST, HEADMAP, WEIGHTS, DECODER, ENCODER, "engines", "kernels"),
+    *(MANIFEST, HEADMAP, STATISTICS, WEIGHTS, DECODER, ENCODER, "engines", "kernels"),
     *(f"{name}.onnx" for name in ALL_GRAPHS),
 )
 """What a bundle may have at its top."""
@@ -69,6 +70,7 @@ def export_bundle(
     out: Path,
     *,
     headmap: HeadMap | None = None,
+    statistics: QueryStatistics | None = None,
     resolution: str | None = None,
     decoder: StreamingDecoder | None = None,
     strips: int | None = None,
@@ -92,6 +94,7 @@ def export_bundle(
         out: the bundle's folder; written whole or not at all. Of a bundle that is there its own files are
             replaced, and others stay (`check_out` names them).
         headmap: needed where the policy tells heads apart.
+        statistics: of the model's queries; needed where the policy scores tokens by them.
         resolution: "WxH" or a name; None for the model's default. Frames are cropped to even sides that do
             not divide into tokens (`ModelSpec.geometry`).
         decoder: what makes pixels of latents; needed unless the latents are pixels.
@@ -133,7 +136,8 @@ def export_bundle(
     check_out(out)
     precision = precision_of(dtype or ("bfloat16" if engines else spec.dtype), target, gpus, spec.dtype)
     headmap = headmap if policy.needs_headmap else None
-    plan = build_plan(spec, spec.geometry(resolution), policy, headmap)
+    plan = build_plan(spec, spec.geometry(resolution), policy, headmap, statistics)
+    statistics = required_statistics(plan)
     if target != "torch":
         check_choice(plan)  # which graphs have to be able to make
     if (decoder is None) != (spec.decoder.kind == "pixels"):
@@ -190,6 +194,8 @@ def export_bundle(
             bundle.write_engines(engines)
         if headmap:
             headmap.write(folder / HEADMAP)
+        if statistics:
+            statistics.write(folder / STATISTICS)
         progress("computing digests")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = Manifest(
@@ -219,6 +225,7 @@ def export_bundle(
             origin=origin() if origin else None,
             linear=precision.linear,
             strips=in_strips,
+            statistics=statistics.digest if statistics else None,
         )
         (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
     return manifest

@@ -45,6 +45,7 @@ from forcingkv.runtime.cache_folder import VARIABLE, cache_folder
 from forcingkv.runtime.footprint import readable
 from forcingkv.runtime.graph_records import STRIP
 from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.kv.statistics import required_statistics
 from forcingkv.runtime.preflight import check_memory
 from forcingkv.runtime.spec import Dtype
 
@@ -157,7 +158,8 @@ def check_memory_to_run(recipe: Recipe, device: str | None) -> None:
         crop=plan.geometry.crop,
         strips=strips,
     )
-    check_memory(Bundle(Path(plan.spec.name), manifest, recipe.headmap), LaneOptions("torch", device=device))
+    bundle = Bundle(Path(plan.spec.name), manifest, recipe.headmap, plan.statistics)
+    check_memory(bundle, LaneOptions("torch", device=device))
 
 
 def origin_of(recipe: Recipe, weights: Weights) -> str:
@@ -176,6 +178,7 @@ def origin_of(recipe: Recipe, weights: Weights) -> str:
         "taken": weights.taken,  # which of the models in a file
         "loras": [to_data(record) for record in weights.loras],
         "decoder": _digest_of(recipe.decoder),
+        **({"statistics": used.digest} if (used := required_statistics(plan)) else {}),
         **({"encoder": _digest_of(recipe.encoder)} if recipe.encoder else {}),
         "stored": recipe.stored,
     }
@@ -309,6 +312,7 @@ def _baked(
         plan.policy,
         place,
         headmap=recipe.headmap,
+        statistics=required_statistics(plan),
         resolution=plan.geometry.name,
         decoder=recipe.decoder,
         encoder=recipe.encoder,

@@ -25,6 +25,7 @@ from forcingkv.models.kv import (
     cached_parts,
     encode_group,
     heads_of,
+    noting,
     part_layouts,
 )
 from forcingkv.models.kv_roles import Turn
@@ -95,13 +96,17 @@ def step_graph(model: WanModel, plan: CachePlan) -> Graph:
         rotary = inputs["cosines"], inputs["sines"]
         latents = inputs["latents"]
         sigma, sigma_next = (level_of_frames(inputs[name]) for name in ("sigma", "sigma_next"))
+        queries: list[Tensor] = []
         attend = attend_cache(plan, cache)
+        attend = noting(attend, queries) if plan.reads_queries else attend
         flow, new = model(latents.to(kind), inputs["time"].to(kind), rotary, prompt, attend)
         flow = flow.to(latents)
         # Every output is there in every phase; the session takes those the phase calls for.
         rows = {name: inputs[name] for name in plan.rows(0)}
         turn = Turn(*(inputs[name] for name in TURN)) if plan.relative else None
-        following, indices = advance(plan, cache, new, chunk=None, rows=rows, turn=turn, rotary=rotary)
+        following, indices = advance(
+            plan, cache, new, chunk=None, rows=rows, turn=turn, rotary=rotary, queries=queries
+        )
         x0 = latents - sigma * flow
         following_latents = next_latents(
             spec.schedule.renoise, latents, flow, sigma, sigma_next, inputs.get("noise")

@@ -55,6 +55,8 @@ def known_map(spec: ModelSpec, policy: Policy) -> Heads | None:
         return None
     headmap = map_with_counts(spec, policy.groups, published["heads"])
     origin = "as published" if headmap.counts() == published["heads"] else "in published shares"
+    if published.get("assumed"):
+        origin = "in shares that are assumed, none are published"
     if "as" in published:
         origin += f" for {published['as']}, assumed for {spec.name} too"
     note = f" ({published['note']})" if "note" in published else ""

@@ -16,6 +16,7 @@ from forcingkv.runtime.kv.codes import in_words as role_in_words
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.policies import About, Policy, load_policy
 from forcingkv.runtime.kv.roles import counted
+from forcingkv.runtime.kv.statistics import needs_statistics
 from forcingkv.runtime.kv.window import in_words
 from forcingkv.runtime.spec import Dtype, Geometry, ModelSpec
 
@@ -95,6 +96,7 @@ def _policy(one: Planned, full: CachePlan, about: About | None, dtype: Dtype) ->
         "policy": plan.policy.name,
         "summary": plan.policy.summary,
         "about": asdict(about) if about else None,
+        "statistics": needs_statistics(plan.policy),
         "labels": list(plan.policy.groups) if plan.policy.needs_headmap else [],
         "heads": one.heads,
         "positions": "relative" if plan.relative else "absolute",
@@ -164,7 +166,8 @@ def _needs(report: Report, one: Report) -> list[str]:
         f"a head map: {', '.join(one['labels'])} (here {one['heads']})" if one["labels"] else "no head map"
     )
     positions = _positions(report, one)
-    return [heads, *([f"positions {positions}"] if positions else [])]
+    queries = ["statistics of its queries"] if one["statistics"] else []
+    return [heads, *queries, *([f"positions {positions}"] if positions else [])]
 
 
 def _positions(report: Report, one: Report) -> str:

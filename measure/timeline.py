@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from forcingkv.measure.nominal import map_with_counts
+from forcingkv.runtime.kv.codes import FewerBits
 from forcingkv.runtime.kv.plan import CachePlan, HeadGroup, build_plan
 from forcingkv.runtime.kv.roles import Chosen
 
@@ -49,6 +50,8 @@ class Row:
     seen: tuple[Seen, ...]
     frames: float
     """Frames' worth of tokens that are attended to, the chunk's own among them."""
+    codes: tuple[FewerBits, ...] = ()
+    """What is cached in fewer bits of it is cached in."""
 
 
 def head_kinds(plan: CachePlan) -> list[HeadKind]:
@@ -87,7 +90,7 @@ def chunks_shown(plan: CachePlan) -> list[int]:
 
 
 def timeline(kind: HeadKind, chunks: Sequence[int]) -> list[Row]:
-    """What heads of a kind see in each of the chunks (`Role.spans`)."""
+    """What heads of a kind see in each of the chunks (`Role.example_spans`)."""
     return [_row(kind.plan, kind.group, chunk) for chunk in chunks]
 
 
@@ -96,8 +99,11 @@ def _row(plan: CachePlan, group: HeadGroup, chunk: int) -> Row:
     seen = [
         Seen(role.name, span.frame, span.offset / size, (span.offset + span.tokens) / size)
         for role in group.roles
-        for span in role.spans(plan, group, chunk, chosen)
+        for span in role.example_spans(plan, group, chunk, chosen)
     ]
     tokens = plan.chunk_tokens + sum(role.seen_tokens(plan, group, chunk) for role in group.roles)
     first = chunk * plan.spec.frames_per_chunk
-    return Row(chunk, range(first, first + plan.spec.frames_per_chunk), tuple(seen), tokens / size)
+    own = range(first, first + plan.spec.frames_per_chunk)
+    held = [role.dtype for role in group.roles if role.seen_tokens(plan, group, chunk)]
+    codes = tuple(sorted({dtype for dtype in held if dtype is not None}))
+    return Row(chunk, own, tuple(seen), tokens / size, codes)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.models.context import FirstFrame, attend_alone, cache_of_context, context_rotary
-from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, turn_of
+from forcingkv.models.kv import Cache, advance, attend_cache, empty_cache, noting, turn_of
 from forcingkv.models.wan import Attend, KeysValues, WanModel
 from forcingkv.runtime import positions
 from forcingkv.runtime.given import GivenNoise
@@ -41,7 +41,7 @@ class GeneratedChunk:
     latents: Tensor
     """(batch, latent_channels, frames, height, width)."""
     indices: Tensor | None
-    """Segments retained at the chunk's clean pass, if any were chosen (see `kv.advance`)."""
+    """Segments retained in the pass that fills the cache, if any were chosen (see `kv.advance`)."""
 
 
 def seeded_noise(plan: CachePlan, seed: int, given: GivenNoise | None = None) -> Noise:
@@ -72,9 +72,9 @@ def generate(
         text: (batch, text_length, text_width), on the model's device and in its dtype.
         noise: where noise comes from; latents stay in its dtype between passes.
         chunks: how many to make, those of `start` among them.
-        watch: sees the attention of each pass, the clean pass included.
+        watch: sees the attention of each pass, the clean pass included, where there is one.
         start: latents (batch, latent_channels, frames, height, width) that the video begins with. Whole
-            chunks go through their clean pass alone. Fewer frames than a chunk has are held at timestep 0
+            chunks go through a clean pass alone. Fewer frames than a chunk has are held at timestep 0
             while the rest of chunk 0 is made, where the schedule can (`Schedule.by_frame`).
         scenes: chunk -> the text of the scene that begins with it; `text` is that of the first.
         first_frame: makes the first frame of each context of the chunk before, for models that pass it
@@ -100,6 +100,11 @@ def generate(
         flow, new = model(latents.to(text), time, rotary, prompt, attend)
         return flow.to(latents), new
 
+    def noted(attend: Attend) -> tuple[Attend, list[Tensor]]:
+        """With the list that takes a pass's queries, where roles choose by those of the one that fills."""
+        queries: list[Tensor] = []
+        return (noting(attend, queries) if plan.reads_queries else attend), queries
+
     newest: Tensor | None = None
     for chunk in range(chunks):
         begun = cuts[: bisect_right(cuts, chunk)]
@@ -118,10 +123,11 @@ def generate(
         steps = schedule.of_chunk(chunk, len(given))
         unipc = schedule.solver == "unipc"
         solver = UniPC(steps.sigmas, latents.cpu().double().numpy()) if unipc else None
+        new, queries = list[KeysValues](), list[Tensor]()
         for step, timestep in enumerate(() if is_given else steps.timesteps):
-            seen = watch(chunk, step, cache, attend) if watch else attend
+            seen, queries = noted(watch(chunk, step, cache, attend) if watch else attend)
             timesteps = [0.0] * count + [timestep] * (frames - count) if count else [timestep]
-            flow, _ = run(latents, timesteps, rotary, seen)
+            flow, new = run(latents, timesteps, rotary, seen)
             fresh = noise(chunk, step + 1).to(text.device) if schedule.renoise == "fresh" else None
             sigma, following = steps.sigmas[step : step + 2]
             if solver is None:
@@ -137,10 +143,13 @@ def generate(
                 newest = _with(newest, again)
             yield GeneratedChunk(chunk, latents, None)
             continue
-        seen = watch(chunk, CLEAN_PASS, cache, attend) if watch else attend
-        _, new = run(latents, [schedule.context_timestep], rotary, seen)
+        if is_given or schedule.clean_passes:
+            seen, queries = noted(watch(chunk, CLEAN_PASS, cache, attend) if watch else attend)
+            _, new = run(latents, [schedule.context_timestep], rotary, seen)
         turn = turn_of(plan, chunk, text.device)
-        cache, indices = advance(plan, cache, new, chunk=chunk, turn=turn, cuts=begun, rotary=rotary)
+        cache, indices = advance(
+            plan, cache, new, chunk=chunk, turn=turn, cuts=begun, rotary=rotary, queries=queries
+        )
         yield GeneratedChunk(chunk, latents, indices)
 
 

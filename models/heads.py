@@ -13,22 +13,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from forcingkv.headmaps.headmap import HeadMap
-from forcingkv.runtime.kv.policies import Policy
+from forcingkv.runtime.kv.plan import head_orders as head_orders
 from forcingkv.runtime.spec import ModelSpec
 
 _SELF_ATTENTION = re.compile(r"^blocks\.(?P<layer>\d+)\.self_attn\.(?P<part>.+)$")
 _AXES = {f"{layer}.{leaf}": 0 for layer in "qkv" for leaf in ("weight", "bias")}
 _AXES |= {"norm_q.weight": 0, "norm_k.weight": 0, "o.weight": 1}
 """Tensor of self-attention -> the axis along which its heads lie."""
-
-
-def head_orders(spec: ModelSpec, policy: Policy, headmap: HeadMap | None) -> list[list[int]]:
-    """For each layer the old index of the head at each new place."""
-    if headmap is None or not policy.needs_headmap:
-        return [list(range(spec.heads)) for _ in range(spec.layers)]
-    labels = list(policy.groups)
-    return [headmap.order(layer, labels) for layer in range(spec.layers)]
 
 
 def permute_heads(

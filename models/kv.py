@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from forcingkv.models import kv_bank as kv_bank  # the halves of roles register themselves
 from forcingkv.models import kv_ema as kv_ema
 from forcingkv.models import kv_history as kv_history
+from forcingkv.models import kv_tokens as kv_tokens
 from forcingkv.models.kv_codes import CodedKeysValues, as_attended, as_cached, in_numbers
 from forcingkv.models.kv_roles import HALVES, CleanPass, GroupCache, Rotary, Turn
 from forcingkv.models.wan import Attend, KeysValues
@@ -73,6 +74,16 @@ def attend_cache(plan: CachePlan, cache: Cache) -> Attend:
     return attend
 
 
+def noting(attend: Attend, queries: list[Tensor]) -> Attend:
+    """The same attention; each layer's queries are put behind `queries`, for `advance`."""
+
+    def noted(layer: int, of_layer: Tensor, current: KeysValues) -> Tensor:
+        queries.append(of_layer)
+        return attend(layer, of_layer, current)
+
+    return noted
+
+
 def read_role(plan: CachePlan, group: HeadGroup, role: Role, held: KeysValues, like: Tensor) -> KeysValues:
     """What a group attends to of a role, in the dtype of `like`, of what is cached."""
     # Numbers are made of codes before any are cut off: exporting asks for a length of tokens by name.
@@ -97,6 +108,7 @@ def advance(
     turn: Turn | None = None,
     cuts: Cuts = (),
     rotary: Rotary | None = None,
+    queries: Sequence[Tensor] = (),
 ) -> tuple[Cache, Tensor | None]:
     """The cache after a clean pass.
 
@@ -109,6 +121,7 @@ def advance(
         turn: by what keys move with the window. None: by nothing.
         cuts: the chunks with which scenes begin, but the first.
         rotary: the tables that the chunk's keys were rotated by; not every role asks for them.
+        queries: each layer's queries of the pass (`noting`), where the plan reads them.
 
     Returns:
         The next cache, and the indices of the retained segments where they were chosen: (kept,), or
@@ -131,6 +144,7 @@ def advance(
                     turn=turn,
                     cuts=cuts,
                     rotary=rotary,
+                    queries=queries_of(queries[layer], of[0]) if queries else None,
                 )
             )
             for of in zip(groups, cache[layer], strict=True)
@@ -206,6 +220,11 @@ def turn_of(plan: CachePlan, passes: int, device: torch.device) -> Turn | None:
     if not frames:
         return None
     return Turn(*(torch.from_numpy(table).to(device) for table in positions.turn(plan.spec, frames)))
+
+
+def queries_of(queries: Tensor, group: HeadGroup) -> Tensor:
+    """Queries of a group's heads, of those of all heads: a view."""
+    return queries[:, group.start : group.stop]
 
 
 def heads_of(kv: KeysValues, group: HeadGroup) -> KeysValues:

@@ -63,6 +63,8 @@ class CleanPass:
     """The passes with which scenes begin, where the chunk is known."""
     rotary: Rotary | None = field(default=None, kw_only=True)
     """What the chunk's keys were rotated by."""
+    queries: Tensor | None = field(default=None, kw_only=True)
+    """Queries of the pass, of the group's heads: (batch, heads, tokens, head_dim), where they are read."""
     coded: dict[FewerBits, KeysValues] = field(default_factory=dict, kw_only=True)
     """Keys and values of the chunk in fewer bits: made once for all roles."""
 

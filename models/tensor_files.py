@@ -250,13 +250,17 @@ class _TorchFile:
         return tensor
 
     def _load(self) -> _Tables:
-        try:
-            # Files of torch before 1.6 are not zip archives and cannot be mapped.
-            mapped = zipfile.is_zipfile(self._path)
-            content = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:  # the unpickler raises whatever a damaged file leads it to
-            raise torch_fault(error, self._path) from error
-        return _flattened(content, str(self._path))
+        return _flattened(content_of_torch(self._path), str(self._path))
+
+
+def content_of_torch(path: Path) -> Any:
+    """What torch saved in a file, tensors mapped; nothing of it is run. Raises InputError naming faults."""
+    try:
+        # Files of torch before 1.6 are not zip archives and cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # the unpickler raises whatever a damaged file leads it to
+        raise torch_fault(error, path) from error
 
 
 def _flattened(content: Any, where: str) -> _Tables:

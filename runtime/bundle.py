@@ -17,7 +17,7 @@ from forcingkv.headmaps.files import FileRecord, inside, record_file, verify_fil
 from forcingkv.headmaps.headmap import HeadMap
 from forcingkv.headmaps.reading import parse_json, read_content
 from forcingkv.runtime.bundle_check import check_digest, check_files, check_sizes, map_checked, read_checked
-from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, no_bundle
+from forcingkv.runtime.bundle_files import HEADMAP, MANIFEST, STATISTICS, no_bundle
 from forcingkv.runtime.decode_strips import Strips
 from forcingkv.runtime.engines import EngineRecord, KernelRecord
 from forcingkv.runtime.graph_check import check_graph
@@ -34,6 +34,7 @@ from forcingkv.runtime.graph_records import GRAPHS as GRAPHS
 from forcingkv.runtime.graph_records import next_name as next_name
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import Policy
+from forcingkv.runtime.kv.statistics import QueryStatistics, required_statistics
 from forcingkv.runtime.loras import LoraRecord
 from forcingkv.runtime.spec import Dtype, Linear, ModelSpec
 from forcingkv.runtime.tensor_records import GraphRecord as GraphRecord
@@ -122,6 +123,8 @@ class Manifest:
     """SHA-256 of all that decided what it is, of a bundle in the cache (`export/cached_bundle.py`)."""
     strips: Strips | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
     """In which a frame is decoded; None: as a whole."""
+    statistics: str | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Digest of the statistics of queries that tokens are scored by (`QueryStatistics`), if they are."""
 
     @property
     def frames_record(self) -> TensorRecord | None:
@@ -168,11 +171,18 @@ class Bundle:
         path: the folder.
         manifest: what it says.
         headmap: the head map, if the policy uses one.
+        statistics: those of the model's queries, if the policy uses them.
         plan: the cache plan.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, headmap: HeadMap | None) -> None:
-        self.path, self.manifest, self.headmap = path, manifest, headmap
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        headmap: HeadMap | None,
+        statistics: QueryStatistics | None = None,
+    ) -> None:
+        self.path, self.manifest, self.headmap, self.statistics = path, manifest, headmap, statistics
         self._graphs: dict[str, bytes] = {}
 
     @classmethod
@@ -196,7 +206,11 @@ class Bundle:
         headmap = HeadMap.read(folder / HEADMAP) if manifest.headmap else None
         if headmap and headmap.digest != manifest.headmap:
             raise InputError("is not the one the bundle was baked with", where=str(folder / HEADMAP))
-        bundle = cls(folder, manifest, headmap)
+        statistics = QueryStatistics.read(folder / STATISTICS) if manifest.statistics else None
+        if statistics and statistics.digest != manifest.statistics:
+            raise InputError("is not what the bundle was exported with", where=str(folder / STATISTICS))
+        bundle = cls(folder, manifest, headmap, statistics)
+        required_statistics(bundle.plan)
         bundle.digest = digest  # of what was opened, though the folder may be exported anew
         if PlanRecord.of(bundle.plan, manifest.compute) != manifest.plan:
             raise InputError(
@@ -226,7 +240,7 @@ class Bundle:
             graphs["encode"] = replace(encode.for_torch, inputs=ends[0], outputs=ends[1])
         made = PlanRecord.of(self.plan, compute)
         manifest = replace(self.manifest, compute=compute, graphs=graphs, plan=made)
-        bundle = Bundle(self.path, manifest, self.headmap)
+        bundle = Bundle(self.path, manifest, self.headmap, self.statistics)
         bundle.digest = self.digest
         return bundle
 
@@ -254,8 +268,9 @@ class Bundle:
     def plan(self) -> CachePlan:
         """The cache plan."""
         width, height = self.manifest.frame_size
-        model = self.manifest.model
-        return build_plan(model, model.geometry(f"{width}x{height}"), self.manifest.policy, self.headmap)
+        model, policy = self.manifest.model, self.manifest.policy
+        geometry = model.geometry(f"{width}x{height}")
+        return build_plan(model, geometry, policy, self.headmap, self.statistics)
 
     def require_graphs(self) -> None:
         """Raise InputError for a bundle without graphs."""
@@ -330,6 +345,7 @@ def _read_manifest(folder: Path, content: bytes) -> Manifest:
     for name in manifest.files:
         inside(folder, name)
     named: set[str | None] = {HEADMAP} if manifest.headmap else set()
+    named |= {STATISTICS} if manifest.statistics else set()
     for graph in GRAPHS:
         if graph not in manifest.graphs:
             raise InputError(f"has no graph {graph!r}", where=str(path))

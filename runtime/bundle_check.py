@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
 from forcingkv.headmaps.files import FileRecord, inside
+from forcingkv.runtime.bundle_files import STATISTICS
 
 if TYPE_CHECKING:
     from forcingkv.runtime.bundle import Manifest
@@ -71,6 +72,8 @@ def _uses(manifest: Manifest, headmap: str) -> Iterator[tuple[str, str, str]]:
     """The files that a bundle uses: name, what for, and how such names end."""
     if manifest.headmap:
         yield headmap, "a head map", ".json"
+    if manifest.statistics:
+        yield STATISTICS, "statistics of queries", ".safetensors"
     for graph in manifest.graphs.values():
         if graph.file is not None:
             yield graph.file, "a graph", ".onnx"

@@ -8,7 +8,7 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.folders import Kind, interrupted, is_whole
 from forcingkv.headmaps.reading import read_json
 
-MANIFEST, HEADMAP = "manifest.json", "headmap.json"
+MANIFEST, HEADMAP, STATISTICS = "manifest.json", "headmap.json", "statistics.safetensors"
 SCHEMAS = "forcingkv.bundle/"
 """What the schema of every version's manifest begins with."""
 

@@ -1,4 +1,4 @@
-"""Making one chunk: denoising passes and clean pass, or context pass; `runtime.chunk_decoder` decodes it.
+"""Making one chunk: denoising passes, and what fills the cache; `runtime.chunk_decoder` decodes it.
 
 `ChunkMaker.begin` puts a chunk's passes into the queue, `finish` waits for what they gave and decodes it. On
 a device the passes of the next chunk run while one is decoded; on a CPU `begin` returns when they are done.
@@ -22,6 +22,7 @@ from forcingkv.runtime.context import Context, check_context
 from forcingkv.runtime.faults import NotFiniteError
 from forcingkv.runtime.footprint import has_recache
 from forcingkv.runtime.frame_encoder import Encoder, encoder_of, has_encoder
+from forcingkv.runtime.given import check_first_frames
 from forcingkv.runtime.graph_records import TURN
 from forcingkv.runtime.kv.rebuild import Encoding, context_encoding
 from forcingkv.runtime.kv.window import first_position, moved_by, scene_shift
@@ -49,7 +50,8 @@ class PendingChunk:
     started: Mark
     denoised: Mark
     filled: tuple[Mark, Mark]
-    """Around the pass that fills the cache: the clean pass; or the context pass, which comes first."""
+    """Around the pass that only fills the cache: the clean pass, or the context pass, which comes first; of
+    no length, where the last denoising pass does it."""
     requested: float
     """When it was begun, by the host's clock."""
     given: Floats | None = None
@@ -64,7 +66,7 @@ class ChunkMaker:
         cache: the KV cache.
         decoder: decodes chunks.
         encoder: makes latents of frames that are given; None: the bundle has none.
-        context: what the cache is made of before each chunk; None: clean passes fill it.
+        context: what the cache is made of before each chunk; None: passes of the chunks before fill it.
         lookahead: that of the lane; 0, where a chunk's context is made of the frames of the one before.
         schedule: the model's.
         scenes: how many cuts to another scene there were.
@@ -133,21 +135,7 @@ class ChunkMaker:
 
         Raises InputError for frames of another shape, and where passes have one timestep for all frames.
         """
-        if not self.schedule.by_frame:
-            raise InputError(
-                f"{self._spec.name} has one timestep for all frames of a chunk",
-                where="given first frames",
-                expected="a model whose schedule has by_frame = true",
-            )
-        batch, channels, most, *sides = self.latent_shape
-        count = frames.shape[2] if frames.ndim == len(self.latent_shape) else 0
-        if not 1 <= count < most or frames.shape != (batch, channels, count, *sides):
-            raise InputError(
-                f"are of the shape {frames.shape}",
-                where="given first frames",
-                expected=f"({batch}, {channels}, frames, {sides[0]}, {sides[1]}), with fewer frames than the"
-                f" {most} of a chunk",
-            )
+        check_first_frames(self._plan, frames)
         self.held = np.asarray(frames, np.float32)
 
     def prompt(self, text: Floats) -> None:
@@ -192,7 +180,7 @@ class ChunkMaker:
             if between and step + 1 < len(levels):
                 self._latents[(step + 1) % 2].write(between(steps[-1]), queue)
         denoised = queue.mark()
-        filled = (opened, started) if self.context else self._clean(len(levels), denoised)
+        filled = (opened, started) if self.context else self._clean(levels, denoised)
         return PendingChunk(index, tuple(steps), started, denoised, filled, requested)
 
     def take(self, index: int, latents: Floats) -> PendingChunk:
@@ -202,7 +190,7 @@ class ChunkMaker:
         self._write_positions(index)
         self._latents[0].write(latents, queue)
         denoised = queue.mark()
-        filled = (started, started) if self.context else self._clean(0, denoised)
+        filled = (started, started) if self.context else self._clean((), denoised)
         return PendingChunk(index, (), started, denoised, filled, requested, latents)
 
     def finish(self, pending: PendingChunk) -> Chunk:
@@ -240,19 +228,18 @@ class ChunkMaker:
             _ = timing.clean
 
     def replay(self, index: int, latents: Floats, noise: NoiseSource, redraw_from: int | None) -> None:
-        """The clean pass of a chunk that was made before, as if it came next.
+        """Fill the cache with a chunk that was made before, as if it came next: in a clean pass.
 
         With `redraw_from` its latents are noised as they were before that denoising pass, and drawn from
         there first: a model that was not trained with switches of prompts follows what it sees in clean
         latents, and those show the old prompt. That noise is of steps which no chunk has when it is made.
-        Given latents stay what they are.
+        Given latents stay what they are. The last of those passes fills the cache where it does so anyway.
         """
-        levels = self.levels(index)
-        redraw_from = None if index < self.given else redraw_from
+        levels = () if redraw_from is None or index < self.given else self.levels(index)
         steps = len(levels)
         self._write_positions(index)
-        if redraw_from is None:
-            self._latents[steps % 2].write(latents, self.lane.main)
+        if redraw_from is None or not levels:
+            self._latents[0].write(latents, self.lane.main)
         else:
             sigma = np.float32(levels[redraw_from].sigma)
             renewing = self._renewing_noise(noise, index, levels, redraw_from, steps + 1)
@@ -265,7 +252,7 @@ class ChunkMaker:
                 if between and step + 1 < steps:
                     made = self._latents[(step + 1) % 2]
                     made.write(between(made.fetch(self.lane.main)), self.lane.main)
-        self._clean(steps, self.lane.main.mark())
+        self._clean(levels, self.lane.main.mark())
 
     def encode(self, encoding: Encoding, latents: Floats) -> None:
         """Make the cache anew in one pass over newest frames, under the prompt as it is: `RecachePass`."""
@@ -317,6 +304,11 @@ class ChunkMaker:
         held = 0 if self.held is None or index else self.held.shape[2]
         return denoising_levels(self.schedule, self.schedule.of_chunk(index, self.given), held)
 
+    def filling(self, index: int) -> tuple[PassLevel, int]:
+        """The pass of a chunk that fills the cache, and how many come before it (`bound`)."""
+        *_, last = levels = self.levels(index)
+        return (last, len(levels) - 1) if last.fills else (clean_level(self.schedule), len(levels))
+
     def _with_held(self, index: int, latents: Floats) -> Floats:
         """Latents of a chunk, with the frames that were given."""
         if self.held is None or index:
@@ -346,14 +338,21 @@ class ChunkMaker:
     def _denoise(self, step: int, level: PassLevel, renewing: Mapping[int, Floats]) -> None:
         if self._noise is not None and step in renewing:
             self._noise.write(renewing[step], self.lane.main)
-        self.bound(level, step).run()
+        self._run(level, step)
 
-    def _clean(self, steps: int, denoised: Mark) -> tuple[Mark, Mark]:
-        """The clean pass of a chunk; the marks around it."""
-        self.cache.tell()
-        self.bound(clean_level(self.schedule), steps).run()
-        self.cache.cleaned()
+    def _clean(self, levels: Sequence[PassLevel], denoised: Mark) -> tuple[Mark, Mark]:
+        """The clean pass after those, unless the last of them filled the cache; the marks around it."""
+        if levels and levels[-1].fills:
+            return denoised, denoised
+        self._run(clean_level(self.schedule), len(levels))
         return denoised, self.lane.main.mark()
+
+    def _run(self, level: PassLevel, step: int) -> None:
+        if level.fills:
+            self.cache.tell()
+        self.bound(level, step).run()
+        if level.fills:
+            self.cache.cleaned()
 
     def _write_positions(self, index: int) -> None:
         frames, passes = self._spec.frames_per_chunk, self.cache.passes
@@ -381,7 +380,7 @@ class ChunkMaker:
             if self._noise is not None:
                 inputs["noise"] = self._noise
             outputs = {"next_latents": spare}
-            if level.clean or not self._skips_caches:
+            if level.fills or not self._skips_caches:
                 outputs |= self.cache.outputs()
             inputs |= self.cache.inputs()
             self._passes[key] = self.lane.bind("step", self.cache.phase, inputs, outputs)

@@ -72,14 +72,15 @@ def _pass_flops(plan: CachePlan, tokens: int, keys: int) -> PassFlops:
 
 
 def chunk_flops(plan: CachePlan, chunk: int | None = None) -> int:
-    """Operations of all passes of a chunk, the clean pass included, or the pass over newest frames before it;
-    None: of one of the last phase, with the passes of all chunks that have none of their own."""
+    """Operations of all passes of a chunk, the clean pass included, if it has one, or the pass over newest
+    frames before it; None: of one of the last phase, with the passes of all chunks that have none of their
+    own."""
     schedule = plan.spec.schedule
     steps = schedule.later if chunk is None else schedule.of_chunk(chunk)
     step = pass_flops(plan, chunk).total
     if plan.recomputes:
         return step * len(steps) + (encoding_flops(plan, context_encoding(plan, 1)) if chunk != 0 else 0)
-    return step * (len(steps) + 1)
+    return step * (len(steps) + schedule.clean_passes)
 
 
 def prompt_flops(spec: ModelSpec) -> int:

@@ -167,6 +167,27 @@ def check_start(latents: Any, plan: CachePlan, where: str = "start") -> Floats:
     return np.ascontiguousarray(array, np.float32)
 
 
+def check_first_frames(plan: CachePlan, frames: Floats) -> None:
+    """Raise InputError unless frames (1, channels, frames, height, width) can be held while the others of
+    their chunk are made (`ChunkMaker.hold`): fewer than a chunk has, of a model with a timestep for each."""
+    where = "given first frames"
+    if not plan.spec.schedule.by_frame:
+        raise InputError(
+            f"{plan.spec.name} has one timestep for all frames of a chunk",
+            where=where,
+            expected="a model whose schedule has by_frame = true",
+        )
+    batch, channels, most, *sides = latent_shape(plan)
+    count = frames.shape[2] if frames.ndim == 5 else 0
+    if not 1 <= count < most or frames.shape != (batch, channels, count, *sides):
+        raise InputError(
+            f"are of the shape {frames.shape}",
+            where=where,
+            expected=f"({batch}, {channels}, frames, {sides[0]}, {sides[1]}), with fewer frames than the"
+            f" {most} of a chunk",
+        )
+
+
 def start_digest(latents: Floats) -> str:
     """SHA-256 of given latents: a saved video goes on with the same start alone."""
     return _digest(latents)

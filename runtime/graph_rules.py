@@ -234,6 +234,13 @@ def _resize(node: Node, inputs: list[Known]) -> list[Known]:
     return [Known(data.kind, tuple(math.floor(s * f) for s, f in zip(data.shape, factors, strict=True)))]
 
 
+def _scatter(node: Node, inputs: list[Known]) -> list[Known]:
+    data, places, updates = (known.shape for known in inputs)
+    if places != updates or _axis(_attribute(node, "axis", 0), len(data)) >= len(places):
+        raise SizeError(f"{list(updates)} goes to {list(places)} of {list(data)}")
+    return _like_first(node, inputs)
+
+
 def _shape(node: Node, inputs: list[Known]) -> list[Known]:
     shape = inputs[0].shape
     sizes = shape[_attribute(node, "start", 0) : _attribute(node, "end", len(shape))]
@@ -347,7 +354,7 @@ _ELEMENTWISE: dict[str, Rule] = dict.fromkeys(("Add", "Sub", "Mul", "Div", "Grea
 _UNCHANGED: dict[str, Rule] = dict.fromkeys(
     (
         *("Clip", "Gelu", "LayerNormalization", "Relu", "RMSNormalization", "RotaryEmbedding", "Round"),
-        *("Neg", "Sigmoid", "Softmax", "Tanh"),
+        *("CumSum", "Neg", "Sigmoid", "Softmax", "Tanh"),
     ),
     _like_first,
 )
@@ -361,17 +368,17 @@ RULES: dict[tuple[str, str], Rule] = {
         "Concat": _concat,
         "Constant": _constant,
         "Conv": _conv,
-        "DequantizeLinear": _quantize,
         "Expand": _expand,
         "Gather": _gather,
         "Gemm": _gemm,
         "Identity": _identity,
         "MatMul": _matmul,
         "MatMulInteger": _matmul_integer,
-        "QuantizeLinear": _quantize,
+        **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), _quantize),
         **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMin", "ReduceSum"), _reduce),
         "Reshape": _reshape,
         "Resize": _resize,
+        "ScatterElements": _scatter,
         "Shape": _shape,
         "Slice": _slice,
         "Split": _split,

@@ -23,7 +23,8 @@ class PassLevel(NamedTuple):
     """The noise level of the latents that it reads."""
     sigma_next: float
     """Of those that it writes."""
-    clean: bool = False
+    fills: bool = False
+    """Whether it makes the next caches: the clean pass, or the last one of a chunk that has none."""
     held: int = 0
     """How many frames at the start of the chunk are held at 0."""
 
@@ -33,17 +34,18 @@ def denoising_levels(schedule: Schedule, steps: ChunkSteps, held: int = 0) -> li
     following = steps.sigmas[1:]
     if schedule.solver == "unipc":
         following = (0.0,) * len(steps)  # the pass gives x0
-    numbers = zip(steps.timesteps, steps.sigmas[:-1], following, strict=True)
+    fills = [schedule.context == "last" and step == len(steps) - 1 for step in range(len(steps))]
+    numbers = zip(steps.timesteps, steps.sigmas[:-1], following, fills, strict=True)
     return [PassLevel(*each, held=held) for each in numbers]
 
 
 def clean_level(schedule: Schedule) -> PassLevel:
-    """The clean pass of every chunk."""
-    return PassLevel(schedule.context_timestep, 0.0, 0.0, clean=True)
+    """The clean pass of every chunk, or of those that are given or encoded anew."""
+    return PassLevel(schedule.context_timestep, 0.0, 0.0, fills=True)
 
 
 def write_levels(lane: Lane, spec: ModelSpec, record: GraphRecord) -> dict[PassLevel, dict[str, Tensor]]:
-    """For each pass that any chunk can have its time features, noise levels and whether it is the clean one.
+    """For each pass that any chunk can have its time features, noise levels and whether it fills the cache.
 
     `record` is that of the graph `step`.
     """
@@ -61,7 +63,7 @@ def write_levels(lane: Lane, spec: ModelSpec, record: GraphRecord) -> dict[PassL
             "sigma_next": _of_frames(spec, level, level.sigma_next).astype(np.float32),
         }
         if record.skips_caches:
-            values[CLEAN] = np.array([level.clean])
+            values[CLEAN] = np.array([level.fills])
         tensors = {name: tensor_of(lane, record.inputs[name]) for name in values}
         for name, value in values.items():
             tensors[name].write(value, lane.main)

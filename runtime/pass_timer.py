@@ -11,7 +11,6 @@ from forcingkv.runtime.backends import Queue
 from forcingkv.runtime.chunks import ChunkMaker
 from forcingkv.runtime.graph_records import latent_shape
 from forcingkv.runtime.kv.rebuild import context_encoding
-from forcingkv.runtime.pass_levels import clean_level
 
 
 class PassTimer:
@@ -38,15 +37,16 @@ class PassTimer:
             maker._write_positions(chunk)
 
     def denoise(self) -> float:
-        """Seconds of a denoising pass. Raises RuntimeError, as all three do, once the session is closed or
-        was used for something else."""
+        """Seconds of the first denoising pass. Raises RuntimeError, as all three do, once the session is
+        closed or was used for something else."""
         with self._using() as maker:
             first = maker.levels(self._chunk)[0]
             return _seconds(maker.lane.main, maker.bound(first, 0).run)
 
-    def clean(self) -> float:
-        """Seconds of the clean pass, which makes the next caches too; of models that recompute their context
-        those of the pass over newest frames before each chunk but the first. The chunk stays the next one."""
+    def fill(self) -> float:
+        """Seconds of the pass that makes the next caches: the clean pass, or the last denoising pass where
+        there is no clean one; of models that recompute their context that over newest frames before each
+        chunk but the first. The chunk stays the next one."""
         with self._using() as maker:
             plan, passes = maker.cache.plan, maker.cache.passes
             if plan.recomputes:
@@ -55,8 +55,7 @@ class PassTimer:
                 seconds = _seconds(maker.lane.main, lambda: maker.encode(one, newest))
                 maker.cache.passes = passes
                 return seconds
-            steps = len(maker.levels(self._chunk))
-            return _seconds(maker.lane.main, maker.bound(clean_level(maker.schedule), steps).run)
+            return _seconds(maker.lane.main, maker.bound(*maker.filling(self._chunk)).run)
 
     def decode(self) -> float:
         """Seconds of decoding a chunk."""

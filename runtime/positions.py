@@ -25,7 +25,7 @@ def rotary(spec: ModelSpec, geometry: Geometry, first_frame: float, frames: int)
     """
     of_time, of_rows, of_columns = spec.rotary_pairs
     tokens, half = geometry.frame_tokens, spec.head_dim // 2
-    moving = _angles(first_frame + np.arange(frames), of_time, spec.rope_theta)
+    moving = angles_of(first_frame + np.arange(frames), of_time, spec.rope_theta)
     still = _within_a_frame(*geometry.grid, of_rows, of_columns, spec.rope_theta)
     tables = []
     for function, within in zip((np.cos, np.sin), still, strict=True):
@@ -44,7 +44,7 @@ def turn(spec: ModelSpec, frames: int) -> tuple[Floats, Floats]:
     """
     of_time, _, _ = spec.rotary_pairs
     angles = np.zeros(spec.head_dim // 2)
-    angles[:of_time] = _angles(np.array([frames]), of_time, spec.rope_theta)[0]
+    angles[:of_time] = angles_of(np.array([frames]), of_time, spec.rope_theta)[0]
     cosines, sines = (np.repeat(function(angles), 2).astype(np.float32) for function in (np.cos, np.sin))
     sines[::2] *= -1
     return cosines, sines
@@ -57,15 +57,15 @@ def _within_a_frame(
     """Cosines and sines of rows and columns: most of the work, and the same for all frames."""
     axes = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     angles = [
-        _angles(position.reshape(-1), pairs, theta)
+        angles_of(position.reshape(-1), pairs, theta)
         for position, pairs in zip(axes, (of_rows, of_columns), strict=True)
     ]
     table = np.concatenate(angles, axis=1)
     return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
 
 
-def _angles(positions: npt.NDArray[Any], pairs: int, theta: float) -> npt.NDArray[np.float64]:
-    """(positions, pairs) in float64."""
+def angles_of(positions: npt.NDArray[Any], pairs: int, theta: float) -> npt.NDArray[np.float64]:
+    """By which pairs turn at those positions: (positions, pairs) in float64."""
     return positions[:, None] * theta ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
 
 

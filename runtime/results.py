@@ -17,9 +17,10 @@ class Timing:
     denoise: float
     """The denoising passes."""
     clean: float
-    """The clean pass, which updates the cache. It runs while the chunk is decoded, and may take longer: asked
-    for this before the next chunk came, it waits for that pass. Of a model that recomputes its context: the
-    pass over newest frames before the chunk's own, and making their latents."""
+    """The clean pass, which updates the cache; 0 where the last denoising pass does that. It runs while the
+    chunk is decoded, and may take longer: asked for this before the next chunk came, it waits for that pass.
+    Of a model that recomputes its context: the pass over newest frames before the chunk's own, and making
+    their latents."""
     decode: float
     total: float
     """End to end, from the first pass to frames that can be used. Where decoding overlaps the next chunk

@@ -28,6 +28,7 @@ Renoise = Literal["fresh", "predicted"]
 FirstCounts = Literal["generated", "video"]
 NoiseLevels = Literal["exact", "table"]
 Solver = Literal["step", "unipc"]
+FilledBy = Literal["clean", "last"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,12 @@ class Schedule:
     renoise: Renoise = "fresh"
     """Noise between passes: drawn anew (distilled models), or the noise the model predicted (Euler)."""
     context_timestep: float = 0.0
-    """The timestep of the clean pass (`context_noise`)."""
+    """The timestep of the clean pass (`context_noise`), and of passes over frames that are given or encoded
+    anew."""
+    context: FilledBy = "clean"
+    """Whose keys and values of a chunk the cache takes: "clean", those of one more pass over what was made;
+    "last", those of its last denoising pass, whose latents still have noise, and there is no other pass
+    (docs/decisions/0054)."""
     redraw_from: int | None = None
     """When the prompt is switched and the caches are made anew: the pass at which the last chunks enter
     again, noised, to be drawn under the new prompt before their clean pass. None: they are encoded as they
@@ -189,6 +195,11 @@ class Schedule:
         if self.redraw_from is not None:
             said.append(f"a switch of prompts draws again from pass {self.redraw_from + 1}")
         return "; ".join(said)
+
+    @property
+    def clean_passes(self) -> int:
+        """Passes of a chunk beside its denoising passes: the clean one, or none."""
+        return 0 if self.context == "last" else 1
 
     def passes(self, chunks: int) -> int:
         """Denoising passes of a video of so many chunks, none of them given."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import check_bounds, shown
 from forcingkv.headmaps.files import check_name
 from forcingkv.headmaps.headmap import MOST
+from forcingkv.runtime.schedule import FilledBy
 from forcingkv.runtime.schedule import Schedule as Schedule
 
 MOST_FRAMES = 10_000
@@ -177,6 +178,12 @@ class ModelSpec:
             name, expected = faults[0]
             what = f"{name} is {getattr(self, name)}"
             raise InputError(what, where=f"model {self.name}", expected=expected)
+        if self.context == "recompute" and self.schedule.context == "last":
+            raise InputError(
+                "has schedule.context = 'last', and its cache is made of the newest frames before each chunk",
+                where=f"model {self.name}",
+                expected="schedule.context = 'clean' with context = 'recompute': no chunk fills the cache",
+            )
         if self.dim > MOST_WIDTH:
             what = f"heads x head_dim are {self.dim}"
             raise InputError(what, where=f"model {self.name}", expected=f"at most {MOST_WIDTH}")
@@ -220,6 +227,8 @@ class ModelSpec:
     def passes_described(self) -> str:
         """All passes of a chunk, in words."""
         last = f"clean pass at {self.schedule.context_timestep:g}"
+        if self.schedule.context == "last":
+            last = "the last of them fills the cache, and there is no clean pass"
         if self.context == "recompute":
             again = ", the first of them encoded again" if self.context_first == "encoded" else ""
             last = (
@@ -227,6 +236,20 @@ class ModelSpec:
                 f" {self.context_frames} newest frames{again}, and no clean pass"
             )
         return f"{self.schedule.described}; {last}"
+
+    def filled_by(self, context: FilledBy | None) -> ModelSpec:
+        """The same model whose cache is filled by that pass (`Schedule.context`); None: by its own.
+
+        Raises InputError where no chunk fills it.
+        """
+        if context is None:
+            return self
+        return replace(self, schedule=replace(self.schedule, context=context))
+
+    @property
+    def fills_cache(self) -> FilledBy | Literal["recompute"]:
+        """What fills the cache: a chunk's clean pass, its last pass, or a pass over the newest frames."""
+        return "recompute" if self.context == "recompute" else self.schedule.context
 
     @property
     def rotary_pairs(self) -> tuple[int, int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from forcingkv.runtime.chunks import ChunkMaker
-from forcingkv.runtime.pass_levels import clean_level
 
 
 def warm_up(maker: ChunkMaker) -> None:
@@ -24,10 +23,9 @@ def warm_up(maker: ChunkMaker) -> None:
             cache.passes = phase.first_chunk
             for tensor in cache.held().values():
                 tensor.clear(main)
-            levels = maker.levels(phase.first_chunk)
-            maker.bound(levels[0], 0).run()
+            maker.bound(maker.levels(phase.first_chunk)[0], 0).run()
             if maker._skips_caches:
-                maker.bound(clean_level(maker.schedule), len(levels)).run()
+                maker.bound(*maker.filling(phase.first_chunk)).run()
         maker.decoder.decode(np.zeros(maker.latent_shape, np.float32), 0)
     finally:
         for name, tensor in maker.state().items():

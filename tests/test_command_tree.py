@@ -27,6 +27,7 @@ _BAKED = "new: a model is run without a bundle of the user's, by torch"
 _WHERE = "new: there are backends that can choose where and in what they compute"
 
 _GIVEN = "new: noise and latents that were made elsewhere: the only way to a video of the authors' seed"
+_QUERIES = "new: policies that score tokens by statistics of a model's queries are given a file of them"
 _PASSES = "new: the clean pass is recorded too, and what is scored of a recording can be chosen"
 
 _DOCTOR = "new: what a machine can run, and what is wrong with it"
@@ -38,7 +39,9 @@ _SWITCHES = "prompts are switched as public code does it too: by which way is a 
 _STARTS = "new: videos that begin with a picture or a clip, or are drawn from one"
 
 _POLICIES = "new: what the policies show heads, what that takes, and where they come from"
+_CONTEXT = "new: the pass that fills the cache is a choice"
 CHANGED: dict[str, str] = {
+    **dict.fromkeys((f"{name} --context" for name in ("export", "generate", "plan", "bench")), _CONTEXT),
     "policies": _POLICIES,
     "policies --headmap": _POLICIES,
     "policies --heads": _POLICIES,
@@ -119,6 +122,26 @@ CHANGED: dict[str, str] = {
     "headmap convert --heads": "0 heads were taken for a number that was not given",
     "export --encoder": "bundles that make latents of pictures and videos",
     "export --recache-graph": _SWITCHES,
+    "export --statistics": _QUERIES,
+    "analyze queries": _QUERIES,
+    "analyze queries --checkpoint": _QUERIES,
+    "analyze queries --chunks": _QUERIES,
+    "analyze queries --device": _QUERIES,
+    "analyze queries --dtype": _QUERIES,
+    "analyze queries --embeds": _QUERIES,
+    "analyze queries --json": _QUERIES,
+    "analyze queries --key": _QUERIES,
+    "analyze queries --lora": _QUERIES,
+    "analyze queries --model": _QUERIES,
+    "analyze queries --no-preset-lora": _QUERIES,
+    "analyze queries --out": _QUERIES,
+    "analyze queries --prompts": _QUERIES,
+    "analyze queries --random-weights": _QUERIES,
+    "analyze queries --resolution": _QUERIES,
+    "analyze queries --samples": _QUERIES,
+    "analyze queries --seed": _QUERIES,
+    "analyze queries --threads": _QUERIES,
+    "generate --statistics": _QUERIES,
     "generate --encoder": _STARTS,
     "generate --fade": _SWITCHES,
     "generate --fit": _STARTS,

@@ -12,6 +12,7 @@ import forcingkv
 
 PACKAGE = Path(forcingkv.__file__).parent
 ROLES = {"sink", "recent", "retained", "early", "ema", "strided", "merged", "bank"}
+"""Not `tokens`, which many things are counted in."""
 AT_HOME = ("runtime/kv/", "models/kv.py", "models/kv_roles.py")
 """Where each role is a class, which may know its own name."""
 READERS: tuple[str, ...] = ()

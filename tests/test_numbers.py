@@ -27,6 +27,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "analyze heads --target-time": (LESS, "nan"),
     "analyze heads --threads": (LESS, "0", HUGE, "4096"),
     "analyze heads --workers": (LESS, "0", HUGE),
+    "analyze queries --chunks": (LESS, "0", HUGE),
+    "analyze queries --samples": (LESS, "0", HUGE, "9" * 30),
+    "analyze queries --seed": (LESS,),
+    "analyze queries --threads": (LESS, "0", HUGE, "4096"),
     "analyze report --alpha": (LESS, HUGE, "nan", "inf"),
     "analyze report --recent-frames": (LESS, "0"),
     "analyze report --sink-frames": (LESS,),
@@ -72,6 +76,7 @@ MAP = str(Path(__file__).parents[1] / "headmaps" / "maps" / "demo.json")
 WORDS: dict[str, tuple[str, ...]] = {
     "analyze compare": (MAP, MAP),
     "analyze heads": ("--model", "demo", "--out", "heads"),
+    "analyze queries": ("--model", "demo", "--out", "q.safetensors"),
     "analyze report": ("nosuch",),
     "bench": ("--model", "demo"),
     "demo": ("--out", "demo"),

@@ -18,6 +18,7 @@ from forcingkv.runtime import Bundle
 from forcingkv.runtime.backends import default_backend
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.kv.statistics import QueryStatistics
 from forcingkv.runtime.memory import require_memory
 from forcingkv.runtime.open_bundles import open_bundles
 from forcingkv.runtime.spec import DecoderKind, ModelSpec
@@ -123,6 +124,7 @@ def preset_cases(
                         policy,
                         out := Path(folder) / f"{place}-{stored}",
                         headmap=heads,
+                        statistics=QueryStatistics.random(part),
                         resolution=resolution,
                         decoder=made,
                         dtype=stored,

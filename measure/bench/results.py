@@ -33,8 +33,11 @@ def report(measured: Sequence[BenchTurns], setup: BenchSetup) -> dict[str, Any]:
         "geometry": plan.geometry.described,
         "rounds": len(measured[0].turns),
         # Of a chunk, and of the first ones where these have others; the clean pass among them, as in `plan`.
-        "passes": len(schedule.later) + 1,
-        "opening_passes": [len(schedule.of_chunk(n)) + 1 for n in range(schedule.opening_chunks)],
+        "context": schedule.context,
+        "passes": len(schedule.later) + schedule.clean_passes,
+        "opening_passes": [
+            len(schedule.of_chunk(n)) + schedule.clean_passes for n in range(schedule.opening_chunks)
+        ],
         "heads": {name: headmap.counts() for name, headmap in headmaps.items() if headmap},
         "rows": rows(measured),
     }
@@ -164,7 +167,7 @@ def _row(one: BenchTurns, against: BenchTurns, decoding: float | None) -> BenchR
         "needed_bytes": sum(footprint(one.bundle.manifest, plan).values()),
         "grown_bytes": max(turn.grown_bytes for turn in one.turns),
         "gflops": flops / one.pass_seconds / 1e9,
-        # Of a whole chunk: all denoising passes and the clean one, of a chunk without steps of its own.
+        # Of a whole chunk: all its passes, of one without steps of its own.
         "seconds_per_chunk": one.chunk_seconds,
         "seconds_to_decode": decoding,
         "speedup_with_decoding": with_decoding,

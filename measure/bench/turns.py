@@ -18,8 +18,8 @@ from forcingkv.runtime.schedule import ChunkSteps
 from forcingkv.runtime.spec import Dtype
 
 LONG_PASS = 10.0
-"""Seconds from which a pass is timed only once, and the clean pass is not. A shorter one runs once untimed: a
-first pass fills the processor's caches, which matters less the longer it takes."""
+"""Seconds from which a pass is timed only once, and that which fills the cache is not. A shorter one runs
+once untimed: a first pass fills the processor's caches, which matters less the longer it takes."""
 TIMED_SECONDS = 0.5
 """Shorter passes are repeated until they have taken so long together."""
 
@@ -30,8 +30,9 @@ class Turn:
 
     pass_seconds: float
     """Median over the denoising passes of the turn."""
-    clean_seconds: float | None
-    """Of the clean pass, which makes the next caches too; None where a pass is long (`LONG_PASS`)."""
+    fill_seconds: float | None
+    """Of the pass that makes the next caches too (`PassTimer.fill`); None where a pass is long
+    (`LONG_PASS`)."""
     decode_seconds: float | None
     """Of a chunk; None in turns that did not time it."""
     cache_bytes: int
@@ -89,11 +90,12 @@ class BenchTurns:
         return self.seconds_of(self.bundle.plan.spec.schedule.later)
 
     def seconds_of(self, steps: ChunkSteps, *, fills: bool = True) -> float:
-        """So many denoising passes and, if the chunk `fills` the cache, the clean one or that over newest
-        frames, which counts as one of them where it was not timed."""
+        """So many denoising passes and, if the chunk `fills` the cache, the pass that does: the clean one,
+        that over newest frames, or the last of them. It counts as any where it was not timed."""
+        others = len(steps) + self.bundle.plan.spec.schedule.clean_passes - 1
         return statistics.median(
-            len(steps) * turn.pass_seconds
-            + fills * (turn.pass_seconds if turn.clean_seconds is None else turn.clean_seconds)
+            others * turn.pass_seconds
+            + fills * (turn.pass_seconds if turn.fill_seconds is None else turn.fill_seconds)
             for turn in self.turns
         )
 
@@ -188,10 +190,10 @@ def take_turn(case: BenchCase, setup: BenchSetup, chunk: int | None, *, decode: 
             session.pass_timer(0).denoise()
             rehearsal = session.pass_timer(index)
             seconds = list(_passes(rehearsal.denoise))
-            clean = statistics.median(_passes(rehearsal.clean)) if seconds[-1] < LONG_PASS else None
+            fill = statistics.median(_passes(rehearsal.fill)) if seconds[-1] < LONG_PASS else None
         decoding = rehearsal.decode() if decode else None
         grown = memory.most - memory.before
-        return Turn(statistics.median(seconds), clean, decoding, rehearsal.cache_bytes, grown)
+        return Turn(statistics.median(seconds), fill, decoding, rehearsal.cache_bytes, grown)
 
 
 def _passes(run: Callable[[], float]) -> Iterator[float]:

@@ -174,8 +174,8 @@ class VideoWork:
     steady: PassWork
     """Work of a pass in the last phase of the plan, reached or not."""
     filling: PassWork
-    """Of the pass that fills the cache there: the clean pass, which is as any other; or that over newest
-    frames before a chunk."""
+    """Of the pass that fills the cache there: the clean pass or the last one, which is as any other; or that
+    over newest frames before a chunk."""
     passes: int
     """Passes a chunk, the one that fills the cache included, of chunks without steps of their own."""
     frames: int
@@ -195,7 +195,7 @@ def video_work(plan: CachePlan, chunks: int, dtype: Dtype = "bfloat16") -> Video
     for begin, end in zip(begins, ends, strict=True):
         if end > begin:
             passes = schedule.passes(end) - schedule.passes(begin)
-            passes += 0 if plan.recomputes else end - begin
+            passes += 0 if plan.recomputes else schedule.clean_passes * (end - begin)
             phases.append(PhaseWork(end - begin, pass_work(plan, begin, dtype), passes))
     steady = pass_work(plan, None, dtype)
     filling = context_work(plan, dtype) if plan.recomputes else steady
@@ -205,7 +205,7 @@ def video_work(plan: CachePlan, chunks: int, dtype: Dtype = "bfloat16") -> Video
         phases=tuple(phases),
         steady=steady,
         filling=filling,
-        passes=len(schedule.later) + 1,
+        passes=len(schedule.later) + schedule.clean_passes,
         frames=plan.spec.frames_per_chunk * plan.spec.decoder.temporal_stride,
     )
 

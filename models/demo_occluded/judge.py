@@ -6,6 +6,7 @@ It reads digits with the demo's classifier, and knows nothing of the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ import numpy.typing as npt
 from forcingkv.models.demo.data import DIRECTIONS
 from forcingkv.models.demo.judge import Frames, centre_of, direction_of, halves, read_half
 from forcingkv.models.demo_occluded.data import CHUNK, Clip, Mover
+
+Waits = Literal["given", "made"]
 
 FAR = 2.0
 """Pixels by which the ink's centre may be off, on either axis; the nearest other place is 4 away."""
@@ -30,10 +33,13 @@ class Return:
     """It comes from where it went."""
 
 
-def given_chunks(clip: Clip) -> int:
-    """Chunks of a clip that a video to be judged begins with: all until digits are away, and the first of
-    these, whose marks say for how long."""
-    return clip.timeline.leaves + 1
+def given_chunks(clip: Clip, waits: Waits = "given") -> int:
+    """Chunks of a clip that a video to be judged begins with.
+
+    `waits` says whether the chunks in which digits are away are among them, so that memory alone is judged,
+    or are the model's own but for the first, whose marks say how long the wait is.
+    """
+    return clip.timeline.returns if waits == "given" else clip.timeline.leaves + 1
 
 
 def judged_chunk(clip: Clip) -> int:

@@ -24,6 +24,7 @@ from forcingkv.models.kv import (
     encode_group,
     heads_of,
     part_layouts,
+    queries_of,
     read_whole,
 )
 from forcingkv.models.kv_roles import CleanPass, GroupCache, Rotary, Turn
@@ -249,7 +250,7 @@ class JoinedCache(KvCache):
                 if layer == 0:
                     chosen.clear()
                 chunk = self.passes if each_chunk() else None
-                self._advance(layer, current, (phase, following), chosen, chunk, turn, rotary)
+                self._advance(layer, current, queries, (phase, following), chosen, chunk, turn, rotary)
             return out[0] if len(out) == 1 else torch.cat(out, 1)
 
         return attend
@@ -258,6 +259,7 @@ class JoinedCache(KvCache):
         self,
         layer: int,
         current: KeysValues,
+        queries: torch.Tensor,
         phases: tuple[int, int],
         chosen: list[torch.Tensor],
         chunk: int | None,
@@ -283,6 +285,7 @@ class JoinedCache(KvCache):
                 one.layouts[phases[1]],
                 turn=turn,
                 rotary=rotary,
+                queries=queries_of(queries, one.group),
             )
             one.take(advance_group(done), phases[1])
 

@@ -8,6 +8,7 @@ each layer are put into the order that their groups have, and their caches are t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -121,7 +122,7 @@ class ContextMass:
             sums.append(torch.stack([part.sum((1, 2)) for part in parts]))
         self._on_device.append((layer, heads, torch.stack(sums).sum(0) / count))
 
-    def headmap(self, orders: list[list[int]]) -> HeadMap:
+    def headmap(self, orders: Sequence[Sequence[int]]) -> HeadMap:
         """The classes; `orders` has for each layer the head at each place."""
         spec = self._plan.spec
         if self._on_device:
@@ -138,6 +139,6 @@ class ContextMass:
 def _with_map(bundle: Bundle, headmap: HeadMap) -> Bundle:
     """The bundle with another head map, as torch runs it. Its digest is of both."""
     manifest = replace(bundle.manifest, headmap=headmap.digest)
-    made = Bundle(bundle.path, manifest, headmap)
+    made = Bundle(bundle.path, manifest, headmap, bundle.statistics)
     made.digest = hashlib.sha256(f"{bundle.digest} {headmap.digest}".encode()).hexdigest()
     return made.computing_in(manifest.compute)

@@ -92,6 +92,13 @@ class Bank(Role):
             )
         return [Span(frame, plan.frame_tokens) for frame in came]
 
+    def example_spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
+        """As if those stayed that lie furthest from each other."""
+        first = -(-group.opening_frames(plan.spec) // self.every) * self.every
+        frames = range(first, first_recent(plan, group, chunk), self.every)
+        held = len(self.came(plan, group, chunk))
+        return [Span(frames[n * len(frames) // held], plan.frame_tokens) for n in range(held)]
+
     def told(self, plan: CachePlan, group: HeadGroup, chunk: int, cuts: Cuts = ()) -> dict[str, Rows]:
         """What is chosen from (`POOL`, `THERE`), which tokens of the chosen frames the next chunk finds
         (`KEPT`), and, where positions are relative, where they stand (`PLACES`)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from forcingkv.headmaps.errors import InputError
@@ -21,6 +21,7 @@ from forcingkv.runtime.kv.policies import ALL, Policy
 from forcingkv.runtime.kv.retained import Choice, Retained
 from forcingkv.runtime.kv.roles import ROWS, Cuts, Recent, Role, Rows
 from forcingkv.runtime.kv.scenes import with_scenes
+from forcingkv.runtime.kv.statistics import QueryStatistics
 from forcingkv.runtime.kv.window import window_frames
 from forcingkv.runtime.spec import MOST_FRAMES, Dtype, Geometry, ModelSpec
 
@@ -102,6 +103,10 @@ class CachePlan:
     geometry: Geometry
     policy: Policy
     layers: tuple[tuple[HeadGroup, ...], ...]
+    statistics: QueryStatistics | None = field(default=None, compare=False, repr=False)
+    """Of the model's queries, for roles that score by them (`Role.reads_statistics`)."""
+    orders: tuple[tuple[int, ...], ...] = field(default=(), compare=False, repr=False)
+    """Of each layer the old index of the head at each place."""
 
     @property
     def frame_tokens(self) -> int:
@@ -151,6 +156,11 @@ class CachePlan:
                 while isinstance(role, Retained) and not role.can_choose(self, group, chunk):
                     chunk += 1
         return chunk
+
+    @cached_property
+    def reads_queries(self) -> bool:
+        """Whether any role keeps what the queries of clean passes say."""
+        return any(role.reads_queries for group in self.groups for role in group.roles)
 
     @cached_property
     def groups(self) -> tuple[HeadGroup, ...]:
@@ -312,9 +322,13 @@ class CachePlan:
 
 
 def build_plan(
-    spec: ModelSpec, geometry: Geometry, policy: Policy, headmap: HeadMap | None = None
+    spec: ModelSpec,
+    geometry: Geometry,
+    policy: Policy,
+    headmap: HeadMap | None = None,
+    statistics: QueryStatistics | None = None,
 ) -> CachePlan:
-    """Apply a policy. Raises InputError where head map, segments or frames do not fit the model.
+    """Apply a policy. Raises InputError where head map, statistics, segments or frames do not fit the model.
 
     The plan's spec has the policy's `ar_start`, where it has one.
     """
@@ -334,11 +348,20 @@ def build_plan(
             check_codes(role, where)
             role.check(spec, geometry, roles, where)
     layers = tuple(_groups(spec, policy, headmap, layer) for layer in range(spec.layers))
-    plan = CachePlan(spec, geometry, policy, layers)
+    if statistics:
+        statistics.check_model(spec)
+    plan = CachePlan(spec, geometry, policy, layers, statistics, head_orders(spec, policy, headmap))
     check_positions(plan)
     if plan.recomputes:
         _check_recomputed(plan)
     return plan
+
+
+def head_orders(spec: ModelSpec, policy: Policy, headmap: HeadMap | None) -> tuple[tuple[int, ...], ...]:
+    """For each layer the old index of the head at each new place."""
+    if headmap is None or not policy.needs_headmap:
+        return (tuple(range(spec.heads)),) * spec.layers
+    return tuple(tuple(headmap.order(layer, list(policy.groups))) for layer in range(spec.layers))
 
 
 def _check_recomputed(plan: CachePlan) -> None:

@@ -87,6 +87,20 @@ class Role(Tagged, ABC):
     def spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
         """Which frames the tokens that the chunk sees are of, in the order in which they are cached."""
 
+    def example_spans(self, plan: CachePlan, group: HeadGroup, chunk: int, chosen: Chosen) -> list[Span]:
+        """`spans`, or, where keys alone say which they are, such as they might be: for pictures."""
+        return self.spans(plan, group, chunk, chosen)
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether what it keeps depends on the queries of clean passes."""
+        return False
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether what it keeps depends on statistics of the model's queries (`CachePlan.statistics`)."""
+        return False
+
     def hidden_tokens(self, plan: CachePlan, group: HeadGroup) -> int:
         """How many of the first cached tokens are for later chunks: attention does not read them."""
         return 0
@@ -202,15 +216,26 @@ class WholeFrames(Role):
 class Sink(WholeFrames):
     """The video's first frames, kept for ever: heads lean on them (StreamingLLM's attention sink).
 
-    `frames` None: as many as the model was made for (`ModelSpec.sink_frames`). A sink longer than a chunk is
-    collected over the first chunks; of the one that fills it the sink takes the first frames.
+    `frames` None: as many as the model was made for (`ModelSpec.sink_frames`), or a share of its window. A
+    sink longer than a chunk is collected over the first chunks; of the one that fills it the sink takes the
+    first frames.
     """
+
+    share: float | None = field(default=None, metadata=LEFT_OUT_IF_NONE)
+    """Instead of `frames`: of the frames that the model attends to, rounded down."""
 
     name: ClassVar[str] = "sink"
     buffers: ClassVar[int] = 1  # the first clean pass writes it and reads none of it; no later one writes it
     takes_rows: ClassVar[bool] = True
     moves: ClassVar[bool] = False
     why_exact: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self, {"share": (0, 1)}, f"the role {self.name}")
+        if self.frames is not None and self.share is not None:
+            where = f"the role {self.name}"
+            raise InputError("has both frames and a share", where=where, expected="one of the two")
 
     def in_words(self, spec: ModelSpec) -> str:
         return f"the video's first {counted(self._count)}, for ever"
@@ -262,6 +287,8 @@ class Sink(WholeFrames):
         return (filled_by - min(passes, filled_by)) % len(self.buffer_tokens(plan, group))
 
     def opening_frames(self, spec: ModelSpec) -> int:
+        if self.share is not None:
+            return int(self.share * spec.attended_frames)
         return spec.sink_frames if self.frames is None else self.frames
 
     def rebuilt_from(self, spec: ModelSpec) -> tuple[int, int]:
@@ -274,7 +301,7 @@ class Sink(WholeFrames):
 
     def fitted(self, spec: ModelSpec, layer: int, roles: Sequence[Role]) -> Self | None:
         frames = self.opening_frames(spec)
-        return replace(self, frames=frames) if frames else None
+        return replace(self, frames=frames, share=None) if frames else None
 
     def check(self, spec: ModelSpec, geometry: Geometry, roles: Sequence[Role], where: str) -> None:
         if self.opening_frames(spec) > spec.attended_frames - spec.frames_per_chunk:

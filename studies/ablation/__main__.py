@@ -20,22 +20,17 @@ from pathlib import Path
 
 import torch
 
-from forcingkv.analyze import Analysis, Job, Labelling, analyze_statistics, record_samples
-from forcingkv.analyze.analysis import labels_of_rule
-from forcingkv.analyze.labels import decide
 from forcingkv.commands.console import default_prompts
-from forcingkv.commands.models import text_inputs
-from forcingkv.headmaps import HeadMap
 from forcingkv.headmaps.writing import write_bytes, write_text
-from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec
-from forcingkv.runtime.kv.policies import load_policy
+from studies.ablation.demo_scores import measure_videos
+from studies.ablation.variant_maps import VariantMaps
 from studies.ablation.variant_pictures import difference_picture, pareto_picture
-from studies.ablation.variant_scores import VariantRow, VariantScores, measure_videos, rows_of
+from studies.ablation.variant_scores import VariantRow, VariantScores, rows_of
 from studies.ablation.variant_tables import csv_text, markdown_table
-from studies.ablation.variant_videos import VariantVideos
-from studies.ablation.variants import PROFILED, REFERENCE, Variant, WantedMap, control_map, read_variants
+from studies.ablation.variant_videos import Sample, VariantVideos
+from studies.ablation.variants import PROFILED, REFERENCE, Variant, read_variants
 
 MODEL = "demo"
 FIRST_SEED = 1000
@@ -43,21 +38,12 @@ FIRST_SEED = 1000
 BEGIN, END = "<!-- ablations: begin -->", "<!-- ablations: end -->"
 
 
-def maps_of(analysis: Analysis, stats: Path, unsplit: tuple[int, ...], wanted: WantedMap) -> HeadMap:
-    """The head map of a kind: from the recorded statistics, or a control of theirs."""
-    if wanted.kind == "profiled":
-        return analysis.headmap
-    if wanted.kind == "dummy":
-        return analyze_statistics(stats, Labelling(rule="dummy")).headmap
-    if wanted.kind == "threshold":
-        decision = decide(analysis.observations, "threshold", alpha=wanted.value or 0.0)
-        return labels_of_rule(decision, analysis.observations, analysis.headmap.model)
-    return control_map(wanted, analysis.headmap, unsplit)
+def chosen_variants(names: list[str] | None, path: Path | None = None) -> list[Variant]:
+    """Those of the names (None: all) and those that others are compared with, the reference first.
 
-
-def chosen_variants(names: list[str] | None) -> list[Variant]:
-    """Those of the names (None: all) and those that others are compared with, the reference first."""
-    variants = read_variants()
+    They are of that file; None: of the ablation's own.
+    """
+    variants = read_variants(path)
     known = {variant.name for variant in variants}
     unknown = sorted(set(names or ()) - known)
     if unknown:
@@ -74,22 +60,19 @@ def run(given: argparse.Namespace) -> list[VariantRow]:
     measured_on, others = prompts[: given.samples], prompts[given.samples :]
     if len(others) < given.prompts:
         sys.exit(f"--prompts is {given.prompts}: only {len(others)} are left that heads are not measured on")
-    job = Job(spec, weights, text_inputs(spec, measured_on, None), chunks=given.chunks, threads=given.threads)
-    record_samples(job, stats, samples=given.samples)
-    analysis = analyze_statistics(stats)
-    unsplit = load_policy("forcing-kv").unsplit
+    maps = VariantMaps.measured(spec, weights, measured_on, given.chunks, given.threads, stats)
     samples = [
-        SeededPrompt(prompt, given.first_seed + number * given.seeds + seed)
+        Sample(prompt, given.first_seed + number * given.seeds + seed, given.chunks)
         for number, prompt in enumerate(others[: given.prompts])
         for seed in range(given.seeds)
     ]
-    made = VariantVideos(spec, weights, samples, given.chunks, given.folder / "videos")
+    made = VariantVideos(spec, weights, samples, given.folder / "videos")
     variants = chosen_variants(given.only)
     measured: list[VariantScores] = []
     references = None
     for number, variant in enumerate(variants, 1):
         started = time.perf_counter()
-        headmap = maps_of(analysis, stats, unsplit.layers if unsplit else (), variant.wanted)
+        headmap = maps.of(variant)
         videos = made.videos(variant, headmap)
         references = videos if references is None else references
         kv_bytes = made.plan(variant, headmap).kv_bytes()
@@ -97,15 +80,16 @@ def run(given: argparse.Namespace) -> list[VariantRow]:
         draw = f", draw {variant.draw}" if variant.draw else ""
         seconds = time.perf_counter() - started
         print(f"{number}/{len(variants)} {variant.name}{draw}: {seconds:.1f} s", file=sys.stderr, flush=True)
-    return rows_of(measured, samples)
+    return rows_of(measured, [sample.prompt for sample in samples])
 
 
-def page_with(page: str, table: str) -> str:
+def page_with(page: str, table: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """The page with that table between its marks; they are added at its end where it has none."""
-    if BEGIN not in page or END not in page:
-        page += f"\n{BEGIN}\n{END}\n"
-    before, rest = page.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{table}{END}{rest.split(END, 1)[1]}"
+    begin, end = marks
+    if begin not in page or end not in page:
+        page += f"\n{begin}\n{end}\n"
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{table}{end}{rest.split(end, 1)[1]}"
 
 
 def main() -> None:

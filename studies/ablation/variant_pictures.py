@@ -61,7 +61,7 @@ def difference_picture(rows: Sequence[VariantRow]) -> bytes:
 
 def _draw_pareto(figure: Figure, rows: Sequence[VariantRow]) -> None:
     """Each measure in two panels of one scale: most variants have nearly the bytes of forcing-kv."""
-    families, labels = _families(rows), []
+    families, labels = families_of(rows), []
     own = next(row.kv_bytes for row in rows if row.name == PROFILED)
     border = WIDE * own / 1e6
     panels = figure.subplots(2, 2, sharex="col", sharey="row", squeeze=False, width_ratios=(3, 1))
@@ -115,7 +115,7 @@ def _draw_points(
         axes.errorbar(
             x,
             y,
-            yerr=_error(row.means[axis.measure], axis.scale),
+            yerr=error_of(row.means[axis.measure], axis.scale),
             fmt="o",
             elinewidth=0.9,
             alpha=0.85,
@@ -137,7 +137,7 @@ def _scale(axes: Axes, ends: tuple[float, ...], near: bool) -> None:
 
 
 def _draw_differences(figure: Figure, rows: Sequence[VariantRow]) -> None:
-    families = _families(rows)
+    families = families_of(rows)
     panels = figure.subplots(1, 2, sharey=True)
     titles = ("digits read − forcing-kv (points)", "PSNR to full − forcing-kv (dB)")
     for axes, axis, title in zip(panels, (_DIGITS, _PSNR), titles, strict=True):
@@ -150,7 +150,7 @@ def _draw_differences(figure: Figure, rows: Sequence[VariantRow]) -> None:
             axes.errorbar(
                 axis.scale * found.mean,
                 place,
-                xerr=_error(found, axis.scale),
+                xerr=error_of(found, axis.scale),
                 fmt="o",
                 capsize=2,
                 color=families[row.family],
@@ -172,7 +172,8 @@ def _drawn(size: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:
     return png(figure)
 
 
-def _families(rows: Sequence[VariantRow]) -> dict[str, Colour]:
+def families_of(rows: Sequence[VariantRow]) -> dict[str, Colour]:
+    """A colour for each family, in the order of the rows."""
     names = list(dict.fromkeys(row.family for row in rows))
     return dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
 
@@ -181,7 +182,8 @@ def _shown_name(row: VariantRow) -> str:
     return f"{row.name} ({row.draws} draws)" if row.draws > 1 else row.name
 
 
-def _error(found: Estimate, scale: float) -> list[list[float]] | None:
+def error_of(found: Estimate, scale: float) -> list[list[float]] | None:
+    """The interval as matplotlib takes it, below and above the mean; None where there is none."""
     if found.mean is None or found.low is None or found.high is None:
         return None
     return [[scale * (found.mean - found.low)], [scale * (found.high - found.mean)]]

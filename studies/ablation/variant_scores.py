@@ -1,33 +1,17 @@
-"""What is measured of each video, and the means of each variant, with intervals over prompts."""
+"""What is measured of the videos of variants: means, with intervals over prompts, and paired differences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from forcingkv.measure.fidelity.evaluation import Estimate, SeededPrompt, differences, estimate
-from forcingkv.measure.fidelity.pairs import psnr, squared_error, ssim
-from forcingkv.models.demo.data import moves_of
-from forcingkv.models.demo.judge import READ_CHUNK, grey, verdict
-from studies.ablation.variant_videos import Videos
+from forcingkv.measure.fidelity.evaluation import Estimate, differences, estimate
 from studies.ablation.variants import PROFILED, REFERENCE, Variant
 
-Measure = Literal["digits", "directions", "digits_at", "directions_at", "psnr", "ssim"]
-
-MEASURES: dict[Measure, str] = {
-    "digits": "share of digits read, all chunks",
-    "directions": "share of directions right, all chunks",
-    "digits_at": f"share of digits read, chunk {READ_CHUNK}",
-    "directions_at": f"share of directions right, chunk {READ_CHUNK}",
-    "psnr": "PSNR to full in dB",
-    "ssim": "SSIM to full",
-}
-"""What each measure of a video is."""
-
+Measure = str
+"""The name of what is measured of a video."""
 Values = list[float | None]
 
 
@@ -58,34 +42,11 @@ class VariantRow:
     """The least and the largest mean of a draw."""
 
 
-def measure_videos(
-    variant: Variant,
-    kv_bytes: int,
-    videos: Videos,
-    references: Videos,
-    samples: Sequence[SeededPrompt],
-    frames_per_chunk: int,
-) -> VariantScores:
-    """Measure videos of the demo model: against those of `full`, and by its judge.
+def rows_of(measured: Sequence[VariantScores], prompts: Sequence[str]) -> list[VariantRow]:
+    """A row for each variant, in order; draws of one thing are one row.
 
-    Raises ValueError for prompts that are not of two moving digits.
+    `prompts` are those of the samples: values of one prompt are drawn together when intervals are made.
     """
-    values: dict[Measure, Values] = {name: [] for name in MEASURES}
-    for video, reference, sample in zip(videos, references, samples, strict=True):
-        digits, directions = _read(video, sample.prompt, frames_per_chunk)
-        at = min(READ_CHUNK, len(digits) - 1)
-        values["digits"].append(float(digits.mean()))
-        values["directions"].append(float(directions.mean()))
-        values["digits_at"].append(float(digits[at].mean()))
-        values["directions_at"].append(float(directions[at].mean()))
-        values["psnr"].append(psnr(squared_error(video, reference)))
-        values["ssim"].append(float(np.mean([ssim(*pair) for pair in zip(video, reference, strict=True)])))
-    return VariantScores(variant, kv_bytes, values)
-
-
-def rows_of(measured: Sequence[VariantScores], samples: Sequence[SeededPrompt]) -> list[VariantRow]:
-    """A row for each variant, in order; draws of one thing are one row."""
-    prompts = [sample.prompt for sample in samples]
     by_name: dict[str, list[VariantScores]] = {}
     for one in measured:
         by_name.setdefault(one.variant.name, []).append(one)
@@ -107,26 +68,16 @@ def _quality(row: VariantRow, measure: Measure) -> float:
     return float("inf") if mean is None else mean
 
 
-def _read(
-    video: npt.NDArray[np.uint8], prompt: str, frames_per_chunk: int
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """(chunks, 2): which digits are read, and which directions are right."""
-    moves, frames = moves_of(prompt), grey(video)
-    chunks = range(len(video) // frames_per_chunk)
-    seen = [verdict(frames, moves, frames_per_chunk, chunk) for chunk in chunks]
-    return np.array([v.digits for v in seen]), np.array([v.directions for v in seen])
-
-
 def _row(
     draws: Sequence[VariantScores], full: VariantScores, profiled: VariantScores, prompts: Sequence[str]
 ) -> VariantRow:
-    every = [*prompts] * len(draws)
+    every, measures = [*prompts] * len(draws), tuple(full.values)
 
     def pooled(of: Callable[[VariantScores, Measure], Values]) -> dict[Measure, Estimate]:
-        return {m: estimate([value for one in draws for value in of(one, m)], every) for m in MEASURES}
+        return {m: estimate([value for one in draws for value in of(one, m)], every) for m in measures}
 
-    means = {m: [estimate(one.values[m], prompts).mean for one in draws] for m in MEASURES}
-    known = {m: [mean for mean in means[m] if mean is not None] for m in MEASURES}
+    means = {m: [estimate(one.values[m], prompts).mean for one in draws] for m in measures}
+    known = {m: [mean for mean in means[m] if mean is not None] for m in measures}
     return VariantRow(
         family=draws[0].variant.family,
         name=draws[0].variant.name,

@@ -25,12 +25,22 @@ REFERENCE, PROFILED = "full", "forcing-kv"
 """The variants that the others are compared with; they are in every study."""
 
 MapKind = Literal[
-    "profiled", "dummy", "threshold", "static", "dynamic", "inverted", "random", "random-in-layer"
+    "profiled",
+    "dummy",
+    "threshold",
+    "static",
+    "dynamic",
+    "inverted",
+    "random",
+    "random-in-layer",
+    "dummy-random",
+    "shares",
 ]
-"""Which head map: the model's own; those that a rule makes of its statistics; controls that look at none."""
+"""Which head map: the model's own; those that a rule makes of its statistics; controls that look at none, of
+the profiled map or of `dummy`; and labels in published shares, where no rule is known that makes them."""
 
 SHIPPED = Path(__file__).with_name("variants.toml")
-PER_VALUE = ("threshold", "random", "random-in-layer")
+PER_VALUE = ("threshold", "random", "random-in-layer", "dummy-random", "shares")
 """Kinds of which there is a map for each value: an alpha, or the number of a draw."""
 
 
@@ -148,8 +158,8 @@ def control_map(wanted: WantedMap, profiled: HeadMap, unsplit: Collection[int]) 
     """A control of the kind and draw that is wanted.
 
     Args:
-        wanted: `static`, `dynamic`, `inverted`, `random` (as many static heads as the profiled map has)
-            or `random-in-layer` (as many in each layer); its value is the number of the draw.
+        wanted: `static`, `dynamic`, `inverted`, `random-in-layer` (as many of each label in each layer as the
+            map has), or another (as many in all); its value is the number of the draw.
         profiled: the map that it is a control of.
         unsplit: layers whose labels the policy does not read. They keep theirs: heads moved there would
             change how many are compressed.
@@ -163,7 +173,7 @@ def control_map(wanted: WantedMap, profiled: HeadMap, unsplit: Collection[int]) 
     if wanted.kind == "inverted":
         other = {STATIC: DYNAMIC, DYNAMIC: STATIC}
         labels = [[other[label] for label in row] for row in labels]
-    elif wanted.kind in ("random", "random-in-layer"):
+    elif wanted.kind in ("random", "random-in-layer", "dummy-random", "shares"):
         # The kind is part of the seed, so that draw 1 of one is not draw 1 of the other.
         rng = np.random.default_rng((zlib.crc32(wanted.kind.encode()), int(wanted.value or 0)))
         labels = _shuffled(labels, rng, wanted.kind == "random-in-layer")

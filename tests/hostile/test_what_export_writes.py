@@ -30,6 +30,7 @@ from tests.exported import demo_bundle, shared_bundle
 from tests.runtime.conftest import small_bundle
 from tests.runtime.test_bank import POSITIONS, banking_bundle
 from tests.runtime.test_remembered import remembering_bundle
+from tests.runtime.test_tokens import budget_bundle
 
 
 def bundles() -> Iterator[Path]:
@@ -50,6 +51,7 @@ def bundles() -> Iterator[Path]:
     yield remembering_bundle()
     for positions in POSITIONS:
         yield banking_bundle(positions)
+        yield budget_bundle(positions)
 
 
 def nodes_of(bundle: Path) -> Iterator[Node]:

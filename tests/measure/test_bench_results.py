@@ -85,7 +85,7 @@ def test_a_rehearsal_runs_the_shapes_of_its_chunk_and_changes_no_video(bundles: 
         for chunk in (0, 1, 5, 6, 99):
             rehearsal = session.pass_timer(chunk)
             assert rehearsal.denoise() > 0
-            assert rehearsal.clean() > 0
+            assert rehearsal.fill() > 0
             assert rehearsal.decode() > 0
         after = [chunk.latents.tobytes() for chunk in session.generate("a b c", seed=3, chunks=4)]
     assert before == after

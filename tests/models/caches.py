@@ -23,9 +23,13 @@ def rotated(raw: torch.Tensor, plan: CachePlan, position: int) -> torch.Tensor:
 
 
 def advanced(
-    plan: CachePlan, chunks: int, *, like: torch.Tensor = EXACT
+    plan: CachePlan, chunks: int, *, like: torch.Tensor = EXACT, queries: list[torch.Tensor] | None = None
 ) -> Iterator[tuple[int, Cache, list[torch.Tensor], list[list[int]]]]:
-    """(chunk that comes next, cache, keys of all frames before rotation, segments chosen so far)."""
+    """(chunk that comes next, cache, keys of all frames before rotation, segments chosen so far).
+
+    `queries`: gets each clean pass's own, as they meet rotated keys; None: it has none.
+    """
+    drawn = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
     spec, size = plan.spec, plan.frame_tokens
     cache, raw, chosen = empty_cache(plan, like), [], []
@@ -38,6 +42,18 @@ def advanced(
         tables = positions.rotary(spec, plan.geometry, first, spec.frames_per_chunk)
         rotary = torch.from_numpy(tables[0]), torch.from_numpy(tables[1])
         turn = turn_of(plan, chunk, torch.device("cpu"))
-        cache, indices = advance(plan, cache, [layer] * spec.layers, chunk=chunk, turn=turn, rotary=rotary)
+        asked: list[torch.Tensor] = []
+        if queries is not None:
+            asked = [torch.randn(1, spec.heads, plan.chunk_tokens, spec.head_dim, generator=drawn).to(like)]
+            queries += asked
+        cache, indices = advance(
+            plan,
+            cache,
+            [layer] * spec.layers,
+            chunk=chunk,
+            turn=turn,
+            rotary=rotary,
+            queries=asked * spec.layers,
+        )
         chosen.append([] if indices is None else indices.tolist())
         yield chunk + 1, cache, raw, chosen

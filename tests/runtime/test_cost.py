@@ -14,6 +14,7 @@ from forcingkv.models.wan import KeysValues, WanModel
 from forcingkv.runtime.cost import chunk_flops, pass_flops
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
+from forcingkv.runtime.schedule import FilledBy
 from forcingkv.runtime.spec import ModelSpec, Schedule
 from tests.conftest import headmap_of, random_model, small_spec
 
@@ -93,16 +94,17 @@ def test_so_does_a_pass_of_the_public_model() -> None:
     assert time_embedding(spec) / found.total < 1e-5
 
 
+@pytest.mark.parametrize("context", ["clean", "last"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_video_costs_what_its_chunks_cost(policy: str) -> None:
+def test_a_video_costs_what_its_chunks_cost(policy: str, context: FilledBy) -> None:
     """Every chunk of every phase, the clean passes too; the choice of segments makes no products."""
-    spec = small_spec(attended_frames=9, schedule=Schedule((1000.0,)))
+    spec = small_spec(attended_frames=9, schedule=Schedule((1000.0,), context=context))
     plan = plan_of(spec, policy)
     chunks = plan.phases[-1].first_chunk + 1
     text = torch.zeros(1, spec.text_length, spec.text_width)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         list(generate(random_model(spec), plan, text, seeded_noise(plan, 0), chunks))
-    passes = chunks * (len(spec.schedule.later) + 1)
+    passes = chunks * (len(spec.schedule.later) + (context == "clean"))
     left_out = prompt_projection(spec) + passes * time_embedding(spec)
     assert counter.get_total_flops() == sum(chunk_flops(plan, c) for c in range(chunks)) + left_out
     assert chunk_flops(plan) == chunk_flops(plan, chunks - 1)

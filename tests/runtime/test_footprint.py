@@ -89,6 +89,7 @@ def test_every_part_as_counted_by_hand(bundle: Bundle) -> None:
         "kv_strided": 0,
         "kv_merged": 0,
         "kv_bank": 0,
+        "kv_tokens": 0,
         "decoder_caches": 0,
         "frames": 2 * 3 * 8 * 12 * 3,  # of a chunk, and of the one before
         "text": 5 * 10 * 4 + 2 * 3 * 5 * token,

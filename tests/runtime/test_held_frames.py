@@ -30,6 +30,7 @@ UNIPC = Schedule((999.0, 900.0, 700.0, 400.0), renoise="predicted", solver="unip
 SCHEDULES = {
     "unipc": UNIPC,
     "euler": replace(UNIPC, solver="step"),
+    "unipc, last": replace(UNIPC, context="last"),
     "unipc, first": replace(UNIPC, denoising_steps=(1000.0,), first=UNIPC.denoising_steps[:3]),
 }
 CHUNKS = 3
@@ -69,7 +70,10 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize(("kind", "counts"), [("unipc", (0, 2)), ("euler", (1,)), ("unipc, first", (0,))])
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [("unipc", (0, 2)), ("unipc, last", (0, 2)), ("euler", (1,)), ("unipc, first", (0,))],
+)
 def test_a_session_makes_the_video_of_the_loop_in_torch(on: On, kind: str, counts: tuple[int, ...]) -> None:
     opened = run_by(SCHEDULES[kind])
     with on.open(opened) as session:

@@ -19,6 +19,7 @@ from forcingkv.runtime.kv.policies import ALL, Policy, load_policy, policy_names
 from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.roles import Recent, Sink
 from forcingkv.runtime.kv.strided import Strided
+from forcingkv.runtime.kv.tokens import Tokens
 from tests.conftest import roles, small_spec
 
 POLICY = """
@@ -80,11 +81,35 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
     token_by_token = Ema((0.001,), of="tokens", starts="first")
     assert load_policy("reward-forcing").groups == {"all": (token_by_token, Recent(3))}
     assert load_policy("memflow").groups == {"all": (Sink(3), Bank(3, every=9), Recent(6))}
+    assert load_policy("deep-forcing").groups == {
+        "all": (Sink(share=0.5), Tokens(2, "queries", together=True), Recent(1))
+    }
+    assert load_policy("triattention").groups == {"all": (Sink(3), Tokens(2, "statistics"), Recent(1))}
+    assert load_policy("head-forcing").groups == {
+        "local": (Recent(3),),
+        "anchor": (Sink(3), Recent(1)),
+        "memory": (Sink(3), Bank(4, every=3), Recent(3)),
+    }
     assert load_policy("pyramid").groups == {
         "wave": (Sink(1), Strided(6, 4, cyclic=True), Recent(1)),
         "anchor": (Sink(3), Strided(6, 4), Recent(1)),
         "veil": (Sink(3), Merged(4, 2, 4), Recent(1)),
     }
+
+
+def test_a_sink_may_have_a_share_of_the_window(tmp_path: Path) -> None:
+    """Rounded down, of what a model attends to; a manifest of a sink without one is as it was."""
+    text = POLICY.replace("frames = 1", "share = 0.5", 1)
+    (sink, *_) = read(tmp_path, text).groups["dynamic"]
+    assert sink == Sink(share=0.5)
+    for attended, frames in ((21, 10), (12, 6), (3, 1)):
+        assert sink.opening_frames(small_spec(attended_frames=attended)) == frames
+    assert sink.fitted(small_spec(attended_frames=21), 0, ()) == Sink(10)
+    assert "share" not in to_data(Sink(3))
+    with pytest.raises(InputError, match="has both frames and a share; expected one of the two"):
+        Sink(3, 0.5)
+    with pytest.raises(InputError, match=r"share is 1\.5; expected 0 to 1"):
+        Sink(share=1.5)
 
 
 def test_the_policy_that_was_dummy_forcing_before_is_still_read(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_only_such_graphs_are_told_how_keys_move(bundle: Path) -> None:
 def test_passes_are_timed_at_any_chunk(bundle: Path, on: On) -> None:
     with on.open(bundle) as session:
         timer = session.pass_timer(40)
-        assert min(timer.denoise(), timer.clean()) > 0
+        assert min(timer.denoise(), timer.fill()) > 0
         assert not differ(video_of(session, 1)[0], video_of(session, 1)[0])
 
 

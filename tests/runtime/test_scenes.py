@@ -18,12 +18,14 @@ from forcingkv.runtime import Bundle, Session
 from forcingkv.runtime.kv.plan import CachePlan, build_plan
 from forcingkv.runtime.kv.policies import load_policy
 from forcingkv.runtime.kv.scenes import KEPT, Scene
+from forcingkv.runtime.schedule import FilledBy
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
 from tests.runtime.conftest import small_bundle
 from tests.runtime.lanes import On
+from tests.runtime.test_schedule import with_schedule
 from tests.runtime.videos import OTHER, PROMPT, assert_same, differ
 
 SPEC = small_spec(
@@ -116,11 +118,13 @@ def cut_video(session: Session, cuts: dict[int, str] = CUTS) -> list[np.ndarray]
     return [chunk.latents.copy() for chunk in video]
 
 
-def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> None:
+@pytest.mark.parametrize("context", ["clean", "last"])
+def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On, context: FilledBy) -> None:
     def text(prompt: str) -> torch.Tensor:
         return torch.from_numpy(encode_words(SPEC, prompt))
 
-    with on.open(bundle) as session:
+    opened = with_schedule(Bundle.open(bundle), replace(SPEC.schedule, context=context))
+    with on.open(opened) as session:
         made, plan = cut_video(session), session.plan
         plain = cut_video(session, {})
     scenes = {chunk: text(prompt) for chunk, prompt in CUTS.items()}

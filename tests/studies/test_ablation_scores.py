@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from forcingkv.measure.fidelity.evaluation import SeededPrompt
 from forcingkv.models.demo.data import make_clip
+from studies.ablation.demo_scores import MEASURES, measure_videos
 from studies.ablation.variant_pictures import difference_picture, pareto_picture
-from studies.ablation.variant_scores import (
-    MEASURES,
-    VariantRow,
-    VariantScores,
-    frontier,
-    measure_videos,
-    rows_of,
-)
+from studies.ablation.variant_scores import VariantRow, VariantScores, frontier, rows_of
 from studies.ablation.variant_tables import csv_text, markdown_table
+from studies.ablation.variant_videos import Sample
 from studies.ablation.variants import Variant, read_variants
 
 FRAMES = 3
@@ -30,7 +24,7 @@ CHUNKS = 7
 def made(variant: Variant, kv_bytes: int, digits: list[float], psnr: list[float | None]) -> VariantScores:
     values: dict[str, list[float | None]] = {name: [1.0] * len(digits) for name in MEASURES}
     values |= {"digits": list(digits), "psnr": psnr}
-    return VariantScores(variant, kv_bytes, values)  # type: ignore[arg-type]
+    return VariantScores(variant, kv_bytes, values)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +40,7 @@ def rows() -> list[VariantRow]:
             made(variants["all static", None], 300, [0.0, 0.5, 0.5], [19.0, 19.5, 22.0]),
             made(variants["window 6", None], 700, [0.5, 0.5, 0.5], [25.0, 26.0, 27.0]),
         ],
-        [SeededPrompt(prompt, seed) for seed, prompt in enumerate("abc")],
+        "abc",
     )
 
 
@@ -105,10 +99,10 @@ def test_pictures_are_drawn_alike_each_time(rows: list[VariantRow]) -> None:
 def test_real_clips_are_read_and_noise_is_not() -> None:
     rng, variant = np.random.default_rng(0), read_variants()[1]
     clips = [make_clip(rng, FRAMES * CHUNKS, "held-out") for _ in range(6)]
-    samples = [SeededPrompt(clip.prompt, number) for number, clip in enumerate(clips)]
+    samples = [Sample(clip.prompt, number, CHUNKS) for number, clip in enumerate(clips)]
     grey = np.stack([np.round((clip.frames + 1) * 127.5) for clip in clips]).astype(np.uint8)
-    videos = grey[..., None].repeat(3, -1)
-    noise = rng.integers(0, 256, videos.shape, dtype=np.uint8)
+    coloured = grey[..., None].repeat(3, -1)
+    videos, noise = list(coloured), list(rng.integers(0, 256, coloured.shape, dtype=np.uint8))
 
     same = measure_videos(variant, 1, videos, videos, samples, FRAMES)
     assert np.mean(same.values["digits"]) > 0.9

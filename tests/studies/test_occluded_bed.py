@@ -21,6 +21,8 @@ def options(**other: object) -> argparse.Namespace:
         "headmap": None,
         "seed": 0,
         "backend": "torch",
+        "context": None,
+        "waits": "given",
     }
     return argparse.Namespace(**(given | other))
 
@@ -75,3 +77,16 @@ def test_what_is_counted(tmp_path: Path) -> None:
     }
     assert rows["all", "all"]["digit_interval"] == pytest.approx([0.095, 0.905], abs=0.001)
     assert not rows["all", "all"]["seen_in_window"]
+
+
+@pytest.mark.parametrize("clips", [1, pytest.param(8, marks=pytest.mark.long)])
+def test_what_comes_back_is_known_with_memory_and_not_with_the_newest_frame_alone(
+    tmp_path: Path, clips: int
+) -> None:
+    """The instrument at its ends. A guess has digit and place right in one of thirty returns."""
+    asked = [one for one in bed.bed_clips(4, 0) if one.clip.timeline.away == 2][:clips]
+    bed.run(tmp_path, [NEWEST, "full"], asked, options(checkpoint=None))
+    for row in bed.rows(tmp_path / bed.RETURNS):
+        if row["kind"] == "all":
+            right = (row["digit"] + row["place"]) / (4 * clips)
+            assert right >= 0.8 if row["policy"] == "full" else right <= 0.25

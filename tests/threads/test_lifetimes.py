@@ -53,7 +53,7 @@ def failed(session: Session) -> None:
 
 
 def timed(session: Session) -> None:
-    assert session.pass_timer(2).clean() > 0
+    assert session.pass_timer(2).fill() > 0
 
 
 def closed(session: Session) -> None:

@@ -320,7 +320,7 @@ def test_a_timer_does_not_disturb_a_later_video(bundles: Bundles) -> None:
         assert timer.denoise() > 0
         video = session.generate(PROMPT, seed=7, chunks=3)
         made = [next(video)]
-        for use in (timer.denoise, timer.clean, timer.decode):
+        for use in (timer.denoise, timer.fill, timer.decode):
             with pytest.raises(RuntimeError, match="began another"):
                 use()
         assert_same([*made, *video], expected)

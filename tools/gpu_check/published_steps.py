@@ -258,21 +258,21 @@ class Timed:
 
     def warm(self, times: int) -> None:
         """Run each kind untimed: in three times it is loaded and compiled, captured, and replayed."""
-        for run in (self._timer.denoise, self._timer.clean, self._timer.decode):
+        for run in (self._timer.denoise, self._timer.fill, self._timer.decode):
             for _ in range(times):
                 run()
 
     def turn(self) -> None:
         """Time each kind once."""
         self.denoise.append(self._timer.denoise())
-        self.clean.append(self._timer.clean())
+        self.clean.append(self._timer.fill())
         self.decode.append(self._timer.decode())
 
     def figures(self) -> dict[str, Any]:
         """Medians over the turns, and what they come to for a chunk."""
         spec = self.session.spec
         denoise, clean, decode = (statistics.median(one) for one in (self.denoise, self.clean, self.decode))
-        chunk = len(spec.schedule.later) * denoise + clean
+        chunk = (len(spec.schedule.later) + spec.schedule.clean_passes - 1) * denoise + clean
         return {
             "pass_seconds": denoise,
             "clean_pass_seconds": clean,

@@ -24,11 +24,15 @@ from forcingkv.runtime.kv.retained import Retained
 from forcingkv.runtime.kv.roles import Recent, Role, Sink
 from forcingkv.runtime.kv.scenes import Scene
 from forcingkv.runtime.kv.strided import Strided
+from forcingkv.runtime.kv.tokens import Tokens
 from forcingkv.runtime.shipped import read_table, shipped_names
 from forcingkv.runtime.spec import MOST_FRAMES, Positions
 
 Role.KINDS.update(
-    {kind.name: kind for kind in (Sink, Retained, Recent, Early, Opening, Scene, Ema, Strided, Merged, Bank)}
+    {
+        kind.name: kind
+        for kind in (Sink, Retained, Recent, Early, Opening, Scene, Ema, Strided, Merged, Bank, Tokens)
+    }
 )
 
 ALL = "all"
@@ -134,8 +138,13 @@ class Policy:
 
 
 def policy_names() -> list[str]:
-    """Names that `load_policy` knows, the plainest first."""
-    return sorted(shipped_names(__name__), key=lambda name: (load_policy(name).needs_headmap, name))
+    """Names that `load_policy` knows, the plainest first: without a head map, and of few roles."""
+
+    def plainness(name: str) -> tuple[bool, int, str]:
+        policy = load_policy(name)
+        return policy.needs_headmap, 0 if policy.needs_headmap else len(policy.groups[ALL]), name
+
+    return sorted(shipped_names(__name__), key=plainness)
 
 
 def load_policy(name: str) -> Policy:

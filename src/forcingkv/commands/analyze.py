@@ -38,6 +38,7 @@ from forcingkv.commands.models import (
     text_inputs,
     weights_for,
 )
+from forcingkv.commands.query_statistics import queries
 from forcingkv.headmaps import Budget, InputError, read_headmap
 from forcingkv.headmaps.fields import one_of, shown
 from forcingkv.headmaps.plain import plain
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Record attention statistics, label heads, judge and compare.", no_args_is_help=True)
 app.command("compare")(compare)
+app.command("queries")(queries)
 
 LEVEL_STYLES = {"safe": "green", "care": "yellow", "unsafe": "red", "unknown": "magenta"}
 

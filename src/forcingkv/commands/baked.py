@@ -11,6 +11,7 @@ from typer import Option
 
 from forcingkv.commands.console import need, progress_bar, say
 from forcingkv.commands.models import (
+    CacheFilledBy,
     Checkpoint,
     Key,
     Layers,
@@ -20,6 +21,7 @@ from forcingkv.commands.models import (
     Resolution,
     check_layers,
     weights_for,
+    with_context,
 )
 from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -28,6 +30,7 @@ from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.footprint import readable
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
+from forcingkv.runtime.kv.statistics import QueryStatistics, needs_statistics, required_statistics
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import encode_words, read_embeds
 
@@ -57,7 +60,12 @@ class ModelOptions:
     headmap: Annotated[
         Path | None, Option(help="With --model: head map to bake in; default: the one that ships, if any.")
     ] = None
+    statistics: Annotated[
+        Path | None,
+        Option(help="With --model: statistics of its queries, for policies that score tokens by them."),
+    ] = None
     policy: Annotated[str | None, Option(help=f"With --model: cache policy; default: {POLICY}.")] = None
+    context: CacheFilledBy = None
     resolution: Resolution = None
     decoder: Annotated[
         str | None, Option(help="With --model: wan-vae, taehv or lighttae; default: the model's.")
@@ -131,17 +139,21 @@ def bake_model(
     from forcingkv.runtime.backends.torch_lane import device_for
 
     device_for(run)
-    spec, policy = load_spec(options.model), load_policy(options.policy or POLICY)
+    spec = with_context(load_spec(options.model), options.context)
+    policy = load_policy(options.policy or POLICY)
     _check_prompts(spec, embeds, prompts, random=options.random_weights)
     spec.geometry(options.resolution)
     given = read_headmap(options.headmap) if options.headmap else None
     headmap = heads_to_bake(spec, policy, given, random=options.random_weights, online=online)
+    statistics = statistics_to_bake(policy, options.statistics)
     if options.layers:
         spec, policy, headmap = typical_layers(spec, policy, headmap, options.layers)
+    statistics = statistics or (random_statistics(spec, policy) if options.random_weights else None)
     spec, decoder = decoder_for(spec, options.decoder, options.vae, random=options.random_weights)
     encodes = encodes or spec.context_first == "encoded"
     encoder = _encoder(options, spec) if encodes and spec.decoder.kind != "pixels" else None
-    plan = build_plan(spec, spec.geometry(options.resolution), policy, headmap)
+    plan = build_plan(spec, spec.geometry(options.resolution), policy, headmap, statistics)
+    required_statistics(plan)
     if online:
         check_classes(plan, run)
     recipe = Recipe(plan, headmap, decoder, run.dtype or spec.dtype, encoder)
@@ -217,6 +229,29 @@ def heads_to_bake(
         )
     _note(f"head map: the one that ships with {spec.name} ({in_words(shipped)})")
     return shipped
+
+
+def statistics_to_bake(policy: Policy, given: Path | None) -> QueryStatistics | None:
+    """Those of a file, and a word on what they are of; None where nothing is given or the policy reads none.
+    Raises InputError for a file of anything else."""
+    if given is None:
+        return None
+    from forcingkv.models.query_statistics import read_statistics
+
+    if not needs_statistics(policy):
+        _note(f"the policy {policy.name} scores by no statistics of queries, and uses none")
+        return None
+    found = read_statistics(given)
+    _note(f"statistics of queries: {found.source}")
+    return found
+
+
+def random_statistics(spec: ModelSpec, policy: Policy) -> QueryStatistics | None:
+    """Such as go with random weights, and a word on it; None where the policy reads none."""
+    if not needs_statistics(policy):
+        return None
+    _note("no statistics of queries are given: random numbers, as the weights are")
+    return QueryStatistics.random(spec)
 
 
 def _check_prompts(

@@ -12,12 +12,14 @@ from typer import Option
 from forcingkv.commands.console import MOST, AsJson, emit, listed, must_end, need, progress_bar, say
 from forcingkv.commands.models import (
     BackendOrOwn,
+    CacheFilledBy,
     Compiled,
     CudaGraphs,
     Device,
     ExpectDigests,
     Provider,
     Threads,
+    with_context,
 )
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -44,6 +46,7 @@ def bench(
     headmap: Annotated[
         Path | None, Option(help="Head map; default: as many heads of each label as published.")
     ] = None,
+    context: CacheFilledBy = None,
     backend: BackendOrOwn = None,
     backends: Annotated[
         str | None, Option(help="Of a model: onnxruntime, torch, or both with a comma between them.")
@@ -98,11 +101,11 @@ def bench(
             where="bench",
             expected="--model NAME, or --bundle FOLDER",
         )
-    if bundle and (layers or geometry or headmap or decoder):
+    if bundle and (layers or geometry or headmap or context or decoder):
         raise InputError(
-            "a bundle has its layers, geometry, head map and decoder already",
+            "a bundle has its layers, geometry, head map, context and decoder already",
             where="--bundle",
-            hint="Leave out --layers, --geometry, --headmap and --decoder.",
+            hint="Leave out --layers, --geometry, --headmap, --context and --decoder.",
         )
     if bundle and (backends or dtypes):
         raise InputError(
@@ -130,7 +133,8 @@ def bench(
         chosen = ways(asked, _names(dtypes or "float32", "--dtypes"))
         if sweep and len(chosen) > 1:
             raise InputError("shows one backend and dtype", where="--sweep")
-        spec, names = load_spec(model), _names(policies, "--policies")
+        spec = with_context(load_spec(model), context)
+        names = _names(policies, "--policies")
         sizes = _names(geometry, "--geometry") if geometry else sizes
         for size in sizes:  # or the last would be refused when the first has been timed
             spec.geometry(size)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from forcingkv.commands.baked import heads_to_bake
+from forcingkv.commands.baked import heads_to_bake, random_statistics, statistics_to_bake
 from forcingkv.commands.console import console, default_prompts, emit, need, say
 from forcingkv.commands.models import (
+    CacheFilledBy,
     Checkpoint,
     Key,
     Layers,
@@ -22,6 +23,7 @@ from forcingkv.commands.models import (
     check_layers,
     text_inputs,
     weights_for,
+    with_context,
 )
 from forcingkv.headmaps import read_headmap
 from forcingkv.headmaps.errors import InputError
@@ -42,6 +44,10 @@ def export(
     model: Model,
     out: Annotated[Path, Option(help="Folder of the bundle.")],
     headmap: Annotated[Path | None, Option(help="Head map to bake in.")] = None,
+    statistics: Annotated[
+        Path | None,
+        Option(help="Statistics of the model's queries (analyze queries), for policies that score by them."),
+    ] = None,
     checkpoint: Checkpoint = None,
     key: Key = None,
     lora: Loras = None,
@@ -50,6 +56,7 @@ def export(
     layers: Layers = None,
     resolution: Resolution = None,
     policy: Annotated[str, Option(help="Cache policy.")] = "forcing-kv",
+    context: CacheFilledBy = None,
     decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
     vae: Annotated[Path | None, Option(help="Weights of the decoder: a file or a folder.")] = None,
     decode_strips: Annotated[
@@ -119,8 +126,9 @@ def export(
     from forcingkv.runtime.kv.policies import load_policy
 
     wanted = one_of(Target, target, "target")
-    spec, chosen = load_spec(model), load_policy(policy)
+    spec, chosen = with_context(load_spec(model), context), load_policy(policy)
     given = read_headmap(headmap) if headmap else None
+    of_queries = statistics_to_bake(chosen, statistics)
     if given and not chosen.needs_headmap:
         say(f"note: the policy {chosen.name} treats all heads alike, and uses no head map", error=True)
     check_layers(layers, random_weights)
@@ -128,6 +136,7 @@ def export(
         given = heads_to_bake(spec, chosen, None, random=True)
     if layers:
         spec, chosen, given = typical_layers(spec, chosen, given if chosen.needs_headmap else None, layers)
+    of_queries = of_queries or (random_statistics(spec, chosen) if random_weights else None)
     precision = one_of(ExportDtype, dtype, "dtype") if dtype else None
     if kept := check_out(out):
         names = ", ".join(kept[:5]) + (f" and {len(kept) - 5} more" if len(kept) > 5 else "")
@@ -147,6 +156,7 @@ def export(
                 chosen,
                 out,
                 headmap=given,
+                statistics=of_queries,
                 resolution=resolution,
                 decoder=pixels,
                 strips=decode_strips,
@@ -175,6 +185,8 @@ def export(
     if manifest.crop:
         computed, shown = ("{}x{}".format(*size) for size in (manifest.resolution, manifest.crop))
         say(f"computed at {computed}; the last columns and rows are cut off: frames are {shown}")
+    if spec.schedule.context == "last":
+        say("the last denoising pass of a chunk fills the cache: there is no clean pass")
     if manifest.strips:
         say(f"{spec.decoder.kind} decodes a frame {manifest.strips.described}")
     if record := manifest.calibration:

@@ -183,7 +183,10 @@ def generate(
             began = time.perf_counter()
             video, look = begin_video(session, asked, clips)
             written.beginning = time.perf_counter() - began
-            on = runs_on(session, threads) | {"memory": session.footprint}
+            filled_by = session.spec.fills_cache
+            if filled_by == "last":
+                say("the last denoising pass of a chunk fills the cache: no clean pass", error=True)
+            on = runs_on(session, threads) | {"context": filled_by, "memory": session.footprint}
             for note in session.notes:
                 written.warn(note)
             if out == "-":

@@ -102,6 +102,7 @@ def _model(opened: Bundle) -> Iterator[str]:
     )
     yield from _beside("schedule", spec.passes_described)
     digest = f", head map {manifest.headmap[:12]}" if manifest.headmap else ""
+    digest += f", statistics of queries {manifest.statistics[:12]}" if manifest.statistics else ""
     yield from _beside("policy", manifest.policy.name + digest)
     yield from _beside("positions", in_words(plan))
     for lora in manifest.loras or ():

@@ -13,9 +13,11 @@ from typer import Option
 
 from forcingkv.commands.console import console, default_prompts, say
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.fields import one_of
 from forcingkv.runtime.backends import BACKENDS
 from forcingkv.runtime.backends.ort_providers import PROVIDERS
 from forcingkv.runtime.prompts import PromptLine, shortened
+from forcingkv.runtime.schedule import FilledBy
 from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.text import TextInput, encode_words, read_embeds
 from forcingkv.runtime.threads import chosen_threads
@@ -110,7 +112,21 @@ Threads: TypeAlias = Annotated[
         min=1, callback=_usable_threads, help="CPU threads; default: one a core that this process may use."
     ),
 ]
+CacheFilledBy: TypeAlias = Annotated[
+    str | None,
+    Option(
+        "--context",
+        help="Whose keys and values of a chunk the cache takes: clean, of one more pass over what was made;"
+        " last, of its last denoising pass, and that is one pass fewer; default: the model's.",
+    ),
+]
 Resolution: TypeAlias = Annotated[str | None, Option(help="WIDTHxHEIGHT of frames, or a name, such as 480p.")]
+
+
+def with_context(spec: ModelSpec, context: str | None) -> ModelSpec:
+    """The model with what `--context` says. Raises InputError for another word, and for a model whose cache
+    no chunk fills."""
+    return spec.filled_by(one_of(FilledBy, context, "context") if context else None)
 
 
 def check_layers(layers: int | None, random_weights: bool) -> None:

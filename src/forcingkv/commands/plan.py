@@ -10,6 +10,7 @@ import typer
 from typer import Option
 
 from forcingkv.commands.console import AsJson, emit, listed, parse_pairs, say
+from forcingkv.commands.models import CacheFilledBy, with_context
 from forcingkv.headmaps import HeadMap, read_headmap
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import one_of
@@ -37,6 +38,7 @@ def plan(
         str | None,
         Option(help="Instead of a head map: how many heads have each label, static=134,dynamic=226."),
     ] = None,
+    filled_by: CacheFilledBy = None,
     seconds: Annotated[float, Option(help="Length of the video.")] = 30.0,
     dtype: Annotated[str, Option(help="bfloat16 or float16.")] = "bfloat16",
     decoder: Annotated[str | None, Option(help="wan-vae, taehv or lighttae; default: the model's.")] = None,
@@ -66,7 +68,7 @@ def plan(
     from forcingkv.models.presets import load_spec
     from forcingkv.runtime.kv.policies import load_policy, policy_names
 
-    spec = _with_decoder(load_spec(model), decoder)
+    spec = with_context(_with_decoder(load_spec(model), decoder), filled_by)
     known = known_heads(spec, headmap, heads)
     report = plan_report(
         spec,

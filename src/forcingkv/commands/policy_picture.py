@@ -212,7 +212,8 @@ def _row(axes: Axes, top: float, name: str, row: Row, frames: _Frames, short: di
         x = frames.left + frame * frames.width
         axes.plot([x, x], [top, top + high], color=EDGE, linewidth=2.4, solid_capstyle="butt")
     end = frames.left + row.own.stop * frames.width + 0.08
-    _write(axes, end, middle, f"{row.frames:.4g} frames", color=SOFT, fontsize=7.5)
+    words = ", ".join([f"{row.frames:.4g} frames", *row.codes])
+    _write(axes, end, middle, words, color=SOFT, fontsize=7.5)
 
 
 def _numbers(axes: Axes, y: float, frames: _Frames, chunk: int) -> None:
