@@ -70,7 +70,7 @@ def test_a_refusal_says_what_is_needed_and_what_fits(
     assert "are available" in told
     for name, size in parts.items():
         assert (f"{name} " in told) == bool(size)
-    assert "memrope at own (" in told.partition("What fits: ")[2]
+    assert "deep-forcing at own (" in told.partition("What fits: ")[2]
     assert told.count(" at own (") == 3, "no more than three, the nearest first"
     assert raised.value.where == str(bundle.path)
 

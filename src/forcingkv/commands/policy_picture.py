@@ -45,7 +45,7 @@ REMARKS = 165
 BETWEEN = 0.035
 """Height that is left free between rows."""
 PARTS = "A frame filled in part: so many of its tokens are seen."
-CHOSEN = "Which segments are retained the video decides: these are evenly spaced ones, as an example."
+CHOSEN = "Which segments, tokens or frames of a bank are kept the video decides: these are an example."
 
 
 class _Panel(NamedTuple):
@@ -81,7 +81,7 @@ def write_policy_picture(plan: CachePlan, path: Path) -> None:
             _Panel(_title(plan, kind), textwrap.wrap(words or "nothing but the chunk", REMARKS), rows)
         )
     headline = f"What heads see under {plan.policy.name}: {_model(plan)}"
-    write_bytes(path, _drawn(headline, panels, CHUNKS, chosen=plan.choice is not None))
+    write_bytes(path, _drawn(headline, panels, CHUNKS, chosen=_chosen(plan)))
 
 
 def write_policies_picture(plans: Sequence[CachePlan], path: Path) -> None:
@@ -101,8 +101,14 @@ def write_policies_picture(plans: Sequence[CachePlan], path: Path) -> None:
         for plan in plans
     ]
     headline = f"What heads see in chunk {chunk}: {_model(plans[0])}"
-    chosen = any(plan.choice is not None for plan in plans)
+    chosen = any(map(_chosen, plans))
     write_bytes(path, _drawn(headline, panels, LABELS, chosen=chosen))
+
+
+def _chosen(plan: CachePlan) -> bool:
+    """Whether what heads see follows from keys, so that only an example of it can be drawn."""
+    roles = {type(role) for group in plan.groups for role in group.roles}
+    return plan.choice is not None or any(role.example_spans is not Role.example_spans for role in roles)
 
 
 def _model(plan: CachePlan) -> str:
@@ -141,7 +147,7 @@ def _drawn(headline: str, panels: list[_Panel], names: float, *, chosen: bool) -
     used = {seen.role for row in rows for seen in row.seen}
     roles = [name for name in Role.KINDS if name in used]
     partial = any(seen.start > 0 or seen.stop < 1 for row in rows for seen in row.seen)
-    text = " ".join([*([PARTS] if partial else []), *([CHOSEN] if chosen and partial else [])])
+    text = " ".join([*([PARTS] if partial else []), *([CHOSEN] if chosen else [])])
     remarks = textwrap.wrap(text, REMARKS)
     height = 2 * MARGIN + 3 * LINE + sum(panel.height for panel in panels) + LINE * (1.2 + len(remarks))
     with style({"font.size": 8.5, "text.color": INK}):
