@@ -338,21 +338,20 @@ class ChunkMaker:
     def _denoise(self, step: int, level: PassLevel, renewing: Mapping[int, Floats]) -> None:
         if self._noise is not None and step in renewing:
             self._noise.write(renewing[step], self.lane.main)
-        self._run(level, step)
-
-    def _clean(self, levels: Sequence[PassLevel], denoised: Mark) -> tuple[Mark, Mark]:
-        """The clean pass after those, unless the last of them filled the cache; the marks around it."""
-        if levels and levels[-1].fills:
-            return denoised, denoised
-        self._run(clean_level(self.schedule), len(levels))
-        return denoised, self.lane.main.mark()
-
-    def _run(self, level: PassLevel, step: int) -> None:
         if level.fills:
             self.cache.tell()
         self.bound(level, step).run()
         if level.fills:
             self.cache.cleaned()
+
+    def _clean(self, levels: Sequence[PassLevel], denoised: Mark) -> tuple[Mark, Mark]:
+        """The clean pass after those, unless the last of them filled the cache; the marks around it."""
+        if levels and levels[-1].fills:
+            return denoised, denoised
+        self.cache.tell()
+        self.bound(clean_level(self.schedule), len(levels)).run()
+        self.cache.cleaned()
+        return denoised, self.lane.main.mark()
 
     def _write_positions(self, index: int) -> None:
         frames, passes = self._spec.frames_per_chunk, self.cache.passes

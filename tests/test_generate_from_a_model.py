@@ -159,6 +159,8 @@ def test_both_neither_and_what_belongs_to_the_other_are_refused(tmp_path: Path, 
         "vae": Path("vae.pth"),
         "encoder": Path("vae.pth"),
         "layers": 2,
+        "context": "last",
+        "statistics": Path("q.safetensors"),
     }
     assert options.keys() == ModelOptions.__dataclass_fields__.keys() - {"model"}
     for name, value in options.items():

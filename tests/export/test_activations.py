@@ -141,6 +141,7 @@ def test_next_caches_are_made_where_keys_and_values_are() -> None:
     onnx.checker.check_model(ir.to_proto(whole))
 
 
+@pytest.mark.long
 def test_keys_of_a_layer_do_not_wait_for_the_others() -> None:
     """A model of twice the layers needs no more between inputs and outputs."""
     spec = small_spec(layers=1)

@@ -67,9 +67,9 @@ def differences(
         ("full", "fresh"),
         ("window", "fresh"),
         ("dummy-forcing", "fresh"),
-        ("dummy-forcing-6", "fresh"),
+        pytest.param("dummy-forcing-6", "fresh", marks=pytest.mark.long),
         ("forcing-kv-krea", "fresh"),
-        ("forcing-kv-krea-sink", "fresh"),
+        pytest.param("forcing-kv-krea-sink", "fresh", marks=pytest.mark.long),
         ("forcing-kv", "fresh"),
         ("forcing-kv", "predicted"),  # to renoise is the same with every policy
     ],

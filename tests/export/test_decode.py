@@ -62,9 +62,13 @@ CASES: dict[str, tuple[Callable[[], StreamingDecoder], Callable[[Tensor], Tensor
     "taehv of 2.2": (partial(small_taehv, 2), partial(by_taehv, patch=2)),
     "lighttae": (small_lighttae, by_lighttae),
 }
+LARGEST = "wan-vae of 2.2"
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.long if name == LARGEST else ()) for name in CASES],
+)
 def bundle(request: pytest.FixtureRequest) -> tuple[str, Path]:
     if request.param == "taehv":
         return request.param, small_bundle("taehv")  # of the same decoder and sizes

@@ -69,7 +69,7 @@ def video(folder: Path, backend: str) -> Video:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.long)])
 def test_frames_are_those_of_whole_frames(count: int, backend: str) -> None:
     whole, latents = video(bundle_of(1), backend)
     strips, same = video(bundle_of(count), backend)
@@ -128,6 +128,7 @@ def test_engines_run_the_strips_on_memory_of_their_own(
 
 @needs_rtx
 @pytest.mark.slow
+@pytest.mark.long
 def test_engines_of_both_parts_are_built_and_counted(run: Callable[..., Ran]) -> None:
     folder = bundle_of(2, target="tensorrt-rtx", sms=(89,))
     opened = Bundle.open(folder)

@@ -111,6 +111,7 @@ def test_the_bundle_has_an_engine_of_each_graph(built: Path) -> None:
 
 @needs_rtx
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_builds_give_the_same_digest(built: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(built).manifest
     first = next(engine for engine in manifest.engines if engine.graph == "step")
@@ -186,6 +187,7 @@ def parsed_layers(layers: int, folder: Path) -> dict[str, int]:
 
 @needs_rtx
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_block_costs_at_most_a_third_of_the_layers_of_a_naive_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,8 +257,10 @@ def test_as_many_candidates_as_there_may_be(pool: Executor) -> None:
     assert select(pool, similarity.repeat_interleave(SELECT_BLOCK + 1), SELECT_BLOCK + 1, 20) == expected
 
 
-@pytest.mark.parametrize("transition", [0, 1])
-@pytest.mark.parametrize("frame", [12, 13])
+@pytest.mark.parametrize(
+    ("frame", "transition"),
+    [(12, 0), *(pytest.param(*one, marks=pytest.mark.long) for one in ((12, 1), (13, 0), (13, 1)))],
+)
 def test_garbage_indices_read_some_segment_and_nothing_else(
     pool: Executor, frame: int, transition: int
 ) -> None:

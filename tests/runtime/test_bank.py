@@ -45,7 +45,10 @@ def banking_bundle(positions: Positions) -> Path:
     return shared_bundle(SPEC, random_model(SPEC).state_dict(), policy, headmap=MAP, verify=False)
 
 
-@pytest.fixture(scope="module", params=POSITIONS)
+@pytest.fixture(
+    scope="module",
+    params=[POSITIONS[0], *(pytest.param(one, marks=pytest.mark.long) for one in POSITIONS[1:])],
+)
 def bundle(request: pytest.FixtureRequest) -> Path:
     return banking_bundle(request.param)
 

@@ -169,7 +169,7 @@ def test_the_first_frame_is_made_again_from_the_third_chunk_on(kind: str, same: 
 
 
 @pytest.mark.parametrize("made", [0, 1, 3])
-@pytest.mark.parametrize("kind", ["kept", "pixels again"])
+@pytest.mark.parametrize("kind", ["kept", pytest.param("pixels again", marks=pytest.mark.long)])
 def test_a_saved_state_goes_on_to_the_bit(on: On, kind: str, made: int, tmp_path: Path) -> None:
     with on.open(recomputing(kind)) as session:
         video = session.generate(PROMPT, seed=7, chunks=5)

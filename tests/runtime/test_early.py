@@ -142,12 +142,14 @@ def test_memory_is_taken_for_what_there_ever_is(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("dummy-forcing", {"ar_start": 3}),
+        pytest.param("dummy-forcing", {"ar_start": 3}, marks=pytest.mark.long),
         ("dummy-forcing", {"ar_start": 2, "positions": "relative"}),
         pytest.param("dummy-forcing-6", {"ar_start": 1}, marks=pytest.mark.long),
-        ("forcing-kv-krea-sink", {"ar_start": 2}),
+        pytest.param("forcing-kv-krea-sink", {"ar_start": 2}, marks=pytest.mark.long),
         ("collected", {"ar_start": 2, "frames_per_chunk": 1, "attended_frames": 9}),
-        pytest.param("collected", {"ar_start": 4, "frames_per_chunk": 1, "attended_frames": 9}),
+        pytest.param(
+            "collected", {"ar_start": 4, "frames_per_chunk": 1, "attended_frames": 9}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_sessions_make_what_the_loop_makes_of_rivals(

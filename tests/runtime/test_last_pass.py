@@ -263,7 +263,7 @@ def test_given_chunks_are_encoded_in_a_clean_pass(on: On, bundles: Bundles) -> N
     assert (videos[0][1].latents != videos[1][1].latents).any()
 
 
-@pytest.mark.parametrize("how", ["replay", "empty-sink"])
+@pytest.mark.parametrize("how", [pytest.param("replay", marks=pytest.mark.long), "empty-sink"])
 def test_a_switch_encodes_latents_as_they_are_at_0(on: On, bundles: Bundles, how: Recache) -> None:
     """What it makes of the same latents is the cache that it makes under `clean`, to the bit."""
     path = bundles("switching")

@@ -44,7 +44,7 @@ def switched(session: Session, at: int, how: Recache | None, chunks: int) -> lis
     [
         ("switching", 4, "keep-sink"),
         ("switching", 4, "empty-sink"),
-        ("longlive", 2, "keep-sink"),
+        pytest.param("longlive", 2, "keep-sink", marks=LONG),
         ("longlive", 5, "keep-sink"),
         ("longlive", 5, "empty-sink"),
         *(pytest.param("switching", at, how, marks=LONG) for at in (1, 2) for how in ENCODED),

@@ -37,7 +37,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-@pytest.mark.parametrize(("name", "profiles"), [("full", FULL), ("window", WINDOW)])
+@pytest.mark.parametrize(
+    ("name", "profiles"), [("full", FULL), pytest.param("window", WINDOW, marks=pytest.mark.long)]
+)
 def test_a_frame_wise_video_is_that_of_onnx_runtime(
     name: str, profiles: list[int], cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

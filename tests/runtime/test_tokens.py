@@ -50,7 +50,10 @@ def budget_bundle(positions: Positions) -> Path:
     return shared_bundle(SPEC, weights, policy, headmap=MAP, statistics=STATISTICS, verify=False)
 
 
-@pytest.fixture(scope="module", params=POSITIONS)
+@pytest.fixture(
+    scope="module",
+    params=[POSITIONS[0], *(pytest.param(one, marks=pytest.mark.long) for one in POSITIONS[1:])],
+)
 def bundle(request: pytest.FixtureRequest) -> Path:
     return budget_bundle(request.param)
 

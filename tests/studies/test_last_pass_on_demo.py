@@ -41,6 +41,7 @@ def test_passes_are_made_down_to_an_end() -> None:
         study.ending_at(spec, 600.0)
 
 
+@pytest.mark.long
 def test_videos_are_measured_once_each_and_compared_in_pairs(tmp_path: Path) -> None:
     rows = study.run(asked(tmp_path))
     path = tmp_path / study.VIDEOS
@@ -117,6 +118,7 @@ def generate_on(model: WanModel, plan: CachePlan, cache: Cache, text: torch.Tens
     return latents.numpy()
 
 
+@pytest.mark.long
 def test_returning_digits_are_compared_clip_by_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bed, "MOST_AWAY", 1)
     monkeypatch.setattr(bed, "ENTRIES", {"first frame": (0, 0)})

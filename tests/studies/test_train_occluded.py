@@ -137,6 +137,7 @@ def test_it_begins_with_what_the_demo_knows_but_its_words() -> None:
     torch.testing.assert_close(model.text_embedding[0].weight[:, places], table[:, 17:29], rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "compile_blocks", lambda model: None)
     monkeypatch.setattr(training, "SAVE_EVERY", 1)
