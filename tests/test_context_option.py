@@ -126,6 +126,7 @@ def test_memory_is_the_same(run: Run) -> None:
     assert memory[0] == memory[1]
 
 
+@pytest.mark.long
 def test_bench_times_a_chunk_of_as_many_passes(
     run: Run, narrow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,6 +262,7 @@ def test_the_demo_model_draws_the_same_video_in_fp8() -> None:
     find_spec("tensorrt_rtx") is None,
     reason="needs tensorrt-rtx: pip install 'forcingkv[tensorrt-rtx]'",
 )
+@pytest.mark.long
 def test_tensorrt_builds_engines() -> None:
     spec = small_spec(layers=2, heads=4, head_dim=16, ffn_width=64)
     bundle = shared_bundle(

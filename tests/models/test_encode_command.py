@@ -228,6 +228,7 @@ main()
 """
 
 
+@pytest.mark.long
 def test_killed_and_started_again_gives_the_same_file(place: Path, run: Callable[..., Ran]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *words(place)], capture_output=True, env=dict(os.environ), check=False

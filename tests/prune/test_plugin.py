@@ -233,6 +233,7 @@ def test_a_node_is_the_plugin_where_registered_and_its_body_elsewhere(report: di
 
 
 @needs_tensorrt
+@pytest.mark.long
 def test_engines_build_without_a_gpu_and_alike_in_two_processes(
     report: dict[str, Any], tmp_path: Path
 ) -> None:
