@@ -16,6 +16,7 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -106,7 +107,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/ablations"), help="of finished videos")
     given = parser.parse_args()
     rows = run(given)
-    command = " ".join(["python -m studies.ablation", *_other_than_default(parser, given)])
+    options = "prompts", "seeds", "chunks", "samples", "first_seed", "only"
+    command = " ".join(["python -m studies.ablation", *other_than_default(parser, given, options)])
     about = (
         f"`{command}`: {given.prompts} prompts, {given.seeds} seed{'s' * (given.seeds > 1)} each,"
         f" {given.chunks} chunks a video; heads measured on {given.samples} other prompts.\n\n"
@@ -120,10 +122,12 @@ def main() -> None:
     print(markdown_table(rows), end="")
 
 
-def _other_than_default(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
-    """The options that say what is measured, where they are not the default."""
+def other_than_default(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, options: Sequence[str]
+) -> list[str]:
+    """Those of the options that are not the default, as they are written."""
     words = []
-    for name in ("prompts", "seeds", "chunks", "samples", "first_seed", "only"):
+    for name in options:
         value = getattr(given, name)
         if value != parser.get_default(name):
             values = value if isinstance(value, list) else [str(value)]

@@ -22,7 +22,7 @@ import torch
 from forcingkv.headmaps.writing import write_bytes, write_text
 from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec
-from studies.ablation.__main__ import chosen_variants, page_with
+from studies.ablation.__main__ import chosen_variants, other_than_default, page_with
 from studies.ablation.variant_maps import VariantMaps
 from studies.ablation.variant_scores import VariantRow, VariantScores, rows_of
 from studies.ablation.variant_tables import csv_text
@@ -76,9 +76,11 @@ def main() -> None:
     bed = BEDS[given.bed](given.prompts)
     rows = run(bed, given)
     table = bed_table(bed.model, rows)
+    options = "bed", "prompts", "samples", "only"
+    command = " ".join(["python -m studies.comparison", *other_than_default(parser, given, options)])
     about = (
-        f"`python -m studies.comparison --bed {bed.model}`: {len(bed.samples)} videos of each variant;"
-        f" heads measured on {given.samples} other prompts.\n\n"
+        f"`{command}`: {len(bed.samples)} videos of each variant; heads measured on {given.samples} other"
+        " prompts.\n\n"
     )
     page = given.out / "comparison.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""

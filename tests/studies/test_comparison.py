@@ -80,4 +80,7 @@ def test_a_run_writes_table_numbers_and_pictures(
     assert [row["variant"] for row in rows] == ["full", "forcing-kv"]
     assert (tmp_path / "pictures" / "comparison-demo.png").is_file()
     assert "2/2 forcing-kv" in capsys.readouterr().err
-    assert "`python -m studies.comparison --bed demo`: 2 videos" in (tmp_path / "comparison.md").read_text()
+    assert (
+        "--bed demo --prompts 2 --samples 1 --only full`: 2 videos"
+        in (tmp_path / "comparison.md").read_text()
+    )
