@@ -14,7 +14,6 @@ from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.wan import WanModel
-from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.roles import Recent, Sink
@@ -25,7 +24,7 @@ from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
 from tests.models.query_statistics import made_up
 from tests.runtime.lanes import On
-from tests.runtime.videos import OTHER, PROMPT, assert_same, differ, video_of
+from tests.runtime.videos import OTHER, PROMPT, assert_goes_on, assert_same, counted_parts, differ, video_of
 
 SPEC = small_spec(layers=2, attended_frames=12)
 MAP = HeadMap(
@@ -74,20 +73,12 @@ def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> Non
 
 def test_it_goes_on_to_the_bit_when_restored(bundle: Path, on: On, tmp_path: Path) -> None:
     with on.open(bundle) as session:
-        whole = video_of(session, 8)
-        for saved_after in (1, 6):
-            video = session.generate(PROMPT, seed=7, chunks=8)
-            list(islice(video, saved_after))
-            video.save(tmp_path / str(saved_after))
-        for saved_after in (1, 6):
-            assert_same(session.restore(tmp_path / str(saved_after)), whole[saved_after:])
+        assert_goes_on(session, tmp_path, (1, 6))
 
 
 def test_bytes_are_counted(bundle: Path, on: On) -> None:
     with on.open(bundle) as session:
-        list(islice(session.generate(PROMPT, seed=7, chunks=1), 1))
-        parts = footprint(session.bundle.manifest, session.plan)
-        assert session._memory().cache.nbytes == sum(n for name, n in parts.items() if name[:3] == "kv_")
+        parts = counted_parts(session)
         plan = session.plan
     size = plan.frame_tokens
     # A token's worth is a number, of which a hidden token has as many as a head is wide.

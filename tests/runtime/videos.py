@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from forcingkv.runtime import Chunk, Session
+from forcingkv.runtime.footprint import footprint
 from tests.runtime.lanes import ONNX
 
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv", "forcing-kv-krea")
@@ -37,6 +39,25 @@ def assert_same(found: Iterable[Chunk], wanted: Iterable[Chunk]) -> None:
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(one.latents, other.latents, f"latents of chunk {one.index}")
         np.testing.assert_array_equal(one.frames, other.frames, f"frames of chunk {one.index}")
+
+
+def assert_goes_on(session: Session, folder: Path, after: Iterable[int], chunks: int = 8) -> None:
+    """A video that is saved after so many chunks goes on as the one that was not, to the bit."""
+    whole = video_of(session, chunks)
+    for made in after:
+        video = session.generate(PROMPT, seed=7, chunks=chunks)
+        list(islice(video, made))
+        video.save(folder / str(made))
+    for made in after:
+        assert_same(session.restore(folder / str(made)), whole[made:])
+
+
+def counted_parts(session: Session) -> dict[str, int]:
+    """The footprint by part; those of the cache add up to the buffers that the session has."""
+    list(islice(session.generate(PROMPT, seed=7, chunks=1), 1))
+    parts = footprint(session.bundle.manifest, session.plan)
+    assert session._memory().cache.nbytes == sum(n for name, n in parts.items() if name[:3] == "kv_")
+    return parts
 
 
 def differ(found: Chunk, wanted: Chunk) -> bool:
