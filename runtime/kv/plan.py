@@ -216,7 +216,7 @@ class CachePlan:
         """The roles that are told something; of a label's groups the first one that has the role."""
         kinds = {
             (group.label, role.name): (group, role)
-            for group in reversed(self.groups)
+            for group, _ in reversed(self.kinds)
             for role in group.roles
             if role.told(self, group, 0)
         }

@@ -42,6 +42,7 @@ VALUES = (
     10**4,
 )
 SECONDS = 1.0
+"""Of the processor: others have it too."""
 
 SPEC = to_data(
     small_spec(
@@ -101,13 +102,13 @@ def test_every_number_is_tried() -> None:
 def test_a_number_of_a_spec(place: tuple[Any, ...]) -> None:
     accepted = 0
     for value in VALUES:
-        started = time.perf_counter()
+        started = time.process_time()
         with suppress(InputError):
             spec = from_data(ModelSpec, changed(SPEC, place, value), "spec.toml")
             for name in policy_names():
                 planned(spec, load_policy(name))
             accepted += 1
-        assert time.perf_counter() - started < SECONDS * (1 + len(policy_names())), value
+        assert time.process_time() - started < SECONDS * (1 + len(policy_names())), value
     assert accepted < len(VALUES)
 
 
@@ -117,20 +118,20 @@ POLICY_PLACES = [*places(POLICY), ("groups", "static", 1, "frames"), ("groups", 
 @pytest.mark.parametrize("place", dict.fromkeys(POLICY_PLACES), ids=lambda place: ".".join(map(str, place)))
 def test_a_number_of_a_policy(place: tuple[Any, ...]) -> None:
     for value in VALUES:
-        started = time.perf_counter()
+        started = time.process_time()
         with suppress(InputError):
             planned(small_spec(), from_data(Policy, changed(POLICY, place, value), "policy.toml"))
-        assert time.perf_counter() - started < SECONDS, value
+        assert time.process_time() - started < SECONDS, value
 
 
 def test_the_largest_that_is_allowed_is_planned_at_once() -> None:
     """10,000 phases, each with its lengths."""
     spec = small_spec(layers=4096, frames_per_chunk=1, attended_frames=10_000, ar_start=10_000)
-    started = time.perf_counter()
+    started = time.process_time()
     plan = planned(spec, load_policy("full"))
     assert len(plan.phases) == 10_000
     assert plan.phases[-1].first_chunk == 9_999
-    assert time.perf_counter() - started < 3 * SECONDS
+    assert time.process_time() - started < 3 * SECONDS
 
 
 def test_a_window_that_holds_nothing_is_no_end_to_look_for() -> None:
@@ -176,19 +177,19 @@ def test_the_command_answers_at_once(tmp_path: Path, run: Any) -> None:
     spec, policy = tmp_path / "spec.toml", tmp_path / "policy.toml"
     for line in ("layers", "attended_frames", "sink_frames", "width", "ar_start", "frames_per_chunk"):
         spec.write_text(f'base = "self-forcing"\n{line} = 1000000000\n')
-        started = time.perf_counter()
+        started = time.process_time()
         ran: Ran = run("plan", "--model", spec, "--policy", "full", "--gpu", "h200")
         assert (ran.code, f"{line} is 1000000000; expected" in ran.err) == (2, True), ran.err
-        assert time.perf_counter() - started < SECONDS
+        assert time.process_time() - started < SECONDS
     policy.write_text(
         'name = "p"\nsummary = ""\n[groups]\nall = [{ role = "recent", frames = 1000000000 }]\n'
     )
     ran = run("plan", "--model", "self-forcing", "--policy", policy, "--gpu", "h200")
     assert (ran.code, "frames is 1000000000; expected 0 to 10000" in ran.err) == (2, True)
     most = small_spec(layers=4096, attended_frames=9_999, frames_per_chunk=3)
-    started = time.perf_counter()
+    started = time.process_time()
     report = plan_report(
         most, [load_policy("full")], [load_gpu("h200")], resolution=None, seconds=5.0, dtype="bfloat16"
     )
     assert list(plan_lines(report))
-    assert time.perf_counter() - started < 3 * SECONDS
+    assert time.process_time() - started < 3 * SECONDS
