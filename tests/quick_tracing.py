@@ -134,17 +134,22 @@ def _run_where_types_change(run_node: Callable[..., Any]) -> Callable[[Any, Node
     def run(interpreter: Any, node: Node) -> Any:
         if node.op != "call_function" or interpreter.__dict__.get("changed"):
             return run_node(interpreter, node)
-        before = node.target, node.args, node.kwargs
+        before = _type_of(node)
         with interpreter._set_current_node(node):
             if rule := get_type_promotion_rule(node, interpreter.type_promotion_table):
                 interpreter._maybe_promote_node(node, rule)
-        if (node.target, node.args, node.kwargs) != before:
+        if _type_of(node) != before:
             interpreter.changed = True  # and all that follows may have another type
         elif "val" in node.meta:  # assertions have none
             return node.meta["val"]
         return Interpreter.run_node(interpreter, node)
 
     return run
+
+
+def _type_of(node: Node) -> object:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else type(value)
 
 
 def _of(module: GraphModule, kind: str) -> list[Node]:
