@@ -19,6 +19,7 @@ def blocks(*kinds: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_block_of_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ from tests.export.test_fp8_bundles import prompts, small
 from tests.export.test_int8 import int8_bundle
 from tests.exported import demo_bundle, shared_bundle
 from tests.runtime.conftest import small_bundle
-from tests.runtime.test_bank import POSITIONS, banking_bundle
+from tests.runtime.test_bank import banking_bundle
 from tests.runtime.test_remembered import remembering_bundle
 from tests.runtime.test_tokens import budget_bundle
 
@@ -49,9 +49,8 @@ def bundles() -> Iterator[Path]:
     yield shared_bundle(spec, quantized, policy, headmap=headmap, dtype="fp8", calibration=texts)
     yield int8_bundle()
     yield remembering_bundle()
-    for positions in POSITIONS:
-        yield banking_bundle(positions)
-        yield budget_bundle(positions)
+    yield banking_bundle("relative")
+    yield budget_bundle("absolute")
 
 
 def nodes_of(bundle: Path) -> Iterator[Node]:
