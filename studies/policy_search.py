@@ -1,12 +1,12 @@
 """Is there a better rule? For a budget of bytes, the policy that does best on both test beds.
 
-    python -m studies.policy_search --out runs/search [--budget forcing-kv]
+    python -m studies.policy_search --out runs/search [--budget forcing-kv] [--workers 2]
 
 Candidates are policies of one memory beside sink and newest frames, for all heads alike or for dynamic heads
-alone, each filled up to the bytes of the policy `--budget`. Successive halving (Jamieson and Talwalkar,
-2016): all are run on few prompts and clips, the best third on twice as many, and so on. A candidate's score
-is the share of digits read on `demo` plus the share of returning digits that are right on `demo-occluded`,
-away no longer than the window.
+alone, exact or in fewer bits, each filled up to the bytes of the policy `--budget`. Successive halving
+(Jamieson and Talwalkar, 2016): all are run on few prompts and clips, the best quarter on more, and so on. A
+candidate's score is the share of digits read on `demo` plus the share of returning digits that are right on
+`demo-occluded`, away no longer than the window.
 
 Prompts, clips and seeds are none of those that `studies.comparison` takes, which gives the verdict, for both
 beds:
@@ -23,8 +23,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +53,9 @@ FIRST_SEED = 50000
 CLIP_SEED = 1
 WITHIN = 4
 """Chunks that digits are away at most: after as many the window still has them."""
-RUNGS = ((4, 16), (12, 32), (32, 64))
+RUNGS = ((2, 16), (8, 32), (32, 64))
 """(prompts of demo, clips of demo-occluded) that candidates are run on, rung by rung."""
-STAYS = 3
+STAYS = 4
 """One candidate in so many goes on to the next rung."""
 BEST = 3
 """How many are written at the end, at least."""
@@ -64,7 +67,10 @@ STATICS: dict[str, list[Table] | None] = {
     "dynamic heads, static ones without sink": [{"role": "recent", "frames": 1}],
 }
 """In which heads the memory is, and what static heads see then."""
-MOST_RECENT = 15
+WINDOW = 18
+"""Frames that a head sees at most beside its chunk: as many as in training."""
+BITS = (None, "int8", "int4")
+"""Of sink and newest frames; those that have another memory beside them are exact."""
 
 MEMORIES: tuple[tuple[str, Table | None], ...] = (
     ("none", None),
@@ -82,6 +88,13 @@ MEMORIES: tuple[tuple[str, Table | None], ...] = (
             {"role": "merged", "frames": 1, "patch": patch, "blocks": blocks},
         )
         for patch, blocks in ((2, 2), (2, 4), (2, 8), (4, 8))
+    ),
+    *(
+        (
+            f"older {frames} in int4",
+            {"role": "strided", "every": 1, "frames": frames, "dtype": "int4"},
+        )
+        for frames in (3, 6, 9, 12, 15)
     ),
     *(
         (
@@ -132,10 +145,12 @@ class Model:
 
 def candidates(models: Sequence[Model], budgets: Sequence[int]) -> Iterator[Policy]:
     """Every policy of the grammar that fits all budgets, each with as many newest frames as they allow."""
-    for sink, (memory, table), heads in product(SINKS, MEMORIES, STATICS):
+    for sink, (memory, table), heads, bits in product(SINKS, MEMORIES, STATICS, BITS):
+        if bits and table:
+            continue
         largest = None
-        for recent in range(1, MOST_RECENT + 1):
-            policy = made_of(sink, memory, table, recent, heads)
+        for recent in range(1, WINDOW - sink + 1):
+            policy = made_of(sink, memory, table, recent, heads, bits)
             try:
                 fits = all(m.kv_bytes(policy) <= b for m, b in zip(models, budgets, strict=True))
             except InputError:  # more than the window holds
@@ -147,14 +162,20 @@ def candidates(models: Sequence[Model], budgets: Sequence[int]) -> Iterator[Poli
             yield largest
 
 
-def made_of(sink: int, memory: str, table: Table | None, recent: int, heads: str) -> Policy:
-    """A policy of these parts, in these heads (`STATICS`)."""
-    first = [{"role": "sink", "frames": sink}] if sink else []
-    roles = [*first, *([table] if table else []), {"role": "recent", "frames": recent}]
+def made_of(
+    sink: int, memory: str, table: Table | None, recent: int, heads: str, bits: str | None = None
+) -> Policy:
+    """A policy of these parts, in these heads (`STATICS`), those of `bits` in as many."""
+    dtype = {"dtype": bits} if bits else {}
+    first = [{"role": "sink", "frames": sink} | dtype] if sink else []
+    roles = [*first, *([table] if table else []), {"role": "recent", "frames": recent} | dtype]
     static = STATICS[heads]
-    groups = {ALL: roles} if static is None else {STATIC: static, DYNAMIC: roles}
-    words = f"sink {sink}, {memory}, newest {recent}; {heads}"
-    return from_data(Policy, {"name": words, "summary": words, "groups": groups}, words)
+    groups = {ALL: roles} if static is None else {STATIC: [r | dtype for r in static], DYNAMIC: roles}
+    words = f"sink {sink}, {memory}, newest {recent}; {heads}{f'; {bits}' if bits else ''}"
+    # What is kept in fewer bits cannot be turned with the window.
+    positions = "absolute" if bits or "dtype" in (table or {}) else None
+    data = {"name": words, "summary": words, "groups": groups, "positions": positions}
+    return from_data(Policy, data, words)
 
 
 def judged(model: Model, bed: Bed, policy: Policy, folder: Path) -> float:
@@ -165,34 +186,55 @@ def judged(model: Model, bed: Bed, policy: Policy, folder: Path) -> float:
     return float(np.mean([value for value in found if value is not None]))
 
 
-def search(out: Path, budget: str) -> list[Scored]:
+def scored_all(
+    policies: Sequence[Policy], size: tuple[int, int], folder: Path, workers: int
+) -> Iterator[Scored]:
+    """All policies on a rung of `RUNGS`, in order. Each worker has a thread."""
+    if workers == 1:
+        yield from (scored(policy, size, folder) for policy in policies)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(partial(scored, size=size, folder=folder), policies)
+
+
+def scored(policy: Policy, size: tuple[int, int], folder: Path) -> Scored:
+    """A policy on so many prompts and clips."""
+    prompts, clips = size
+    beds = demo_bed(prompts, FIRST_SEED), occluded_bed(clips, CLIP_SEED, WITHIN)
+    return Scored(policy, *(judged(*pair, policy, folder) for pair in zip(both_models(), beds, strict=True)))
+
+
+@cache
+def both_models() -> tuple[Model, Model]:
+    """Those of both beds."""
+    return Model.load("demo"), Model.load("demo-occluded")
+
+
+def search(out: Path, budget: str, workers: int = 1) -> list[Scored]:
     """Successive halving; the last rung, best first. Says on stderr what is done."""
-    models = [Model.load("demo"), Model.load("demo-occluded")]
-    given = load_policy(budget)
+    models, given = both_models(), load_policy(budget)
     left = list(candidates(models, [model.kv_bytes(given) for model in models]))
     print(f"{len(left)} candidates of at most the bytes of {budget}", file=sys.stderr, flush=True)
-    scored: list[Scored] = []
-    for rung, (prompts, clips) in enumerate(RUNGS):
-        beds = demo_bed(prompts, FIRST_SEED), occluded_bed(clips, CLIP_SEED, WITHIN)
-        scored = []
+    found: list[Scored] = []
+    for rung, size in enumerate(RUNGS):
+        found = []
         # The policy that sets the budget goes all the way, to be compared with.
-        for policy in [given, *left]:
-            shares = [judged(*pair, policy, out / "videos") for pair in zip(models, beds, strict=True)]
-            scored.append(Scored(policy, *shares))
-            line = {"rung": rung, "policy": policy.name, "digits": shares[0], "right": shares[1]}
+        for one in scored_all([given, *left], size, out / "videos", workers):
+            found.append(one)
+            line = {"rung": rung, "policy": one.policy.name, "digits": one.digits, "right": one.right}
             with (out / "rungs.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), file=sys.stderr, flush=True)
-        scored.sort(key=lambda one: -one.score)
-        ranked = [one.policy for one in scored if one.policy is not given]
+        found.sort(key=lambda one: -one.score)
+        ranked = [one.policy for one in found if one.policy.name != given.name]
         left = ranked[: max(BEST, len(ranked) // STAYS)]
-    return scored
+    return found
 
 
-def best_toml(scored: Sequence[Scored], out: Path) -> str:
+def best_toml(found: Sequence[Scored], out: Path) -> str:
     """The best as a file of variants, with what all are compared with; each policy in a file of its own."""
     named = {REFERENCE: REFERENCE, PROFILED: PROFILED}
-    for number, one in enumerate([one for one in scored if one.policy.name not in named][:BEST], 1):
+    for number, one in enumerate([one for one in found if one.policy.name not in named][:BEST], 1):
         file = out / f"best-{number}.toml"
         write_text(file, policy_toml(replace(one.policy, name=f"best-{number}")))
         named[one.policy.name] = str(file.resolve())
@@ -206,7 +248,8 @@ def best_toml(scored: Sequence[Scored], out: Path) -> str:
 def policy_toml(policy: Policy) -> str:
     """The policy as TOML. JSON writes strings, numbers and booleans as TOML does."""
     data = to_data(policy)
-    lines = [f"{name} = {json.dumps(data[name])}" for name in ("name", "summary")]
+    head = "name", "summary", "positions"
+    lines = [f"{name} = {json.dumps(data[name])}" for name in head if data[name] is not None]
     lines.append("\n[groups]")
     for label, roles in data["groups"].items():
         shown = [
@@ -224,12 +267,13 @@ def main() -> None:
     parser.add_argument(
         "--budget", default=PROFILED, help="a policy's name: candidates take at most its bytes"
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    scored = search(given.out, given.budget)
-    write_text(given.out / "best.toml", best_toml(scored, given.out))
-    for one in scored:
+    found = search(given.out, given.budget, given.workers)
+    write_text(given.out / "best.toml", best_toml(found, given.out))
+    for one in found:
         print(f"{one.score:.3f}  digits {one.digits:.1%}  right {one.right:.1%}  {one.policy.name}")
 
 

@@ -29,12 +29,24 @@ def test_candidates_fit_the_budget_and_are_as_large_as_it_allows(models: list[se
             words[0].split(", ", 1)[1].removesuffix(", "),
             dict(search.MEMORIES)[words[0].split(", ", 1)[1].removesuffix(", ")],
             int(words[1].split(";")[0]) + 1,
-            words[1].split("; ")[1],
+            *words[1].split("; ")[1:],
         )
-        assert any(m.kv_bytes(more) > b for m, b in zip(models, budgets, strict=True))
+        seen = sum(role.frames for role in policy.groups[list(policy.groups)[-1]] if role.name != "strided")
+        assert seen == search.WINDOW or any(
+            m.kv_bytes(more) > b for m, b in zip(models, budgets, strict=True)
+        )
 
 
-def test_the_best_third_goes_on_and_is_written_as_files_that_load(
+@pytest.mark.long
+def test_two_workers_find_what_one_finds(tmp_path: Path, models: list[search.Model]) -> None:
+    """On the fewest clips there are, and one prompt."""
+    policies = [load_policy("forcing-kv"), search.made_of(1, "none", None, 2, search.ALIKE, "int4")]
+    alone = list(search.scored_all(policies, (1, 8), tmp_path / "one", 1))
+    assert list(search.scored_all(policies, (1, 8), tmp_path / "two", 2)) == alone
+    assert [one.policy for one in alone] == policies
+
+
+def test_the_best_quarter_goes_on_and_is_written_as_files_that_load(
     tmp_path: Path, models: list[search.Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Judged by a planted score: more newest frames are better."""
