@@ -14,7 +14,6 @@ from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.wan import WanModel
-from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.kv.merged import Merged
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
@@ -24,7 +23,7 @@ from forcingkv.runtime.text import encode_words
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
 from tests.runtime.lanes import On
-from tests.runtime.videos import OTHER, PROMPT, assert_same, differ, video_of
+from tests.runtime.videos import OTHER, PROMPT, assert_goes_on, assert_same, counted_parts, differ, video_of
 
 SPEC = small_spec(layers=2, attended_frames=12)
 GROUPS = {
@@ -66,21 +65,13 @@ def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> Non
 
 def test_it_goes_on_to_the_bit_when_restored(bundle: Path, on: On, tmp_path: Path) -> None:
     with on.open(bundle) as session:
-        whole = video_of(session, 8)
-        for saved_after in (2, 4, 6):
-            video = session.generate(PROMPT, seed=7, chunks=8)
-            list(islice(video, saved_after))
-            video.save(tmp_path / str(saved_after))
-        for saved_after in (2, 4, 6):
-            assert_same(session.restore(tmp_path / str(saved_after)), whole[saved_after:])
+        assert_goes_on(session, tmp_path, (2, 4, 6))
 
 
 def test_bytes_are_counted(bundle: Path, on: On) -> None:
     """An average takes as much as a frame in float32; on torch what is read of it lies beside it."""
     with on.open(bundle) as session:
-        list(islice(session.generate(PROMPT, seed=7, chunks=1), 1))
-        parts = footprint(session.bundle.manifest, session.plan)
-        assert session._memory().cache.nbytes == sum(n for name, n in parts.items() if name[:3] == "kv_")
+        parts = counted_parts(session)
     frame = 2 * 4 * SPEC.head_dim * session.plan.frame_tokens  # of a head
     assert parts["kv_ema"] == 2 * frame * (2 * 2 + 3)
     if on.name == "torch":  # what attention reads of it lies beside it, and what it does not read only once
