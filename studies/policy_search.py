@@ -45,7 +45,7 @@ from forcingkv.runtime.kv.policies import ALL, Policy, load_policy
 from forcingkv.runtime.spec import ModelSpec
 from studies.ablation.variant_videos import VariantVideos
 from studies.ablation.variants import PROFILED, REFERENCE, Variant, WantedMap
-from studies.comparison.beds import Bed, demo_bed, occluded_bed
+from studies.comparison.beds import DTYPE, Bed, demo_bed, occluded_bed
 
 Table = dict[str, Any]
 
@@ -139,8 +139,11 @@ class Model:
         return cls(spec, load_weights(spec), headmap)
 
     def kv_bytes(self, policy: Policy) -> int:
-        """Bytes of keys and values in the last phase. Raises InputError where the policy does not fit."""
-        return build_plan(self.spec, self.spec.geometry(), policy, self.headmap).kv_bytes()
+        """Bytes of keys and values in the last phase, as the comparison counts them.
+
+        Raises InputError where the policy does not fit.
+        """
+        return build_plan(self.spec, self.spec.geometry(), policy, self.headmap).kv_bytes(DTYPE)
 
 
 def candidates(models: Sequence[Model], budgets: Sequence[int]) -> Iterator[Policy]:

@@ -28,7 +28,7 @@ from forcingkv.models.presets import load_spec
 from studies.ablation.demo_scores import measure_videos
 from studies.ablation.variant_maps import VariantMaps
 from studies.ablation.variant_pictures import difference_picture, pareto_picture
-from studies.ablation.variant_scores import VariantRow, VariantScores, rows_of
+from studies.ablation.variant_scores import Cost, VariantRow, VariantScores, rows_of
 from studies.ablation.variant_tables import csv_text, markdown_table
 from studies.ablation.variant_videos import Sample, VariantVideos
 from studies.ablation.variants import PROFILED, REFERENCE, Variant, read_variants
@@ -76,8 +76,8 @@ def run(given: argparse.Namespace) -> list[VariantRow]:
         headmap = maps.of(variant)
         videos = made.videos(variant, headmap)
         references = videos if references is None else references
-        kv_bytes = made.plan(variant, headmap).kv_bytes()
-        measured.append(measure_videos(variant, kv_bytes, videos, references, samples, spec.frames_per_chunk))
+        cost = Cost.of(made.plan(variant, headmap))
+        measured.append(measure_videos(variant, cost, videos, references, samples, spec.frames_per_chunk))
         draw = f", draw {variant.draw}" if variant.draw else ""
         seconds = time.perf_counter() - started
         print(f"{number}/{len(variants)} {variant.name}{draw}: {seconds:.1f} s", file=sys.stderr, flush=True)

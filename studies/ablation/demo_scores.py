@@ -10,7 +10,7 @@ import numpy.typing as npt
 from forcingkv.measure.fidelity.pairs import psnr, squared_error, ssim
 from forcingkv.models.demo.data import moves_of
 from forcingkv.models.demo.judge import READ_CHUNK, grey, verdict
-from studies.ablation.variant_scores import Measure, Values, VariantScores
+from studies.ablation.variant_scores import Cost, Measure, Values, VariantScores
 from studies.ablation.variant_videos import Sample, Video
 from studies.ablation.variants import Variant
 
@@ -27,7 +27,7 @@ MEASURES: dict[Measure, str] = {
 
 def measure_videos(
     variant: Variant,
-    kv_bytes: int,
+    cost: Cost,
     videos: Sequence[Video],
     references: Sequence[Video],
     samples: Sequence[Sample],
@@ -47,7 +47,7 @@ def measure_videos(
         values["directions_at"].append(float(directions[at].mean()))
         values["psnr"].append(psnr(squared_error(video, reference)))
         values["ssim"].append(float(np.mean([ssim(*pair) for pair in zip(video, reference, strict=True)])))
-    return VariantScores(variant, kv_bytes, values)
+    return VariantScores(variant, cost, values)
 
 
 def read_chunks(

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from forcingkv.measure.fidelity.evaluation import Estimate, differences, estimate
+from forcingkv.runtime.cost import pass_flops
+from forcingkv.runtime.kv.plan import CachePlan
+from forcingkv.runtime.spec import Dtype
 from studies.ablation.variants import PROFILED, REFERENCE, Variant
 
 Measure = str
@@ -16,11 +19,25 @@ Values = list[float | None]
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a variant takes, in the last phase."""
+
+    kv_bytes: int
+    attention: int
+    """Operations of self-attention in a pass."""
+
+    @classmethod
+    def of(cls, plan: CachePlan, dtype: Dtype = "float32") -> Cost:
+        """That of a plan, for a model that computes in `dtype`."""
+        return cls(plan.kv_bytes(dtype), pass_flops(plan).attention)
+
+
+@dataclass(frozen=True)
 class VariantScores:
     """The measures of a variant's videos, in the order of the samples."""
 
     variant: Variant
-    kv_bytes: int
+    cost: Cost
     values: Mapping[Measure, Values]
 
 
@@ -33,6 +50,8 @@ class VariantRow:
     draws: int
     """1 for what is not drawn."""
     kv_bytes: int
+    attention: float
+    """Operations of self-attention in a pass, over those of `full`."""
     means: Mapping[Measure, Estimate]
     to_full: Mapping[Measure, Estimate]
     """The variant minus `full`, paired by sample."""
@@ -82,7 +101,8 @@ def _row(
         family=draws[0].variant.family,
         name=draws[0].variant.name,
         draws=len(draws),
-        kv_bytes=round(float(np.mean([one.kv_bytes for one in draws]))),
+        kv_bytes=round(float(np.mean([one.cost.kv_bytes for one in draws]))),
+        attention=float(np.mean([one.cost.attention for one in draws])) / full.cost.attention,
         means=pooled(lambda one, m: one.values[m]),
         to_full=pooled(lambda one, m: differences(one.values[m], full.values[m])),
         to_profiled=pooled(lambda one, m: differences(one.values[m], profiled.values[m])),

@@ -68,6 +68,7 @@ def markdown_table(rows: Sequence[VariantRow]) -> str:
 def _fields(row: VariantRow) -> Iterator[tuple[str, str]]:
     yield from {"family": row.family, "variant": row.name, "draws": str(row.draws)}.items()
     yield "kv_bytes", str(row.kv_bytes)
+    yield "attention_to_full", f"{row.attention:.6g}"
     first = next(iter(row.means.values()))
     yield "videos", str(first.videos)
     yield "prompts", str(first.prompts)

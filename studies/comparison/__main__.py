@@ -24,12 +24,12 @@ from forcingkv.models.checkpoint import load_weights
 from forcingkv.models.presets import load_spec
 from studies.ablation.__main__ import chosen_variants, other_than_default, page_with
 from studies.ablation.variant_maps import VariantMaps
-from studies.ablation.variant_scores import VariantRow, VariantScores, rows_of
+from studies.ablation.variant_scores import Cost, VariantRow, VariantScores, rows_of
 from studies.ablation.variant_tables import csv_text
 from studies.ablation.variant_videos import VariantVideos
 from studies.comparison.bed_pictures import bytes_picture, lengths_picture
 from studies.comparison.bed_tables import bed_table
-from studies.comparison.beds import BEDS, CHUNKS, Bed
+from studies.comparison.beds import BEDS, CHUNKS, DTYPE, Bed
 
 POLICIES = Path(__file__).with_name("policies.toml")
 
@@ -53,7 +53,8 @@ def run(bed: Bed, given: argparse.Namespace) -> list[VariantRow]:
         references = references or videos
         found = [bed.measure(*one) for one in zip(range(len(videos)), videos, references, strict=True)]
         values = {name: [one[name] for one in found] for name in found[0]}
-        measured.append(VariantScores(variant, made.plan(variant, headmap, statistics).kv_bytes(), values))
+        cost = Cost.of(made.plan(variant, headmap, statistics), DTYPE)
+        measured.append(VariantScores(variant, cost, values))
         draw = f", draw {variant.draw}" if variant.draw else ""
         seconds = time.perf_counter() - started
         print(f"{number}/{len(variants)} {variant.name}{draw}: {seconds:.1f} s", file=sys.stderr, flush=True)

@@ -53,6 +53,7 @@ def bed_table(model: str, rows: Sequence[VariantRow]) -> str:
         ("kind", lambda row: row.family),
         ("variant", lambda row: f"`{row.name}`" + (f", {row.draws} draws" if row.draws > 1 else "")),
         ("KV MB", lambda row: f"{row.kv_bytes / 1e6:.2f}"),
+        (f"attention, % of {REFERENCE}", lambda row: f"{100 * row.attention:.0f}"),
         *own,
         *LOOKS,
         ("frontier", lambda row: "yes" if row.name in best else ""),

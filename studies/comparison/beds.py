@@ -21,6 +21,7 @@ from forcingkv.models.demo.judge import grey
 from forcingkv.models.demo_occluded.data import CHUNK, MOST_AWAY
 from forcingkv.models.demo_occluded.judge import judge_returns, judged_chunk
 from forcingkv.models.presets import load_spec
+from forcingkv.runtime.spec import Dtype
 from studies.ablation.demo_scores import read_chunks
 from studies.ablation.variant_scores import Measure
 from studies.ablation.variant_videos import Sample, Video
@@ -31,6 +32,9 @@ CHUNKS = 10
 GOES_ON = 2
 """Chunks of a video of `demo-occluded` after the judged one, in which digits leave again."""
 FIRST_SEED = 20000
+DTYPE: Dtype = "bfloat16"
+"""In which bytes are counted: public models are run in it. To models in float32, as these are, fewer bits are
+twice the gain."""
 LOOKS = ("chunk_discontinuity", "seam_jolt", "seam_residual", "sharpness_drift", "colour_drift_most")
 """What is measured of how any video looks (`measure/fidelity/video_measures.py`)."""
 

@@ -12,19 +12,20 @@ from PIL import Image
 from forcingkv.models.demo.data import make_clip
 from studies.ablation.demo_scores import MEASURES, measure_videos
 from studies.ablation.variant_pictures import difference_picture, pareto_picture
-from studies.ablation.variant_scores import VariantRow, VariantScores, frontier, rows_of
+from studies.ablation.variant_scores import Cost, VariantRow, VariantScores, frontier, rows_of
 from studies.ablation.variant_tables import csv_text, markdown_table
 from studies.ablation.variant_videos import Sample
 from studies.ablation.variants import Variant, read_variants
 
 FRAMES = 3
 CHUNKS = 7
+COST = Cost(1, 1)
 
 
 def made(variant: Variant, kv_bytes: int, digits: list[float], psnr: list[float | None]) -> VariantScores:
     values: dict[str, list[float | None]] = {name: [1.0] * len(digits) for name in MEASURES}
     values |= {"digits": list(digits), "psnr": psnr}
-    return VariantScores(variant, kv_bytes, values)
+    return VariantScores(variant, Cost(kv_bytes, 2 * kv_bytes), values)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_differences_are_of_the_same_sample(rows: list[VariantRow]) -> None:
 def test_draws_are_one_row_with_their_spread(rows: list[VariantRow]) -> None:
     assert [row.name for row in rows] == ["full", "forcing-kv", "random", "all static", "window 6"]
     drawn = rows[2]
-    assert (drawn.draws, drawn.kv_bytes) == (2, 400)
+    assert (drawn.draws, drawn.kv_bytes, drawn.attention) == (2, 400, 0.4)
     assert drawn.means["digits"].mean == pytest.approx(np.mean([0.5, 0.5, 0.5, 1, 1, 0]))
     assert (drawn.means["digits"].videos, drawn.means["digits"].prompts) == (6, 3)
     assert drawn.spread["digits"] == pytest.approx((0.5, 2 / 3))
@@ -104,13 +105,13 @@ def test_real_clips_are_read_and_noise_is_not() -> None:
     coloured = grey[..., None].repeat(3, -1)
     videos, noise = list(coloured), list(rng.integers(0, 256, coloured.shape, dtype=np.uint8))
 
-    same = measure_videos(variant, 1, videos, videos, samples, FRAMES)
+    same = measure_videos(variant, COST, videos, videos, samples, FRAMES)
     assert np.mean(same.values["digits"]) > 0.9
     assert np.mean(same.values["directions"]) > 0.9
     assert same.values["psnr"] == [None] * 6
     assert same.values["ssim"] == pytest.approx([1.0] * 6)
 
-    other = measure_videos(variant, 1, noise, videos, samples, FRAMES)
+    other = measure_videos(variant, COST, noise, videos, samples, FRAMES)
     assert np.mean(other.values["digits"]) < 0.5
     errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(noise, videos, strict=True)]
     assert other.values["psnr"] == pytest.approx([10 * np.log10(255**2 / error) for error in errors])
