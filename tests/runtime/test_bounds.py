@@ -42,7 +42,7 @@ VALUES = (
     10**4,
 )
 SECONDS = 1.0
-"""Of the processor: others have it too."""
+"""Of the processor's time: on a busy machine the clock also counts what other processes take."""
 
 SPEC = to_data(
     small_spec(
