@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from forcingkv.analyze.recorder import record_sample
-from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
+from forcingkv.headmaps import InputError
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.wan import WanModel
@@ -18,15 +18,25 @@ from forcingkv.runtime.kv.bank import Bank
 from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy, load_policy
 from forcingkv.runtime.kv.roles import Recent, Sink
-from forcingkv.runtime.spec import Positions
+from forcingkv.runtime.spec import ModelSpec, Positions
 from forcingkv.runtime.text import encode_words
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
 from tests.runtime.lanes import On
-from tests.runtime.videos import OTHER, PROMPT, assert_goes_on, assert_same, counted_parts, differ, video_of
+from tests.runtime.videos import (
+    OTHER,
+    PROMPT,
+    assert_goes_on,
+    assert_same,
+    counted_parts,
+    differ,
+    near_and_far,
+    video_of,
+)
 
 SPEC = small_spec(layers=1, attended_frames=12)
-MAP = HeadMap(ModelIdentity(SPEC.name, 1, 3), (("near", "far", "near"),), Rule("given"))
+DEEPER = small_spec(layers=2, attended_frames=12)
+MAP = near_and_far(SPEC)
 CHUNKS = 10
 POSITIONS: tuple[Positions, ...] = ("relative", "absolute")
 
@@ -36,18 +46,20 @@ def policy_of(positions: Positions) -> Policy:
     return Policy("banks", "two of them", groups, positions=positions)
 
 
-def banking_bundle(positions: Positions) -> Path:
+def banking_bundle(positions: Positions, spec: ModelSpec = SPEC) -> Path:
     """Whole videos are compared below; every phase is in tests/export/test_banks.py."""
-    policy = policy_of(positions)
-    return shared_bundle(SPEC, random_model(SPEC).state_dict(), policy, headmap=MAP, verify=False)
+    weights, headmap = random_model(spec).state_dict(), near_and_far(spec)
+    return shared_bundle(spec, weights, policy_of(positions), headmap=headmap, verify=False)
 
 
 @pytest.fixture(
     scope="module",
-    params=[POSITIONS[0], *(pytest.param(one, marks=pytest.mark.long) for one in POSITIONS[1:])],
+    params=[(POSITIONS[0], SPEC), pytest.param((POSITIONS[1], DEEPER), marks=pytest.mark.long)],
+    ids=POSITIONS,
 )
 def bundle(request: pytest.FixtureRequest) -> Path:
-    return banking_bundle(request.param)
+    """Of one layer; the long case is of two, whose heads differ, and of the other positions."""
+    return banking_bundle(*request.param)
 
 
 def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> None:
@@ -55,10 +67,10 @@ def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> Non
         made = video_of(session, CHUNKS)
         again = video_of(session, CHUNKS)
         plan = session.plan
-    model, text = WanModel(SPEC), torch.from_numpy(encode_words(SPEC, PROMPT))
-    model.load_state_dict(
-        permute_heads(random_model(SPEC).state_dict(), SPEC, head_orders(SPEC, plan.policy, MAP))
-    )
+    spec = plan.spec
+    model, text = WanModel(spec), torch.from_numpy(encode_words(spec, PROMPT))
+    orders = head_orders(spec, plan.policy, near_and_far(spec))
+    model.load_state_dict(permute_heads(random_model(spec).state_dict(), spec, orders))
     for chunk, known in zip(made, generate(model, plan, text, seeded_noise(plan, 7), CHUNKS), strict=True):
         np.testing.assert_allclose(chunk.latents, known.latents.numpy(), atol=2e-5, rtol=0)
     assert_same(again, made)
@@ -72,7 +84,8 @@ def test_it_goes_on_to_the_bit_when_restored(bundle: Path, on: On, tmp_path: Pat
 def test_bytes_are_counted(bundle: Path, on: On) -> None:
     with on.open(bundle) as session:
         parts = counted_parts(session)
-    frames = 2 * 4 * SPEC.head_dim * session.plan.frame_tokens * 3 * 2  # of 3 heads, 2 each
+    heads = 3 * session.plan.spec.layers
+    frames = 2 * 4 * SPEC.head_dim * session.plan.frame_tokens * heads * 2  # 2 of each head
     assert parts["kv_bank"] == frames * (1 if on.name == "torch" else 2)
     assert session.plan.kv_bytes_by_role()["bank"] == frames
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from forcingkv.analyze.recorder import record_sample
-from forcingkv.headmaps import HeadMap, InputError, ModelIdentity, Rule
+from forcingkv.headmaps import InputError
 from forcingkv.models.generate import generate, seeded_noise
 from forcingkv.models.heads import head_orders, permute_heads
 from forcingkv.models.wan import WanModel
@@ -18,16 +18,26 @@ from forcingkv.runtime.kv.plan import build_plan
 from forcingkv.runtime.kv.policies import Policy
 from forcingkv.runtime.kv.roles import Recent, Sink
 from forcingkv.runtime.kv.tokens import Tokens
-from forcingkv.runtime.spec import Positions
+from forcingkv.runtime.spec import ModelSpec, Positions
 from forcingkv.runtime.text import encode_words
 from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
 from tests.models.query_statistics import made_up
 from tests.runtime.lanes import On
-from tests.runtime.videos import OTHER, PROMPT, assert_goes_on, assert_same, counted_parts, differ, video_of
+from tests.runtime.videos import (
+    OTHER,
+    PROMPT,
+    assert_goes_on,
+    assert_same,
+    counted_parts,
+    differ,
+    near_and_far,
+    video_of,
+)
 
 SPEC = small_spec(layers=1, attended_frames=12)
-MAP = HeadMap(ModelIdentity(SPEC.name, 1, 3), (("near", "far", "near"),), Rule("given"))
+DEEPER = small_spec(layers=2, attended_frames=12)
+MAP = near_and_far(SPEC)
 CHUNKS = 10
 STATISTICS = made_up(SPEC)
 POSITIONS: tuple[Positions, ...] = ("absolute", "relative")
@@ -40,19 +50,21 @@ def policy_of(positions: Positions) -> Policy:
     return Policy("budgets", "two of them", {"near": near, "far": far}, positions=positions)
 
 
-def budget_bundle(positions: Positions) -> Path:
-    """Whole videos are compared below; every phase is in tests/export/test_tokens.py."""
-    policy = policy_of(positions)
-    weights = random_model(SPEC).state_dict()
-    return shared_bundle(SPEC, weights, policy, headmap=MAP, statistics=STATISTICS, verify=False)
+def budget_bundle(positions: Positions, spec: ModelSpec = SPEC) -> Path:
+    """Whole videos are compared below; every phase is in tests/export/test_token_bundles.py."""
+    weights, policy = random_model(spec).state_dict(), policy_of(positions)
+    headmap, scores = near_and_far(spec), made_up(spec)
+    return shared_bundle(spec, weights, policy, headmap=headmap, statistics=scores, verify=False)
 
 
 @pytest.fixture(
     scope="module",
-    params=[POSITIONS[0], *(pytest.param(one, marks=pytest.mark.long) for one in POSITIONS[1:])],
+    params=[(POSITIONS[0], SPEC), pytest.param((POSITIONS[1], DEEPER), marks=pytest.mark.long)],
+    ids=POSITIONS,
 )
 def bundle(request: pytest.FixtureRequest) -> Path:
-    return budget_bundle(request.param)
+    """Of one layer; the long case is of two, whose heads differ, and of the other positions."""
+    return budget_bundle(*request.param)
 
 
 def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> None:
@@ -60,10 +72,10 @@ def test_a_session_makes_the_video_that_torch_makes(bundle: Path, on: On) -> Non
         made = video_of(session, CHUNKS)
         again = video_of(session, CHUNKS)
         plan = session.plan
-    model, text = WanModel(SPEC), torch.from_numpy(encode_words(SPEC, PROMPT))
-    model.load_state_dict(
-        permute_heads(random_model(SPEC).state_dict(), SPEC, head_orders(SPEC, plan.policy, MAP))
-    )
+    spec = plan.spec
+    model, text = WanModel(spec), torch.from_numpy(encode_words(spec, PROMPT))
+    orders = head_orders(spec, plan.policy, near_and_far(spec))
+    model.load_state_dict(permute_heads(random_model(spec).state_dict(), spec, orders))
     for chunk, known in zip(made, generate(model, plan, text, seeded_noise(plan, 7), CHUNKS), strict=True):
         np.testing.assert_allclose(chunk.latents, known.latents.numpy(), atol=2e-5, rtol=0)
     assert_same(again, made)
@@ -81,9 +93,9 @@ def test_bytes_are_counted(bundle: Path, on: On) -> None:
     size = plan.frame_tokens
     # A token's worth is a number, of which a hidden token has as many as a head is wide.
     hidden = -(-size // 2 // SPEC.head_dim)
-    # Two heads near, one far.
+    # Two heads near, one far, in each layer.
     seen, cached = 2 * (size // 2) + 2 * size, 2 * (size // 2 + hidden) + 2 * size
-    a_token = 2 * 4 * SPEC.head_dim
+    a_token = 2 * 4 * SPEC.head_dim * plan.spec.layers
     assert plan.kv_bytes_by_role()["tokens"] == a_token * seen
     of_torch = seen + 2 * (size // 2 + hidden)  # what has hidden tokens lies apart from what is attended to
     assert parts["kv_tokens"] == a_token * (of_torch if on.name == "torch" else 2 * cached)

@@ -13,14 +13,23 @@ from typing import Any
 
 import numpy as np
 
+from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.runtime import Chunk, Session
 from forcingkv.runtime.footprint import footprint
+from forcingkv.runtime.spec import ModelSpec
 from tests.runtime.lanes import ONNX
 
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv", "forcing-kv-krea")
 BUNDLES = (*POLICIES, "taehv")
 """Those of `conftest.export_small` that all must hold for."""
 PROMPT, OTHER = "a b c", "d e"
+
+
+def near_and_far(spec: ModelSpec) -> HeadMap:
+    """Of a model of three heads a layer, and at most two layers: one head of each layer is far."""
+    labels = ("near", "far", "near"), ("far", "near", "near")
+    identity = ModelIdentity(spec.name, spec.layers, spec.heads)
+    return HeadMap(identity, labels[: spec.layers], Rule("given"))
 
 
 def open_with(path: Path, kind: type) -> tuple[Session, Any]:
