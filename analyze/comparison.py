@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from forcingkv.headmaps import HeadMap, InputError, read_headmap
+from forcingkv.headmaps.headmap import size_in_words
 
 RUN_FILE = "headmap.json"
 
@@ -64,8 +65,8 @@ def agree(a: HeadMap, b: HeadMap) -> Agreement:
 
     if (a.model.layers, a.model.heads) != (b.model.layers, b.model.heads):
         raise InputError(
-            f"one map is for {a.model.layers} layers of {a.model.heads} heads, the other for"
-            f" {b.model.layers} of {b.model.heads}",
+            f"one map is for {size_in_words(a.model.layers, a.model.heads)}, the other for"
+            f" {size_in_words(b.model.layers, b.model.heads)}",
             where="compare",
             expected="maps of models of the same size",
         )

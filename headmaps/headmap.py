@@ -26,6 +26,11 @@ MOST = 4096
 Scores = tuple[tuple[float, ...], ...]
 
 
+def size_in_words(layers: int, heads: int) -> str:
+    """Such as "1 layer of 3 heads": of a model with so many heads in each layer."""
+    return f"{layers} layer{'s' * (layers != 1)} of {heads} head{'s' * (heads != 1)}"
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     """The model a map was made for."""
@@ -249,9 +254,9 @@ class HeadMap:
         """Raise InputError unless the map is for a model of that size and uses only those labels."""
         if (self.model.layers, self.model.heads) != (layers, heads):
             raise InputError(
-                f"is for {self.model.layers} layers of {self.model.heads} heads ({self.model.name})",
+                f"is for {size_in_words(self.model.layers, self.model.heads)} ({self.model.name})",
                 where="head map",
-                expected=f"{layers} layers of {heads} heads",
+                expected=size_in_words(layers, heads),
                 hint="Use the map made for this model, or analyze it: forcingkv analyze heads",
             )
         others = ", ".join(map(repr, sorted(set(self.counts()) - labels)))

@@ -29,6 +29,7 @@ from forcingkv.headmaps.headmap import (
     ModelIdentity,
     Rule,
     Source,
+    size_in_words,
     size_limit,
 )
 from forcingkv.headmaps.reading import parse_json, read_content
@@ -75,9 +76,9 @@ def read_headmap(path: Path | str, choices: Choices | None = None) -> HeadMap:
     wanted = (choices.layers or model.layers, choices.heads or model.heads)
     if (model.layers, model.heads) != wanted:
         raise InputError(
-            f"is for {model.layers} layers of {model.heads} heads",
+            f"is for {size_in_words(model.layers, model.heads)}",
             where=where,
-            expected=f"{wanted[0]} layers of {wanted[1]} heads",
+            expected=size_in_words(*wanted),
             hint="Use the map made for this model, or analyze it: forcingkv analyze heads",
         )
     return headmap if given == PYRAMID else _relabel(headmap, choices.labels, where)

@@ -77,7 +77,7 @@ def test_export_and_generate(spec: Path, cache: Path, tmp_path: Path, run: Run) 
     [
         (["--layers", 2], "expected --random-weights beside it"),
         (["--random-weights", "--layers", 4], "layers is 4; expected 1 to 3, which"),
-        (["--random-weights", "--layers", 2, "--headmap", "MAP"], "is for 3 layers of 1 heads"),
+        (["--random-weights", "--layers", 2, "--headmap", "MAP"], "is for 3 layers of 1 head (small)"),
     ],
 )
 def test_layers_that_cannot_be_taken(

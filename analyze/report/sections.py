@@ -29,6 +29,7 @@ from forcingkv.analyze.report.pictures import (
 )
 from forcingkv.analyze.scoring import Scored, in_words, told_numbers
 from forcingkv.analyze.stability import REASONS
+from forcingkv.headmaps.headmap import size_in_words
 from forcingkv.headmaps.reading import parse_toml
 
 LISTED = 40
@@ -221,7 +222,7 @@ def _making(analysis: Analysis, command: Sequence[str]) -> str:
     )
     lines = [
         ("command", node("code", shlex.join(command) or UNKNOWN)),
-        ("model", f"{model.name}, {model.layers} layers of {model.heads} heads"),
+        ("model", f"{model.name}, {size_in_words(model.layers, model.heads)}"),
         ("weights, SHA-256", node("code", model.weights or UNKNOWN)),
         ("policy", recording.policy),
         ("samples", f"{len(analysis.recorded.samples)}, seeds from {recording.seed} on"),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.fields import shown
-from forcingkv.headmaps.headmap import MOST
+from forcingkv.headmaps.headmap import MOST, size_in_words
 from forcingkv.headmaps.reading import parse_json
 from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.tensors import new_tensors, read_arrays, read_header
@@ -118,9 +118,11 @@ class QueryStatistics:
         where they say one."""
         wanted, hint = (spec.layers, spec.heads, spec.head_dim // 2), "Measure this model's: analyze queries"
         if self.real.shape != wanted:
-            sizes = "{} layers of {} heads with {} rotary pairs"
-            what = f"are of a model of {sizes.format(*self.real.shape)}"
-            raise InputError(what, where="statistics", expected=sizes.format(*wanted), hint=hint)
+            what, expected = (
+                f"{size_in_words(layers, heads)} with {pairs} rotary pair{'s' * (pairs != 1)}"
+                for layers, heads, pairs in (self.real.shape, wanted)
+            )
+            raise InputError(f"are of a model of {what}", where="statistics", expected=expected, hint=hint)
         if self.model not in (None, spec.name):
             what = f"were measured on the model {self.model}"
             raise InputError(what, where="statistics", expected=f"{spec.name}, which is to run", hint=hint)

@@ -120,7 +120,7 @@ def test_a_worked_example() -> None:
 
 
 def test_different_sizes_and_no_heads_are_refused() -> None:
-    with pytest.raises(InputError, match="2 layers of 5 heads, the other for 1 of 10"):
+    with pytest.raises(InputError, match="2 layers of 5 heads, the other for 1 layer of 10 heads"):
         agree(map_of(["static"] * 10), map_of(["static"] * 10, heads=10))
     empty = HeadMap(ModelIdentity("m", 0, 5), (), Rule("given"))
     with pytest.raises(InputError, match="no heads"):

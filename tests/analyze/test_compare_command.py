@@ -259,7 +259,7 @@ def test_short_names() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["heads-a", "wide.json"], "2 layers of 4 heads, the other for 1 of 8"),
+        (["heads-a", "wide.json"], "2 layers of 4 heads, the other for 1 layer of 8 heads"),
         (["heads-a", "nowhere.json"], "nowhere.json cannot be read (No such file or directory)"),
         (["empty", "heads-a"], "empty has no headmap.json; expected a folder that"),
         (["heads-a", "text.json"], "text.json is not JSON"),

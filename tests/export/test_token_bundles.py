@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
 
     with pytest.raises(InputError, match=r"the policy scored scores tokens .*expected --statistics FILE"):
         export()
-    with pytest.raises(InputError, match=r"of 5 layers of 3 heads .*; expected 1 layers of 3 heads"):
+    with pytest.raises(InputError, match=r"of 5 layers of 3 heads .*; expected 1 layer of 3 heads"):
         export(statistics=made_up(replace(SPEC, layers=5)))
     with pytest.raises(InputError, match=r"measured on the model longlive; expected .*, which is to run"):
         export(statistics=made_up(SPEC, model="longlive"))

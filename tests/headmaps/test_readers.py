@@ -179,7 +179,7 @@ LISTS = '[{"static_head": [0], "dynamic_head": [1]}]'
         (CLASSES, Choices(labels={"3": "static"}), "has no class '3'; expected labels for -1, 1"),
         (GATES, Choices(labels={"wave": "static"}), "has no label 'wave'; expected new labels for static"),
         (LISTS, Choices(labels={"veil": "static"}), "has no label 'veil'"),
-        (CLASSES, Choices(heads=3), "is for 1 layers of 2 heads; expected 1 layers of 3 heads"),
+        (CLASSES, Choices(heads=3), "is for 1 layer of 2 heads; expected 1 layer of 3 heads"),
         (GATES, Choices(layers=30), "expected 30 layers of 2 heads. Use the map made for this model"),
         (LISTS, Choices(heads=3), "layer 0 leaves out head 2"),
     ],

@@ -12,6 +12,7 @@ from typer import Argument, Option
 from forcingkv.commands.console import AsJson, console, emit, must_end, need, say
 from forcingkv.commands.models import ExpectDigest
 from forcingkv.headmaps.fields import to_data
+from forcingkv.headmaps.headmap import size_in_words
 from forcingkv.measure.tables import wrapped
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.footprint import (
@@ -94,7 +95,7 @@ def _model(opened: Bundle) -> Iterator[str]:
     counted = ", ".join(f"{count} {label}" for label, count in heads.items())
     yield str(opened.path)
     yield from _beside("digest", opened.digest)
-    yield from _beside("model", f"{spec.name}, {spec.layers} layers of {spec.heads} heads: {counted}")
+    yield from _beside("model", f"{spec.name}, {size_in_words(spec.layers, spec.heads)}: {counted}")
     yield from _beside(
         "resolution",
         f"{plan.geometry.described}: {plan.frame_tokens:,} tokens a frame,"
