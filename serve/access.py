@@ -15,8 +15,8 @@ from forcingkv.serve.settings import Settings, is_loopback
 def check_origin(settings: Settings, headers: Headers) -> None:
     """Refuse what a foreign page makes a browser ask.
 
-    A browser says in Origin which page asks; programs say nothing. And where no token is asked for, a page can
-    call its own name this machine's address (DNS rebinding): then the name has to be one of this machine.
+    A browser says in Origin which page asks; programs say nothing. And where no token is asked for, a page
+    can give its own name this machine's address (DNS rebinding): then the name has to be one of this machine.
 
     Raises RefusalError (forbidden).
     """

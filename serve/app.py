@@ -29,8 +29,19 @@ log = logging.getLogger("forcingkv.serve")
 
 HEADERS = {
     # The page loads nothing from elsewhere, and nothing puts it into a frame.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:;"
-    " media-src 'self' blob:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "; ".join(
+        (
+            "default-src 'none'",
+            "script-src 'self'",
+            "style-src 'self'",
+            "img-src 'self' data: blob:",
+            "media-src 'self' blob:",
+            "connect-src 'self'",
+            "form-action 'none'",
+            "base-uri 'none'",
+            "frame-ancestors 'none'",
+        )
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -125,7 +136,7 @@ def _failed(request: Request, error: Exception) -> JSONResponse:
 
 
 class Guard:
-    """Of every request: no body that is too large, no foreign page, and headers that keep the page to itself."""
+    """Of every request: no body too large, no foreign page, and headers that keep the page to itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

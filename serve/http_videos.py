@@ -1,4 +1,4 @@
-"""Jobs over HTTP, in the shape that OpenAI's video API made common: its clients work with a service of ours."""
+"""Jobs over HTTP, in the shape that OpenAI's video API made common: its clients work here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_SECONDS = 4.0
 
 
 class VideoRequest(BaseModel):
-    """What a client asks for. Names that are not known are refused, as what was asked for would be missing."""
+    """What a client asks for. Names that are not known are refused: what they ask for would be missing."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 

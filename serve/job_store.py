@@ -100,7 +100,7 @@ class JobStore:
             )
         known = {job.id for job in self.all()}
         for path in self._videos.iterdir():
-            if path.stem not in known or not self.get(path.stem).status == "completed":
+            if path.stem not in known or self.get(path.stem).status != "completed":
                 path.unlink()
 
     def add(self, job: Job) -> Job:

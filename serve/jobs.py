@@ -14,6 +14,7 @@ from forcingkv.serve.bundles import ServedBundle
 from forcingkv.serve.engine import Engine
 from forcingkv.serve.job_store import INTERRUPTED, Job, JobStore
 from forcingkv.serve.refusals import RefusalError, refusal_of
+from forcingkv.serve.seat import Seat
 
 log = logging.getLogger("forcingkv.serve")
 
@@ -75,18 +76,13 @@ class Jobs:
         task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
 
     async def _run(self, job: Job) -> None:
-        places = self._engine.places
         try:
             bundle = self._engine.bundle(job.bundle)
-            place = await places.take(bundle.session_bytes, lambda place, wait: None)
+            seat = Seat(self._engine, bundle)
             try:
-                session = await self._engine.aside(bundle.take)
-                try:
-                    await self._make(job, bundle, session)
-                finally:
-                    bundle.give_back(session)
+                await self._make(job, bundle, await seat.take())
             finally:
-                places.give_back(place)
+                seat.give_back()
         except asyncio.CancelledError:
             raise
         except Exception as error:

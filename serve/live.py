@@ -10,7 +10,7 @@ from collections import deque
 from contextlib import suppress
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import Chunk, Session, SessionError, Video
+from forcingkv.runtime import Chunk, SessionError, Video
 from forcingkv.runtime.text import Prompt
 from forcingkv.serve.begin import Beginning
 from forcingkv.serve.bundles import ServedBundle
@@ -37,8 +37,8 @@ from forcingkv.serve.messages import (
     SwitchPrompt,
 )
 from forcingkv.serve.outbox import Outbox
-from forcingkv.serve.places import Place
 from forcingkv.serve.refusals import RefusalError, refusal_of
+from forcingkv.serve.seat import Seat
 from forcingkv.serve.states import SavedState
 
 log = logging.getLogger("forcingkv.serve")
@@ -77,8 +77,7 @@ class LiveSession:
         self._paused: float | None = None
         self._asleep: SavedState | None = None
         self._drained: float | None = None
-        self._place: Place | None = None
-        self._session: Session | None = None
+        self._seat = Seat(engine, self._bundle)
         self._video: Video | None = None
         self._coder: FrameCoder | None = None
         self._coding: asyncio.Task[None] | None = None
@@ -143,11 +142,11 @@ class LiveSession:
             return
         waited = time.monotonic() - self._asked
         self._engine.metrics.waited.observe(waited)
-        assert self._session is not None
-        video = self._video = await self._engine.make(self._beginning.video, self._session)
-        start, spec = self._beginning.start, self._session.spec
+        assert self._seat.session is not None
+        video = self._video = await self._engine.make(self._beginning.video, self._seat.session)
+        start, spec = self._beginning.start, self._bundle.bundle.plan.spec
         self._frames = spec.frames_of(video.index)
-        width, height = self._session.bundle.manifest.frame_size
+        width, height = self._bundle.bundle.manifest.frame_size
         coded = start.frames, width, height, spec.fps, start.enlarge, self._frames
         self._coder = await self._engine.aside(coder_for, *coded)
         self._engine.metrics.sessions.labels(self._bundle.name).inc()
@@ -186,25 +185,19 @@ class LiveSession:
         def tell(place: int, wait: float | None) -> None:
             self.outbox.put(Queued(session=self.id, key=self.key, place=place, wait_seconds=wait))
 
-        waiting = asyncio.ensure_future(self._engine.places.take(self._bundle.session_bytes, tell))
-        try:
-            while not waiting.done() and not self._over:
-                changed = asyncio.ensure_future(self._wait())
-                await asyncio.wait({waiting, changed}, return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
-                with suppress(asyncio.CancelledError):
-                    await changed
-                if any(isinstance(command, Stop) for command in self._commands):
-                    self._over = "stopped"
-        finally:
-            if not waiting.done():
-                waiting.cancel()
-        if self._over:
+        waiting = asyncio.ensure_future(self._seat.take(tell))
+        while not waiting.done() and not self._over:
+            changed = asyncio.ensure_future(self._wait())
+            await asyncio.wait({waiting, changed}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
             with suppress(asyncio.CancelledError):
-                self._place = await waiting
-            return
-        self._place = await waiting
-        self._session = await self._engine.aside(self._bundle.take)
+                await changed
+            if any(isinstance(command, Stop) for command in self._commands):
+                self._over = "stopped"
+        if self._over and not self._seat.has_place:
+            waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            await waiting
 
     # Between chunks
 
@@ -229,7 +222,7 @@ class LiveSession:
                 await self._changed.wait()
         except TimeoutError:
             assert limit is not None
-            if limit[1] == "idle":
+            if limit[1] is None:
                 await self._fall_asleep()
             else:
                 self._over = limit[1]
@@ -239,9 +232,9 @@ class LiveSession:
         limit = self._time_limit()
         return limit is not None and limit[0] <= time.monotonic()
 
-    def _time_limit(self) -> tuple[float, Ended | str] | None:
-        """Until when things may stay as they are, and what is then."""
-        limits, found = self._engine.limits, list[tuple[float, Ended | str]]()
+    def _time_limit(self) -> tuple[float, Ended | None] | None:
+        """Until when things may stay as they are, and how the session ends then; None: it falls asleep."""
+        limits, found = self._engine.limits, list[tuple[float, Ended | None]]()
         if self._drained is not None:
             endless = self._video is None or self._video.chunks is None or self._paused is not None
             found.append((0.0 if endless else self._drained, "draining"))
@@ -250,10 +243,10 @@ class LiveSession:
         if self._asleep and self._paused is not None:
             found.append((self._paused + limits.idle + limits.forgotten, "forgotten"))
         elif self._paused is not None and self._video is not None:
-            found.append((self._paused + limits.idle, "idle"))
+            found.append((self._paused + limits.idle, None))
         elif self.outbox.full is not None:
             found.append((self.outbox.full + limits.reader, "slow_reader"))
-        return min(found, default=None)
+        return min(found, key=lambda limit: limit[0], default=None)
 
     async def _obey(self, command: Command) -> None:
         try:
@@ -323,9 +316,9 @@ class LiveSession:
     async def _wake_up(self, state: SavedState) -> None:
         """Take a place again, and go on where the video was."""
         await self._take_place()
-        if self._over or self._session is None:
+        if self._over or self._seat.session is None:
             return
-        self._video = await self._engine.make(self._session.restore, state.folder)
+        self._video = await self._engine.make(self._seat.session.restore, state.folder)
         self._engine.asleep.remove(state.name)
         self._asleep = None
 
@@ -392,12 +385,7 @@ class LiveSession:
             with suppress(Exception):
                 await self._coded()
         self._video = None
-        if self._session is not None:
-            self._bundle.give_back(self._session)
-            self._session = None
-        if self._place is not None:
-            self._engine.places.give_back(self._place)
-            self._place = None
+        self._seat.give_back()
         if self._over and self._coder is not None:
             self._coder.close()
 

@@ -1,7 +1,7 @@
 """The protocol of a live session: what either side may say, as JSON. `docs/serving.md` tells it in words.
 
 Every message is a JSON object with a `type`. Messages of the client are checked against these classes, and
-those of the service are made of them, so both have the schema that `schema()` gives and `/v1/protocol` serves.
+those of the service are made of them: both have the schema that `schema()` gives and `/v1/protocol` serves.
 An event with `parts` is followed by as many binary messages.
 """
 
@@ -17,8 +17,8 @@ VERSION = 1
 """Of the protocol. Another one is refused in the answer to `hello`."""
 
 FramesAs = Literal["mp4", "jpeg", "rgb24"]
-"""Frames as fragments of H.264 for a browser's MediaSource (one part a chunk, and one with `started`, its head);
-as a JPEG each; as the bytes of all frames of a chunk."""
+"""Frames as fragments of H.264 for a browser's MediaSource (one part a chunk, and one with `started`, its
+head); as a JPEG each; as the bytes of all frames of a chunk."""
 RecacheName = Literal["replay", "keep-sink", "empty-sink", "none", "cut"]
 Ended = Literal["complete", "stopped", "slow_reader", "lost", "forgotten", "draining", "failed"]
 
@@ -70,7 +70,7 @@ class Start(Message):
     image: Annotated[int, Field(ge=1)] | None = None
     """Bytes of a picture to begin with, which is the next binary message."""
     state: Name | None = None
-    """A state that `saved` named: the video goes on from there, to the bit. Prompt, seed and image are its own."""
+    """A state that `saved` named: the video goes on from there, to the bit, with its own prompt and seed."""
 
 
 class Resume(Message):

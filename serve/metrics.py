@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psutil
@@ -22,17 +23,17 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Now(engine))
-        bundle, named = ("bundle",), {"registry": self._registry}
-        self.sessions = Counter("forcingkv_sessions", "Live sessions that began.", bundle, **named)
-        self.ended = Counter("forcingkv_sessions_ended", "Live sessions that ended.", ("reason",), **named)
-        self.jobs = Counter("forcingkv_jobs", "Jobs that ended.", ("status",), **named)
-        self.frames = Counter("forcingkv_frames", "Frames that were made.", bundle, **named)
-        self.refusals = Counter("forcingkv_refusals", "Messages and requests refused.", ("code",), **named)
-        self.bytes_sent = Counter("forcingkv_sent_bytes", "Bytes of frames for clients.", **named)
-        buckets = {"buckets": SECONDS, "registry": self._registry}
-        self.chunk = Histogram("forcingkv_chunk_seconds", "Making a chunk.", bundle, **buckets)
-        self.first = Histogram("forcingkv_first_chunk_seconds", "From start to the first chunk.", **buckets)
-        self.waited = Histogram("forcingkv_wait_seconds", "Waiting for a place.", **buckets)
+        count = partial(Counter, registry=self._registry)
+        spread = partial(Histogram, registry=self._registry, buckets=SECONDS)
+        self.sessions = count("forcingkv_sessions", "Live sessions that began.", ["bundle"])
+        self.ended = count("forcingkv_sessions_ended", "Live sessions that ended.", ["reason"])
+        self.jobs = count("forcingkv_jobs", "Jobs that ended.", ["status"])
+        self.frames = count("forcingkv_frames", "Frames that were made.", ["bundle"])
+        self.refusals = count("forcingkv_refusals", "Messages and requests refused.", ["code"])
+        self.bytes_sent = count("forcingkv_sent_bytes", "Bytes of frames for clients.")
+        self.chunk = spread("forcingkv_chunk_seconds", "Making a chunk.", ["bundle"])
+        self.first = spread("forcingkv_first_chunk_seconds", "From start to the first chunk.")
+        self.waited = spread("forcingkv_wait_seconds", "Waiting for a place.")
 
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""

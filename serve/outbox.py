@@ -1,4 +1,4 @@
-"""What a session has for its client: in order, at most a few chunks ahead, and again after a lost connection."""
+"""What a session has for its client: in order, a few chunks ahead, and again after a lost connection."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Outbox:
         return self.ended.is_set() and not self._sent
 
     @property
-    def bytes(self) -> int:
-        """Of the chunks that are held."""
+    def size(self) -> int:
+        """Bytes of the chunks that are held."""
         return sum(len(part) for one in (*self._sent, *self._coming) for part in one.parts)
 
     def put(self, event: Event, parts: tuple[bytes, ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The live sessions of a service, by name: each runs by itself, and waits a while for a client that was lost."""
+"""The live sessions of a service, by name. Each runs by itself, and waits a while for a lost client."""
 
 from __future__ import annotations
 

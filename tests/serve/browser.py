@@ -15,7 +15,8 @@ from urllib.request import urlopen
 
 from websockets.sync.client import connect
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+NAMES = "chromium", "chromium-browser", "google-chrome"
+CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
 class Page:
@@ -45,7 +46,8 @@ class Page:
             details = how["exceptionDetails"]
             self.troubles.append(details.get("exception", {}).get("description", details["text"]))
         elif what == "Runtime.consoleAPICalled" and how["type"] in ("error", "warning", "assert"):
-            self.troubles.append(" ".join(str(one.get("value", one.get("description"))) for one in how["args"]))
+            said_there = (str(one.get("value", one.get("description"))) for one in how["args"])
+            self.troubles.append(" ".join(said_there))
         elif what == "Log.entryAdded" and how["entry"]["level"] == "error":
             self.troubles.append(f"{how['entry']['text']} {how['entry'].get('url', '')}")
         elif what == "Network.requestWillBeSent":
@@ -72,7 +74,8 @@ class Page:
         return value
 
     def size(self, width: int, height: int, *, phone: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        sizes = {"width": width, "height": height, "deviceScaleFactor": 1}
+        self.call("Emulation.setDeviceMetricsOverride", **sizes, mobile=phone)
 
     def dark(self, on: bool) -> None:
         value = "dark" if on else "light"
@@ -81,7 +84,8 @@ class Page:
     def key(self, key: str, code: int, text: str = "") -> None:
         for kind in ("keyDown", "keyUp"):
             said = {"text": text} if kind == "keyDown" and text else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **said)
+            keys = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+            self.call("Input.dispatchKeyEvent", type=kind, **keys, **said)
 
     def picture(self, path: Path) -> None:
         """A PNG of the whole page."""
@@ -100,10 +104,18 @@ def browser(folder: Path) -> Iterator[Page]:
     """A browser with one empty tab."""
     assert CHROMIUM
     words = [
-        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--mute-audio",
-        "--no-first-run", "--disable-background-networking", "--autoplay-policy=no-user-gesture-required",
-        f"--user-data-dir={folder}", "about:blank",
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--mute-audio",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--autoplay-policy=no-user-gesture-required",
+        "--remote-debugging-port=0",
+        f"--user-data-dir={folder}",
+        "about:blank",
+    ]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port = _port(folder, process)
