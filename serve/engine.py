@@ -43,7 +43,7 @@ class Engine:
         bundles: by name, the first is taken where none is named.
         data: the folder of the service.
         limits: of one client, and of all.
-        most: sessions at a time; None: as many as memory allows.
+        most: sessions at a time, where memory allows as many.
         at_once: chunks that are made at a time; None: 1, since a chunk takes all threads.
 
     Attributes:
@@ -55,7 +55,7 @@ class Engine:
         bundles: Mapping[str, ServedBundle],
         data: Path,
         limits: Limits,
-        most: int | None = None,
+        most: int,
         at_once: int | None = None,
     ) -> None:
         self.bundles, self.limits = dict(bundles), limits
@@ -63,7 +63,7 @@ class Engine:
         # The first session of each bundle is there already, and holds its memory.
         memory = sum(sizes) + int(available_bytes() * SHARE)
         fit = max(1, memory // max(min(sizes), 1))
-        self.places = Places(min(most or fit, fit), memory, limits.waiting)
+        self.places = Places(min(most, fit), memory, limits.waiting)
         self.states, self.asleep = States(data / "states", limits.states_kept), States(data / "asleep", 10**6)
         self.metrics = Metrics(self)
         self.draining = False

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 from forcingkv.serve.begin import Beginning
 from forcingkv.serve.engine import Engine
 from forcingkv.serve.live import LiveSession
 from forcingkv.serve.refusals import RefusalError
 
+LOOK = 0.1
+"""Seconds between two looks at whether a client has all."""
 STUCK = 10.0
 """Seconds for the last words of a session whose client is there and takes nothing."""
 
@@ -49,17 +51,22 @@ class Registry:
     async def _run(self, live: LiveSession, counted: ExitStack) -> None:
         with counted:
             await live.run()
-        # What it made last is still to be fetched.
-        box, limits = live.outbox, self._engine.limits
-        until = time.monotonic() + limits.reader + limits.lost
-        while not box.heard_the_end and time.monotonic() < until:
-            lost = box.lost is not None and time.monotonic() - box.lost > limits.lost
-            if lost or (live.was_dropped and time.monotonic() > until - limits.reader - limits.lost + STUCK):
-                break
-            with suppress(TimeoutError):
-                await asyncio.wait_for(box.ended.wait(), 0.2)
+        await self._linger(live)
         del self.sessions[live.id]
-        box.forsake()
+        live.outbox.forsake()
+
+    async def _linger(self, live: LiveSession) -> None:
+        """Let the client fetch what was made last: one that was lost may come back for it."""
+        box, limits = live.outbox, self._engine.limits
+        ended = time.monotonic()
+        while not box.heard_the_end:
+            there = box.lost is None
+            patience = STUCK if live.was_dropped or self._engine.draining else limits.reader
+            if there and time.monotonic() - ended > patience:
+                return
+            if box.lost is not None and (self._engine.draining or time.monotonic() - box.lost > limits.lost):
+                return
+            await asyncio.sleep(LOOK)
 
     async def drain(self) -> None:
         """End all sessions: those whose video ends soon may, of others the state is kept."""

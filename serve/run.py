@@ -69,8 +69,9 @@ def listening(host: str, port: int, stuck: float) -> socket.socket:
     return opened
 
 
-def run_service(service: Service, opened: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until a signal ends it: sessions end well first, and a second signal ends it at once."""
+def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> Server:
+    """The server of a service; `ready` is called once it answers. `Server.run(sockets=[...])` serves until a
+    signal, or `Server.stop`: sessions end well first, and a second signal ends it at once."""
     config = uvicorn.Config(
         make_app(lambda: service),
         log_config=None,
@@ -81,10 +82,10 @@ def run_service(service: Service, opened: socket.socket, ready: Callable[[], Non
         lifespan="on",
         server_header=False,
     )
-    _Server(config, service, ready).run(sockets=[opened])
+    return Server(config, service, ready)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Ends what runs before it closes sockets."""
 
     def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
@@ -107,4 +108,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal; the second is not asked (`commands/stopping.py`)."""
+        self.stop()
+
+    def stop(self) -> None:
+        """End, as a signal does; of any thread."""
         self._told = True

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError
 
+MOST_SESSIONS = 16
 SHORTEST_TOKEN = 16
 """Characters of a token: 64 bits where it is drawn in hexadecimal."""
 
@@ -56,8 +57,6 @@ class Settings:
     """Of one service. Raises InputError for what would be unsafe: to be reached from elsewhere without a
     token."""
 
-    bundles: tuple[tuple[str, Path], ...]
-    """Name and folder of each."""
     data: Path
     """The folder of jobs, their videos, and saved states."""
     host: str = "127.0.0.1"
@@ -67,8 +66,8 @@ class Settings:
     """Origins of pages elsewhere that may use the service, such as `https://studio.example`."""
     hosts: tuple[str, ...] = ()
     """Names by which the service is asked for, beside those of this machine; behind a proxy, its name."""
-    sessions: int | None = None
-    """Sessions at a time; None: as many as memory allows."""
+    sessions: int = MOST_SESSIONS
+    """Sessions at a time, where memory allows as many."""
     backend: str | None = None
     device: str | None = None
     threads: int | None = None

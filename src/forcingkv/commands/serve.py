@@ -35,8 +35,8 @@ def serve(
         list[str] | None, Option(help="Name by which it is asked for besides, such as a proxy's.")
     ] = None,
     sessions: Annotated[
-        int | None, Option(min=1, help="Sessions at a time; default: as many as memory allows.")
-    ] = None,
+        int, Option(min=1, help="Sessions at a time, where memory allows as many; others wait.")
+    ] = 16,
     embeds: Annotated[
         list[str] | None,
         Option(help="Embeddings of the prompts that clients may ask for: FILE, or BUNDLE=FILE."),
@@ -56,7 +56,7 @@ def serve(
     need("serve", "fastapi", "uvicorn", "websockets", "prometheus_client", "multipart", "av")
     from forcingkv.serve.bundles import BundleChoice
     from forcingkv.serve.logs import log_to_stderr
-    from forcingkv.serve.run import listening, open_service, run_service
+    from forcingkv.serve.run import listening, make_server, open_service
     from forcingkv.serve.settings import Limits, Settings, is_loopback
 
     if log_level not in ("debug", "info", "warning", "error"):
@@ -66,7 +66,6 @@ def serve(
     if unknown := texts.keys() - folders.keys():
         raise InputError(f"there is no bundle {min(unknown)!r}", where="--embeds", expected="BUNDLE=FILE")
     settings = Settings(
-        bundles=tuple(folders.items()),
         data=data,
         host=host,
         port=port,
@@ -96,9 +95,8 @@ def serve(
             )
         token = "a token is asked for" if settings.token else "no token: this machine only"
         also = "" if is_loopback(host) else ", without TLS: put a proxy before it"
-        run_service(
-            service, opened, lambda: say(f"serving on http://{shown}:{at}/ ({token}{also})", error=True)
-        )
+        ready = f"serving on http://{shown}:{at}/ ({token}{also})"
+        make_server(service, lambda: say(ready, error=True)).run(sockets=[opened])
 
 
 def _named(text: str, otherwise: str | None = None) -> tuple[str, Path]:
