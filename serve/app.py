@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -20,7 +21,7 @@ import forcingkv
 from forcingkv.serve.access import check_origin
 from forcingkv.serve.http_videos import Used, allowed, refused, router
 from forcingkv.serve.messages import schema
-from forcingkv.serve.refusals import RefusalError, refusal_of
+from forcingkv.serve.refusals import Code, RefusalError, refusal_of
 from forcingkv.serve.service import Service, service_of
 from forcingkv.serve.sockets import converse
 
@@ -110,6 +111,7 @@ def make_app(open_service: Callable[[], Service]) -> FastAPI:
     )
     app.add_exception_handler(RefusalError, refused)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _not_there)
     app.add_exception_handler(Exception, _failed)
     app.add_middleware(Guard)
     app.include_router(plain)
@@ -128,6 +130,15 @@ def _invalid(request: Request, error: Exception) -> JSONResponse:
     fault = error.errors()[0]
     place = ".".join(map(str, fault["loc"]))
     return refused(request, RefusalError("bad_request", f"{place}: {fault['msg']}"))
+
+
+def _not_there(request: Request, error: Exception) -> JSONResponse:
+    """What the framework refuses by itself, in the same shape."""
+    assert isinstance(error, HTTPException)
+    code: Code = "not_found" if error.status_code == 404 else "bad_request"
+    answer = refused(request, RefusalError(code, f"{error.detail}."))
+    answer.status_code = error.status_code
+    return answer
 
 
 def _failed(request: Request, error: Exception) -> JSONResponse:

@@ -334,12 +334,21 @@ def read_message(text: str | bytes) -> Any:
         raise RefusalError("bad_message", in_words(error)) from error
 
 
+SAID = 200
+"""Characters of a fault that are said."""
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text, cut where it is longer."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 def in_words(error: ValidationError) -> str:
     """What is wrong with a message, in a sentence; of several faults the first three."""
     faults = []
     for fault in error.errors(include_url=False, include_context=False, include_input=False)[:3]:
-        place = ".".join(str(part) for part in fault["loc"][:6])
-        said = fault["msg"][0].lower() + fault["msg"][1:]
+        place = ".".join(shortened(str(part), 40) for part in fault["loc"][:6])
+        said = shortened(fault["msg"][0].lower() + fault["msg"][1:], SAID)
         faults.append(f"{place}: {said}" if place else said)
     more = error.error_count() - len(faults)
     return f"The message is not of the protocol: {'; '.join(faults)}{f'; and {more} more' if more else ''}."[

@@ -35,7 +35,7 @@ class Served:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def http(self, **headers: str) -> httpx.Client:
+    def http(self, **headers: str | bytes) -> httpx.Client:
         if self.token and "Authorization" not in headers:
             headers["Authorization"] = f"Bearer {self.token}"
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)

@@ -17,9 +17,9 @@ from tests.serve.served import PROMPT, TOKEN, Served, Talk, serving
 DEEP = "[" * 5000 + "]" * 5000
 BAD = {
     "no JSON": ("{", "json"),
-    "no object": ("[]", "type"),
-    "a number": ("7", "type"),
-    "null": ("null", "type"),
+    "no object": ("[]", "object"),
+    "a number": ("7", "object"),
+    "null": ("null", "object"),
     "deep": (DEEP, "recursion"),
     "deep inside": ('{"type": "start", "script": ' + DEEP + "}", "recursion"),
     "no type": ("{}", "type"),
