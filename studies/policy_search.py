@@ -13,7 +13,7 @@ beds:
 
     python -m studies.comparison --bed demo --policies runs/search/best.toml --out runs/search/verdict
 
-OUT/best.toml has the best ones, OUT/rungs.jsonl all scores. Videos are kept in OUT/videos: a run goes on
+OUT/best.toml has those of the last rung, OUT/rungs.jsonl all scores. Videos are kept in OUT/videos: a run goes on
 where another stopped.
 """
 
@@ -58,7 +58,7 @@ RUNGS = ((2, 16), (8, 32), (32, 64))
 STAYS = 4
 """One candidate in so many goes on to the next rung."""
 BEST = 3
-"""How many are written at the end, at least."""
+"""How many run on the last rung, and are written, at least."""
 SINKS = (0, 1, 3)
 ALIKE = "all heads"
 STATICS: dict[str, list[Table] | None] = {
@@ -235,9 +235,10 @@ def search(out: Path, budget: str, workers: int = 1) -> list[Scored]:
 
 
 def best_toml(found: Sequence[Scored], out: Path) -> str:
-    """The best as a file of variants, with what all are compared with; each policy in a file of its own."""
+    """Those of the last rung as a file of variants, with what all are compared with; each policy in a file of
+    its own, `best-1.toml` the best."""
     named = {REFERENCE: REFERENCE, PROFILED: PROFILED}
-    for number, one in enumerate([one for one in found if one.policy.name not in named][:BEST], 1):
+    for number, one in enumerate([one for one in found if one.policy.name not in named], 1):
         file = out / f"best-{number}.toml"
         write_text(file, policy_toml(replace(one.policy, name=f"best-{number}")))
         named[one.policy.name] = str(file.resolve())
@@ -252,7 +253,7 @@ def policy_toml(policy: Policy) -> str:
     """The policy as TOML. JSON writes strings, numbers and booleans as TOML does."""
     data = to_data(policy)
     head = "name", "summary", "positions"
-    lines = [f"{name} = {json.dumps(data[name])}" for name in head if data[name] is not None]
+    lines = [f"{name} = {json.dumps(data[name])}" for name in head if data.get(name) is not None]
     lines.append("\n[groups]")
     for label, roles in data["groups"].items():
         shown = [

@@ -81,6 +81,10 @@ def test_the_shipped_policies_are_those_of_the_methods() -> None:
     token_by_token = Ema((0.001,), of="tokens", starts="first")
     assert load_policy("reward-forcing").groups == {"all": (token_by_token, Recent(3))}
     assert load_policy("memflow").groups == {"all": (Sink(3), Bank(3, every=9), Recent(6))}
+    assert load_policy("distinct-frames").groups == {
+        "static": (Recent(1),),
+        "dynamic": (Bank(2), Recent(1)),
+    }
     assert load_policy("deep-forcing").groups == {
         "all": (Sink(share=0.5), Tokens(2, "queries", together=True), Recent(1))
     }

@@ -212,10 +212,10 @@ def test_every_preset_can_be_read(name: str) -> None:
 def test_policies_stand_the_plainest_first() -> None:
     assert policy_names() == [
         *("full", "reward-forcing", "window", "deep-forcing", "full-int4", "memflow", "memrope"),
-        *("triattention", "dummy-forcing", "dummy-forcing-6", "forcing-kv", "forcing-kv-int8"),
-        *("forcing-kv-krea", "forcing-kv-krea-sink", "head-forcing", "pyramid"),
+        *("triattention", "distinct-frames", "dummy-forcing", "dummy-forcing-6", "forcing-kv"),
+        *("forcing-kv-int8", "forcing-kv-krea", "forcing-kv-krea-sink", "head-forcing", "pyramid"),
     ]
-    with pytest.raises(InputError, match=r"one of deep-forcing, dummy-forcing, .*, window, or a file"):
+    with pytest.raises(InputError, match=r"one of deep-forcing, distinct-frames, dummy-forcing, .*, window, or a file"):
         load_policy("../full")
 
 

@@ -68,3 +68,12 @@ def test_the_best_quarter_goes_on_and_is_written_as_files_that_load(
     assert list(variants)[:2] == ["full", "forcing-kv"]
     for one in [one for one in scored if one.policy.name in variants and one.policy.name != "forcing-kv"]:
         assert variants[one.policy.name].groups == one.policy.groups
+
+
+@pytest.mark.parametrize("bits", search.BITS)
+@pytest.mark.parametrize("heads", search.STATICS)
+def test_a_candidate_is_the_same_from_its_file(tmp_path: Path, heads: str, bits: str | None) -> None:
+    policy = search.made_of(1, "none", None, 2, heads, bits)
+    file = tmp_path / "one.toml"
+    file.write_text(search.policy_toml(policy))
+    assert load_policy(str(file)) == policy
