@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.sync.client import ClientConnection, connect
 
 from forcingkv.serve.bundles import BundleChoice
-from forcingkv.serve.run import listening, make_server, open_service
+from forcingkv.serve.run import Server, listening, make_server, open_service
 from forcingkv.serve.service import Service
 from forcingkv.serve.settings import Limits, Settings
 
@@ -30,6 +31,15 @@ class Served:
     port: int
     service: Service
     token: str | None = None
+    server: Server | None = None
+
+    def cut(self) -> None:
+        """Cut all connections that are there, as a network that fails does."""
+        assert self.server
+        for connection in list(self.server.server_state.connections):
+            transport = connection.transport
+            if isinstance(connection, WebSocketsSansIOProtocol):
+                connection.loop.call_soon_threadsafe(transport.abort)
 
     @property
     def url(self) -> str:
@@ -118,7 +128,7 @@ def serving(
     thread.start()
     try:
         assert ready.wait(60)
-        yield Served(opened.getsockname()[1], service, token)
+        yield Served(opened.getsockname()[1], service, token, server)
     finally:
         server.stop()
         thread.join(120)
