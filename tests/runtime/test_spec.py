@@ -215,7 +215,9 @@ def test_policies_stand_the_plainest_first() -> None:
         *("triattention", "distinct-frames", "dummy-forcing", "dummy-forcing-6", "forcing-kv"),
         *("forcing-kv-int8", "forcing-kv-krea", "forcing-kv-krea-sink", "head-forcing", "pyramid"),
     ]
-    with pytest.raises(InputError, match=r"one of deep-forcing, distinct-frames, dummy-forcing, .*, window, or a file"):
+    with pytest.raises(
+        InputError, match=r"one of deep-forcing, distinct-frames, dummy-forcing, .*, window, or a file"
+    ):
         load_policy("../full")
 
 
