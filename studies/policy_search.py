@@ -13,8 +13,8 @@ beds:
 
     python -m studies.comparison --bed demo --policies runs/search/best.toml --out runs/search/verdict
 
-OUT/best.toml has those of the last rung, OUT/rungs.jsonl all scores. Videos are kept in OUT/videos: a run goes on
-where another stopped.
+OUT/best.toml has those of the last rung, OUT/rungs.jsonl all scores. Videos are kept in OUT/videos: a run
+goes on where another stopped.
 """
 
 from __future__ import annotations
