@@ -235,11 +235,12 @@ class LiveSession:
     def _time_limit(self) -> tuple[float, Ended | None] | None:
         """Until when things may stay as they are, and how the session ends then; None: it falls asleep."""
         limits, found = self._engine.limits, list[tuple[float, Ended | None]]()
+        if self.outbox.lost is not None:
+            # Where the service ends nobody can come back to it.
+            found.append((0.0 if self._drained is not None else self.outbox.lost + limits.lost, "lost"))
         if self._drained is not None:
             endless = self._video is None or self._video.chunks is None or self._paused is not None
             found.append((0.0 if endless else self._drained, "draining"))
-        if self.outbox.lost is not None:
-            found.append((self.outbox.lost + limits.lost, "lost"))
         if self._asleep and self._paused is not None:
             found.append((self._paused + limits.idle + limits.forgotten, "forgotten"))
         elif self._paused is not None and self._video is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 NAMES = "chromium", "chromium-browser", "google-chrome"
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -22,8 +22,8 @@ CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None
 class Page:
     """A tab: what it shows, what it asked for, and what went wrong in it."""
 
-    def __init__(self, address: str) -> None:
-        self._socket = connect(address, max_size=2**27, open_timeout=20)
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
         self._number = 0
         self.troubles: list[str] = []
         self.requests: list[str] = []
@@ -92,9 +92,6 @@ class Page:
         shown = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shown["data"]))
 
-    def close(self) -> None:
-        self._socket.close()
-
 
 SAID = "document.getElementById('said')?.textContent"
 
@@ -121,11 +118,9 @@ def browser(folder: Path) -> Iterator[Page]:
         port = _port(folder, process)
         with urlopen(f"http://127.0.0.1:{port}/json/list", timeout=20) as answer:
             tabs = json.load(answer)
-        page = Page(next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page"))
-        try:
-            yield page
-        finally:
-            page.close()
+        address = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
+        with connect(address, max_size=2**27, open_timeout=20) as socket:
+            yield Page(socket)
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
