@@ -184,7 +184,7 @@ def heads(
     from forcingkv.analyze.results import check_places
     from forcingkv.analyze.run import check_room, choose_device, recording_plan, video_length
     from forcingkv.analyze.storage import Storage
-    from forcingkv.analyze.workers import LOCAL, check_device
+    from forcingkv.runtime.ray_cluster import LOCAL, check_device
     from forcingkv.models.presets import load_spec
 
     spec = load_spec(model)
