@@ -161,7 +161,7 @@ def check_memory_of_presets(
         parts["activations"] = max(parts["activations"], parts.pop("decode_activations"))
         require_memory(
             f"a session of {policy.name} at {plan.geometry.width}x{plan.geometry.height} with"
-            f" {part.layers} layers of {part.name}",
+            f" {part.layers} layer{'s' * (part.layers != 1)} of {part.name}",
             {name.replace("_", " "): size for name, size in parts.items() if size},
             "Take fewer --layers, a smaller --geometry, other --policies, or a larger machine.",
         )

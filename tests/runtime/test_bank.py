@@ -24,8 +24,10 @@ from tests.conftest import random_model, small_spec
 from tests.exported import shared_bundle
 from tests.runtime.lanes import On
 from tests.runtime.videos import (
+    ONE_LAYER,
     OTHER,
     PROMPT,
+    TWO_LAYERS,
     assert_goes_on,
     assert_same,
     counted_parts,
@@ -34,8 +36,7 @@ from tests.runtime.videos import (
     video_of,
 )
 
-SPEC = small_spec(layers=1, attended_frames=12)
-DEEPER = small_spec(layers=2, attended_frames=12)
+SPEC = ONE_LAYER
 MAP = near_and_far(SPEC)
 CHUNKS = 10
 POSITIONS: tuple[Positions, ...] = ("relative", "absolute")
@@ -54,7 +55,7 @@ def banking_bundle(positions: Positions, spec: ModelSpec = SPEC) -> Path:
 
 @pytest.fixture(
     scope="module",
-    params=[(POSITIONS[0], SPEC), pytest.param((POSITIONS[1], DEEPER), marks=pytest.mark.long)],
+    params=[(POSITIONS[0], SPEC), pytest.param((POSITIONS[1], TWO_LAYERS), marks=pytest.mark.long)],
     ids=POSITIONS,
 )
 def bundle(request: pytest.FixtureRequest) -> Path:

@@ -17,12 +17,16 @@ from forcingkv.headmaps import HeadMap, ModelIdentity, Rule
 from forcingkv.runtime import Chunk, Session
 from forcingkv.runtime.footprint import footprint
 from forcingkv.runtime.spec import ModelSpec
+from tests.conftest import small_spec
 from tests.runtime.lanes import ONNX
 
 POLICIES = ("full", "window", "dummy-forcing", "forcing-kv", "forcing-kv-krea")
 BUNDLES = (*POLICIES, "taehv")
 """Those of `conftest.export_small` that all must hold for."""
 PROMPT, OTHER = "a b c", "d e"
+
+
+ONE_LAYER, TWO_LAYERS = (small_spec(layers=layers, attended_frames=12) for layers in (1, 2))
 
 
 def near_and_far(spec: ModelSpec) -> HeadMap:
