@@ -1,10 +1,10 @@
 """A bundle with the face of a diffusers video pipeline.
 
-    from forcingkv.hosts.diffusers import ForcingKVPipeline
+from forcingkv.hosts.diffusers import ForcingKVPipeline
 
-    pipe = ForcingKVPipeline.from_pretrained("bundle")
-    video = pipe("a 3 moving left and a 7 moving up", num_frames=21, generator=torch.Generator().manual_seed(7))
-    export_to_video(video.frames[0], "video.mp4", fps=pipe.fps)
+pipe = ForcingKVPipeline.from_pretrained("bundle")
+video = pipe("a 3 moving left and a 7 moving up", num_frames=21, generator=torch.Generator().manual_seed(7))
+export_to_video(video.frames[0], "video.mp4", fps=pipe.fps)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ StepEnd = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 class ForcingKVPipeline:
     """Makes whole videos as diffusers' pipelines do, or streams them chunk by chunk.
 
-    What a bundle fixes cannot be asked for otherwise: size, number of steps, guidance (these models have none).
+    What a bundle fixes cannot be asked for otherwise: size, number of steps, guidance (there is none).
 
     Attributes:
         session: what makes the chunks.
@@ -44,7 +44,12 @@ class ForcingKVPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, bundle: Path | str, *, embeds: Path | str | None = None, device: str | None = None, **options: Any
+        cls,
+        bundle: Path | str,
+        *,
+        embeds: Path | str | None = None,
+        device: str | None = None,
+        **options: Any,
     ) -> Self:
         """Open a bundle.
 
@@ -102,12 +107,12 @@ class ForcingKVPipeline:
             num_videos_per_prompt: of each prompt, with seeds that follow each other.
             generator: its initial seed is the video's; the noise is this project's own. Several: one a video.
             prompt_embeds: (videos, text_length, text_width), in place of prompts.
-            output_type: `np`: float32 (videos, frames, height, width, 3) in [0, 1]; `pt`: a tensor (videos, frames,
-                3, height, width) of it; `pil`: a list of lists of pictures; `latent`: (videos, channels, latent
-                frames, height, width).
+            output_type: `np`: float32 (videos, frames, height, width, 3) in [0, 1]; `pt`: a tensor of it,
+                (videos, frames, 3, height, width); `pil`: a list of lists of pictures; `latent`: (videos,
+                channels, latent frames, height, width).
             return_dict: whether to return a `WanPipelineOutput`; else a tuple of the frames.
-            callback_on_step_end: called as `(pipe, chunk, 0, {"latents": of the chunk})` at the end of each chunk,
-                which is the step of a video that is made so. What it returns changes nothing.
+            callback_on_step_end: called as `(pipe, chunk, 0, {"latents": of the chunk})` at the end of each
+                chunk, which is the step of a video that is made so. What it returns changes nothing.
 
         Raises InputError for what the bundle cannot do.
         """
@@ -119,7 +124,10 @@ class ForcingKVPipeline:
         spec = self.session.spec
         count = num_frames or spec.frames_of(spec.chunks_for(5.0))
         self._interrupt = False
-        made = [self._whole(one, seed, count, callback_on_step_end) for one, seed in zip(prompts, seeds, strict=True)]
+        made = [
+            self._whole(one, seed, count, callback_on_step_end)
+            for one, seed in zip(prompts, seeds, strict=True)
+        ]
         frames = _as(output_type, [frames for frames, _ in made], [latents for _, latents in made])
         return _output_class()(frames=frames) if return_dict else (frames,)
 
@@ -155,7 +163,9 @@ class ForcingKVPipeline:
             expected = f"{known}, those the model was made for, or none"
             raise InputError(f"is {steps}", where="num_inference_steps", expected=expected)
         if guidance not in (None, 1, 1.0):
-            raise InputError(f"is {guidance}", where="guidance_scale", expected="1 or none: there is no guidance")
+            raise InputError(
+                f"is {guidance}", where="guidance_scale", expected="1 or none: there is no guidance"
+            )
 
     def _prompts(self, prompt: str | Sequence[str] | None, embeds: torch.Tensor | None) -> list[Prompt]:
         if (prompt is None) == (embeds is None):
@@ -200,7 +210,9 @@ def _seeds(generator: Any, count: int) -> list[int]:
         return [int(seed) for seed in np.random.default_rng().integers(0, 2**31, count)]
     if isinstance(generator, Sequence):
         if len(generator) != count:
-            raise InputError(f"are {len(generator)}", where="generator", expected=f"one, or {count}: one a video")
+            raise InputError(
+                f"are {len(generator)}", where="generator", expected=f"one, or {count}: one a video"
+            )
         return [one.initial_seed() for one in generator]
     first = generator.initial_seed()
     return [first + number for number in range(count)]

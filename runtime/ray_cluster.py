@@ -1,4 +1,4 @@
-"""A cluster of Ray to spread work over: on this machine, or one that runs already. Ray is imported when asked for."""
+"""A cluster of Ray to spread work over, on this machine or elsewhere. Ray is imported when asked for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Nodes for ComfyUI. Link or copy this folder into ComfyUI/custom_nodes; forcingkv has to be installed there.
+"""Nodes for ComfyUI. Copy this folder into ComfyUI/custom_nodes, or link it; forcingkv has to be installed.
 
-    ln -s "$(python -c 'import forcingkv.hosts.comfyui as nodes; print(*nodes.__path__)')" ComfyUI/custom_nodes/forcingkv
+The folder: python -c 'import forcingkv.hosts.comfyui as nodes; print(*nodes.__path__)'
 """
 
 from __future__ import annotations

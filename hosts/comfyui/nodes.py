@@ -29,7 +29,9 @@ class LoadBundle:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
         return {
-            "required": {"bundle": ("STRING", {"default": "", "tooltip": "Folder that forcingkv export wrote."})},
+            "required": {
+                "bundle": ("STRING", {"default": "", "tooltip": "Folder that forcingkv export wrote."})
+            },
             "optional": {
                 "device": ("STRING", {"default": "", "tooltip": "cpu, cuda, cuda:1; empty: the default."}),
                 "backend": (["default", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx"],),
@@ -124,7 +126,9 @@ def _shown(video: Video, chunks: int) -> Iterator[Chunk]:
     for chunk in video:
         picture = Image.fromarray(chunk.frames[-1])
         picture = picture.resize(_preview_size(picture.size), Image.Resampling.NEAREST)
-        bar.update_absolute(chunk.index + 1, chunks, ("JPEG", picture, PREVIEW))  # raises where it was cancelled
+        bar.update_absolute(
+            chunk.index + 1, chunks, ("JPEG", picture, PREVIEW)
+        )  # raises where it was cancelled
         yield chunk
 
 

@@ -74,7 +74,8 @@ def test_it_plays_and_a_new_prompt_is_seen_where_it_said(page: Page) -> None:
         "document.getElementById('said').textContent.match(/takes effect with chunk (\\d+)/)?.[1]"
     )
     page.until(
-        f"Number(document.querySelector('figcaption').textContent.match(/chunk (\\d+) of/)?.[1]) >= {said} + 1"
+        "Number(document.querySelector('figcaption').textContent.match(/chunk (\\d+) of/)?.[1])"
+        f" >= {said} + 1"
     )
     found = set()
     while shown(page) <= int(said) + 2:
@@ -179,7 +180,8 @@ def test_it_fits_the_screen_in_light_and_dark(page: Page, width: int, height: in
     page.until("!document.getElementById('start').disabled")
     assert page.run("document.documentElement.scrollWidth") <= width
     small = page.run(
-        "[...document.querySelectorAll('button')].filter((one) => one.offsetParent && one.offsetHeight < 44).length"
+        "[...document.querySelectorAll('button')]"
+        ".filter((one) => one.offsetParent && one.offsetHeight < 44).length"
     )
     assert small == 0
     back = page.run("getComputedStyle(document.body).backgroundColor")

@@ -184,8 +184,8 @@ def heads(
     from forcingkv.analyze.results import check_places
     from forcingkv.analyze.run import check_room, choose_device, recording_plan, video_length
     from forcingkv.analyze.storage import Storage
-    from forcingkv.runtime.ray_cluster import LOCAL, check_device
     from forcingkv.models.presets import load_spec
+    from forcingkv.runtime.ray_cluster import LOCAL, check_device
 
     spec = load_spec(model)
     asked = labels.labelling(spec.geometry(resolution))

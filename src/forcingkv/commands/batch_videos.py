@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from forcingkv.commands.going_on import BUNDLE, PROMPT, SEED, about
-from forcingkv.commands.models import text_input
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.writing import new_file
-from forcingkv.runtime import Bundle, Session
-from forcingkv.runtime.backends import LaneOptions
+from forcingkv.runtime import Session
 from forcingkv.runtime.mp4 import metadata_of, read_fragments
 from forcingkv.runtime.script import PromptRecord
-from forcingkv.runtime.spec import ModelSpec
+from forcingkv.runtime.spec import Dtype, ModelSpec
+from forcingkv.runtime.text import TextInput, encode_words, read_embeds
 from forcingkv.runtime.video import Mp4Writer
+
+FPS, ENLARGE = "forcingkv.fps", "forcingkv.enlarge"
 
 
 @dataclass(frozen=True)
@@ -45,38 +47,35 @@ class BatchRun:
     backend: str | None
     device: str | None
     provider: str | None
-    dtype: Any
+    dtype: Dtype | None
     threads: int | None
-    cuda_graphs: bool = False
-    compiled: bool = False
+    cuda_graphs: bool
+    compiled: bool
 
     def with_threads(self, threads: int) -> Self:
+        """The same on so many threads."""
         return replace(self, threads=threads)
 
-    @classmethod
-    def of(cls, bundle: Bundle, seconds: float, fps: float | None, enlarge: int, embeds: Path | None, on: LaneOptions) -> Self:
-        """Of a bundle that is opened. `seconds` as they are shown, at `fps` frames a second (None: the model's)."""
-        spec = bundle.plan.spec
-        rate = fps or spec.fps
-        return cls(
-            str(bundle.path.resolve()),
-            bundle.digest,
-            spec.chunks_for(seconds * (rate / spec.fps)),
-            rate,
-            enlarge,
-            None if embeds is None else str(embeds.resolve()),
-            on.backend or None,
-            on.device,
-            on.provider,
-            on.dtype,
-            on.threads,
-            on.cuda_graphs,
-            on.compiled,
-        )
+
+def texts(spec: ModelSpec, embeds: str | None) -> Callable[[str], TextInput]:
+    """What makes the model's input of a prompt, from a file of embeddings if given: read once.
+
+    It raises InputError for a prompt that there is no embedding of, or with words that the model does not
+    know.
+    """
+    known = read_embeds(Path(embeds)) if embeds else None
+
+    def text(prompt: str) -> TextInput:
+        return TextInput(prompt, known.get(prompt, spec) if known else encode_words(spec, prompt))
+
+    return text
 
 
 class VideoMaker:
-    """Makes videos in one session. A context manager."""
+    """Makes videos in one session. A context manager.
+
+    Raises InputError and SessionError as `Session.open` does.
+    """
 
     def __init__(self, run: BatchRun) -> None:
         self._run = run
@@ -91,6 +90,7 @@ class VideoMaker:
             compiled=run.compiled,
             expect_digest=run.digest,
         )
+        self._text = texts(self._session.spec, run.embeds)
 
     def __enter__(self) -> Self:
         return self
@@ -100,50 +100,63 @@ class VideoMaker:
 
     @property
     def runs_on(self) -> str:
+        """What the session runs on, in words."""
         return self._session.runs_on
 
     def make(self, video: VideoToMake) -> dict[str, Any]:
-        """Make one: it has its name once it is whole. Returns what is said of it."""
+        """Make one: it has its name once it is whole. Returns what is said of it.
+
+        Raises InputError where it cannot be written, SessionError where the device fails.
+        """
         run, session, began = self._run, self._session, time.perf_counter()
-        embeds = None if run.embeds is None else Path(run.embeds)
-        text = text_input(session.spec, video.prompt, embeds)
-        made = session.generate(text, seed=video.seed, chunks=run.chunks)
+        made = session.generate(self._text(video.prompt), seed=video.seed, chunks=run.chunks)
+        said = about(session, made, 0) | {FPS: repr(run.fps), ENLARGE: str(run.enlarge)}
         frames = 0
         with (
             new_file(Path(video.file)) as partial,
-            Mp4Writer(partial, run.fps, run.enlarge, about(session, made, 0)) as writer,
+            Mp4Writer(partial, run.fps, run.enlarge, said) as writer,
         ):
             for chunk in made:
                 writer.write(chunk.frames)
                 frames += len(chunk.frames)
         seconds = time.perf_counter() - began
-        return {
-            "file": video.file,
-            "prompt": video.prompt,
-            "index": video.index,
-            "seed": video.seed,
-            "frames": frames,
-            "seconds": seconds,
-            "frames_per_second": frames / seconds,
-        }
+        return told(video, frames, made=True) | {"seconds": seconds, "frames_per_second": frames / seconds}
 
 
-def is_there(video: VideoToMake, run: BatchRun, spec: ModelSpec) -> bool:
-    """Whether a video of that model is there already. Raises InputError where its file is of another one."""
+def told(video: VideoToMake, frames: int, *, made: bool) -> dict[str, Any]:
+    """What is said of a video; `made`: just now."""
+    return {
+        "file": video.file,
+        "prompt": video.prompt,
+        "index": video.index,
+        "seed": video.seed,
+        "frames": frames,
+        "made": made,
+    }
+
+
+def is_there(video: VideoToMake, run: BatchRun, spec: ModelSpec, text: TextInput) -> bool:
+    """Whether a video is there already. Raises InputError where its file is another one."""
     path = Path(video.file)
     if not path.exists():
         return False
-    text = text_input(spec, video.prompt, None if run.embeds is None else Path(run.embeds))
     found = read_fragments(path)
     said = metadata_of(path, found)
-    wanted = {BUNDLE: run.digest, SEED: str(video.seed), PROMPT: PromptRecord.of(spec, text)[0].digest}
-    other = [name for name, value in wanted.items() if said.get(name) != value]
-    if not other and found.frames != spec.frames_of(run.chunks):
-        other = [f"{found.frames} frames, not {spec.frames_of(run.chunks)}"]
+    wanted = {
+        BUNDLE: run.digest,
+        SEED: str(video.seed),
+        PROMPT: PromptRecord.of(spec, text)[0].digest,
+        FPS: repr(run.fps),
+        ENLARGE: str(run.enlarge),
+    }
+    other = [
+        f"{name.removeprefix('forcingkv.')} is {said.get(name)}, not {value}"
+        for name, value in wanted.items()
+        if said.get(name) != value
+    ]
+    if found.frames != spec.frames_of(run.chunks):
+        other.append(f"it has {found.frames} frames, not {spec.frames_of(run.chunks)}")
     if other:
-        raise InputError(
-            f"is another video ({other[0]})",
-            where=str(path),
-            hint="Choose another --out, or remove it.",
-        )
+        hint = "Choose another --out, or remove it."
+        raise InputError(f"is another video: {other[0]}", where=str(path), hint=hint)
     return True

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
+import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from typer import Option
@@ -92,6 +93,16 @@ def parse_pairs(text: str, option: str, expected: str, value: str = ".+") -> dic
             raise InputError(f"is {text!r}", where=option, expected=expected)
         pairs[name] = given
     return pairs
+
+
+def given_options(context: typer.Context) -> list[str]:
+    """The options on the command's line, by their long names."""
+    given = []
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name) if option.name else None
+        if source is not None and source.name == "COMMANDLINE":
+            given.append(max(option.opts, key=len))
+    return given
 
 
 def default_prompts(model: str) -> list[str]:
