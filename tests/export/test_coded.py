@@ -36,7 +36,7 @@ def test_graphs_are_those_of_torch_in_every_phase() -> None:
 def test_graphs_are_compared_on_keys_and_values_of_the_size_of_exact_ones() -> None:
     """Where they were a hundred times as large attention was at one token, and what a sum in another order
     changes at another: such a comparison fails on one processor and not on another."""
-    plan = build_plan(SPEC, SPEC.geometry, POLICY, MAP)
+    plan = build_plan(SPEC, SPEC.geometry(), POLICY, MAP)
     last = plan.phases[-1].first_chunk
     examples = {
         entry.name: torch.zeros(
