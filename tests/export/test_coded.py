@@ -53,7 +53,7 @@ def test_graphs_are_compared_on_keys_and_values_of_the_size_of_exact_ones() -> N
         scales = inputs[f"{entry.name.rpartition('.')[0]}.{entry.part[:-1]}_scales"]
         codes = torch.from_numpy(inputs[entry.name])
         numbers = decoded(codes, torch.from_numpy(scales), CODINGS[entry.role.dtype], torch.float32)
-        assert 0.1 < float(numbers.std()) < 1.5, entry.name
+        assert 0.05 < float(numbers.std()) < 1.5  # fp8: most places are of small numbers, entry.name
 
 
 @needs_rtx
