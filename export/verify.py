@@ -18,6 +18,7 @@ from forcingkv.runtime.backends.onnxruntime import OnnxGraph
 from forcingkv.runtime.bundle import CLEAN, next_name
 from forcingkv.runtime.faults import DeviceError
 from forcingkv.runtime.graph_records import EDGE, GIVEN_FRAMES, TOP, TURN
+from forcingkv.runtime.kv.codes import CODINGS, SCALES
 from forcingkv.runtime.kv.plan import CachePlan
 from forcingkv.runtime.kv.rebuild import encoding_shapes, rows_of
 
@@ -120,6 +121,7 @@ def _denoising_pass_is_equal(graph: Graph, runnable: OnnxGraph, inputs: Arrays, 
 def _cases(graph: Graph, plan: CachePlan) -> Iterator[Arrays]:
     """Random inputs for each phase, in C order."""
     generator = np.random.default_rng(SEED)
+    most = _most_of_codes(plan)
     for varying, rows in _phases(graph, plan):
         inputs = {}
         for name, example in graph.inputs.items():
@@ -134,7 +136,15 @@ def _cases(graph: Graph, plan: CachePlan) -> Iterator[Arrays]:
                 inputs[name] = rows.get(name, np.arange(shape[0], dtype=np.int32))
             else:
                 inputs[name] = generator.standard_normal(shape, dtype=np.float32)
+            if name in most:  # so that keys and values are of the size that they have where they are exact
+                inputs[name] = np.abs(inputs[name]) / np.float32(most[name])
         yield inputs
+
+
+def _most_of_codes(plan: CachePlan) -> dict[str, float]:
+    """Names of the caches that are scales, and the largest number that each of their codes stands for."""
+    coded = ((entry, entry.role.dtype) for entry in plan.entries if entry.part in SCALES)
+    return {entry.name: CODINGS[dtype].most for entry, dtype in coded if dtype}
 
 
 def _phases(graph: Graph, plan: CachePlan) -> Iterator[tuple[dict[str, tuple[int, ...]], Arrays]]:
