@@ -7,9 +7,22 @@ import time
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 
 from forcingkv.serve.refusals import RefusalError
 from forcingkv.serve.settings import Settings, is_loopback
+
+
+def check_client(settings: Settings, connection: HTTPConnection) -> None:
+    """Refuse who may not ask at all, with a token or without.
+
+    Raises RefusalError (forbidden).
+    """
+    check_origin(settings, connection.headers)
+    # The service listens at this machine alone then; what stands before it (Ray's proxy) may not.
+    here = connection.client is None or is_loopback(connection.client.host)
+    if settings.token is None and not here and not settings.hosts:
+        raise RefusalError("forbidden", "Without a token the service is for this machine alone.")
 
 
 def check_origin(settings: Settings, headers: Headers) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 import forcingkv
-from forcingkv.serve.access import check_origin
+from forcingkv.serve.access import check_client
 from forcingkv.serve.http_videos import Used, allowed, refused, router
 from forcingkv.serve.messages import schema
 from forcingkv.serve.refusals import Code, RefusalError, refusal_of
@@ -96,9 +97,10 @@ def make_app(open_service: Callable[[], Service]) -> FastAPI:
         service = app.state.service = open_service()
         service.jobs.begin()
         try:
-            yield
+            async with service.relay.open(partial(_live_of, service)) if service.relay else nullcontext():
+                yield
+                await service.drain()
         finally:
-            await service.drain()
             service.close()
 
     app = FastAPI(
@@ -123,6 +125,11 @@ def make_app(open_service: Callable[[], Service]) -> FastAPI:
 
 async def _live(websocket: WebSocket) -> None:
     await converse(websocket, service_of(websocket))
+
+
+async def _live_of(service: Service, websocket: WebSocket) -> None:
+    """A socket that another replica passes on: it has checked the page."""
+    await converse(websocket, service, checked=True)
 
 
 def _invalid(request: Request, error: Exception) -> JSONResponse:
@@ -179,7 +186,7 @@ class Guard:
             await send(message)
 
         try:
-            check_origin(service.settings, request.headers)
+            check_client(service.settings, request)
             if int(Headers(scope=scope).get("content-length", "0") or 0) > most:
                 raise RefusalError("too_large", f"A body has at most {most} bytes.")
         except (RefusalError, ValueError) as error:

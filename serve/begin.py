@@ -85,6 +85,14 @@ def check_start(engine: Engine, start: Start, picture: bytes | None, folder: Pat
     return Beginning(bundle, start, prompts, picture, state, folder)
 
 
+def words_at(video: Video, chunk: int | None = None) -> str:
+    """The words that a chunk follows; None: those of the chunk that comes next."""
+    at = video.index if chunk is None else chunk
+    records = [video.prompt, *(switch.prompt for switch in video.switches if switch.chunk <= at)]
+    last = records[-1]
+    return (last.text or "") if last else ""
+
+
 @contextmanager
 def _file(folder: Path, picture: bytes) -> Iterator[Path]:
     """A picture of a client as a file of a name of our own."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from forcingkv.runtime.memory import available_bytes
@@ -17,7 +17,7 @@ from forcingkv.serve.bundles import ServedBundle
 from forcingkv.serve.metrics import Metrics
 from forcingkv.serve.places import Place, Places
 from forcingkv.serve.refusals import RefusalError
-from forcingkv.serve.settings import Limits
+from forcingkv.serve.settings import Settings
 from forcingkv.serve.states import States
 
 P = ParamSpec("P")
@@ -37,38 +37,33 @@ class Ticket:
 
 
 class Engine:
-    """Makes chunks for all, in turn.
+    """Makes chunks for all, in turn: one at a time, since each takes all threads.
 
     Args:
         bundles: by name, the first is taken where none is named.
-        data: the folder of the service.
-        limits: of one client, and of all.
-        most: sessions at a time, where memory allows as many.
-        at_once: chunks that are made at a time; None: 1, since a chunk takes all threads.
+        settings: of the service.
 
     Attributes:
         draining: whether the service ends: nothing new begins.
     """
 
-    def __init__(
-        self,
-        bundles: Mapping[str, ServedBundle],
-        data: Path,
-        limits: Limits,
-        most: int,
-        at_once: int | None = None,
-    ) -> None:
-        self.bundles, self.limits = dict(bundles), limits
+    def __init__(self, bundles: Mapping[str, ServedBundle], settings: Settings) -> None:
+        self.bundles, self.limits, self.replica = dict(bundles), settings.limits, settings.replica
         sizes = [bundle.session_bytes for bundle in bundles.values()]
         # The first session of each bundle is there already, and holds its memory.
         memory = sum(sizes) + int(available_bytes() * SHARE)
+        if settings.memory is not None:
+            weights = sum(bundle.weight_bytes for bundle in bundles.values())
+            memory = min(memory, max(sum(sizes), settings.memory - weights))
         fit = max(1, memory // max(min(sizes), 1))
-        self.places = Places(min(most, fit), memory, limits.waiting)
-        self.states, self.asleep = States(data / "states", limits.states_kept), States(data / "asleep", 10**6)
+        limits = settings.limits
+        self.places = Places(min(settings.sessions, fit), memory, limits.waiting)
+        self.states = States(settings.data / "states", limits.states_kept)
+        self.asleep = States(settings.data / "asleep", 10**6)
         self.metrics = Metrics(self)
         self.draining = False
         self._clients: Counter[str] = Counter()
-        self._makers = ThreadPoolExecutor(at_once or 1, "chunk")
+        self._makers = ThreadPoolExecutor(1, "chunk")
         self._others = ThreadPoolExecutor(ASIDE, "aside")
 
     def bundle(self, name: str | None) -> ServedBundle:
@@ -80,6 +75,11 @@ class Engine:
                 "not_found", f"There is no bundle {name!r}. There are: {', '.join(self.bundles)}."
             )
         return self.bundles[name]
+
+    def new_name(self) -> str:
+        """A name for a session. That of the replica is before it, so that others know whose session it is."""
+        drawn = secrets.token_hex(8)
+        return f"{self.replica}.{drawn}" if self.replica else drawn
 
     @contextmanager
     def client(self, name: str) -> Iterator[None]:

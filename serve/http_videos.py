@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from forcingkv.serve.access import check_origin, check_token
+from forcingkv.serve.access import check_token
 from forcingkv.serve.job_store import Job, Status
 from forcingkv.serve.messages import in_words
 from forcingkv.serve.refusals import RefusalError
@@ -104,8 +104,7 @@ Used = Annotated[Service, Depends(service_of)]
 
 
 def allowed(request: Request, service: Used) -> None:
-    """Let in who has the token, from a page of ours or no page."""
-    check_origin(service.settings, request.headers)
+    """Let in who has the token. Which page asks was looked at before (`app.Guard`)."""
     check_token(service.settings, request.headers)
 
 

@@ -16,22 +16,33 @@ from forcingkv.serve.job_store import INTERRUPTED, Job, JobStore
 from forcingkv.serve.refusals import RefusalError, refusal_of
 from forcingkv.serve.seat import Seat
 
+LOOK = 5.0
+"""Seconds between two looks at whether another replica died."""
 log = logging.getLogger("forcingkv.serve")
 
 
 class Jobs:
-    """The jobs of a service. Those that waited when it was stopped go on waiting."""
+    """The jobs of a service. Those that waited when it was stopped go on waiting, in another replica too."""
 
     def __init__(self, engine: Engine, store: JobStore) -> None:
         self._engine, self.store = engine, store
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopped: set[str] = set()
+        self._looking: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
-        """Take up what waits."""
-        for job in self.store.all():
-            if job.status == "queued":
-                self._follow(job)
+        """Take up what waits; from now on also what replicas leave that die."""
+        for job in self.store.take_over():
+            self._follow(job)
+        if self._engine.replica:
+            self._looking = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK)
+            for job in await self._engine.aside(self.store.take_over):
+                if job.id not in self._tasks:
+                    self._follow(job)
 
     async def add(self, job: Job) -> Job:
         """A job of a client. Raises RefusalError where it has too many, or too many wait."""
@@ -65,6 +76,10 @@ class Jobs:
 
     async def drain(self) -> None:
         """Stop all: those at work are said to be interrupted, those that wait go on waiting on disk."""
+        if self._looking:
+            self._looking.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._looking
         self._stopped |= self._tasks.keys()
         for name, task in list(self._tasks.items()):
             if self.store.get(name).status == "queued":
@@ -94,7 +109,8 @@ class Jobs:
     async def _make(self, job: Job, bundle: ServedBundle, session: Session) -> None:
         """Make the video of a job; it is there under its name once it is whole."""
         engine, store = self._engine, self.store
-        store.change(job.id, status="in_progress")
+        if not store.change(job.id, status="in_progress"):
+            return
         prompt = await engine.aside(bundle.prompt, job.prompt, engine.limits.prompt)
         video = await engine.make(session.generate, prompt, seed=job.seed, chunks=job.chunks)
         said = {"title": job.prompt, "forcingkv_bundle": bundle.name, "forcingkv_seed": str(job.seed)}
@@ -102,9 +118,9 @@ class Jobs:
             with open_writer(path, fps=session.spec.fps, metadata=said) as writer:
                 while (chunk := await engine.make(next, video, None)) is not None:
                     await engine.aside(writer.write, chunk.frames)
-                    store.change(job.id, made=video.index)
+                    there = store.change(job.id, made=video.index)
                     engine.metrics.frames.labels(bundle.name).inc(len(chunk.frames))
-                    if job.id in self._stopped:
+                    if job.id in self._stopped or not there:
                         raise RefusalError("interrupted", INTERRUPTED)
             await engine.aside(os.replace, path, store.video(job.id))
         store.change(job.id, status="completed", completed=int(time.time()))

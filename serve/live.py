@@ -12,7 +12,7 @@ from contextlib import suppress
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Chunk, SessionError, Video
 from forcingkv.runtime.text import Prompt
-from forcingkv.serve.begin import Beginning
+from forcingkv.serve.begin import Beginning, words_at
 from forcingkv.serve.bundles import ServedBundle
 from forcingkv.serve.engine import Engine
 from forcingkv.serve.frame_coding import FrameCoder, coder_for
@@ -67,7 +67,7 @@ class LiveSession:
     """
 
     def __init__(self, engine: Engine, beginning: Beginning) -> None:
-        self.id, self.key = secrets.token_hex(8), secrets.token_urlsafe(24)
+        self.id, self.key = engine.new_name(), secrets.token_urlsafe(24)
         self._engine, self._beginning = engine, beginning
         self._bundle: ServedBundle = beginning.bundle
         self._changed = asyncio.Event()
@@ -389,11 +389,3 @@ class LiveSession:
         self._seat.give_back()
         if self._over and self._coder is not None:
             self._coder.close()
-
-
-def words_at(video: Video, chunk: int | None = None) -> str:
-    """The words that a chunk follows; None: those of the chunk that comes next."""
-    at = video.index if chunk is None else chunk
-    records = [video.prompt, *(switch.prompt for switch in video.switches if switch.chunk <= at)]
-    last = records[-1]
-    return (last.text or "") if last else ""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
 
 import uvicorn
 
-from forcingkv.headmaps.errors import InputError
 from forcingkv.serve.app import make_app
 from forcingkv.serve.bundles import BundleChoice, Encode, open_bundles
 from forcingkv.serve.engine import Engine
 from forcingkv.serve.job_store import JobStore
 from forcingkv.serve.jobs import Jobs
 from forcingkv.serve.registry import Registry
+from forcingkv.serve.relay import Relay
 from forcingkv.serve.service import Service
 from forcingkv.serve.settings import Settings
 
@@ -30,7 +29,7 @@ def open_service(settings: Settings, choices: list[BundleChoice], encode: Encode
     Raises InputError and MissingExtraError as `Session.open` does, and where the folder cannot be used.
     """
     with ExitStack() as opened:
-        store = JobStore(settings.data, settings.limits.jobs_kept)
+        store = JobStore(settings.data, settings.limits.jobs_kept, shared=bool(settings.replica))
         opened.callback(store.close)
         bundles = open_bundles(
             choices,
@@ -39,34 +38,10 @@ def open_service(settings: Settings, choices: list[BundleChoice], encode: Encode
             threads=settings.threads,
             encode=encode,
         )
-        engine = Engine(bundles, settings.data, settings.limits, settings.sessions)
+        engine = Engine(bundles, settings)
         opened.pop_all()
-    return Service(settings, engine, Registry(engine), Jobs(engine, store))
-
-
-def listening(host: str, port: int, stuck: float) -> socket.socket:
-    """A socket that listens; port 0: any that is free. Raises InputError where it cannot.
-
-    A peer that takes nothing for `stuck` seconds is cut off by the system, where it can: what was written for
-    it would stay in memory.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        opened = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise InputError(f"cannot be used ({error.strerror or error})", where=f"--host {host}") from error
-    try:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stuck * 1000))
-        opened.bind(address)
-        opened.listen(128)
-    except OSError as error:
-        opened.close()
-        hint = "Another program may have it: choose another --port, or 0 for any that is free."
-        what = f"cannot be listened at ({error.strerror or error})"
-        raise InputError(what, where=f"{host}:{port}", hint=hint) from error
-    return opened
+    relay = Relay(settings) if settings.replica else None
+    return Service(settings, engine, Registry(engine), Jobs(engine, store), relay)
 
 
 def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> Server:

@@ -9,6 +9,7 @@ from starlette.requests import HTTPConnection
 from forcingkv.serve.engine import Engine
 from forcingkv.serve.jobs import Jobs
 from forcingkv.serve.registry import Registry
+from forcingkv.serve.relay import Relay
 from forcingkv.serve.settings import Settings
 
 
@@ -20,6 +21,8 @@ class Service:
     engine: Engine
     registry: Registry
     jobs: Jobs
+    relay: Relay | None = None
+    """To the other replicas, where there are any."""
 
     async def drain(self) -> None:
         """End all that runs, as far as it can end well."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from forcingkv.headmaps.errors import InputError
 
 MOST_SESSIONS = 16
+TOKEN = "FORCINGKV_TOKEN"
+"""The environment variable of the token: what is on a command line others can read."""
 SHORTEST_TOKEN = 16
 """Characters of a token: 64 bits where it is drawn in hexadecimal."""
 
@@ -72,6 +74,12 @@ class Settings:
     device: str | None = None
     threads: int | None = None
     limits: Limits = Limits()
+    memory: int | None = None
+    """Bytes that weights and sessions may hold; None: what is free."""
+    replica: str = ""
+    """The name of this process, where several are one service (`serve/ray.py`) and share the folder."""
+    secret: str = field(default="", repr=False)
+    """What replicas tell each other apart from strangers by."""
 
     def __post_init__(self) -> None:
         if self.token is not None and len(self.token) < SHORTEST_TOKEN:

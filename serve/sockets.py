@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import forcingkv
 from forcingkv.headmaps.errors import InputError
-from forcingkv.serve.access import Pace, check_origin
+from forcingkv.serve.access import Pace, check_client
 from forcingkv.serve.begin import check_start
 from forcingkv.serve.live import LiveSession
 from forcingkv.serve.messages import (
@@ -35,10 +35,11 @@ POLICY, TRY_LATER = 1008, 1013
 """Codes with which a socket is closed (RFC 6455): against the rules; nobody took what was sent."""
 
 
-async def converse(websocket: WebSocket, service: Service) -> None:
-    """A socket, from its opening to its end."""
+async def converse(websocket: WebSocket, service: Service, *, checked: bool = False) -> None:
+    """A socket, from its opening to its end; `checked`: who opened it is known."""
     try:
-        check_origin(service.settings, websocket.headers)
+        if not checked:
+            check_client(service.settings, websocket)
     except RefusalError:
         await websocket.close(POLICY)  # before it is accepted: the answer is 403
         return
@@ -152,6 +153,10 @@ class _Socket:
         elif isinstance(said, Resume):
             if self._live:
                 raise RefusalError("not_now", "This socket has a session already.")
+            relay = self._service.relay
+            if relay and (address := relay.address_of(said.session)):
+                await relay.lead(address, self._websocket, self._say_again, said)
+                raise WebSocketDisconnect(TRY_LATER)
             self._follow(self._service.registry.find(said.session, said.key), said.after)
         elif isinstance(said, Ack):
             if self._last:  # of a session that ended too
@@ -160,6 +165,11 @@ class _Socket:
             raise RefusalError("not_now", f"There is no session that could {said.type}: start one.")
         else:
             self._live.tell(said)
+
+    async def _say_again(self) -> str | bytes:
+        """The next message as it came, for the replica that it is meant for."""
+        await self._pace.take()
+        return await self._receive()
 
     async def _picture(self, start: Start) -> bytes | None:
         """The picture that a start announces."""

@@ -15,7 +15,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.sync.client import ClientConnection, connect
 
 from forcingkv.serve.bundles import BundleChoice
-from forcingkv.serve.run import Server, listening, make_server, open_service
+from forcingkv.serve.listening import listening
+from forcingkv.serve.run import Server, make_server, open_service
 from forcingkv.serve.service import Service
 from forcingkv.serve.settings import Limits, Settings
 

@@ -11,9 +11,7 @@ from typer import Option
 from forcingkv.commands.console import need, say
 from forcingkv.commands.models import BackendOrOwn, Threads
 from forcingkv.headmaps.errors import InputError
-
-TOKEN = "FORCINGKV_TOKEN"
-"""The environment variable of the token: what is on a command line others can read."""
+from forcingkv.serve.settings import TOKEN
 
 
 def serve(
@@ -55,8 +53,9 @@ def serve(
     """
     need("serve", "fastapi", "uvicorn", "websockets", "prometheus_client", "multipart", "av")
     from forcingkv.serve.bundles import BundleChoice
+    from forcingkv.serve.listening import listening
     from forcingkv.serve.logs import log_to_stderr
-    from forcingkv.serve.run import listening, make_server, open_service
+    from forcingkv.serve.run import make_server, open_service
     from forcingkv.serve.settings import Limits, Settings, is_loopback
 
     if log_level not in ("debug", "info", "warning", "error"):
