@@ -92,7 +92,7 @@ def deployment(
 ) -> serve.Application:
     """The service with so many replicas; None: as many as there are GPUs for, or memory and cores.
 
-    Each replica has all bundles, and an equal share of the cluster's memory. `settings.host` is where replicas
+    Each replica has all bundles, and an equal share of the memory there is. `settings.host` is where replicas
     listen to each other: 127.0.0.1 on one machine, else an address of theirs (0.0.0.0 is none).
 
     Raises InputError where a replica does not fit, and as `Bundle.open` does.

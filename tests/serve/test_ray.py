@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Session
@@ -32,7 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # pipes of Ray's own processes
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds replicas in /proc"),
 ]
 CHUNKS = 12
 
@@ -44,9 +42,13 @@ def port(small_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
     from forcingkv.serve.ray import deployment
 
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")}
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    given = {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # beside other tests
+    }
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with socket.socket() as free:
@@ -64,49 +66,40 @@ def port(small_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def joined(port: int) -> tuple[ClientConnection, Talk]:
+@contextlib.contextmanager
+def joined(port: int) -> Iterator[Talk]:
     """A client that has said hello."""
-    opened = connect(f"ws://127.0.0.1:{port}/v1/live", max_size=2**27, open_timeout=60)
-    talk = Talk(opened)
-    talk.say("hello", protocol=1)
-    talk.welcome = talk.hear("welcome")
-    return opened, talk
+    with connect(f"ws://127.0.0.1:{port}/v1/live", max_size=2**27, open_timeout=60) as opened:
+        talk = Talk(opened)
+        talk.say("hello", protocol=1)
+        talk.welcome = talk.hear("welcome")
+        yield talk
 
 
 def replica_of(started: dict[str, Any]) -> str:
     return str(started["session"]).split(".")[0]
 
 
-def on_both(port: int, **fields: Any) -> dict[str, tuple[ClientConnection, Talk, dict[str, Any]]]:
-    """A session on each replica, by its name; Ray chooses, so others are stopped."""
-    found: dict[str, tuple[ClientConnection, Talk, dict[str, Any]]] = {}
+def on_both(port: int, opened: contextlib.ExitStack) -> list[tuple[Talk, dict[str, Any]]]:
+    """A session on each replica; Ray chooses, so others are stopped."""
+    found: dict[str, tuple[Talk, dict[str, Any]]] = {}
     end = time.monotonic() + 120
     while len(found) < 2:
         assert time.monotonic() < end, "all sessions went to one replica"
-        opened, talk = joined(port)
-        started = talk.start(**fields)
-        if replica_of(started) in found:
-            opened.close()
-        else:
-            found[replica_of(started)] = opened, talk, started
-    return found
+        with contextlib.ExitStack() as this:
+            talk = this.enter_context(joined(port))
+            started = talk.start()
+            if replica_of(started) not in found:
+                found[replica_of(started)] = talk, started
+                opened.push(this.pop_all())
+    return list(found.values())
 
 
-def process_of(replica: str) -> int:
-    """The process of a replica: its title ends in its name."""
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if title.startswith("ray::ServeReplica:") and int(entry.name) in _replicas(replica):
-                return int(entry.name)
-    raise AssertionError(f"no process of {replica}")
+def kill(replica: str) -> None:
+    """End the process of a replica at once."""
+    import ray
 
-
-def _replicas(replica: str) -> list[int]:
-    from ray.util.state import list_actors
-
-    named = f"SERVE_REPLICA::forcingkv#forcingkv#{replica}"
-    return [one.pid for one in list_actors(filters=[("name", "=", named)])]
+    ray.kill(ray.get_actor(f"SERVE_REPLICA::forcingkv#forcingkv#{replica}", namespace="serve"))
 
 
 def alone(bundle: Path, seed: int) -> list[bytes]:
@@ -120,48 +113,39 @@ def test_a_client_that_lost_its_connection_is_led_to_its_replica(
     """Ray gives the new connection to any of the two: with eight tries both ways are met."""
     expected = alone(next(iter(small_bundles.values())), 7)
     for _ in range(8):
-        opened, talk = joined(port)
-        started = talk.start(chunks=CHUNKS)
-        frames = talk.chunks(until=2)
-        opened.close()
-        opened, talk = joined(port)
-        talk.say("resume", session=started["session"], key=started["key"], after=2)
-        again = talk.hear("started")
-        assert (again["session"], again["next_chunk"]) == (started["session"], 3)
-        assert frames + talk.chunks() == expected
-        opened.close()
+        with joined(port) as talk:
+            started = talk.start(chunks=CHUNKS)
+            frames = talk.chunks(until=2)
+        with joined(port) as talk:
+            talk.say("resume", session=started["session"], key=started["key"], after=2)
+            again = talk.hear("started")
+            assert (again["session"], again["next_chunk"]) == (started["session"], 3)
+            assert frames + talk.chunks() == expected
 
 
 def test_a_session_of_a_replica_that_was_killed_goes_on_from_its_state_on_another(
     port: int, small_bundles: dict[str, Path]
 ) -> None:
-    both = on_both(port)
-    (dead, (lost, talk, started)), (other, (kept, bystander, _)) = both.items()
-    frames = talk.chunks(until=3)
-    talk.say("pause")
-    while talk.next()["type"] != "paused":
-        talk.say("ack", chunk=2**31)
-    talk.say("save")
-    saved = talk.hear("saved")
-    os.kill(process_of(dead), signal.SIGKILL)
-    with pytest.raises(ConnectionClosed):  # told: the connection is closed at once
-        while True:
-            talk.next(seconds=30)
-    lost.close()
-    assert bystander.chunks(until=5)  # others go on
-    kept.close()
-    opened, talk = joined(port)
-    talk.say("resume", session=started["session"], key=started["key"], after=3)
-    refused = talk.hear("error")
-    assert (refused["code"], refused["type"]) == ("gone", "error")
-    talk.say("start", state=saved["state"], chunks=CHUNKS, frames="rgb24")
-    began = talk.hear("started")
-    assert replica_of(began) != dead
-    rest = talk.chunks()
     expected = alone(next(iter(small_bundles.values())), 7)
-    assert frames == expected[: len(frames)]
-    assert rest == expected[began["next_chunk"] :]
-    opened.close()
+    with contextlib.ExitStack() as opened:
+        (talk, started), (bystander, _) = on_both(port, opened)
+        frames = talk.chunks(until=3)
+        talk.say("pause")
+        talk.hear("paused", skip=("chunk",))
+        talk.say("save")
+        saved = talk.hear("saved")
+        kill(replica_of(started))
+        with pytest.raises(ConnectionClosed):  # told: the connection is closed at once
+            talk.next(seconds=30)
+        assert bystander.chunks(until=5)  # others go on
+    with joined(port) as talk:
+        talk.say("resume", session=started["session"], key=started["key"], after=3)
+        assert talk.hear("error")["code"] == "gone"
+        talk.say("start", state=saved["state"], chunks=CHUNKS, frames="rgb24")
+        began = talk.hear("started")
+        assert replica_of(began) != replica_of(started)
+        assert frames == expected[: len(frames)]
+        assert talk.chunks() == expected[began["next_chunk"] :]
 
 
 def test_a_job_of_one_replica_is_seen_by_all(port: int) -> None:
