@@ -119,10 +119,14 @@ class ForcingKVPipeline:
         self._check(height, width, num_inference_steps, guidance_scale)
         if output_type not in ("np", "pt", "pil", "latent"):
             raise InputError(f"is {output_type!r}", where="output_type", expected="np, pt, pil or latent")
+        if num_videos_per_prompt < 1:
+            raise InputError(
+                f"is {num_videos_per_prompt}", where="num_videos_per_prompt", expected="1 or more"
+            )
         prompts = [one for one in self._prompts(prompt, prompt_embeds) for _ in range(num_videos_per_prompt)]
         seeds = _seeds(generator, len(prompts))
         spec = self.session.spec
-        count = num_frames or spec.frames_of(spec.chunks_for(5.0))
+        count = spec.frames_of(spec.chunks_for(5.0)) if num_frames is None else num_frames
         self._interrupt = False
         made = [
             self._whole(one, seed, count, callback_on_step_end)

@@ -11,11 +11,12 @@ from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Bundle, Prompt, Session
 from forcingkv.runtime.frame_encoder import has_encoder
 from forcingkv.runtime.script import recache_of
+from forcingkv.runtime.spec import ModelSpec
 from forcingkv.runtime.text import Embeds, TextInput, prompt_input, read_embeds
 from forcingkv.serve.messages import BundleInfo
 from forcingkv.serve.refusals import RefusalError
 
-Encode = Callable[[str], Prompt]
+Encode = Callable[[ModelSpec, str], Prompt]
 """Words to what a model takes, by a text encoder that the service has loaded."""
 OF_WEIGHTS = ("weights", "cuda")
 """Parts of a session's memory that all sessions on the same weights share."""
@@ -64,6 +65,11 @@ class ServedBundle:
             )
 
     @property
+    def encodes(self) -> bool:
+        """Whether the text encoder of the service makes its prompts."""
+        return self._encode is not None and not self._embeds and self.bundle.plan.spec.text.kind != "words"
+
+    @property
     def info(self) -> BundleInfo:
         """What clients are told of it."""
         plan, spec = self.bundle.plan, self.bundle.plan.spec
@@ -106,8 +112,8 @@ class ServedBundle:
         spec = self.bundle.plan.spec
         if self._embeds:
             return TextInput(words, self._embeds.get(words, spec))
-        if self._encode:
-            return self._encode(words)
+        if self._encode and self.encodes:
+            return self._encode(spec, words)
         prompt_input(spec, words)
         return words
 

@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from forcingkv.commands.baked import ModelOptions, bake_model
 from forcingkv.runtime import Chunk, Prompt, Session, Video
+from forcingkv.runtime.backends import LaneOptions
+from forcingkv.runtime.kv.policies import policy_names
 from forcingkv.runtime.text import TextInput, read_embeds
 
 CATEGORY = "forcingkv"
@@ -41,6 +44,54 @@ class LoadBundle:
     def load(self, bundle: str, device: str = "", backend: str = "default") -> tuple[Session]:
         asked = None if backend == "default" else backend
         return (Session.open(Path(bundle.strip()), device=device.strip() or None, backend=asked),)
+
+
+class LoadModel:
+    """Bakes a model with its policy and head map the first time, as `forcingkv generate --model` does, and
+    opens it in torch."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "load"
+    RETURN_TYPES: ClassVar = ("FORCINGKV_SESSION",)
+    RETURN_NAMES: ClassVar = ("session",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {
+            "required": {
+                "model": (
+                    "STRING",
+                    {"default": "self-forcing", "tooltip": "Preset, or a spec file (.toml)."},
+                ),
+                "policy": (policy_names(), {"default": "forcing-kv"}),
+            },
+            "optional": {
+                "checkpoint": ("STRING", {"default": "", "tooltip": "A file, a folder or a hub id."}),
+                "headmap": ("STRING", {"default": "", "tooltip": "Empty: the one that ships, if any."}),
+                "vae": ("STRING", {"default": "", "tooltip": "Weights of the decoder."}),
+                "device": ("STRING", {"default": "", "tooltip": "cpu, cuda, cuda:1; empty: the default."}),
+            },
+        }
+
+    def load(
+        self,
+        model: str,
+        policy: str,
+        checkpoint: str = "",
+        headmap: str = "",
+        vae: str = "",
+        device: str = "",
+    ) -> tuple[Session]:
+        options = ModelOptions(
+            model=model.strip(),
+            checkpoint=checkpoint.strip() or None,
+            headmap=Path(headmap.strip()) if headmap.strip() else None,
+            policy=policy,
+            vae=Path(vae.strip()) if vae.strip() else None,
+        )
+        where = device.strip() or None
+        baked = bake_model(options, LaneOptions("torch", device=where), None, ())
+        return (Session.open(baked.bundle, backend="torch", device=where),)
 
 
 class GenerateVideo:
@@ -139,11 +190,13 @@ def _preview_size(size: tuple[int, int]) -> tuple[int, int]:
 
 NODE_CLASS_MAPPINGS = {
     "ForcingKVLoadBundle": LoadBundle,
+    "ForcingKVLoadModel": LoadModel,
     "ForcingKVGenerate": GenerateVideo,
     "ForcingKVSwitchPrompt": SwitchPrompt,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "ForcingKVLoadBundle": "forcingkv: load a bundle",
+    "ForcingKVLoadModel": "forcingkv: load a model",
     "ForcingKVGenerate": "forcingkv: generate a video",
     "ForcingKVSwitchPrompt": "forcingkv: switch the prompt",
 }

@@ -10,6 +10,7 @@ from typer import Option
 
 from forcingkv.commands.console import need, say
 from forcingkv.commands.models import BackendOrOwn, Threads
+from forcingkv.commands.served_text import ServedEncoder
 from forcingkv.headmaps.errors import InputError
 from forcingkv.serve.settings import TOKEN
 
@@ -38,6 +39,12 @@ def serve(
     embeds: Annotated[
         list[str] | None,
         Option(help="Embeddings of the prompts that clients may ask for: FILE, or BUNDLE=FILE."),
+    ] = None,
+    text_encoder: Annotated[
+        str | None,
+        Option(
+            help="UMT5, which makes embeddings of clients' words: a folder, a file or a hub id; needs torch."
+        ),
     ] = None,
     backend: BackendOrOwn = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps, xpu.")] = None,
@@ -80,8 +87,15 @@ def serve(
     choices = [BundleChoice(one, folder, texts.get(one)) for one, folder in folders.items()]
     opened = listening(host, port, settings.limits.reader * 2)
     with opened:
+        encode = None
+        if text_encoder:
+            say("loading the text encoder", error=True)
+            encode = ServedEncoder(text_encoder)
         say("opening the bundles", error=True)
-        service = open_service(settings, choices)
+        service = open_service(settings, choices, encode)
+        for one in service.engine.bundles.values():
+            if encode and one.encodes:
+                encode.check(one.bundle.plan.spec)
         log_to_stderr(log_level)
         places, at = service.engine.places, opened.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
