@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,7 @@ def serve(
     backend: BackendOrOwn = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps, xpu.")] = None,
     threads: Threads = None,
+    open_page: Annotated[bool, Option("--open", help="Open the page in a browser once it is there.")] = False,
     log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve bundles: live sessions over WebSockets, jobs over HTTP, and a page to use them from.
@@ -109,7 +111,13 @@ def serve(
         token = "a token is asked for" if settings.token else "no token: this machine only"
         also = "" if is_loopback(host) else ", without TLS: put a proxy before it"
         ready = f"serving on http://{shown}:{at}/ ({token}{also})"
-        make_server(service, lambda: say(ready, error=True)).run(sockets=[opened])
+
+        def on_ready() -> None:
+            say(ready, error=True)
+            if open_page:
+                webbrowser.open(f"http://{shown}:{at}/")
+
+        make_server(service, on_ready).run(sockets=[opened])
 
 
 def _named(text: str, otherwise: str | None = None) -> tuple[str, Path]:
