@@ -32,6 +32,8 @@ class BundleChoice:
     """Embeddings of the prompts that clients may ask for, for a model that does not take words."""
     example: str = ""
     """A prompt that can be used."""
+    digest: str | None = None
+    """That the bundle has to have, as somebody said whom you trust."""
 
 
 class ServedBundle:
@@ -159,7 +161,7 @@ def open_bundles(
                     expected="names that differ",
                     hint="Name one: --bundle NAME=FOLDER.",
                 )
-            bundle = Bundle.open(choice.folder)
+            bundle = Bundle.open(choice.folder, expect=choice.digest)
             session = Session.open(bundle, backend=backend, device=device, threads=threads)
             try:
                 opened[choice.name] = ServedBundle(choice, session, encode)

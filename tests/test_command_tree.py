@@ -52,6 +52,7 @@ CHANGED: dict[str, str] = {
     "serve --data": _SERVED,
     "serve --device": _SERVED,
     "serve --embeds": _SERVED,
+    "serve --expect-digest": _SERVED,
     "serve --host": _SERVED,
     "serve --log-level": _SERVED,
     "serve --name": _SERVED,

@@ -59,9 +59,13 @@ def load(bundle: Path, rounds: int, frames: str) -> None:
                 rates[count].append(rate)
                 shares[count].append(rate / single)
                 firsts[count] += first
-    print(f"\nframes as {frames}; without a service: {median(singles):.1f} frames a second "
-          f"({min(singles):.1f} to {max(singles):.1f}), {rounds} rounds\n")
-    print("| clients | frames a second, all | each | share of one without a service | first chunk, s | last client's |")
+    print(
+        f"\nframes as {frames}; without a service: {median(singles):.1f} frames a second "
+        f"({min(singles):.1f} to {max(singles):.1f}), {rounds} rounds\n"
+    )
+    print(
+        "| clients | frames a second, all | each | share of one without a service | first chunk, s | last client's |"
+    )
     print("|---|---|---|---|---|---|")
     for count in CLIENTS:
         rate, share = median(rates[count]), shares[count]
@@ -90,9 +94,11 @@ def vanishing(bundle: Path, cycles: int) -> None:
                 quiet(service)
                 found.append(service.memory)
     warm = found[1]
-    print(f"\n{cycles} clients that vanished: {warm / 1e6:.1f} MB after 20 of them, {found[-1] / 1e6:.1f} MB after the"
-          f" last ({found[-1] / warm - 1:+.2%}), between {min(found[1:]) / 1e6:.1f} and {max(found[1:]) / 1e6:.1f};"
-          " no session left")
+    print(
+        f"\n{cycles} clients that vanished: {warm / 1e6:.1f} MB after 20 of them, {found[-1] / 1e6:.1f} MB after the"
+        f" last ({found[-1] / warm - 1:+.2%}), between {min(found[1:]) / 1e6:.1f} and {max(found[1:]) / 1e6:.1f};"
+        " no session left"
+    )
 
 
 def reader(bundle: Path, rounds: int) -> None:
@@ -118,8 +124,10 @@ def reader(bundle: Path, rounds: int) -> None:
             ratios.append(sum(one.rate(began + SKIP, began + SECONDS) for one in seen) / plain)
             most = max(most, service.memory)
             quiet(service)
-    print(f"\nbeside a client that reads nothing two others get {median(ratios):.3f} ({min(ratios):.3f} to"
-          f" {max(ratios):.3f}) of their frames; memory {before / 1e6:.1f} MB before, {most / 1e6:.1f} MB at most")
+    print(
+        f"\nbeside a client that reads nothing two others get {median(ratios):.3f} ({min(ratios):.3f} to"
+        f" {max(ratios):.3f}) of their frames; memory {before / 1e6:.1f} MB before, {most / 1e6:.1f} MB at most"
+    )
 
 
 def main() -> None:

@@ -6,9 +6,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from starlette.requests import HTTPConnection
 from websockets.exceptions import InvalidStatus
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.serve.access import check_client
+from forcingkv.serve.refusals import RefusalError
 from forcingkv.serve.settings import Limits, Settings, is_loopback
 from tests.serve.served import PROMPT, TOKEN, Served, serving
 
@@ -36,6 +39,26 @@ def test_a_short_token_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_origin_is_refused(tmp_path: Path, origin: str) -> None:
     with pytest.raises(InputError, match="is no origin"):
         Settings(data=tmp_path, origins=(origin,))
+
+
+@pytest.mark.parametrize(
+    ("client", "token", "hosts", "refused"),
+    [
+        ("127.0.0.1", None, (), False),
+        ("::1", None, (), False),
+        ("192.0.2.7", None, (), True),
+        ("192.0.2.7", TOKEN, (), False),
+        ("192.0.2.7", None, ("localhost",), False),
+    ],
+)
+def test_without_a_token_clients_of_other_machines_are_refused(
+    tmp_path: Path, client: str, token: str | None, hosts: tuple[str, ...], refused: bool
+) -> None:
+    """Whatever stands before the service, such as Ray's proxy, may listen to others."""
+    scope = {"type": "websocket", "client": (client, 9), "headers": [(b"host", b"localhost:8000")]}
+    settings = Settings(data=tmp_path, token=token, hosts=hosts)
+    with pytest.raises(RefusalError) if refused else nullcontext():
+        check_client(settings, HTTPConnection(scope))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,10 @@ def serve(
     backend: BackendOrOwn = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, mps, xpu.")] = None,
     threads: Threads = None,
+    expect_digest: Annotated[
+        list[str] | None,
+        Option(metavar="SHA256", help="As for `generate`: one for each --bundle, in their order."),
+    ] = None,
     open_page: Annotated[bool, Option("--open", help="Open the page in a browser once it is there.")] = False,
     log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -69,7 +73,12 @@ def serve(
 
     if log_level not in ("debug", "info", "warning", "error"):
         raise InputError(f"is {log_level!r}", where="--log-level", expected="debug, info, warning or error")
-    folders = dict(_named(one) for one in bundle)
+    folders = dict[str, Path]()
+    for name_of, folder in map(_named, bundle):
+        if name_of in folders:
+            hint = "Name one: --bundle NAME=FOLDER."
+            raise InputError(f"two are called {name_of}", where="--bundle", hint=hint)
+        folders[name_of] = folder
     texts = dict(_named(one, next(iter(folders)) if len(folders) == 1 else None) for one in embeds or ())
     if unknown := texts.keys() - folders.keys():
         raise InputError(f"there is no bundle {min(unknown)!r}", where="--embeds", expected="BUNDLE=FILE")
@@ -86,7 +95,14 @@ def serve(
         threads=threads,
         limits=Limits(),
     )
-    choices = [BundleChoice(one, folder, texts.get(one)) for one, folder in folders.items()]
+    digests: list[str | None] = [*expect_digest] if expect_digest else [None] * len(bundle)
+    if len(digests) != len(bundle):
+        what = f"is given {len(digests)} times, and --bundle {len(bundle)} times"
+        raise InputError(what, where="--expect-digest", expected="one for each --bundle")
+    choices = [
+        BundleChoice(one, folder, texts.get(one), digest=digest)
+        for (one, folder), digest in zip(folders.items(), digests, strict=True)
+    ]
     opened = listening(host, port, settings.limits.reader * 2)
     with opened:
         encode = None
