@@ -60,13 +60,12 @@ def load(bundle: Path, rounds: int, frames: str) -> None:
                 shares[count].append(rate / single)
                 firsts[count] += first
     print(
-        f"\nframes as {frames}; without a service: {median(singles):.1f} frames a second "
-        f"({min(singles):.1f} to {max(singles):.1f}), {rounds} rounds\n"
+        f"\nframes as {frames}; without a service: {median(singles):.1f} frames a second"
+        f" ({min(singles):.1f} to {max(singles):.1f}), {rounds} rounds\n"
     )
-    print(
-        "| clients | frames a second, all | each | share of one without a service | first chunk, s | last client's |"
-    )
-    print("|---|---|---|---|---|---|")
+    columns = ("clients", "frames a second, all", "each", "share of one without a service")
+    columns += ("first chunk, s", "of the last client")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for count in CLIENTS:
         rate, share = median(rates[count]), shares[count]
         print(
@@ -93,10 +92,11 @@ def vanishing(bundle: Path, cycles: int) -> None:
             if cycle % 10 == 9:
                 quiet(service)
                 found.append(service.memory)
-    warm = found[1]
+    warm, last = found[1], found[-1]
+    last = found[-1]
     print(
-        f"\n{cycles} clients that vanished: {warm / 1e6:.1f} MB after 20 of them, {found[-1] / 1e6:.1f} MB after the"
-        f" last ({found[-1] / warm - 1:+.2%}), between {min(found[1:]) / 1e6:.1f} and {max(found[1:]) / 1e6:.1f};"
+        f"\n{cycles} clients that vanished: {warm / 1e6:.1f} MB after 20 of them, {last / 1e6:.1f} MB after the"
+        f" last ({last / warm - 1:+.2%}), between {min(found[1:]) / 1e6:.1f} and {max(found[1:]) / 1e6:.1f};"
         " no session left"
     )
 
