@@ -63,8 +63,10 @@ def load(bundle: Path, rounds: int, frames: str) -> None:
         f"\nframes as {frames}; without a service: {median(singles):.1f} frames a second"
         f" ({min(singles):.1f} to {max(singles):.1f}), {rounds} rounds\n"
     )
-    columns = ("clients", "frames a second, all", "each", "share of one without a service")
-    columns += ("first chunk, s", "of the last client")
+    columns = (
+        *("clients", "frames a second, all", "each", "share of one without a service"),
+        *("first chunk, s", "of the last client"),
+    )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for count in CLIENTS:
         rate, share = median(rates[count]), shares[count]
@@ -95,7 +97,7 @@ def vanishing(bundle: Path, cycles: int) -> None:
     warm, last = found[1], found[-1]
     last = found[-1]
     print(
-        f"\n{cycles} clients that vanished: {warm / 1e6:.1f} MB after 20 of them, {last / 1e6:.1f} MB after the"
+        f"\n{cycles} clients that vanished: {warm / 1e6:.1f} MB after 20, {last / 1e6:.1f} MB after the"
         f" last ({last / warm - 1:+.2%}), between {min(found[1:]) / 1e6:.1f} and {max(found[1:]) / 1e6:.1f};"
         " no session left"
     )
@@ -126,7 +128,7 @@ def reader(bundle: Path, rounds: int) -> None:
             quiet(service)
     print(
         f"\nbeside a client that reads nothing two others get {median(ratios):.3f} ({min(ratios):.3f} to"
-        f" {max(ratios):.3f}) of their frames; memory {before / 1e6:.1f} MB before, {most / 1e6:.1f} MB at most"
+        f" {max(ratios):.3f}) of their frames; memory {before / 1e6:.1f} MB before, {most / 1e6:.1f} at most"
     )
 
 
