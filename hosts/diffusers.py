@@ -1,11 +1,4 @@
-"""A bundle with the face of a diffusers video pipeline.
-
-from forcingkv.hosts.diffusers import ForcingKVPipeline
-
-pipe = ForcingKVPipeline.from_pretrained("bundle")
-video = pipe("a 3 moving left and a 7 moving up", num_frames=21, generator=torch.Generator().manual_seed(7))
-export_to_video(video.frames[0], "video.mp4", fps=pipe.fps)
-"""
+"""A bundle with the face of a diffusers video pipeline (docs/hosts.md)."""
 
 from __future__ import annotations
 

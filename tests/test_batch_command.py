@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.conftest import Ran
 from tests.runtime.conftest import small_bundle
 
 PROMPTS = ("a b c", "d e", "c b a")
-MANY = [f"{one} {other}" for one in "abcdefgh" for other in "abcd"]
+MANY = [" ".join(words) for words in product("abcde", repeat=3)][:32]
 
 
 @pytest.fixture(scope="module")

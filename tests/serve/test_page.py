@@ -67,7 +67,7 @@ def test_it_plays_and_a_new_prompt_is_seen_where_it_said(page: Page) -> None:
     fill(page, prompt=PROMPT)
     click(page, "start")
     page.until("document.querySelector('figcaption').textContent.includes('chunk 2 of')")
-    assert digits(page) == (3, 7)
+    assert seen(page, (3, 7), until=6)
     fill(page, prompt=OTHER)
     click(page, "switch")
     said = page.until(
@@ -77,14 +77,17 @@ def test_it_plays_and_a_new_prompt_is_seen_where_it_said(page: Page) -> None:
         "Number(document.querySelector('figcaption').textContent.match(/chunk (\\d+) of/)?.[1])"
         f" >= {said} + 1"
     )
-    found = set()
-    while shown(page) <= int(said) + 2:
-        found.add(digits(page))
-        if (1, 5) in found:
-            break
-    assert (1, 5) in found
+    assert seen(page, (1, 5), until=int(said) + 2)
     names = page.run("[...document.querySelectorAll('#prompts li')].map((item) => item.textContent)")
     assert names == [f"from chunk 0{PROMPT}", f"from chunk {said}{OTHER}"]
+
+
+def seen(page: Page, expected: tuple[int, int], until: int) -> bool:
+    """Whether both digits are read from some frame up to that chunk: the judge misreads one in ten."""
+    while shown(page) <= until:
+        if digits(page) == expected:
+            return True
+    return False
 
 
 def digits(page: Page) -> tuple[int | None, int | None]:

@@ -15,7 +15,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar, say
+from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar, results_alone, say
 from forcingkv.commands.given import (
     LatentsFolder,
     Noises,
@@ -241,7 +241,7 @@ def heads(
         latents=latents_out.absolute() if latents_out else None,
     )
     length = job.length
-    with progress_bar() as shown:
+    with results_alone(), progress_bar() as shown:
         task = shown.add_task("measuring (chunks)", total=samples * length)
         analysis = analyze_heads(
             job,

@@ -10,13 +10,13 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer import Option
 
 from forcingkv.commands.batch_videos import BatchRun, VideoMaker, VideoToMake, is_there, texts, told
-from forcingkv.commands.console import MOST, given_options, progress_bar, say
+from forcingkv.commands.console import MOST, given_options, progress_bar, results_alone, say
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.plain import plain
@@ -119,7 +119,7 @@ class BatchOptions:
             with line.named():
                 read = text(video.prompt)
             if is_there(video, run, spec, read):
-                _print(told(video, frames, made=False))
+                _print(told(video, frames, made=False), sys.stdout)
             else:
                 left.append(video)
         if len(left) < len(asked):
@@ -130,10 +130,10 @@ class BatchOptions:
     def _make(self, left: Sequence[VideoToMake], run: BatchRun) -> None:
         made = 0
         try:
-            with progress_bar() as shown:
+            with results_alone() as out, progress_bar() as shown:
                 task = shown.add_task("making videos", total=len(left))
                 for one in _made(left, self, run, lambda words: say(words, error=True)):
-                    _print(one)
+                    _print(one, out)
                     made += 1
                     shown.advance(task)
         except (KeyboardInterrupt, SystemExit) as error:
@@ -141,8 +141,8 @@ class BatchOptions:
             raise typer.Exit(exit_code(error)) from error
 
 
-def _print(one: dict[str, Any]) -> None:
-    print(json.dumps(one), flush=True)
+def _print(one: dict[str, Any], out: TextIO) -> None:
+    print(json.dumps(one), file=out, flush=True)
 
 
 def _made(

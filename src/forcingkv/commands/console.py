@@ -6,9 +6,10 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TextIO, TypeAlias
 
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
@@ -40,6 +41,15 @@ def emit(data: Any) -> None:
 def say(*lines: str, error: bool = False) -> None:
     """Print lines for people, on standard output or standard error: each stays one, whatever is in it."""
     print("\n".join(map(plain, lines)), file=sys.stderr if error else sys.stdout)
+
+
+@contextmanager
+def results_alone() -> Iterator[TextIO]:
+    """Standard output for results alone: what libraries print meanwhile (Ray, of a worker that died) goes to
+    standard error."""
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield out
 
 
 def listed(texts: str | Iterable[str] | None) -> list[str]:
