@@ -325,7 +325,7 @@ def check_room(
     Reads no weights. The arguments are those of `record_samples` and of its job. What the machines of a
     cluster have is not known here.
     """
-    from forcingkv.analyze.workers import LOCAL
+    from forcingkv.runtime.ray_cluster import LOCAL
 
     if cluster not in (None, LOCAL):
         return

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from io import BytesIO, FileIO
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from forcingkv.headmaps.errors import InputError, MissingExtraError
+from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.writing import new_file, open_alone
-from forcingkv.runtime.frames import Frames, FrameWriter, Kept, RawWriter, need_av, write_all
+from forcingkv.runtime.frames import Frames, FrameWriter, Kept, RawWriter, write_all
 from forcingkv.runtime.mp4 import Fragments, as_stored, copy_bytes, metadata_of, read_fragments, stream_of
+from forcingkv.runtime.mp4_stream import Mp4Stream, need_h264
 from forcingkv.runtime.pictures import PngWriter
 
 
@@ -52,20 +50,6 @@ def open_writer(
     return kind(path, fps, enlarge, metadata, going_on)
 
 
-_ENCODER = {"tune": "zerolatency", "preset": "faster", "crf": "20"}
-"""zerolatency: a frame that goes in comes out at once; the encoder looks at none to come and makes no
-B-frames. On clips of LongLive and Self Forcing at 480P that takes 1.5 and 1.7 times the bytes of the same
-preset without it at equal PSNR (39.6 dB; 2.8 and 2.2 Mbit/s)."""
-
-_MUXER = {
-    "movflags": "empty_moov+default_base_moof+frag_custom+frag_discont+skip_trailer+use_metadata_tags",
-    "avoid_negative_ts": "disabled",  # or each fragment's time would be moved to 0
-    "flush_packets": "1",
-}
-_BT709, _LIMITED = 1, 1
-"""ITU-T H.273: code of primaries, transfer and matrix; FFmpeg's code of the range 16 to 235."""
-
-
 class Mp4Writer(FrameWriter):
     """An mp4 file: H.264, yuv420p, BT.709, fragmented, readable while it is written.
 
@@ -92,20 +76,13 @@ class Mp4Writer(FrameWriter):
         metadata: Mapping[str, str] = {},
         going_on: bool = False,
     ) -> None:
-        need_av()
-        import av
-
-        if "libx264" not in av.codecs_available:
-            raise MissingExtraError("PyAV with libx264", "video")
+        need_h264()
         super().__init__(path, fps, enlarge, metadata, going_on)
         self._file: FileIO | None = None
-        self._head: Any = None
-        self._stream: Any = None
-        self._head_bytes = b""
+        self._stream: Mp4Stream | None = None
         self._earlier: Fragments | None = None
         """What the file holds of the video already."""
-        self._reformatter = av.video.reformatter.VideoReformatter()
-        self._fragments = self._frames = self._written = 0
+        self._written = 0
 
     def _check_kept(self, kept: Kept) -> None:
         found = read_fragments(self.path)
@@ -115,43 +92,42 @@ class Mp4Writer(FrameWriter):
         if fragments is None:
             what = f"has no fragment that ends with frame {kept.frames}, where the saved state goes on"
             raise InputError(what, where=str(self.path), hint="Choose another --out: it gets the rest.")
-        self._begin(*kept.size)
-        if stream_of(found.head) != stream_of(self._head_bytes):
+        stream = self._begin(*kept.size)
+        if stream_of(found.head) != stream_of(stream.head):
             raise InputError(
                 "is encoded in another way than its rest would be",
                 where=str(self.path),
-                expected=f"H.264 of {self._stream.width}x{self._stream.height} pixels, {float(self.rate):g}"
+                expected=f"H.264 of {stream.width}x{stream.height} pixels, {float(self.rate):g}"
                 " frames a second, by the same version of the encoder",
                 hint="Choose another --out: it gets the rest of the video.",
             )
         self._earlier = replace(found, all=fragments)
-        self._fragments, self._frames = len(fragments), kept.frames
+        stream.fragments, stream.frames = len(fragments), kept.frames
 
     def _append(self, frames: Frames) -> None:
-        if self._head is None:
-            self._begin(frames.shape[2], frames.shape[1])
-        data = self._fragment(frames)
+        stream = self._stream or self._begin(frames.shape[2], frames.shape[1])
+        data = stream.fragment(self._enlarged(frames))
         if self._file is None:
-            data = self._open_file() + data
+            data = self._open_file(stream.head) + data
         assert self._file is not None
         self._put(self._file, data)
         self._written += len(data)
 
-    def _open_file(self) -> bytes:
+    def _open_file(self, head: bytes) -> bytes:
         """Open the file for what comes next. Returns what belongs before it."""
         if self._earlier is None:
             self._file = open_alone(self.path)
-            return self._head_bytes
+            return head
         start, end = len(self._earlier.head), self._earlier.all[-1].end
         said = metadata_of(self.path, self._earlier)
         if said.items() >= {name: as_stored(text) for name, text in self.metadata.items()}.items():
             self._written = end
         else:  # of another length: all that follows moves
             with new_file(self.path) as partial, self.path.open("rb") as old, partial.open("wb") as new:
-                new.write(self._head_bytes)
+                new.write(head)
                 old.seek(start)
                 copy_bytes(old, new, end - start)
-            self._written = len(self._head_bytes) + end - start
+            self._written = len(head) + end - start
         self._file = open_alone(self.path, anew=False)
         self._file.truncate(self._written)
         self._file.seek(self._written)
@@ -168,86 +144,15 @@ class Mp4Writer(FrameWriter):
         write_all(file, data[:8])
         file.seek(0, os.SEEK_END)
 
-    def _begin(self, width: int, height: int) -> None:
-        """Begin a video of frames of that size, with its head: what it holds, no frames."""
-        import av
-
-        width, height = (side * self.enlarge + side * self.enlarge % 2 for side in (width, height))
-        memory = BytesIO()
-        self._head = av.open(memory, "w", format="mp4", options=_MUXER, metadata_errors="backslashreplace")
-        self._head.metadata.update(self.metadata)
-        self._stream = self._head.add_stream("libx264", rate=self.rate, options=_ENCODER)
-        self._configure(self._stream.codec_context, width, height)
-        try:
-            self._head.start_encoding()
-        except av.error.FFmpegError as error:
-            what = f"are {width}x{height}, which cannot be encoded ({error.strerror})"
-            raise InputError(what, where="frames") from error
-        self._head_bytes = memory.getvalue()
-
-    def _configure(self, context: Any, width: int, height: int) -> None:
-        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
-        context.color_primaries = context.color_trc = context.colorspace = _BT709
-        context.color_range = _LIMITED
-
-    def _encoder(self) -> Any:
-        """A new encoder, as the one that the head is of."""
-        import av
-
-        encoder: Any = av.CodecContext.create("libx264", "w")
-        encoder.framerate, encoder.time_base, encoder.options = self.rate, 1 / self.rate, dict(_ENCODER)
-        encoder.flags |= av.codec.context.Flags.global_header
-        self._configure(encoder, self._stream.width, self._stream.height)
-        encoder.open()
-        if encoder.extradata != self._stream.codec_context.extradata:
-            raise RuntimeError("two encoders of the same settings do not write one stream")
-        return encoder
-
-    def _fragment(self, frames: Frames) -> bytes:
-        """One fragment with all of the frames.
-
-        A muxer closes a fragment for certain only when it is itself closed. So each fragment has a muxer
-        of its own, in memory, which is given its number and takes its time from the packets
-        (frag_discont); its head, which would be the file's again, is left out.
-        """
-        import av
-
-        self._fragments += 1
-        memory, options = BytesIO(), _MUXER | {"fragment_index": str(self._fragments)}
-        with av.open(memory, "w", format="mp4", options=options) as muxer:
-            stream: Any = muxer.add_stream_from_template(self._stream)
-            stream.time_base = self._stream.time_base
-            muxer.start_encoding()
-            head = memory.tell()
-            encoder = self._encoder()
-            for frame in self._enlarged(frames):
-                for packet in self._encoded(encoder, frame):
-                    packet.stream = stream
-                    muxer.mux(packet)
-        return memory.getvalue()[head:]
-
-    def _encoded(self, encoder: Any, frame: Frames) -> list[Any]:
-        import av
-
-        height, width = frame.shape[:2]
-        if height % 2 or width % 2:
-            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = self._reformatter.reformat(
-            av.VideoFrame.from_ndarray(frame, format="rgb24"),
-            format="yuv420p",
-            dst_colorspace=av.video.reformatter.Colorspace.ITU709,
-            dst_color_range=av.video.reformatter.ColorRange.MPEG,
-        )
-        picture.pts, picture.time_base = self._frames, 1 / self.rate
-        self._frames += 1
-        packets: list[Any] = encoder.encode(picture)
-        for packet in packets:
-            packet.duration = int(1 / self.rate / packet.time_base)
-        return packets
+    def _begin(self, width: int, height: int) -> Mp4Stream:
+        """Begin a video of frames of that size."""
+        sides = width * self.enlarge, height * self.enlarge
+        self._stream = Mp4Stream(*sides, self.rate, self.metadata)
+        return self._stream
 
     def _end(self) -> None:
-        if self._head is not None:
-            self._head.close()
+        if self._stream is not None:
+            self._stream.close()
         if self._file is not None:
             with self._file:
                 if not self._file.seekable():  # a FIFO cannot be cut

@@ -40,7 +40,29 @@ _STARTS = "new: videos that begin with a picture or a clip, or are drawn from on
 
 _POLICIES = "new: what the policies show heads, what that takes, and where they come from"
 _CONTEXT = "new: the pass that fills the cache is a choice"
+_SERVED = "new: bundles over the network"
+_MANY = "new: many videos with one command, on one machine or spread over workers"
 CHANGED: dict[str, str] = {
+    **dict.fromkeys(
+        ("generate --prompts", "generate --seeds", "generate --ray", "generate --workers"), _MANY
+    ),
+    "serve": _SERVED,
+    "serve --backend": _SERVED,
+    "serve --bundle": _SERVED,
+    "serve --data": _SERVED,
+    "serve --device": _SERVED,
+    "serve --embeds": _SERVED,
+    "serve --expect-digest": _SERVED,
+    "serve --host": _SERVED,
+    "serve --log-level": _SERVED,
+    "serve --name": _SERVED,
+    "serve --open": _SERVED,
+    "serve --origin": _SERVED,
+    "serve --port": _SERVED,
+    "serve --sessions": _SERVED,
+    "serve --text-encoder": _SERVED,
+    "serve --threads": _SERVED,
+    "serve --token-file": _SERVED,
     **dict.fromkeys((f"{name} --context" for name in ("export", "generate", "plan", "bench")), _CONTEXT),
     "policies": _POLICIES,
     "policies --headmap": _POLICIES,

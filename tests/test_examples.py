@@ -222,3 +222,33 @@ def test_the_table_names_every_example_and_links_lead_somewhere() -> None:
 def test_an_example_says_how_it_is_run(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert f"    python examples/{path.name} --bundle bundle" in text.split('"""')[1]
+
+
+STAND_IN = """import sys
+open(sys.argv[0] + ".words", "w").write("\\n".join(sys.argv[1:]))
+open(sys.argv[0] + ".frames", "wb").write(sys.stdin.buffer.read())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for ffmpeg is a script with a first line")
+@pytest.mark.parametrize(
+    ("address", "container"),
+    [("rtmp://localhost/live/key", "flv"), ("srt://localhost:9000?mode=caller", "mpegts")],
+)
+def test_broadcast(bundle: Path, chunks: list[Chunk], tmp_path: Path, address: str, container: str) -> None:
+    """Frames reach ffmpeg as they are; a stand-in keeps what it is told and given."""
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text(f"#!{sys.executable}\n{STAND_IN}")
+    ffmpeg.chmod(0o755)
+    lines = run("broadcast.py", bundle, "--to", address, "--chunks", 4, "--ffmpeg", ffmpeg)
+    frames = np.concatenate([chunk.frames for chunk in chunks])
+    assert lines == [f"{len(frames)} frames sent"]
+    assert Path(f"{ffmpeg}.frames").read_bytes() == frames.tobytes()
+    words = Path(f"{ffmpeg}.words").read_text().splitlines()
+    assert words[words.index("-s") + 1] == "12x8"
+    assert words[-3:] == ["-f", container, address]
+
+
+def test_broadcast_says_which_addresses_it_takes(bundle: Path) -> None:
+    lines = run("broadcast.py", bundle, "--to", "http://localhost/", code=1)
+    assert "expected an address that begins with rtmp" in lines[-1]

@@ -16,9 +16,9 @@ import pytest
 
 from forcingkv.analyze import Job, analyze_heads, record_samples
 from forcingkv.analyze.storage import Storage
-from forcingkv.analyze.workers import check_device
 from forcingkv.headmaps import InputError, MissingExtraError
 from forcingkv.models.checkpoint import random_weights
+from forcingkv.runtime.ray_cluster import check_device
 from forcingkv.runtime.text import encode_words
 from tests.conftest import small_spec
 

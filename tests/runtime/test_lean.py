@@ -66,6 +66,8 @@ MAY_IMPORT = {
     "analyze": {"headmaps", "runtime", "models"},
     "export": {"headmaps", "runtime", "prune", "models"},
     "measure": {"headmaps", "runtime", "models", "export"},
+    "serve": {"headmaps", "runtime"},
+    "hosts": {"headmaps", "runtime", "commands"},
 }
 """Folder -> the folders, and the single modules of `prune`, that its files may import."""
 ALSO = {"runtime/backends/torch_*.py": {"models"}}

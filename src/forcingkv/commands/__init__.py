@@ -20,6 +20,7 @@ from forcingkv.commands import (
     inspect,
     plan,
     policies,
+    serve,
 )
 
 __all__ = ["app"]
@@ -44,3 +45,4 @@ app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("policies")(policies.policies)
+app.command("serve")(serve.serve)

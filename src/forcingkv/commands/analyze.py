@@ -15,7 +15,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from forcingkv.commands.compare_maps import compare
-from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar, say
+from forcingkv.commands.console import MOST, AsJson, console, emit, need, progress_bar, results_alone, say
 from forcingkv.commands.given import (
     LatentsFolder,
     Noises,
@@ -184,8 +184,8 @@ def heads(
     from forcingkv.analyze.results import check_places
     from forcingkv.analyze.run import check_room, choose_device, recording_plan, video_length
     from forcingkv.analyze.storage import Storage
-    from forcingkv.analyze.workers import LOCAL, check_device
     from forcingkv.models.presets import load_spec
+    from forcingkv.runtime.ray_cluster import LOCAL, check_device
 
     spec = load_spec(model)
     asked = labels.labelling(spec.geometry(resolution))
@@ -241,7 +241,7 @@ def heads(
         latents=latents_out.absolute() if latents_out else None,
     )
     length = job.length
-    with progress_bar() as shown:
+    with results_alone(), progress_bar() as shown:
         task = shown.add_task("measuring (chunks)", total=samples * length)
         analysis = analyze_heads(
             job,

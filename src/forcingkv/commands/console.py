@@ -6,10 +6,12 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TextIO, TypeAlias
 
+import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from typer import Option
@@ -39,6 +41,15 @@ def emit(data: Any) -> None:
 def say(*lines: str, error: bool = False) -> None:
     """Print lines for people, on standard output or standard error: each stays one, whatever is in it."""
     print("\n".join(map(plain, lines)), file=sys.stderr if error else sys.stdout)
+
+
+@contextmanager
+def results_alone() -> Iterator[TextIO]:
+    """Standard output for results alone: what libraries print meanwhile (Ray, of a worker that died) goes to
+    standard error."""
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield out
 
 
 def listed(texts: str | Iterable[str] | None) -> list[str]:
@@ -92,6 +103,16 @@ def parse_pairs(text: str, option: str, expected: str, value: str = ".+") -> dic
             raise InputError(f"is {text!r}", where=option, expected=expected)
         pairs[name] = given
     return pairs
+
+
+def given_options(context: typer.Context) -> list[str]:
+    """The options on the command's line, by their long names."""
+    given = []
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name) if option.name else None
+        if source is not None and source.name == "COMMANDLINE":
+            given.append(max(option.opts, key=len))
+    return given
 
 
 def default_prompts(model: str) -> list[str]:

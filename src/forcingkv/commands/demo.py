@@ -135,3 +135,5 @@ def demo(
     PlainConsole(width=100).print(comparison_table(rows, chunks))
     say(f"head map: {in_words(headmap)} heads (rule {headmap.rule.name}). {analysis.verdict}")
     say(f"look at: {out}/policies.mp4, {out}/policies.png, {out}/headmap.png, {out}/analysis/report.html")
+    bundles = " ".join(f"--bundle {out}/bundles/{name}" for name in ("forcing-kv", "full"))
+    say(f"try it live, side by side: forcingkv serve {bundles} --open")

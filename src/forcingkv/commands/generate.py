@@ -16,6 +16,7 @@ import typer
 from typer import Option
 
 from forcingkv.commands.baked import ModelOptions, bake_model
+from forcingkv.commands.batch import BatchOptions
 from forcingkv.commands.classes import Classes, classified, found_online
 from forcingkv.commands.console import AsJson, progress_bar, say
 from forcingkv.commands.given import GivenOptions, latents_file, say_given
@@ -51,9 +52,11 @@ BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
 
 
 @takes("model", ModelOptions)
+@takes("batch", BatchOptions)
 @takes("given", GivenOptions)
 @takes("begin", StartOptions)
 def generate(
+    line: typer.Context,
     out: Annotated[
         str, Option(help="Video (.mp4), folder for PNG files, bytes (.rgb), or - for standard output.")
     ],
@@ -113,6 +116,7 @@ def generate(
     ] = None,
     given: GivenOptions,
     begin: StartOptions,
+    batch: BatchOptions,
     backend: BackendOrOwn = None,
     device: Device = None,
     dtype: ComputeDtype = None,
@@ -141,7 +145,28 @@ def generate(
 
     Example: forcingkv generate --model demo --device cpu --prompt "a 3 moving left and a 7 moving up"
     --out video.mp4
+
+    Example: forcingkv generate --bundle bundle --prompts prompts.txt --seeds 0:5 --ray local --out videos
     """
+    batch.check(line)
+    if batch.prompts is not None:
+        batch.make(
+            bundle,
+            out,
+            embeds=embeds,
+            seconds=seconds,
+            fps=fps,
+            enlarge=enlarge,
+            expect_digest=expect_digest,
+            backend=backend,
+            device=device,
+            provider=provider,
+            dtype=dtype,
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+            compiled=compiled,
+        )
+        return
     model.check(bundle)
     given.check(out)
     begin.check(_begins_otherwise(given, restore))

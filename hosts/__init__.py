@@ -1,0 +1,1 @@
+"""Bundles inside other people's programs: diffusers and ComfyUI."""

@@ -1,0 +1,70 @@
+"""Who may use the service: by token, by the page that asks, by the name it is asked for, and how often."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
+
+from forcingkv.serve.refusals import RefusalError
+from forcingkv.serve.settings import Settings, is_loopback
+
+
+def check_client(settings: Settings, connection: HTTPConnection) -> None:
+    """Refuse who may not ask at all, with a token or without.
+
+    Raises RefusalError (forbidden).
+    """
+    check_origin(settings, connection.headers)
+    # The service listens at this machine alone then; what stands before it (Ray's proxy) may not.
+    here = connection.client is None or is_loopback(connection.client.host)
+    if settings.token is None and not here and not settings.hosts:
+        raise RefusalError("forbidden", "Without a token the service is for this machine alone.")
+
+
+def check_origin(settings: Settings, headers: Headers) -> None:
+    """Refuse what a foreign page makes a browser ask.
+
+    A browser says in Origin which page asks; programs say nothing. And where no token is asked for, a page
+    can give its own name this machine's address (DNS rebinding): then the name has to be one of this machine.
+
+    Raises RefusalError (forbidden).
+    """
+    host, origin = headers.get("host", ""), headers.get("origin")
+    name = urlsplit(f"//{host}").hostname or ""
+    if settings.token is None and not is_loopback(name) and name not in settings.hosts:
+        raise RefusalError("forbidden", "The service is not known by that name: use 127.0.0.1 or localhost.")
+    if origin is None or origin in settings.origins:
+        return
+    if origin == "null" or urlsplit(origin).netloc != host:
+        raise RefusalError("forbidden", "This page may not use the service.")
+
+
+def check_token(settings: Settings, headers: Headers) -> None:
+    """Refuse a request over HTTP without the token. Raises RefusalError (unauthorized)."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if not settings.knows(token.strip() if scheme.lower() == "bearer" else None):
+        raise RefusalError("unauthorized", "The token is missing or wrong: Authorization: Bearer TOKEN.")
+
+
+class Pace:
+    """Lets through a number of messages a second, twice as many at once; others wait.
+
+    Args:
+        rate: messages a second.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self._rate, self._left, self._at = rate, 2 * rate, time.monotonic()
+
+    async def take(self) -> None:
+        """Wait for the turn of one message."""
+        now = time.monotonic()
+        self._left = min(2 * self._rate, self._left + (now - self._at) * self._rate)
+        self._at = now
+        self._left -= 1
+        if self._left < 0:
+            await asyncio.sleep(-self._left / self._rate)

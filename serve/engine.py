@@ -1,0 +1,115 @@
+"""What all sessions and jobs of a service share: bundles, places, threads, states, counts."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from forcingkv.runtime.memory import available_bytes
+from forcingkv.serve.bundles import ServedBundle
+from forcingkv.serve.metrics import Metrics
+from forcingkv.serve.places import Place, Places
+from forcingkv.serve.refusals import RefusalError
+from forcingkv.serve.settings import Settings
+from forcingkv.serve.states import States
+
+P = ParamSpec("P")
+T = TypeVar("T")
+SHARE = 0.9
+"""Of the memory that is free once the weights are loaded: what sessions may take."""
+ASIDE = 4
+"""Threads for what is no chunk: encoding of frames, saving, prompts."""
+
+
+@dataclass
+class Ticket:
+    """What a session holds of the service while it has a place."""
+
+    bundle: ServedBundle
+    place: Place
+
+
+class Engine:
+    """Makes chunks for all, in turn: one at a time, since each takes all threads.
+
+    Args:
+        bundles: by name, the first is taken where none is named.
+        settings: of the service.
+
+    Attributes:
+        draining: whether the service ends: nothing new begins.
+    """
+
+    def __init__(self, bundles: Mapping[str, ServedBundle], settings: Settings) -> None:
+        self.bundles, self.limits, self.replica = dict(bundles), settings.limits, settings.replica
+        sizes = [bundle.session_bytes for bundle in bundles.values()]
+        # The first session of each bundle is there already, and holds its memory.
+        memory = sum(sizes) + int(available_bytes() * SHARE)
+        if settings.memory is not None:
+            weights = sum(bundle.weight_bytes for bundle in bundles.values())
+            memory = min(memory, max(sum(sizes), settings.memory - weights))
+        fit = max(1, memory // max(min(sizes), 1))
+        limits = settings.limits
+        self.places = Places(min(settings.sessions, fit), memory, limits.waiting)
+        self.states = States(settings.data / "states", limits.states_kept)
+        self.asleep = States(settings.data / "asleep", 10**6)
+        self.metrics = Metrics(self)
+        self.draining = False
+        self._clients: Counter[str] = Counter()
+        self._makers = ThreadPoolExecutor(1, "chunk")
+        self._others = ThreadPoolExecutor(ASIDE, "aside")
+
+    def bundle(self, name: str | None) -> ServedBundle:
+        """A bundle by its name; None: the first. Raises RefusalError where there is none."""
+        if name is None:
+            return next(iter(self.bundles.values()))
+        if name not in self.bundles:
+            raise RefusalError(
+                "not_found", f"There is no bundle {name!r}. There are: {', '.join(self.bundles)}."
+            )
+        return self.bundles[name]
+
+    def new_name(self) -> str:
+        """A name for a session. That of the replica is before it, so that others know whose session it is."""
+        drawn = secrets.token_hex(8)
+        return f"{self.replica}.{drawn}" if self.replica else drawn
+
+    @contextmanager
+    def client(self, name: str) -> Iterator[None]:
+        """Count a session or job of a client. Raises RefusalError where it has too many, or all ends."""
+        if self.draining:
+            raise RefusalError("draining", "The service is about to end.", self.limits.drain)
+        most = self.limits.sessions_a_client
+        if self._clients[name] >= most:
+            raise RefusalError("too_many", f"You have {most} sessions and jobs already: end one first.", 10.0)
+        self._clients[name] += 1
+        try:
+            yield
+        finally:
+            self._clients[name] -= 1
+            if not self._clients[name]:
+                del self._clients[name]
+
+    async def make(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what the model does, in turn with others: whoever asked first goes first."""
+        call = partial(call, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._makers, call)
+
+    async def aside(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what may take a while beside chunks that are made."""
+        call = partial(call, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._others, call)
+
+    def close(self) -> None:
+        """Let go of all. What still runs in a thread ends first."""
+        self._makers.shutdown()
+        self._others.shutdown()
+        for bundle in self.bundles.values():
+            bundle.close()

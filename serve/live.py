@@ -1,0 +1,391 @@
+"""A live session: one video for one client, from waiting for a place to the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from contextlib import suppress
+
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime import Chunk, SessionError, Video
+from forcingkv.runtime.text import Prompt
+from forcingkv.serve.begin import Beginning, words_at
+from forcingkv.serve.bundles import ServedBundle
+from forcingkv.serve.engine import Engine
+from forcingkv.serve.frame_coding import FrameCoder, coder_for
+from forcingkv.serve.messages import (
+    Asleep,
+    ChunkEvent,
+    Command,
+    Ended,
+    EndedEvent,
+    ErrorEvent,
+    Pause,
+    Paused,
+    Play,
+    Playing,
+    Queued,
+    Save,
+    Saved,
+    Seconds,
+    Started,
+    Stop,
+    Switched,
+    SwitchPrompt,
+)
+from forcingkv.serve.outbox import Outbox
+from forcingkv.serve.refusals import RefusalError, refusal_of
+from forcingkv.serve.seat import Seat
+from forcingkv.serve.states import SavedState
+
+log = logging.getLogger("forcingkv.serve")
+
+MOST_COMMANDS = 100
+"""That wait for the chunk which is being made."""
+SAID: dict[Ended, str] = {
+    "complete": "The video is complete.",
+    "stopped": "The video was stopped.",
+    "slow_reader": "The client took nothing for too long.",
+    "lost": "The client did not come back.",
+    "forgotten": "The session was paused for too long.",
+    "draining": "The service ends.",
+    "failed": "The video could not go on.",
+}
+
+
+class LiveSession:
+    """One video on its way to one client.
+
+    Only `run` touches the video, between chunks; what a client says comes to it as commands.
+
+    Attributes:
+        id: its name. key: the secret with which a client comes back to it.
+        outbox: what the client is to get.
+    """
+
+    def __init__(self, engine: Engine, beginning: Beginning) -> None:
+        self.id, self.key = engine.new_name(), secrets.token_urlsafe(24)
+        self._engine, self._beginning = engine, beginning
+        self._bundle: ServedBundle = beginning.bundle
+        self._changed = asyncio.Event()
+        self.outbox = Outbox(engine.limits.ahead, self._changed)
+        self._commands: deque[Command] = deque()
+        self._over: Ended | None = None
+        self._paused: float | None = None
+        self._asleep: SavedState | None = None
+        self._drained: float | None = None
+        self._seat = Seat(engine, self._bundle)
+        self._video: Video | None = None
+        self._coder: FrameCoder | None = None
+        self._coding: asyncio.Task[None] | None = None
+        self._frames = self._made = 0
+        self._asked = self._last = time.monotonic()
+
+    @property
+    def was_dropped(self) -> bool:
+        """Whether it ended since its client took nothing."""
+        return self._over == "slow_reader"
+
+    def tell(self, command: Command) -> None:
+        """A message of the client. Raises RefusalError where too many wait already."""
+        if len(self._commands) >= MOST_COMMANDS:
+            raise RefusalError("too_many", f"{MOST_COMMANDS} messages wait for the chunk that is being made.")
+        self._commands.append(command)
+        self._changed.set()
+
+    def drain(self, until: float) -> None:
+        """The service ends: the video may, until then (`time.monotonic`); else its state is kept."""
+        self._drained = until
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Make the video. Returns when it is over, whatever the reason, and all is given back."""
+        state: SavedState | None = None
+        try:
+            await self._begin()
+            while not self._over:
+                await self._may_go_on()
+                if not self._over:
+                    await self._next()
+            if self._over == "draining":
+                state = await self._keep()
+            await self._coded()
+            self._end(self._over, SAID[self._over], state)
+        except Exception as error:  # whatever it was: others go on
+            refusal = refusal_of(error)
+            if refusal.code == "internal":
+                log.exception("session failed", extra={"session": self.id})
+            self.outbox.put(
+                ErrorEvent(code=refusal.code, message=refusal.message, retry_after=refusal.retry_after)
+            )
+            self._engine.metrics.refusals.labels(refusal.code).inc()
+            self._end("failed", refusal.message)
+        finally:
+            await self._release()
+            if self._asleep:
+                self._engine.asleep.remove(self._asleep.name)
+
+    def _end(self, reason: Ended, message: str, state: SavedState | None = None) -> None:
+        self._engine.metrics.ended.labels(reason).inc()
+        log.info("session ended", extra={"session": self.id, "reason": reason, "chunks": self._made})
+        name = state.name if state else None
+        self.outbox.put(EndedEvent(reason=reason, chunks=self._made, message=message, state=name))
+
+    # Beginning
+
+    async def _begin(self) -> None:
+        await self._take_place()
+        if self._over:
+            return
+        waited = time.monotonic() - self._asked
+        self._engine.metrics.waited.observe(waited)
+        assert self._seat.session is not None
+        video = self._video = await self._engine.make(self._beginning.video, self._seat.session)
+        start, spec = self._beginning.start, self._bundle.bundle.plan.spec
+        self._frames = spec.frames_of(video.index)
+        width, height = self._bundle.bundle.manifest.frame_size
+        coded = start.frames, width, height, spec.fps, start.enlarge, self._frames
+        self._coder = await self._engine.aside(coder_for, *coded)
+        self._engine.metrics.sessions.labels(self._bundle.name).inc()
+        log.info(
+            "session started",
+            extra={
+                "session": self.id,
+                "bundle": self._bundle.name,
+                "waited": round(waited, 3),
+                "seed": video.seed,
+            },
+        )
+        self._last = time.monotonic()
+        self.outbox.put(
+            Started(
+                session=self.id,
+                key=self.key,
+                bundle=self._bundle.name,
+                prompt=words_at(video),
+                seed=video.seed,
+                chunks=video.chunks,
+                next_chunk=video.index,
+                frames=start.frames,
+                codec=self._coder.codec,
+                width=self._coder.width,
+                height=self._coder.height,
+                fps=spec.fps,
+                parts=len(self._coder.head),
+            ),
+            tuple(self._coder.head),
+        )
+
+    async def _take_place(self) -> None:
+        """Wait for a place, and take a session there; the client may leave or stop meanwhile."""
+
+        def tell(place: int, wait: float | None) -> None:
+            self.outbox.put(Queued(session=self.id, key=self.key, place=place, wait_seconds=wait))
+
+        waiting = asyncio.ensure_future(self._seat.take(tell))
+        while not waiting.done() and not self._over:
+            changed = asyncio.ensure_future(self._wait())
+            await asyncio.wait({waiting, changed}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            with suppress(asyncio.CancelledError):
+                await changed
+            if any(isinstance(command, Stop) for command in self._commands):
+                self._over = "stopped"
+        if self._over and not self._seat.has_place:
+            waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            await waiting
+
+    # Between chunks
+
+    async def _may_go_on(self) -> None:
+        """Do what the client said, and wait while no chunk may be made."""
+        while not self._over:
+            if self._commands:
+                await self._coded()  # events are in the order of chunks
+                await self._obey(self._commands.popleft())
+            elif self._paused is None and self.outbox.has_room and not self._out_of_time():
+                return
+            elif not self._over:
+                await self._wait()
+
+    async def _wait(self) -> None:
+        """Until something changed, or time is up for something."""
+        self._changed.clear()
+        limit = self._time_limit()
+        left = None if limit is None else max(limit[0] - time.monotonic(), 0.0)
+        try:
+            async with asyncio.timeout(left):
+                await self._changed.wait()
+        except TimeoutError:
+            assert limit is not None
+            if limit[1] is None:
+                await self._fall_asleep()
+            else:
+                self._over = limit[1]
+
+    def _out_of_time(self) -> bool:
+        """Whether the video has to end by now, though it could go on."""
+        limit = self._time_limit()
+        return limit is not None and limit[0] <= time.monotonic()
+
+    def _time_limit(self) -> tuple[float, Ended | None] | None:
+        """Until when things may stay as they are, and how the session ends then; None: it falls asleep."""
+        limits, found = self._engine.limits, list[tuple[float, Ended | None]]()
+        if self.outbox.lost is not None:
+            # Where the service ends nobody can come back to it.
+            found.append((0.0 if self._drained is not None else self.outbox.lost + limits.lost, "lost"))
+        if self._drained is not None:
+            endless = self._video is None or self._video.chunks is None or self._paused is not None
+            found.append((0.0 if endless else self._drained, "draining"))
+        if self._asleep and self._paused is not None:
+            found.append((self._paused + limits.idle + limits.forgotten, "forgotten"))
+        elif self._paused is not None and self._video is not None:
+            found.append((self._paused + limits.idle, None))
+        elif self.outbox.full is not None:
+            found.append((self.outbox.full + limits.reader, "slow_reader"))
+        return min(found, key=lambda limit: limit[0], default=None)
+
+    async def _obey(self, command: Command) -> None:
+        try:
+            match command:
+                case Stop():
+                    self._over = "stopped"
+                case Pause():
+                    self._paused = self._paused or time.monotonic()
+                    self.outbox.put(Paused())
+                case Play():
+                    if self._asleep:
+                        await self._wake_up(self._asleep)
+                    self._paused, self._last = None, time.monotonic()
+                    self.outbox.put(Playing())
+                case SwitchPrompt():
+                    await self._switch(command)
+                case Save():
+                    state = await self._keep()
+                    self.outbox.put(Saved(state=state.name, chunk=self._awake.index))
+        except SessionError:
+            raise
+        except (RefusalError, InputError) as error:
+            refusal = refusal_of(error)
+            self._engine.metrics.refusals.labels(refusal.code).inc()
+            self.outbox.put(
+                ErrorEvent(code=refusal.code, message=refusal.message, retry_after=refusal.retry_after)
+            )
+
+    @property
+    def _awake(self) -> Video:
+        if self._video is None:
+            raise RefusalError("not_now", "The session is asleep: say play first.")
+        return self._video
+
+    async def _switch(self, command: SwitchPrompt) -> None:
+        video = self._awake
+        prompt: Prompt = await self._engine.aside(
+            self._bundle.prompt, command.prompt, self._engine.limits.prompt
+        )
+        chunk = await self._engine.make(
+            video.switch, prompt, at=command.at, recache=command.recache, fade=command.fade
+        )
+        self.outbox.put(Switched(chunk=chunk, prompt=command.prompt))
+
+    async def _keep(self) -> SavedState:
+        """Save the state among those that clients may begin with."""
+        video, state = self._awake, self._engine.states.new()
+        await self._engine.make(video.save, state.folder)
+        await self._engine.aside(self._engine.states.done, state, self._bundle.name)
+        return state
+
+    async def _fall_asleep(self) -> None:
+        """Save the video to disk, and give its place to others."""
+        state = self._engine.asleep.new()
+        await self._coded()
+        try:
+            await self._engine.make(self._awake.save, state.folder)
+        except InputError as error:  # a full disk: it keeps its place
+            log.warning("a paused session could not be saved: %s", error, extra={"session": self.id})
+            self._paused = time.monotonic()
+            return
+        self._asleep = state
+        await self._release()
+        self.outbox.put(Asleep())
+        log.info("session asleep", extra={"session": self.id})
+
+    async def _wake_up(self, state: SavedState) -> None:
+        """Take a place again, and go on where the video was."""
+        await self._take_place()
+        if self._over or self._seat.session is None:
+            return
+        self._video = await self._engine.make(self._seat.session.restore, state.folder)
+        self._engine.asleep.remove(state.name)
+        self._asleep = None
+
+    # Chunks
+
+    async def _next(self) -> None:
+        video = self._awake
+        began = time.monotonic()
+        chunk: Chunk | None = await self._engine.make(next, video, None)
+        if chunk is None:
+            self._over = "complete"
+            return
+        every, self._last = time.monotonic() - max(self._last, began), time.monotonic()
+        self._engine.metrics.chunk.labels(self._bundle.name).observe(every)
+        if not self._made:
+            self._engine.metrics.first.observe(time.monotonic() - self._asked)
+        self._made += 1
+        first, self._frames = self._frames, self._frames + len(chunk.frames)
+        self._engine.metrics.frames.labels(self._bundle.name).inc(len(chunk.frames))
+        await self._coded()
+        # Frames are encoded while the next chunk is made.
+        self._coding = asyncio.create_task(self._hand_out(chunk, first, every, words_at(video, chunk.index)))
+        if video.chunks is not None and video.index >= video.chunks:
+            self._over = "complete"
+
+    async def _hand_out(self, chunk: Chunk, first: int, every: float, words: str) -> None:
+        coder = self._coder
+        assert coder is not None
+
+        def coded() -> tuple[tuple[bytes, ...], Seconds]:
+            timing = chunk.timing  # on a GPU asking for the clean pass waits for it
+            took = {name: getattr(timing, name) for name in Seconds.model_fields}
+            return tuple(coder.parts(chunk.frames)), Seconds(**took)
+
+        parts, seconds = await self._engine.aside(coded)
+        size = sum(map(len, parts))
+        self._engine.metrics.bytes_sent.inc(size)
+        kv = {name: held for name, held in self._bundle.kv_bytes(chunk.index).items() if held}
+        self.outbox.put(
+            ChunkEvent(
+                chunk=chunk.index,
+                first_frame=first,
+                frames=len(chunk.frames),
+                seconds=seconds,
+                every=every,
+                kv_bytes=kv,
+                prompt=words,
+                given=chunk.given,
+                parts=len(parts),
+                bytes=size,
+            ),
+            parts,
+        )
+
+    async def _coded(self) -> None:
+        """Wait until the chunk before is on its way."""
+        if self._coding:
+            coding, self._coding = self._coding, None
+            await coding
+
+    async def _release(self) -> None:
+        """Give back session and place, once the chunk that is being made is done."""
+        if self._coding:
+            with suppress(Exception):
+                await self._coded()
+        self._video = None
+        self._seat.give_back()
+        if self._over and self._coder is not None:
+            self._coder.close()

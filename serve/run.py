@@ -1,0 +1,90 @@
+"""Runs the service in a process: its socket, its signals, its log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import FrameType
+
+import uvicorn
+
+from forcingkv.serve.app import make_app
+from forcingkv.serve.bundles import BundleChoice, Encode, open_bundles
+from forcingkv.serve.engine import Engine
+from forcingkv.serve.job_store import JobStore
+from forcingkv.serve.jobs import Jobs
+from forcingkv.serve.registry import Registry
+from forcingkv.serve.relay import Relay
+from forcingkv.serve.service import Service
+from forcingkv.serve.settings import Settings
+
+log = logging.getLogger("forcingkv.serve")
+
+
+def open_service(settings: Settings, choices: list[BundleChoice], encode: Encode | None = None) -> Service:
+    """Open bundles and folders.
+
+    Raises InputError and MissingExtraError as `Session.open` does, and where the folder cannot be used.
+    """
+    with ExitStack() as opened:
+        store = JobStore(settings.data, settings.limits.jobs_kept, shared=bool(settings.replica))
+        opened.callback(store.close)
+        bundles = open_bundles(
+            choices,
+            backend=settings.backend,
+            device=settings.device,
+            threads=settings.threads,
+            encode=encode,
+        )
+        engine = Engine(bundles, settings)
+        opened.pop_all()
+    relay = Relay(settings) if settings.replica else None
+    return Service(settings, engine, Registry(engine), Jobs(engine, store), relay)
+
+
+def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> Server:
+    """The server of a service; `ready` is called once it answers. `Server.run(sockets=[...])` serves until a
+    signal, or `Server.stop`: sessions end well first, and a second signal ends it at once."""
+    config = uvicorn.Config(
+        make_app(lambda: service),
+        log_config=None,
+        access_log=False,
+        ws_max_size=service.settings.limits.body,
+        ws_per_message_deflate=False,  # frames are compressed already
+        timeout_graceful_shutdown=5,
+        lifespan="on",
+        server_header=False,
+    )
+    return Server(config, service, ready)
+
+
+class Server(uvicorn.Server):
+    """Ends what runs before it closes sockets."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._ready = service, ready
+        self._told = False
+        self._draining: asyncio.Task[None] | None = None
+
+    async def main_loop(self) -> None:
+        self._ready()
+        await super().main_loop()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._told and self._draining is None:
+            log.info("told to stop: sessions end first")
+            self._draining = asyncio.create_task(self._service.drain())
+        if self._draining is not None and self._draining.done():
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal; the second is not asked (`commands/stopping.py`)."""
+        self.stop()
+
+    def stop(self) -> None:
+        """End, as a signal does; of any thread."""
+        self._told = True

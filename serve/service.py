@@ -1,0 +1,43 @@
+"""A service: what is shared by its sockets, its jobs and its pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.requests import HTTPConnection
+
+from forcingkv.serve.engine import Engine
+from forcingkv.serve.jobs import Jobs
+from forcingkv.serve.registry import Registry
+from forcingkv.serve.relay import Relay
+from forcingkv.serve.settings import Settings
+
+
+@dataclass(frozen=True)
+class Service:
+    """One service, of one event loop."""
+
+    settings: Settings
+    engine: Engine
+    registry: Registry
+    jobs: Jobs
+    relay: Relay | None = None
+    """To the other replicas, where there are any."""
+
+    async def drain(self) -> None:
+        """End all that runs, as far as it can end well."""
+        self.engine.draining = True
+        await self.registry.drain()
+        await self.jobs.drain()
+
+    def close(self) -> None:
+        """Give all back."""
+        self.engine.close()
+        self.jobs.store.close()
+
+
+def service_of(connection: HTTPConnection) -> Service:
+    """The service that a request or socket came to."""
+    service = connection.app.state.service
+    assert isinstance(service, Service)
+    return service

@@ -1,0 +1,228 @@
+"""`forcingkv generate --prompts`: many videos, each prompt with several seeds, in files named after both."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from typer import Option
+
+from forcingkv.commands.batch_videos import BatchRun, VideoMaker, VideoToMake, is_there, texts, told
+from forcingkv.commands.console import MOST, given_options, progress_bar, results_alone, say
+from forcingkv.commands.stopping import exit_code
+from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.plain import plain
+from forcingkv.headmaps.writing import check_file
+from forcingkv.runtime import Bundle
+from forcingkv.runtime.mp4_stream import need_h264
+from forcingkv.runtime.prompts import PromptLine, read_prompts, shortened
+from forcingkv.runtime.ray_cluster import LOCAL, check_device, cluster, need_ray, room, spread
+from forcingkv.runtime.threads import cpu_threads
+
+LONGEST = 255
+"""Bytes of a file's name."""
+SECONDS = 5.0
+OPTIONS = (
+    *("--prompts", "--seeds", "--ray", "--workers", "--bundle", "--out", "--embeds", "--seconds", "--fps"),
+    *("--enlarge", "--backend", "--device", "--dtype", "--provider", "--cuda-graphs", "--compile"),
+    *("--threads", "--expect-digest", "--json"),
+)
+"""Options of `generate` that many videos have; the others are of one."""
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What a user said of many videos. None: nothing."""
+
+    prompts: Annotated[
+        Path | None,
+        Option(help="Many videos: a file of prompts, one a line. --out gets {prompt}-{index}.mp4 of each."),
+    ] = None
+    seeds: Annotated[
+        str | None,
+        Option(help="With --prompts: seeds for each prompt: 0:5 (five of them), or 3,7,11; default: 0:1."),
+    ] = None
+    ray: Annotated[
+        str | None,
+        Option(help="With --prompts: spread them over Ray workers: local, or the address of a cluster."),
+    ] = None
+    workers: Annotated[
+        int | None, Option(min=1, help="With --ray: how many; default: one a GPU, or one a core.")
+    ] = None
+
+    def check(self, context: typer.Context) -> None:
+        """Raise InputError for options of this kind without --prompts, and with it for those of one video."""
+        given = given_options(context)
+        if self.prompts is None:
+            if mine := [name for name in ("--seeds", "--ray", "--workers") if name in given]:
+                raise InputError("is for many videos", where=mine[0], expected="--prompts FILE beside it")
+            return
+        if others := [name for name in given if name not in OPTIONS]:
+            hint = "To export a model first: forcingkv export." if "--model" in others else None
+            expected = f"--prompts without {others[0]}"
+            raise InputError("is for one video", where=others[0], expected=expected, hint=hint)
+        if self.workers is not None and self.ray is None:
+            raise InputError("is how many workers Ray has", where="--workers", expected="--ray beside it")
+
+    def make(
+        self,
+        bundle: Path | None,
+        out: str,
+        *,
+        embeds: Path | None,
+        seconds: float | None,
+        fps: float | None,
+        enlarge: int | None,
+        expect_digest: str | None,
+        **runs_on: Any,
+    ) -> None:
+        """Make all videos that are not there yet, and print a line of JSON for each.
+
+        `runs_on` are the options of `Session.open`. Raises InputError for prompts and seeds that cannot
+        be used, and for a file of another video in the way; nothing is made then.
+        """
+        assert self.prompts is not None
+        if bundle is None:
+            raise InputError(
+                "needs a bundle", where="--prompts", expected="--bundle FOLDER, which export wrote"
+            )
+        if seconds == math.inf:
+            raise InputError("is a video without end", where="--seconds", expected="a length with --prompts")
+        if out == "-" or out.lower().endswith((".mp4", ".rgb")):
+            raise InputError(f"is {out}", where="--out", expected="a folder with --prompts")
+        need_h264()
+        check_file(Path(out) / "video.mp4")
+        opened = Bundle.open(bundle, expect=expect_digest)
+        spec = opened.plan.spec
+        rate = fps or spec.fps
+        run = BatchRun(
+            bundle=str(opened.path.resolve()),
+            digest=opened.digest,
+            chunks=spec.chunks_for((seconds or SECONDS) * (rate / spec.fps)),
+            fps=rate,
+            enlarge=enlarge or 1,
+            embeds=None if embeds is None else str(embeds.resolve()),
+            **runs_on,
+        )
+        asked = [*videos(read_prompts(self.prompts), seeds_of(self.seeds), Path(out))]
+        text = texts(spec, run.embeds)
+        left, frames = list[VideoToMake](), spec.frames_of(run.chunks)
+        for line, video in asked:
+            with line.named():
+                read = text(video.prompt)
+            if is_there(video, run, spec, read):
+                _print(told(video, frames, made=False), sys.stdout)
+            else:
+                left.append(video)
+        if len(left) < len(asked):
+            say(f"{len(asked) - len(left)} of {len(asked)} videos are there already", error=True)
+        if left:
+            self._make(left, run)
+
+    def _make(self, left: Sequence[VideoToMake], run: BatchRun) -> None:
+        made = 0
+        try:
+            with results_alone() as out, progress_bar() as shown:
+                task = shown.add_task("making videos", total=len(left))
+                for one in _made(left, self, run, lambda words: say(words, error=True)):
+                    _print(one, out)
+                    made += 1
+                    shown.advance(task)
+        except (KeyboardInterrupt, SystemExit) as error:
+            say(f"stopped: {made} of {len(left)} videos; the same command makes the others", error=True)
+            raise typer.Exit(exit_code(error)) from error
+
+
+def _print(one: dict[str, Any], out: TextIO) -> None:
+    print(json.dumps(one), file=out, flush=True)
+
+
+def _made(
+    left: Sequence[VideoToMake], options: BatchOptions, run: BatchRun, tell: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Make videos one after the other, here or on workers."""
+    if options.ray is None:
+        with VideoMaker(run) as maker:
+            tell(f"runs on {maker.runs_on}")
+            yield from map(maker.make, left)
+        return
+    need_ray()
+    device = run.device or "cpu"
+    check_device(device)
+    on_gpu = device != "cpu"
+    with cluster(options.ray, options.workers):
+        count = options.workers or room("GPU" if on_gpu else "CPU", 1 if on_gpu else run.threads or 1)
+        count = min(count, len(left))
+        if run.threads is None and options.ray == LOCAL and not on_gpu:
+            run = run.with_threads(max(1, cpu_threads().number // count))
+        tell(f"{count} workers, {run.threads or 'all'} threads each" if not on_gpu else f"{count} workers")
+        needs: dict[str, float] = {"num_gpus": 1} if on_gpu else {"num_cpus": run.threads or 1}
+        kept = "Videos that are finished are kept: run the same command again, with fewer --workers."
+        yield from spread(
+            VideoMaker, (run,), count, needs, lambda actor, video: actor.make.remote(video), left, kept
+        )
+
+
+def videos(
+    prompts: Sequence[PromptLine], seeds: Sequence[int], out: Path
+) -> Iterator[tuple[PromptLine, VideoToMake]]:
+    """Each prompt with each seed, named as VBench wants it: the prompt, and which of its videos it is.
+
+    Raises InputError for a prompt that cannot be a file's name, and for one that is there twice.
+    """
+    if len(prompts) * len(seeds) > MOST:
+        what = f"{len(prompts)} prompts with {len(seeds)} seeds are {len(prompts) * len(seeds):,} videos"
+        raise InputError(what, where="--prompts", expected=f"at most {MOST:,}")
+    seen = dict[str, PromptLine]()
+    for line in prompts:
+        same = seen.setdefault(_as_file(line.text), line)
+        if same is not line:
+            what = f"{shortened(line.text)} is there twice: see {same.where}"
+            hint = "More videos of a prompt: --seeds."
+            raise InputError(what, where=line.where, expected="each prompt once", hint=hint)
+        if fault := _fault_of_name(line.text, len(f"-{len(seeds) - 1}.mp4")):
+            expected = "prompts that can be names of files: videos are called {prompt}-{index}.mp4"
+            raise InputError(f"{shortened(line.text)} {fault}", where=line.where, expected=expected)
+    for line in prompts:
+        for index, seed in enumerate(seeds):
+            yield line, VideoToMake(line.text, index, seed, str(out / f"{line.text}-{index}.mp4"))
+
+
+def _as_file(prompt: str) -> str:
+    """A prompt as this system tells names of files apart."""
+    if sys.platform in ("darwin", "win32"):
+        return unicodedata.normalize("NFC", prompt).casefold()
+    return prompt
+
+
+def _fault_of_name(prompt: str, more: int) -> str | None:
+    """Why a prompt cannot be in a file's name, with `more` bytes after it; None: it can."""
+    wrong = r'[<>:"/\\|?*]' if sys.platform == "win32" else "/"
+    if (found := re.search(wrong, prompt)) or plain(prompt) != prompt:
+        return f"has {found[0]!r}" if found else "has control characters"
+    length = len(prompt.encode()) + more
+    return f"makes a name of {length} bytes, and {LONGEST} are the most" if length > LONGEST else None
+
+
+def seeds_of(text: str | None) -> list[int]:
+    """Seeds as a user says them: FIRST:END as Python counts, or a list with commas. Raises InputError."""
+    text = "0:1" if text is None else text.strip()
+    if found := re.fullmatch(r"([0-9]{1,15}):([0-9]{1,15})", text):
+        first, end = int(found[1]), int(found[2])
+        if first < end <= first + MOST:
+            return [*range(first, end)]
+    elif re.fullmatch(r"[0-9]{1,15}(,\s*[0-9]{1,15})*", text):
+        seeds = [int(part) for part in text.split(",")]
+        if len(set(seeds)) == len(seeds) <= MOST:
+            return seeds
+    raise InputError(
+        f"is {text!r}", where="--seeds", expected="FIRST:END, such as 0:5, or different seeds with commas"
+    )

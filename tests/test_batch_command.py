@@ -1,0 +1,231 @@
+"""`forcingkv generate --prompts`: names, what is there already, a worker that dies, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from forcingkv.commands.batch import seeds_of
+from forcingkv.headmaps import InputError
+from tests.conftest import Ran
+from tests.runtime.conftest import small_bundle
+
+PROMPTS = ("a b c", "d e", "c b a")
+MANY = [" ".join(words) for words in product("abcde", repeat=3)][:32]
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    """Frames of 12x8 pixels, three a chunk, at 16 frames a second."""
+    return small_bundle("forcing-kv")
+
+
+def words(bundle: Path, prompts: Path, out: Path, *more: object) -> list[str]:
+    given = ["--bundle", bundle, "--prompts", prompts, "--seconds", 0.3, "--out", out, *more]
+    return ["generate", *map(str, given)]
+
+
+def file_of(folder: Path, prompts: list[str] | tuple[str, ...] = PROMPTS) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(prompts), encoding="utf-8")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def lines(ran: Ran) -> list[dict[str, object]]:
+    assert ran.code == 0, ran.err
+    return [json.loads(line) for line in ran.out.splitlines()]
+
+
+def test_each_prompt_has_a_video_a_seed_named_as_vbench_wants_it(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    out = tmp_path / "videos"
+    told = lines(run(*words(bundle, file_of(tmp_path), out, "--seeds", "3,7")))
+    names = [f"{prompt}-{index}.mp4" for prompt in PROMPTS for index in (0, 1)]
+    assert [Path(str(one["file"])).name for one in told] == names
+    assert [(one["prompt"], one["index"], one["seed"], one["made"]) for one in told] == [
+        (prompt, index, seed, True) for prompt in PROMPTS for index, seed in ((0, 3), (1, 7))
+    ]
+    assert sorted(contents(out)) == sorted(names)
+
+
+def test_a_second_run_makes_what_is_not_there_and_nothing_else(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    given = words(bundle, file_of(tmp_path), tmp_path / "videos", "--seeds", "0:2")
+    lines(run(*given))
+    before = contents(tmp_path / "videos")
+    gone = tmp_path / "videos" / "d e-1.mp4"
+    gone.unlink()
+    kept = (tmp_path / "videos" / "d e-0.mp4").stat().st_mtime_ns
+    told = lines(run(*given))
+    assert [Path(str(one["file"])).name for one in told if one["made"]] == ["d e-1.mp4"]
+    assert len(told) == 6
+    assert contents(tmp_path / "videos") == before
+    assert (tmp_path / "videos" / "d e-0.mp4").stat().st_mtime_ns == kept
+    assert all(not one["made"] for one in lines(run(*given)))
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (("--enlarge", 2), "enlarge is 1, not 2"),
+        (("--fps", 8), "fps is 16.0, not 8.0"),
+        (("--seeds", "5:6"), "seed is 0, not 5"),
+        (("--seconds", 0.8), "frames, not"),
+    ],
+)
+def test_another_video_under_the_name_is_refused_before_anything_is_made(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran], more: tuple[object, ...], why: str
+) -> None:
+    out, prompts = tmp_path / "videos", file_of(tmp_path)
+    lines(run(*words(bundle, prompts, out)))
+    (out / "a b c-0.mp4").unlink()
+    before = contents(out)
+    ran = run(*words(bundle, prompts, out, *more))
+    assert (ran.code, ran.out) == (2, "")
+    assert why in " ".join(ran.err.split())
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "why"),
+    [
+        (("a b", "c/d"), "prompts.txt, line 2"),
+        (("a b", "c", "a b"), "is there twice"),
+        (("a b", "a unknownword"), "line 2"),
+        ((f"{'a ' * 130}b",), "makes a name of"),
+    ],
+)
+def test_prompts_that_cannot_be_names_or_are_not_known_are_refused_with_their_line(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran], prompts: tuple[str, ...], why: str
+) -> None:
+    ran = run(*words(bundle, file_of(tmp_path, prompts), tmp_path / "videos"))
+    assert (ran.code, ran.out) == (2, "")
+    assert why in " ".join(ran.err.split())
+    assert not (tmp_path / "videos").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (("--prompt", "a b"), "--prompt is for one video"),
+        (("--seed", 0), "--seed is for one video"),
+        (("--save", "state"), "--save is for one video"),
+        (("--model", "demo"), "--model is for one video"),
+        (("--image", "x.png"), "--image is for one video"),
+        (("--workers", 2), "--workers is how many workers Ray has"),
+        (("--seeds", "5:5"), "--seeds is '5:5'"),
+        (("--seconds", "inf"), "--seconds is a video without end"),
+    ],
+)
+def test_options_of_one_video_are_refused(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran], more: tuple[object, ...], why: str
+) -> None:
+    ran = run(*words(bundle, file_of(tmp_path), tmp_path / "videos", *more))
+    assert (ran.code, ran.out) == (2, "")
+    assert why in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--ray", "--workers"])
+def test_options_of_many_videos_need_prompts(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran], option: str
+) -> None:
+    value = "2" if option == "--workers" else "local"
+    ran = run(
+        "generate", "--bundle", str(bundle), "--prompt", "a", "--out", str(tmp_path / "a.mp4"), option, value
+    )
+    assert ran.code == 2
+    assert f"{option} is for many videos" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("out", ["-", "a.mp4"])
+def test_out_is_a_folder(bundle: Path, tmp_path: Path, run: Callable[..., Ran], out: str) -> None:
+    ran = run("generate", "--bundle", str(bundle), "--prompts", str(file_of(tmp_path)), "--out", out)
+    assert ran.code == 2
+    assert "a folder with --prompts" in " ".join(ran.err.split())
+
+
+def test_without_a_bundle_one_is_asked_for(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    ran = run("generate", "--prompts", str(file_of(tmp_path)), "--out", str(tmp_path / "videos"))
+    assert ran.code == 2
+    assert "--prompts needs a bundle" in " ".join(ran.err.split())
+
+
+def test_seeds_are_said_in_two_ways() -> None:
+    assert seeds_of(None) == [0]
+    assert seeds_of("2:5") == [2, 3, 4]
+    assert seeds_of("3, 7,11") == [3, 7, 11]
+    for wrong in ("", "3:3", "5:2", "-1", "1,1", "a", "0:1000000000", "٣", "1:2:3"):
+        with pytest.raises(InputError, match="--seeds is"):
+            seeds_of(wrong)
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers find what this process finds."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+def kill_one_at_work(out: Path, killed: list[int], over: threading.Event) -> None:
+    while not over.is_set():
+        busy = [number for number, title in _workers().items() if ".make" in title]
+        if busy and any(out.glob("*.mp4")):
+            os.kill(busy[0], signal.SIGKILL)
+            killed.append(busy[0])
+            return
+        time.sleep(0.01)
+
+
+def _workers() -> dict[int, str]:
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if entry.name.isdigit() and title.startswith("ray::VideoMaker"):
+            found[int(entry.name)] = title
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("importable")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # pipes of Ray's own processes
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers in /proc")
+def test_two_workers_of_which_one_is_killed_make_the_videos_of_one_process(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install 'forcingkv[ray]'")
+    prompts, seeds = file_of(tmp_path, MANY), ("--seeds", "0:2", "--threads", 1)
+    lines(run(*words(bundle, prompts, tmp_path / "alone", *seeds)))
+    killed: list[int] = []
+    over = threading.Event()
+    out = tmp_path / "spread"
+    killer = threading.Thread(target=kill_one_at_work, args=(out, killed, over))
+    killer.start()
+    given = words(bundle, prompts, out, *seeds, "--ray", "local", "--workers", 2)
+    try:
+        told = lines(run(*given))
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) == 1, "no worker was found at work"
+    assert len(told) == len(MANY) * 2 == 64
+    assert contents(out) == contents(tmp_path / "alone")
+    again = lines(run(*given))
+    assert len(again) == 64
+    assert not any(one["made"] for one in again)
