@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from io import BytesIO
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -88,23 +88,19 @@ class Mp4Parts(RawParts):
 class JpegParts(RawParts):
     """A JPEG a frame: a part each."""
 
-    def __init__(self, width: int, height: int, fps: float, enlarge: int, first_frame: int) -> None:
-        super().__init__(width, height, fps, enlarge, first_frame)
-        import av
-
-        self._av: Any = av
-
     def parts(self, frames: Frames) -> list[bytes]:
         return [self._picture(frame) for frame in enlarged(frames, self._enlarge)]
 
     def _picture(self, frame: Frames) -> bytes:
+        import av
+
         memory = BytesIO()
-        with self._av.open(memory, "w", format="mjpeg") as container:
+        with av.open(memory, "w", format="mjpeg") as container:
             stream = container.add_stream(
                 "mjpeg", rate=1, options={"qmin": str(QUALITY), "qmax": str(QUALITY)}
             )
             stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuvj444p"
-            picture = self._av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             for packet in (*stream.encode(picture), *stream.encode()):
                 container.mux(packet)
         return memory.getvalue()

@@ -14,8 +14,6 @@ from forcingkv.serve.refusals import RefusalError
 
 LOOK = 0.1
 """Seconds between two looks at whether a client has all."""
-STUCK = 10.0
-"""Seconds for the last words of a session whose client is there and takes nothing."""
 
 
 class Registry:
@@ -61,7 +59,7 @@ class Registry:
         ended = time.monotonic()
         while not box.heard_the_end:
             there = box.lost is None
-            patience = STUCK if live.was_dropped or self._engine.draining else limits.reader
+            patience = limits.last_words if live.was_dropped or self._engine.draining else limits.reader
             if there and time.monotonic() - ended > patience:
                 return
             if box.lost is not None and (self._engine.draining or time.monotonic() - box.lost > limits.lost):
@@ -73,5 +71,5 @@ class Registry:
         until = time.monotonic() + self._engine.limits.drain
         for live in self.sessions.values():
             live.drain(until)
-        while self._tasks and time.monotonic() < until + STUCK:
+        while self._tasks and time.monotonic() < until + self._engine.limits.last_words:
             await asyncio.wait(set(self._tasks), timeout=0.2)

@@ -43,7 +43,7 @@ class Relay:
             return None
         # Of the names that are there: what a client says is no part of a path.
         found = next((path for path in self._folder.iterdir() if path.name == replica), None)
-        return found.read_text("utf-8") if found else None
+        return found.read_text(encoding="utf-8") if found else None
 
     @asynccontextmanager
     async def open(self, live: Callable[[WebSocket], Awaitable[None]]) -> AsyncIterator[None]:

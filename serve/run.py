@@ -29,8 +29,6 @@ def open_service(settings: Settings, choices: list[BundleChoice], encode: Encode
     Raises InputError and MissingExtraError as `Session.open` does, and where the folder cannot be used.
     """
     with ExitStack() as opened:
-        store = JobStore(settings.data, settings.limits.jobs_kept, shared=bool(settings.replica))
-        opened.callback(store.close)
         bundles = open_bundles(
             choices,
             backend=settings.backend,
@@ -38,6 +36,11 @@ def open_service(settings: Settings, choices: list[BundleChoice], encode: Encode
             threads=settings.threads,
             encode=encode,
         )
+        for bundle in bundles.values():
+            opened.callback(bundle.close)
+        # Behind the bundles: what they refuse leaves no folder.
+        store = JobStore(settings.data, settings.limits.jobs_kept, shared=bool(settings.replica))
+        opened.callback(store.close)
         engine = Engine(bundles, settings)
         opened.pop_all()
     relay = Relay(settings) if settings.replica else None

@@ -50,6 +50,8 @@ class Limits:
     """How long a new socket may say nothing."""
     drain: float = 30.0
     """How long videos may take to end when the service is told to stop."""
+    last_words: float = 10.0
+    """How long a session that was dropped, or that ends with the service, waits for its client to hear so."""
     seconds: float = 3600.0
     """Length of a video that is made as a job."""
 

@@ -57,7 +57,7 @@ class States:
         if NAME.fullmatch(name):
             about = self._folder / name / ABOUT
             try:
-                bundle = parse_json(about.read_text("utf-8"), "a saved state")["bundle"]
+                bundle = parse_json(about.read_text(encoding="utf-8"), "a saved state")["bundle"]
             except (OSError, InputError, KeyError, TypeError):
                 pass
             else:

@@ -65,10 +65,14 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "generate --seed": (LESS,),
     "generate --strength": (*NO_FLOATS, "0", "1.5"),
     "generate --threads": (LESS, "0", HUGE, "4096"),
+    "generate --workers": (LESS, "0"),
     "headmap convert --heads": (LESS, "0"),
     "headmap convert --threshold": ("nan",),
     "plan --decode-strips": (LESS, "0", HUGE),
     "plan --seconds": (*NO_FLOATS, "0"),
+    "serve --port": (LESS, "65536", HUGE),
+    "serve --sessions": (LESS, "0"),
+    "serve --threads": (LESS, "0", HUGE, "4096"),
 }
 """Every option that takes a number, and values of it that are refused."""
 
@@ -85,6 +89,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "generate": ("--bundle", "BUNDLE", "--prompt", "a b", "--out", "a.mp4"),
     "headmap convert": (MAP, "--out", "m.json"),
     "plan": ("--model", "demo"),
+    "serve": ("--bundle", "BUNDLE", "--data", "served", "--port", "0"),
 }
 ROWS = [(option, value) for option, values in REFUSED.items() for value in values]
 

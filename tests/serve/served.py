@@ -20,7 +20,8 @@ from forcingkv.serve.run import Server, make_server, open_service
 from forcingkv.serve.service import Service
 from forcingkv.serve.settings import Limits, Settings
 
-LIMITS = Limits()
+LIMITS = Limits(last_words=0.5, messages_a_second=500.0)
+"""Those of users, but for waits: these tests have many clients that say no goodbye."""
 PROMPT, OTHER = "a b c", "d e"
 TOKEN = "0123456789abcdef"
 

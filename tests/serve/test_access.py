@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,10 @@ from starlette.requests import HTTPConnection
 from websockets.exceptions import InvalidStatus
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.serve.access import check_client
+from forcingkv.serve.access import Pace, check_client
 from forcingkv.serve.refusals import RefusalError
-from forcingkv.serve.settings import Limits, Settings, is_loopback
-from tests.serve.served import PROMPT, TOKEN, Served, serving
+from forcingkv.serve.settings import Settings, is_loopback
+from tests.serve.served import LIMITS, PROMPT, TOKEN, Served, serving
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +166,7 @@ def test_a_large_body_is_refused_before_it_is_read(guarded: Served) -> None:
 
 
 def test_a_client_has_so_many_sessions_and_no_more(small_bundles: dict[str, Path], tmp_path: Path) -> None:
-    limits = Limits(sessions_a_client=1)
+    limits = replace(LIMITS, sessions_a_client=1)
     with (
         serving(tmp_path, small_bundles, limits=limits) as served,
         served.live() as one,
@@ -204,3 +207,18 @@ def test_no_answer_has_a_path_of_this_machine(guarded: Served) -> None:
         assert here not in text
         assert "/root" not in text
         assert "Traceback" not in text
+
+
+def test_messages_beyond_the_pace_wait() -> None:
+    """Twice the rate may come at once; what follows comes at the rate."""
+
+    async def times() -> list[float]:
+        pace, began, found = Pace(50.0), time.monotonic(), []
+        for _ in range(120):
+            await pace.take()
+            found.append(time.monotonic() - began)
+        return found
+
+    found = asyncio.run(times())
+    assert found[95] < 0.2
+    assert found[119] > 19 / 50 * 0.9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,7 @@ from websockets.exceptions import ConnectionClosedError
 
 from forcingkv.serve.messages import read_message
 from forcingkv.serve.refusals import RefusalError
-from forcingkv.serve.settings import Limits
-from tests.serve.served import PROMPT, TOKEN, Served, Talk, serving
+from tests.serve.served import LIMITS, PROMPT, TOKEN, Served, Talk, serving
 
 DEEP = "[" * 5000 + "]" * 5000
 BAD = {
@@ -148,7 +148,10 @@ def test_who_does_not_say_hello_is_shown_out(
 
 
 def test_who_says_nothing_is_shown_out(small_bundles: dict[str, Path], tmp_path: Path) -> None:
-    with serving(tmp_path, small_bundles, limits=Limits(hello=0.2)) as served, served.socket() as socket:
+    with (
+        serving(tmp_path, small_bundles, limits=replace(LIMITS, hello=0.2)) as served,
+        served.socket() as socket,
+    ):
         assert Talk(socket).hear("error")["code"] == "bad_message"
         with pytest.raises(ConnectionClosedError, match="1008"):
             socket.recv(timeout=10)

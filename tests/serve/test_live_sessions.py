@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -15,8 +16,7 @@ import pytest
 
 from forcingkv.runtime import Session
 from forcingkv.serve.messages import schema
-from forcingkv.serve.settings import Limits
-from tests.serve.served import OTHER, PROMPT, Served, serving
+from tests.serve.served import LIMITS, OTHER, PROMPT, Served, serving
 
 
 def alone(bundle: Path, chunks: int, seed: int = 7, *, switch: int | None = None) -> list[bytes]:
@@ -104,7 +104,7 @@ def test_a_session_that_was_paused_for_long_sleeps_on_disk(
     small_bundles: dict[str, Path], tmp_path: Path
 ) -> None:
     with (
-        serving(tmp_path, small_bundles, limits=Limits(idle=0.2), sessions=1) as served,
+        serving(tmp_path, small_bundles, limits=replace(LIMITS, idle=0.2), sessions=1) as served,
         served.live() as talk,
     ):
         talk.start(bundle="pruned", chunks=6)
@@ -145,7 +145,7 @@ def test_a_session_is_not_given_to_whoever_does_not_know_its_key(served: Served)
 def test_a_client_that_takes_nothing_holds_its_session_back_and_is_dropped(
     small_bundles: dict[str, Path], tmp_path: Path
 ) -> None:
-    limits = Limits(ahead=2, reader=0.5)
+    limits = replace(LIMITS, ahead=2, reader=0.5)
     with serving(tmp_path, small_bundles, limits=limits) as served, served.live() as talk:
         talk.start(bundle="pruned")
         seen = [talk.hear("chunk", "ended") for _ in range(4)]
@@ -171,7 +171,7 @@ def test_who_comes_later_waits_and_is_told_where(small_bundles: dict[str, Path],
 
 def test_no_more_wait_than_may(small_bundles: dict[str, Path], tmp_path: Path) -> None:
     with (
-        serving(tmp_path, small_bundles, sessions=1, limits=Limits(waiting=0)) as served,
+        serving(tmp_path, small_bundles, sessions=1, limits=replace(LIMITS, waiting=0)) as served,
         served.live() as first,
     ):
         first.start()
@@ -246,7 +246,7 @@ def test_all_that_is_said_is_of_the_schema(served: Served) -> None:
 
 
 def test_who_vanishes_leaves_nothing_behind(small_bundles: dict[str, Path], tmp_path: Path) -> None:
-    with serving(tmp_path, small_bundles, limits=Limits(lost=0.1)) as served:
+    with serving(tmp_path, small_bundles, limits=replace(LIMITS, lost=0.1)) as served:
         for _ in range(5):
             with served.live() as talk:
                 talk.start()
