@@ -20,28 +20,43 @@ from statistics import median
 from studies.serving.clients import Seen, read_nothing, vanish, watch
 from studies.serving.service import Running, running
 
-SECONDS, SKIP = 10.0, 2.0
+SECONDS, SKIP = 8.0, 2.0
+"""Seconds that are counted, and those before them."""
+WARM = 0.8
+"""More seconds before, for each client: until caches are as long as they get."""
 CLIENTS = (1, 2, 4, 8, 16)
 
 
 def alone(bundle: Path, frames: str) -> dict[str, float]:
     """Frames a second, and seconds to the first chunk, without a service."""
     words = [sys.executable, "-m", "studies.serving.alone", "--bundle", str(bundle), "--frames", frames]
-    words += ["--seconds", str(SECONDS), "--skip", str(SKIP)]
+    words += ["--seconds", str(SKIP + SECONDS), "--skip", str(SKIP)]
     found: dict[str, float] = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
     return found
 
 
 async def together(port: int, count: int, frames: str) -> list[Seen]:
     """So many clients at a time."""
-    return await asyncio.gather(*(watch(port, SECONDS, seed, frames) for seed in range(count)))
+    seconds = skipped(count) + SECONDS
+    return await asyncio.gather(*(watch(port, seconds, seed, frames) for seed in range(count)))
+
+
+def skipped(count: int) -> float:
+    """Seconds at the beginning that do not count, with so many clients."""
+    return SKIP + WARM * count
 
 
 def rate_of(port: int, count: int, frames: str) -> tuple[float, list[float]]:
     """Frames a second of all clients together, and seconds to the first chunk of each."""
     began = time.monotonic()
     seen = asyncio.run(together(port, count, frames))
-    return sum(one.rate(began + SKIP, began + SECONDS) for one in seen), [one.first for one in seen]
+    return rate(seen, began), [one.first for one in seen]
+
+
+def rate(seen: list[Seen], began: float) -> float:
+    """Frames a second of all of them, who began then."""
+    first = began + skipped(len(seen))
+    return sum(one.rate(first, first + SECONDS) for one in seen)
 
 
 def load(bundle: Path, rounds: int, frames: str) -> None:
@@ -54,10 +69,10 @@ def load(bundle: Path, rounds: int, frames: str) -> None:
         for _ in range(rounds):
             for count in CLIENTS:
                 single = alone(bundle, frames)["rate"]
-                rate, first = rate_of(service.port, count, frames)
+                found, first = rate_of(service.port, count, frames)
                 singles.append(single)
-                rates[count].append(rate)
-                shares[count].append(rate / single)
+                rates[count].append(found)
+                shares[count].append(found / single)
                 firsts[count] += first
     print(
         f"\nframes as {frames}; without a service: {median(singles):.1f} frames a second"
@@ -69,9 +84,9 @@ def load(bundle: Path, rounds: int, frames: str) -> None:
     )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for count in CLIENTS:
-        rate, share = median(rates[count]), shares[count]
+        whole, share = median(rates[count]), shares[count]
         print(
-            f"| {count} | {rate:.1f} | {rate / count:.1f} | {median(share):.3f} ({min(share):.3f} to"
+            f"| {count} | {whole:.1f} | {whole / count:.1f} | {median(share):.3f} ({min(share):.3f} to"
             f" {max(share):.3f}) | {median(firsts[count]):.3f} | {max(firsts[count]):.3f} |"
         )
 
@@ -123,7 +138,7 @@ def reader(bundle: Path, rounds: int) -> None:
             before = before or service.memory
             began = time.monotonic() + 1.0
             seen = asyncio.run(beside(service.port))
-            ratios.append(sum(one.rate(began + SKIP, began + SECONDS) for one in seen) / plain)
+            ratios.append(rate(seen, began) / plain)
             most = max(most, service.memory)
             quiet(service)
     print(
