@@ -293,20 +293,6 @@ class ErrorEvent(Message):
     retry_after: float | None = None
 
 
-FromService: TypeAlias = Annotated[
-    Welcome
-    | Queued
-    | Started
-    | ChunkEvent
-    | Switched
-    | Paused
-    | Playing
-    | Saved
-    | Asleep
-    | EndedEvent
-    | ErrorEvent,
-    Field(discriminator="type"),
-]
 Event: TypeAlias = (
     Welcome
     | Queued
@@ -320,6 +306,7 @@ Event: TypeAlias = (
     | EndedEvent
     | ErrorEvent
 )
+FromService: TypeAlias = Annotated[Event, Field(discriminator="type")]
 Command: TypeAlias = SwitchPrompt | Pause | Play | Save | Stop
 
 _CLIENT: TypeAdapter[Any] = TypeAdapter(FromClient)

@@ -17,6 +17,7 @@ import pytest
 from forcingkv.commands.batch import seeds_of
 from forcingkv.headmaps import InputError
 from tests.conftest import Ran
+from tests.ray_workers import HAS_PROC, ray_workers
 from tests.runtime.conftest import small_bundle
 
 PROMPTS = ("a b c", "d e", "c b a")
@@ -182,7 +183,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kill_one_at_work(out: Path, killed: list[int], over: threading.Event) -> None:
     while not over.is_set():
-        busy = [number for number, title in _workers().items() if ".make" in title]
+        busy = [number for number, title in ray_workers("VideoMaker").items() if ".make" in title]
         if busy and any(out.glob("*.mp4")):
             os.kill(busy[0], signal.SIGKILL)
             killed.append(busy[0])
@@ -190,22 +191,10 @@ def kill_one_at_work(out: Path, killed: list[int], over: threading.Event) -> Non
         time.sleep(0.01)
 
 
-def _workers() -> dict[int, str]:
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (OSError, UnicodeDecodeError):
-            continue
-        if entry.name.isdigit() and title.startswith("ray::VideoMaker"):
-            found[int(entry.name)] = title
-    return found
-
-
 @pytest.mark.long
 @pytest.mark.usefixtures("importable")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # pipes of Ray's own processes
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers in /proc")
+@pytest.mark.skipif(not HAS_PROC, reason="finds workers in /proc")
 def test_two_workers_of_which_one_is_killed_make_the_videos_of_one_process(
     bundle: Path, tmp_path: Path, run: Callable[..., Ran]
 ) -> None:

@@ -21,6 +21,7 @@ from forcingkv.models.checkpoint import random_weights
 from forcingkv.runtime.ray_cluster import check_device
 from forcingkv.runtime.text import encode_words
 from tests.conftest import small_spec
+from tests.ray_workers import HAS_PROC, all_gone, ray_workers
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'forcingkv[ray]'")
 
@@ -61,23 +62,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def workers() -> dict[int, str]:
-    """Process number -> title of every worker of this session's Ray."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except (OSError, UnicodeDecodeError):
-            continue
-        if entry.name.isdigit() and title.startswith("ray::SampleRecorder"):
-            found[int(entry.name)] = title
-    return found
-
-
 def kill_one_at_work(stats: Path, killed: list[int], over: threading.Event) -> None:
     """Kill a worker that is recording, once the first sample is there."""
     while not over.is_set():
-        busy = [number for number, title in workers().items() if ".record" in title]
+        busy = [number for number, title in ray_workers("SampleRecorder").items() if ".record" in title]
         if any(stats.glob("sample-*.parquet")) and busy:
             os.kill(busy[0], signal.SIGKILL)
             killed.append(busy[0])
@@ -86,7 +74,7 @@ def kill_one_at_work(stats: Path, killed: list[int], over: threading.Event) -> N
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds workers in /proc")
+@pytest.mark.skipif(not HAS_PROC, reason="finds workers in /proc")
 def test_two_workers_of_which_one_is_killed_write_the_same_bytes_as_one_process(
     alone: Path, tmp_path: Path
 ) -> None:
@@ -109,7 +97,7 @@ def test_two_workers_of_which_one_is_killed_write_the_same_bytes_as_one_process(
         killer.join()
     assert told == list(range(SAMPLES + 1))
     assert len(killed) == 1, "no worker was found at work"
-    assert not workers(), "workers are gone when the run is over"
+    assert all_gone("SampleRecorder"), "workers are gone when the run is over"
     leftover = {name for name in contents(tmp_path) if name.endswith(".forcingkv")}
     assert leftover == set()
     assert contents(tmp_path) == contents(alone)
