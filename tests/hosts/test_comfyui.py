@@ -129,7 +129,7 @@ def test_what_is_wrong_is_said_in_a_sentence(
         call(nodes["ForcingKVLoadBundle"], bundle=str(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_is_baked_and_loaded(
     nodes: dict[str, type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from tests.serve.browser import CHROMIUM, Page, browser
 from tests.serve.served import Served, serving
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)"),
 ]
 PROMPT, OTHER = "a 3 moving left and a 7 moving up", "a 1 moving right and a 5 moving down"
