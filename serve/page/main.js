@@ -31,7 +31,7 @@ class Side {
     element("players").append(figure);
     this.player = new Player(figure, () => this.onTime());
     this.place = place;
-    this.chunks = []; // {chunk, seconds, kv, prompt, firstFrame, frames}
+    this.chunks = []; // {chunk, seconds (making it), every (since the one before), kv, prompt, firstFrame, frames}
     this.prompts = []; // {chunk, words}
     this.owed = null; // chunk that is not acknowledged yet
     this.live = new Live(token, {
@@ -100,7 +100,7 @@ class Side {
   take(event, fragment) {
     this.player.add(fragment);
     this.chunks.push({
-      chunk: event.chunk, seconds: event.every, kv: event.kv_bytes, prompt: event.prompt,
+      chunk: event.chunk, seconds: event.seconds.total, every: event.every, kv: event.kv_bytes, prompt: event.prompt,
       firstFrame: event.first_frame, frames: event.frames,
     });
     if (this.chunks.length > 10 * SHOWN) this.chunks.splice(0, SHOWN);
@@ -137,7 +137,7 @@ class Side {
   /** Frames a second that the service makes, over the last chunks. */
   get rate() {
     const some = this.chunks.slice(-8);
-    const seconds = some.reduce((sum, chunk) => sum + chunk.seconds, 0);
+    const seconds = some.reduce((sum, chunk) => sum + chunk.every, 0);
     return seconds ? some.reduce((sum, chunk) => sum + chunk.frames, 0) / seconds : 0;
   }
 
