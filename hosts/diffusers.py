@@ -70,7 +70,10 @@ class ForcingKVPipeline:
 
     @property
     def interrupt(self) -> bool:
-        """Whether the video ends with the chunk that is being made. A callback may set `_interrupt`."""
+        """Whether the video ends with the chunk that is being made. A callback may set `_interrupt`.
+
+        No others are made then. What was made of one that others came before is left out.
+        """
         return self._interrupt
 
     def __call__(
@@ -121,10 +124,13 @@ class ForcingKVPipeline:
         spec = self.session.spec
         count = spec.frames_of(spec.chunks_for(5.0)) if num_frames is None else num_frames
         self._interrupt = False
-        made = [
-            self._whole(one, seed, count, callback_on_step_end)
-            for one, seed in zip(prompts, seeds, strict=True)
-        ]
+        made: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]] = []
+        for one, seed in zip(prompts, seeds, strict=True):
+            whole = self._whole(one, seed, count, callback_on_step_end)
+            if not self._interrupt or not made:  # videos of a batch are of one length
+                made.append(whole)
+            if self._interrupt:
+                break
         frames = _as(output_type, [frames for frames, _ in made], [latents for _, latents in made])
         return _output_class()(frames=frames) if return_dict else (frames,)
 
@@ -140,8 +146,10 @@ class ForcingKVPipeline:
 
         `num_frames` None: without end.
         """
-        (one,) = self._prompts(prompt, prompt_embeds)
-        (seed,) = _seeds(generator, 1)
+        prompts = self._prompts(prompt, prompt_embeds)
+        if len(prompts) != 1:
+            raise InputError(f"are {len(prompts)}", where="prompts of a stream", expected="one")
+        (one,), (seed,) = prompts, _seeds(generator, 1)
         left = num_frames
         for chunk in self._video(one, seed, num_frames):
             frames = chunk.frames if left is None else chunk.frames[:left]

@@ -81,8 +81,13 @@ class JobStore:
 
     def __init__(self, folder: Path, kept: int, *, shared: bool = False) -> None:
         self._videos, self._kept, self._turn = folder / "videos", kept, Lock()
-        self._videos.mkdir(parents=True, exist_ok=True)
         self._lives = folder / "processes"
+        try:
+            for place in (self._videos, self._lives):
+                place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"cannot be made ({error.strerror})"
+            raise InputError(what, where=str(folder), expected="a folder that may be written") from error
         self._owner = secrets.token_hex(8) if shared else ALONE
         self._life: int | None = self._live(folder, shared)
         self._file = folder / "jobs.sqlite"
@@ -109,7 +114,6 @@ class JobStore:
 
     def _live(self, folder: Path, shared: bool) -> int:
         """Hold the lock that says that this process lives; its file's number."""
-        self._lives.mkdir(exist_ok=True)
         place = self._lives / self._owner
         number = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
         try:

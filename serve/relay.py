@@ -26,6 +26,7 @@ from forcingkv.serve.refusals import RefusalError
 from forcingkv.serve.settings import Settings
 
 POLICY = 1008
+GONE = "The replica that had the session is gone: start anew."
 PATIENCE = 5.0
 """Seconds for another replica to answer."""
 
@@ -111,12 +112,16 @@ class Relay:
                 proxy=None,
             )
         except (OSError, TimeoutError, WebSocketException) as error:
-            raise RefusalError("gone", "The replica that had the session is gone: start anew.") from error
+            raise RefusalError("gone", GONE) from error
         async with other:
             hello = Hello(type="hello", protocol=VERSION, token=self._settings.token)
-            await other.send(hello.model_dump_json())
-            await other.recv()  # welcome: the client has had one
-            await other.send(said.model_dump_json())
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await other.send(hello.model_dump_json())
+                    await other.recv()  # welcome: the client has had one
+                    await other.send(said.model_dump_json())
+            except (TimeoutError, ConnectionClosed) as error:
+                raise RefusalError("gone", GONE) from error
             both = [
                 asyncio.create_task(_to_replica(hear, other)),
                 asyncio.create_task(_to_client(other, websocket)),

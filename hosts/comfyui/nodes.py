@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from forcingkv.commands.baked import ModelOptions, bake_model
+from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Chunk, Prompt, Session, Video
 from forcingkv.runtime.backends import LaneOptions
 from forcingkv.runtime.kv.policies import policy_names
@@ -132,9 +133,11 @@ class GenerateVideo:
         chunks = spec.chunks_for(seconds)
         video = session.generate(_text(session, prompt, embeds), seed=seed, chunks=chunks)
         for second, other in switches:
-            at = spec.chunks_for(second) if second > 0 else 0
-            if at < chunks:
-                video.switch(_text(session, other, embeds), at=at)
+            at = spec.chunks_for(second)
+            if at >= chunks:
+                what = f"is at {second:g} s, and the video ends before its chunk {at} begins"
+                raise InputError(what, where="the switch", expected="an earlier second, or a longer video")
+            video.switch(_text(session, other, embeds), at=at)
         frames = np.concatenate([chunk.frames for chunk in _shown(video, chunks)])
         return torch.from_numpy(frames.astype(np.float32) / 255), float(spec.fps)
 
@@ -177,9 +180,8 @@ def _shown(video: Video, chunks: int) -> Iterator[Chunk]:
     for chunk in video:
         picture = Image.fromarray(chunk.frames[-1])
         picture = picture.resize(_preview_size(picture.size), Image.Resampling.NEAREST)
-        bar.update_absolute(
-            chunk.index + 1, chunks, ("JPEG", picture, PREVIEW)
-        )  # raises where it was cancelled
+        # Raises where it was cancelled.
+        bar.update_absolute(chunk.index + 1, chunks, ("JPEG", picture, PREVIEW))
         yield chunk
 
 

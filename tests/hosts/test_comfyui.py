@@ -129,6 +129,12 @@ def test_what_is_wrong_is_said_in_a_sentence(
         call(nodes["ForcingKVLoadBundle"], bundle=str(tmp_path))
 
 
+def test_a_switch_behind_the_end_is_refused(nodes: dict[str, type], session: Session) -> None:
+    (late,) = call(nodes["ForcingKVSwitchPrompt"], second=9.0, prompt=OTHER)
+    with pytest.raises(InputError, match="the switch is at 9 s, and the video ends before"):
+        call(nodes["ForcingKVGenerate"], session=session, prompt=PROMPT, seed=7, seconds=0.8, switches=late)
+
+
 @pytest.mark.long
 def test_a_model_is_baked_and_loaded(
     nodes: dict[str, type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -82,6 +82,27 @@ def test_a_callback_sees_each_chunk_and_may_end_the_video(pipe: ForcingKVPipelin
     assert video.frames.shape[1] == pipe.session.spec.frames_of(2)
 
 
+def test_no_more_videos_are_made_once_one_is_ended(pipe: ForcingKVPipeline) -> None:
+    """The first is whole; of the second, which was ended, nothing is returned; the third is not begun."""
+    seen = []
+
+    def told(one: Any, step: int, time: int, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        one._interrupt = seen.count(0) == 2 and step == 1
+        return given
+
+    prompts = [PROMPT, OTHER, PROMPT]
+    video = pipe(prompts, num_frames=FRAMES, generator=seeded(7), callback_on_step_end=told)
+    assert video.frames.shape[:2] == (1, FRAMES)
+    assert seen.count(0) == 2
+    np.testing.assert_array_equal(np.rint(video.frames[0] * 255), by_session(pipe, PROMPT, 7))
+
+
+def test_a_stream_is_of_one_prompt(pipe: ForcingKVPipeline) -> None:
+    with pytest.raises(InputError, match="prompts of a stream are 2"):
+        next(pipe.stream([PROMPT, OTHER]))  # type: ignore[arg-type]
+
+
 def test_a_stream_gives_each_chunk_as_it_comes(pipe: ForcingKVPipeline) -> None:
     parts = list(pipe.stream(PROMPT, num_frames=FRAMES, generator=seeded(7)))
     assert len(parts) > 2
