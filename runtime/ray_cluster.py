@@ -38,6 +38,20 @@ def check_device(device: str) -> None:
         )
 
 
+def takes_gpu(backend: str | None, device: str | None, provider: str | None = None) -> bool:
+    """Whether those options of a session name a GPU. A worker gets one only then."""
+    named = provider not in (None, "cpu", "openvino")
+    return named or device not in (None, "cpu") or backend in ("tensorrt", "tensorrt-rtx")
+
+
+def off_gpus(backend: str | None, device: str | None, *, on_torch: bool) -> tuple[str | None, str | None]:
+    """Backend and device of a session that was given no GPU: else it would take one where it finds it, beside
+    the worker that was given it. `on_torch`: whether torch runs it."""
+    if on_torch:
+        return backend, "cpu"
+    return ("onnxruntime-cpu" if backend in (None, "onnxruntime") else backend), device
+
+
 def room(kind: str, of_each: int) -> int:
     """Workers that the cluster has CPUs or GPUs for, each of which takes so many. Raises InputError: none."""
     import ray

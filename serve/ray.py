@@ -23,7 +23,7 @@ from ray import serve
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.footprint import footprint, readable
-from forcingkv.runtime.ray_cluster import room
+from forcingkv.runtime.ray_cluster import off_gpus, room, takes_gpu
 from forcingkv.serve.app import make_app
 from forcingkv.serve.bundles import BundleChoice
 from forcingkv.serve.logs import log_to_stderr
@@ -97,7 +97,7 @@ def deployment(
 
     Raises InputError where a replica does not fit, and as `Bundle.open` does.
     """
-    on_gpu = settings.device not in (None, "cpu") or settings.backend in ("tensorrt", "tensorrt-rtx")
+    on_gpu = takes_gpu(settings.backend, settings.device)
     threads = settings.threads or 1
     least = memory_of(choices)
     whole = int(ray.cluster_resources().get("memory", 0))
@@ -110,7 +110,12 @@ def deployment(
         if whole // count < least:
             what = f"{count} replicas of {readable(least)} do not fit into {readable(whole)}"
             raise InputError(what, where="replicas", expected=f"at most {whole // least}")
-        settings = replace(settings, memory=whole // count)
+        on_torch = settings.backend == "torch" or (settings.backend is None and settings.device == "cpu")
+        on_torch |= settings.backend is None and not all(
+            Bundle.open(choice.folder).manifest.has_graphs for choice in choices
+        )
+        backend, device = off_gpus(settings.backend, settings.device, on_torch=on_torch)
+        settings = replace(settings, memory=whole // count, backend=backend, device=device)
     secret = secrets.token_hex(16)
 
     def build() -> FastAPI:

@@ -16,6 +16,7 @@ import pytest
 
 from forcingkv.commands.batch import seeds_of
 from forcingkv.headmaps import InputError
+from forcingkv.runtime.ray_cluster import off_gpus, takes_gpu
 from tests.conftest import Ran
 from tests.ray_workers import HAS_PROC, ray_workers
 from tests.runtime.conftest import small_bundle
@@ -173,6 +174,31 @@ def test_seeds_are_said_in_two_ways() -> None:
     for wrong in ("", "3:3", "5:2", "-1", "1,1", "a", "0:1000000000", "٣", "1:2:3"):
         with pytest.raises(InputError, match="--seeds is"):
             seeds_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "provider", "gpu"),
+    [
+        (None, None, None, False),
+        (None, "cpu", None, False),
+        ("torch", "cuda", None, True),
+        (None, "xpu", None, True),
+        ("tensorrt", None, None, True),
+        ("onnxruntime", None, "cuda", True),
+        ("onnxruntime", None, "openvino", False),
+    ],
+)
+def test_a_worker_gets_a_gpu_where_one_is_named(
+    backend: str | None, device: str | None, provider: str | None, gpu: bool
+) -> None:
+    assert takes_gpu(backend, device, provider) is gpu
+
+
+def test_a_worker_without_a_gpu_takes_none_that_it_finds() -> None:
+    assert off_gpus(None, None, on_torch=False) == ("onnxruntime-cpu", None)
+    assert off_gpus("onnxruntime", None, on_torch=False) == ("onnxruntime-cpu", None)
+    assert off_gpus("torch", None, on_torch=True) == ("torch", "cpu")
+    assert off_gpus(None, None, on_torch=True) == (None, "cpu")
 
 
 @pytest.fixture

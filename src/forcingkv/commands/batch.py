@@ -8,7 +8,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -24,7 +24,16 @@ from forcingkv.headmaps.writing import check_file
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.mp4_stream import need_h264
 from forcingkv.runtime.prompts import PromptLine, read_prompts, shortened
-from forcingkv.runtime.ray_cluster import LOCAL, check_device, cluster, need_ray, room, spread
+from forcingkv.runtime.ray_cluster import (
+    LOCAL,
+    check_device,
+    cluster,
+    need_ray,
+    off_gpus,
+    room,
+    spread,
+    takes_gpu,
+)
 from forcingkv.runtime.threads import cpu_threads
 
 LONGEST = 255
@@ -110,6 +119,7 @@ class BatchOptions:
             fps=rate,
             enlarge=enlarge or 1,
             embeds=None if embeds is None else str(embeds.resolve()),
+            has_graphs=opened.manifest.has_graphs,
             **runs_on,
         )
         asked = [*videos(read_prompts(self.prompts), seeds_of(self.seeds), Path(out))]
@@ -155,15 +165,18 @@ def _made(
             yield from map(maker.make, left)
         return
     need_ray()
-    device = run.device or "cpu"
-    check_device(device)
-    on_gpu = device != "cpu"
+    check_device(run.device or "cpu")
+    on_gpu = takes_gpu(run.backend, run.device, run.provider)
+    if not on_gpu and run.provider is None:
+        backend, device = off_gpus(run.backend, run.device, on_torch=run.on_torch)
+        run = replace(run, backend=backend, device=device)
     with cluster(options.ray, options.workers):
         count = options.workers or room("GPU" if on_gpu else "CPU", 1 if on_gpu else run.threads or 1)
         count = min(count, len(left))
         if run.threads is None and options.ray == LOCAL and not on_gpu:
             run = run.with_threads(max(1, cpu_threads().number // count))
-        tell(f"{count} workers, {run.threads or 'all'} threads each" if not on_gpu else f"{count} workers")
+        each = "a GPU each" if on_gpu else f"on the CPU, {run.threads or 'all'} threads each"
+        tell(f"{count} workers, {each}")
         needs: dict[str, float] = {"num_gpus": 1} if on_gpu else {"num_cpus": run.threads or 1}
         kept = "Videos that are finished are kept: run the same command again, with fewer --workers."
         yield from spread(

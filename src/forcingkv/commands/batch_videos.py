@@ -51,6 +51,14 @@ class BatchRun:
     threads: int | None
     cuda_graphs: bool
     compiled: bool
+    has_graphs: bool = True
+    """Whether the bundle has any: else torch runs it."""
+
+    @property
+    def on_torch(self) -> bool:
+        """Whether torch runs it, by `Session.open`'s rule."""
+        asked = bool(self.device or self.dtype or self.compiled) and not self.provider
+        return self.backend == "torch" or (self.backend is None and (asked or not self.has_graphs))
 
     def with_threads(self, threads: int) -> Self:
         """The same on so many threads."""
