@@ -133,8 +133,11 @@ def _taken(lock: Path, place: Path) -> tuple[int, bool]:
     while True:
         try:
             file = os.open(lock, flags, 0o666)
-        except PermissionError:  # left by another user; to lock it, reading is enough
-            file = os.open(lock, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        except PermissionError as error:  # left by another user; to lock it, reading is enough
+            try:
+                file = os.open(lock, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            except FileNotFoundError:
+                raise error from None
         try:
             real = take(file, place)
             if not real or _WINDOWS or _is_at(lock, file):

@@ -31,13 +31,13 @@ _LONGEST = 180
 """Bytes of a name that a temporary name repeats."""
 _IN_USE = 32
 """What Windows says of a file that is open: ERROR_SHARING_VIOLATION."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
     """The error for an output that cannot be written."""
     hint = "Choose a place that you may write to."
-    if error.errno in _NO_ROOM:
+    if error.errno in NO_ROOM:
         hint = "Make room there, or choose another disk."
     if getattr(error, "winerror", None) == _IN_USE:
         hint = "Close the program that has it open."

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 
 from forcingkv.serve.refusals import RefusalError
-from forcingkv.serve.settings import Settings, is_loopback
+from forcingkv.serve.settings import Settings, is_loopback, split
+
+
+def client_of(connection: HTTPConnection) -> str:
+    """The address by which a client is counted. One of IPv6 has a whole network of 64 bits to itself.
+
+    Behind a proxy on this machine it is that of `X-Forwarded-For`, which uvicorn reads (FORWARDED_ALLOW_IPS:
+    of which other proxies).
+    """
+    host = connection.client.host if connection.client else "local"
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False).network_address)
 
 
 def check_client(settings: Settings, connection: HTTPConnection) -> None:
@@ -34,12 +52,14 @@ def check_origin(settings: Settings, headers: Headers) -> None:
     Raises RefusalError (forbidden).
     """
     host, origin = headers.get("host", ""), headers.get("origin")
-    name = urlsplit(f"//{host}").hostname or ""
+    place = split(f"//{host}")
+    name = (place.hostname if place else None) or ""
     if settings.token is None and not is_loopback(name) and name not in settings.hosts:
         raise RefusalError("forbidden", "The service is not known by that name: use 127.0.0.1 or localhost.")
     if origin is None or origin in settings.origins:
         return
-    if origin == "null" or urlsplit(origin).netloc != host:
+    page = split(origin)
+    if page is None or not page.netloc or page.netloc != host:
         raise RefusalError("forbidden", "This page may not use the service.")
 
 

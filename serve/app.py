@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -165,11 +166,19 @@ class Guard:
             return
         request = Request(scope)
         service = service_of(request)
-        most, came = service.settings.limits.body, 0
+        limits = service.settings.limits
+        most, came, whole = limits.body, 0, False
+        until = asyncio.get_running_loop().time() + limits.reader
 
         async def guarded() -> Message:
-            nonlocal came
-            message = await receive()
+            nonlocal came, whole
+            try:
+                async with asyncio.timeout_at(None if whole else until):
+                    message = await receive()
+            except TimeoutError:
+                what = f"The body did not come within {limits.reader:g} s."
+                raise RefusalError("bad_request", what) from None
+            whole = not message.get("more_body", False)
             came += len(message.get("body", b""))
             if came > most:
                 raise RefusalError("too_large", f"A body has at most {most} bytes.")

@@ -50,12 +50,12 @@ class Beginning:
         return video
 
 
-def check_start(engine: Engine, start: Start, picture: bytes | None, folder: Path) -> Beginning:
+async def check_start(engine: Engine, start: Start, picture: bytes | None) -> Beginning:
     """What a client asked for, with its prompts as the model takes them.
 
     Raises RefusalError and InputError for what cannot be begun.
     """
-    state = engine.states.find(start.state) if start.state else None
+    state = await engine.aside(engine.states.find, start.state) if start.state else None
     if state and start.bundle not in (None, state.bundle):
         raise RefusalError(
             "bad_request", f"The state is of the bundle {state.bundle!r}, not of {start.bundle!r}."
@@ -77,12 +77,14 @@ def check_start(engine: Engine, start: Start, picture: bytes | None, folder: Pat
         raise RefusalError(
             "bad_request", f"The script goes to chunk {chunks[-1]}, behind the end of the video."
         )
+    if len(lines) > engine.limits.script:
+        raise RefusalError("too_large", f"A script has at most {engine.limits.script} prompts.")
     if picture is not None and not bundle.info.picture:
         raise RefusalError(
             "bad_request", f"The bundle {bundle.name!r} has no encoder, which a picture takes."
         )
-    prompts = tuple((chunk, bundle.prompt(words, engine.limits.prompt)) for chunk, words in lines)
-    return Beginning(bundle, start, prompts, picture, state, folder)
+    prompts = [(chunk, await engine.prompt(bundle, words)) for chunk, words in lines]
+    return Beginning(bundle, start, tuple(prompts), picture, state, engine.scratch)
 
 
 def words_at(video: Video, chunk: int | None = None) -> str:
@@ -96,7 +98,6 @@ def words_at(video: Video, chunk: int | None = None) -> str:
 @contextmanager
 def _file(folder: Path, picture: bytes) -> Iterator[Path]:
     """A picture of a client as a file of a name of our own."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{secrets.token_hex(8)}.picture"
     path.write_bytes(picture)
     try:

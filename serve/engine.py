@@ -8,14 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from forcingkv.runtime import Prompt
 from forcingkv.runtime.memory import available_bytes
 from forcingkv.serve.bundles import ServedBundle
 from forcingkv.serve.metrics import Metrics
-from forcingkv.serve.places import Place, Places
+from forcingkv.serve.places import Places
 from forcingkv.serve.refusals import RefusalError
 from forcingkv.serve.settings import Settings
 from forcingkv.serve.states import States
@@ -25,15 +26,7 @@ T = TypeVar("T")
 SHARE = 0.9
 """Of the memory that is free once the weights are loaded: what sessions may take."""
 ASIDE = 4
-"""Threads for what is no chunk: encoding of frames, saving, prompts."""
-
-
-@dataclass
-class Ticket:
-    """What a session holds of the service while it has a place."""
-
-    bundle: ServedBundle
-    place: Place
+"""Threads for what is no chunk: encoding of frames, files, the table of jobs."""
 
 
 class Engine:
@@ -42,12 +35,13 @@ class Engine:
     Args:
         bundles: by name, the first is taken where none is named.
         settings: of the service.
+        scratch: a folder for files that mean nothing once this process has ended.
 
     Attributes:
         draining: whether the service ends: nothing new begins.
     """
 
-    def __init__(self, bundles: Mapping[str, ServedBundle], settings: Settings) -> None:
+    def __init__(self, bundles: Mapping[str, ServedBundle], settings: Settings, scratch: Path) -> None:
         self.bundles, self.limits, self.replica = dict(bundles), settings.limits, settings.replica
         sizes = [bundle.session_bytes for bundle in bundles.values()]
         # The first session of each bundle is there already, and holds its memory.
@@ -58,12 +52,13 @@ class Engine:
         fit = max(1, memory // max(min(sizes), 1))
         limits = settings.limits
         self.places = Places(min(settings.sessions, fit), memory, limits.waiting)
-        self.states = States(settings.data / "states", limits.states_kept)
-        self.asleep = States(settings.data / "asleep", 10**6)
+        self.scratch = scratch
+        self.states = States(settings.data / "states", scratch, limits.states_kept)
         self.metrics = Metrics(self)
         self.draining = False
         self._clients: Counter[str] = Counter()
         self._makers = ThreadPoolExecutor(1, "chunk")
+        self._writers = ThreadPoolExecutor(1, "prompt")
         self._others = ThreadPoolExecutor(ASIDE, "aside")
 
     def bundle(self, name: str | None) -> ServedBundle:
@@ -97,6 +92,17 @@ class Engine:
             if not self._clients[name]:
                 del self._clients[name]
 
+    async def prompt(self, bundle: ServedBundle, words: str) -> Prompt:
+        """A client's words as the model takes them.
+
+        A text encoder makes one prompt at a time, of all clients in turn: nobody waits for the whole of
+        another's long script, and frames for none of it.
+
+        Raises what `ServedBundle.prompt` does.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._writers, bundle.prompt, words, self.limits.prompt)
+
     async def make(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what the model does, in turn with others: whoever asked first goes first."""
         call = partial(call, *args, **kwargs)
@@ -110,6 +116,7 @@ class Engine:
     def close(self) -> None:
         """Let go of all. What still runs in a thread ends first."""
         self._makers.shutdown()
+        self._writers.shutdown(cancel_futures=True)
         self._others.shutdown()
         for bundle in self.bundles.values():
             bundle.close()

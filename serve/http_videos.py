@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from forcingkv.serve.access import check_token
+from forcingkv.serve.access import check_token, client_of
 from forcingkv.serve.job_store import Job, Status
 from forcingkv.serve.messages import in_words
 from forcingkv.serve.refusals import RefusalError
@@ -148,10 +148,10 @@ async def create(request: Request, service: Used) -> Video:
         raise RefusalError("bad_request", f"The bundle {bundle.name!r} makes {size}, not {asked.size}.")
     if asked.seconds > limits.seconds:
         raise RefusalError("bad_request", f"A video has at most {limits.seconds:g} seconds.")
-    await engine.aside(bundle.prompt, asked.prompt, limits.prompt)
+    await engine.prompt(bundle, asked.prompt)
     job = Job(
         id="",
-        client=request.client.host if request.client else "local",
+        client=client_of(request),
         bundle=bundle.name,
         prompt=asked.prompt,
         seed=asked.seed,
@@ -170,7 +170,7 @@ async def listed(
     order: Literal["asc", "desc"] = "desc",
 ) -> VideoList:
     """Jobs, the newest first."""
-    jobs = service.jobs.store.all()
+    jobs = await service.engine.aside(service.jobs.store.all)
     if order == "desc":
         jobs.reverse()
     if after is not None:
@@ -186,15 +186,16 @@ async def listed(
 @router.get("/{name}", response_model=Video)
 async def retrieve(name: str, service: Used) -> Video:
     """How far a job is."""
-    return Video.of(_found(service, name))
+    return Video.of(await _found(service, name))
 
 
+@router.head("/{name}/content", include_in_schema=False)
 @router.get("/{name}/content", response_class=FileResponse)
 async def content(name: str, service: Used, variant: str = "video") -> Response:
     """The video, whole or a range of its bytes."""
     if variant != "video":
         raise RefusalError("bad_request", "There is the variant video alone.")
-    job = _found(service, name)
+    job = await _found(service, name)
     if job.status != "completed":
         raise RefusalError("not_now", f"The video is not there: it is {job.status}.")
     path = service.jobs.store.video(job.id)  # of the name in the table, not of the request's
@@ -206,15 +207,15 @@ async def content(name: str, service: Used, variant: str = "video") -> Response:
 @router.delete("/{name}", response_model=Deleted)
 async def delete(name: str, service: Used) -> Deleted:
     """Remove a job and its video; one at work is stopped."""
-    job = _found(service, name)
+    job = await _found(service, name)
     await service.jobs.remove(job.id)
     return Deleted(id=job.id)
 
 
-def _found(service: Service, name: str) -> Job:
+async def _found(service: Service, name: str) -> Job:
     if re.fullmatch(r"video_[0-9a-f]{32}", name):
         try:
-            return service.jobs.store.get(name)
+            return await service.engine.aside(service.jobs.store.get, name)
         except KeyError:
             pass
     raise RefusalError("not_found", "There is no such video.")

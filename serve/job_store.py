@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.locks import BusyError, take
+from forcingkv.serve.lives import ALONE, Life
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 SCHEMA = 1
@@ -59,89 +58,60 @@ class Job:
         return self.status in ("completed", "failed")
 
 
-ALONE = "alone"
-"""The name of a process that shares its folder with no other."""
 COLUMNS = tuple(field.name for field in fields(Job))
 
 
 class JobStore:
     """Jobs in `jobs.sqlite` of a folder, and their videos in `videos/`. Of any thread, one at a time.
 
-    Several processes may have one folder. Each job belongs to one of them, whose life is a lock that it
-    holds: what a dead one left is taken over by any other.
+    Several processes may have one folder. Each job belongs to one of them: what a dead one left is taken over
+    by any other.
 
     Args:
         folder: the service's.
         kept: jobs at most: the oldest that are over go first.
-        shared: whether other processes have the folder too. Else the one that is there is alone.
+        life: this process among those that have the folder.
 
-    Raises InputError where the file is no such table, where another service has the folder, and for a shared
-    folder whose file system has no locks.
+    Attributes:
+        life: the same.
+
+    Raises InputError where the file is no such table, or cannot be written.
     """
 
-    def __init__(self, folder: Path, kept: int, *, shared: bool = False) -> None:
-        self._videos, self._kept, self._turn = folder / "videos", kept, Lock()
-        self._lives = folder / "processes"
+    def __init__(self, folder: Path, kept: int, life: Life) -> None:
+        self._videos, self._kept, self.life, self._turn = folder / "videos", kept, life, Lock()
+        self._file = folder / "jobs.sqlite"
         try:
-            for place in (self._videos, self._lives):
-                place.mkdir(parents=True, exist_ok=True)
+            self._videos.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"cannot be made ({error.strerror})"
-            raise InputError(what, where=str(folder), expected="a folder that may be written") from error
-        self._owner = secrets.token_hex(8) if shared else ALONE
-        self._life: int | None = self._live(folder, shared)
-        self._file = folder / "jobs.sqlite"
-        self._base = sqlite3.connect(self._file, timeout=30.0, check_same_thread=False, isolation_level=None)
-        try:
-            self._base.execute("PRAGMA journal_mode=WAL")
-            (version,) = self._base.execute("PRAGMA user_version").fetchone()
-            if version not in (0, SCHEMA):
-                raise InputError(
-                    f"has tables of version {version}", where=str(self._file), expected=str(SCHEMA)
+            raise InputError(
+                what, where=str(self._videos), expected="a folder that may be written"
+            ) from error
+        with ExitStack() as opened:
+            try:
+                self._base = sqlite3.connect(
+                    self._file, timeout=30.0, check_same_thread=False, isolation_level=None
                 )
-            self._base.execute(f"CREATE TABLE IF NOT EXISTS jobs ({', '.join(COLUMNS)}, PRIMARY KEY (id))")
-            self._base.execute(f"PRAGMA user_version={SCHEMA}")
-        except sqlite3.DatabaseError as error:
-            self.close()
-            raise InputError(f"is no table of jobs ({error})", where=str(self._file)) from error
-        except InputError:
-            self.close()
-            raise
-        if not shared:  # what is there is of a process that ended
+                opened.callback(self._base.close)
+                self._open()
+            except sqlite3.OperationalError as error:  # the system's fault, not that of its contents
+                raise InputError(f"cannot be used ({error})", where=str(self._file)) from error
+            except sqlite3.DatabaseError as error:
+                raise InputError(f"is no table of jobs ({error})", where=str(self._file)) from error
+            opened.pop_all()
+
+    def _open(self) -> None:
+        self._base.execute("PRAGMA journal_mode=WAL")
+        (version,) = self._base.execute("PRAGMA user_version").fetchone()
+        if version not in (0, SCHEMA):
+            raise InputError(f"has tables of version {version}", where=str(self._file), expected=str(SCHEMA))
+        self._base.execute(f"CREATE TABLE IF NOT EXISTS jobs ({', '.join(COLUMNS)}, PRIMARY KEY (id))")
+        self._base.execute(f"PRAGMA user_version={SCHEMA}")
+        if self.life.name == ALONE:  # what is there is of a process that ended
             self._change_all("owner='ended'", "status IN ('queued', 'in_progress')")
         self.take_over()
         self._remove_leftovers()
-
-    def _live(self, folder: Path, shared: bool) -> int:
-        """Hold the lock that says that this process lives; its file's number."""
-        place = self._lives / self._owner
-        number = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if not take(number, folder) and shared:
-                what = "is on a file system without locks, by which replicas know who of them lives"
-                raise InputError(what, where=str(folder), expected="one with locks, or one replica")
-        except BusyError as error:
-            os.close(number)
-            hint = "Stop it, or choose another --data."
-            raise InputError("is another service's", where=str(folder), hint=hint) from error
-        except BaseException:
-            os.close(number)
-            raise
-        return number
-
-    def _is_dead(self, owner: str) -> bool:
-        """Whether the process of that name has ended."""
-        try:
-            number = os.open(self._lives / owner, os.O_RDWR)
-        except FileNotFoundError:
-            return True
-        try:
-            take(number, self._lives)
-        except BusyError:
-            return False
-        finally:
-            os.close(number)
-        return True
 
     def take_over(self) -> list[Job]:
         """Take over the jobs of processes that ended: those at work are said to be interrupted.
@@ -152,13 +122,13 @@ class JobStore:
             unfinished = "status IN ('queued', 'in_progress')"
             rows = cursor.execute(f"SELECT DISTINCT owner FROM jobs WHERE {unfinished}").fetchall()
         for (owner,) in rows:
-            if owner != self._owner and self._is_dead(owner):
+            if self.life.is_dead(owner):
                 said = "status='failed', code='interrupted', message=?, completed=?"
                 self._change_all(
                     said, "status='in_progress' AND owner=?", INTERRUPTED, int(time.time()), owner
                 )
-                self._change_all("owner=?", "status='queued' AND owner=?", self._owner, owner)
-        return [job for job in self.all() if job.status == "queued" and job.owner == self._owner]
+                self._change_all("owner=?", "status='queued' AND owner=?", self.life.name, owner)
+        return [job for job in self.all() if job.status == "queued" and job.owner == self.life.name]
 
     def _change_all(self, values: str, which: str, *parameters: object) -> None:
         with self._turn:
@@ -174,13 +144,12 @@ class JobStore:
             done = job is not None and job.status == "completed" and path == self.video(job.id)
             if not at_work and not done:
                 path.unlink(missing_ok=True)
-        for life in self._lives.iterdir():
-            if life.name != self._owner and self._is_dead(life.name):
-                life.unlink(missing_ok=True)
 
     def add(self, job: Job) -> Job:
         """A new job, with its name and time. Those that are over make room."""
-        job = replace(job, id=f"video_{secrets.token_hex(16)}", created=int(time.time()), owner=self._owner)
+        job = replace(
+            job, id=f"video_{secrets.token_hex(16)}", created=int(time.time()), owner=self.life.name
+        )
         with self._turn:
             marks = ", ".join("?" * len(COLUMNS))
             self._base.execute(f"INSERT INTO jobs VALUES ({marks})", [getattr(job, name) for name in COLUMNS])
@@ -223,17 +192,14 @@ class JobStore:
 
     @contextmanager
     def unfinished(self, name: str) -> Iterator[Path]:
-        """Where the video of a job grows; gone when the block ends, unless it was given its own name."""
-        path = self._videos / f"{name}.part.mp4"
+        """Where the video of a job grows; gone when the block ends, unless it was moved to its place."""
+        path = self.life.scratch / f"{name}.mp4"
         try:
             yield path
         finally:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the table, and say that this process is no more."""
+        """Close the table."""
         with self._turn:
             self._base.close()
-            if self._life is not None:
-                os.close(self._life)
-                self._life = None

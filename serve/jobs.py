@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sqlite3
 import time
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 from forcingkv.runtime import Session
 from forcingkv.runtime.video import open_writer
@@ -17,7 +20,7 @@ from forcingkv.serve.refusals import RefusalError, refusal_of
 from forcingkv.serve.seat import Seat
 
 LOOK = 5.0
-"""Seconds between two looks at whether another replica died."""
+"""Seconds between two looks at whether another replica died, or the table can be written again."""
 log = logging.getLogger("forcingkv.serve")
 
 
@@ -27,6 +30,8 @@ class Jobs:
     def __init__(self, engine: Engine, store: JobStore) -> None:
         self._engine, self.store = engine, store
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._at_work: set[str] = set()
+        """Those that have a place: they are stopped between chunks."""
         self._stopped: set[str] = set()
         self._looking: asyncio.Task[None] | None = None
 
@@ -40,13 +45,19 @@ class Jobs:
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(LOOK)
-            for job in await self._engine.aside(self.store.take_over):
+            try:
+                left = await self._engine.aside(self.store.take_over)
+            except sqlite3.Error as error:  # such as a full disk: it is looked again
+                log.error("the table of jobs cannot be used: %s", error)
+                continue
+            for job in left:
                 if job.id not in self._tasks:
                     self._follow(job)
 
     async def add(self, job: Job) -> Job:
         """A job of a client. Raises RefusalError where it has too many, or too many wait."""
-        mine = sum(one.client == job.client and not one.over for one in self.store.all())
+        there = await self._engine.aside(self.store.all)
+        mine = sum(one.client == job.client and not one.over for one in there)
         limits = self._engine.limits
         if self._engine.draining:
             raise RefusalError("draining", "The service is about to end.", limits.drain)
@@ -60,19 +71,17 @@ class Jobs:
         return job
 
     async def remove(self, name: str) -> None:
-        """Remove a job, and stop it where it is at work. Raises RefusalError where there is none."""
-        try:
-            self.store.get(name)
-        except KeyError:
-            raise RefusalError("not_found", "There is no such video.") from None
+        """Remove a job, and stop it where it is at work."""
         self._stopped.add(name)
-        if task := self._tasks.get(name):
-            if self.store.get(name).status == "queued":
-                task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        await self._engine.aside(self.store.remove, name)
-        self._stopped.discard(name)
+        try:
+            if task := self._tasks.get(name):
+                if name not in self._at_work:
+                    task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            await self._engine.aside(self.store.remove, name)
+        finally:
+            self._stopped.discard(name)
 
     async def drain(self) -> None:
         """Stop all: those at work are said to be interrupted, those that wait go on waiting on disk."""
@@ -82,7 +91,7 @@ class Jobs:
                 await self._looking
         self._stopped |= self._tasks.keys()
         for name, task in list(self._tasks.items()):
-            if self.store.get(name).status == "queued":
+            if name not in self._at_work:
                 task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
@@ -91,42 +100,62 @@ class Jobs:
         task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
 
     async def _run(self, job: Job) -> None:
+        """Wait for a place, make the video, and say how that went."""
         try:
             bundle = self._engine.bundle(job.bundle)
             seat = Seat(self._engine, bundle)
             try:
-                await self._make(job, bundle, await seat.take())
+                session = await seat.take(let_in=True)
+                self._at_work.add(job.id)
+                await self._make(job, bundle, session)
             finally:
                 seat.give_back()
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             refusal = refusal_of(error)
-            if refusal.code == "internal":
+            if not refusal.is_the_clients:
                 log.exception("job failed", extra={"job": job.id})
-            self._fail(job, refusal.code, refusal.message)
+            await self._fail(job, refusal)
+        finally:
+            self._at_work.discard(job.id)
 
     async def _make(self, job: Job, bundle: ServedBundle, session: Session) -> None:
         """Make the video of a job; it is there under its name once it is whole."""
         engine, store = self._engine, self.store
-        if not store.change(job.id, status="in_progress"):
+        if not await self._change(job, status="in_progress"):
             return
-        prompt = await engine.aside(bundle.prompt, job.prompt, engine.limits.prompt)
+        prompt = await engine.prompt(bundle, job.prompt)
         video = await engine.make(session.generate, prompt, seed=job.seed, chunks=job.chunks)
         said = {"title": job.prompt, "forcingkv_bundle": bundle.name, "forcingkv_seed": str(job.seed)}
         with store.unfinished(job.id) as path:
             with open_writer(path, fps=session.spec.fps, metadata=said) as writer:
                 while (chunk := await engine.make(next, video, None)) is not None:
                     await engine.aside(writer.write, chunk.frames)
-                    there = store.change(job.id, made=video.index)
+                    there = await self._change(job, made=video.index)
                     engine.metrics.frames.labels(bundle.name).inc(len(chunk.frames))
                     if job.id in self._stopped or not there:
                         raise RefusalError("interrupted", INTERRUPTED)
             await engine.aside(os.replace, path, store.video(job.id))
-        store.change(job.id, status="completed", completed=int(time.time()))
+        await self._change(job, status="completed", completed=int(time.time()))
         engine.metrics.jobs.labels("completed").inc()
         log.info("job completed", extra={"job": job.id, "chunks": job.chunks})
 
-    def _fail(self, job: Job, code: str, message: str) -> None:
+    async def _fail(self, job: Job, refusal: RefusalError) -> None:
+        """Say in the table why it failed.
+
+        Where that cannot be written it is tried again: a job that is not at work must not look as if it were.
+        """
         self._engine.metrics.jobs.labels("failed").inc()
-        self.store.change(job.id, status="failed", code=code, message=message, completed=int(time.time()))
+        said = {"code": refusal.code, "message": refusal.message, "completed": int(time.time())}
+        while True:
+            try:
+                await self._change(job, status="failed", **said)
+            except sqlite3.Error as error:
+                log.error("the table of jobs cannot be written: %s", error, extra={"job": job.id})
+                if job.id in self._stopped:  # whoever begins next finds that it was cut off
+                    return
+                await asyncio.sleep(LOOK)
+            else:
+                return
+
+    async def _change(self, job: Job, **values: Any) -> bool:
+        return await self._engine.aside(partial(self.store.change, job.id, **values))

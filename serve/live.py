@@ -11,7 +11,6 @@ from contextlib import suppress
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.runtime import Chunk, SessionError, Video
-from forcingkv.runtime.text import Prompt
 from forcingkv.serve.begin import Beginning, words_at
 from forcingkv.serve.bundles import ServedBundle
 from forcingkv.serve.engine import Engine
@@ -116,7 +115,7 @@ class LiveSession:
             self._end(self._over, SAID[self._over], state)
         except Exception as error:  # whatever it was: others go on
             refusal = refusal_of(error)
-            if refusal.code == "internal":
+            if not refusal.is_the_clients:
                 log.exception("session failed", extra={"session": self.id})
             self.outbox.put(
                 ErrorEvent(code=refusal.code, message=refusal.message, retry_after=refusal.retry_after)
@@ -126,7 +125,7 @@ class LiveSession:
         finally:
             await self._release()
             if self._asleep:
-                self._engine.asleep.remove(self._asleep.name)
+                await self._engine.aside(self._engine.states.drop, self._asleep)
 
     def _end(self, reason: Ended, message: str, state: SavedState | None = None) -> None:
         self._engine.metrics.ended.labels(reason).inc()
@@ -194,7 +193,7 @@ class LiveSession:
                 await changed
             if any(isinstance(command, Stop) for command in self._commands):
                 self._over = "stopped"
-        if self._over and not self._seat.has_place:
+        if self._over:
             waiting.cancel()
         with suppress(asyncio.CancelledError):
             await waiting
@@ -284,9 +283,7 @@ class LiveSession:
 
     async def _switch(self, command: SwitchPrompt) -> None:
         video = self._awake
-        prompt: Prompt = await self._engine.aside(
-            self._bundle.prompt, command.prompt, self._engine.limits.prompt
-        )
+        prompt = await self._engine.prompt(self._bundle, command.prompt)
         chunk = await self._engine.make(
             video.switch, prompt, at=command.at, recache=command.recache, fade=command.fade
         )
@@ -294,17 +291,26 @@ class LiveSession:
 
     async def _keep(self) -> SavedState:
         """Save the state among those that clients may begin with."""
-        video, state = self._awake, self._engine.states.new()
-        await self._engine.make(video.save, state.folder)
-        await self._engine.aside(self._engine.states.done, state, self._bundle.name)
+        states, state = self._engine.states, await self._saved()
+        await self._engine.aside(states.keep, state)
+        return state
+
+    async def _saved(self) -> SavedState:
+        """The state on disk, where nobody else finds it. Raises what `Video.save` does; it is gone then."""
+        video, states = self._awake, self._engine.states
+        state = states.new(self._bundle.name)
+        try:
+            await self._engine.make(video.save, state.folder)
+        except BaseException:
+            await self._engine.aside(states.drop, state)
+            raise
         return state
 
     async def _fall_asleep(self) -> None:
         """Save the video to disk, and give its place to others."""
-        state = self._engine.asleep.new()
         await self._coded()
         try:
-            await self._engine.make(self._awake.save, state.folder)
+            state = await self._saved()
         except InputError as error:  # a full disk: it keeps its place
             log.warning("a paused session could not be saved: %s", error, extra={"session": self.id})
             self._paused = time.monotonic()
@@ -320,7 +326,7 @@ class LiveSession:
         if self._over or self._seat.session is None:
             return
         self._video = await self._engine.make(self._seat.session.restore, state.folder)
-        self._engine.asleep.remove(state.name)
+        await self._engine.aside(self._engine.states.drop, state)
         self._asleep = None
 
     # Chunks

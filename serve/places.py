@@ -67,8 +67,15 @@ class Places:
         mean = sum(self._lengths) / len(self._lengths)
         return place * mean / max(len(self._held), 1)
 
-    async def take(self, size: int, tell: Callable[[int, float | None], None]) -> Place:
+    async def take(
+        self, size: int, tell: Callable[[int, float | None], None], *, let_in: bool = False
+    ) -> Place:
         """Wait for a place.
+
+        Args:
+            size: bytes of the session.
+            tell: what is told how long the wait is.
+            let_in: whether it was promised a place before, so that it waits however many do.
 
         Raises RefusalError: too many wait already (busy), or it never fits. Whoever is cancelled while
         waiting leaves the queue.
@@ -79,7 +86,7 @@ class Places:
         if not self._queue and self._fits(place):
             self._hold(place)
             return place
-        if len(self._queue) >= self._longest:
+        if not let_in and len(self._queue) >= self._longest:
             wait = self.wait(len(self._queue) + 1) or UNKNOWN_WAIT
             raise RefusalError("busy", f"All places are taken, and {len(self._queue)} wait for one.", wait)
         place.given = asyncio.get_running_loop().create_future()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import sqlite3
 from typing import Literal
 
 from forcingkv.headmaps.errors import InputError
+from forcingkv.headmaps.writing import NO_ROOM
 from forcingkv.runtime import MemoryShortError, NotFiniteError, SessionError
 
 Code = Literal[
@@ -15,6 +18,7 @@ Code = Literal[
     "draining",
     "failed",
     "forbidden",
+    "full",
     "gone",
     "internal",
     "interrupted",
@@ -33,6 +37,7 @@ STATUS: dict[str, int] = {
     "draining": 503,
     "failed": 500,
     "forbidden": 403,
+    "full": 507,
     "gone": 410,
     "internal": 500,
     "interrupted": 503,
@@ -65,12 +70,19 @@ class RefusalError(Exception):
     def status(self) -> int:
         return STATUS[self.code]
 
+    @property
+    def is_the_clients(self) -> bool:
+        """Whether it is no news for whoever looks after the service."""
+        return self.code not in ("internal", "full")
+
 
 def refusal_of(error: BaseException) -> RefusalError:
     """An error of the runtime as a client is told it. What is not the client's fault is not described."""
     if isinstance(error, RefusalError):
         return error
-    if isinstance(error, InputError):
+    if _is_full(error) or _is_full(error.__cause__):
+        return RefusalError("full", "The disk of the service is full.", 60.0)
+    if isinstance(error, InputError) and not _is_unwritable(error.__cause__):
         return RefusalError("bad_request", without_places(error))
     if isinstance(error, MemoryShortError):
         return RefusalError("busy", "There was not enough memory to go on with the video.", 30.0)
@@ -81,6 +93,20 @@ def refusal_of(error: BaseException) -> RefusalError:
     if isinstance(error, SessionError):
         return RefusalError("failed", "The device refused: the video ends here.")
     return RefusalError("internal", "Something went wrong in the service; its log says what.")
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether there was no room on the disk, however that was said."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    if isinstance(error, sqlite3.OperationalError):
+        return error.sqlite_errorcode == sqlite3.SQLITE_FULL
+    return False
+
+
+def _is_unwritable(error: BaseException | None) -> bool:
+    """Whether the service may not write there: no client can help it."""
+    return isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def without_places(error: InputError) -> str:

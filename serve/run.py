@@ -15,11 +15,15 @@ from forcingkv.serve.bundles import BundleChoice, Encode, open_bundles
 from forcingkv.serve.engine import Engine
 from forcingkv.serve.job_store import JobStore
 from forcingkv.serve.jobs import Jobs
+from forcingkv.serve.lives import Life
 from forcingkv.serve.registry import Registry
 from forcingkv.serve.relay import Relay
 from forcingkv.serve.service import Service
 from forcingkv.serve.settings import Settings
+from forcingkv.serve.silent import Silent
 
+SECOND = 10
+"""Of uvicorn's ticks."""
 log = logging.getLogger("forcingkv.serve")
 
 
@@ -39,12 +43,14 @@ def open_service(settings: Settings, choices: list[BundleChoice], encode: Encode
         for bundle in bundles.values():
             opened.callback(bundle.close)
         # Behind the bundles: what they refuse leaves no folder.
-        store = JobStore(settings.data, settings.limits.jobs_kept, shared=bool(settings.replica))
+        life = Life(settings.data, shared=bool(settings.replica))
+        opened.callback(life.close)
+        store = JobStore(settings.data, settings.limits.jobs_kept, life)
         opened.callback(store.close)
-        engine = Engine(bundles, settings)
+        engine = Engine(bundles, settings, life.scratch)
         opened.pop_all()
     relay = Relay(settings) if settings.replica else None
-    return Service(settings, engine, Registry(engine), Jobs(engine, store), relay)
+    return Service(settings, engine, Registry(engine), Jobs(engine, store), life, relay)
 
 
 def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> Server:
@@ -69,6 +75,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._service, self._ready = service, ready
+        self._silent = Silent(service.settings.limits.hello)
         self._told = False
         self._draining: asyncio.Task[None] | None = None
 
@@ -77,6 +84,8 @@ class Server(uvicorn.Server):
         await super().main_loop()
 
     async def on_tick(self, counter: int) -> bool:
+        if counter % SECOND == 0:
+            self._silent.look(self.server_state.connections)
         if self._told and self._draining is None:
             log.info("told to stop: sessions end first")
             self._draining = asyncio.create_task(self._service.drain())

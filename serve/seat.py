@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 from forcingkv.runtime import Session
 from forcingkv.serve.bundles import ServedBundle
@@ -22,19 +24,22 @@ class Seat:
         self._place: Place | None = None
         self.session: Session | None = None
 
-    @property
-    def has_place(self) -> bool:
-        """Whether the wait is over. From then on taking it must not be cancelled: a thread is at it."""
-        return self._place is not None
+    async def take(
+        self, tell: Callable[[int, float | None], None] = lambda place, wait: None, *, let_in: bool = False
+    ) -> Session:
+        """Wait for a place, and take a session there.
 
-    async def take(self, tell: Callable[[int, float | None], None] = lambda place, wait: None) -> Session:
-        """Wait for a place, and take a session there. Raises what `Places.take` and `Session.sibling` do."""
-        self._place = await self._engine.places.take(self._bundle.session_bytes, tell)
+        Whoever is cancelled meanwhile has neither. Raises what `Places.take` and `Session.sibling` do.
+        """
+        self._place = await self._engine.places.take(self._bundle.session_bytes, tell, let_in=let_in)
+        taking = asyncio.ensure_future(self._engine.aside(self._bundle.take))
         try:
-            self.session = await self._engine.aside(self._bundle.take)
-        finally:
-            if self.session is None:
-                self.give_back()
+            self.session = await asyncio.shield(taking)
+        except BaseException:
+            with suppress(Exception):  # where it was cancelled a thread is still at it
+                self.session = await taking
+            self.give_back()
+            raise
         return self.session
 
     def give_back(self) -> None:

@@ -8,6 +8,7 @@ from starlette.requests import HTTPConnection
 
 from forcingkv.serve.engine import Engine
 from forcingkv.serve.jobs import Jobs
+from forcingkv.serve.lives import Life
 from forcingkv.serve.registry import Registry
 from forcingkv.serve.relay import Relay
 from forcingkv.serve.settings import Settings
@@ -21,6 +22,7 @@ class Service:
     engine: Engine
     registry: Registry
     jobs: Jobs
+    life: Life
     relay: Relay | None = None
     """To the other replicas, where there are any."""
 
@@ -34,6 +36,7 @@ class Service:
         """Give all back."""
         self.engine.close()
         self.jobs.store.close()
+        self.life.close()
 
 
 def service_of(connection: HTTPConnection) -> Service:

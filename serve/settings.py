@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 from forcingkv.headmaps.errors import InputError
 
 MOST_SESSIONS = 16
 TOKEN = "FORCINGKV_TOKEN"
 """The environment variable of the token: what is on a command line others can read."""
+PORTS = {"http": 80, "https": 443}
+"""Those that browsers leave out."""
 SHORTEST_TOKEN = 16
 """Characters of a token: 64 bits where it is drawn in hexadecimal."""
 
@@ -26,6 +30,8 @@ class Limits:
     """Bytes of a text message."""
     body: int = 16 * 2**20
     """Bytes of a picture, a binary message, or the body of a request."""
+    script: int = 100
+    """Prompts of a script: a text encoder may take seconds for each."""
     messages_a_second: float = 50.0
     """Of one socket, on average; twice as many may come at once."""
     sessions_a_client: int = 16
@@ -91,6 +97,12 @@ class Settings:
                 expected=f"{SHORTEST_TOKEN} or more",
                 hint="Draw one: python -c 'import secrets; print(secrets.token_hex(16))'",
             )
+        if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
+            raise InputError(
+                "has spaces, or characters that not every client sends alike",
+                where="the token",
+                expected="letters, digits and signs of ASCII",
+            )
         if self.token is None and not is_loopback(self.host):
             raise InputError(
                 f"{self.host} can be reached from other machines, and no token is given",
@@ -98,16 +110,54 @@ class Settings:
                 expected="127.0.0.1, or a token",
                 hint="Put one into the environment variable FORCINGKV_TOKEN, or a file: --token-file.",
             )
-        for origin in self.origins:
-            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
-                expected = "scheme, host and port as a browser says them, such as https://studio.example"
-                raise InputError(f"{origin!r} is no origin", where="--origin", expected=expected)
+        object.__setattr__(self, "origins", tuple(map(_origin, self.origins)))
+        object.__setattr__(self, "hosts", tuple(map(_name, self.hosts)))
 
     def knows(self, token: str | None) -> bool:
         """Whether that is the token, in a time that says nothing of it; True where none is asked for."""
         if self.token is None:
             return True
         return hmac.compare_digest((token or "").encode(), self.token.encode())
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers say it: in small letters, without the port that is the scheme's own."""
+    parts = split(text)
+    if (
+        parts is None
+        or parts.scheme not in PORTS
+        or not parts.hostname
+        or (parts.username, parts.path, parts.query, parts.fragment) != (None, "", "", "")
+        or text[-1] in "?#"
+    ):
+        expected = "scheme, host and port as a browser says them, such as https://studio.example"
+        raise InputError(f"{text!r} is no origin", where="--origin", expected=expected)
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    port = "" if parts.port in (None, PORTS[parts.scheme]) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}"
+
+
+def _name(text: str) -> str:
+    """A name of the service, as it is compared with that of a request: in small letters."""
+    parts = split(f"//{text}")
+    if (
+        parts is None
+        or parts.netloc != text
+        or parts.hostname not in (text.lower(), text.lower().strip("[]"))
+    ):
+        what = f"{text!r} is no name of a machine"
+        raise InputError(what, where="--name", expected="a name without scheme and port: video.example")
+    return parts.hostname
+
+
+def split(text: str) -> SplitResult | None:
+    """The parts of an address; None: it is none."""
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018 - it is looked at here
+    except ValueError:
+        return None
+    return None if any(sign.isspace() for sign in text) else parts
 
 
 def is_loopback(host: str) -> bool:

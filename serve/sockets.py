@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import forcingkv
 from forcingkv.headmaps.errors import InputError
-from forcingkv.serve.access import Pace, check_client
+from forcingkv.serve.access import Pace, check_client, client_of
 from forcingkv.serve.begin import check_start
 from forcingkv.serve.live import LiveSession
 from forcingkv.serve.messages import (
@@ -61,7 +61,7 @@ class _Socket:
     def __init__(self, websocket: WebSocket, service: Service) -> None:
         self._websocket, self._service = websocket, service
         self._limits = service.settings.limits
-        self._client = websocket.client.host if websocket.client else "local"
+        self._client = client_of(websocket)
         self._pace = Pace(self._limits.messages_a_second)
         self._turn = asyncio.Lock()  # the parts of an event follow it
         self._live: LiveSession | None = None
@@ -145,10 +145,7 @@ class _Socket:
                 raise RefusalError(
                     "not_now", "This socket has a session: stop it first, or open another socket."
                 )
-            folder = self._service.settings.data / "pictures"
-            beginning = await self._service.engine.aside(
-                check_start, self._service.engine, said, picture, folder
-            )
+            beginning = await check_start(self._service.engine, said, picture)
             self._follow(self._service.registry.begin(beginning, self._client))
         elif isinstance(said, Resume):
             if self._live:

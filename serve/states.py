@@ -20,7 +20,13 @@ ABOUT, STATE = "about.json", "state"
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state that is there."""
+    """A state on disk.
+
+    Attributes:
+        name: by which clients ask for it.
+        folder: that `Video.save` writes, in a folder of that name.
+        bundle: that made it.
+    """
 
     name: str
     folder: Path
@@ -31,29 +37,33 @@ class States:
     """The states of a service. Replicas that share the folder find each other's.
 
     Args:
-        folder: where they lie.
+        folder: where those lie that are kept.
+        scratch: where others do, which go with this process.
         kept: how many at most: the oldest go first.
     """
 
-    def __init__(self, folder: Path, kept: int) -> None:
-        self._folder, self._kept = folder, kept
+    def __init__(self, folder: Path, scratch: Path, kept: int) -> None:
+        self._folder, self._scratch, self._kept = folder, scratch, kept
 
-    def new(self) -> SavedState:
-        """A name and a folder for a state that is to be saved."""
+    def new(self, bundle: str) -> SavedState:
+        """A name and a place for a state that is to be saved. Nobody finds it before it is kept."""
         name = secrets.token_hex(16)
-        return SavedState(name, self._folder / name / STATE, "")
+        return SavedState(name, self._scratch / name / STATE, bundle)
 
-    def done(self, state: SavedState, bundle: str) -> None:
-        """A state was saved: from now on it is found. The oldest ones make room."""
-        write_text(state.folder.parent / ABOUT, json.dumps({"bundle": bundle}))
+    def keep(self, state: SavedState) -> None:
+        """A state was saved: from now on it is found, whole. The oldest ones make room. Raises OSError."""
+        place = state.folder.parent
+        write_text(place / ABOUT, json.dumps({"bundle": state.bundle}))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        place.rename(self._folder / state.name)
         whole = [
             path for path in self._folder.iterdir() if NAME.fullmatch(path.name) and (path / ABOUT).exists()
         ]
         for old in sorted(whole, key=lambda path: (path / ABOUT).stat().st_mtime)[: -self._kept]:
-            self.remove(old.name)
+            shutil.rmtree(old, ignore_errors=True)
 
     def find(self, name: str) -> SavedState:
-        """A state by its name. Raises RefusalError where there is none."""
+        """A state that was kept, by its name. Raises RefusalError where there is none."""
         if NAME.fullmatch(name):
             about = self._folder / name / ABOUT
             try:
@@ -66,7 +76,6 @@ class States:
             "not_found", "There is no such state: it was never saved here, or made room for others."
         )
 
-    def remove(self, name: str) -> None:
-        """Remove a state; nothing happens where there is none."""
-        if NAME.fullmatch(name):
-            shutil.rmtree(self._folder / name, ignore_errors=True)
+    def drop(self, state: SavedState) -> None:
+        """Remove a state that was not kept; nothing happens where it is not there."""
+        shutil.rmtree(state.folder.parent, ignore_errors=True)

@@ -13,7 +13,7 @@ from starlette.requests import HTTPConnection
 from websockets.exceptions import InvalidStatus
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.serve.access import Pace, check_client
+from forcingkv.serve.access import Pace, check_client, client_of
 from forcingkv.serve.refusals import RefusalError
 from forcingkv.serve.settings import Settings, is_loopback
 from tests.serve.served import LIMITS, PROMPT, TOKEN, Served, serving
@@ -23,6 +23,13 @@ from tests.serve.served import LIMITS, PROMPT, TOKEN, Served, serving
 def guarded(small_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> object:
     settings = {"origins": ("https://studio.example",), "hosts": ("video.example",)}
     with serving(tmp_path_factory.mktemp("guarded"), small_bundles, token=TOKEN, **settings) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def open_house(small_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Without a token, for this machine alone."""
+    with serving(tmp_path_factory.mktemp("open"), small_bundles) as one:
         yield one
 
 
@@ -38,10 +45,48 @@ def test_a_short_token_is_refused(tmp_path: Path) -> None:
         Settings(data=tmp_path, token="abc")
 
 
-@pytest.mark.parametrize("origin", ["studio.example", "https://studio.example/", "*", "https://a/b"])
+@pytest.mark.parametrize(
+    "token", ["0123456789abcdef ", "0123456789abc def", "0123456789abcdéf", "0" * 16 + "\n"]
+)
+def test_a_token_that_headers_and_messages_would_carry_differently_is_refused(
+    tmp_path: Path, token: str
+) -> None:
+    with pytest.raises(InputError, match="not every client sends alike"):
+        Settings(data=tmp_path, token=token)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("studio.example", "https://studio.example/", "*", "https://a/b", "", "https://", "https://a:b"),
+        *("https://me@studio.example", "https://studio.example?", "ftp://studio.example", "https://[::1"),
+        *("https://studio.example #", "null"),
+    ],
+)
 def test_what_is_no_origin_is_refused(tmp_path: Path, origin: str) -> None:
     with pytest.raises(InputError, match="is no origin"):
         Settings(data=tmp_path, origins=(origin,))
+
+
+def test_origins_are_compared_as_browsers_say_them(tmp_path: Path) -> None:
+    given = ("HTTPS://Studio.Example:443", "http://studio.example:80", "https://[2001:DB8::1]:8443")
+    said = ("https://studio.example", "http://studio.example", "https://[2001:db8::1]:8443")
+    assert Settings(data=tmp_path, origins=given).origins == said
+
+
+@pytest.mark.parametrize(
+    "name", ["https://video.example", "video.example:443", "", "a b", "video.example/", "[::1", "me@there"]
+)
+def test_what_is_no_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="is no name of a machine"):
+        Settings(data=tmp_path, hosts=(name,))
+
+
+def test_names_are_compared_in_small_letters(tmp_path: Path) -> None:
+    assert Settings(data=tmp_path, hosts=("Video.Example", "[2001:DB8::1]")).hosts == (
+        "video.example",
+        "2001:db8::1",
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,6 +197,33 @@ def test_a_name_that_a_page_gave_this_machine_is_refused(
     with serving(tmp_path, small_bundles, hosts=("video.example",)) as served, served.http(Host=host) as http:
         answer = http.get("/v1/videos")
         assert answer.status_code == (200 if let_in else 403)
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "a b", "]", "127.0.0.1:x", "[zz]", "", "127.0.0.1:70000"])
+@pytest.mark.parametrize("header", ["Host", "Origin"])
+def test_names_that_are_none_are_refused_without_a_fault(open_house: Served, header: str, host: str) -> None:
+    text = f"http://{host}" if header == "Origin" else host
+    with open_house.http(**{header: text}) as http:
+        answer = http.get("/v1/videos")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    ("there", "counted"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+        ("2001:db8:1:2:ffff::", "2001:db8:1:2::"),
+        ("fe80::1%eth0", "fe80::"),
+        ("unknown", "unknown"),
+        (None, "local"),
+    ],
+)
+def test_by_which_address_a_client_is_counted(there: str | None, counted: str) -> None:
+    """Whoever has one address of IPv6 has 2^64 of them."""
+    scope = {"type": "http", "client": there and (there, 9), "headers": []}
+    assert client_of(HTTPConnection(scope)) == counted
 
 
 def test_a_large_body_is_refused_before_it_is_read(guarded: Served) -> None:

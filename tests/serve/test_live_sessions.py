@@ -119,7 +119,7 @@ def test_a_session_that_was_paused_for_long_sleeps_on_disk(
             assert len(other.chunks()) == 2
         talk.say("play")
         assert first + talk.chunks() == alone(small_bundles["pruned"], 6)
-        assert not any((tmp_path / "asleep").iterdir())
+        assert not any((tmp_path / "scratch" / "alone").iterdir())
 
 
 def test_a_lost_client_comes_back_and_misses_nothing(served: Served, small_bundles: dict[str, Path]) -> None:

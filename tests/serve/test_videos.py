@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
 
-from forcingkv.headmaps.errors import InputError
-from forcingkv.serve.job_store import Job, JobStore
 from tests.serve.served import PROMPT, Served, serving
 
 FORM = {"model": "window", "prompt": PROMPT, "seconds": "1", "seed": "7"}
@@ -181,74 +177,3 @@ def test_a_job_that_was_cut_off_says_so_and_others_are_there(
         assert http.get(f"/v1/videos/{second['id']}/content").status_code == 409
         assert done(again, third["id"])["status"] == "completed"
         assert len(list((tmp_path / "videos").iterdir())) == 2
-
-
-def test_old_jobs_make_room(tmp_path: Path) -> None:
-    store = JobStore(tmp_path, 3)
-    jobs = [store.add(Job("", "a", "window", PROMPT, 0, 4, "1", "12x8")) for _ in range(2)]
-    for job in jobs:
-        store.video(job.id).write_bytes(b"video")
-        store.change(job.id, status="completed")
-    more = [store.add(Job("", "a", "window", PROMPT, 0, 4, "1", "12x8")) for _ in range(2)]
-    assert [job.id for job in store.all()] == [jobs[1].id, *(job.id for job in more)]
-    assert not store.video(jobs[0].id).exists()
-    store.close()
-
-
-@pytest.mark.parametrize("content", [b"no table", b""], ids=["another file", "an empty file"])
-def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "jobs.sqlite").write_bytes(content)
-    if content:
-        with pytest.raises(InputError, match="is no table of jobs"):
-            JobStore(tmp_path, 3)
-    else:
-        JobStore(tmp_path, 3).close()
-
-
-def test_a_table_of_another_version_is_refused(tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "jobs.sqlite") as base:
-        base.execute("PRAGMA user_version=7")
-    base.close()
-    with pytest.raises(InputError, match="has tables of version 7; expected 1"):
-        JobStore(tmp_path, 3)
-
-
-def a_job() -> Job:
-    return Job("", "a", "window", PROMPT, 0, 4, "1", "12x8")
-
-
-def test_a_second_service_on_the_same_folder_is_refused(tmp_path: Path) -> None:
-    store = JobStore(tmp_path, 3)
-    with pytest.raises(InputError, match="is another service's"):
-        JobStore(tmp_path, 3)
-    store.close()
-    JobStore(tmp_path, 3).close()
-
-
-def test_what_a_replica_leaves_is_taken_over_by_another(tmp_path: Path) -> None:
-    """Those that live keep theirs; of one that died the job at work is said to be interrupted."""
-    one, two, three = (JobStore(tmp_path, 10, shared=True) for _ in range(3))
-    working, waiting, mine = one.add(a_job()), one.add(a_job()), two.add(a_job())
-    one.change(working.id, status="in_progress")
-    with one.unfinished(working.id) as grows:
-        grows.write_bytes(b"half a video")
-        assert two.take_over() == [two.get(mine.id)]
-        with closing(JobStore(tmp_path, 10, shared=True)):
-            assert grows.exists(), "another that begins leaves it alone"
-    one.close()
-    assert {job.id for job in three.take_over()} == {waiting.id}
-    assert three.take_over() == [three.get(waiting.id)]
-    assert two.take_over() == [two.get(mine.id)]
-    cut = two.get(working.id)
-    assert (cut.status, cut.code) == ("failed", "interrupted")
-    two.close()
-    three.close()
-
-
-def test_a_job_that_another_replica_removed_is_not_made(tmp_path: Path) -> None:
-    one, two = (JobStore(tmp_path, 10, shared=True) for _ in range(2))
-    job = one.add(a_job())
-    two.remove(job.id)
-    assert not one.change(job.id, status="in_progress")
-    one.close()
-    two.close()
