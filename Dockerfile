@@ -22,5 +22,5 @@ WORKDIR /data
 # What is cached lies in the volume too: the root may be read-only.
 ENV HOME=/data XDG_CACHE_HOME=/data/cache PYTHONDONTWRITEBYTECODE=1
 EXPOSE 8000
-HEALTHCHECK --interval=10s --start-period=60s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=5)"]
+HEALTHCHECK --interval=10s --start-period=60s CMD ["python", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8000/healthz', timeout=5)"]
 ENTRYPOINT ["forcingkv", "serve", "--host", "0.0.0.0", "--data", "/data"]

@@ -8,9 +8,10 @@ faster than it sends, the pipe fills, and the video waits.
 """
 
 import argparse
+import shutil
 import subprocess
 
-from forcingkv.runtime import Session
+from forcingkv.runtime import InputError, Session
 
 PROMPT = "a 3 moving left and a 7 moving up"
 CONTAINERS = {"rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "udp": "mpegts"}
@@ -24,9 +25,16 @@ given = parser.parse_args()
 
 scheme = given.to.partition(":")[0]
 if scheme not in CONTAINERS:
-    raise SystemExit(f"--to {given.to}: expected an address that begins with {', '.join(CONTAINERS)}")
+    parser.error(f"--to {given.to}: expected an address that begins with {', '.join(CONTAINERS)}")
+if shutil.which(given.ffmpeg) is None:
+    parser.error(f"--ffmpeg {given.ffmpeg}: there is no such program")
+try:
+    session = Session.open(given.bundle)
+    video = session.generate(PROMPT, seed=7, chunks=given.chunks)
+except InputError as error:
+    parser.error(str(error))
 
-with Session.open(given.bundle) as session:
+with session:
     width, height = session.bundle.manifest.frame_size
     words = [given.ffmpeg, "-loglevel", "error", "-re", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     words += ["-s", f"{width}x{height}", "-r", f"{session.spec.fps:g}", "-i", "-"]
@@ -35,15 +43,17 @@ with Session.open(given.bundle) as session:
     words += ["-g", f"{round(2 * session.spec.fps)}", "-f", CONTAINERS[scheme], given.to]
     ffmpeg = subprocess.Popen(words, stdin=subprocess.PIPE)
     assert ffmpeg.stdin
-    sent = 0
+    sent, ended = 0, 0
     try:
-        for chunk in session.generate(PROMPT, seed=7, chunks=given.chunks):
+        for chunk in video:
             ffmpeg.stdin.write(chunk.frames)
             sent += len(chunk.frames)
         ffmpeg.stdin.close()
     except BrokenPipeError:
         print("ffmpeg ended: its message is above")
+        ended = 1
     except KeyboardInterrupt:
         ffmpeg.terminate()
+        ended = 130
     print(f"{sent} frames sent")
-    raise SystemExit(ffmpeg.wait())
+    raise SystemExit(ended or ffmpeg.wait())

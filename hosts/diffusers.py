@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from forcingkv.headmaps.errors import InputError, MissingExtraError
-from forcingkv.runtime import Chunk, Prompt, Session, Video
-from forcingkv.runtime.text import Embeds, TextInput, read_embeds
+from forcingkv.runtime import Chunk, InUseError, Prompt, Session, Video
+from forcingkv.runtime.text import Embeds, TextInput, encode_words, prompt_input, read_embeds
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +30,15 @@ class ForcingKVPipeline:
     Attributes:
         session: what makes the chunks.
         fps: frames a second of the model.
+        seeds: of the videos that were made last, drawn ones too.
     """
 
     def __init__(self, session: Session, embeds: Embeds | None = None) -> None:
         self.session, self._embeds = session, embeds
         self.fps = session.spec.fps
+        self.seeds: list[int] = []
         self._interrupt = False
+        self._turn = Lock()
 
     @classmethod
     def from_pretrained(
@@ -41,7 +46,7 @@ class ForcingKVPipeline:
         bundle: Path | str,
         *,
         embeds: Path | str | None = None,
-        device: str | None = None,
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> Self:
         """Open a bundle.
@@ -56,7 +61,8 @@ class ForcingKVPipeline:
         """
         _output_class()
         known = read_embeds(embeds) if embeds else None
-        return cls(Session.open(bundle, device=device, **options), known)
+        where = None if device is None else str(device)
+        return cls(Session.open(bundle, device=where, **options), known)
 
     def close(self) -> None:
         """Give all memory back."""
@@ -70,9 +76,10 @@ class ForcingKVPipeline:
 
     @property
     def interrupt(self) -> bool:
-        """Whether the video ends with the chunk that is being made. A callback may set `_interrupt`.
+        """Whether the video or stream ends with the chunk that is being made. `_interrupt` may be set, by a
+        callback too.
 
-        No others are made then. What was made of one that others came before is left out.
+        No other videos are made then. What was made of one that others came before is left out.
         """
         return self._interrupt
 
@@ -101,36 +108,36 @@ class ForcingKVPipeline:
             num_inference_steps: as many as the bundle's schedule has, or None.
             guidance_scale: 1, or None: these models are run without guidance.
             num_videos_per_prompt: of each prompt, with seeds that follow each other.
-            generator: its initial seed is the video's; the noise is this project's own. Several: one a video.
+            generator: its initial seed is the video's, however often it was used; the noise is this project's
+                own. Several: one a video. None: seeds are drawn from torch's own, and are `seeds`.
             prompt_embeds: (videos, text_length, text_width), in place of prompts.
             output_type: `np`: float32 (videos, frames, height, width, 3) in [0, 1]; `pt`: a tensor of it,
-                (videos, frames, 3, height, width); `pil`: a list of lists of pictures; `latent`: (videos,
-                channels, latent frames, height, width).
+                (videos, frames, 3, height, width); `pil`: a list of lists of pictures; `latent`: float32
+                (videos, channels, latent frames, height, width), those of whole chunks.
             return_dict: whether to return a `WanPipelineOutput`; else a tuple of the frames.
             callback_on_step_end: called as `(pipe, chunk, 0, {"latents": of the chunk})` at the end of each
-                chunk, which is the step of a video that is made so. What it returns changes nothing.
+                chunk, which is the step of a video that is made so. It gets a copy, of numpy, and what it
+                returns changes nothing.
 
-        Raises InputError for what the bundle cannot do.
+        Raises InputError for what the bundle cannot do, before anything is made, and InUseError while another
+        call or stream of this pipeline is at work.
         """
         self._check(height, width, num_inference_steps, guidance_scale)
         if output_type not in ("np", "pt", "pil", "latent"):
             raise InputError(f"is {output_type!r}", where="output_type", expected="np, pt, pil or latent")
-        if num_videos_per_prompt < 1:
-            raise InputError(
-                f"is {num_videos_per_prompt}", where="num_videos_per_prompt", expected="1 or more"
-            )
-        prompts = [one for one in self._prompts(prompt, prompt_embeds) for _ in range(num_videos_per_prompt)]
-        seeds = _seeds(generator, len(prompts))
+        each = _whole_number(num_videos_per_prompt, "num_videos_per_prompt")
+        prompts = [one for one in self._prompts(prompt, prompt_embeds) for _ in range(each)]
         spec = self.session.spec
-        count = spec.frames_of(spec.chunks_for(5.0)) if num_frames is None else num_frames
-        self._interrupt = False
-        made: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]] = []
-        for one, seed in zip(prompts, seeds, strict=True):
-            whole = self._whole(one, seed, count, callback_on_step_end)
-            if not self._interrupt or not made:  # videos of a batch are of one length
-                made.append(whole)
-            if self._interrupt:
-                break
+        count = _frames(num_frames) or spec.frames_of(spec.chunks_for(5.0))
+        with self._alone():
+            self.seeds = _seeds(generator, len(prompts))
+            made: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]] = []
+            for one, seed in zip(prompts, self.seeds, strict=True):
+                whole = self._whole(one, seed, count, callback_on_step_end)
+                if not self._interrupt or not made:  # videos of a batch are of one length
+                    made.append(whole)
+                if self._interrupt:
+                    break
         frames = _as(output_type, [frames for frames, _ in made], [latents for _, latents in made])
         return _output_class()(frames=frames) if return_dict else (frames,)
 
@@ -144,17 +151,34 @@ class ForcingKVPipeline:
     ) -> Iterator[npt.NDArray[np.float32]]:
         """The frames of each chunk as soon as they are there: float32 (frames, height, width, 3) in [0, 1].
 
-        `num_frames` None: without end.
+        `num_frames` None: without end. Raises what a call does; the pipeline is at work until the iterator
+        ends or is closed.
         """
-        prompts = self._prompts(prompt, prompt_embeds)
+        prompts, left = self._prompts(prompt, prompt_embeds), _frames(num_frames)
         if len(prompts) != 1:
             raise InputError(f"are {len(prompts)}", where="prompts of a stream", expected="one")
-        (one,), (seed,) = prompts, _seeds(generator, 1)
-        left = num_frames
-        for chunk in self._video(one, seed, num_frames):
-            frames = chunk.frames if left is None else chunk.frames[:left]
-            left = None if left is None else left - len(frames)
-            yield frames.astype(np.float32) / 255
+        with self._alone():
+            self.seeds = _seeds(generator, 1)
+            for chunk in self._video(prompts[0], self.seeds[0], left):
+                frames = chunk.frames if left is None else chunk.frames[:left]
+                left = None if left is None else left - len(frames)
+                yield frames.astype(np.float32) / 255
+                if self._interrupt:
+                    return
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One video at a time: another call would end this one's, or take back its interrupt."""
+        if not self._turn.acquire(blocking=False):
+            raise InUseError(
+                "This pipeline is making a video, or a stream of it was not closed. Another one on the same"
+                " weights: ForcingKVPipeline(pipe.session.sibling())."
+            )
+        try:
+            self._interrupt = False
+            yield
+        finally:
+            self._turn.release()
 
     def _check(
         self, height: int | None, width: int | None, steps: int | None, guidance: float | None
@@ -175,18 +199,25 @@ class ForcingKVPipeline:
     def _prompts(self, prompt: str | Sequence[str] | None, embeds: torch.Tensor | None) -> list[Prompt]:
         if (prompt is None) == (embeds is None):
             raise InputError("needs a prompt or prompt_embeds, and not both", where="the pipeline")
+        spec, known = self.session.spec, self._embeds
         if embeds is not None:
-            return [array[None] for array in embeds.detach().cpu().float().numpy()]
-        words = [prompt] if isinstance(prompt, str) else list(prompt or ())
+            on_cpu = embeds.detach().cpu().float() if hasattr(embeds, "detach") else embeds
+            array = np.asarray(on_cpu, np.float32)
+            if array.ndim != 3 or not len(array):
+                expected = "(videos, text_length, text_width), one video or more"
+                raise InputError(f"has the shape {array.shape}", where="prompt_embeds", expected=expected)
+            return [prompt_input(spec, one[None]) for one in array]
+        words = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(words, Sequence) or not all(isinstance(one, str) for one in words):
+            raise InputError(f"is {prompt!r}", where="prompt", expected="words, or a list of them")
         if not words:
             raise InputError("is empty", where="prompt", expected="one or more")
-        known = self._embeds
-        return [TextInput(one, known.get(one, self.session.spec)) if known else one for one in words]
+        if known:
+            return [TextInput(one, known.get(one, spec)) for one in words]
+        return [TextInput(one, encode_words(spec, one)) for one in words]
 
     def _video(self, prompt: Prompt, seed: int, frames: int | None) -> Video:
         spec = self.session.spec
-        if frames is not None and frames < 1:
-            raise InputError(f"is {frames}", where="num_frames", expected="1 or more")
         chunks = None
         if frames is not None:
             chunks = spec.chunks_for(frames / spec.fps)
@@ -202,25 +233,45 @@ class ForcingKVPipeline:
         for chunk in self._video(prompt, seed, count):
             chunks.append(chunk)
             if told:
-                told(self, chunk.index, 0, {"latents": chunk.latents})
+                told(self, chunk.index, 0, {"latents": chunk.latents.copy()})
             if self._interrupt:
                 break
         frames = np.concatenate([chunk.frames for chunk in chunks])[:count]
         return frames, np.concatenate([chunk.latents for chunk in chunks], 2)
 
 
+def _whole_number(given: object, where: str) -> int:
+    """A number from 1 on. Raises InputError for any other."""
+    if isinstance(given, int | np.integer) and not isinstance(given, bool) and given >= 1:
+        return int(given)
+    raise InputError(f"is {given!r}", where=where, expected="a whole number, 1 or more")
+
+
+def _frames(given: int | None) -> int | None:
+    return None if given is None else _whole_number(given, "num_frames")
+
+
 def _seeds(generator: Any, count: int) -> list[int]:
-    """A seed for each video: of one generator its own and those that follow; without one drawn ones."""
+    """A seed for each video: of one generator its own and those that follow; without one drawn ones.
+
+    Raises InputError for what is no generator, or the same for two videos.
+    """
+    import torch
+
     if generator is None:
-        return [int(seed) for seed in np.random.default_rng().integers(0, 2**31, count)]
-    if isinstance(generator, Sequence):
-        if len(generator) != count:
-            raise InputError(
-                f"are {len(generator)}", where="generator", expected=f"one, or {count}: one a video"
-            )
-        return [one.initial_seed() for one in generator]
-    first = generator.initial_seed()
-    return [first + number for number in range(count)]
+        return [int(seed) for seed in torch.randint(0, 2**31, (count,))]
+    several = list(generator) if isinstance(generator, Sequence) else [generator]
+    if not all(isinstance(one, torch.Generator) for one in several):
+        raise InputError(f"is {generator!r}", where="generator", expected="a torch.Generator, or one a video")
+    if not isinstance(generator, Sequence):
+        first = generator.initial_seed()
+        return [first + number for number in range(count)]
+    if len(several) != count:
+        raise InputError(f"are {len(several)}", where="generator", expected=f"one, or {count}: one a video")
+    if len({id(one) for one in several}) < count:
+        expected = "another one for each video: the same has the same seed"
+        raise InputError("is given twice", where="generator", expected=expected)
+    return [one.initial_seed() for one in several]
 
 
 def _as(kind: OutputType, frames: list[npt.NDArray[np.uint8]], latents: list[npt.NDArray[np.float32]]) -> Any:

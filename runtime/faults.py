@@ -57,11 +57,11 @@ class DeviceError(SessionError):
 class InUseError(RuntimeError):
     """A session was used while something else was at work in it. That goes on undisturbed."""
 
-    def __init__(self, *, again: bool = False) -> None:
-        """`again` says that it was the same thread: something that the session called."""
+    def __init__(self, said: str | None = None, *, again: bool = False) -> None:
+        """`again`: it was the same thread, something that the session called. `said`: it in other words."""
         super().__init__(
-            "the session is at work in this very thread: what it calls (a noise source) cannot use it"
-            if again
+            said or "the session is at work in this very thread: what it calls (a noise source) cannot use it"
+            if said or again
             else "the session is in use by another thread: give each thread its own, with sibling()"
         )
 

@@ -6,7 +6,9 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -124,13 +126,30 @@ def cluster(address: str, workers: int | None) -> Iterator[None]:
         # More workers than cores may be asked for: their threads share the cores.
         options |= {"num_cpus": max(workers or 1, cpu_threads().number), "include_dashboard": False}
     try:
-        ray.init(address=address, **options)
+        with _own_signals():
+            ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(address, error) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Signals do behind the block what they did before it: Ray has them end the process with a report."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: it was not set by Python
+                signal.signal(number, handler)
 
 
 def _check_answers(address: str) -> None:
@@ -145,8 +164,11 @@ def _check_answers(address: str) -> None:
 
 
 def _no_cluster(address: str, error: Exception) -> InputError:
+    # Nothing that Ray raises tells a wrong token from a cluster that is not there.
+    hint = "If the cluster asks for a token (RAY_AUTH_MODE=token), set it here too: RAY_AUTH_TOKEN_PATH."
     return InputError(
         f"no cluster answers ({first_line(error)})",
         where=f"ray {address}",
         expected="the address of a running Ray cluster, or local",
+        hint=hint,
     )

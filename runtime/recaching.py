@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -16,10 +16,10 @@ from forcingkv.runtime.script import ENCODED, Script
 from forcingkv.runtime.spec import Recache
 
 
-def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: Collection[int]) -> None:
+def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: Callable[[int], bool]) -> None:
     """Raise InputError where a session, policy or video lacks a way, after any of those numbers of chunks.
 
-    `there` are the chunks whose latents will be there then, of those that may be asked for.
+    `there` says of which chunks the latents will be there then, of those that may be asked for.
     """
     check_way(maker.cache.plan, how)
     if how == "cut":
@@ -31,7 +31,7 @@ def check_recache(maker: ChunkMaker, how: Recache, made: Iterable[int], there: C
     plan = maker.cache.plan
     for chunks in filter(None, made):
         needed = chunks_of(plan, encoding(plan, chunks, keep_sink=how == "keep-sink"), chunks)
-        if missing := [chunk for chunk in needed if chunk not in there]:
+        if missing := [chunk for chunk in needed if not there(chunk)]:
             raise InputError(
                 f"does not have the latents of chunk {missing[0]}, which recache {how} encodes anew",
                 where="the state that the video goes on from",

@@ -256,8 +256,11 @@ class Video:
     def _check_switch(self, maker: ChunkMaker, switch: Switch) -> None:
         """Raise InputError where the cache could not be made anew at a switch, or nothing fades."""
         finished = self._begun - len(self._pending)
-        there = {*self._latents, *range(finished, switch.last_blended + 1)}
         made = range(switch.chunk, switch.last_blended + 2)
+
+        def there(chunk: int) -> bool:  # no set of them: a client may name any chunk, however far
+            return chunk in self._latents or finished <= chunk <= switch.last_blended
+
         if switch.chunk >= self._begun:  # others are refused as such
             check_recache(maker, switch.recache, made, there)
         if switch.fade and (self._script.text is None or self._script.prompt is None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,15 @@ def open_decoded(path: Path, *, pictures: bool = False) -> Iterator[tuple[float,
     if not there(path) or not path.is_file():
         expected = "a PNG or JPEG file" if pictures else "a video, such as an mp4 file"
         raise InputError("there is no such file", where=str(path), expected=expected)
-    try:
-        opened = open_media(path, PICTURES) if pictures else open_media(path)
-    except (av.error.FFmpegError, OSError) as error:
-        raise _unreadable(path, kind, str(error.strerror)) from error
-    with opened:
+    with ExitStack() as files:
+        try:
+            if pictures:  # without its name: by .jpg FFmpeg takes its reader of numbered files
+                opened = open_media(files.enter_context(path.open("rb")), PICTURES)
+            else:
+                opened = open_media(path)
+        except (av.error.FFmpegError, OSError) as error:
+            raise _unreadable(path, kind, str(error.strerror)) from error
+        files.enter_context(opened)
         if not opened.streams.video:
             raise _unreadable(path, kind, "no video stream")
         stream = opened.streams.video[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
@@ -20,6 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 import forcingkv
+from forcingkv.headmaps.errors import InputError
+from forcingkv.runtime import SessionError
 from forcingkv.serve.access import check_client
 from forcingkv.serve.http_videos import Used, allowed, refused, router
 from forcingkv.serve.messages import schema
@@ -115,6 +118,8 @@ def make_app(open_service: Callable[[], Service]) -> FastAPI:
     app.add_exception_handler(RefusalError, refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _not_there)
+    for kind in (InputError, SessionError, sqlite3.Error, OSError):
+        app.add_exception_handler(kind, _failed)
     app.add_exception_handler(Exception, _failed)
     app.add_middleware(Guard)
     app.include_router(plain)
@@ -150,8 +155,11 @@ def _not_there(request: Request, error: Exception) -> JSONResponse:
 
 
 def _failed(request: Request, error: Exception) -> JSONResponse:
-    """What nobody expected. The log has it, the client no more than that."""
-    return refused(request, refusal_of(error))
+    """What the client is told no more of than it may know. The log has what is not its fault."""
+    refusal = refusal_of(error)
+    if not refusal.is_the_clients:
+        log.error("request failed", exc_info=error)
+    return refused(request, refusal)
 
 
 class Guard:

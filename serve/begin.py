@@ -7,15 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from forcingkv.runtime import Session, Video
 from forcingkv.runtime.clip_starts import picture_start
 from forcingkv.runtime.text import Prompt
 from forcingkv.serve.bundles import ServedBundle
 from forcingkv.serve.engine import Engine
-from forcingkv.serve.messages import Start
+from forcingkv.serve.frame_coding import FrameCoder
+from forcingkv.serve.messages import Start, Started
 from forcingkv.serve.refusals import RefusalError
 from forcingkv.serve.states import SavedState
+
+
+class Named(Protocol):
+    """A session, as a client finds it again."""
+
+    id: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,26 @@ def words_at(video: Video, chunk: int | None = None) -> str:
     records = [video.prompt, *(switch.prompt for switch in video.switches if switch.chunk <= at)]
     last = records[-1]
     return (last.text or "") if last else ""
+
+
+def started(session: Named, beginning: Beginning, video: Video, coder: FrameCoder) -> Started:
+    """What a client is told when its video begins."""
+    bundle, start = beginning.bundle, beginning.start
+    return Started(
+        session=session.id,
+        key=session.key,
+        bundle=bundle.name,
+        prompt=words_at(video),
+        seed=video.seed,
+        chunks=video.chunks,
+        next_chunk=video.index,
+        frames=start.frames,
+        codec=coder.codec,
+        width=coder.width,
+        height=coder.height,
+        fps=bundle.bundle.plan.spec.fps,
+        parts=len(coder.head),
+    )
 
 
 @contextmanager

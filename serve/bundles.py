@@ -47,6 +47,7 @@ class ServedBundle:
     Attributes:
         name: what clients call it.
         session_bytes: what each session holds beside the weights.
+        chunk_bytes: of the frames of a chunk, as uint8 RGB.
     """
 
     def __init__(self, choice: BundleChoice, weights: Session, encode: Encode | None = None) -> None:
@@ -58,6 +59,10 @@ class ServedBundle:
         self._turn = Lock()
         parts = weights.footprint
         self.session_bytes = sum(size for part, size in parts.items() if part not in OF_WEIGHTS)
+        plan = self.bundle.plan
+        width, height = self.bundle.manifest.frame_size
+        most = max(plan.spec.frames_of(1), plan.spec.frames_of(2) - plan.spec.frames_of(1))
+        self.chunk_bytes = most * width * height * 3
         self.weight_bytes = sum(size for part, size in parts.items() if part in OF_WEIGHTS)
         if self.bundle.plan.spec.text.kind != "words" and not self._embeds and encode is None:
             raise InputError(

@@ -43,15 +43,14 @@ class Engine:
 
     def __init__(self, bundles: Mapping[str, ServedBundle], settings: Settings, scratch: Path) -> None:
         self.bundles, self.limits, self.replica = dict(bundles), settings.limits, settings.replica
-        sizes = [bundle.session_bytes for bundle in bundles.values()]
+        limits = settings.limits
         # The first session of each bundle is there already, and holds its memory.
-        memory = sum(sizes) + int(available_bytes() * SHARE)
+        first = {bundle.name: self.size_of(bundle) for bundle in bundles.values()}
+        memory = sum(first.values()) + int(available_bytes() * SHARE)
         if settings.memory is not None:
             weights = sum(bundle.weight_bytes for bundle in bundles.values())
-            memory = min(memory, max(sum(sizes), settings.memory - weights))
-        fit = max(1, memory // max(min(sizes), 1))
-        limits = settings.limits
-        self.places = Places(min(settings.sessions, fit), memory, limits.waiting)
+            memory = min(memory, max(sum(first.values()), settings.memory - weights))
+        self.places = Places(settings.sessions, memory, limits.waiting, first)
         self.scratch = scratch
         self.states = States(settings.data / "states", scratch, limits.states_kept)
         self.metrics = Metrics(self)
@@ -71,18 +70,28 @@ class Engine:
             )
         return self.bundles[name]
 
+    def size_of(self, bundle: ServedBundle, enlarge: int = 1) -> int:
+        """Bytes that a session holds beside the weights, with the chunks that wait for its client.
+
+        Those are counted as they are raw; `enlarge`: how often each of their pixels is repeated.
+        """
+        return bundle.session_bytes + self.limits.ahead * bundle.chunk_bytes * enlarge**2
+
     def new_name(self) -> str:
         """A name for a session. That of the replica is before it, so that others know whose session it is."""
         drawn = secrets.token_hex(8)
         return f"{self.replica}.{drawn}" if self.replica else drawn
 
     @contextmanager
-    def client(self, name: str) -> Iterator[None]:
-        """Count a session or job of a client. Raises RefusalError where it has too many, or all ends."""
-        if self.draining:
+    def client(self, name: str, *, let_in: bool = False) -> Iterator[None]:
+        """Count a session or job of a client, in the block.
+
+        Raises RefusalError where it has too many, or all ends; not for one that was `let_in` before.
+        """
+        if self.draining and not let_in:
             raise RefusalError("draining", "The service is about to end.", self.limits.drain)
         most = self.limits.sessions_a_client
-        if self._clients[name] >= most:
+        if self._clients[name] >= most and not let_in:
             raise RefusalError("too_many", f"You have {most} sessions and jobs already: end one first.", 10.0)
         self._clients[name] += 1
         try:

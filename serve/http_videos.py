@@ -221,9 +221,10 @@ async def _found(service: Service, name: str) -> Job:
     raise RefusalError("not_found", "There is no such video.")
 
 
-def refused(_: Request, error: Exception) -> JSONResponse:
+def refused(request: Request, error: Exception) -> JSONResponse:
     """A refusal as clients of that API expect it."""
     assert isinstance(error, RefusalError)
+    service_of(request).engine.metrics.refusals.labels(error.code).inc()
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     body = {"error": {"code": error.code, "message": error.message, "type": kind, "param": None}}
     headers = {"Retry-After": str(max(1, round(error.retry_after)))} if error.retry_after is not None else {}

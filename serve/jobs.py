@@ -7,7 +7,7 @@ import logging
 import os
 import sqlite3
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -32,13 +32,15 @@ class Jobs:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._at_work: set[str] = set()
         """Those that have a place: they are stopped between chunks."""
+        self._coming = 0
+        """Those that are being written to the table."""
         self._stopped: set[str] = set()
         self._looking: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Take up what waits; from now on also what replicas leave that die."""
         for job in self.store.take_over():
-            self._follow(job)
+            self._follow(job, self._engine.client(job.client, let_in=True))
         if self._engine.replica:
             self._looking = asyncio.create_task(self._look())
 
@@ -51,23 +53,22 @@ class Jobs:
                 log.error("the table of jobs cannot be used: %s", error)
                 continue
             for job in left:
-                if job.id not in self._tasks:
-                    self._follow(job)
+                self._follow(job, self._engine.client(job.client, let_in=True))
 
     async def add(self, job: Job) -> Job:
         """A job of a client. Raises RefusalError where it has too many, or too many wait."""
-        there = await self._engine.aside(self.store.all)
-        mine = sum(one.client == job.client and not one.over for one in there)
-        limits = self._engine.limits
-        if self._engine.draining:
-            raise RefusalError("draining", "The service is about to end.", limits.drain)
-        if mine >= limits.sessions_a_client:
-            raise RefusalError("too_many", f"You have {mine} jobs already: wait for one, or delete it.", 30.0)
-        if len(self._tasks) >= limits.waiting + self._engine.places.most:
-            wait = self._engine.places.wait(len(self._tasks)) or 30.0
-            raise RefusalError("busy", f"{len(self._tasks)} jobs wait already.", wait)
-        job = await self._engine.aside(self.store.add, job)
-        self._follow(job)
+        limits, places = self._engine.limits, self._engine.places
+        with ExitStack() as counted:
+            counted.enter_context(self._engine.client(job.client))
+            there = len(self._tasks) + self._coming
+            if there >= limits.waiting + places.most:
+                raise RefusalError("busy", f"{there} jobs wait already.", places.wait(there) or 30.0)
+            self._coming += 1  # before anything is waited for: many may ask at once
+            try:
+                job = await self._engine.aside(self.store.add, job)
+            finally:
+                self._coming -= 1
+            self._follow(job, counted.pop_all())
         return job
 
     async def remove(self, name: str) -> None:
@@ -83,29 +84,40 @@ class Jobs:
         finally:
             self._stopped.discard(name)
 
-    async def drain(self) -> None:
-        """Stop all: those at work are said to be interrupted, those that wait go on waiting on disk."""
+    async def drain(self, until: float) -> None:
+        """End all: those that wait go on waiting on disk. Those at work may go on until then
+        (`time.monotonic`), and are said to be interrupted."""
+        for name, task in list(self._tasks.items()):
+            if name not in self._at_work:
+                task.cancel()
         if self._looking:
             self._looking.cancel()
             with suppress(asyncio.CancelledError):
                 await self._looking
+        if self._tasks:
+            await asyncio.wait(set(self._tasks.values()), timeout=max(until - time.monotonic(), 0.0))
         self._stopped |= self._tasks.keys()
-        for name, task in list(self._tasks.items()):
-            if name not in self._at_work:
-                task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def _follow(self, job: Job) -> None:
-        task = self._tasks[job.id] = asyncio.create_task(self._run(job))
+    def _follow(self, job: Job, counted: AbstractContextManager[Any]) -> None:
+        if job.id in self._tasks:  # found in the table by two
+            return
+        task = self._tasks[job.id] = asyncio.create_task(self._run(job, counted))
         task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job: Job, counted: AbstractContextManager[Any]) -> None:
         """Wait for a place, make the video, and say how that went."""
+        with counted:
+            await self._run_counted(job)
+
+    async def _run_counted(self, job: Job) -> None:
         try:
             bundle = self._engine.bundle(job.bundle)
             seat = Seat(self._engine, bundle)
             try:
                 session = await seat.take(let_in=True)
+                if self._engine.draining:  # it goes on waiting, on disk
+                    return
                 self._at_work.add(job.id)
                 await self._make(job, bundle, session)
             finally:

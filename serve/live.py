@@ -10,8 +10,8 @@ from collections import deque
 from contextlib import suppress
 
 from forcingkv.headmaps.errors import InputError
-from forcingkv.runtime import Chunk, SessionError, Video
-from forcingkv.serve.begin import Beginning, words_at
+from forcingkv.runtime import Chunk, MemoryShortError, SessionError, Video
+from forcingkv.serve.begin import Beginning, started, words_at
 from forcingkv.serve.bundles import ServedBundle
 from forcingkv.serve.engine import Engine
 from forcingkv.serve.frame_coding import FrameCoder, coder_for
@@ -30,12 +30,12 @@ from forcingkv.serve.messages import (
     Save,
     Saved,
     Seconds,
-    Started,
     Stop,
     Switched,
     SwitchPrompt,
 )
 from forcingkv.serve.outbox import Outbox
+from forcingkv.serve.patience import Patience
 from forcingkv.serve.refusals import RefusalError, refusal_of
 from forcingkv.serve.seat import Seat
 from forcingkv.serve.states import SavedState
@@ -73,9 +73,8 @@ class LiveSession:
         self.outbox = Outbox(engine.limits.ahead, self._changed)
         self._commands: deque[Command] = deque()
         self._over: Ended | None = None
-        self._paused: float | None = None
+        self._patience = Patience(engine.limits, self.outbox)
         self._asleep: SavedState | None = None
-        self._drained: float | None = None
         self._seat = Seat(engine, self._bundle)
         self._video: Video | None = None
         self._coder: FrameCoder | None = None
@@ -97,7 +96,7 @@ class LiveSession:
 
     def drain(self, until: float) -> None:
         """The service ends: the video may, until then (`time.monotonic`); else its state is kept."""
-        self._drained = until
+        self._patience.drained = until
         self._changed.set()
 
     async def run(self) -> None:
@@ -109,23 +108,31 @@ class LiveSession:
                 await self._may_go_on()
                 if not self._over:
                     await self._next()
-            if self._over == "draining":
-                state = await self._keep()
             await self._coded()
+            if self._over == "draining":
+                state = await self._last_state()
             self._end(self._over, SAID[self._over], state)
         except Exception as error:  # whatever it was: others go on
-            refusal = refusal_of(error)
-            if not refusal.is_the_clients:
-                log.exception("session failed", extra={"session": self.id})
-            self.outbox.put(
-                ErrorEvent(code=refusal.code, message=refusal.message, retry_after=refusal.retry_after)
-            )
-            self._engine.metrics.refusals.labels(refusal.code).inc()
-            self._end("failed", refusal.message)
+            with suppress(Exception):  # the chunk before is whole
+                await self._coded()
+            self._end("failed", self._refuse(error, "session failed").message)
         finally:
             await self._release()
+            if self._coder is not None:
+                self._coder.close()
             if self._asleep:
                 await self._engine.aside(self._engine.states.drop, self._asleep)
+
+    def _refuse(self, error: BaseException, said: str) -> RefusalError:
+        """Tell the client of an error; what is not its fault goes into the log too."""
+        refusal = refusal_of(error)
+        if not refusal.is_the_clients:
+            log.error(said, extra={"session": self.id}, exc_info=error)
+        self._engine.metrics.refusals.labels(refusal.code).inc()
+        self.outbox.put(
+            ErrorEvent(code=refusal.code, message=refusal.message, retry_after=refusal.retry_after)
+        )
+        return refusal
 
     def _end(self, reason: Ended, message: str, state: SavedState | None = None) -> None:
         self._engine.metrics.ended.labels(reason).inc()
@@ -159,24 +166,7 @@ class LiveSession:
             },
         )
         self._last = time.monotonic()
-        self.outbox.put(
-            Started(
-                session=self.id,
-                key=self.key,
-                bundle=self._bundle.name,
-                prompt=words_at(video),
-                seed=video.seed,
-                chunks=video.chunks,
-                next_chunk=video.index,
-                frames=start.frames,
-                codec=self._coder.codec,
-                width=self._coder.width,
-                height=self._coder.height,
-                fps=spec.fps,
-                parts=len(self._coder.head),
-            ),
-            tuple(self._coder.head),
-        )
+        self.outbox.put(started(self, self._beginning, video, self._coder), tuple(self._coder.head))
 
     async def _take_place(self) -> None:
         """Wait for a place, and take a session there; the client may leave or stop meanwhile."""
@@ -184,15 +174,18 @@ class LiveSession:
         def tell(place: int, wait: float | None) -> None:
             self.outbox.put(Queued(session=self.id, key=self.key, place=place, wait_seconds=wait))
 
-        waiting = asyncio.ensure_future(self._seat.take(tell))
+        start = self._beginning.start
+        waiting = asyncio.ensure_future(self._seat.take(tell, enlarge=start.enlarge))
         while not waiting.done() and not self._over:
-            changed = asyncio.ensure_future(self._wait())
+            self._changed.clear()
+            if any(isinstance(command, Stop) for command in self._commands):
+                self._over = "stopped"
+                break
+            changed = asyncio.ensure_future(self._until_changed())
             await asyncio.wait({waiting, changed}, return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
             with suppress(asyncio.CancelledError):
                 await changed
-            if any(isinstance(command, Stop) for command in self._commands):
-                self._over = "stopped"
         if self._over:
             waiting.cancel()
         with suppress(asyncio.CancelledError):
@@ -206,15 +199,19 @@ class LiveSession:
             if self._commands:
                 await self._coded()  # events are in the order of chunks
                 await self._obey(self._commands.popleft())
-            elif self._paused is None and self.outbox.has_room and not self._out_of_time():
+            elif self._may_make():
                 return
-            elif not self._over:
-                await self._wait()
+            else:
+                self._changed.clear()
+                await self._until_changed()
 
-    async def _wait(self) -> None:
-        """Until something changed, or time is up for something."""
-        self._changed.clear()
-        limit = self._time_limit()
+    def _may_make(self) -> bool:
+        waits = self._patience
+        return waits.paused is None and self.outbox.has_room and not waits.is_over(self._video)
+
+    async def _until_changed(self) -> None:
+        """Wait until something changed, or time is up for something."""
+        limit = self._patience.limit(self._video)
         left = None if limit is None else max(limit[0] - time.monotonic(), 0.0)
         try:
             async with asyncio.timeout(left):
@@ -226,41 +223,16 @@ class LiveSession:
             else:
                 self._over = limit[1]
 
-    def _out_of_time(self) -> bool:
-        """Whether the video has to end by now, though it could go on."""
-        limit = self._time_limit()
-        return limit is not None and limit[0] <= time.monotonic()
-
-    def _time_limit(self) -> tuple[float, Ended | None] | None:
-        """Until when things may stay as they are, and how the session ends then; None: it falls asleep."""
-        limits, found = self._engine.limits, list[tuple[float, Ended | None]]()
-        if self.outbox.lost is not None:
-            # Where the service ends nobody can come back to it.
-            found.append((0.0 if self._drained is not None else self.outbox.lost + limits.lost, "lost"))
-        if self._drained is not None:
-            endless = self._video is None or self._video.chunks is None or self._paused is not None
-            found.append((0.0 if endless else self._drained, "draining"))
-        if self._asleep and self._paused is not None:
-            found.append((self._paused + limits.idle + limits.forgotten, "forgotten"))
-        elif self._paused is not None and self._video is not None:
-            found.append((self._paused + limits.idle, None))
-        elif self.outbox.full is not None:
-            found.append((self.outbox.full + limits.reader, "slow_reader"))
-        return min(found, key=lambda limit: limit[0], default=None)
-
     async def _obey(self, command: Command) -> None:
         try:
             match command:
                 case Stop():
                     self._over = "stopped"
                 case Pause():
-                    self._paused = self._paused or time.monotonic()
+                    self._patience.paused = self._patience.paused or time.monotonic()
                     self.outbox.put(Paused())
                 case Play():
-                    if self._asleep:
-                        await self._wake_up(self._asleep)
-                    self._paused, self._last = None, time.monotonic()
-                    self.outbox.put(Playing())
+                    await self._play()
                 case SwitchPrompt():
                     await self._switch(command)
                 case Save():
@@ -268,12 +240,8 @@ class LiveSession:
                     self.outbox.put(Saved(state=state.name, chunk=self._awake.index))
         except SessionError:
             raise
-        except (RefusalError, InputError) as error:
-            refusal = refusal_of(error)
-            self._engine.metrics.refusals.labels(refusal.code).inc()
-            self.outbox.put(
-                ErrorEvent(code=refusal.code, message=refusal.message, retry_after=refusal.retry_after)
-            )
+        except (RefusalError, InputError, OSError) as error:
+            self._refuse(error, f"{command.type} failed")
 
     @property
     def _awake(self) -> Video:
@@ -290,7 +258,7 @@ class LiveSession:
         self.outbox.put(Switched(chunk=chunk, prompt=command.prompt))
 
     async def _keep(self) -> SavedState:
-        """Save the state among those that clients may begin with."""
+        """Save the state among those that clients may begin with. Raises what `_saved` does, and OSError."""
         states, state = self._engine.states, await self._saved()
         await self._engine.aside(states.keep, state)
         return state
@@ -306,34 +274,65 @@ class LiveSession:
             raise
         return state
 
+    async def _last_state(self) -> SavedState | None:
+        """What can be gone on with, where the service ends; None: the video had not begun."""
+        if self._asleep is None:
+            return await self._keep() if self._video else None
+        state, self._asleep = self._asleep, None
+        await self._engine.aside(self._engine.states.keep, state)
+        return state
+
+    # Sleep
+
     async def _fall_asleep(self) -> None:
         """Save the video to disk, and give its place to others."""
         await self._coded()
         try:
-            state = await self._saved()
-        except InputError as error:  # a full disk: it keeps its place
+            self._asleep = await self._saved()
+        except (InputError, OSError) as error:  # a full disk: it keeps its place
             log.warning("a paused session could not be saved: %s", error, extra={"session": self.id})
-            self._paused = time.monotonic()
+            self._patience.paused = time.monotonic()
             return
-        self._asleep = state
+        self._patience.asleep = True
         await self._release()
         self.outbox.put(Asleep())
         log.info("session asleep", extra={"session": self.id})
 
+    async def _play(self) -> None:
+        """Go on after a pause. Raises RefusalError where no place can be had: it sleeps on then."""
+        if self._asleep:
+            await self._wake_up(self._asleep)
+        if self._over:  # while it waited for a place
+            return
+        self._patience.paused, self._last = None, time.monotonic()
+        self.outbox.wait_anew()
+        self.outbox.put(Playing())
+
     async def _wake_up(self, state: SavedState) -> None:
         """Take a place again, and go on where the video was."""
-        await self._take_place()
-        if self._over or self._seat.session is None:
-            return
-        self._video = await self._engine.make(self._seat.session.restore, state.folder)
+        self._patience.waking = True
+        try:
+            await self._take_place()
+            if self._seat.session is None:
+                return
+            self._video = await self._engine.make(self._seat.session.restore, state.folder)
+        except BaseException as error:
+            self._seat.give_back()
+            self._patience.paused = time.monotonic()
+            if isinstance(error, MemoryShortError):
+                raise refusal_of(error) from error
+            raise
+        finally:
+            self._patience.waking = False
+        self._asleep, self._patience.asleep = None, False
         await self._engine.aside(self._engine.states.drop, state)
-        self._asleep = None
 
     # Chunks
 
     async def _next(self) -> None:
         video = self._awake
         began = time.monotonic()
+        self.outbox.promise()
         chunk: Chunk | None = await self._engine.make(next, video, None)
         if chunk is None:
             self._over = "complete"
@@ -393,5 +392,3 @@ class LiveSession:
                 await self._coded()
         self._video = None
         self._seat.give_back()
-        if self._over and self._coder is not None:
-            self._coder.close()

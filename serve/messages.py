@@ -22,7 +22,7 @@ head); as a JPEG each; as the bytes of all frames of a chunk."""
 RecacheName = Literal["replay", "keep-sink", "empty-sink", "none", "cut"]
 Ended = Literal["complete", "stopped", "slow_reader", "lost", "forgotten", "draining", "failed"]
 
-Chunk = Annotated[int, Field(ge=0, le=2**53)]
+Chunk = Annotated[int, Field(ge=0, le=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 """Whole numbers that JavaScript has."""
 Prompt = Annotated[str, Field(min_length=1, max_length=20_000)]

@@ -7,10 +7,13 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
-from forcingkv.serve.messages import ChunkEvent, EndedEvent, Event, Started
+from forcingkv.serve.messages import ChunkEvent, EndedEvent, Event, Playing, Queued, Started
+
+MOST_ANSWERS = 200
+"""That are kept for a client which may have missed them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outgoing:
     """An event, and the binary messages that follow it."""
 
@@ -22,7 +25,8 @@ class Outbox:
     """Events for one client, which may come and go.
 
     A chunk stays here until the client says that it has it. So a client that takes nothing holds its session
-    back, no more than `ahead` chunks are ever in memory, and one that comes back misses none.
+    back, no more than `ahead` chunks are ever in memory, and one that comes back misses none. Other events
+    stay until a later chunk arrived: one that comes back may hear them twice.
 
     Attributes:
         ended: set once the client was sent the end.
@@ -34,7 +38,11 @@ class Outbox:
         self._ahead, self._changed = ahead, changed
         self._coming: deque[Outgoing] = deque()
         self._sent: deque[Outgoing] = deque()
-        """Chunks that the client was sent, and has not answered."""
+        """What the client was sent, and has not answered."""
+        self._promised = 0
+        """Chunks that are being made."""
+        self._next = 0
+        """The chunk that comes after all that were put here."""
         self._news = asyncio.Event()
         self._started: Outgoing | None = None
         self._over: Outgoing | None = None
@@ -52,42 +60,59 @@ class Outbox:
     @property
     def heard_the_end(self) -> bool:
         """Whether the client was sent the end, and has all chunks."""
-        return self.ended.is_set() and not self._sent
+        return self.ended.is_set() and not any(map(_is_chunk, self._sent))
 
     @property
     def size(self) -> int:
         """Bytes of the chunks that are held."""
         return sum(len(part) for one in (*self._sent, *self._coming) for part in one.parts)
 
+    def promise(self) -> None:
+        """A chunk is being made: it counts as one that is here."""
+        self._promised += 1
+        self._look()
+
     def put(self, event: Event, parts: tuple[bytes, ...] = ()) -> None:
         """Something for the client."""
         one = Outgoing(event, parts)
         if isinstance(event, Started):
-            self._started = one
+            self._started, self._next = one, event.next_chunk
         if isinstance(event, EndedEvent):
             self._over = one
+        if isinstance(event, ChunkEvent):
+            self._next, self._promised = event.chunk + 1, max(0, self._promised - 1)
+        if isinstance(
+            event, Queued | Started | Playing | EndedEvent
+        ):  # a place in the queue that was said is old
+            self._coming, self._sent = _without_places(self._coming), _without_places(self._sent)
         self._coming.append(one)
         self._look()
+        if isinstance(event, ChunkEvent):
+            self.wait_anew()
+
+    def wait_anew(self) -> None:
+        """From now on it counts how long the client takes nothing."""
+        if self.full is not None:
+            self.full = time.monotonic()
 
     def attach(self, after: int | None = None) -> int:
         """A client is there; `after` a loss: the last chunk that arrived. Returns its number, for `get`."""
         self._reader += 1
         self.lost = None
         if after is not None:
-            again = [one for one in (*self._sent, *self._coming) if not _has_come(one, after)]
+            again = deque((*self._sent, *self._coming))
+            _forget(again, after)
             if self._over and self._over not in again:  # it was sent, and perhaps lost
                 again.append(self._over)
-            self._coming, self._sent = deque(again), deque()
-            if self._started and not any(isinstance(one.event, Started) for one in again):
-                first = next((one.event.chunk for one in again if isinstance(one.event, ChunkEvent)), None)
-                event = self._started.event
-                assert isinstance(event, Started)
-                begun = replace(
-                    self._started,
-                    event=event.model_copy(update={"next_chunk": after + 1 if first is None else first}),
+            self._coming, self._sent = again, deque()
+            if self._started and self._started not in again:
+                first = next(
+                    (one.event.chunk for one in again if isinstance(one.event, ChunkEvent)), self._next
                 )
-                self._coming.appendleft(begun)
+                event = self._started.event.model_copy(update={"next_chunk": first})
+                self._coming.appendleft(replace(self._started, event=event))
         self._look()
+        self.wait_anew()
         self._changed.set()
         return self._reader
 
@@ -102,8 +127,9 @@ class Outbox:
         while reader == self._reader:
             if self._coming:
                 one = self._coming.popleft()
-                if isinstance(one.event, ChunkEvent):
+                if not isinstance(one.event, Started | EndedEvent):  # which are kept anyhow
                     self._sent.append(one)
+                    self._limit()
                 return one
             self._news.clear()
             await self._news.wait()
@@ -123,16 +149,36 @@ class Outbox:
 
     def acknowledge(self, chunk: int) -> None:
         """All chunks up to that one arrived."""
-        while self._sent and _has_come(self._sent[0], chunk):
-            self._sent.popleft()
+        _forget(self._sent, chunk)
         self._look()
         self._changed.set()
 
     def _look(self) -> None:
-        chunks = len(self._sent) + sum(isinstance(one.event, ChunkEvent) for one in self._coming)
+        chunks = self._promised + sum(map(_is_chunk, (*self._sent, *self._coming)))
         self.full = None if chunks < self._ahead else self.full or time.monotonic()
         self._news.set()
 
+    def _limit(self) -> None:
+        """Keep memory bounded where a client says much, and no chunk comes: the oldest answers go."""
+        answers = [one for one in self._sent if not _is_chunk(one)]
+        if len(answers) > MOST_ANSWERS:
+            self._sent.remove(answers[0])
 
-def _has_come(one: Outgoing, chunk: int) -> bool:
-    return isinstance(one.event, ChunkEvent) and one.event.chunk <= chunk
+
+def _is_chunk(one: Outgoing) -> bool:
+    return isinstance(one.event, ChunkEvent)
+
+
+def _without_places(events: deque[Outgoing]) -> deque[Outgoing]:
+    return deque(one for one in events if not isinstance(one.event, Queued))
+
+
+def _forget(events: deque[Outgoing], chunk: int) -> None:
+    """Take away all up to the last chunk that is no later than that one."""
+    come = [
+        place
+        for place, one in enumerate(events)
+        if isinstance(one.event, ChunkEvent) and one.event.chunk <= chunk
+    ]
+    for _ in range(come[-1] + 1 if come else 0):
+        events.popleft()

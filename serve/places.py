@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from forcingkv.serve.refusals import RefusalError
@@ -20,6 +20,8 @@ UNKNOWN_WAIT = 30.0
 class Place:
     """What one session holds of the machine."""
 
+    kind: str
+    """Its bundle's name."""
     size: int
     """Bytes."""
     since: float = 0.0
@@ -35,10 +37,11 @@ class Places:
         most: sessions at a time.
         memory: bytes that all of them may hold.
         waiting: how many may wait.
+        first: bytes of the first session of each kind, which is there even while nobody uses it.
     """
 
-    def __init__(self, most: int, memory: int, waiting: int) -> None:
-        self.most, self.memory, self._longest = most, memory, waiting
+    def __init__(self, most: int, memory: int, waiting: int, first: Mapping[str, int]) -> None:
+        self.most, self.memory, self._longest, self._first = most, memory, waiting, dict(first)
         self._held: set[Place] = set()
         self._queue: deque[Place] = deque()
         self._lengths: deque[float] = deque(maxlen=LATELY)
@@ -49,16 +52,24 @@ class Places:
 
     @property
     def used(self) -> int:
-        """Bytes of the sessions that have places."""
-        return sum(place.size for place in self._held)
+        """Bytes of the sessions that are there."""
+        return self._used_with()
+
+    def _used_with(self, *more: Place) -> int:
+        """The same with others. The first of a kind that comes takes the one that is there."""
+        held = Counter[str]()
+        for place in (*self._held, *more):
+            held[place.kind] += place.size
+        return sum(max(held[kind], first) for kind, first in self._first.items())
 
     @property
     def waiting(self) -> int:
         return len(self._queue)
 
-    def fit(self, size: int) -> int:
-        """How many sessions of that size fit at a time."""
-        return min(self.most, self.memory // max(size, 1))
+    def fit(self, kind: str, size: int | None = None) -> int:
+        """How many sessions of a kind fit at a time, of a size; None: of that of its first."""
+        others = sum(first for other, first in self._first.items() if other != kind)
+        return min(self.most, (self.memory - others) // max(size or self._first[kind], 1))
 
     def wait(self, place: int) -> float | None:
         """Seconds that the one at a place of the queue is expected to wait."""
@@ -68,21 +79,22 @@ class Places:
         return place * mean / max(len(self._held), 1)
 
     async def take(
-        self, size: int, tell: Callable[[int, float | None], None], *, let_in: bool = False
+        self, kind: str, size: int, tell: Callable[[int, float | None], None], *, let_in: bool = False
     ) -> Place:
         """Wait for a place.
 
         Args:
-            size: bytes of the session.
+            kind: of the session: its bundle's name.
+            size: its bytes.
             tell: what is told how long the wait is.
             let_in: whether it was promised a place before, so that it waits however many do.
 
         Raises RefusalError: too many wait already (busy), or it never fits. Whoever is cancelled while
         waiting leaves the queue.
         """
-        if not self.fit(size):
+        if not self.fit(kind, size):
             raise RefusalError("busy", "A session of this bundle does not fit into the memory there is.")
-        place = Place(size, tell=tell)
+        place = Place(kind, size, tell=tell)
         if not self._queue and self._fits(place):
             self._hold(place)
             return place
@@ -114,7 +126,7 @@ class Places:
             self._tell()
 
     def _fits(self, place: Place) -> bool:
-        return len(self._held) < self.most and self.used + place.size <= self.memory
+        return len(self._held) < self.most and self._used_with(place) <= self.memory
 
     def _hold(self, place: Place) -> None:
         place.since = time.monotonic()

@@ -121,4 +121,4 @@ def without_places(error: InputError) -> str:
 
 def _plain(text: str) -> str:
     """A part of a message without absolute paths."""
-    return re.sub(r"(?<![\w.])(?:[A-Za-z]:[\\/]|[\\/])[^\s'\",;)]+", "(a file)", text)
+    return re.sub(r"(?<![\w.<])(?:[A-Za-z]:[\\/]|[\\/])[^\s'\",;)]+", "(a file)", text)

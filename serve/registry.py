@@ -47,11 +47,14 @@ class Registry:
         return live
 
     async def _run(self, live: LiveSession, counted: ExitStack) -> None:
+        # Until its frames are gone it counts as its client's.
         with counted:
-            await live.run()
-        await self._linger(live)
-        del self.sessions[live.id]
-        live.outbox.forsake()
+            try:
+                await live.run()
+                await self._linger(live)
+            finally:
+                del self.sessions[live.id]
+                live.outbox.forsake()
 
     async def _linger(self, live: LiveSession) -> None:
         """Let the client fetch what was made last: one that was lost may come back for it."""
@@ -66,9 +69,8 @@ class Registry:
                 return
             await asyncio.sleep(LOOK)
 
-    async def drain(self) -> None:
-        """End all sessions: those whose video ends soon may, of others the state is kept."""
-        until = time.monotonic() + self._engine.limits.drain
+    async def drain(self, until: float) -> None:
+        """End all sessions, of which the states are kept; but videos that end by then (`time.monotonic`)."""
         for live in self.sessions.values():
             live.drain(until)
         while self._tasks and time.monotonic() < until + self._engine.limits.last_words:

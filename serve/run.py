@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
@@ -20,7 +21,7 @@ from forcingkv.serve.registry import Registry
 from forcingkv.serve.relay import Relay
 from forcingkv.serve.service import Service
 from forcingkv.serve.settings import Settings
-from forcingkv.serve.silent import Silent
+from forcingkv.serve.silent import Calm, Silent
 
 SECOND = 10
 """Of uvicorn's ticks."""
@@ -60,6 +61,8 @@ def make_server(service: Service, ready: Callable[[], None] = lambda: None) -> S
         make_app(lambda: service),
         log_config=None,
         access_log=False,
+        ws=Calm,
+        ws_ping_timeout=service.settings.limits.reader,  # its answer may be behind a large chunk
         ws_max_size=service.settings.limits.body,
         ws_per_message_deflate=False,  # frames are compressed already
         timeout_graceful_shutdown=5,
@@ -94,7 +97,9 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal; the second is not asked (`commands/stopping.py`)."""
+        """The first signal ends it well, the second at once."""
+        if self._told:
+            os._exit(128 + sig)
         self.stop()
 
     def stop(self) -> None:

@@ -25,13 +25,25 @@ class Seat:
         self.session: Session | None = None
 
     async def take(
-        self, tell: Callable[[int, float | None], None] = lambda place, wait: None, *, let_in: bool = False
+        self,
+        tell: Callable[[int, float | None], None] = lambda place, wait: None,
+        *,
+        enlarge: int = 1,
+        let_in: bool = False,
     ) -> Session:
         """Wait for a place, and take a session there.
 
-        Whoever is cancelled meanwhile has neither. Raises what `Places.take` and `Session.sibling` do.
+        Whoever is cancelled meanwhile has neither.
+
+        Args:
+            tell, let_in: see `Places.take`.
+            enlarge: how often each pixel of its frames is repeated.
+
+        Raises what `Places.take` and `Session.sibling` do.
         """
-        self._place = await self._engine.places.take(self._bundle.session_bytes, tell, let_in=let_in)
+        assert self._place is None, "it was taken already"
+        size = self._engine.size_of(self._bundle, enlarge)
+        self._place = await self._engine.places.take(self._bundle.name, size, tell, let_in=let_in)
         taking = asyncio.ensure_future(self._engine.aside(self._bundle.take))
         try:
             self.session = await asyncio.shield(taking)
@@ -44,9 +56,11 @@ class Seat:
 
     def give_back(self) -> None:
         """Give both back; nothing happens where there is none."""
-        if self.session is not None:
-            session, self.session = self.session, None
-            self._bundle.give_back(session)
-        if self._place is not None:
-            place, self._place = self._place, None
-            self._engine.places.give_back(place)
+        session, self.session = self.session, None
+        place, self._place = self._place, None
+        try:
+            if session is not None:
+                self._bundle.give_back(session)
+        finally:
+            if place is not None:
+                self._engine.places.give_back(place)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
@@ -27,10 +29,12 @@ class Service:
     """To the other replicas, where there are any."""
 
     async def drain(self) -> None:
-        """End all that runs, as far as it can end well."""
+        """End all that runs, as far as it can end well. A second time nothing happens."""
+        if self.engine.draining:
+            return
         self.engine.draining = True
-        await self.registry.drain()
-        await self.jobs.drain()
+        until = time.monotonic() + self.settings.limits.drain
+        await asyncio.gather(self.jobs.drain(until), self.registry.drain(until))
 
     def close(self) -> None:
         """Give all back."""

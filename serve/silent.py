@@ -1,10 +1,15 @@
-"""Connections over which no request comes. uvicorn waits for one as long as it takes."""
+"""Connections that ask nothing, or only whether anybody is there: uvicorn would bear them for ever."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 from typing import Any
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+MOST_PINGS = 20
+"""A second, of one client."""
 
 
 class Silent:
@@ -32,3 +37,19 @@ class Silent:
             if now - there[key] > self._seconds:
                 one.transport.abort()
         self._since = there
+
+
+class Calm(WebSocketsSansIOProtocol):
+    """A WebSocket whose pings are answered at a pace: each answer waits in memory until it is read."""
+
+    _second, _pings = 0.0, 0
+
+    def handle_ping(self) -> None:
+        now = self.loop.time()
+        if now - self._second > 1.0:
+            self._second, self._pings = now, 0
+        self._pings += 1
+        if self._pings > MOST_PINGS:
+            self.transport.abort()
+            return
+        super().handle_ping()

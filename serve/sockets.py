@@ -87,11 +87,10 @@ class _Socket:
         else:
             engine = self._service.engine
             bundles = [bundle.info for bundle in engine.bundles.values()]
-            sizes = [bundle.session_bytes for bundle in engine.bundles.values()]
             welcome = Welcome(
                 version=forcingkv.__version__,
                 bundles=bundles,
-                sessions=engine.places.fit(min(sizes)),
+                sessions=max(map(engine.places.fit, engine.bundles)),
                 ahead=self._limits.ahead,
                 lost_seconds=self._limits.lost,
             )

@@ -59,7 +59,7 @@ class States:
         whole = [
             path for path in self._folder.iterdir() if NAME.fullmatch(path.name) and (path / ABOUT).exists()
         ]
-        for old in sorted(whole, key=lambda path: (path / ABOUT).stat().st_mtime)[: -self._kept]:
+        for old in sorted(whole, key=_written)[: -self._kept]:
             shutil.rmtree(old, ignore_errors=True)
 
     def find(self, name: str) -> SavedState:
@@ -79,3 +79,11 @@ class States:
     def drop(self, state: SavedState) -> None:
         """Remove a state that was not kept; nothing happens where it is not there."""
         shutil.rmtree(state.folder.parent, ignore_errors=True)
+
+
+def _written(place: Path) -> float:
+    """When a state was saved; 0.0: another one has just removed it."""
+    try:
+        return (place / ABOUT).stat().st_mtime
+    except OSError:
+        return 0.0

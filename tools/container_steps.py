@@ -35,7 +35,10 @@ USER = 10001
 def install(folder: Path, options: list[str]) -> Path:
     """The wheel in a new environment; its Python."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder / "wheel"), str(ROOT)], check=True)
+    ignored = (ROOT / ".dockerignore").read_text("utf-8").replace("**/", "").split()
+    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=shutil.ignore_patterns(*ignored))
+    source = str(folder / "source")
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder / "wheel"), source], check=True)
     (wheel,) = (folder / "wheel").glob("*.whl")
     print(f"built {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB")
     venv.create(folder / "env", with_pip=True)
@@ -61,7 +64,8 @@ def ask(port: int, path: str, token: str, body: dict[str, Any] | None = None) ->
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", given)
     request.add_header("Authorization", f"Bearer {token}")
     request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is this machine
+    with opener.open(request, timeout=60) as answer:
         content: bytes = answer.read()
     return content
 
@@ -78,9 +82,8 @@ def run(python: Path, bundle: Path, data: Path) -> None:
     if other:
         os.chown(data, USER, USER)
     began = time.monotonic()
-    process = subprocess.Popen(
-        words, cwd=data, env=environment, user=USER if other else None, group=USER if other else None
-    )
+    user: dict[str, Any] = {"user": USER, "group": USER, "extra_groups": []} if other else {}
+    process = subprocess.Popen(words, cwd=data, env=environment, **user)
     try:
         while True:
             if process.poll() is not None:
@@ -97,6 +100,8 @@ def run(python: Path, bundle: Path, data: Path) -> None:
         body = {"prompt": "a 3 moving left and a 7 moving up", "seconds": 2, "model": model}
         job = json.loads(ask(port, "/v1/videos", token, body))
         while job["status"] in ("queued", "in_progress"):
+            if time.monotonic() - began > 300:
+                raise SystemExit("the video is not made within 5 minutes")
             time.sleep(0.1)
             job = json.loads(ask(port, f"/v1/videos/{job['id']}", token))
         if job["status"] != "completed":
@@ -105,7 +110,11 @@ def run(python: Path, bundle: Path, data: Path) -> None:
         print(f"a video of {len(content):,} bytes")
     finally:
         process.send_signal(signal.SIGTERM)
-        code = process.wait(60)
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise SystemExit("it does not end within 60 s of SIGTERM") from None
     print(f"ended with {code} after SIGTERM")
     if code:
         raise SystemExit(1)

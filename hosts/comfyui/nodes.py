@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +43,10 @@ class LoadBundle:
             },
         }
 
+    @classmethod
+    def IS_CHANGED(cls, bundle: str, **_: object) -> str:  # noqa: N802
+        return _written(bundle)
+
     def load(self, bundle: str, device: str = "", backend: str = "default") -> tuple[Session]:
         asked = None if backend == "default" else backend
         return (Session.open(Path(bundle.strip()), device=device.strip() or None, backend=asked),)
@@ -73,6 +78,12 @@ class LoadModel:
                 "device": ("STRING", {"default": "", "tooltip": "cpu, cuda, cuda:1; empty: the default."}),
             },
         }
+
+    @classmethod
+    def IS_CHANGED(  # noqa: N802
+        cls, model: str, checkpoint: str = "", headmap: str = "", vae: str = "", **_: object
+    ) -> str:
+        return _written(model, checkpoint, headmap, vae)
 
     def load(
         self,
@@ -117,6 +128,10 @@ class GenerateVideo:
                 "switches": ("FORCINGKV_SWITCHES",),
             },
         }
+
+    @classmethod
+    def IS_CHANGED(cls, embeds: str = "", **_: object) -> str:  # noqa: N802
+        return _written(embeds)
 
     def generate(
         self,
@@ -164,6 +179,20 @@ class SwitchPrompt:
         self, second: float, prompt: str, switches: tuple[tuple[float, str], ...] = ()
     ) -> tuple[tuple[tuple[float, str], ...]]:
         return (tuple(sorted((*switches, (second, prompt)))),)
+
+
+def _written(*places: str) -> str:
+    """When files were written: ComfyUI keeps what a node gave until this is another text.
+
+    Of a bundle its manifest, which has the digests of all others; of what is no file here nothing.
+    """
+    found = []
+    for place in filter(None, map(str.strip, places)):
+        path = Path(place)
+        path = path / "manifest.json" if (path / "manifest.json").is_file() else path
+        with suppress(OSError):
+            found.append(f"{path.stat().st_mtime_ns}, {path.stat().st_size}")
+    return "; ".join(found)
 
 
 def _text(session: Session, prompt: str, embeds: str) -> Prompt:

@@ -60,20 +60,23 @@ def rate(seen: list[Seen], began: float) -> float:
 
 
 def load(bundle: Path, rounds: int, frames: str) -> None:
-    """The table of clients against frames a second, in turns with the session alone."""
+    """The table of clients against frames a second, each between two runs of the session alone."""
     rates: dict[int, list[float]] = {count: [] for count in CLIENTS}
     shares: dict[int, list[float]] = {count: [] for count in CLIENTS}
     firsts: dict[int, list[float]] = {count: [] for count in CLIENTS}
     singles = []
     with running(bundle) as service:
         for _ in range(rounds):
+            before = alone(bundle, frames)["rate"]
             for count in CLIENTS:
-                single = alone(bundle, frames)["rate"]
                 found, first = rate_of(service.port, count, frames)
-                singles.append(single)
+                after = alone(bundle, frames)["rate"]
+                singles += [before, after]
                 rates[count].append(found)
-                shares[count].append(found / single)
+                # A machine slows down and recovers: what is compared is from before and after.
+                shares[count].append(found / ((before + after) / 2))
                 firsts[count] += first
+                before = after
     print(
         f"\nframes as {frames}; without a service: {median(singles):.1f} frames a second"
         f" ({min(singles):.1f} to {max(singles):.1f}), {rounds} rounds\n"

@@ -30,7 +30,7 @@ def flat(text: str) -> str:
         (("--token-file", "{tmp}/empty"), "is empty"),
         (("--origin", "studio.example"), "is no origin"),
         (("--embeds", "other={tmp}/none"), "there is no bundle 'other'"),
-        (("--data", "{tmp}/short"), "cannot be made"),
+        (("--data", "{tmp}/short"), "cannot be written"),
         (("--log-level", "loud"), "--log-level is 'loud'"),
         (("--bundle", "one={tmp}"), "two are called one"),
         (("--expect-digest", "0" * 64, "--expect-digest", "0" * 64), "is given 2 times"),

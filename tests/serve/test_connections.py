@@ -6,43 +6,44 @@ import asyncio
 import socket
 import sqlite3
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import httpx2 as httpx
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection
 
 from forcingkv.serve import jobs
 from forcingkv.serve.bundles import ServedBundle
-from forcingkv.serve.places import Places
-from forcingkv.serve.refusals import RefusalError
-from forcingkv.serve.seat import Seat
 from tests.serve.served import LIMITS, PROMPT, Served, serving
 from tests.serve.test_videos import asked, done
 
 
-@pytest.mark.parametrize(
-    "said",
-    [b"", b"GET", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n", b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\nGET /"],
-    ids=["nothing", "half a line", "half a head", "half of a second one"],
-)
-def test_who_asks_nothing_is_shown_out(small_bundles: dict[str, Path], tmp_path: Path, said: bytes) -> None:
+def test_who_asks_nothing_is_shown_out(small_bundles: dict[str, Path], tmp_path: Path) -> None:
     """It holds a file of the process: a thousand such would be all that there are."""
+    half = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"
     with (
         serving(tmp_path, small_bundles, limits=replace(LIMITS, hello=0.5)) as served,
-        socket.create_connection(("127.0.0.1", served.port), timeout=30) as silent,
+        ExitStack() as opened,
         served.live() as talk,
     ):
         began = time.monotonic()
-        silent.sendall(said)
-        try:
-            while silent.recv(1000):
-                pass
-        except ConnectionResetError:
-            pass
-        assert 0.3 < time.monotonic() - began < 5
+        for said in (b"", b"GET", half, half + b"\r\nGET /"):
+            silent = socket.create_connection(("127.0.0.1", served.port), timeout=30)
+            opened.enter_context(silent).sendall(said)
+            opened.callback(_read_until_the_end, silent)
+        opened.close()
+        assert 0.3 < time.monotonic() - began < 20
         talk.start(chunks=2)  # who has a socket is not silent
         assert len(talk.chunks()) == 2
+
+
+def _read_until_the_end(connection: socket.socket) -> None:
+    with suppress(ConnectionResetError):
+        while connection.recv(1000):
+            pass
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(small_bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -147,40 +148,47 @@ def test_a_job_on_a_full_disk_says_so_and_later_ones_are_made(
         assert done(served, asked(served)["id"])["status"] == "completed"
 
 
-def test_who_leaves_while_a_session_is_opened_leaves_nothing() -> None:
-    """A thread is at it then: what it opens is given back."""
-    opened, given_back = [], []
-
-    def take() -> object:
-        time.sleep(0.2)
-        opened.append("a session")
-        return opened[-1]
-
-    async def leave() -> None:
-        places = Places(1, 10, 1)
-        engine = SimpleNamespace(places=places, aside=asyncio.to_thread)
-        bundle = SimpleNamespace(session_bytes=1, take=take, give_back=given_back.append)
-        seat = Seat(engine, bundle)  # type: ignore[arg-type]
-        taking = asyncio.create_task(seat.take())
-        await asyncio.sleep(0.05)
-        assert places.held == 1
-        taking.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await taking
-        assert (opened, given_back, places.held) == (["a session"], ["a session"], 0)
-
-    asyncio.run(leave())
+def test_a_refused_request_costs_no_connection(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Words that the model does not know are no fault of the service."""
+    with served.http() as http:
+        for _ in range(3):
+            answer = http.post("/v1/videos", json={"prompt": "unheard of"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_request")
+        assert 'forcingkv_refusals_total{code="bad_request"}' in http.get("/metrics").text
+    assert not caplog.records
 
 
-def test_nobody_is_let_in_beyond_the_queue() -> None:
-    async def come() -> None:
-        places = Places(1, 10, 0)
-        await places.take(1, lambda place, wait: None)
-        with pytest.raises(RefusalError, match="All places are taken"):
-            await places.take(1, lambda place, wait: None)
-        promised = asyncio.create_task(places.take(1, lambda place, wait: None, let_in=True))
-        await asyncio.sleep(0)
-        assert places.waiting == 1
-        promised.cancel()
+def test_pings_are_answered_at_a_pace(served: Served) -> None:
+    with served.live() as talk:
+        talk.socket.ping()
+        talk.say("start", prompt=PROMPT, chunks=1)
+        assert talk.hear("started")
+        with pytest.raises(ConnectionClosed):
+            _flood(talk.socket)
+    with served.live() as talk:
+        talk.start(chunks=1)
 
-    asyncio.run(come())
+
+def _flood(connection: ClientConnection) -> None:
+    for _ in range(1000):
+        connection.ping()
+        time.sleep(0.001)
+
+
+def test_many_jobs_at_once_are_counted(small_bundles: dict[str, Path], tmp_path: Path) -> None:
+    """With the live sessions of the same address; and it is counted before anything is waited for."""
+    limits = replace(LIMITS, sessions_a_client=5)
+    body = {"model": "window", "prompt": PROMPT, "seconds": 3}
+
+    async def ask(url: str) -> list[int]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            answers = await asyncio.gather(*(http.post("/v1/videos", json=body) for _ in range(20)))
+        return [answer.status_code for answer in answers]
+
+    with serving(tmp_path, small_bundles, limits=limits, sessions=1) as served, served.live() as talk:
+        talk.start()
+        codes = asyncio.run(ask(served.url))
+        assert sorted(codes) == [200] * 4 + [429] * 16
+        with served.live() as other:
+            other.say("start", prompt=PROMPT)
+            assert other.hear("error")["code"] == "too_many"

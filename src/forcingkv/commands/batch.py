@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -20,7 +23,7 @@ from forcingkv.commands.console import MOST, given_options, progress_bar, result
 from forcingkv.commands.stopping import exit_code
 from forcingkv.headmaps.errors import InputError
 from forcingkv.headmaps.plain import plain
-from forcingkv.headmaps.writing import check_file
+from forcingkv.headmaps.writing import check_file, is_ours, remove_free_locks, stem_of
 from forcingkv.runtime import Bundle
 from forcingkv.runtime.mp4_stream import need_h264
 from forcingkv.runtime.prompts import PromptLine, read_prompts, shortened
@@ -39,6 +42,8 @@ from forcingkv.runtime.threads import cpu_threads
 LONGEST = 255
 """Bytes of a file's name."""
 SECONDS = 5.0
+LONGEST_VIDEO = 86_400
+"""Seconds: a day."""
 OPTIONS = (
     *("--prompts", "--seeds", "--ray", "--workers", "--bundle", "--out", "--embeds", "--seconds", "--fps"),
     *("--enlarge", "--backend", "--device", "--dtype", "--provider", "--cuda-graphs", "--compile"),
@@ -105,24 +110,34 @@ class BatchOptions:
             )
         if seconds == math.inf:
             raise InputError("is a video without end", where="--seconds", expected="a length with --prompts")
-        if out == "-" or out.lower().endswith((".mp4", ".rgb")):
-            raise InputError(f"is {out}", where="--out", expected="a folder with --prompts")
+        if not out.strip() or out == "-" or out.lower().endswith((".mp4", ".rgb")):
+            raise InputError(
+                f"is {out}" if out.strip() else "is empty", where="--out", expected="a folder with --prompts"
+            )
         need_h264()
         check_file(Path(out) / "video.mp4")
         opened = Bundle.open(bundle, expect=expect_digest)
         spec = opened.plan.spec
         rate = fps or spec.fps
+        length = seconds or SECONDS
+        if length > LONGEST_VIDEO:
+            what = f"is {length:g}"
+            raise InputError(what, where="--seconds", expected=f"at most {LONGEST_VIDEO:,} with --prompts")
         run = BatchRun(
             bundle=str(opened.path.resolve()),
             digest=opened.digest,
-            chunks=spec.chunks_for((seconds or SECONDS) * (rate / spec.fps)),
+            chunks=spec.chunks_for(length * (rate / spec.fps)),
             fps=rate,
             enlarge=enlarge or 1,
             embeds=None if embeds is None else str(embeds.resolve()),
             has_graphs=opened.manifest.has_graphs,
+            lane="",
             **runs_on,
         )
-        asked = [*videos(read_prompts(self.prompts), seeds_of(self.seeds), Path(out))]
+        run = replace(run, lane=_lane(run, opened.manifest.compute))
+        prompts = read_prompts(self.prompts)
+        _refuse_switches(prompts)
+        asked = [*videos(prompts, seeds_of(self.seeds), Path(out))]
         text = texts(spec, run.embeds)
         left, frames = list[VideoToMake](), spec.frames_of(run.chunks)
         for line, video in asked:
@@ -161,7 +176,7 @@ def _made(
     """Make videos one after the other, here or on workers."""
     if options.ray is None:
         with VideoMaker(run) as maker:
-            tell(f"runs on {maker.runs_on}")
+            tell(f"runs on {maker.open().runs_on}")
             yield from map(maker.make, left)
         return
     need_ray()
@@ -170,18 +185,45 @@ def _made(
     if not on_gpu and run.provider is None:
         backend, device = off_gpus(run.backend, run.device, on_torch=run.on_torch)
         run = replace(run, backend=backend, device=device)
-    with cluster(options.ray, options.workers):
-        count = options.workers or room("GPU" if on_gpu else "CPU", 1 if on_gpu else run.threads or 1)
-        count = min(count, len(left))
-        if run.threads is None and options.ray == LOCAL and not on_gpu:
+    with _without_leftovers(left), cluster(options.ray, options.workers):
+        here = options.ray == LOCAL
+        # On this machine workers may be more than its cores: their threads share them.
+        each_takes = 1 if on_gpu or here else run.threads or 1
+        free = room("GPU" if on_gpu else "CPU", each_takes)
+        if options.workers and options.workers > free:
+            what = f"is {options.workers}, and the cluster has room for {free}"
+            raise InputError(what, where="--workers", expected=f"at most {free}: others would never start")
+        fit = max(1, free // (run.threads or 1)) if here and not on_gpu else free
+        count = min(options.workers or fit, len(left))
+        if run.threads is None and here and not on_gpu:
             run = run.with_threads(max(1, cpu_threads().number // count))
         each = "a GPU each" if on_gpu else f"on the CPU, {run.threads or 'all'} threads each"
         tell(f"{count} workers, {each}")
-        needs: dict[str, float] = {"num_gpus": 1} if on_gpu else {"num_cpus": run.threads or 1}
+        needs: dict[str, float] = {"num_gpus": 1} if on_gpu else {"num_cpus": each_takes}
         kept = "Videos that are finished are kept: run the same command again, with fewer --workers."
-        yield from spread(
+        done = spread(
             VideoMaker, (run,), count, needs, lambda actor, video: actor.make.remote(video), left, kept
         )
+        places = {video.shown: Path(video.file) for video in left}
+        for one in done:
+            if not places[one["file"]].exists():
+                what = f"was made on a worker, and {one['file']} is not here"
+                expected = "a folder of that name that all machines see"
+                raise InputError(what, where="--out", expected=expected)
+            yield one
+
+
+@contextmanager
+def _without_leftovers(videos: Sequence[VideoToMake]) -> Iterator[None]:
+    """Behind the block remove what workers left that ended in the middle of a file."""
+    try:
+        yield
+    finally:
+        folder = Path(videos[0].file).parent
+        left = [name for name in os.listdir(folder) if is_ours(name)] if folder.is_dir() else []
+        for name in (Path(video.file).name for video in videos) if left else ():
+            if any(one.startswith(f".{stem_of(name)}") for one in left):
+                remove_free_locks(folder, name)
 
 
 def videos(
@@ -206,7 +248,23 @@ def videos(
             raise InputError(f"{shortened(line.text)} {fault}", where=line.where, expected=expected)
     for line in prompts:
         for index, seed in enumerate(seeds):
-            yield line, VideoToMake(line.text, index, seed, str(out / f"{line.text}-{index}.mp4"))
+            shown = out / f"{line.text}-{index}.mp4"
+            yield line, VideoToMake(line.text, index, seed, os.path.abspath(shown), str(shown))
+
+
+def _lane(run: BatchRun, of_bundle: str) -> str:
+    """What a batch is computed in, as it was asked for: in others the numbers are others."""
+    backend = "torch" if run.on_torch else (run.backend or run.provider or "onnxruntime")
+    compiled = ", compiled" if run.compiled else ""
+    return f"{backend.removesuffix('-cpu')}, {run.dtype or of_bundle}{compiled}"
+
+
+def _refuse_switches(prompts: Sequence[PromptLine]) -> None:
+    """Raise InputError for a line of several prompts: in scripts they are one video."""
+    for line, after in pairwise(prompts):
+        if line.line == after.line:
+            hint = "A video that switches its prompt: --script. Many videos: one prompt a line."
+            raise InputError("has several prompts", where=after.where, expected="one a line", hint=hint)
 
 
 def _as_file(prompt: str) -> str:

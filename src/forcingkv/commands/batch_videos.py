@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from forcingkv.commands.going_on import BUNDLE, PROMPT, SEED, about
 from forcingkv.headmaps.errors import InputError
-from forcingkv.headmaps.writing import new_file
+from forcingkv.headmaps.writing import new_file, place_to_write
 from forcingkv.runtime import Session
 from forcingkv.runtime.mp4 import metadata_of, read_fragments
 from forcingkv.runtime.script import PromptRecord
@@ -18,7 +18,7 @@ from forcingkv.runtime.spec import Dtype, ModelSpec
 from forcingkv.runtime.text import TextInput, encode_words, read_embeds
 from forcingkv.runtime.video import Mp4Writer
 
-FPS, ENLARGE = "forcingkv.fps", "forcingkv.enlarge"
+FPS, ENLARGE, LANE = "forcingkv.fps", "forcingkv.enlarge", "forcingkv.computed"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class VideoToMake:
     """Which of the prompt's videos."""
     seed: int
     file: str
+    """Where it is, for workers in whatever folder."""
+    shown: str
+    """The same as the user says it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class BatchRun:
     threads: int | None
     cuda_graphs: bool
     compiled: bool
+    lane: str
+    """What the user asked to compute in: another one makes another video."""
     has_graphs: bool = True
     """Whether the bundle has any: else torch runs it."""
 
@@ -82,43 +87,51 @@ def texts(spec: ModelSpec, embeds: str | None) -> Callable[[str], TextInput]:
 class VideoMaker:
     """Makes videos in one session. A context manager.
 
-    Raises InputError and SessionError as `Session.open` does.
+    Its session is opened with the first video: InputError and SessionError are raised as `Session.open` does.
     """
 
+    _session: Session | None
+
     def __init__(self, run: BatchRun) -> None:
-        self._run = run
-        self._session = Session.open(
-            run.bundle,
-            backend=run.backend,
-            device=run.device,
-            provider=run.provider,
-            dtype=run.dtype,
-            threads=run.threads,
-            cuda_graphs=run.cuda_graphs,
-            compiled=run.compiled,
-            expect_digest=run.digest,
-        )
-        self._text = texts(self._session.spec, run.embeds)
+        self._run, self._session = run, None
+        self._text: Callable[[str], TextInput] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._session.close()
+        if self._session is not None:
+            self._session.close()
 
-    @property
-    def runs_on(self) -> str:
-        """What the session runs on, in words."""
-        return self._session.runs_on
+    def open(self) -> Session:
+        """The session: opened when it is first asked for, so that what is wrong is told as of a video."""
+        run = self._run
+        if self._session is None:
+            self._session = Session.open(
+                run.bundle,
+                backend=run.backend,
+                device=run.device,
+                provider=run.provider,
+                dtype=run.dtype,
+                threads=run.threads,
+                cuda_graphs=run.cuda_graphs,
+                compiled=run.compiled,
+                expect_digest=run.digest,
+            )
+        return self._session
 
     def make(self, video: VideoToMake) -> dict[str, Any]:
         """Make one: it has its name once it is whole. Returns what is said of it.
 
         Raises InputError where it cannot be written, SessionError where the device fails.
         """
-        run, session, began = self._run, self._session, time.perf_counter()
-        made = session.generate(self._text(video.prompt), seed=video.seed, chunks=run.chunks)
-        said = about(session, made, 0) | {FPS: repr(run.fps), ENLARGE: str(run.enlarge)}
+        run, session, began = self._run, self.open(), time.perf_counter()
+        self._text = self._text or texts(session.spec, run.embeds)
+        text = self._text(video.prompt)
+        if is_there(video, run, session.spec, text):  # another run has made it meanwhile
+            return told(video, session.spec.frames_of(run.chunks), made=False)
+        made = session.generate(text, seed=video.seed, chunks=run.chunks)
+        said = about(session, made, 0) | {FPS: repr(run.fps), ENLARGE: str(run.enlarge), LANE: run.lane}
         frames = 0
         with (
             new_file(Path(video.file)) as partial,
@@ -127,6 +140,8 @@ class VideoMaker:
             for chunk in made:
                 writer.write(chunk.frames)
                 frames += len(chunk.frames)
+            # While it is locked: what another run has put there since then is not replaced, but by the same.
+            is_there(video, run, session.spec, text)
         seconds = time.perf_counter() - began
         return told(video, frames, made=True) | {"seconds": seconds, "frames_per_second": frames / seconds}
 
@@ -134,7 +149,7 @@ class VideoMaker:
 def told(video: VideoToMake, frames: int, *, made: bool) -> dict[str, Any]:
     """What is said of a video; `made`: just now."""
     return {
-        "file": video.file,
+        "file": video.shown,
         "prompt": video.prompt,
         "index": video.index,
         "seed": video.seed,
@@ -144,10 +159,23 @@ def told(video: VideoToMake, frames: int, *, made: bool) -> dict[str, Any]:
 
 
 def is_there(video: VideoToMake, run: BatchRun, spec: ModelSpec, text: TextInput) -> bool:
-    """Whether a video is there already. Raises InputError where its file is another one."""
+    """Whether a video is there already. Raises InputError where its file is another one, or not whole."""
     path = Path(video.file)
     if not path.exists():
         return False
+    try:
+        other = _what_is_other(place_to_write(path), video, run, spec, text)
+    except InputError as error:
+        other = f"is no video of such a batch: it {error.what}"
+    if other:
+        raise InputError(other, where=video.shown, hint="Choose another --out, or remove it.")
+    return True
+
+
+def _what_is_other(
+    path: Path, video: VideoToMake, run: BatchRun, spec: ModelSpec, text: TextInput
+) -> str | None:
+    """What tells the file from that video; None: nothing. Raises InputError for what is no video of ours."""
     found = read_fragments(path)
     said = metadata_of(path, found)
     wanted = {
@@ -156,15 +184,15 @@ def is_there(video: VideoToMake, run: BatchRun, spec: ModelSpec, text: TextInput
         PROMPT: PromptRecord.of(spec, text)[0].digest,
         FPS: repr(run.fps),
         ENLARGE: str(run.enlarge),
+        LANE: run.lane,
     }
-    other = [
-        f"{name.removeprefix('forcingkv.')} is {said.get(name)}, not {value}"
-        for name, value in wanted.items()
-        if said.get(name) != value
-    ]
+    for name, value in wanted.items():
+        if name not in said:
+            return f"is no video of such a batch: it does not say its {name.removeprefix('forcingkv.')}"
+        if said[name] != value:
+            return f"is another video: {name.removeprefix('forcingkv.')} is {said[name]}, not {value}"
+    if found.torn:
+        return "is damaged: its end is no part of a video"
     if found.frames != spec.frames_of(run.chunks):
-        other.append(f"it has {found.frames} frames, not {spec.frames_of(run.chunks)}")
-    if other:
-        hint = "Choose another --out, or remove it."
-        raise InputError(f"is another video: {other[0]}", where=str(path), hint=hint)
-    return True
+        return f"is another video: it has {found.frames} frames, not {spec.frames_of(run.chunks)}"
+    return None

@@ -119,7 +119,7 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         for one in service.engine.bundles.values():
             info = one.info
-            fits = places.fit(one.session_bytes)
+            fits = places.fit(one.name)
             say(
                 f"{info.name}: {info.model}, {info.policy}, {info.width}x{info.height}, {fits} sessions fit",
                 error=True,
