@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from forcingkv.commands import batch_videos
 from forcingkv.commands.batch import seeds_of
+from forcingkv.commands.going_on import about
 from forcingkv.headmaps import InputError
 from forcingkv.runtime.ray_cluster import off_gpus, takes_gpu
 from tests.conftest import Ran
@@ -103,6 +107,72 @@ def test_another_video_under_the_name_is_refused_before_anything_is_made(
     assert contents(out) == before
 
 
+def test_a_video_computed_in_something_else_is_another(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    """Whoever compares dtypes would measure one of them twice."""
+    given = words(bundle, file_of(tmp_path), tmp_path / "videos")
+    lines(run(*given))
+    for more in (("--backend", "torch"), ("--device", "cpu"), ("--dtype", "bfloat16")):
+        ran = run(*given, *more)
+        assert ran.code == 2
+        assert "computed is onnxruntime, float32, not torch," in " ".join(ran.err.split())
+    assert not any(one["made"] for one in lines(run(*given, "--backend", "onnxruntime-cpu", "--threads", 2)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "its end is no part of a video"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged"),
+        (lambda path: path.write_bytes(b""), "is no video of such a batch"),
+        (lambda path: path.write_text("notes"), "is no video of such a batch"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "is no video of such a batch"),
+    ],
+    ids=["more behind it", "cut off", "empty", "text", "pipe"],
+)
+def test_a_file_that_is_no_whole_video_is_named(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran], spoil: Callable[[Path], object], why: str
+) -> None:
+    given = words(bundle, file_of(tmp_path), tmp_path / "videos")
+    lines(run(*given))
+    spoil(tmp_path / "videos" / "d e-0.mp4")
+    ran = run(*given)
+    said = " ".join(ran.err.split())
+    assert (ran.code, why in said, "Choose another --out, or remove it." in said) == (2, True, True), said
+
+
+def test_what_another_run_made_meanwhile_is_not_replaced(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both looked before either had made anything."""
+    prompts = file_of(tmp_path, ("a b c",))
+    lines(run(*words(bundle, prompts, tmp_path / "other", "--seeds", "5:6")))
+    theirs, out = tmp_path / "other" / "a b c-0.mp4", tmp_path / "videos"
+
+    def meanwhile(*given: object) -> dict[str, str]:
+        shutil.copy(theirs, out / theirs.name)
+        return about(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(batch_videos, "about", meanwhile)
+    out.mkdir()
+    ran = run(*words(bundle, prompts, out))
+    assert (ran.code, ran.out) == (2, "")
+    assert "is another video: seed is 5, not 0" in " ".join(ran.err.split())
+    assert contents(out) == contents(tmp_path / "other")
+
+
+def test_prompts_of_a_script_are_refused(bundle: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """There they are one video that switches; here they would be two."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompts": ["a b"]}\n{"prompts": ["a b c", "d e"]}\n', encoding="utf-8")
+    ran = run(*words(bundle, path, tmp_path / "videos"))
+    said = " ".join(ran.err.split())
+    assert (ran.code, "line 2 has several prompts" in said, "--script" in said) == (2, True, True), said
+    path.write_text('{"prompts": ["a b"]}\n{"prompts": ["d e"]}\n', encoding="utf-8")
+    assert len(lines(run(*words(bundle, path, tmp_path / "videos")))) == 2
+
+
 @pytest.mark.parametrize(
     ("prompts", "why"),
     [
@@ -132,6 +202,7 @@ def test_prompts_that_cannot_be_names_or_are_not_known_are_refused_with_their_li
         (("--workers", 2), "--workers is how many workers Ray has"),
         (("--seeds", "5:5"), "--seeds is '5:5'"),
         (("--seconds", "inf"), "--seconds is a video without end"),
+        (("--seconds", 1e12), "--seconds is 1e+12; expected at most 86,400"),
     ],
 )
 def test_options_of_one_video_are_refused(
@@ -215,6 +286,42 @@ def kill_one_at_work(out: Path, killed: list[int], over: threading.Event) -> Non
             killed.append(busy[0])
             return
         time.sleep(0.01)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("importable")
+def test_workers_that_are_told_to_end_leave_nothing(bundle: Path, tmp_path: Path) -> None:
+    """More threads than cores are no reason to wait for ever; SIGTERM is answered as without Ray."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'forcingkv[ray]'")
+    out = tmp_path / "videos"
+    more = ("--seconds", 20, "--ray", "local", "--workers", 2, "--threads", os.cpu_count() + 1)
+    given = [str(word) for word in words(bundle, file_of(tmp_path, MANY), out)]
+    command = [sys.executable, "-m", "forcingkv", *given, *map(str, more)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert json.loads(process.stdout.readline())["made"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        said = process.stderr.read()
+    assert "the same command makes the others" in said
+    assert "SIGTERM received" not in said
+    left = contents(out)
+    assert left
+    assert all(name.endswith(".mp4") and not name.startswith(".") for name in left), sorted(left)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("importable")
+def test_what_a_worker_cannot_open_is_said_as_without_ray(
+    bundle: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install 'forcingkv[ray]'")
+    given = words(bundle, file_of(tmp_path), tmp_path / "videos", "--provider", "openvino")
+    alone, spread = run(*given), run(*given, "--ray", "local")
+    assert (alone.code, spread.code) == (2, 2)
+    assert "--provider" in alone.err
+    assert alone.err.splitlines()[-1] in spread.err
 
 
 @pytest.mark.long

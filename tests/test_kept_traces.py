@@ -101,6 +101,7 @@ def test_another_graph_is_traced(trace: Writer) -> None:
     assert [trace(*words) for words in asked] == names, "and all are kept"
 
 
+@pytest.mark.long
 def test_decoders_and_encoders_are_known_by_their_layers(trace: Writer) -> None:
     words, strips = (small_spec(), load_policy("window"), FLOAT, None), Strips(2, 4, 1, 8)
     first, same, other = (WanVaeDecoder(small_vae(config)) for config in (SMALL, SMALL, SMALL22))

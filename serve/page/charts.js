@@ -60,10 +60,15 @@ export function secondsChart(lines) {
 
 const roleColours = new Map(); // the same for all sessions
 
+/** Give colours to roles of keys and values, in an order that does not hang on which chunk came first. */
+export function knowRoles(roles) {
+  [...new Set(roles)].sort().forEach((role) => roleColours.has(role) || roleColours.set(role, roleColours.size));
+}
+
 /** Bars of one session: [{chunk, kv: {role: bytes}}]. */
 export function bytesChart(name, bars) {
   const roles = [...new Set(bars.flatMap((bar) => Object.keys(bar.kv)))];
-  roles.forEach((role) => roleColours.has(role) || roleColours.set(role, roleColours.size));
+  knowRoles(roles);
   const total = (bar) => Object.values(bar.kv).reduce((sum, size) => sum + size, 0);
   const most = Math.max(...bars.map(total), 1) * 1.1;
   const least = bars[0].chunk, last = bars.at(-1).chunk;

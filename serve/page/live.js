@@ -44,11 +44,19 @@ export class Live {
     this.last = -1; // chunk that arrived whole
     this.over = false;
     this.patience = 0;
+    this.ahead = 0; // chunks that the service makes beyond the last one that was acknowledged
+    this.acknowledged = -1;
+    this.unsaid = []; // while the socket is gone
   }
 
   async start(message, picture) {
     const { socket, welcome } = await greet(this.token);
+    if (this.over) { // closed meanwhile
+      socket.close();
+      return;
+    }
     this.patience = welcome.lost_seconds;
+    this.ahead = welcome.ahead;
     this.listen(socket);
     this.say({ type: "start", ...message, image: picture ? picture.byteLength : null });
     if (picture) socket.send(picture);
@@ -56,10 +64,17 @@ export class Live {
 
   say(message) {
     if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+    else if (this.session && !this.over) this.unsaid.push(message); // said once it is back
   }
 
   acknowledge(chunk) {
-    this.say({ type: "ack", chunk });
+    this.acknowledged = chunk;
+    if (this.socket?.readyState === WebSocket.OPEN) this.say({ type: "ack", chunk });
+  }
+
+  /** The first chunk that is certainly not begun yet. */
+  get future() {
+    return this.acknowledged + this.ahead + 1;
   }
 
   close() {
@@ -97,6 +112,11 @@ export class Live {
     if (event.type === "chunk") this.last = event.chunk;
     if (event.type === "ended") this.over = true;
     this.on(event, parts);
+    // Nothing was begun, or it is no more: there is nothing to wait for.
+    if (event.type === "error" && !this.over && (!this.session || event.code === "gone")) {
+      this.end(event.message);
+      this.socket.close();
+    }
   }
 
   async comeBack() {
@@ -113,6 +133,7 @@ export class Live {
         const { socket } = await greet(this.token);
         this.listen(socket);
         this.say({ type: "resume", session: this.session, key: this.key, after: this.last });
+        this.unsaid.splice(0).forEach((message) => this.say(message));
         this.onBack();
         return;
       } catch (error) {

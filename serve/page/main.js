@@ -1,6 +1,6 @@
 // The page: one or two sessions, what they show, and what is said to them.
 
-import { bytesChart, colour, secondsChart } from "./charts.js";
+import { bytesChart, colour, knowRoles, secondsChart } from "./charts.js";
 import { greet, Live, Refused } from "./live.js";
 import { Player } from "./player.js";
 
@@ -69,6 +69,9 @@ class Side {
         break;
       case "saved":
         tell(`${this.bundle.name}: the state before chunk ${event.chunk} is kept as ${event.state}.`);
+        break;
+      case "playing":
+        this.player.say("");
         break;
       case "asleep":
         this.player.say("Paused for long: saved. Play goes on from there.");
@@ -223,10 +226,15 @@ async function start(event) {
   const picture = file ? await file.arrayBuffer() : null;
   const message = { prompt: element("prompt").value.trim(), seed: number("seed") ?? 0, chunks: number("chunks") };
   tell("Starting…");
+  element("start").disabled = true; // until it is known whether it starts
   try {
     await Promise.all(sides.map((side) => side.start(message, picture)));
     tell(sides.length > 1 ? `${named.join(" and ")}, from the same seed.` : `${named[0]} is on.`);
   } catch (error) {
+    sides.forEach((side) => {
+      side.live.close();
+      side.ended ??= error;
+    });
     refuse(error);
   }
   settle();
@@ -242,7 +250,7 @@ function switchPrompt() {
   if (!prompt) return tell("Write a prompt first.", true);
   const going = sides.filter((side) => !side.ended);
   // Two sides switch with the same chunk, so that they can be compared.
-  const at = going.length > 1 ? Math.max(...going.map((side) => side.last)) + 2 : null;
+  const at = going.length > 1 ? Math.max(...going.map((side) => side.live.future)) : null;
   going.forEach((side) => side.live.say({ type: "switch", prompt, at }));
 }
 
@@ -280,6 +288,7 @@ function option(value, text) {
 
 function showBundles(welcome) {
   bundles = welcome.bundles;
+  knowRoles(bundles.flatMap((bundle) => Object.keys(bundle.kv_bytes)));
   const named = bundles.map((bundle) => option(bundle.name, `${bundle.name} (${bundle.model}, ${bundle.policy})`));
   element("bundle").replaceChildren(...named);
   element("other").replaceChildren(option("", "nothing"), ...named.map((one) => one.cloneNode(true)));

@@ -15,7 +15,8 @@ export class Player {
     this.size = 0;
     this.tooLarge = false;
     this.video.addEventListener("timeupdate", () => {
-      this.trim();
+      this.trim(BEHIND);
+      this.next();
       onTime();
     });
     this.video.addEventListener("waiting", onTime);
@@ -59,17 +60,25 @@ export class Player {
     const ranges = this.video.buffered;
     if (ranges.length && this.video.currentTime < ranges.start(0)) this.video.currentTime = ranges.start(0);
     if (this.queue.length) {
-      this.buffer.appendBuffer(this.queue.shift());
+      try {
+        this.buffer.appendBuffer(this.queue[0]);
+      } catch (error) {
+        if (error.name !== "QuotaExceededError") throw error;
+        this.trim(1); // what was shown makes room; then, or as the video goes on, it is tried again
+        return;
+      }
+      this.queue.shift();
       if (this.video.paused && !this.held) this.video.play().catch(() => {});
     } else if (this.complete) {
       this.source.endOfStream();
     }
   }
 
-  trim() {
+  /** Let go of what was shown more than so many seconds ago, where it is as much again. */
+  trim(behind) {
     const ranges = this.video.buffered;
-    const until = this.video.currentTime - BEHIND;
-    if (this.buffer && !this.buffer.updating && ranges.length && ranges.start(0) < until - BEHIND) {
+    const until = this.video.currentTime - behind;
+    if (this.buffer && !this.buffer.updating && ranges.length && ranges.start(0) < until - behind) {
       this.buffer.remove(ranges.start(0), until);
     }
   }

@@ -19,6 +19,7 @@ from forcingkv.runtime.text import encode_words
 from tests.conftest import choosing, headmap_of, random_model, small_spec
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("frames", "ratio", "width"), [(1, 1 / 3, 10), pytest.param(2, 0.75, 12, marks=pytest.mark.long)]
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +129,27 @@ def test_what_is_wrong_is_said_in_a_sentence(
         call(nodes["ForcingKVGenerate"], session=session, prompt="zebra", seed=7, seconds=0.3)
     with pytest.raises(InputError):
         call(nodes["ForcingKVLoadBundle"], bundle=str(tmp_path))
+
+
+def test_a_file_that_was_written_anew_is_another(nodes: dict[str, type], tmp_path: Path) -> None:
+    """ComfyUI takes what a node gave last time until `IS_CHANGED` says something else."""
+    shutil.copytree(small_bundle("forcing-kv"), tmp_path / "bundle")
+    place = tmp_path / "bundle" / "manifest.json"
+    says = nodes["ForcingKVLoadBundle"].IS_CHANGED  # type: ignore[attr-defined]
+    before = says(bundle=f" {tmp_path / 'bundle'} ", device="", backend="default")
+    assert before == says(bundle=str(tmp_path / "bundle"))
+    os.utime(place, ns=(1, 1))
+    assert says(bundle=str(tmp_path / "bundle")) != before
+    place.unlink()
+    assert says(bundle=str(tmp_path / "none")) == says(bundle="") == ""
+    file = tmp_path / "embeds.safetensors"
+    file.write_bytes(b"one")
+    for node in ("ForcingKVGenerate", "ForcingKVLoadModel"):
+        says = nodes[node].IS_CHANGED  # type: ignore[attr-defined]
+        given = {"embeds": str(file)} if node == "ForcingKVGenerate" else {"model": "demo", "vae": str(file)}
+        before = says(**given, prompt="a")
+        file.write_bytes(file.read_bytes() + b"two")
+        assert says(**given, prompt="b") != before
 
 
 def test_a_switch_behind_the_end_is_refused(nodes: dict[str, type], session: Session) -> None:

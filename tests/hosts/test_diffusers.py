@@ -14,6 +14,8 @@ from PIL import Image
 
 from forcingkv.headmaps.errors import InputError
 from forcingkv.hosts.diffusers import ForcingKVPipeline
+from forcingkv.runtime import InUseError
+from forcingkv.runtime.text import encode_words
 from tests.runtime.conftest import small_bundle
 
 PROMPT, OTHER = "a b c", "d e"
@@ -112,8 +114,6 @@ def test_a_stream_gives_each_chunk_as_it_comes(pipe: ForcingKVPipeline) -> None:
 
 
 def test_embeddings_stand_for_a_prompt(pipe: ForcingKVPipeline) -> None:
-    from forcingkv.runtime.text import encode_words
-
     embeds = torch.from_numpy(encode_words(pipe.session.spec, PROMPT))
     video = pipe(prompt_embeds=embeds, num_frames=FRAMES, generator=seeded(7))
     np.testing.assert_array_equal(np.rint(video.frames[0] * 255), by_session(pipe, PROMPT, 7))
@@ -139,8 +139,96 @@ def test_diffusers_own_writer_takes_it(pipe: ForcingKVPipeline, tmp_path: Any) -
         ({"prompt": []}, "prompt is empty"),
         ({"generator": [seeded(1), seeded(2)]}, "generator are 2"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
+        ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt is 1.5"),
+        ({"num_videos_per_prompt": None}, "num_videos_per_prompt is None"),
+        ({"num_frames": 24.0}, "num_frames is 24.0"),
+        ({"num_frames": "5"}, "num_frames is '5'"),
+        ({"num_frames": True}, "num_frames is True"),
+        ({"prompt": 5}, "prompt is 5"),
+        ({"prompt": [PROMPT, 5]}, "expected words, or a list of them"),
+        ({"generator": 7}, "generator is 7"),
+        ({"generator": np.random.default_rng(7)}, "expected a torch.Generator"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(0, 4, 9)}, "prompt_embeds has the shape"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(4, 9)}, "prompt_embeds has the shape"),
     ],
 )
 def test_what_a_bundle_cannot_do_is_refused(pipe: ForcingKVPipeline, given: dict[str, Any], why: str) -> None:
     with pytest.raises(InputError, match=why):
         pipe(**({"prompt": PROMPT, "num_frames": FRAMES} | given))
+
+
+@pytest.mark.parametrize("later", [{"prompt": [PROMPT, PROMPT, "zebra"]}, {"prompt": None}])
+def test_all_prompts_are_looked_at_before_a_video_is_made(
+    pipe: ForcingKVPipeline, later: dict[str, Any]
+) -> None:
+    made: list[int] = []
+    if later["prompt"] is None:
+        whole = np.repeat(encode_words(pipe.session.spec, PROMPT), 2, 0)
+        whole[1, 0, 0] = np.nan
+        later = {"prompt_embeds": torch.from_numpy(whole)}
+    with pytest.raises(InputError):
+        pipe(
+            **later, num_frames=FRAMES, callback_on_step_end=lambda one, step, time, given: made.append(step)
+        )
+    assert not made
+
+
+def test_one_generator_is_not_two(pipe: ForcingKVPipeline) -> None:
+    """Both videos would be the same; in diffusers the second is another."""
+    one = seeded(3)
+    with pytest.raises(InputError, match="generator is given twice"):
+        pipe([PROMPT, OTHER], num_frames=3, generator=[one, one])
+
+
+def test_seeds_that_are_drawn_follow_torchs_own_and_are_told(pipe: ForcingKVPipeline) -> None:
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        pipe([PROMPT, OTHER], num_frames=3)
+        found.append(pipe.seeds)
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 2
+    pipe(PROMPT, num_frames=3)
+    assert pipe.seeds != found[0][:1]
+
+
+def test_a_call_beside_another_is_refused_and_changes_nothing(pipe: ForcingKVPipeline) -> None:
+    refused = []
+
+    def told(one: ForcingKVPipeline, step: int, time: int, given: dict[str, Any]) -> None:
+        one._interrupt = step == 1
+        for again in (lambda: one(PROMPT, num_frames=3), lambda: next(one.stream(PROMPT))):
+            with pytest.raises(InUseError, match="is making a video"):
+                again()
+            refused.append(step)
+
+    video = pipe(PROMPT, num_frames=60, generator=seeded(7), callback_on_step_end=told)
+    assert refused == [0, 0, 1, 1]
+    assert video.frames.shape[1] == pipe.session.spec.frames_of(2), "its interrupt was not taken back"
+    stream = pipe.stream(PROMPT)
+    next(stream)
+    with pytest.raises(InUseError, match="a stream of it was not closed"):
+        pipe(PROMPT, num_frames=3)
+    stream.close()
+    pipe(PROMPT, num_frames=3)
+
+
+def test_a_stream_is_ended_as_a_video_is(pipe: ForcingKVPipeline) -> None:
+    parts = 0
+    for parts, _ in enumerate(pipe.stream(PROMPT), 1):
+        pipe._interrupt = parts == 2
+    assert parts == 2
+
+
+def test_what_a_callback_does_to_latents_changes_nothing(pipe: ForcingKVPipeline) -> None:
+    def spoil(one: Any, step: int, time: int, given: dict[str, Any]) -> None:
+        given["latents"][:] = 0
+
+    asked = {"num_frames": FRAMES, "output_type": "latent"}
+    spoiled = pipe(PROMPT, generator=seeded(7), callback_on_step_end=spoil, **asked).frames
+    np.testing.assert_array_equal(spoiled, pipe(PROMPT, generator=seeded(7), **asked).frames)
+
+
+def test_a_device_may_be_torchs(pipe: ForcingKVPipeline) -> None:
+    with ForcingKVPipeline.from_pretrained(small_bundle("forcing-kv"), device=torch.device("cpu")) as opened:
+        assert opened.session.runs_on == pipe.session.runs_on

@@ -141,6 +141,7 @@ def test_every_decoder_is_one_of_bench(decoder: str, run: Run, monkeypatch: pyte
     assert (ran.code, "decoder caches" in ran.err) == (2, True), ran.err
 
 
+@pytest.mark.long
 def test_backends_and_dtypes_take_turns_and_are_compared_with_onnxruntime(run: Run, tmp_path: Path) -> None:
     (tmp_path / "narrow.toml").write_text(NARROW)
     words = (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from forcingkv.headmaps import InputError
 from forcingkv.models.decoders import frames_of
@@ -18,6 +20,7 @@ from forcingkv.runtime.clip_starts import clip_start, picture_start
 from forcingkv.runtime.schedule import Schedule
 from forcingkv.runtime.sources import check_strength, described, first_pass
 from forcingkv.runtime.text import encode_words
+from forcingkv.runtime.video_reader import open_decoded
 from tests.conftest import random_model, small_spec
 from tests.runtime.conftest import small_bundle
 from tests.runtime.lanes import On
@@ -162,6 +165,19 @@ def test_a_picture_begins_a_video(tmp_path: Path) -> None:
         ]
         shown = next(session.generate(PROMPT, seed=7, chunks=2, start=latents)).frames
     assert (shown == FRAMES[0]).all()
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.jpeg", "a.JPG", "a.picture", "a"])
+def test_a_picture_is_read_whatever_its_name(tmp_path: Path, name: str) -> None:
+    """By .jpg FFmpeg would take its reader of numbered files, which opens others than it was told."""
+    smooth = np.linspace(0, 255, 8 * 12 * 3).reshape(8, 12, 3).astype(np.uint8)
+    with BytesIO() as made:
+        Image.fromarray(smooth).save(made, "JPEG", quality=95, subsampling=0)
+        (tmp_path / name).write_bytes(made.getvalue())
+        expected = np.asarray(Image.open(made), np.int16)
+    with open_decoded(tmp_path / name, pictures=True) as (_, frames):
+        found = next(frames).to_ndarray(format="rgb24").astype(np.int16)
+    assert abs(found - expected).max() <= 8  # two decoders of JPEG
 
 
 def test_a_picture_is_held_where_the_schedule_can(tmp_path: Path) -> None:

@@ -76,6 +76,18 @@ def served(bundle: Path, data: Path) -> Iterator[tuple[Served, subprocess.Popen[
             process.kill()
 
 
+def test_a_second_signal_ends_it_at_once(small_bundles: dict[str, Path], tmp_path: Path) -> None:
+    """A video with an end may else take its time."""
+    with served(small_bundles["pruned"], tmp_path) as (service, process), service.live() as talk:
+        talk.start(chunks=100_000)
+        talk.chunks(until=1)
+        process.send_signal(signal.SIGTERM)
+        talk.chunks(until=4)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+
+
 def test_sigterm_keeps_the_state_of_what_runs_and_it_goes_on_in_the_next(
     small_bundles: dict[str, Path], tmp_path: Path
 ) -> None:

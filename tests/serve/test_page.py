@@ -126,6 +126,27 @@ def test_it_comes_back_when_the_socket_is_lost(page: Page, served: Served) -> No
     assert chunks == 1  # without a gap
 
 
+def test_what_is_said_while_the_socket_is_lost_is_said_after(page: Page, served: Served) -> None:
+    fill(page, prompt=PROMPT, chunks=400)
+    click(page, "start")
+    page.until("document.querySelector('figcaption').textContent.includes('chunk 2 of')")
+    served.cut()
+    page.until("!document.querySelector('.wait').hidden")
+    click(page, "stop")
+    page.until("document.getElementById('said').textContent.includes('was stopped')")
+    assert page.run("document.getElementById('stop').disabled")
+
+
+def test_a_second_click_on_start_starts_nothing_else(page: Page, served: Served) -> None:
+    before = served.service.engine.places.held  # those of pages that were closed
+    fill(page, prompt=PROMPT)
+    page.run("document.getElementById('start').click(), document.getElementById('start').click()")
+    page.until("document.querySelector('figcaption').textContent.includes('chunk 1 of')")
+    click(page, "stop")
+    page.until("document.getElementById('said').textContent.includes('was stopped')")
+    assert served.service.engine.places.held <= before
+
+
 def test_pause_play_save_stop_and_download(page: Page) -> None:
     fill(page, prompt=PROMPT)
     click(page, "start")
@@ -148,6 +169,8 @@ def test_a_wrong_prompt_is_said(page: Page) -> None:
     click(page, "start")
     page.until("document.getElementById('said').textContent.includes('zebra')")
     assert page.run("document.getElementById('said').className") == "trouble"
+    assert page.run("document.getElementById('stop').disabled")
+    assert page.run("document.getElementById('start').textContent") == "Start"
 
 
 def test_it_is_used_by_keyboard(page: Page) -> None:
@@ -175,7 +198,7 @@ def test_everything_has_a_name_to_be_read_out(page: Page) -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize(("width", "height"), [(390, 844), (1200, 900)])
+@pytest.mark.parametrize(("width", "height"), [(320, 640), (390, 844), (1200, 900)])
 def test_it_fits_the_screen_in_light_and_dark(page: Page, width: int, height: int, dark: bool) -> None:
     page.dark(dark)
     page.size(width, height, phone=width < 500)

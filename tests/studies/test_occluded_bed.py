@@ -40,6 +40,7 @@ def test_the_clips_are_as_many_of_every_length_and_entry() -> None:
     }.items()
 
 
+@pytest.mark.long
 def test_sessions_are_judged_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bed, "MOST_AWAY", 1)
     monkeypatch.setattr(bed, "ENTRIES", {"first frame": (0, 0)})
@@ -79,6 +80,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert not rows["all", "all"]["seen_in_window"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("clips", [1, pytest.param(8, marks=pytest.mark.long)])
 def test_what_comes_back_is_known_with_memory_and_not_with_the_newest_frame_alone(
     tmp_path: Path, clips: int

@@ -176,7 +176,7 @@ def _made(
     """Make videos one after the other, here or on workers."""
     if options.ray is None:
         with VideoMaker(run) as maker:
-            tell(f"runs on {maker.open().runs_on}")
+            tell(f"runs on {maker.session().runs_on}")
             yield from map(maker.make, left)
         return
     need_ray()

@@ -103,7 +103,7 @@ class VideoMaker:
         if self._session is not None:
             self._session.close()
 
-    def open(self) -> Session:
+    def session(self) -> Session:
         """The session: opened when it is first asked for, so that what is wrong is told as of a video."""
         run = self._run
         if self._session is None:
@@ -125,7 +125,7 @@ class VideoMaker:
 
         Raises InputError where it cannot be written, SessionError where the device fails.
         """
-        run, session, began = self._run, self.open(), time.perf_counter()
+        run, session, began = self._run, self.session(), time.perf_counter()
         self._text = self._text or texts(session.spec, run.embeds)
         text = self._text(video.prompt)
         if is_there(video, run, session.spec, text):  # another run has made it meanwhile
