@@ -250,5 +250,9 @@ def test_broadcast(bundle: Path, chunks: list[Chunk], tmp_path: Path, address: s
 
 
 def test_broadcast_says_which_addresses_it_takes(bundle: Path) -> None:
-    lines = run("broadcast.py", bundle, "--to", "http://localhost/", code=1)
+    lines = run("broadcast.py", bundle, "--to", "http://localhost/", code=2)
     assert "expected an address that begins with rtmp" in lines[-1]
+    lines = run("broadcast.py", bundle, "--to", "rtmp://localhost/", "--ffmpeg", "no such program", code=2)
+    assert "--ffmpeg no such program: there is no such program" in lines[-1]
+    lines = run("broadcast.py", bundle.parent, "--to", "rtmp://localhost/", "--ffmpeg", sys.executable, code=2)
+    assert "manifest.json" in lines[-1]
