@@ -135,9 +135,13 @@ class Video:
 
     @property
     def prompt(self) -> PromptRecord | None:
-        """The prompt that it began with. None: of a saved state that does not know it, as those of earlier
-        versions."""
+        """The prompt that it began with. None: of a state of an earlier version, which does not know it."""
         return self._script.prompt
+
+    @property
+    def host_is_free(self) -> bool:
+        """Whether chunks are made beside the host; else what it does meanwhile takes cores from them."""
+        return self._session._memory().lookahead > 0
 
     @property
     def switches(self) -> tuple[Switch, ...]:

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
+from forcingkv.runtime import Chunk
 from forcingkv.runtime.frames import MOST_PIXELS, Frames
 from forcingkv.runtime.mp4_stream import Mp4Stream
-from forcingkv.serve.messages import FramesAs
+from forcingkv.serve.messages import FramesAs, Seconds
 from forcingkv.serve.refusals import RefusalError
 
 QUALITY = 3
@@ -37,6 +38,16 @@ class FrameCoder(Protocol):
 
     def close(self) -> None:
         """Let go of what it holds."""
+
+
+Coded = tuple[tuple[bytes, ...], Seconds]
+"""The parts of a chunk, and what it took."""
+
+
+def coded(coder: FrameCoder, chunk: Chunk) -> Coded:
+    """The frames of a chunk as a client gets them. On a GPU what it took is waited for."""
+    took = {name: getattr(chunk.timing, name) for name in Seconds.model_fields}
+    return tuple(coder.parts(chunk.frames)), Seconds(**took)
 
 
 def coder_for(

@@ -14,7 +14,7 @@ from forcingkv.runtime import Chunk, MemoryShortError, SessionError, Video
 from forcingkv.serve.begin import Beginning, started, words_at
 from forcingkv.serve.bundles import ServedBundle
 from forcingkv.serve.engine import Engine
-from forcingkv.serve.frame_coding import FrameCoder, coder_for
+from forcingkv.serve.frame_coding import Coded, FrameCoder, coded, coder_for
 from forcingkv.serve.messages import (
     Asleep,
     ChunkEvent,
@@ -29,7 +29,6 @@ from forcingkv.serve.messages import (
     Queued,
     Save,
     Saved,
-    Seconds,
     Stop,
     Switched,
     SwitchPrompt,
@@ -153,8 +152,8 @@ class LiveSession:
         start, spec = self._beginning.start, self._bundle.bundle.plan.spec
         self._frames = spec.frames_of(video.index)
         width, height = self._bundle.bundle.manifest.frame_size
-        coded = start.frames, width, height, spec.fps, start.enlarge, self._frames
-        self._coder = await self._engine.aside(coder_for, *coded)
+        asked = start.frames, width, height, spec.fps, start.enlarge, self._frames
+        self._coder = await self._engine.aside(coder_for, *asked)
         self._engine.metrics.sessions.labels(self._bundle.name).inc()
         log.info(
             "session started",
@@ -333,7 +332,7 @@ class LiveSession:
         video = self._awake
         began = time.monotonic()
         self.outbox.promise()
-        chunk: Chunk | None = await self._engine.make(next, video, None)
+        chunk, done = await self._engine.make(self._make, video)
         if chunk is None:
             self._over = "complete"
             return
@@ -345,21 +344,24 @@ class LiveSession:
         first, self._frames = self._frames, self._frames + len(chunk.frames)
         self._engine.metrics.frames.labels(self._bundle.name).inc(len(chunk.frames))
         await self._coded()
-        # Frames are encoded while the next chunk is made.
-        self._coding = asyncio.create_task(self._hand_out(chunk, first, every, words_at(video, chunk.index)))
+        words = words_at(video, chunk.index)
+        self._coding = asyncio.create_task(self._hand_out(chunk, done, first, every, words))
         if video.chunks is not None and video.index >= video.chunks:
             self._over = "complete"
 
-    async def _hand_out(self, chunk: Chunk, first: int, every: float, words: str) -> None:
-        coder = self._coder
-        assert coder is not None
+    def _make(self, video: Video) -> tuple[Chunk | None, Coded | None]:
+        """The next chunk. Its frames are encoded while the one after is made, unless both take the same
+        cores: there they would only hold each other up."""
+        chunk = next(video, None)
+        if chunk is None or self._coder is None or video.host_is_free:
+            return chunk, None
+        return chunk, coded(self._coder, chunk)
 
-        def coded() -> tuple[tuple[bytes, ...], Seconds]:
-            timing = chunk.timing  # on a GPU asking for the clean pass waits for it
-            took = {name: getattr(timing, name) for name in Seconds.model_fields}
-            return tuple(coder.parts(chunk.frames)), Seconds(**took)
-
-        parts, seconds = await self._engine.aside(coded)
+    async def _hand_out(self, chunk: Chunk, done: Coded | None, first: int, every: float, words: str) -> None:
+        assert self._coder is not None
+        if done is None:
+            done = await self._engine.aside(coded, self._coder, chunk)
+        parts, seconds = done
         size = sum(map(len, parts))
         self._engine.metrics.bytes_sent.inc(size)
         kv = {name: held for name, held in self._bundle.kv_bytes(chunk.index).items() if held}

@@ -254,5 +254,7 @@ def test_broadcast_says_which_addresses_it_takes(bundle: Path) -> None:
     assert "expected an address that begins with rtmp" in lines[-1]
     lines = run("broadcast.py", bundle, "--to", "rtmp://localhost/", "--ffmpeg", "no such program", code=2)
     assert "--ffmpeg no such program: there is no such program" in lines[-1]
-    lines = run("broadcast.py", bundle.parent, "--to", "rtmp://localhost/", "--ffmpeg", sys.executable, code=2)
+    lines = run(
+        "broadcast.py", bundle.parent, "--to", "rtmp://localhost/", "--ffmpeg", sys.executable, code=2
+    )
     assert "manifest.json" in lines[-1]
