@@ -113,9 +113,14 @@ def held_folder(folder: Path) -> Iterator[None]:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a writer holds that file now. Makes nothing."""
+    """Whether a writer holds that file now, or may: it cannot be looked at. Makes nothing."""
     try:
         file = os.open(lock, os.O_RDWR)
+    except PermissionError:  # another user's; to lock it, reading is enough
+        try:
+            file = os.open(lock, os.O_RDONLY)
+        except OSError as error:
+            return isinstance(error, PermissionError)
     except OSError:
         return False
     try:

@@ -59,11 +59,9 @@ class InUseError(RuntimeError):
 
     def __init__(self, said: str | None = None, *, again: bool = False) -> None:
         """`again`: it was the same thread, something that the session called. `said`: it in other words."""
-        super().__init__(
-            said or "the session is at work in this very thread: what it calls (a noise source) cannot use it"
-            if said or again
-            else "the session is in use by another thread: give each thread its own, with sibling()"
-        )
+        by_itself = "the session is at work in this very thread: what it calls (a noise source) cannot use it"
+        by_another = "the session is in use by another thread: give each thread its own, with sibling()"
+        super().__init__(said or (by_itself if again else by_another))
 
 
 class GoingOnWarning(UserWarning):

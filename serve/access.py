@@ -28,7 +28,7 @@ def client_of(connection: HTTPConnection) -> str:
         return host
     if address.ipv4_mapped:
         return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((address, 64), strict=False).network_address)
+    return str(ipaddress.IPv6Interface((address, 64)).network.network_address)
 
 
 def check_client(settings: Settings, connection: HTTPConnection) -> None:

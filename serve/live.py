@@ -73,7 +73,6 @@ class LiveSession:
         self._commands: deque[Command] = deque()
         self._over: Ended | None = None
         self._patience = Patience(engine.limits, self.outbox)
-        self._asleep: SavedState | None = None
         self._seat = Seat(engine, self._bundle)
         self._video: Video | None = None
         self._coder: FrameCoder | None = None
@@ -119,8 +118,8 @@ class LiveSession:
             await self._release()
             if self._coder is not None:
                 self._coder.close()
-            if self._asleep:
-                await self._engine.aside(self._engine.states.drop, self._asleep)
+            if self._patience.asleep:
+                await self._engine.aside(self._engine.states.drop, self._patience.asleep)
 
     def _refuse(self, error: BaseException, said: str) -> RefusalError:
         """Tell the client of an error; what is not its fault goes into the log too."""
@@ -259,7 +258,11 @@ class LiveSession:
     async def _keep(self) -> SavedState:
         """Save the state among those that clients may begin with. Raises what `_saved` does, and OSError."""
         states, state = self._engine.states, await self._saved()
-        await self._engine.aside(states.keep, state)
+        try:
+            await self._engine.aside(states.keep, state)
+        except OSError:
+            await self._engine.aside(states.drop, state)
+            raise
         return state
 
     async def _saved(self) -> SavedState:
@@ -275,9 +278,9 @@ class LiveSession:
 
     async def _last_state(self) -> SavedState | None:
         """What can be gone on with, where the service ends; None: the video had not begun."""
-        if self._asleep is None:
+        if self._patience.asleep is None:
             return await self._keep() if self._video else None
-        state, self._asleep = self._asleep, None
+        state, self._patience.asleep = self._patience.asleep, None
         await self._engine.aside(self._engine.states.keep, state)
         return state
 
@@ -287,20 +290,19 @@ class LiveSession:
         """Save the video to disk, and give its place to others."""
         await self._coded()
         try:
-            self._asleep = await self._saved()
+            self._patience.asleep = await self._saved()
         except (InputError, OSError) as error:  # a full disk: it keeps its place
             log.warning("a paused session could not be saved: %s", error, extra={"session": self.id})
             self._patience.paused = time.monotonic()
             return
-        self._patience.asleep = True
         await self._release()
         self.outbox.put(Asleep())
         log.info("session asleep", extra={"session": self.id})
 
     async def _play(self) -> None:
         """Go on after a pause. Raises RefusalError where no place can be had: it sleeps on then."""
-        if self._asleep:
-            await self._wake_up(self._asleep)
+        if self._patience.asleep:
+            await self._wake_up(self._patience.asleep)
         if self._over:  # while it waited for a place
             return
         self._patience.paused, self._last = None, time.monotonic()
@@ -323,7 +325,7 @@ class LiveSession:
             raise
         finally:
             self._patience.waking = False
-        self._asleep, self._patience.asleep = None, False
+        self._patience.asleep = None
         await self._engine.aside(self._engine.states.drop, state)
 
     # Chunks

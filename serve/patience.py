@@ -8,6 +8,7 @@ from forcingkv.runtime import Video
 from forcingkv.serve.messages import Ended
 from forcingkv.serve.outbox import Outbox
 from forcingkv.serve.settings import Limits
+from forcingkv.serve.states import SavedState
 
 
 class Patience:
@@ -15,7 +16,7 @@ class Patience:
 
     Attributes:
         paused: since when (`time.monotonic`); None: it is not.
-        asleep: whether it is on disk, without a place.
+        asleep: where it is on disk, without a place; None: it is awake.
         waking: whether it waits for a place again. Its client said play then, and nothing else is waited for.
         drained: until when the video may go on, where the service ends; None: it does not.
     """
@@ -24,7 +25,8 @@ class Patience:
         self._limits, self._outbox = limits, outbox
         self.paused: float | None = None
         self.drained: float | None = None
-        self.asleep = self.waking = False
+        self.asleep: SavedState | None = None
+        self.waking = False
 
     def is_over(self, video: Video | None) -> bool:
         """Whether the video has to end by now, though it could go on."""

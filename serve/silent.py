@@ -21,18 +21,18 @@ class Silent:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._since: dict[tuple[int, int], float] = {}
-        """By connection, and the request before."""
+        self._since: dict[tuple[Any, Any], float] = {}
+        """By connection, and the request before; them and not their ids, which later ones get too."""
 
     def look(self, connections: Iterable[Any]) -> None:
         """Close those that have been silent for too long; called again and again. They are uvicorn's."""
-        now, there = time.monotonic(), dict[tuple[int, int], float]()
+        now, there = time.monotonic(), dict[tuple[Any, Any], float]()
         for one in list(connections):
             if not hasattr(one, "cycle"):  # a socket, which has said what it is
                 continue
             if one.cycle is not None and not one.cycle.response_complete:
                 continue
-            key = id(one), id(one.cycle)
+            key = one, one.cycle
             there[key] = self._since.get(key, now)
             if now - there[key] > self._seconds:
                 one.transport.abort()

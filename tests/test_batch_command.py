@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from forcingkv.commands import batch_videos
-from forcingkv.commands.batch import seeds_of
+from forcingkv.commands.batch import _lane, seeds_of
+from forcingkv.commands.batch_videos import BatchRun
 from forcingkv.commands.going_on import about
 from forcingkv.headmaps import InputError
 from forcingkv.runtime.ray_cluster import off_gpus, takes_gpu
@@ -245,6 +246,24 @@ def test_seeds_are_said_in_two_ways() -> None:
     for wrong in ("", "3:3", "5:2", "-1", "1,1", "a", "0:1000000000", "٣", "1:2:3"):
         with pytest.raises(InputError, match="--seeds is"):
             seeds_of(wrong)
+
+
+def test_what_a_batch_is_computed_in() -> None:
+    """Of two that are said alike a video of one would be taken for the other's."""
+    nothing = {"backend": None, "device": None, "provider": None, "dtype": None, "compiled": False}
+
+    def lane(**said: object) -> str:
+        run = BatchRun(
+            bundle="", digest="", chunks=1, fps=8.0, enlarge=1, embeds=None, lane="", threads=None,
+            cuda_graphs=False, **nothing | said,
+        )  # fmt: skip
+        return _lane(run, "float32")
+
+    assert lane() == lane(backend="onnxruntime") == lane(backend="onnxruntime-cpu") == "onnxruntime, float32"
+    assert lane(provider="openvino") == "onnxruntime, float32, provider openvino"
+    assert lane(backend="onnxruntime", provider="cuda") == "onnxruntime, float32, provider cuda"
+    assert lane(backend="torch") == lane(device="cpu") == lane(dtype="float32") == "torch, float32"
+    assert lane(dtype="bfloat16", compiled=True) == "torch, bfloat16, compiled"
 
 
 @pytest.mark.parametrize(

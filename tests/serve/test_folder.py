@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from forcingkv.headmaps import locks
 from forcingkv.headmaps.errors import InputError
 from forcingkv.serve.job_store import Job, JobStore
 from forcingkv.serve.lives import Life
@@ -114,6 +117,28 @@ def test_what_a_replica_leaves_is_taken_over_by_another(tmp_path: Path) -> None:
         assert two.take_over() == [two.get(mine.id)]
         cut = two.get(working.id)
         assert (cut.status, cut.code) == ("failed", "interrupted")
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_process_of_another_user_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readable: bool
+) -> None:
+    """Its lock cannot be opened to be written, and perhaps not at all."""
+    real = os.open
+
+    def opens(path: Path, flags: int, *more: int) -> int:
+        if flags & os.O_RDWR or not readable:
+            raise PermissionError(errno.EACCES, "another user's")
+        return real(path, flags, *more)
+
+    with opened(tmp_path, shared=True) as one, opened(tmp_path, shared=True) as two:
+        monkeypatch.setattr(locks.os, "open", opens)
+        assert not two.life.is_dead(one.life.name)
+        if readable:
+            lock = tmp_path / "processes" / "0123"
+            lock.touch()
+            assert two.life.is_dead(lock.name), "nobody holds it"
+        monkeypatch.undo()
 
 
 def test_a_job_that_another_replica_removed_is_not_made(tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def test_a_state_that_cannot_be_kept_leaves_the_video_alone(
             first.append(talk.parts[0])
             talk.say("ack", chunk=event["chunk"])
         assert event["code"] == "internal"
+        assert not any(served.service.engine.scratch.iterdir())
         assert first + talk.chunks() == alone(small_bundles["pruned"], 5)
 
 

@@ -254,9 +254,10 @@ def videos(
 
 def _lane(run: BatchRun, of_bundle: str) -> str:
     """What a batch is computed in, as it was asked for: in others the numbers are others."""
-    backend = "torch" if run.on_torch else (run.backend or run.provider or "onnxruntime")
-    compiled = ", compiled" if run.compiled else ""
-    return f"{backend.removesuffix('-cpu')}, {run.dtype or of_bundle}{compiled}"
+    backend = "torch" if run.on_torch else (run.backend or "onnxruntime").removesuffix("-cpu")
+    more = [f"provider {run.provider}"] if run.provider else []
+    more += ["compiled"] if run.compiled else []
+    return ", ".join((backend, run.dtype or of_bundle, *more))
 
 
 def _refuse_switches(prompts: Sequence[PromptLine]) -> None:

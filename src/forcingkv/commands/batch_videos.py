@@ -104,7 +104,7 @@ class VideoMaker:
             self._session.close()
 
     def session(self) -> Session:
-        """The session: opened when it is first asked for, so that what is wrong is told as of a video."""
+        """The session, opened when it is first asked for: what is wrong with it a worker can tell then."""
         run = self._run
         if self._session is None:
             self._session = Session.open(
